@@ -1,0 +1,29 @@
+"""The errors a user can meet, each saying what was found, what was expected and what to try.
+
+`UsageError`       the flags or the table rows contradict each other; nothing was read yet
+`CheckpointError`  a file on disk is not what it claims to be, or cannot be used as asked
+`RefusedError`     everything is well formed, but this hardware has no kernel for it
+"""
+
+from __future__ import annotations
+
+
+class QuantmatrixError(Exception):
+    """Base of every error raised on purpose; the command line prints it without a traceback."""
+
+
+class UsageError(QuantmatrixError, ValueError):
+    """Flags or arguments that contradict each other."""
+
+
+class CheckpointError(QuantmatrixError, ValueError):
+    """A checkpoint that is damaged, ambiguous, incomplete or not what was asked for."""
+
+
+class RefusedError(QuantmatrixError, RuntimeError):
+    """A plan that ended in a refusal; `rule` is its id in the tables."""
+
+    def __init__(self, rule: str, message: str) -> None:
+        super().__init__(message)
+        self.rule = rule
+        self.message = message

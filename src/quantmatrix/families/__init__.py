@@ -1,0 +1,30 @@
+"""The quant families: one module per id. Two families claiming one checkpoint is an error."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, cast
+
+from quantmatrix.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from quantmatrix.checkpoint import Checkpoint
+    from quantmatrix.families.protocol import Family
+
+IDS = ("fp8", "modelopt-fp8", "modelopt-nvfp4", "nunchaku-svdq", "msmodelslim")
+
+
+def load(family: str) -> Family:
+    """The module of a family id."""
+    if family not in IDS:
+        raise KeyError(f"no such quant family: {family}; known: {', '.join(IDS)}")
+    return cast("Family", import_module(f"quantmatrix.families.{family.replace('-', '_')}"))
+
+
+def detect(checkpoint: Checkpoint) -> tuple[str, str] | None:
+    """(family id, reason) of a checkpoint, or None when nothing in it is quantized."""
+    found = {name: why for name in IDS if (why := load(name).detect(checkpoint))}
+    if len(found) > 1:
+        claims = "; ".join(f"{name}: {why}" for name, why in found.items())
+        raise CheckpointError(f"{checkpoint.reference}: more than one quant family claims it: {claims}")
+    return next(iter(found.items()), None)

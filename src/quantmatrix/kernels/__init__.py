@@ -1,0 +1,157 @@
+"""Kernels: who computes an op, on which machine, and why not.
+
+An *op* is what is computed (`linear.fp8`); a *backend* is whose code computes it (`reference`,
+`decode`, `torch` ...); a `Kernel` is the pair. Each op has one file here, whose docstring names the
+canonical tensors that its kernels take, and which lists its kernels in `KERNELS`. What a kernel
+needs is data (`Needs`): the plan tests it, refusals quote it, the docs render it. `choose` takes
+the first kernel of the op's order that fits, and otherwise says of every candidate why not.
+Nothing falls through at call time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+
+from quantmatrix.hardware import Machine
+from quantmatrix.scheme import Scheme
+
+Tensors = dict[str, torch.Tensor]
+
+OPS: Mapping[str, str] = {
+    "linear.fp8": "quantmatrix.kernels.linear_fp8",
+    "linear.nvfp4": "quantmatrix.kernels.linear_nvfp4",
+    "linear.svdq": "quantmatrix.kernels.linear_svdq",
+    "linear.w4a16": "quantmatrix.kernels.linear_w4a16",
+    "linear.int8": "quantmatrix.kernels.linear_int8",
+}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a kernel asks of the machine, the scheme and the shape. Empty means: anything."""
+
+    rule: str
+    """Id of the rule; a refusal that comes from it quotes this word."""
+    vendors: tuple[str, ...] = ()
+    arches: tuple[str, ...] = ()
+    package: str = ""
+    """Import name of an optional package that must be present."""
+    weights: tuple[str, ...] = ()
+    scales: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ()
+    out_multiple: int = 1
+    in_multiple: int = 1
+    remedy: str = ""
+    """What to try instead, for the end of a refusal."""
+
+    def why_not(self, machine: Machine, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        """The first unmet need in words, or None. `shape` is (out_features, in_features)."""
+        out_features, in_features = shape
+        if self.vendors and machine.vendor not in self.vendors:
+            return f"needs {' or '.join(self.vendors)} hardware, this is {machine.name}"
+        if self.arches and machine.arch not in self.arches:
+            return f"needs {', '.join(self.arches)}, this is {machine.name} ({machine.arch})"
+        if self.package and self.package not in machine.packages:
+            return f"needs the package {self.package}, which is not installed"
+        for word, allowed, found in (
+            ("weights", self.weights, scheme.weight),
+            ("weight scales per", self.scales, scheme.scale),
+            ("activations", self.activations, scheme.activation),
+        ):
+            if allowed and found not in allowed:
+                return f"takes {word} {' or '.join(allowed)}, the layer has {found}"
+        if out_features % self.out_multiple or in_features % self.in_multiple:
+            return (
+                f"needs out_features a multiple of {self.out_multiple} and in_features of "
+                f"{self.in_multiple}, the layer is {out_features} x {in_features}"
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One backend of one op.
+
+    `prepare(tensors, scheme, dtype)` runs once at load, on the device, and returns the buffers to
+    keep; `run(x, buffers, bias, scheme)` takes x [..., in_features] and returns [..., out_features]
+    in x's dtype. `numerics` names the class of arithmetic (`W8A8`, `W4A16` ...): latents of
+    different machines can be compared within one class only.
+    """
+
+    op: str
+    backend: str
+    numerics: str
+    needs: Needs
+    prepare: Callable[[Tensors, Scheme, torch.dtype], Tensors]
+    run: Callable[[torch.Tensor, Tensors, torch.Tensor | None, Scheme], torch.Tensor]
+    footprint: Callable[[Scheme, int, int, int], int]
+    """Bytes kept for a layer: (scheme, out_features, in_features, bytes of the compute dtype)."""
+
+
+class NoKernel(LookupError):
+    """No kernel of the op fits; `rule` is the rule of the first candidate that was tried."""
+
+    def __init__(self, rule: str, message: str) -> None:
+        super().__init__(message)
+        self.rule = rule
+        self.message = message
+
+
+def kernels_of(op: str) -> tuple[Kernel, ...]:
+    """All kernels of an op, in the order in which they are declared."""
+    if op not in OPS:
+        raise KeyError(f"no such op: {op}; known: {', '.join(OPS)}")
+    found: tuple[Kernel, ...] = import_module(OPS[op]).KERNELS
+    return found
+
+
+def order_of(op: str, machine: Machine) -> tuple[str, ...]:
+    """Backends to try on a machine, best first: the op's `ORDER` row for its arch, vendor or `*`."""
+    order: Mapping[str, tuple[str, ...]] = import_module(OPS[op]).ORDER
+    for key in (machine.arch, machine.vendor, "*"):
+        if key in order:
+            return order[key]
+    raise KeyError(f"{op} declares no order for {machine.arch}, {machine.vendor} or *")
+
+
+def backends_of(op: str) -> tuple[str, ...]:
+    """Names of the backends that an op has."""
+    return tuple(kernel.backend for kernel in kernels_of(op))
+
+
+def choose(
+    op: str,
+    machine: Machine,
+    scheme: Scheme,
+    shape: tuple[int, int],
+    backend: str | None = None,
+) -> Kernel:
+    """The kernel that will run a layer of `shape` (out, in) on `machine`, or NoKernel with reasons.
+
+    With `backend` given nothing else is tried.
+    """
+    kernels = {kernel.backend: kernel for kernel in kernels_of(op)}
+    names = (backend,) if backend else order_of(op, machine)
+    reasons: list[str] = []
+    rule = ""
+    for name in names:
+        if name not in kernels:
+            reasons.append(f"{name}: no such backend (known: {', '.join(kernels)})")
+            rule = rule or "unknown-backend"
+            continue
+        why = kernels[name].needs.why_not(machine, scheme, shape)
+        if why is None:
+            return kernels[name]
+        rule = rule or kernels[name].needs.rule
+        reasons.append(f"{name}: {why}")
+    working = [
+        k.backend for k in kernels.values() if k.needs.why_not(machine, scheme, shape) is None
+    ]
+    remedy = f"; works here: --backend {' | '.join(working)}" if working else ""
+    remedies = {kernels[n].needs.remedy for n in names if n in kernels and kernels[n].needs.remedy}
+    hint = "".join(f"; {text}" for text in sorted(remedies))
+    raise NoKernel(rule, f"{op} on {machine.name}: {'; '.join(reasons)}{remedy}{hint}")

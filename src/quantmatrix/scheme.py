@@ -1,0 +1,53 @@
+"""Scheme: how one linear layer is stored and multiplied. Plain data, shared by everybody.
+
+A family reads schemes from a checkpoint, a kernel declares which schemes it serves, and the plan
+records one per layer. Words used in the fields:
+
+| field       | values |
+| ----------- | ------ |
+| `op`        | the computation: `linear.fp8`, `linear.nvfp4`, `linear.svdq`, `linear.w4a16`, `linear.int8` |
+| `name`      | the checkpoint's own word for it: `FP8`, `NVFP4`, `W8A8_DYNAMIC`, `svdq-int4` ... |
+| `weight`    | number format of the codes: `e4m3`, `e2m1`, `int4`, `int8` |
+| `scale`     | granularity of the weight scales: `tensor`, `channel`, `block`, `group` |
+| `activation`| `none`, `tensor-static`, `tensor-dynamic`, `token-dynamic`, `group-dynamic` |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one layer is stored and multiplied; equal schemes behave equally."""
+
+    op: str
+    name: str
+    weight: str
+    scale: str
+    activation: str
+    block: tuple[int, int] = (0, 0)
+    """Rows and columns that share one scale, when `scale` is `block`."""
+    group_size: int = 0
+    """Input columns that share one scale, when `scale` is `group`."""
+    rank: int = 0
+    """Rank of a low-rank branch; 0 when there is none."""
+    unsigned: bool = False
+    """Activations are shifted and coded without a sign (SVDQuant int4 after a GELU)."""
+    swap_nibbles: bool = False
+    """On disk the even column lies in the high nibble (BFL and Comfy order)."""
+    tiled_scales: bool = False
+    """On disk the scales lie in 128 x 4 tiles instead of rows."""
+    smoothed: bool = False
+    """Inputs are multiplied by a stored vector before they are quantized."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What one tensor of a layer must look like on disk."""
+
+    dtypes: tuple[str, ...]
+    """Accepted dtypes, in safetensors spelling (`F8_E4M3`, `F32`, `BF16`, `U8` ...)."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Accepted shapes."""
+    optional: bool = False
