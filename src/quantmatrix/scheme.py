@@ -51,3 +51,13 @@ class TensorSpec:
     shapes: tuple[tuple[int, ...], ...]
     """Accepted shapes."""
     optional: bool = False
+
+
+PACKED_OPS = {"linear.nvfp4": (1, 2), "linear.svdq": (1, 2), "linear.w4a16": (4, 2)}
+"""Rows and columns of the layer per row and column of the code tensor on disk; others: (1, 1)."""
+
+
+def measure_features(scheme: Scheme, code_shape: tuple[int, ...]) -> tuple[int, int]:
+    """(out_features, in_features) of a layer from the shape of its code tensor on disk."""
+    rows, columns = PACKED_OPS.get(scheme.op, (1, 1))
+    return code_shape[0] * rows, code_shape[1] * columns

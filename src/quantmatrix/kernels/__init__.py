@@ -123,6 +123,12 @@ def backends_of(op: str) -> tuple[str, ...]:
     return tuple(kernel.backend for kernel in kernels_of(op))
 
 
+def take_rows(scheme: Scheme, tensors: Tensors, rows: torch.Tensor | slice) -> Tensors:
+    """Canonical tensors of some output rows of a layer, in the order given."""
+    found: Tensors = import_module(OPS[scheme.op]).take_rows(tensors, rows)
+    return found
+
+
 def choose(
     op: str,
     machine: Machine,

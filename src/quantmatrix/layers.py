@@ -1,0 +1,119 @@
+"""QuantizedLinear: the one module that stands in for a linear layer, whatever its family.
+
+Codes and scales are plain buffers, so a trace shows plain kernels and offloading moves them like
+anything else. Three properties matter to the diffusers models around it: `weight` answers with a
+tensor of the compute dtype that owns no memory (Z-Image and Wan ask for a layer's dtype through
+it), the bias is a parameter (Wan asks a module's first parameter for its dtype), and a change of
+dtype never touches codes or scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from quantmatrix.kernels import Kernel, Tensors
+from quantmatrix.scheme import Scheme
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer computed by a kernel from quantized tensors: [..., in] -> [..., out]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel: Kernel,
+        scheme: Scheme,
+        tensors: Tensors,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        """Take canonical `tensors` (see the op's file), prepare them once, keep the result."""
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.kernel = kernel
+        self.scheme = scheme
+        self.compute_dtype = compute_dtype
+        bias = tensors.get("bias")
+        weights = {name: tensor for name, tensor in tensors.items() if name != "bias"}
+        self._kept = tuple(kernel.prepare(weights, scheme, compute_dtype).items())
+        for name, tensor in self._kept:
+            self.register_buffer(f"q_{name}", tensor)
+        self._kept = tuple(name for name, _ in self._kept)
+        self.bias = (
+            None if bias is None else nn.Parameter(bias.to(compute_dtype), requires_grad=False)
+        )
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A stand-in [out, in] of the compute dtype, without memory: only its dtype is real."""
+        return torch.empty(
+            self.out_features, self.in_features, dtype=self.compute_dtype, device="meta"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that the layer keeps."""
+        kept = [*self.buffers(recurse=False), *self.parameters(recurse=False)]
+        return sum(t.numel() * t.element_size() for t in kept)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply x [..., in_features]; the result has x's dtype."""
+        tensors = {name: self.get_buffer(f"q_{name}") for name in self._kept}
+        return self.kernel.run(x, tensors, self.bias, self.scheme)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """Move buffers where `fn` moves them, but keep the dtype of codes and scales."""
+
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"scheme={self.scheme.name}, backend={self.kernel.backend}"
+        )
+
+
+class SplitInputLinear(nn.Module):
+    """A linear layer whose input columns are served by several layers, added up.
+
+    FLUX.1's single-block `proj_out` lies in an SVDQuant file as two layers, one for the attention
+    columns and one for the MLP columns.
+    """
+
+    def __init__(self, parts: Sequence[QuantizedLinear]) -> None:
+        """Take the parts in column order."""
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.widths = [part.in_features for part in parts]
+        self.in_features = sum(self.widths)
+        self.out_features = parts[0].out_features
+        self.compute_dtype = parts[0].compute_dtype
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A stand-in of the compute dtype, as in `QuantizedLinear`."""
+        return torch.empty(
+            self.out_features, self.in_features, dtype=self.compute_dtype, device="meta"
+        )
+
+    @property
+    def bias(self) -> None:
+        """The biases belong to the parts."""
+        return
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply x [..., in_features] column range by column range and add in float32."""
+        pieces = x.split(self.widths, dim=-1)
+        total = self.parts[0](pieces[0]).float()
+        for part, piece in zip(self.parts[1:], pieces[1:], strict=True):
+            total = total + part(piece).float()
+        return total.to(x.dtype)

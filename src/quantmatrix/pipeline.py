@@ -1,0 +1,103 @@
+"""Pipeline: a plan becomes a diffusers pipeline with our transformers in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix.load import DTYPES, load_component, show_progress
+from quantmatrix.plan import Plan, Refusal, plan
+from quantmatrix.references import fetch_pipeline
+from quantmatrix.request import Request
+
+
+def load_pipeline(request: Request | None = None, /, **fields: Any) -> Any:
+    """The diffusers pipeline of a request (keyword arguments are Request's fields)."""
+    request = request if request is not None else Request(**fields)
+    made = plan(request)
+    if isinstance(made, Refusal):
+        raise RefusedError(made.rule, made.message)
+    return build_pipeline(made)
+
+
+def build_pipeline(made: Plan, *, progress: bool = False) -> Any:
+    """Load every component of a plan and put the pipeline together on the plan's machine."""
+    import diffusers
+
+    if made.pipeline_class is None or not made.pipeline_class.endswith("Pipeline"):
+        raise UsageError(
+            f"{made.base} is a single component, not a pipeline: use load_transformer, "
+            "or name a model folder that has a model_index.json"
+        )
+    request = made.request
+    device = made.machine.device
+    offloaded = made.layerwise_offload or made.cpu_offload
+    parts: dict[str, Any] = {}
+    for name, component in made.components.items():
+        with show_progress(component, progress) as report:
+            parts[name] = load_component(component, request, device=device, progress=report)
+    folder = fetch_pipeline(made.base, request.hub, without=tuple(parts))
+    parts.update(load_other_overrides(made))
+    quiet = diffusers.utils.logging
+    quiet.disable_progress_bar()
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        folder, dtype=DTYPES[request.dtype], local_files_only=True, **parts
+    )
+    quiet.enable_progress_bar()
+    if device != "cpu":
+        place(pipeline, made, device, offloaded)
+    elif made.layerwise_offload:
+        enable_layerwise(pipeline, made, device)
+    pipeline.set_progress_bar_config(disable=not progress)
+    return pipeline
+
+
+def load_other_overrides(made: Plan) -> dict[str, Any]:
+    """Components other than transformers that a `--<component>-path` replaces."""
+    import diffusers
+    import transformers
+
+    loaded: dict[str, Any] = {}
+    for name, reference in made.request.component_paths.items():
+        if name in made.components:
+            continue
+        folder = fetch_pipeline(reference, made.request.hub)
+        library = transformers if name.startswith(("text_encoder", "tokenizer")) else diffusers
+        auto = library.AutoModel if library is diffusers else (
+            library.AutoTokenizer if name.startswith("tokenizer") else library.AutoModel
+        )
+        loaded[name] = auto.from_pretrained(folder, dtype=DTYPES[made.request.dtype])
+    return loaded
+
+
+def place(pipeline: Any, made: Plan, device: str, offloaded: bool) -> None:
+    """Move the pipeline to its device; offloaded transformers go back to the host first."""
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module) and not (offloaded and name in made.components):
+            part.to(device)
+    if made.layerwise_offload:
+        enable_layerwise(pipeline, made, device)
+    elif made.cpu_offload:
+        for name in made.components:
+            getattr(pipeline, name).to("cpu")
+        pipeline.enable_model_cpu_offload(device=device)
+
+
+def enable_layerwise(pipeline: Any, made: Plan, device: str) -> None:
+    """Stream transformer blocks from host memory, one at a time, with prefetch on a GPU.
+
+    The transformers were loaded and prepared on the device; moving keeps the strides of the
+    transposed FP8 weights.
+    """
+    for name in made.components:
+        transformer = getattr(pipeline, name)
+        transformer.to("cpu")
+        transformer.enable_group_offload(
+            onload_device=torch.device(device),
+            offload_device=torch.device("cpu"),
+            offload_type="block_level",
+            num_blocks_per_group=1,
+            use_stream=device.startswith("cuda"),
+        )

@@ -1,0 +1,390 @@
+"""Plan: everything about a run decided once, from headers and JSON, before any tensor is read.
+
+For each transformer component the plan says where its configuration and its weights come from,
+which family they are of and why, how every linear layer is stored (its scheme), where in the file
+it lies (its pieces) and which kernel will compute it on the machine at hand, or on any machine of
+the tables. What cannot run ends in a `Refusal` that names its rule; what is wrong with the input
+raises. Nothing is decided later.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from quantmatrix import families, kernels, models
+from quantmatrix.checkpoint import Checkpoint
+from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.hardware import Machine
+from quantmatrix.models import Dialect, Target
+from quantmatrix.request import Request
+from quantmatrix.scheme import Scheme, measure_features
+from quantmatrix.sources import Source, find_sources
+
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+PLAIN_DTYPES = ("BF16", "F16", "F32", "F64", "I64", "I32", "BOOL")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One layer on disk that serves a module, and the kernel that will compute it."""
+
+    layer: str
+    target: Target
+    scheme: Scheme
+    out_features: int
+    in_features: int
+    backend: str
+    numerics: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ComponentPlan:
+    """How one transformer component will be built."""
+
+    name: str
+    class_name: str
+    config: Mapping[str, Any]
+    config_from: str
+    checkpoint: Checkpoint
+    family: str | None
+    why: str
+    online: bool
+    """Quantized while loading, from full-precision weights."""
+    dialect: Dialect
+    layers: Mapping[str, tuple[Piece, ...]]
+    """Quantized modules, by diffusers name."""
+    total_layers: int
+    bytes: int
+    """Bytes of weights that stay in memory."""
+
+    @property
+    def backends(self) -> dict[str, int]:
+        """Layers per backend."""
+        return dict(Counter(piece.backend for piece in self.pieces()))
+
+    @property
+    def precision(self) -> str | None:
+        """The checkpoint's own words for its schemes, most frequent first."""
+        words = Counter(piece.scheme.name for piece in self.pieces())
+        return " + ".join(word for word, _ in words.most_common()) or None
+
+    @property
+    def rank(self) -> int | None:
+        """Largest low-rank branch, if there is one."""
+        return max((piece.scheme.rank for piece in self.pieces()), default=0) or None
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every piece of every quantized module."""
+        for pieces in self.layers.values():
+            yield from pieces
+
+    def to_json(self) -> dict[str, Any]:
+        """The component as plain data."""
+        return {
+            "class": self.class_name,
+            "family": self.family,
+            "why": self.why,
+            "online": self.online,
+            "files": list(self.checkpoint.files),
+            "reference": self.checkpoint.reference,
+            "config_from": self.config_from,
+            "dialect": self.dialect.name,
+            "precision": self.precision,
+            "rank": self.rank,
+            "quantized_layers": len(self.layers),
+            "total_layers": self.total_layers,
+            "backends": self.backends,
+            "numerics": dict(Counter(piece.numerics for piece in self.pieces())),
+            "bytes": self.bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can be made."""
+
+    request: Request
+    model: str
+    machine: Machine
+    base: str
+    """Where every component without an override comes from."""
+    pipeline_class: str | None
+    components: Mapping[str, ComponentPlan]
+    layerwise_offload: bool
+    cpu_offload: bool
+    warnings: tuple[str, ...] = ()
+    ok: bool = field(default=True, init=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data, the form that `plan --json` prints and evidence keeps."""
+        return {
+            "ok": True,
+            "refusal": None,
+            "model": self.model,
+            "base": self.base,
+            "machine": {
+                "name": self.machine.name,
+                "vendor": self.machine.vendor,
+                "arch": self.machine.arch,
+            },
+            "dtype": self.request.dtype,
+            "offload": {"layerwise": self.layerwise_offload, "cpu": self.cpu_offload},
+            "bytes": sum(c.bytes for c in self.components.values()),
+            "warnings": list(self.warnings),
+            "components": {name: c.to_json() for name, c in self.components.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A run that cannot be made here: the rule that forbids it, and what would work instead."""
+
+    rule: str
+    message: str
+    ok: bool = field(default=False, init=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """The refusal as plain data."""
+        return {
+            "ok": False,
+            "refusal": {"rule": self.rule, "message": self.message},
+            "components": {},
+        }
+
+
+def plan(request: Request | None = None, /, **fields: Any) -> Plan | Refusal:
+    """Decide how a request will run, or why it cannot. Keyword arguments are Request's fields."""
+    request = request if request is not None else Request(**fields)
+    machine = find_machine(request)
+    found = find_sources(request)
+    warnings = list(found.warnings)
+    components: dict[str, ComponentPlan] = {}
+    for name, source in found.components.items():
+        try:
+            components[name] = plan_component(name, source, found.model, request, machine)
+        except kernels.NoKernel as error:
+            return Refusal(error.rule, f"{source.checkpoint.reference}: {error.message}")
+    primary = next(iter(components.values()))
+    check_memory(components, machine, warnings)
+    layerwise, cpu = decide_offload(request, primary.family, warnings)
+    return Plan(
+        request=request,
+        model=found.model,
+        machine=machine,
+        base=found.base,
+        pipeline_class=found.pipeline_class,
+        components=components,
+        layerwise_offload=layerwise,
+        cpu_offload=cpu,
+        warnings=tuple(warnings),
+    )
+
+
+def find_machine(request: Request) -> Machine:
+    """The machine of `--hardware`, or the one we stand on."""
+    from quantmatrix import hardware, matrix
+
+    if request.hardware is None:
+        return hardware.probe(request.device)
+    rows = matrix.read().hardware
+    if request.hardware not in rows:
+        raise UsageError(f"--hardware {request.hardware}: no such row; known: {', '.join(rows)}")
+    return hardware.from_row(rows[request.hardware])
+
+
+def plan_component(
+    name: str, source: Source, model: str, request: Request, machine: Machine
+) -> ComponentPlan:
+    """Plan one transformer component; raises NoKernel when a layer has none."""
+    checkpoint = source.checkpoint
+    family, why, schemes, online = find_schemes(source, model, request)
+    dialect = models.dialect_of(model, checkpoint.tensors)
+    pieces, plain = sort_layers(checkpoint, schemes, dialect, family)
+    item = ITEM_BYTES[request.dtype]
+    layers: dict[str, tuple[Piece, ...]] = {}
+    for module, parts in pieces.items():
+        chosen = []
+        for layer, target, scheme, (out, into) in parts:
+            kernel = kernels.choose(scheme.op, machine, scheme, (out, into), request.backend)
+            size = kernel.footprint(scheme, out, into, item)
+            chosen.append(
+                Piece(layer, target, scheme, out, into, kernel.backend, kernel.numerics, size)
+            )
+        layers[module] = tuple(sorted(chosen, key=lambda piece: piece.target.columns))
+    kept = sum(checkpoint.tensors[n].nbytes for n in plain)
+    return ComponentPlan(
+        name=name,
+        class_name=source.class_name,
+        config=source.config,
+        config_from=source.config_from,
+        checkpoint=checkpoint,
+        family=family,
+        why=why,
+        online=online,
+        dialect=dialect,
+        layers=layers,
+        total_layers=len(layers) + count_plain_linears(checkpoint, plain, dialect),
+        bytes=kept + sum(piece.bytes for parts in layers.values() for piece in parts),
+    )
+
+
+def find_schemes(
+    source: Source, model: str, request: Request
+) -> tuple[str | None, str, dict[str, Scheme], bool]:
+    """(family, why, scheme of each quantized layer on disk, whether it is made while loading)."""
+    checkpoint = source.checkpoint
+    detected = families.detect(checkpoint)
+    if detected:
+        if request.quantization and source.primary:
+            raise UsageError(
+                f"--quantization {request.quantization} asks to quantize, but "
+                f"{checkpoint.reference} is quantized already ({detected[1]}): leave the flag out"
+            )
+        family, why = detected
+        schemes = families.load(family).schemes(checkpoint)
+        if not schemes:
+            raise CheckpointError(
+                f"{checkpoint.reference}: declared as {family} ({why}), but no layer in "
+                f"{', '.join(checkpoint.files)} is quantized"
+            )
+        return family, why, schemes, False
+    refuse_undeclared(checkpoint)
+    if request.quantization and source.primary:
+        schemes = online_schemes(checkpoint, model, request)
+        return request.quantization, f"--quantization {request.quantization}", schemes, True
+    return None, "nothing in it is quantized", {}, False
+
+
+def refuse_undeclared(checkpoint: Checkpoint) -> None:
+    """Fail closed: quantized tensors that no family recognised are never read as plain ones."""
+    for name, header in checkpoint.tensors.items():
+        suspicious = header.dtype not in PLAIN_DTYPES and name.endswith("weight")
+        if suspicious or re.search(r"\.(weight_scale|input_scale|comfy_quant|qweight)$", name):
+            raise CheckpointError(
+                f"{header.file}: tensor {name} ({header.dtype} {list(header.shape)}) is quantized, "
+                "but nothing declares how: expected a quantization_config in config.json or in the "
+                "file's header, or a quant_model_description.json; see `quantmatrix inspect`"
+            )
+
+
+def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict[str, Scheme]:
+    """Schemes of `--quantization fp8`: every linear layer of the blocks that is not ignored."""
+    if request.quantization != "fp8":
+        raise UsageError(
+            f"--quantization {request.quantization}: only fp8 can be made while loading"
+        )
+    scheme = families.load("fp8").SCHEMES["tensor-dynamic"]
+    blocks = models.load(model).BLOCKS
+    ignored = request.quantization_ignored_layers
+    hits: Counter[str] = Counter()
+    schemes: dict[str, Scheme] = {}
+    for name, header in checkpoint.tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf != "weight" or len(header.shape) != 2 or layer.split(".")[0] not in blocks:
+            continue
+        matching = [p for p in ignored if p in layer.split(".") or fnmatchcase(layer, p) or p == layer]
+        hits.update(matching)
+        if not matching:
+            schemes[layer] = scheme
+    unmatched = [pattern for pattern in ignored if not hits[pattern]]
+    if unmatched:
+        raise UsageError(
+            f"--quantization-ignored-layers {' '.join(unmatched)}: matches no linear layer of "
+            f"{checkpoint.reference}; a layer is named like {next(iter(schemes), 'to_q')}"
+        )
+    return schemes
+
+
+Part = tuple[str, Target, Scheme, tuple[int, int]]
+
+
+def sort_layers(
+    checkpoint: Checkpoint, schemes: Mapping[str, Scheme], dialect: Dialect, family: str | None
+) -> tuple[dict[str, list[Part]], list[str]]:
+    """(parts of each quantized module, names of the tensors that are stored plainly)."""
+    parts: dict[str, list[Part]] = {}
+    for layer, scheme in schemes.items():
+        code = checkpoint.tensors.get(f"{layer}.weight") or checkpoint.tensors.get(
+            f"{layer}.qweight"
+        )
+        if code is None:
+            raise CheckpointError(f"{checkpoint.reference}: layer {layer} has scales but no weight")
+        out, into = measure_features(scheme, code.shape)
+        for target in dialect.layer_targets(layer):
+            unsigned = target.unsigned and scheme.op == "linear.svdq" and scheme.weight == "int4"
+            own = replace(scheme, unsigned=True) if unsigned else scheme
+            rows = out // target.part[1]
+            parts.setdefault(target.module, []).append((layer, target, own, (rows, into)))
+    ignored = ignored_names(checkpoint, family)
+    plain = [
+        name
+        for name in checkpoint.tensors
+        if name not in ignored and not _belongs(name, schemes)
+    ]
+    return parts, plain
+
+
+def ignored_names(checkpoint: Checkpoint, family: str | None) -> dict[str, str]:
+    """Tensors that the family says are never loaded, each with its reason."""
+    if family is None:
+        return {}
+    ignored = getattr(families.load(family), "ignored", None)
+    if ignored is None:
+        return {}
+    return {name: why for name in checkpoint.tensors if (why := ignored(name))}
+
+
+def _belongs(name: str, schemes: Mapping[str, Scheme]) -> bool:
+    """Whether a tensor is part of a quantized layer (one or two name parts below it)."""
+    layer = name
+    for _ in range(2):
+        layer = layer.rpartition(".")[0]
+        if layer in schemes:
+            return True
+    return False
+
+
+def count_plain_linears(checkpoint: Checkpoint, plain: Sequence[str], dialect: Dialect) -> int:
+    """Linear layers in full precision: the five models keep only those as 2-D `.weight`s."""
+    count = 0
+    for name in plain:
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "weight" and len(checkpoint.tensors[name].shape) == 2:
+            count += len(dialect.layer_targets(layer))
+    return count
+
+
+def decide_offload(
+    request: Request, family: str | None, warnings: list[str]
+) -> tuple[bool, bool]:
+    """(layerwise, whole component): the guide's rules for the two offload flags."""
+    layerwise = bool(request.dit_layerwise_offload)
+    whole = bool(request.dit_cpu_offload)
+    if whole and family == "modelopt-fp8":
+        warnings.append(
+            "--dit-cpu-offload stays disabled for modelopt-fp8 checkpoints; "
+            "--dit-layerwise-offload is supported"
+        )
+        whole = False
+    if whole and layerwise:
+        warnings.append("--dit-layerwise-offload wins over --dit-cpu-offload")
+        whole = False
+    return layerwise, whole
+
+
+def check_memory(
+    components: Mapping[str, ComponentPlan], machine: Machine, warnings: list[str]
+) -> None:
+    """Warn when the weights alone do not fit."""
+    need = sum(component.bytes for component in components.values())
+    if machine.memory_bytes and need > machine.memory_bytes:
+        warnings.append(
+            f"the transformer weights need {need / 2**30:.1f} GiB, {machine.name} has "
+            f"{machine.memory_bytes / 2**30:.1f} GiB: try --dit-layerwise-offload"
+        )

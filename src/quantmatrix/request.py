@@ -1,0 +1,225 @@
+"""Request: everything a run is described by, and the flags that say it.
+
+The names and meanings are those of the quantization guide. Dashes and underscores are the same;
+boolean flags take nothing, `true` or `false`. Besides the fixed flags there is one family of
+dynamic ones: `--<component>-path X` replaces a component, `--<component>-weights-path X` only its
+weights, and `--component-paths.<component> X` is the long form of the first. A weights flag is
+recognised before the shorter suffix, or `transformer_2_weights` would become a component.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import PurePath
+from typing import Any
+
+from quantmatrix.checkpoint import Hub
+from quantmatrix.errors import UsageError
+
+DTYPES = ("bfloat16", "float16", "float32")
+PRECISIONS = ("int4", "nvfp4")
+WEIGHT_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
+WEIGHTS_ALIASES = ("transformer_weights_path", "transformer_quantized_path", "quantized_model_path")
+"""Older names of the weights override in config files and keyword arguments, best first."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run, described by its arguments alone. Paths may be hub ids; sizes are pixels."""
+
+    model_path: str = ""
+    model_id: str | None = None
+    component_paths: Mapping[str, str] = field(default_factory=dict)
+    weights_paths: Mapping[str, str] = field(default_factory=dict)
+    enable_svdquant: bool | None = None
+    quantization_precision: str | None = None
+    quantization_rank: int | None = None
+    quantization: str | None = None
+    quantization_ignored_layers: tuple[str, ...] = ()
+    dit_layerwise_offload: bool | None = None
+    dit_cpu_offload: bool | None = None
+    backend: str | None = None
+    fp4_gemm_backend: str | None = None
+    device: str | None = None
+    dtype: str = "bfloat16"
+    hardware: str | None = None
+    """A row of matrix/hardware.csv to plan for, instead of this machine."""
+    hub: Hub = field(default_factory=Hub)
+    tiny: bool = False
+    prompt: tuple[str, ...] = ("",)
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading a file."""
+        if self.dtype not in DTYPES:
+            raise UsageError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
+        object.__setattr__(self, "component_paths", dict(self.component_paths))
+        object.__setattr__(self, "weights_paths", dict(self.weights_paths))
+        self._sort_overrides()
+
+    def _sort_overrides(self) -> None:
+        """A `--X-path` that names one weight file is a weights override of X."""
+        components = dict(self.component_paths)
+        weights = dict(self.weights_paths)
+        for name, value in list(components.items()):
+            if PurePath(value).suffix.lower() not in WEIGHT_FILES:
+                continue
+            if weights.get(name, value) != value:
+                raise UsageError(
+                    f"--{_dashed(name)}-path {value} names a weight file, and "
+                    f"--{_dashed(name)}-weights-path {weights[name]} names another: give one"
+                )
+            weights[name] = components.pop(name)
+        object.__setattr__(self, "component_paths", components)
+        object.__setattr__(self, "weights_paths", weights)
+
+    @classmethod
+    def from_words(cls, words: Sequence[str], **extra: Any) -> Request:
+        """The request of command-line words (without `quantmatrix generate`)."""
+        parser = argparse.ArgumentParser(prog="quantmatrix generate", exit_on_error=False)
+        add_request_flags(parser)
+        add_output_flags(parser)
+        arguments, rest = parser.parse_known_args(normalize_words(words))
+        return cls.from_arguments(arguments, rest, **extra)
+
+    @classmethod
+    def from_arguments(
+        cls, arguments: argparse.Namespace, rest: Sequence[str], **extra: Any
+    ) -> Request:
+        """The request of parsed flags; `rest` holds the dynamic `--<component>-path` words."""
+        components, weights = parse_overrides(rest)
+        values = {
+            f.name: getattr(arguments, f.name)
+            for f in fields(cls)
+            if getattr(arguments, f.name, None) is not None
+        }
+        for name in ("prompt", "seed", "quantization_ignored_layers"):
+            if name in values:
+                values[name] = tuple(values[name])
+        return cls(**{**values, **extra}, component_paths=components, weights_paths=weights)
+
+
+def _dashed(component: str) -> str:
+    return component.replace("_", "-")
+
+
+def parse_bool(text: str) -> bool:
+    """`true` or `false`, any case."""
+    word = text.lower()
+    if word not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
+    return word == "true"
+
+
+def normalize_words(words: Sequence[str]) -> list[str]:
+    """The words with underscores in flag names turned to dashes; values are left alone."""
+    normal = []
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            head, dot, component = name.partition(".")
+            word = head.replace("_", "-") + dot + component + equals + value
+        normal.append(word)
+    return normal
+
+
+def parse_overrides(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """(component paths, weights paths) from the words that the fixed flags left over."""
+    components: dict[str, str] = {}
+    weights: dict[str, str] = {}
+    words = list(rest)
+    unknown = []
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        target, component = _override_of(name, components, weights)
+        if target is None or (not equals and (not words or words[0].startswith("--"))):
+            unknown.append(word)
+            continue
+        value = value if equals else words.pop(0)
+        if target.get(component, value) != value:
+            raise UsageError(f"{name} is given twice: {target[component]} and {value}")
+        target[component] = value
+    if unknown:
+        raise UsageError(f"unrecognized arguments: {' '.join(unknown)}")
+    return components, weights
+
+
+def _override_of(
+    name: str, components: dict[str, str], weights: dict[str, str]
+) -> tuple[dict[str, str] | None, str]:
+    if match := re.fullmatch(r"--component-paths\.([\w-]+)", name):
+        return components, match[1].replace("-", "_")
+    if match := re.fullmatch(r"--([a-z][\w-]*)-weights-path", name):
+        return weights, match[1].replace("-", "_")
+    if match := re.fullmatch(r"--([a-z][\w-]*)-path", name):
+        return components, match[1].replace("-", "_")
+    return None, ""
+
+
+def _add_bool(group: argparse._ArgumentGroup, flag: str, text: str) -> None:
+    group.add_argument(
+        flag, nargs="?", const=True, default=None, type=parse_bool, metavar="true|false", help=text
+    )
+
+
+def add_request_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that describe a checkpoint, a machine and a generation."""
+    parser.set_defaults(**dict.fromkeys(f.name for f in fields(Request)))
+    what = parser.add_argument_group("checkpoint")
+    what.add_argument("--model-path", required=True, help="base model: a folder or a hub id")
+    what.add_argument("--model-id", help="short name of the base model (FLUX.1-dev), for mirrors")
+    _document_overrides(what)
+    _add_bool(what, "--enable-svdquant", "the weights are an SVDQuant (nunchaku) checkpoint")
+    what.add_argument("--quantization-precision", metavar="int4|nvfp4", help="of an SVDQuant file")
+    what.add_argument("--quantization-rank", type=int, help="low-rank size of an SVDQuant file")
+    what.add_argument("--quantization", metavar="fp8", help="quantize BF16 weights while loading")
+    what.add_argument(
+        "--quantization-ignored-layers", nargs="+", metavar="NAME", help="left alone by it"
+    )
+    what.add_argument("--revision", help="revision of hub ids")
+    what.add_argument(
+        "--tiny", action="store_true", help="use tiny true-format stand-ins, made on first use"
+    )
+    where = parser.add_argument_group("machine")
+    where.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the best there is)")
+    where.add_argument("--dtype", choices=DTYPES, help="compute dtype (default bfloat16)")
+    where.add_argument("--backend", help="kernel backend; nothing else is tried")
+    _add_bool(where, "--dit-layerwise-offload", "keep transformer blocks in host memory")
+    _add_bool(where, "--dit-cpu-offload", "keep the whole transformer in host memory")
+    how = parser.add_argument_group("generation")
+    how.add_argument("--prompt", nargs="+", help="one or more prompts")
+    how.add_argument("--negative-prompt")
+    how.add_argument("--height", type=int, help="pixels")
+    how.add_argument("--width", type=int, help="pixels")
+    how.add_argument("--num-frames", type=int)
+    how.add_argument("--num-inference-steps", type=int)
+    how.add_argument("--guidance-scale", type=float)
+    how.add_argument("--seed", type=int, nargs="+", help="one or more seeds (default 0)")
+
+
+def _document_overrides(group: argparse._ArgumentGroup) -> None:
+    """Show the dynamic flags in --help; `parse_overrides` reads them."""
+    group.description = (
+        "--transformer-path X replaces the component `transformer` (config and weights), "
+        "--transformer-weights-path X only its weights; --<component>-path and "
+        "--<component>-weights-path do the same for any other (--transformer-2-path)."
+    )
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say where results go."""
+    out = parser.add_argument_group("output")
+    out.add_argument("--save-output", action="store_true", default=True, help="(the default)")
+    out.add_argument("--no-save-output", action="store_false", dest="save_output")
+    out.add_argument("--output-path", default="outputs", help="a folder, or one file")
+    out.add_argument("--json", action="store_true", help="print a performance dump as JSON")

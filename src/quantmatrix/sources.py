@@ -1,0 +1,208 @@
+"""Sources: which files each transformer component of a request comes from.
+
+Precedence, best first: the weights override of the component, the component override, the base
+model. The weights override replaces weights only, the component override replaces configuration
+and weights. Nothing here looks at tensors beyond their headers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantmatrix import models
+from quantmatrix.checkpoint import Checkpoint
+from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.references import (
+    PipelineFolder,
+    open_compat,
+    open_component,
+    open_pipeline,
+    open_weights,
+    read_component_config,
+)
+from quantmatrix.request import PRECISIONS, Request
+
+COMPATIBLE_BASES = {"FLUX.2-dev-NVFP4": "black-forest-labs/FLUX.2-dev"}
+"""Repositories that hold only weights and may stand in `--model-path`, with their real base."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one transformer component comes from."""
+
+    checkpoint: Checkpoint
+    class_name: str
+    config: Mapping[str, Any]
+    config_from: str
+    primary: bool
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where everything comes from."""
+
+    base: str
+    model: str
+    pipeline_class: str | None
+    components: Mapping[str, Source]
+    warnings: list[str] = field(default_factory=list)
+
+
+def find_sources(request: Request) -> Sources:
+    """Resolve a request to checkpoints; raises UsageError or CheckpointError."""
+    check_svdquant_flags(request)
+    base, weights = find_base(request)
+    pipeline = open_pipeline(base, request.hub)
+    model, warnings = find_model(request, pipeline)
+    names = component_names(model, pipeline)
+    check_overrides(request, pipeline, names)
+    components = {
+        name: find_source(name, request, pipeline, weights.get(name), primary=name == names[0])
+        for name in names
+    }
+    for name in names[1:]:
+        if names[0] in weights and name not in weights:
+            warnings.append(f"{name} keeps the base checkpoint; the override is for {names[0]} only")
+    return Sources(base, model, pipeline.class_name, components, warnings)
+
+
+def find_base(request: Request) -> tuple[str, dict[str, str]]:
+    """(base model, weights overrides), the compatibility use of `--model-path` resolved."""
+    if not request.model_path:
+        raise UsageError("--model-path is missing: name the base model, a folder or a hub id")
+    weights = dict(request.weights_paths)
+    for marker, base in COMPATIBLE_BASES.items():
+        if marker in request.model_path:
+            weights.setdefault("transformer", f"compat:{request.model_path}")
+            return base, weights
+    return request.model_path, weights
+
+
+def find_model(request: Request, pipeline: PipelineFolder) -> tuple[str, list[str]]:
+    """(model id, warnings): by `--model-id`, else by the class the base model names."""
+    warnings: list[str] = []
+    if request.model_id:
+        named = models.by_short_name(request.model_id)
+        if named:
+            return named, warnings
+        known = ", ".join(models.load(name).NAME for name in models.IDS)
+        warnings.append(
+            f"--model-id {request.model_id} is no known model ({known}); "
+            "the model is taken from the base checkpoint instead"
+        )
+    found = models.by_class(pipeline.class_name or "")
+    if found is None:
+        known = ", ".join(models.load(name).PIPELINE for name in models.IDS)
+        raise CheckpointError(
+            f"{pipeline.reference}: {pipeline.class_name} is none of the base models ({known}); "
+            "pass --model-id if this is a mirror of one of them"
+        )
+    return found, warnings
+
+
+def component_names(model: str, pipeline: PipelineFolder) -> list[str]:
+    """Transformer components that the base has, primary first; a bare folder is `transformer`."""
+    if not pipeline.components:
+        return ["transformer"]
+    return [name for name in models.load(model).COMPONENTS if name in pipeline.components]
+
+
+def check_overrides(request: Request, pipeline: PipelineFolder, names: list[str]) -> None:
+    """An override must name a component that the base model has."""
+    known = set(pipeline.components) | set(names)
+    for suffix, overrides in (
+        ("path", request.component_paths),
+        ("weights-path", request.weights_paths),
+    ):
+        for name in overrides:
+            if name not in known:
+                raise UsageError(
+                    f"--{name.replace('_', '-')}-{suffix}: {pipeline.reference} has no component "
+                    f"{name}; it has {', '.join(sorted(known))}"
+                )
+    strange = [name for name in request.weights_paths if name not in names]
+    if strange:
+        raise UsageError(
+            f"--{strange[0].replace('_', '-')}-weights-path: only transformer components take a "
+            f"weights override ({', '.join(names)})"
+        )
+
+
+def find_source(
+    name: str, request: Request, pipeline: PipelineFolder, weights: str | None, *, primary: bool
+) -> Source:
+    """Where one component comes from, its class checked against the base's."""
+    override = request.component_paths.get(name)
+    if weights and weights.startswith("compat:"):
+        checkpoint = open_compat(weights.removeprefix("compat:"), request.hub)
+    elif weights:
+        checkpoint = open_weights(weights, request.hub)
+    elif override:
+        checkpoint = open_component(override, request.hub)
+    else:
+        checkpoint = open_component(pipeline.reference, request.hub, subfolder_of(name, pipeline))
+    if override and not weights:
+        config, config_from = checkpoint.config, checkpoint.config_file
+        if config is None or config_from is None:
+            raise CheckpointError(
+                f"{override}: no config.json beside {', '.join(checkpoint.files)}; a component "
+                f"folder has one. For weights alone use --{name.replace('_', '-')}-weights-path"
+            )
+    elif override:
+        config, config_from = read_component_config(override, request.hub, "")
+    else:
+        config, config_from = read_component_config(
+            pipeline.reference, request.hub, subfolder_of(name, pipeline)
+        )
+    class_name = str(config.get("_class_name") or "")
+    check_class(name, class_name, config_from, pipeline, checkpoint)
+    return Source(checkpoint, class_name, config, config_from, primary)
+
+
+def subfolder_of(name: str, pipeline: PipelineFolder) -> str:
+    """Folder of a component inside the base; a bare component folder is its own."""
+    return name if pipeline.components else ""
+
+
+def check_class(
+    name: str, class_name: str, config_from: str, pipeline: PipelineFolder, checkpoint: Checkpoint
+) -> None:
+    """The base model, the override's config and the weights' header must name one class."""
+    expected = pipeline.components[name][1] if name in pipeline.components else class_name
+    if class_name != expected:
+        raise CheckpointError(
+            f"{config_from}: this is a {class_name or 'component without _class_name'}, "
+            f"{name} of {pipeline.reference} is a {expected}: wrong model for the checkpoint"
+        )
+    header = checkpoint.metadata.get("config")
+    if not header:
+        return
+    try:
+        stated = json.loads(header).get("_class_name")
+    except (ValueError, AttributeError):
+        return
+    if stated and stated != class_name:
+        raise CheckpointError(
+            f"{checkpoint.files[0]}: the header says these are weights of {stated}, "
+            f"{config_from} says {class_name}: wrong model for the checkpoint"
+        )
+
+
+def check_svdquant_flags(request: Request) -> None:
+    """Contradictions among the three SVDQuant flags, before any file is opened."""
+    if request.enable_svdquant and not request.weights_paths.get("transformer"):
+        raise UsageError(
+            "--enable-svdquant needs --transformer-weights-path: name the SVDQuant file"
+        )
+    precision = request.quantization_precision
+    if precision is not None and precision not in PRECISIONS:
+        hint = " (fp4 in file names is written nvfp4 here)" if precision == "fp4" else ""
+        raise UsageError(
+            f"--quantization-precision {precision}: expected {' or '.join(PRECISIONS)}{hint}"
+        )
+    rank = request.quantization_rank
+    if rank is not None and rank <= 0:
+        raise UsageError(f"--quantization-rank {rank}: must be greater than 0")
