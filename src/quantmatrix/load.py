@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from quantmatrix import families, kernels
-from quantmatrix.checkpoint import Checkpoint, fetch
+from quantmatrix.checkpoint import Checkpoint
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.layers import QuantizedLinear, SplitInputLinear
 from quantmatrix.models import Target
-from quantmatrix.plan import ComponentPlan, Piece, Refusal, ignored_names, plan
+from quantmatrix.planning import ComponentPlan, Piece, Refusal, ignored_names, plan
+from quantmatrix.references import fetch
 from quantmatrix.request import WEIGHTS_ALIASES, Request
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -93,7 +94,7 @@ def load_transformer(
             f"{model_path} has no transformer component {component!r}; "
             f"it has {', '.join(made.components)}"
         )
-    return load_component(made.components[component], request, device=device)
+    return load_component(made.components[component], made.request, device=device)
 
 
 def load_component(

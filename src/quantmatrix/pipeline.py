@@ -8,7 +8,7 @@ import torch
 
 from quantmatrix.errors import RefusedError, UsageError
 from quantmatrix.load import DTYPES, load_component, show_progress
-from quantmatrix.plan import Plan, Refusal, plan
+from quantmatrix.planning import Plan, Refusal, plan
 from quantmatrix.references import fetch_pipeline
 from quantmatrix.request import Request
 

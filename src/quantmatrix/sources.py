@@ -8,12 +8,12 @@ and weights. Nothing here looks at tensors beyond their headers.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quantmatrix import models
-from quantmatrix.checkpoint import Checkpoint
+from quantmatrix.checkpoint import Checkpoint, Hub
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.references import (
     PipelineFolder,
@@ -49,6 +49,25 @@ class Sources:
     pipeline_class: str | None
     components: Mapping[str, Source]
     warnings: list[str] = field(default_factory=list)
+
+
+def open_tiny_hub(references: Iterable[str]) -> Hub:
+    """The tiny hub, with a stand-in for each reference; made on first use."""
+    from quantmatrix import tiny
+
+    folder = tiny.default_folder()
+    for reference in references:
+        tiny.ensure(reference, folder)
+    return tiny.hub(folder)
+
+
+def use_tiny(request: Request) -> Request:
+    """A `--tiny` request with its hub: every reference in it leads to a tiny stand-in."""
+    if not request.tiny or request.hub != Hub():
+        return request
+    bases = [base for marker, base in COMPATIBLE_BASES.items() if marker in request.model_path]
+    overrides = [*request.component_paths.values(), *request.weights_paths.values()]
+    return replace(request, hub=open_tiny_hub([request.model_path, *bases, *overrides]))
 
 
 def find_sources(request: Request) -> Sources:

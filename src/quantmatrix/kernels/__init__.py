@@ -129,6 +129,19 @@ def take_rows(scheme: Scheme, tensors: Tensors, rows: torch.Tensor | slice) -> T
     return found
 
 
+def decode(scheme: Scheme, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight [out, in], bias [out] or None) in plain float32 numbers, of canonical tensors.
+
+    An op whose bias is stored folded (SVDQuant's shift, a zero point) offers `decode_bias`.
+    """
+    module = import_module(OPS[scheme.op])
+    bias = tensors.get("bias")
+    if hasattr(module, "decode_bias"):
+        bias = module.decode_bias(tensors, scheme)
+    weight: torch.Tensor = module.decode(tensors, scheme)
+    return weight, None if bias is None else bias.float()
+
+
 def choose(
     op: str,
     machine: Machine,

@@ -1,4 +1,4 @@
-"""Plan: everything about a run decided once, from headers and JSON, before any tensor is read.
+"""Planning: everything about a run decided once, from headers and JSON, before any tensor is read.
 
 For each transformer component the plan says where its configuration and its weights come from,
 which family they are of and why, how every linear layer is stored (its scheme), where in the file
@@ -23,7 +23,7 @@ from quantmatrix.hardware import Machine
 from quantmatrix.models import Dialect, Target
 from quantmatrix.request import Request
 from quantmatrix.scheme import Scheme, measure_features
-from quantmatrix.sources import Source, find_sources
+from quantmatrix.sources import Source, find_sources, use_tiny
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 PLAIN_DTYPES = ("BF16", "F16", "F32", "F64", "I64", "I32", "BOOL")
@@ -160,7 +160,7 @@ class Refusal:
 
 def plan(request: Request | None = None, /, **fields: Any) -> Plan | Refusal:
     """Decide how a request will run, or why it cannot. Keyword arguments are Request's fields."""
-    request = request if request is not None else Request(**fields)
+    request = use_tiny(request if request is not None else Request(**fields))
     machine = find_machine(request)
     found = find_sources(request)
     warnings = list(found.warnings)
