@@ -1,0 +1,5 @@
+"""`python -m quantmatrix`."""
+
+from quantmatrix.cli import entry
+
+entry()

@@ -1,0 +1,416 @@
+"""The command line. Every command has `--json`; nothing heavy is imported before it is needed.
+
+Exit codes: 0 done, 1 something is wrong with a file or a claim, 2 the words contradict each other,
+3 a refusal (the plan ended in a rule), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from quantmatrix import __version__
+from quantmatrix.errors import QuantmatrixError, RefusedError, UsageError
+from quantmatrix.request import (
+    Request,
+    add_output_flags,
+    add_request_flags,
+    normalize_words,
+)
+
+FP4_BACKEND_VARIABLE = "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND"
+EXIT_PROBLEM, EXIT_USAGE, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+Handler = Callable[[argparse.Namespace, list[str]], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    words = normalize_words(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(words)
+    handler: Handler | None = getattr(arguments, "handler", None)
+    if handler is None:
+        parser.print_help()
+        return EXIT_USAGE
+    try:
+        if rest and not getattr(arguments, "takes_overrides", False):
+            raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
+        return handler(arguments, rest)
+    except RefusedError as error:
+        return report_error(error, arguments, EXIT_REFUSED)
+    except UsageError as error:
+        return report_error(error, arguments, EXIT_USAGE)
+    except QuantmatrixError as error:
+        return report_error(error, arguments, EXIT_PROBLEM)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return EXIT_PROBLEM
+
+
+def report_error(error: QuantmatrixError, arguments: argparse.Namespace, code: int) -> int:
+    """Print an error: words on standard error, and the same as JSON where that was asked for."""
+    if getattr(arguments, "json", False):
+        rule = getattr(error, "rule", None)
+        refusal = {"rule": rule, "message": str(error)} if rule else None
+        kind = type(error).__name__
+        print_json({"ok": False, "refusal": refusal, "error": {"type": kind, "message": str(error)}})
+    print(f"quantmatrix: {error}", file=sys.stderr)
+    return code
+
+
+def print_json(value: Any) -> None:
+    """Print finite, sorted JSON."""
+    print(json.dumps(value, indent=2, sort_keys=True, allow_nan=False, default=str))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    parser = argparse.ArgumentParser(
+        prog="quantmatrix",
+        description="Which quantized diffusion checkpoint works on which hardware, with proof.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"quantmatrix {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_generate(commands)
+    _add_plan(commands)
+    _add_inspect(commands)
+    _add_dequantize(commands)
+    _add_doctor(commands)
+    _add_matrix(commands)
+    _add_tiny_hub(commands)
+    _add_report(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, text: str, handler: Handler) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text, allow_abbrev=False
+    )
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    parser = _add(commands, "generate", "generate images or videos with a checkpoint", run_generate)
+    add_request_flags(parser)
+    add_output_flags(parser)
+    parser.set_defaults(takes_overrides=True)
+
+
+def _add_plan(commands: Any) -> None:
+    text = "say what would run, with which kernels and memory, or why not; reads headers only"
+    parser = _add(commands, "plan", text, run_plan)
+    add_request_flags(parser)
+    add_output_flags(parser)
+    parser.add_argument("--hardware", help="a row of hardware.csv instead of this machine")
+    parser.set_defaults(takes_overrides=True)
+
+
+def _add_inspect(commands: Any) -> None:
+    text = "describe a checkpoint: family, why, schemes per layer, sizes, header facts"
+    parser = _add(commands, "inspect", text, run_inspect)
+    parser.add_argument("checkpoint", help="a file, a folder or a hub id")
+    parser.add_argument("--tiny", action="store_true", help="look in the tiny hub")
+    parser.add_argument("--layers", action="store_true", help="list every quantized layer")
+    parser.add_argument("--json", action="store_true")
+
+
+def _add_dequantize(commands: Any) -> None:
+    text = "write a checkpoint as a plain diffusers component folder (--output-path DIR)"
+    parser = _add(commands, "dequantize", text, run_dequantize)
+    add_request_flags(parser)
+    add_output_flags(parser)
+    parser.add_argument("--component", default="transformer")
+    parser.set_defaults(takes_overrides=True, output_path=None)
+
+
+def _add_doctor(commands: Any) -> None:
+    text = "look at this machine: devices, optional packages, the wrong `nunchaku`"
+    parser = _add(commands, "doctor", text, run_doctor)
+    parser.add_argument("--json", action="store_true")
+
+
+def _add_matrix(commands: Any) -> None:
+    parser = _add(commands, "matrix", "read the tables", run_matrix_list)
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    for name, text, handler in (
+        ("list", "list the cells, with their state from the evidence", run_matrix_list),
+        ("check", "check the tables; every problem with file and line", run_matrix_check),
+        ("show", "show one cell or row: its command, claim, rule and evidence", run_matrix_show),
+    ):
+        action = _add(actions, name, text, handler)
+        action.add_argument("--json", action="store_true")
+        action.add_argument("--reports", help="folder of the reports (default: reports)")
+        if name == "show":
+            action.add_argument("id", help="id of a cell (row@hardware) or of a row")
+        if name == "list":
+            for flag in ("family", "model", "hardware", "claim", "state"):
+                action.add_argument(f"--{flag}", nargs="+", default=[], metavar=flag.upper())
+
+
+def _add_tiny_hub(commands: Any) -> None:
+    text = "make tiny true-format stand-ins for every repository in the tables"
+    parser = _add(commands, "tiny-hub", text, run_tiny_hub)
+    parser.add_argument("folder", nargs="?", help="a hub cache folder (default: your cache)")
+    parser.add_argument("--json", action="store_true")
+
+
+def _add_report(commands: Any) -> None:
+    parser = _add(commands, "report", "render the support matrix from evidence", run_report)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail on any drift")
+    parser.add_argument("--reports", help="folder of the reports (default: reports)")
+    parser.add_argument("--json", action="store_true")
+
+
+def read_request(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
+    """The request of parsed flags; the only place where environment variables are read."""
+    from quantmatrix.checkpoint import Hub
+
+    extra: dict[str, Any] = {"fp4_gemm_backend": os.environ.get(FP4_BACKEND_VARIABLE)}
+    if arguments.revision:
+        extra["hub"] = Hub(revision=arguments.revision)
+    return Request.from_arguments(arguments, rest, **extra)
+
+
+def run_generate(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """`quantmatrix generate`."""
+    request = read_request(arguments, rest)
+    from quantmatrix.run import Run, generate_all, save_media
+
+    several = len(request.prompt) * len(request.seed) > 1
+
+    def save(run: Run) -> None:
+        for warning in run.plan.warnings:
+            print(f"quantmatrix: warning: {warning}", file=sys.stderr)
+        if arguments.save_output:
+            path = save_media(run, arguments.output_path, several=several)
+            print(f"saved {path}", file=sys.stderr)
+
+    runs = generate_all(request, progress=sys.stderr.isatty(), save=save)
+    if arguments.json:
+        print_json({"ok": True, "runs": [run.to_json() for run in runs]})
+    else:
+        for run in runs:
+            print_run(run.to_json())
+    return 0
+
+
+def print_run(run: Mapping[str, Any]) -> None:
+    """A run in two lines."""
+    layers = ", ".join(
+        f"{name}: {sum(found.values())} quantized layers ({backends_text(found)})"
+        for name, found in run["backends"].items()
+    )
+    print(run["output"] or "(not saved)")
+    print(f"  {layers}; {run['seconds']['generate']:.2f} s, {len(run['step_seconds']) + 1} steps")
+
+
+def backends_text(found: Mapping[str, int]) -> str:
+    """`28 decode, 4 reference`."""
+    return ", ".join(f"{count} {name}" for name, count in found.items()) or "none"
+
+
+def run_plan(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """`quantmatrix plan`."""
+    from quantmatrix.planning import Refusal, plan
+
+    made = plan(read_request(arguments, rest))
+    if arguments.json:
+        print_json(made.to_json())
+    elif isinstance(made, Refusal):
+        print(f"refused [{made.rule}]: {made.message}")
+    else:
+        print_plan(made.to_json())
+    return 0 if made.ok else EXIT_REFUSED
+
+
+def print_plan(made: Mapping[str, Any]) -> None:
+    """A plan for people."""
+    print(f"{made['model']} on {made['machine']['name']} ({made['machine']['arch']})")
+    for name, part in made["components"].items():
+        print(f"  {name}: {part['family'] or 'full precision'} ({part['why']})")
+        print(f"    weights      {', '.join(part['files'])}")
+        print(f"    config       {part['config_from']}")
+        rank = f", rank {part['rank']}" if part["rank"] else ""
+        layers = f"{part['quantized_layers']} of {part['total_layers']}"
+        print(f"    quantized    {layers} linear layers, {part['precision'] or '-'}{rank}")
+        print(f"    kernels      {backends_text(part['backends'])}")
+        print(f"    memory       {part['bytes'] / 2**20:,.1f} MiB of weights")
+    for warning in made["warnings"]:
+        print(f"  warning: {warning}")
+
+
+def run_inspect(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """`quantmatrix inspect`."""
+    from quantmatrix.checkpoint import Hub
+    from quantmatrix.describe import inspect
+
+    hub = Hub()
+    if arguments.tiny:
+        from quantmatrix.sources import open_tiny_hub
+
+        hub = open_tiny_hub([arguments.checkpoint])
+    found = inspect(arguments.checkpoint, hub)
+    if arguments.json:
+        print_json(found)
+        return 0
+    for name, part in found["components"].items():
+        print(f"{name}: {part['family'] or 'full precision'} ({part['why']})")
+        for file in part["files"]:
+            print(f"  file         {file}")
+        print(f"  size         {part['bytes'] / 2**20:,.1f} MiB in {part['tensors']} tensors")
+        print(f"  declared in  {part['quantization_from'] or part['description_file'] or '-'}")
+        print(f"  schemes      {backends_text(part['schemes'])}")
+        for layer, scheme in part["layers"].items() if arguments.layers else ():
+            print(f"    {layer}: {', '.join(f'{k}={v}' for k, v in scheme.items())}")
+    return 0
+
+
+def run_dequantize(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """`quantmatrix dequantize`."""
+    from quantmatrix.dequantize import dequantize
+
+    if not arguments.output_path:
+        raise UsageError("--output-path is missing: name the folder to write")
+    dtype = arguments.dtype or "float32"
+    request = read_request(arguments, rest)
+    made = dequantize(request, arguments.output_path, component=arguments.component, dtype=dtype)
+    if arguments.json:
+        print_json(made)
+    else:
+        print(f"{made['output']}: {made['tensors']} tensors, {made['bytes'] / 2**20:,.1f} MiB")
+    return 0
+
+
+def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """`quantmatrix doctor`."""
+    from quantmatrix import doctor
+
+    found = doctor.examine()
+    if arguments.json:
+        print_json(found)
+    else:
+        print(doctor.to_text(found))
+    return 0
+
+
+def read_states(reports: str | None) -> tuple[Any, dict[str, str]]:
+    """(the matrix, state of every cell joined from the evidence)."""
+    from quantmatrix import matrix, report
+
+    tables = matrix.read()
+    return tables, report.read_states(tables, reports)
+
+
+def run_matrix_list(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """`quantmatrix matrix list`."""
+    from quantmatrix import matrix
+
+    tables, states = read_states(arguments.reports)
+    rows = matrix.rows_as_dicts(tables, states)
+    for flag in ("family", "model", "hardware", "claim", "state"):
+        wanted = getattr(arguments, flag)
+        known = {row[flag] for row in rows} | known_values(tables, flag)
+        strange = [word for word in wanted if word not in known]
+        if strange:
+            raise UsageError(f"--{flag} {strange[0]}: not in the tables; known: {sorted(known)}")
+        rows = [row for row in rows if not wanted or row[flag] in wanted]
+    if arguments.json:
+        print_json({"rows": rows})
+        return 0
+    for row in rows:
+        print(f"{row['state']:10} {row['claim']:10} {row['id']}")
+    print(f"{len(rows)} cells", file=sys.stderr)
+    return 0
+
+
+def known_values(tables: Any, flag: str) -> set[str]:
+    """Values that a filter may take although no row has them at the moment."""
+    from quantmatrix import matrix, report
+
+    if flag == "state":
+        return set(report.STATES)
+    if flag == "claim":
+        return set(matrix.CLAIMS)
+    return set({"family": tables.families, "model": tables.models}.get(flag, tables.hardware))
+
+
+def run_matrix_check(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """`quantmatrix matrix check`."""
+    from quantmatrix import matrix
+
+    tables = matrix.read()
+    found = {"ok": True, "rows": len({c.row for c in tables.cells}), "cells": len(tables.cells)}
+    if arguments.json:
+        print_json(found)
+    else:
+        print(f"{found['rows']} rows, {found['cells']} cells: no problem found")
+    return 0
+
+
+def run_matrix_show(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """`quantmatrix matrix show`."""
+    from quantmatrix import matrix
+
+    tables, states = read_states(arguments.reports)
+    rows = matrix.rows_as_dicts(tables, states)
+    found = [row for row in rows if arguments.id in (row["id"], row["row"])]
+    if not found:
+        raise UsageError(f"{arguments.id}: no such row or cell; see `quantmatrix matrix list`")
+    if arguments.json:
+        print_json({"rows": found})
+        return 0
+    for row in found:
+        print(row["id"])
+        for key, value in row.items():
+            if key != "id" and value not in ("", [], None):
+                print(f"  {key:11} {' '.join(value) if isinstance(value, list) else value}")
+    return 0
+
+
+def run_tiny_hub(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """`quantmatrix tiny-hub`."""
+    from pathlib import Path
+
+    from quantmatrix import tiny
+
+    folder = Path(arguments.folder) if arguments.folder else tiny.default_folder()
+    made = tiny.ensure_all(folder)
+    if arguments.json:
+        print_json({"folder": str(folder), "repositories": made})
+    else:
+        print("\n".join(made))
+        print(f"{len(made)} stand-ins in {folder}", file=sys.stderr)
+    return 0
+
+
+def run_report(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """`quantmatrix report`."""
+    from quantmatrix import report
+
+    drift = report.check(arguments.reports) if arguments.check else report.write(arguments.reports)
+    if arguments.json:
+        print_json({"ok": not (arguments.check and drift), "files": drift})
+    elif arguments.check and not drift:
+        print("reports agree with claims and evidence")
+    else:
+        print("\n".join(drift))
+    return EXIT_PROBLEM if arguments.check and drift else 0
+
+
+def entry() -> None:
+    """Console entry point."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

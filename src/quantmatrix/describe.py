@@ -1,0 +1,70 @@
+"""Describe: what a checkpoint is, from its headers alone (`quantmatrix inspect`)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+from quantmatrix import families
+from quantmatrix.checkpoint import Checkpoint, Hub
+from quantmatrix.errors import CheckpointError
+from quantmatrix.references import open_compat, open_component, open_pipeline, open_weights
+from quantmatrix.sources import COMPATIBLE_BASES
+
+
+def inspect(path: str, hub: Hub | None = None) -> dict[str, Any]:
+    """Family, reason, schemes per layer, sizes and header facts of every transformer in a path.
+
+    `path` is a weight file, a component folder, a whole pipeline or a hub id of one of these.
+    """
+    found = open_any(path, hub or Hub())
+    return {
+        "reference": path,
+        "components": {name: describe(checkpoint) for name, checkpoint in found.items()},
+    }
+
+
+def open_any(path: str, hub: Hub) -> dict[str, Checkpoint]:
+    """The checkpoints that a path holds: transformer components, or one set of weights."""
+    if any(marker in path for marker in COMPATIBLE_BASES) and not path.endswith(".safetensors"):
+        return {"transformer": open_compat(path, hub)}
+    if path.endswith((".safetensors", ".safetensors.index.json")):
+        return {"transformer": open_weights(path, hub)}
+    try:
+        pipeline = open_pipeline(path, hub)
+    except CheckpointError:
+        return {"transformer": open_weights(path, hub)}
+    if not pipeline.components:
+        return {"transformer": open_component(path, hub)}
+    names = [name for name in pipeline.components if name.startswith("transformer")]
+    return {name: open_component(path, hub, name) for name in names}
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """One checkpoint as plain data."""
+    detected = families.detect(checkpoint)
+    family, why = detected or (None, "nothing in it is quantized")
+    schemes = families.load(family).schemes(checkpoint) if family else {}
+    dtypes: Counter[str] = Counter()
+    for header in checkpoint.tensors.values():
+        dtypes[header.dtype] += header.nbytes
+    return {
+        "family": family,
+        "why": why,
+        "files": list(checkpoint.files),
+        "bytes": checkpoint.nbytes,
+        "tensors": len(checkpoint.tensors),
+        "bytes_per_dtype": dict(dtypes),
+        "config_file": checkpoint.config_file,
+        "quantization_from": checkpoint.quantization_from,
+        "quantization": checkpoint.quantization,
+        "description_file": checkpoint.description_file,
+        "metadata": dict(checkpoint.metadata),
+        "quantized_layers": len(schemes),
+        "schemes": dict(Counter(scheme.name for scheme in schemes.values())),
+        "layers": {
+            layer: {k: v for k, v in asdict(scheme).items() if v not in (0, "", False, (0, 0))}
+            for layer, scheme in schemes.items()
+        },
+    }

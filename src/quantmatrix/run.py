@@ -1,0 +1,235 @@
+"""Run: generate with a planned pipeline, and keep what proves it.
+
+The latents of every denoising step are kept, the seconds of every stage and step, the peak memory,
+and the census of quantized layers that stood in the model. Same seed, same machine, same bits: the
+noise comes from a fresh CPU generator for every image.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantmatrix import models
+from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix.load import count_quantized
+from quantmatrix.pipeline import build_pipeline
+from quantmatrix.planning import Plan, Refusal, plan
+from quantmatrix.request import Request
+
+
+@dataclass
+class Run:
+    """What one prompt and one seed gave."""
+
+    plan: Plan
+    prompt: str
+    seed: int
+    latents: list[torch.Tensor]
+    """Latents after each step, on the CPU, in the dtype of the pipeline."""
+    media: list[Any]
+    """PIL images; for a video its frames."""
+    is_video: bool
+    fps: int
+    seconds: dict[str, float]
+    """`load` (first run of a pipeline only), `generate` with text encoding and decoding."""
+    step_seconds: list[float]
+    peak_bytes: int
+    """Peak memory: of the accelerator when there is one, else resident memory of the process."""
+    census: dict[str, dict[str, int]]
+    """Quantized layers found in each transformer component, per backend."""
+    output: Path | None = None
+    calls: dict[str, int] = field(default_factory=dict)
+    """Forward calls of each transformer component."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The performance dump, plain data."""
+        return {
+            "prompt": self.prompt,
+            "seed": self.seed,
+            "output": str(self.output) if self.output else None,
+            "seconds": self.seconds,
+            "step_seconds": self.step_seconds,
+            "peak_memory_bytes": self.peak_bytes,
+            "quantized_layers": {n: sum(c.values()) for n, c in self.census.items()},
+            "backends": self.census,
+            "transformer_calls": self.calls,
+            "transformer_bytes": {n: c.bytes for n, c in self.plan.components.items()},
+            "plan": self.plan.to_json(),
+        }
+
+
+def generate(
+    request: Request,
+    *,
+    made: Plan | None = None,
+    pipeline: Any = None,
+    progress: bool = False,
+) -> Run:
+    """Generate for the first prompt and seed of a request; see `generate_all` for every one."""
+    return next(iter(generate_all(request, made=made, pipeline=pipeline, progress=progress)))
+
+
+def generate_all(
+    request: Request,
+    *,
+    made: Plan | None = None,
+    pipeline: Any = None,
+    progress: bool = False,
+    save: Callable[[Run], None] | None = None,
+) -> list[Run]:
+    """Generate for every prompt and seed of a request, calling `save` after each."""
+    if made is None:
+        planned = plan(request)
+        if isinstance(planned, Refusal):
+            raise RefusedError(planned.rule, planned.message)
+        made = planned
+    seconds = {}
+    if pipeline is None:
+        start = time.perf_counter()
+        pipeline = build_pipeline(made, progress=progress)
+        seconds["load"] = time.perf_counter() - start
+    runs = []
+    for prompt in request.prompt:
+        for seed in request.seed:
+            run = generate_one(request, made, pipeline, prompt, seed)
+            run.seconds.update(seconds)
+            seconds = {}
+            if save is not None:
+                save(run)
+            runs.append(run)
+    return runs
+
+
+def generate_one(request: Request, made: Plan, pipeline: Any, prompt: str, seed: int) -> Run:
+    """One prompt, one seed."""
+    model = models.load(made.model)
+    latents: list[torch.Tensor] = []
+    marks: list[float] = []
+    calls: Counter[str] = Counter()
+    handles = [
+        getattr(pipeline, name).register_forward_hook(
+            lambda *_, name=name: calls.update([name])
+        )
+        for name in made.components
+    ]
+
+    def keep(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        latents.append(tensors["latents"].detach().to("cpu", copy=True))
+        marks.append(time.perf_counter())
+        return tensors
+
+    arguments = model.call_arguments(request)
+    defaults = model.TINY_DEFAULTS if request.tiny else model.DEFAULTS
+    reset_peak(made.machine.device)
+    start = time.perf_counter()
+    try:
+        with torch.inference_mode():
+            result = pipeline(
+                prompt=prompt,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                callback_on_step_end=keep,
+                callback_on_step_end_tensor_inputs=["latents"],
+                output_type="pil",
+                **arguments,
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+    total = time.perf_counter() - start
+    is_video = hasattr(result, "frames")
+    return Run(
+        plan=made,
+        prompt=prompt,
+        seed=seed,
+        latents=latents,
+        media=list(result.frames[0] if is_video else result.images),
+        is_video=is_video,
+        fps=defaults.fps,
+        seconds={"generate": total},
+        step_seconds=[b - a for a, b in zip(marks, marks[1:], strict=False)],
+        peak_bytes=read_peak(made.machine.device),
+        census={
+            name: dict(Counter(count_quantized(getattr(pipeline, name)).values()))
+            for name in made.components
+        },
+        calls=dict(calls),
+    )
+
+
+def reset_peak(device: str) -> None:
+    """Start a new peak-memory measurement where the device has a counter."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+
+
+def read_peak(device: str) -> int:
+    """Peak memory in bytes (accelerator counter, else the process's largest resident size)."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def save_media(run: Run, output_path: str, *, several: bool = False) -> Path:
+    """Write the run's image (PNG) or video (MP4); nothing is left behind on failure.
+
+    `output_path` is a folder, or a file whose ending fits (.png, .jpg, .webp / .mp4); with several
+    runs a number is added to a file's name.
+    """
+    target = name_output(run, Path(output_path), several)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
+        try:
+            write_media(run, temporary)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {target}: {error.strerror or error}; nothing was left behind. "
+            "Free some space or choose another --output-path"
+        ) from error
+    run.output = target
+    return target
+
+
+def name_output(run: Run, path: Path, several: bool) -> Path:
+    """The file of a run: the given one, or `<prompt>-<seed>` in the given folder."""
+    endings = (".mp4",) if run.is_video else (".png", ".jpg", ".jpeg", ".webp")
+    if path.suffix.lower() in endings:
+        return path.with_stem(f"{path.stem}-{slugify(run.prompt)}-{run.seed}") if several else path
+    if path.suffix.lower() in (".mp4", ".png", ".jpg", ".jpeg", ".webp", ".gif"):
+        raise UsageError(
+            f"--output-path {path}: this run makes a {'video' if run.is_video else 'picture'}; "
+            f"expected a folder or a file ending in {' or '.join(endings)}"
+        )
+    return path / f"{slugify(run.prompt)}-{run.seed}{endings[0]}"
+
+
+def slugify(text: str) -> str:
+    """A short file name from a prompt."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "output"
+
+
+def write_media(run: Run, path: Path) -> None:
+    """Write an image with Pillow, or a video with imageio's bundled ffmpeg."""
+    if not run.is_video:
+        run.media[0].save(path)
+        return
+    import imageio
+    import numpy as np
+
+    frames = [np.asarray(frame) for frame in run.media]
+    with imageio.get_writer(path, fps=run.fps, macro_block_size=1) as writer:
+        for frame in frames:
+            writer.append_data(frame)
