@@ -20,6 +20,10 @@ ENVIRONMENT = {
 }
 
 
+shared_session = nox.session(venv_location=".nox/quantmatrix", reuse_venv=True)
+"""One environment for every session that needs only the package: torch is big."""
+
+
 def install(session: nox.Session, *extras: str) -> None:
     """Install the package with the versions of constraints.txt, torch's CPU build first."""
     session.env.update(ENVIRONMENT)
@@ -28,7 +32,7 @@ def install(session: nox.Session, *extras: str) -> None:
     session.install("-c", "constraints.txt", "-e", wanted)
 
 
-@nox.session
+@shared_session
 def matrix(session: nox.Session) -> None:
     """Run every `cpu` row (and every refusal), write evidence, render reports/. The main job."""
     install(session, "test")
@@ -39,7 +43,7 @@ def matrix(session: nox.Session) -> None:
     session.run("quantmatrix", "report")
 
 
-@nox.session
+@shared_session
 def tests(session: nox.Session) -> None:
     """Run the unit tests, and every row of the matrix against the committed verdicts."""
     install(session, "test")
@@ -54,7 +58,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
 
 
-@nox.session
+@shared_session
 def types(session: nox.Session) -> None:
     """mypy --strict over the package."""
     install(session, "test")
@@ -62,18 +66,20 @@ def types(session: nox.Session) -> None:
     session.run("mypy")
 
 
-@nox.session
+@shared_session
 def report(session: nox.Session) -> None:
     """Fail when reports/ differs from what claims and evidence render to."""
     install(session)
     session.run("quantmatrix", "report", "--check")
 
 
-@nox.session
+@shared_session
 def bench(session: nox.Session) -> None:
     """Benchmarks: loading and kernels, without workers; an empty result is an error."""
     install(session, "test")
-    session.run("pytest", "benchmarks", "-q", "-p", "no:xdist", "--benchmark-only", *session.posargs)
+    session.run(
+        "pytest", "benchmarks", "-q", "-p", "no:xdist", "--benchmark-only", *session.posargs
+    )
 
 
 @nox.session

@@ -61,7 +61,9 @@ def report_error(error: QuantmatrixError, arguments: argparse.Namespace, code: i
         rule = getattr(error, "rule", None)
         refusal = {"rule": rule, "message": str(error)} if rule else None
         kind = type(error).__name__
-        print_json({"ok": False, "refusal": refusal, "error": {"type": kind, "message": str(error)}})
+        print_json(
+            {"ok": False, "refusal": refusal, "error": {"type": kind, "message": str(error)}}
+        )
     print(f"quantmatrix: {error}", file=sys.stderr)
     return code
 

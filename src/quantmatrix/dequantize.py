@@ -70,9 +70,7 @@ def plan_decode(request: Request, component: str) -> ComponentPlan:
         )
     machine = Machine(name="cpu", vendor="cpu", arch="cpu", memory_bytes=0)
     try:
-        return plan_component(
-            component, found.components[component], found.model, request, machine
-        )
+        return plan_component(component, found.components[component], found.model, request, machine)
     except kernels.NoKernel as error:
         refusal = Refusal(error.rule, error.message)
         raise RefusedError(refusal.rule, refusal.message) from error

@@ -220,9 +220,7 @@ def build_piece(
     )
 
 
-def read_layer(
-    checkpoint: Checkpoint, layer: str, reader: TensorReader
-) -> dict[str, torch.Tensor]:
+def read_layer(checkpoint: Checkpoint, layer: str, reader: TensorReader) -> dict[str, torch.Tensor]:
     """Every tensor on disk below a layer's name, by suffix."""
     prefix = f"{layer}."
     return {
@@ -313,9 +311,7 @@ def is_below(name: str, layers: set[str]) -> bool:
     return False
 
 
-def check_plain(
-    checkpoint: Checkpoint, name: str, parameter: str, tensor: torch.Tensor
-) -> None:
+def check_plain(checkpoint: Checkpoint, name: str, parameter: str, tensor: torch.Tensor) -> None:
     """Codes must never be taken as numbers."""
     if tensor.dtype in CODE_DTYPES:
         raise CheckpointError(
@@ -398,4 +394,3 @@ def show_progress(component: ComponentPlan, shown: bool) -> Iterator[Callable[[i
         disable=not shown,
     ) as bar:
         yield bar.update
-

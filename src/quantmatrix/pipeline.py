@@ -65,8 +65,10 @@ def load_other_overrides(made: Plan) -> dict[str, Any]:
             continue
         folder = fetch_pipeline(reference, made.request.hub)
         library = transformers if name.startswith(("text_encoder", "tokenizer")) else diffusers
-        auto = library.AutoModel if library is diffusers else (
-            library.AutoTokenizer if name.startswith("tokenizer") else library.AutoModel
+        auto = (
+            library.AutoModel
+            if library is diffusers
+            else (library.AutoTokenizer if name.startswith("tokenizer") else library.AutoModel)
         )
         loaded[name] = auto.from_pretrained(folder, dtype=DTYPES[made.request.dtype])
     return loaded

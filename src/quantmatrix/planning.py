@@ -288,7 +288,9 @@ def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict
         layer, _, leaf = name.rpartition(".")
         if leaf != "weight" or len(header.shape) != 2 or layer.split(".")[0] not in blocks:
             continue
-        matching = [p for p in ignored if p in layer.split(".") or fnmatchcase(layer, p) or p == layer]
+        matching = [
+            p for p in ignored if p in layer.split(".") or fnmatchcase(layer, p) or p == layer
+        ]
         hits.update(matching)
         if not matching:
             schemes[layer] = scheme
@@ -323,9 +325,7 @@ def sort_layers(
             parts.setdefault(target.module, []).append((layer, target, own, (rows, into)))
     ignored = ignored_names(checkpoint, family)
     plain = [
-        name
-        for name in checkpoint.tensors
-        if name not in ignored and not _belongs(name, schemes)
+        name for name in checkpoint.tensors if name not in ignored and not _belongs(name, schemes)
     ]
     return parts, plain
 
@@ -360,9 +360,7 @@ def count_plain_linears(checkpoint: Checkpoint, plain: Sequence[str], dialect: D
     return count
 
 
-def decide_offload(
-    request: Request, family: str | None, warnings: list[str]
-) -> tuple[bool, bool]:
+def decide_offload(request: Request, family: str | None, warnings: list[str]) -> tuple[bool, bool]:
     """(layerwise, whole component): the guide's rules for the two offload flags."""
     layerwise = bool(request.dit_layerwise_offload)
     whole = bool(request.dit_cpu_offload)

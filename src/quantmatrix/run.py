@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,7 @@ def generate_one(request: Request, made: Plan, pipeline: Any, prompt: str, seed:
     marks: list[float] = []
     calls: Counter[str] = Counter()
     handles = [
-        getattr(pipeline, name).register_forward_hook(
-            lambda *_, name=name: calls.update([name])
-        )
+        getattr(pipeline, name).register_forward_hook(lambda *_, name=name: calls.update([name]))
         for name in made.components
     ]
 
@@ -156,7 +155,7 @@ def generate_one(request: Request, made: Plan, pipeline: Any, prompt: str, seed:
         is_video=is_video,
         fps=defaults.fps,
         seconds={"generate": total},
-        step_seconds=[b - a for a, b in zip(marks, marks[1:], strict=False)],
+        step_seconds=[after - before for before, after in pairwise(marks)],
         peak_bytes=read_peak(made.machine.device),
         census={
             name: dict(Counter(count_quantized(getattr(pipeline, name)).values()))

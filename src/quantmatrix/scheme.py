@@ -5,7 +5,7 @@ records one per layer. Words used in the fields:
 
 | field       | values |
 | ----------- | ------ |
-| `op`        | the computation: `linear.fp8`, `linear.nvfp4`, `linear.svdq`, `linear.w4a16`, `linear.int8` |
+| `op`        | what is computed: `linear.fp8`, `linear.nvfp4`, `linear.svdq`, `linear.int8` ... |
 | `name`      | the checkpoint's own word for it: `FP8`, `NVFP4`, `W8A8_DYNAMIC`, `svdq-int4` ... |
 | `weight`    | number format of the codes: `e4m3`, `e2m1`, `int4`, `int8` |
 | `scale`     | granularity of the weight scales: `tensor`, `channel`, `block`, `group` |

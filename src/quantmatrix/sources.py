@@ -84,7 +84,9 @@ def find_sources(request: Request) -> Sources:
     }
     for name in names[1:]:
         if names[0] in weights and name not in weights:
-            warnings.append(f"{name} keeps the base checkpoint; the override is for {names[0]} only")
+            warnings.append(
+                f"{name} keeps the base checkpoint; the override is for {names[0]} only"
+            )
     return Sources(base, model, pipeline.class_name, components, warnings)
 
 

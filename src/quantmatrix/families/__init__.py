@@ -26,5 +26,7 @@ def detect(checkpoint: Checkpoint) -> tuple[str, str] | None:
     found = {name: why for name in IDS if (why := load(name).detect(checkpoint))}
     if len(found) > 1:
         claims = "; ".join(f"{name}: {why}" for name, why in found.items())
-        raise CheckpointError(f"{checkpoint.reference}: more than one quant family claims it: {claims}")
+        raise CheckpointError(
+            f"{checkpoint.reference}: more than one quant family claims it: {claims}"
+        )
     return next(iter(found.items()), None)

@@ -57,9 +57,7 @@ class Family(Protocol):
     def schemes(self, checkpoint: Checkpoint) -> dict[str, Scheme]:
         """Scheme of each quantized layer, by the layer's name on disk; absent = full precision."""
 
-    def tensors(
-        self, scheme: Scheme, out_features: int, in_features: int
-    ) -> dict[str, TensorSpec]:
+    def tensors(self, scheme: Scheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """The tensors of a layer on disk, by suffix, `bias` left out."""
 
     def quantize(
@@ -72,7 +70,9 @@ class Family(Protocol):
     ) -> dict[str, torch.Tensor]:
         """On-disk tensors of a layer with this weight [out, in], `bias` included when given."""
 
-    def canonical(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
+    def canonical(
+        self, tensors: Mapping[str, torch.Tensor], scheme: Scheme
+    ) -> dict[str, torch.Tensor]:
         """On-disk tensors of one layer as canonical tensors of `scheme.op`, `bias` included."""
 
     def dequantize(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:

@@ -149,7 +149,10 @@ def by_class(class_name: str) -> str | None:
 def by_short_name(short_name: str) -> str | None:
     """Model id of a `--model-id` value (the hub id's last part, any case), or None."""
     for name in IDS:
-        if short_name.lower() in (load(name).NAME.lower(), load(name).REPO.rsplit("/", 1)[-1].lower()):
+        if short_name.lower() in (
+            load(name).NAME.lower(),
+            load(name).REPO.rsplit("/", 1)[-1].lower(),
+        ):
             return name
     return None
 
