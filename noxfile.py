@@ -20,10 +20,6 @@ ENVIRONMENT = {
 }
 
 
-shared_session = nox.session(venv_location=".nox/quantmatrix", reuse_venv=True)
-"""One environment for every session that needs only the package: torch is big."""
-
-
 def install(session: nox.Session, *extras: str) -> None:
     """Install the package with the versions of constraints.txt, torch's CPU build first."""
     session.env.update(ENVIRONMENT)
@@ -32,7 +28,7 @@ def install(session: nox.Session, *extras: str) -> None:
     session.install("-c", "constraints.txt", "-e", wanted)
 
 
-@shared_session
+@nox.session
 def matrix(session: nox.Session) -> None:
     """Run every `cpu` row (and every refusal), write evidence, render reports/. The main job."""
     install(session, "test")
@@ -43,7 +39,7 @@ def matrix(session: nox.Session) -> None:
     session.run("quantmatrix", "report")
 
 
-@shared_session
+@nox.session
 def tests(session: nox.Session) -> None:
     """Run the unit tests, and every row of the matrix against the committed verdicts."""
     install(session, "test")
@@ -58,22 +54,24 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
 
 
-@shared_session
+@nox.session
 def types(session: nox.Session) -> None:
     """mypy --strict over the package."""
-    install(session, "test")
-    session.install("-c", "constraints.txt", "mypy", "pandas-stubs")
+    session.install(TORCH)
+    needed = ["mypy", "pandas-stubs", "numpy", "safetensors", "huggingface_hub", "pytest", "jinja2"]
+    session.install("-c", "constraints.txt", *needed)
     session.run("mypy")
 
 
-@shared_session
+@nox.session
 def report(session: nox.Session) -> None:
     """Fail when reports/ differs from what claims and evidence render to."""
-    install(session)
+    session.install("-c", "constraints.txt", "jinja2")
+    session.install("--no-deps", "-e", ".")  # rendering needs no torch, and must not
     session.run("quantmatrix", "report", "--check")
 
 
-@shared_session
+@nox.session
 def bench(session: nox.Session) -> None:
     """Benchmarks: loading and kernels, without workers; an empty result is an error."""
     install(session, "test")

@@ -5,7 +5,7 @@ nothing:
 
 | name | what it does |
 | ---- | ------------ |
-| `load_transformer` | a diffusers transformer with a checkpoint's quantized layers, ready for `forward` |
+| `load_transformer` | a diffusers transformer with quantized layers, ready for `forward` |
 | `load_pipeline` | the whole diffusers pipeline |
 | `plan` | what would run, with which kernels, or why not; reads headers only |
 | `inspect` | what a checkpoint is, from its headers |
@@ -43,7 +43,7 @@ def __getattr__(name: str) -> Any:
 
 
 def plan(*args: Any, **fields: Any) -> Any:
-    """What would run, with which kernels, or a refusal with its rule; see `quantmatrix.planning`."""
+    """What would run, with which kernels, or a refusal; see `quantmatrix.planning`."""
     from quantmatrix.planning import plan as decide
 
     return decide(*args, **fields)

@@ -110,7 +110,7 @@ def kernels_of(op: str) -> tuple[Kernel, ...]:
 
 
 def order_of(op: str, machine: Machine) -> tuple[str, ...]:
-    """Backends to try on a machine, best first: the op's `ORDER` row for its arch, vendor or `*`."""
+    """Backends to try on a machine, best first: `ORDER` of the op for its arch, vendor or `*`."""
     order: Mapping[str, tuple[str, ...]] = import_module(OPS[op]).ORDER
     for key in (machine.arch, machine.vendor, "*"):
         if key in order:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from typing import Any, Protocol, cast
 
@@ -49,7 +49,7 @@ class Rule:
         return _pattern(self.source)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pattern(source: str) -> re.Pattern[str]:
     return re.compile(re.escape(source).replace(r"\{i\}", r"(?P<i>\d+)") + r"\Z")
 
