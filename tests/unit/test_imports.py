@@ -1,0 +1,109 @@
+"""Imports that must not exist, and what the light commands may cost."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import quantmatrix
+
+PACKAGE = Path(quantmatrix.__file__).parent
+LIGHT = ("matrix", "hardware", "checkpoint", "references", "evidence", "report", "errors", "scheme")
+HEAVY = {"torch", "diffusers", "transformers", "pandas", "accelerate", "numpy", "safetensors"}
+VENDOR = {"flashinfer", "nunchaku", "torch_npu", "triton", "humming", "comfy_kitchen", "modelopt"}
+
+
+def modules() -> list[str]:
+    return sorted(
+        str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".")
+        for path in PACKAGE.rglob("*.py")
+    )
+
+
+def read_tree(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
+
+
+def imported(module: str, *, deep: bool) -> set[str]:
+    """Names that a module imports: at import time, or (deep) inside functions, too."""
+    names: set[str] = set()
+    pending: list[ast.AST] = list(read_tree(module).body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if deep or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            pending.extend(ast.iter_child_nodes(node))
+    return names
+
+
+def roots(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("module", [m for m in modules() if m.split(".")[0] in (*LIGHT, "models")])
+def test_light_modules_import_nothing_heavy(module: str) -> None:
+    assert not roots(imported(module, deep=False)) & HEAVY
+
+
+@pytest.mark.parametrize("module", ["report", "matrix", "evidence"])
+def test_tables_and_report_never_reach_torch(module: str) -> None:
+    assert not roots(imported(module, deep=True)) & (HEAVY - {"pandas"})
+
+
+@pytest.mark.parametrize("module", modules())
+def test_vendor_packages_are_imported_inside_functions_of_kernels(module: str) -> None:
+    assert not roots(imported(module, deep=False)) & VENDOR
+    if not module.startswith("kernels."):
+        assert not roots(imported(module, deep=True)) & (VENDOR - {"triton"})
+
+
+@pytest.mark.parametrize("module", modules())
+def test_layers_of_the_house(module: str) -> None:
+    inside = {n for n in imported(module, deep=True) if n.startswith("quantmatrix")}
+    where = module.split(".")[0]
+    if where not in ("cli", "__main__"):
+        assert not any(name.startswith("quantmatrix.cli") for name in inside)
+    banned = {
+        "families": ("models", "load", "planning", "plan", "cli"),
+        "models": ("families", "kernels", "load", "planning"),
+        "kernels": ("families", "models", "load", "planning"),
+    }.get(where, ())
+    for name in banned:
+        assert not any(found.startswith(f"quantmatrix.{name}") for found in inside), (module, name)
+
+
+@pytest.mark.parametrize("module", modules())
+def test_only_the_command_line_reads_the_environment(module: str) -> None:
+    if module.split(".")[0] == "cli":
+        pytest.skip("the one place that may")
+    source = ast.unparse(read_tree(module))
+    assert "os.environ" not in source
+    assert "getenv" not in source
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["matrix", "list"], ["matrix", "check"], ["report", "--check"]]
+)
+def test_light_commands_import_no_torch(words: list[str]) -> None:
+    code = (
+        "import sys, contextlib, io, json\n"
+        "from quantmatrix.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        "    try:\n"
+        f"        main({words!r})\n"
+        "    except SystemExit:\n"
+        "        pass\n"
+        "print(json.dumps(sorted(m for m in ('torch', 'diffusers', 'pandas') if m in sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
