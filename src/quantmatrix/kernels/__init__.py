@@ -45,11 +45,19 @@ class Needs:
     activations: tuple[str, ...] = ()
     out_multiple: int = 1
     in_multiple: int = 1
+    max_rows: int = 0
+    """Most rows (tokens) of an input that the kernel takes; 0: any number."""
     remedy: str = ""
     """What to try instead, for the end of a refusal."""
 
-    def why_not(self, machine: Machine, scheme: Scheme, shape: tuple[int, int]) -> str | None:
-        """The first unmet need in words, or None. `shape` is (out_features, in_features)."""
+    def why_not(
+        self, machine: Machine, scheme: Scheme, shape: tuple[int, int], rows: int = 0
+    ) -> str | None:
+        """The first unmet need in words, or None.
+
+        `shape` is (out_features, in_features); `rows` the most rows that an input will have, 0
+        when that is not known.
+        """
         out_features, in_features = shape
         if self.vendors and machine.vendor not in self.vendors:
             return f"needs {' or '.join(self.vendors)} hardware, this is {machine.name}"
@@ -69,6 +77,8 @@ class Needs:
                 f"needs out_features a multiple of {self.out_multiple} and in_features of "
                 f"{self.in_multiple}, the layer is {out_features} x {in_features}"
             )
+        if self.max_rows and rows > self.max_rows:
+            return f"takes inputs of at most {self.max_rows} rows, this run has {rows}"
         return None
 
 
@@ -148,10 +158,12 @@ def choose(
     scheme: Scheme,
     shape: tuple[int, int],
     backend: str | None = None,
+    rows: int = 0,
 ) -> Kernel:
     """The kernel that will run a layer of `shape` (out, in) on `machine`, or NoKernel with reasons.
 
-    With `backend` given nothing else is tried.
+    With `backend` given nothing else is tried. `rows` is the most rows that an input will have; 0
+    when that is not known.
     """
     kernels = {kernel.backend: kernel for kernel in kernels_of(op)}
     names = (backend,) if backend else order_of(op, machine)
@@ -162,13 +174,15 @@ def choose(
             reasons.append(f"{name}: no such backend (known: {', '.join(kernels)})")
             rule = rule or "unknown-backend"
             continue
-        why = kernels[name].needs.why_not(machine, scheme, shape)
+        why = kernels[name].needs.why_not(machine, scheme, shape, rows)
         if why is None:
             return kernels[name]
         rule = rule or kernels[name].needs.rule
         reasons.append(f"{name}: {why}")
     working = [
-        k.backend for k in kernels.values() if k.needs.why_not(machine, scheme, shape) is None
+        k.backend
+        for k in kernels.values()
+        if k.needs.why_not(machine, scheme, shape, rows) is None
     ]
     remedy = f"; works here: --backend {' | '.join(working)}" if working else ""
     remedies = {kernels[n].needs.remedy for n in names if n in kernels and kernels[n].needs.remedy}
