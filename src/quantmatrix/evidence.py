@@ -1,0 +1,367 @@
+"""Evidence: what one run of one cell of the matrix showed, as one small JSON file.
+
+Claims are written by people in `matrix/`; evidence is written by runs, one file per cell at
+`reports/evidence/<hardware>/<row>[+<backend>].json`. The report joins the two and never edits
+either. A record holds:
+
+| key              | content |
+| ---------------- | ------- |
+| `schema`         | 1; readers refuse every other number |
+| `cell`           | the row as it was then, and a digest of it and of its checkpoint's row |
+| `command`        | the command line that a person can copy |
+| `machine`        | what was probed: processor, instruction set, system, threads, device |
+| `versions`       | versions of the packages that took part |
+| `commit`         | commit of this project's code, with `+changes` when files differed |
+| `checkpoint`     | `digest` over names and contents of the weight files, `files`, `bytes` |
+| `plan`           | the plan as `quantmatrix plan --json` prints it, or its refusal |
+| `checks`         | per check: `verdict`, `metrics`, the `limits` they were held to, `message` |
+| `timings`        | seconds per stage |
+| `latents_digest` | digest of the latents of every step |
+| `made`           | UTC time, seconds |
+
+Numbers are finite, keys sorted, files replaced whole: a run that is killed leaves the old record or
+the new one. Paths of the machine are replaced by `$NAMES` before a record is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from quantmatrix.errors import QuantmatrixError
+
+if TYPE_CHECKING:
+    from quantmatrix.matrix import Cell, Matrix
+
+SCHEMA = 1
+VERDICTS = ("pass", "fail")
+VERSIONED = (
+    "accelerate",
+    "diffusers",
+    "huggingface_hub",
+    "numpy",
+    "quantmatrix",
+    "safetensors",
+    "torch",
+    "transformers",
+)
+"""Packages whose versions every record names."""
+CELL_KEYS = (
+    "id",
+    "row",
+    "family",
+    "model",
+    "checkpoint",
+    "hardware",
+    "backend",
+    "flags",
+    "checks",
+    "claim",
+    "rule",
+    "row_digest",
+)
+UNTOLD = ("notes", "line", "scope")
+"""Columns that may change without making evidence stale."""
+
+
+class EvidenceError(QuantmatrixError, ValueError):
+    """A record that is not what this page says; the message lists every problem."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What one check of a cell found."""
+
+    verdict: str
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The record of one cell; see the module's table."""
+
+    cell: Mapping[str, Any]
+    checks: Mapping[str, CheckResult]
+    command: str = ""
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    commit: str = ""
+    checkpoint: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    timings: Mapping[str, float] = field(default_factory=dict)
+    latents_digest: str = ""
+    made: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain data, `schema` included."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+def path_of(cell_id: str) -> PurePosixPath:
+    """Where a cell's record lies, relative to the evidence folder.
+
+    >>> str(path_of("flux-1-fp8@cpu+decode"))
+    'cpu/flux-1-fp8+decode.json'
+    """
+    row, _, where = cell_id.partition("@")
+    hardware, plus, backend = where.partition("+")
+    return PurePosixPath(hardware) / f"{row}{plus}{backend}.json"
+
+
+def describe_cell(cell: Cell, tables: Matrix) -> dict[str, Any]:
+    """The part of a row that evidence is about; it is stale once `row_digest` differs.
+
+    A check that is added to a row leaves the results of the others as fresh as they were.
+    """
+    described = {key: _plain(getattr(cell, key)) for key in CELL_KEYS if key != "row_digest"}
+    row = asdict(tables.checkpoints[cell.checkpoint])
+    told = {key: _plain(value) for key, value in row.items() if key not in UNTOLD}
+    claimed = {key: value for key, value in described.items() if key != "checks"}
+    return {**described, "row_digest": digest_json({"cell": claimed, "checkpoint": told})}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, frozenset)) else value
+
+
+def digest_json(value: Any) -> str:
+    """`sha256:...` of plain data, independent of the order of keys."""
+    text = json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file's bytes, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def describe_files(files: Iterable[str | Path]) -> dict[str, Any]:
+    """`digest` over (name, content) of the files, their names, and their size in bytes together."""
+    paths = sorted({Path(file) for file in files}, key=lambda path: (path.name, str(path)))
+    contents = [(path.name, digest_file(path)) for path in paths]
+    return {
+        "digest": digest_json(contents),
+        "files": [name for name, _ in contents],
+        "bytes": sum(path.stat().st_size for path in paths),
+    }
+
+
+def list_versions(packages: Iterable[str] = VERSIONED) -> dict[str, str]:
+    """Version of each package that is installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def find_commit(package: Path | None = None) -> str:
+    """Commit of the checkout that the package runs from; empty when there is no checkout."""
+    package = package or Path(__file__).parent
+    root = package.parents[1]
+    if not (root / ".git").exists():
+        return ""
+
+    def ask(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
+
+    try:
+        changed = ask("status", "--porcelain", "--", "src", "matrix", "tests/suites")
+        return ask("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def tell_time() -> str:
+    """Now, in UTC, to the second."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def make_portable(value: Any, places: Mapping[str, str]) -> Any:
+    """Plain data with folders of this machine replaced, `{"/home/me/hub": "$HUB"}`."""
+    if isinstance(value, str):
+        for folder in sorted(places, key=len, reverse=True):
+            value = value.replace(folder, places[folder]) if folder else value
+        return value
+    if isinstance(value, Mapping):
+        return {key: make_portable(item, places) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [make_portable(item, places) for item in value]
+    return value
+
+
+def merge(older: Evidence, newer: Evidence) -> Evidence:
+    """The newer record, with the older one's other checks where both speak of the same thing.
+
+    Same means: cell, checkpoint, code, versions and machine. Otherwise the older one is dropped: a
+    record never mixes two programs.
+    """
+    about = ("cell", "checkpoint", "commit", "versions", "machine")
+    if any(getattr(older, name) != getattr(newer, name) for name in about):
+        return newer
+    merged = {f.name: getattr(newer, f.name) or getattr(older, f.name) for f in fields(newer)}
+    merged["checks"] = {**older.checks, **newer.checks}
+    merged["timings"] = {**older.timings, **newer.timings}
+    return Evidence(**merged)
+
+
+def differing_verdicts(expected: Evidence, found: Evidence) -> list[str]:
+    """Checks that ran in both records and ended differently, in words. Better is different, too."""
+    return [
+        f"{found.cell['id']}: {name}: {expected.checks[name].verdict} in the evidence of "
+        f"{expected.made or 'another run'}, {result.verdict} now"
+        for name, result in found.checks.items()
+        if name in expected.checks and expected.checks[name].verdict != result.verdict
+    ]
+
+
+def list_problems(record: Any) -> list[str]:
+    """What is wrong with plain data that should be a record; empty when nothing is."""
+    if not isinstance(record, dict):
+        return ["not a JSON object"]
+    if record.get("schema") != SCHEMA:
+        return [f"schema: found {record.get('schema')!r}, expected {SCHEMA}"]
+    types = {"cell": dict, "checks": dict, "machine": dict, "versions": dict, "checkpoint": dict}
+    types |= {"plan": dict, "timings": dict, "command": str, "commit": str, "made": str}
+    types |= {"latents_digest": str, "schema": int}
+    problems = [f"{key}: missing" for key in types if key not in record]
+    problems += [f"{key}: not a key of a record" for key in record if key not in types]
+    for key, kind in types.items():
+        if key in record and not isinstance(record[key], kind):
+            problems.append(f"{key}: expected {kind.__name__}, found {record[key]!r}")
+    if problems:
+        return problems
+    problems += [f"cell.{key}: missing" for key in CELL_KEYS if key not in record["cell"]]
+    if not record["checks"]:
+        problems.append("checks: empty; a record shows the result of at least one check")
+    for name, check in record["checks"].items():
+        problems += _check_problems(f"checks.{name}", check)
+    return problems + _number_problems("", record)
+
+
+def _check_problems(where: str, check: Any) -> list[str]:
+    wanted = {"verdict", "metrics", "limits", "message"}
+    if not isinstance(check, dict) or set(check) != wanted:
+        return [f"{where}: expected an object with {', '.join(sorted(wanted))}"]
+    problems = []
+    if check["verdict"] not in VERDICTS:
+        problems.append(f"{where}.verdict: {check['verdict']!r} is not pass or fail")
+    if check["verdict"] == "fail" and not check["message"]:
+        problems.append(f"{where}.message: empty, although the check failed")
+    return problems
+
+
+def _number_problems(where: str, value: Any) -> list[str]:
+    if isinstance(value, dict):
+        found = [_number_problems(f"{where}.{key}".lstrip("."), v) for key, v in value.items()]
+    elif isinstance(value, (list, tuple)):
+        found = [_number_problems(f"{where}[{i}]", item) for i, item in enumerate(value)]
+    elif isinstance(value, float) and not math.isfinite(value):
+        return [f"{where}: {value} is not a finite number"]
+    elif value is None or isinstance(value, (str, bool, int, float)):
+        return []
+    else:
+        return [f"{where}: {type(value).__name__} is not JSON"]
+    return [problem for problems in found for problem in problems]
+
+
+def encode(evidence: Evidence) -> bytes:
+    """The bytes of a record's file; raises EvidenceError for what is not a valid record."""
+    record = json.loads(json.dumps(evidence.to_json(), default=_refuse, allow_nan=True))
+    if problems := list_problems(record):
+        raise EvidenceError(_list(evidence.cell.get("id", "evidence"), problems))
+    return (json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _refuse(value: Any) -> Any:
+    raise EvidenceError(f"evidence: {type(value).__name__} is not JSON: {value!r}")
+
+
+def _list(what: object, problems: Iterable[str]) -> str:
+    return "\n".join(f"{what}: {problem}" for problem in problems)
+
+
+def decode(data: bytes, where: object = "evidence") -> Evidence:
+    """The record in a file's bytes; raises EvidenceError naming `where` and every problem."""
+    try:
+        record = json.loads(data)
+    except ValueError as error:
+        raise EvidenceError(f"{where}: not JSON: {error}") from error
+    if problems := list_problems(record):
+        raise EvidenceError(_list(where, problems))
+    del record["schema"]
+    record["checks"] = {name: CheckResult(**check) for name, check in record["checks"].items()}
+    return Evidence(**record)
+
+
+def write(evidence: Evidence, folder: Path) -> Path:
+    """Put a record in its place below the evidence folder, whole or not at all."""
+    data = encode(evidence)
+    path = folder / path_of(evidence.cell["id"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def remove_leftovers(folder: Path, older_than: float = 3600.0) -> None:
+    """Delete what killed runs left half-written; files younger than this many seconds stay."""
+    for path in folder.glob("*/.*.tmp"):
+        if time.time() - path.stat().st_mtime > older_than:
+            path.unlink(missing_ok=True)
+
+
+def read(path: Path) -> Evidence:
+    """One record; raises EvidenceError when it is damaged or lies under a wrong name."""
+    evidence = decode(path.read_bytes(), path)
+    expected = path_of(evidence.cell["id"])
+    if path.parts[-2:] != expected.parts:
+        raise EvidenceError(f"{path}: holds the record of {evidence.cell['id']}, see {expected}")
+    return evidence
+
+
+def read_folder(folder: Path) -> dict[str, Evidence]:
+    """Every record below an evidence folder, by cell id; all problems in one error."""
+    found: dict[str, Evidence] = {}
+    problems = []
+    for path in sorted(folder.glob("*/[!.]*.json")):
+        try:
+            evidence = read(path)
+        except EvidenceError as error:
+            problems.append(str(error))
+        else:
+            found[evidence.cell["id"]] = evidence
+    if problems:
+        raise EvidenceError("\n".join(problems))
+    return found

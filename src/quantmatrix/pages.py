@@ -1,0 +1,279 @@
+"""Pages: the Markdown of the report, written from tables and records that were joined.
+
+The overview reproduces the quantization guide's two big tables with our proof beside each claim;
+each family has a page with its rows, what was measured, what is refused, the commands to copy, and
+the description of its format, which is the docstring of the module that reads it.
+"""
+
+from __future__ import annotations
+
+import ast
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantmatrix import evidence as records
+
+if TYPE_CHECKING:
+    from quantmatrix.evidence import Evidence
+    from quantmatrix.matrix import Cell, CheckpointRow, FamilyRow, Matrix
+
+STATES = ("proven", "refused", "failing", "stale", "unproven", "planned")
+AGREEING = ("proven", "refused")
+"""States in which claim and evidence say the same."""
+EVIDENCE = "evidence"
+"""Folder of the records, below the reports."""
+NOTICE = (
+    "<!-- Rendered by `quantmatrix report` from matrix/ and reports/evidence/: do not edit. -->"
+)
+
+
+class Joined:
+    """The tables with the state and the record of every cell: what the pages are written from."""
+
+    def __init__(
+        self,
+        tables: Matrix,
+        evidence: Mapping[str, Evidence],
+        explained: Mapping[str, tuple[str, str]],
+    ) -> None:
+        """Join; `explained` holds state and reason of every cell. Stray records are left out."""
+        self.tables = tables
+        self.evidence = {c.id: evidence[c.id] for c in tables.cells if c.id in evidence}
+        self.states = {name: state for name, (state, _) in explained.items()}
+        self.reasons = {name: reason for name, (_, reason) in explained.items()}
+
+    def count(self, cells: Iterable[Cell]) -> dict[str, int]:
+        """Cells per state, in the order of STATES."""
+        found = Counter(self.states[cell.id] for cell in cells)
+        return {state: found[state] for state in STATES if found[state]}
+
+    def link(self, cell: Cell, text: str, base: str) -> str:
+        """Markdown link to the cell's record, or the text alone when there is none."""
+        if cell.id not in self.evidence:
+            return text
+        return f"[{text}]({base}{EVIDENCE}/{records.path_of(cell.id)})"
+
+
+def read_worst(record: Evidence | None) -> Mapping[str, Any]:
+    """Worst-step metrics of the latents check, or nothing."""
+    check = record.checks.get("latents") if record else None
+    found: Mapping[str, Any] = check.metrics.get("worst", {}) if check else {}
+    return found
+
+
+def show_number(value: float | None) -> str:
+    """Four significant digits, or nothing."""
+    return "" if value is None else f"{value:.4g}"
+
+
+def write_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; line breaks and bars inside cells are escaped."""
+
+    def line(cells: Sequence[str]) -> str:
+        clean = (str(c).replace("\n", " ").replace("\\|", "|").replace("|", "\\|") for c in cells)
+        return f"| {' | '.join(clean)} |"
+
+    return "\n".join([line(head), line(["---"] * len(head)), *(line(row) for row in rows)])
+
+
+def write_overview(joined: Joined) -> str:
+    """support-matrix.md: the picture, the counts, and the guide's two tables with our proof."""
+    tables = joined.tables
+    claims = [cell for cell in tables.cells if cell.claim != "planned"]
+    agreeing = sum(joined.states[cell.id] in AGREEING for cell in claims)
+    share = f"{100 * agreeing / len(claims):.1f} %" if claims else "no"
+    counts = joined.count(tables.cells)
+    picture = "![Support matrix: quant family by hardware](support-matrix.svg)"
+    checkpoints = [row for row in tables.checkpoints.values() if row.algo]
+    parts = [
+        NOTICE,
+        "# Support matrix",
+        f"{agreeing} of {len(claims)} claims ({share}) are backed by a run of the row as it "
+        "stands. Every state links to its evidence.",
+        picture,
+        write_table(["state", "cells"], [(state, str(n)) for state, n in counts.items()]),
+        "## Families and hardware",
+        write_grid(joined),
+        "## Quant families",
+        "`quant_family` means a checkpoint and loading family with shared usage and loader "
+        "behaviour, not just a numeric precision or a kernel backend.",
+        write_families(joined),
+        "## Validated ModelOpt checkpoints",
+        write_checkpoints(joined, checkpoints, ""),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_grid(joined: Joined) -> str:
+    """Families by hardware, as counts in words."""
+    tables = joined.tables
+    rows = []
+    for family in tables.families:
+        cells: dict[str, list[Cell]] = {}
+        for cell in tables.cells:
+            if cell.family == family:
+                cells.setdefault(cell.hardware, []).append(cell)
+        boxes = [show_counts(joined.count(cells.get(name, []))) for name in tables.hardware]
+        rows.append([f"[`{family}`](families/{family}.md)", *boxes])
+    return write_table(["family", *tables.hardware], rows)
+
+
+def show_counts(counts: Mapping[str, int]) -> str:
+    """`4 proven, 1 stale`."""
+    return ", ".join(f"{count} {state}" for state, count in counts.items()) or "–"
+
+
+def write_families(joined: Joined) -> str:
+    """The guide's table of families, with our proof in the last column."""
+    head = ["quant_family", "checkpoint form", "canonical CLI", "supported models"]
+    head += ["extra dependency", "platform / notes", "proof"]
+    rows = []
+    for family in joined.tables.families.values():
+        cells = [cell for cell in joined.tables.cells if cell.family == family.id]
+        proof = f"[{show_counts(joined.count(cells))}](families/{family.id}.md)"
+        told = [family.checkpoint_form, family.canonical_cli, family.supported_models]
+        told += [family.extra_dependency, family.notes]
+        rows.append([f"`{family.id}`", *told, proof])
+    return write_table(head, rows)
+
+
+def write_checkpoints(joined: Joined, rows: Iterable[CheckpointRow], base: str) -> str:
+    """The guide's table of validated checkpoints, with our proof in the last column."""
+    head = ["Quant Algo", "Base Model", "Preferred CLI", "HF Repo", "Current Scope", "Notes"]
+    lines = []
+    for row in rows:
+        cells = [cell for cell in joined.tables.cells if cell.checkpoint == row.id]
+        told = [f"`{row.algo}`", f"`{row.base}`", f"`{row.cli}`", f"`{row.reference}`"]
+        lines.append([*told, row.scope, row.notes, write_proof(joined, cells, base)])
+    return write_table([*head, "Proof"], lines)
+
+
+def write_proof(joined: Joined, cells: Sequence[Cell], base: str) -> str:
+    """`**proven**: cpu decode, cpu reference; **unproven**: b200`, each linked to its record."""
+    texts = []
+    for state in STATES:
+        found = [cell for cell in cells if joined.states[cell.id] == state]
+        links = dict.fromkeys(joined.link(cell, name_place(cell), base) for cell in found)
+        if links:
+            texts.append(f"**{state}**: {', '.join(links)}")
+    return "; ".join(texts) or "no cell"
+
+
+def name_place(cell: Cell) -> str:
+    """Hardware, and the backend where the row names one."""
+    return f"{cell.hardware} {cell.backend}".strip()
+
+
+def write_family(joined: Joined, family: FamilyRow) -> str:
+    """The page of one family: what is claimed, what was seen, the commands, the format."""
+    cells = [cell for cell in joined.tables.cells if cell.family == family.id]
+    told = [
+        ("checkpoint form", family.checkpoint_form),
+        ("canonical CLI", family.canonical_cli),
+        ("supported models", family.supported_models),
+        ("extra dependency", family.extra_dependency),
+        ("platform / notes", family.notes),
+        ("cells", show_counts(joined.count(cells))),
+    ]
+    parts = [
+        NOTICE,
+        f"# {family.id}",
+        "[All families](../support-matrix.md)",
+        write_table(["", ""], told),
+        "## Rows",
+        write_rows(joined, cells),
+    ]
+    measured = [cell for cell in cells if joined.states[cell.id] == "proven"]
+    if measured:
+        parts += ["## What was measured", write_measurements(joined, measured)]
+    open_cells = [c for c in cells if joined.states[c.id] in ("failing", "stale")]
+    if open_cells:
+        lines = [(joined.link(c, c.id, "../"), joined.reasons[c.id]) for c in open_cells]
+        parts += ["## To be looked at", write_table(["cell", "why"], lines)]
+    refused = [cell for cell in cells if joined.states[cell.id] == "refused"]
+    if refused:
+        parts += ["## Refusals", write_refusals(joined, refused)]
+    parts += ["## Commands", write_commands(joined, cells)]
+    if text := read_docstring(family.id):
+        parts += ["## Format", text]
+    return "\n\n".join(parts) + "\n"
+
+
+def group_rows(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
+    """Cells by the row that they come from."""
+    rows: dict[str, list[Cell]] = {}
+    for cell in cells:
+        rows.setdefault(cell.row, []).append(cell)
+    return rows
+
+
+def write_rows(joined: Joined, cells: Sequence[Cell]) -> str:
+    """One line per row of cases.csv: the claim, and the state on each hardware."""
+    lines = []
+    for row, group in group_rows(cells).items():
+        first = group[0]
+        rule = f" (`{first.rule}`)" if first.rule else ""
+        proof = write_proof(joined, group, "../")
+        lines.append(
+            [f"`{row}`", first.model, f"`{first.checkpoint}`", f"{first.claim}{rule}", proof]
+        )
+    return write_table(["row", "model", "checkpoint", "claim", "state"], lines)
+
+
+def write_measurements(joined: Joined, cells: Sequence[Cell]) -> str:
+    """Distance of each proven cell from the BF16 run of the same seed, at its worst step."""
+    head = ["cell", "layers", "kernels", "PSNR dB", "cosine", "relative L2", "torch", "made"]
+    lines = []
+    for cell in cells:
+        record = joined.evidence[cell.id]
+        worst = read_worst(record)
+        components = record.plan.get("components", {}).values()
+        layers = " + ".join(f"{c['quantized_layers']} of {c['total_layers']}" for c in components)
+        kernels = Counter[str]()
+        for component in components:
+            kernels.update(component["backends"])
+        numbers = [show_number(worst.get(n)) for n in ("psnr_db", "cosine", "relative_l2")]
+        shown = ", ".join(f"{name} ({count})" for name, count in sorted(kernels.items()))
+        made = [record.versions.get("torch", ""), record.made[:10]]
+        lines.append([joined.link(cell, cell.id, "../"), layers, shown, *numbers, *made])
+    return write_table(head, lines)
+
+
+def write_refusals(joined: Joined, cells: Sequence[Cell]) -> str:
+    """What the plan said where the row claims a refusal."""
+    lines = []
+    for cell in cells:
+        refusal = joined.evidence[cell.id].plan.get("refusal") or {}
+        message = str(refusal.get("message", ""))
+        lines.append([joined.link(cell, cell.id, "../"), f"`{cell.rule}`", message])
+    return write_table(["cell", "rule", "what the plan says"], lines)
+
+
+def write_commands(joined: Joined, cells: Sequence[Cell]) -> str:
+    """The command of every row; add `--tiny` to run it offline on tiny stand-ins."""
+    blocks = [
+        f"`{row}`:\n\n```bash\n{show_command(group[0].command(joined.tables))}\n```"
+        for row, group in group_rows(cells).items()
+    ]
+    return "\n\n".join(["Add `--tiny` to run offline on tiny stand-ins.", *blocks])
+
+
+def show_command(words: Sequence[str]) -> str:
+    """A command in shell words, one flag per line."""
+    lines: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("--"):
+            lines.append([])
+        lines[-1].append(word)
+    return " \\\n  ".join(shlex.join(line) for line in lines)
+
+
+def read_docstring(family: str) -> str:
+    """The docstring of a family's module, read without importing it; empty when there is none."""
+    path = Path(__file__).parent / "families" / f"{family.replace('-', '_')}.py"
+    if not path.is_file():
+        return ""
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""

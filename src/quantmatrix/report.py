@@ -1,0 +1,196 @@
+"""Report: claims and evidence joined, as files that anybody can read.
+
+`render` is a pure function of the tables and the records: equal input gives equal bytes, so a hand
+edit or a forgotten rendering is found by `check`. The state of a cell:
+
+| state      | meaning |
+| ---------- | ------- |
+| `proven`   | every check of the row passed, in a run of the row as it stands |
+| `refused`  | the row claims a refusal, and the plan was seen to refuse by that rule |
+| `failing`  | a check of the row failed |
+| `stale`    | there is a record, but the row or its checkpoint's row changed since |
+| `unproven` | claimed, and not every check was run |
+| `planned`  | nobody claims that it works yet |
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantmatrix import evidence as records
+from quantmatrix.pages import (
+    EVIDENCE,
+    Joined,
+    read_worst,
+    show_number,
+    write_family,
+    write_overview,
+)
+from quantmatrix.picture import draw_matrix
+
+if TYPE_CHECKING:
+    from quantmatrix.evidence import Evidence
+    from quantmatrix.matrix import Cell, Matrix
+
+
+def state_of(cell: Cell, evidence: Evidence | None, tables: Matrix) -> str:
+    """The state of a cell; see the module's table."""
+    return explain_state(cell, evidence, tables)[0]
+
+
+def explain_state(cell: Cell, evidence: Evidence | None, tables: Matrix) -> tuple[str, str]:
+    """(state, the reason in words, empty where the state says it all)."""
+    if cell.claim == "planned":
+        return "planned", ""
+    if evidence is None:
+        return "unproven", "no run yet"
+    now = records.describe_cell(cell, tables)
+    if now["row_digest"] != evidence.cell["row_digest"]:
+        changed = [
+            f"{key} was {evidence.cell[key]!r}, is {now[key]!r}"
+            for key in records.CELL_KEYS
+            if key not in ("row_digest", "checks") and now[key] != evidence.cell[key]
+        ]
+        return "stale", "; ".join(changed) or f"the row of checkpoint {cell.checkpoint} changed"
+    wanted = {name: evidence.checks[name] for name in cell.checks if name in evidence.checks}
+    failed = [f"{name}: {r.message}" for name, r in wanted.items() if r.verdict != "pass"]
+    if failed:
+        return "failing", "; ".join(failed)
+    missing = [name for name in cell.checks if name not in wanted]
+    if missing or not cell.checks:
+        return "unproven", f"not run: {', '.join(missing) or 'the row names no check'}"
+    return ("refused" if cell.claim == "refused" else "proven"), ""
+
+
+def default_folder() -> Path:
+    """`reports/` beside the tables of a checkout, else in the current folder."""
+    from quantmatrix import matrix
+
+    beside = matrix.tables_folder().parent / "reports"
+    return beside if beside.is_dir() else Path("reports")
+
+
+def read_states(tables: Matrix, reports: str | os.PathLike[str] | None = None) -> dict[str, str]:
+    """State of every cell, by cell id, joined from the evidence below a reports folder."""
+    folder = Path(reports) if reports is not None else default_folder()
+    evidence = records.read_folder(folder / EVIDENCE)
+    return {cell.id: state_of(cell, evidence.get(cell.id), tables) for cell in tables.cells}
+
+
+def write(reports: str | os.PathLike[str] | None = None) -> list[str]:
+    """Render into a reports folder; returns the files, each with `written` or `unchanged`."""
+    folder, wanted = _prepare(reports)
+    done = []
+    for name, data in wanted.items():
+        path = folder / name
+        if path.is_file() and path.read_bytes() == data:
+            done.append(f"{path}: unchanged")
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_bytes(data)
+        temporary.replace(path)
+        done.append(f"{path}: written")
+    return done
+
+
+def check(reports: str | os.PathLike[str] | None = None) -> list[str]:
+    """What differs from a fresh rendering, one line each; empty when nothing does."""
+    folder, wanted = _prepare(reports)
+    remedy = "run `quantmatrix report`"
+    drift = []
+    for name, data in wanted.items():
+        path = folder / name
+        if not path.is_file():
+            drift.append(f"{path}: missing; {remedy}")
+        elif path.read_bytes() != data:
+            drift.append(f"{path}: differs from claims and evidence; {remedy}")
+    found = {path.relative_to(folder).as_posix() for path in folder.glob("families/*.md")}
+    drift += [f"{folder / name}: no such family; delete it" for name in sorted(found - set(wanted))]
+    return drift + find_orphans(folder)
+
+
+def _prepare(reports: str | os.PathLike[str] | None) -> tuple[Path, dict[str, bytes]]:
+    from quantmatrix import matrix
+
+    folder = Path(reports) if reports is not None else default_folder()
+    return folder, render(matrix.read(), records.read_folder(folder / EVIDENCE))
+
+
+def find_orphans(folder: Path) -> list[str]:
+    """Records of cells that are no longer in the tables."""
+    from quantmatrix import matrix
+
+    known = {cell.id for cell in matrix.read().cells}
+    return [
+        f"{folder / EVIDENCE / records.path_of(name)}: no cell {name} in the tables; delete it"
+        for name in records.read_folder(folder / EVIDENCE)
+        if name not in known
+    ]
+
+
+def render(tables: Matrix, evidence: Mapping[str, Evidence]) -> dict[str, bytes]:
+    """Every file of the report, by its path below the reports folder."""
+    explained = {c.id: explain_state(c, evidence.get(c.id), tables) for c in tables.cells}
+    joined = Joined(tables, evidence, explained)
+    pages = {
+        "support-matrix.md": write_overview(joined).encode(),
+        "support-matrix.csv": write_csv(joined).encode(),
+        "support-matrix.svg": draw_picture(joined),
+    }
+    for family in tables.families.values():
+        pages[f"families/{family.id}.md"] = write_family(joined, family).encode()
+    return pages
+
+
+def draw_picture(joined: Joined) -> bytes:
+    """The grid of families and hardware."""
+    tables = joined.tables
+    boxes: dict[tuple[str, str], list[Cell]] = {}
+    for cell in tables.cells:
+        boxes.setdefault((cell.family, cell.hardware), []).append(cell)
+    counts = {place: joined.count(cells) for place, cells in boxes.items()}
+    return draw_matrix(list(tables.families), list(tables.hardware), counts)
+
+
+CELL_COLUMNS = (
+    "id",
+    "row",
+    "family",
+    "model",
+    "checkpoint",
+    "hardware",
+    "backend",
+    "claim",
+    "rule",
+)
+
+
+def write_csv(joined: Joined) -> str:
+    """One line per cell, every column that a filter may want."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    joins = ("state", "reason", "evidence", "worst_psnr_db", "worst_cosine", "made", "command")
+    writer.writerow(CELL_COLUMNS + joins)
+    for cell in joined.tables.cells:
+        record = joined.evidence.get(cell.id)
+        worst = read_worst(record)
+        writer.writerow(
+            [
+                *(getattr(cell, name) for name in CELL_COLUMNS),
+                joined.states[cell.id],
+                joined.reasons[cell.id].partition("\n")[0],
+                f"{EVIDENCE}/{records.path_of(cell.id)}" if record else "",
+                show_number(worst.get("psnr_db")),
+                show_number(worst.get("cosine")),
+                record.made if record else "",
+                shlex.join(cell.command(joined.tables)),
+            ]
+        )
+    return stream.getvalue()
