@@ -1,0 +1,359 @@
+"""msmodelslim: transformers that Ascend's MindStudio-ModelSlim quantized to int8 or int4.
+
+A component folder is of this family when `quant_model_description*.json` lies beside its weights.
+The file has one entry per tensor; the entry of `<layer>.weight` is the layer's scheme, `FLOAT`
+means full precision. Mixed folders are normal, so `model_quant_type` is never consulted.
+
+Tensors of a quantized linear layer with N outputs and K inputs:
+
+| scheme | tensor | dtype, shape |
+| ------ | ------ | ------------ |
+| `W8A8`: activation scale from calibration | `weight` | I8 [N, K] |
+| | `input_scale`, `input_offset` | F32 [1] |
+| | `deq_scale` = input_scale * weight_scale | F32 [N], or I64 [N]: the bits of the F32 |
+| | `quant_bias` = round(bias / deq_scale - input_offset * row sum) | I32 [N] |
+| | `weight_scale`, `weight_offset`: older writers only | F32 [N, 1] |
+| `W8A8_DYNAMIC`: one activation scale per token | `weight` | I8 [N, K] |
+| | `weight_scale`, `weight_offset` (zeros) | F32 [N, 1] |
+| `W4A4_DYNAMIC` | as above; one code in [-8, 7] per byte | I8 [N, K] |
+| any | `bias`; under `W8A8` a copy of what `quant_bias` holds | F32 [N] |
+| any | `mul_scale`: inputs are multiplied by it before they are quantized | [K] |
+
+Before `wan_repack` a smoothed layer is two: `<layer>.linear.weight` and `<layer>.div.mul_scale`.
+An int64 `deq_scale` is decided by its stored dtype: the writer's choice does not follow the model.
+Both writers (MindIE and AscendV1) are read; `quantize` writes what AscendV1 writes, with F32
+`deq_scale`. Rotations `q_rot` and `k_rot` cancel out in attention scores and are left aside;
+anything else beside these tensors (FlatQuant, SVD residuals, quantized attention, MX formats,
+embeddings) is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.families.protocol import Calibration, Declaration
+from quantmatrix.kernels import linear_int8
+from quantmatrix.scheme import Scheme, TensorSpec
+
+if TYPE_CHECKING:
+    from quantmatrix.checkpoint import Checkpoint
+
+ID = "msmodelslim"
+DESCRIPTION = "quant_model_description.json"
+FLOAT = "FLOAT"
+SCHEMES: Mapping[str, Scheme] = {
+    "W8A8": Scheme("linear.int8", "W8A8", "int8", "channel", "tensor-static"),
+    "W8A8_DYNAMIC": Scheme("linear.int8", "W8A8_DYNAMIC", "int8", "channel", "token-dynamic"),
+    "W4A4_DYNAMIC": Scheme("linear.int8", "W4A4_DYNAMIC", "int4", "channel", "token-dynamic"),
+}
+WRAPPERS = ("linear.", "div.")
+"""Levels that smoothing adds to names, and `wan_repack` removes."""
+SETTINGS = ("model_quant_type", "version", "metadata", "group_size", "optional")
+"""Keys of a description that name no tensor and change nothing."""
+ROTATION = re.compile(r"\.(to_)?[qk]_rot$")
+EMBEDDING = re.compile(
+    r"^(patch_embedding|condition_embedder|(text|time|img)_emb(edding)?|time_projection)(\.|$)"
+)
+REFUSED_SUFFIXES = {
+    "left_trans": "FlatQuant",
+    "right_trans": "FlatQuant",
+    "clip_ratio": "FlatQuant",
+    "svd_lowrank_l1": "an SVD residual",
+    "svd_lowrank_l2": "an SVD residual",
+    "weight_dual_scale": "dual-scale MXFP4",
+}
+REFUSED_SCHEMES = {
+    "MXFP8": "MXFP8 (in progress in the guide)",
+    "MXFP4": "MXFP4",
+    "FLATQUANT": "FlatQuant",
+    "SVD": "an SVD residual",
+    "MIX": "a prefill/decode mix",
+}
+EPSILON = torch.finfo(torch.float32).eps
+"""The smallest scale that the writer stores."""
+
+
+def detect(checkpoint: Checkpoint) -> str | None:
+    """The description file's name and schemes, or None when it quantizes nothing."""
+    described = checkpoint.description or {}
+    words = sorted({word for key, word in _layer_words(described) if word != FLOAT})
+    if not words:
+        return None
+    return f"{checkpoint.description_file or DESCRIPTION} describes layers as {', '.join(words)}"
+
+
+def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
+    """Scheme of each quantized layer; refuses by name whatever would be computed wrongly.
+
+    A smoothed layer of a folder that was not repacked is named without its `linear` level.
+    """
+    described = checkpoint.description or {}
+    _refuse_attention(described, checkpoint)
+    words = {layer: word for layer, word in _layer_words(described) if word != FLOAT}
+    found: dict[str, Scheme] = {}
+    for name, word in words.items():
+        if f"{name}.weight" not in checkpoint.tensors:
+            raise CheckpointError(
+                f"{checkpoint.description_file}: {name}.weight is {word}, but no such tensor is in "
+                f"{', '.join(checkpoint.files)}: is the description of another folder?"
+            )
+        if EMBEDDING.match(name):
+            raise CheckpointError(
+                f"{checkpoint.description_file}: {name} is {word}, but quantized embeddings are "
+                "not supported: quantize again without them (they must be FLOAT)"
+            )
+        found[name.removesuffix(".linear")] = _find_scheme(name, word, checkpoint)
+    _check_tensors(found, checkpoint)
+    return found
+
+
+def ignored(name: str) -> str | None:
+    """Why a tensor on disk is left aside, or None when it is not."""
+    if ROTATION.search(name):
+        return "rotates queries and keys alike, which attention scores do not see"
+    return None
+
+
+def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+    """The tensors of a layer on disk, by suffix, `bias` left out."""
+    rows, column = (out_features,), (out_features, 1)
+    static = scheme.activation == "tensor-static"
+    specs = {
+        "weight": TensorSpec(("I8",), ((out_features, in_features),)),
+        "weight_scale": TensorSpec(("F32",), (column,), optional=static),
+        "weight_offset": TensorSpec(("F32",), (column,), optional=True),
+    }
+    if static:
+        specs["input_scale"] = TensorSpec(("F32",), ((1,), ()))
+        specs["input_offset"] = TensorSpec(("F32",), ((1,), ()))
+        specs["deq_scale"] = TensorSpec(("F32", "I64"), (rows,))
+        specs["quant_bias"] = TensorSpec(("I32",), (rows,))
+    if scheme.smoothed:
+        specs["mul_scale"] = TensorSpec(("F32", "BF16", "F16"), ((in_features,),))
+    return specs
+
+
+def quantize(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    *,
+    bias: torch.Tensor | None = None,
+    calibration: Calibration | None = None,
+) -> dict[str, torch.Tensor]:
+    """On-disk tensors of a layer with weight [N, K]; static activations need a calibration.
+
+    Scales are symmetric per row for weights, and the whole calibrated range (zero included)
+    spreads over 255 steps for static activations. Raises UsageError without a calibration.
+    """
+    exact = weight.float()
+    largest = linear_int8.LARGEST[scheme.weight]
+    scale = (exact.abs().amax(dim=1, keepdim=True) / largest).clamp(min=EPSILON)
+    codes = (exact / scale).round().clamp(-largest - 1, largest).to(torch.int8)
+    stored = {"weight": codes}
+    if scheme.activation == "tensor-static":
+        stored |= _quantize_input(codes, scale, bias, calibration)
+    else:
+        stored |= {"weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
+    return stored if bias is None else stored | {"bias": bias.float()}
+
+
+def canonical(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
+    """On-disk tensors of one layer as canonical tensors of linear.int8."""
+    stored = {_plain_suffix(suffix): tensor for suffix, tensor in tensors.items()}
+    offset = stored.get("weight_offset")
+    if offset is not None and bool(offset.any()):
+        raise CheckpointError(
+            f"weight_offset of a {scheme.name} layer holds {offset.abs().max().item():g}: expected "
+            "zeros (symmetric weights); quantize again with symmetric: true"
+        )
+    found = {"weight": stored["weight"]}
+    if "mul_scale" in stored:
+        found["mul_scale"] = stored["mul_scale"]
+    if scheme.activation != "tensor-static":
+        bias = {"bias": stored["bias"]} if "bias" in stored else {}
+        return found | {"weight_scale": stored["weight_scale"].float().flatten()} | bias
+    deq_scale = decode_deq_scale(stored["deq_scale"])
+    scale = stored["input_scale"].float().reshape(())
+    weight_scale = stored["weight_scale"] if "weight_scale" in stored else deq_scale / scale
+    found |= {
+        "weight_scale": weight_scale.float().flatten(),
+        "input_scale": scale,
+        "input_offset": stored["input_offset"].float().reshape(()),
+        "deq_scale": deq_scale,
+        "quant_bias": stored["quant_bias"],
+    }
+    found["bias"] = stored["bias"] if "bias" in stored else _unfold_bias(found)
+    return found
+
+
+def decode_deq_scale(stored: torch.Tensor) -> torch.Tensor:
+    """float32 [N] from either encoding: plain float32, or its bits widened to int64."""
+    if stored.dtype == torch.int64:
+        return stored.to(torch.int32).view(torch.float32)
+    return stored.float().flatten()
+
+
+def dequantize(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """The weight in plain numbers, float32 [N, K], smoothing included."""
+    return linear_int8.decode(canonical(tensors, scheme), scheme)
+
+
+def reference(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """The layer's exact arithmetic on on-disk tensors, activations quantized too."""
+    return linear_int8.reference(x, canonical(tensors, scheme), scheme)
+
+
+def declare(
+    schemes: Mapping[str, Scheme], kept: Sequence[str], tensors: Sequence[str] = ()
+) -> Declaration:
+    """The description file. Its readers want an entry for every tensor: name them in `tensors`."""
+    entries: dict[str, Any] = {}
+    for layer, scheme in schemes.items():
+        for suffix in _suffixes(scheme):
+            entries[f"{layer}.{suffix}"] = scheme.name
+        entries[f"{layer}.bias"] = FLOAT
+    entries |= {f"{layer}.weight": FLOAT for layer in kept}
+    if tensors:
+        entries = {name: entries.get(name, FLOAT) for name in tensors}
+    names = sorted({scheme.name for scheme in schemes.values()})
+    settings: dict[str, Any] = {
+        "model_quant_type": names[0] if names else FLOAT,
+        "version": "1.0.0",
+        "group_size": 0,
+        "metadata": {},
+        "optional": {},
+    }
+    return Declaration(description=(DESCRIPTION, {**settings, **dict(sorted(entries.items()))}))
+
+
+def _suffixes(scheme: Scheme) -> list[str]:
+    """Suffixes that `quantize` writes for a scheme, `bias` left out."""
+    static = scheme.activation == "tensor-static"
+    old = ("weight_scale", "weight_offset") if static else ()
+    return [suffix for suffix in tensors(scheme, 1, 1) if suffix not in old]
+
+
+def _layer_words(described: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(layer as named in the description, scheme word) of every `<layer>.weight` entry."""
+    for key, word in described.items():
+        if key.endswith(".weight"):
+            yield key.removesuffix(".weight"), str(word)
+
+
+def _find_scheme(name: str, word: str, checkpoint: Checkpoint) -> Scheme:
+    """The scheme of one layer, its smoothing recognised from the tensors beside it."""
+    if word not in SCHEMES:
+        why = next((text for part, text in REFUSED_SCHEMES.items() if part in word), "unknown")
+        raise CheckpointError(
+            f"{checkpoint.description_file}: {name}.weight is {word} ({why}), which is not "
+            f"supported; supported are FLOAT, {', '.join(SCHEMES)}"
+        )
+    known = SCHEMES[word]
+    layer = name.removesuffix(".linear")
+    if not {f"{layer}.mul_scale", f"{layer}.div.mul_scale"} & set(checkpoint.tensors):
+        return known
+    return Scheme(known.op, known.name, known.weight, known.scale, known.activation, smoothed=True)
+
+
+def _refuse_attention(described: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Attention on quantized queries, keys and values is a computation that nobody here does."""
+    for key, value in described.items():
+        attention = key.endswith(".quant_type") or key in ("fa_quant_type", "kv_cache_type")
+        if attention and value and value != FLOAT:
+            raise CheckpointError(
+                f"{checkpoint.description_file}: {key} is {value}: quantized attention is not "
+                "supported, and its rotations would not cancel out; quantize again without "
+                "fa3_quant"
+            )
+
+
+def _check_tensors(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> None:
+    """Every tensor must be described, and be one that the arithmetic knows."""
+    described = checkpoint.description or {}
+    for name, header in checkpoint.tensors.items():
+        leaf = name.rpartition(".")[2]
+        layer, suffix = _split(name, found)
+        what = REFUSED_SUFFIXES.get(leaf)
+        if layer is None and leaf == "mul_scale":
+            what = "smoothing of a FLOAT layer"
+        if layer is not None and what is None:
+            shape = _code_shape(layer, checkpoint)
+            if suffix not in (*tensors(found[layer], 1, 1), "bias"):
+                what = "an unknown attachment"
+            elif suffix == "weight_scale" and header.shape not in ((shape[0], 1), shape[:1]):
+                what = f"scales {list(header.shape)} per group of columns"
+        if what is not None:
+            raise CheckpointError(
+                f"{header.file}: tensor {name} belongs to {what}, which is not supported: quantize "
+                "again without it, per channel, as one of " + ", ".join(SCHEMES)
+            )
+        if header.dtype == "I8" and described.get(name, FLOAT) == FLOAT:
+            raise CheckpointError(
+                f"{header.file}: tensor {name} holds int8 codes, but "
+                f"{checkpoint.description_file} calls it {described.get(name, 'nothing')}: "
+                "expected the name of its scheme there"
+            )
+
+
+def _split(name: str, found: Mapping[str, Scheme]) -> tuple[str | None, str]:
+    """(quantized layer, suffix without wrapper) of a tensor name; (None, leaf) for others."""
+    layer, _, leaf = name.rpartition(".")
+    if layer in found:
+        return layer, leaf
+    outer, _, wrapper = layer.rpartition(".")
+    if outer in found and f"{wrapper}." in WRAPPERS:
+        return outer, leaf
+    return None, leaf
+
+
+def _code_shape(layer: str, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Shape of a layer's codes."""
+    plain, wrapped = f"{layer}.weight", f"{layer}.linear.weight"
+    shape: tuple[int, ...]
+    shape = checkpoint.tensors[plain if plain in checkpoint.tensors else wrapped].shape
+    return shape
+
+
+def _plain_suffix(suffix: str) -> str:
+    """A suffix without the level that smoothing adds."""
+    for wrapper in WRAPPERS:
+        suffix = suffix.removeprefix(wrapper)
+    return suffix
+
+
+def _quantize_input(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    calibration: Calibration | None,
+) -> dict[str, torch.Tensor]:
+    """Static activation scale and zero point, and what is folded with them."""
+    if calibration is None:
+        raise UsageError(
+            "W8A8 needs the range of each layer's input: quantize with calibration data, or use "
+            "W8A8_DYNAMIC, which needs none"
+        )
+    low, high = (t.float().reshape(-1) for t in (calibration.low, calibration.high))
+    low, high = low.min().clamp(max=0), high.max().clamp(min=0)
+    input_scale = ((high - low) / 255).clamp(min=EPSILON)
+    offset = (-low / input_scale).round() - 128
+    deq_scale = (input_scale * scale).flatten()
+    plain = torch.zeros_like(deq_scale) if bias is None else bias.float()
+    folded = plain.double() / deq_scale.double() - offset.double() * codes.double().sum(dim=1)
+    return {
+        "input_scale": input_scale.reshape(1),
+        "input_offset": offset.reshape(1),
+        "deq_scale": deq_scale,
+        "quant_bias": folded.round().to(torch.int32),
+    }
+
+
+def _unfold_bias(found: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The bias float32 [N] that `quant_bias` holds, for arithmetic on plain activations."""
+    correction = found["input_offset"].double() * found["weight"].double().sum(dim=1)
+    return ((found["quant_bias"] + correction) * found["deq_scale"]).float()

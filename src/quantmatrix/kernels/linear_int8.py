@@ -1,0 +1,372 @@
+"""linear.int8: integer codes times integer activation codes, the arithmetic of Ascend's W8A8.
+
+Canonical tensors of a layer with N outputs and K inputs:
+
+| tensor | dtype, shape | when |
+| ------ | ------------ | ---- |
+| `weight` | int8 [N, K] | always; `int4` codes use one byte each, in [-8, 7] |
+| `weight_scale` | float32 [N] | always |
+| `input_scale`, `input_offset` | float32 [] | `tensor-static` |
+| `deq_scale` | float32 [N], input_scale * weight_scale | `tensor-static` |
+| `quant_bias` | int32 [N], bias and zero point folded in | `tensor-static` |
+| `mul_scale` | float [K] | `smoothed`: inputs are multiplied by it first |
+| `bias` | float [N] | when the layer has one; `tensor-static` has it in `quant_bias` already |
+
+| activation | code of x | output |
+| ---------- | --------- | ------ |
+| static | clamp(round(x / input_scale + input_offset)) | (acc + quant_bias) * deq_scale |
+| dynamic | round(x / s), s = max of token / 127 (int4: 7) | acc * weight_scale * s + bias |
+
+`acc` is the integer matrix product of codes, exact in int32. Rounding is half to even, scales and
+the epilogue are float32. A token of zeros has codes of zero.
+
+Backends: `reference` multiplies the codes as floating-point numbers wide enough to be exact;
+`decode` multiplies plain numbers (W8A16); `int8` uses `torch._int_mm`, 512 rows at a time on a CPU,
+so that accumulators stay in the cache, and compiled on CUDA; `npu` calls torch_npu. The int8 matmul
+of oneDNN (`onednn.qlinear_pointwise`) is not used: with int8 activations it takes a loop that is
+thousands of times slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, TypeVar, cast
+
+import torch
+from torch.nn import functional
+
+from quantmatrix.errors import RefusedError
+from quantmatrix.kernels import Kernel, Needs, Tensors
+from quantmatrix.scheme import Scheme
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+LARGEST = {"int8": 127, "int4": 7}
+"""Largest code of a symmetric number format."""
+PER_ROW = ("weight", "weight_scale", "deq_scale", "quant_bias", "bias")
+ROWS = 512
+"""Rows per integer matmul on a CPU."""
+CUDA_ROWS = 32
+CUDA_MULTIPLE = 8
+"""cuBLAS takes more than 16 rows, and columns in multiples of 8."""
+FRACTAL_NZ = 29
+"""The NPU's own weight layout, as `npu_format_cast` numbers it."""
+
+
+def decode(tensors: Tensors, scheme: Scheme) -> torch.Tensor:
+    """The weight in plain numbers, float32 [N, K], smoothing included."""
+    weight = tensors["weight"].float() * tensors["weight_scale"].float()[:, None]
+    return weight * tensors["mul_scale"].float() if scheme.smoothed else weight
+
+
+def take_rows(tensors: Tensors, rows: torch.Tensor | slice) -> Tensors:
+    """The layer with some of its outputs only; `rows` indexes them."""
+    return {name: t[rows] if name in PER_ROW else t for name, t in tensors.items()}
+
+
+def smooth(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """The layer's input after its smoothing, in x's dtype."""
+    return x * tensors["mul_scale"].to(x.dtype) if scheme.smoothed else x
+
+
+def quantize_static(x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Codes int8 of x with one scale and zero point for the whole tensor."""
+    return (x.float() / scale + offset).round_().clamp_(-128, 127).to(torch.int8)
+
+
+def quantize_tokens(x: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes int8 [..., K], scales float32 [..., 1]): each token's largest magnitude fits."""
+    wide = x.float()
+    scale = wide.abs().amax(dim=-1, keepdim=True) / largest
+    return (wide / torch.where(scale > 0, scale, 1)).round().to(torch.int8), scale
+
+
+def accumulate(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The exact product of int8 codes [..., K] and weight codes [N, K], integral float64.
+
+    Float32 holds every integer up to 2**24 and float64 up to 2**53, so sums of K products of at
+    most 2**14 are exact in the one for K <= 1024 and in the other always.
+    """
+    exact = torch.float32 if codes.shape[-1] * 128 * 128 <= 2**24 else torch.float64
+    return functional.linear(codes.to(exact), weight.to(exact)).double()
+
+
+def reference(
+    x: torch.Tensor, tensors: Tensors, scheme: Scheme, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The layer's arithmetic with an exact accumulator; `bias` defaults to that of `tensors`."""
+    bias = tensors.get("bias") if bias is None else bias
+    smoothed = smooth(x, tensors, scheme)
+    if scheme.activation == "tensor-static":
+        codes = quantize_static(smoothed, tensors["input_scale"], tensors["input_offset"])
+        total = accumulate(codes, tensors["weight"]) + tensors["quant_bias"]
+        return (total.float() * tensors["deq_scale"]).to(x.dtype)
+    codes, scale = quantize_tokens(smoothed, LARGEST[scheme.weight])
+    total = accumulate(codes, tensors["weight"]).float() * tensors["weight_scale"] * scale
+    return (total if bias is None else total + bias.float()).to(x.dtype)
+
+
+def keep_used(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
+    """The tensors that the scheme's arithmetic reads, as they are."""
+    static = ("input_scale", "input_offset", "deq_scale", "quant_bias")
+    used = static if scheme.activation == "tensor-static" else ("weight_scale",)
+    smoothing = ("mul_scale",) if scheme.smoothed else ()
+    return {name: tensors[name] for name in ("weight", *used, *smoothing)}
+
+
+def run_reference(
+    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """x [..., K] -> [..., N]."""
+    return reference(x, buffers, scheme, bias)
+
+
+def prepare_decode(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
+    """The weight in the compute dtype, once."""
+    return {"weight": decode(tensors, scheme).to(dtype)}
+
+
+def run_decode(
+    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """x [..., K] -> [..., N], activations left alone."""
+    return functional.linear(x, buffers["weight"], bias)
+
+
+def prepare_int8(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
+    """The codes as stored; on CUDA padded to multiples of 8 where they are not that already."""
+    kept = keep_used(tensors, scheme, dtype)
+    if kept["weight"].is_cuda:
+        kept["weight"] = pad_to(kept["weight"], CUDA_MULTIPLE, CUDA_MULTIPLE)
+    return kept
+
+
+def pad_to(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The matrix with zeros added until its sides are multiples; itself when they are."""
+    missing = (0, -matrix.shape[1] % columns, 0, -matrix.shape[0] % rows)
+    return functional.pad(matrix, missing) if any(missing) else matrix
+
+
+def run_int8(
+    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """x [..., K] -> [..., N] through `torch._int_mm`, which takes matrices only."""
+    flat = smooth(x, buffers, scheme).reshape(-1, x.shape[-1])
+    multiply = multiply_on_cuda if x.is_cuda else multiply_on_cpu
+    y = multiply(flat, buffers, bias, scheme)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def multiply_on_cpu(
+    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """x [M, K] -> [M, N], quantize, multiply and scale block of rows by block of rows.
+
+    The blocks reuse one accumulator, so that M rows do not cost M * N * 8 bytes of fresh memory:
+    that, not arithmetic, is what eager quantization costs most.
+    """
+    weight = buffers["weight"]
+    rows = min(ROWS, x.shape[0])
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    wide = torch.empty(rows, x.shape[1])
+    codes = torch.empty(rows, x.shape[1], dtype=torch.int8)
+    totals = torch.empty(rows, weight.shape[0], dtype=torch.int32)
+    result = torch.empty(rows, weight.shape[0])
+    bias = torch.zeros(1) if bias is None else bias.float()
+    for start in range(0, x.shape[0], ROWS):
+        n = min(ROWS, x.shape[0] - start)
+        part, scaled = wide[:n].copy_(x[start : start + n]), result[:n]
+        if scheme.activation == "tensor-static":
+            part.div_(buffers["input_scale"]).add_(buffers["input_offset"])
+            codes[:n].copy_(part.round_().clamp_(-128, 127))
+            torch._int_mm(codes[:n], weight.t(), out=totals[:n])
+            scaled.copy_(totals[:n].add_(buffers["quant_bias"])).mul_(buffers["deq_scale"])
+        else:
+            scale = torch.linalg.vector_norm(part, torch.inf, dim=-1, keepdim=True)
+            scale.div_(LARGEST[scheme.weight])
+            codes[:n].copy_(part.div_(torch.where(scale > 0, scale, 1)).round_())
+            torch._int_mm(codes[:n], weight.t(), out=totals[:n])
+            scaled.copy_(totals[:n]).mul_(buffers["weight_scale"])
+            torch.addcmul(bias, scaled, scale, out=scaled)
+        out[start : start + n].copy_(scaled)
+    return out
+
+
+def multiply_on_cuda(
+    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """x [M, K] -> [M, N]; quantization and epilogue are one compiled kernel each."""
+    if scheme.activation == "tensor-static":
+        codes = fuse(quantize_static)(x, buffers["input_scale"], buffers["input_offset"])
+        totals = multiply_padded(codes, buffers["weight"], buffers["deq_scale"].shape[0])
+        y = fuse(scale_static)(totals, buffers["quant_bias"], buffers["deq_scale"], x.dtype)
+        return cast("torch.Tensor", y)
+    codes, scale = fuse(quantize_tokens)(x, LARGEST[scheme.weight])
+    totals = multiply_padded(codes, buffers["weight"], buffers["weight_scale"].shape[0])
+    y = fuse(scale_tokens)(totals, buffers["weight_scale"], scale, bias, x.dtype)
+    return cast("torch.Tensor", y)
+
+
+def multiply_padded(codes: torch.Tensor, weight: torch.Tensor, width: int) -> torch.Tensor:
+    """Accumulators int32 [M, width] of codes [M, K] and a weight padded to multiples of 8."""
+    padded = pad_to(codes, CUDA_ROWS, CUDA_MULTIPLE)
+    return torch._int_mm(padded, weight.t())[: codes.shape[0], :width]
+
+
+def scale_static(
+    totals: torch.Tensor, quant_bias: torch.Tensor, deq_scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Accumulators int32 [M, N] to outputs, static activations."""
+    return ((totals + quant_bias).float() * deq_scale).to(dtype)
+
+
+def scale_tokens(
+    totals: torch.Tensor,
+    weight_scale: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Accumulators int32 [M, N] to outputs, one activation scale per row."""
+    result = totals.float() * weight_scale * scale
+    return (result if bias is None else result + bias.float()).to(dtype)
+
+
+@cache
+def fuse(function: Function) -> Function:
+    """The function compiled into one kernel, or as it is where torch has no GPU compiler."""
+    from torch.utils._triton import has_triton
+
+    return cast("Function", torch.compile(function, dynamic=True)) if has_triton() else function
+
+
+def import_npu() -> Any:
+    """torch_npu; without CANN its import fails, and with it every other import of torch."""
+    try:
+        import torch_npu
+    except (ImportError, RuntimeError) as error:
+        raise RefusedError(
+            NPU.rule,
+            f"backend npu needs torch_npu with a working CANN installation: {error}; install "
+            f"CANN and source its set_env.sh, or use {NPU.remedy}",
+        ) from error
+    return torch_npu
+
+
+def prepare_npu(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
+    """Weights as [K, N] in the NPU's layout, int4 packed by eight; scales in x's terms."""
+    npu = import_npu()
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise RefusedError(
+            NPU.rule,
+            f"backend npu computes in bfloat16 or float16, not {dtype}: use --dtype bfloat16 or "
+            f"{NPU.remedy}",
+        )
+    kept = keep_used(tensors, scheme, dtype)
+    turned = kept["weight"].t().contiguous()
+    if scheme.weight == "int4":
+        kept["weight"] = npu.npu_convert_weight_to_int4pack(turned.to(torch.int32))
+    else:
+        kept["weight"] = npu.npu_format_cast(turned, FRACTAL_NZ)
+    if scheme.activation == "tensor-static":
+        width = kept["weight"].shape[0]
+        kept["input_scale"] = (1 / kept["input_scale"]).to(dtype).repeat(width)
+        kept["input_offset"] = kept["input_offset"].to(dtype).repeat(width)
+        if dtype == torch.float16:
+            kept["deq_scale"] = npu.npu_trans_quant_param(kept["deq_scale"])
+    return kept
+
+
+def run_npu(
+    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """x [..., K] -> [..., N] through torch_npu's quantize and quantized matmul."""
+    npu = import_npu()
+    flat = smooth(x, buffers, scheme).reshape(-1, x.shape[-1])
+    if scheme.activation == "tensor-static":
+        scale, offset = buffers["input_scale"], buffers["input_offset"]
+        y: torch.Tensor = npu.npu_quant_matmul(
+            npu.npu_quantize(flat, scale, offset, torch.qint8, -1, False),
+            buffers["weight"],
+            buffers["deq_scale"],
+            bias=buffers["quant_bias"],
+            output_dtype=x.dtype,
+        )
+        return y.view(*x.shape[:-1], y.shape[-1])
+    kind = torch.quint4x2 if scheme.weight == "int4" else torch.int8
+    codes, scale = npu.npu_dynamic_quant(flat, dst_type=kind)
+    inside = None if scheme.weight == "int4" else bias  # the int4 matmul takes no float bias
+    y = npu.npu_quant_matmul(
+        codes,
+        buffers["weight"],
+        buffers["weight_scale"],
+        pertoken_scale=scale,
+        bias=inside,
+        output_dtype=x.dtype,
+    )
+    if bias is not None and inside is None:
+        y = y + bias
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def count_codes(scheme: Scheme, out_features: int, in_features: int, item: int) -> int:
+    """Bytes of int8 codes with their scales."""
+    static = scheme.activation == "tensor-static"
+    vectors = out_features * 8 + 8 if static else out_features * 4
+    return out_features * in_features + vectors + (in_features * item if scheme.smoothed else 0)
+
+
+def count_npu(scheme: Scheme, out_features: int, in_features: int, item: int) -> int:
+    """Bytes of the NPU's codes with their scales."""
+    packed = out_features * in_features // 2 if scheme.weight == "int4" else 0
+    vectors = 2 * in_features * item if scheme.activation == "tensor-static" else 0
+    return count_codes(scheme, out_features, in_features, item) - packed + vectors
+
+
+def count_decoded(scheme: Scheme, out_features: int, in_features: int, item: int) -> int:
+    """Bytes of the weight in the compute dtype."""
+    return out_features * in_features * item
+
+
+WEIGHTS = ("int8", "int4")
+ACTIVATIONS = ("tensor-static", "token-dynamic")
+INT8 = Needs(
+    rule="int8-matmul",
+    vendors=("cpu", "nvidia"),
+    weights=WEIGHTS,
+    scales=("channel",),
+    activations=ACTIVATIONS,
+    in_multiple=2,  # torch._int_mm of one column (K = 1) is wrong on a CPU, torch 2.13
+    remedy="--backend decode computes the same checkpoint anywhere",
+)
+NPU = Needs(
+    rule="msmodelslim-npu-ascend",
+    vendors=("ascend",),
+    package="torch_npu",
+    weights=WEIGHTS,
+    scales=("channel",),
+    activations=ACTIVATIONS,
+    out_multiple=8,
+    in_multiple=8,
+    remedy="--backend decode or --backend reference, which compute the same checkpoint anywhere",
+)
+KERNELS = (
+    Kernel(
+        "linear.int8", "reference", "W8A8", Needs(rule="int8-reference"),
+        keep_used, run_reference, count_codes,
+    ),
+    Kernel(
+        "linear.int8", "decode", "W8A16", Needs(rule="int8-decode"),
+        prepare_decode, run_decode, count_decoded,
+    ),
+    Kernel("linear.int8", "int8", "W8A8", INT8, prepare_int8, run_int8, count_codes),
+    Kernel("linear.int8", "npu", "W8A8", NPU, prepare_npu, run_npu, count_npu),
+)  # fmt: skip
+ORDER: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("int8", "decode", "reference"),
+    "nvidia": ("int8", "decode"),
+    "ascend": ("npu", "decode"),
+    "*": ("decode",),
+}
+"""Backends, best first; the exact `int8` is also the fastest where it runs."""
