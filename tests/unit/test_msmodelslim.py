@@ -1,0 +1,323 @@
+"""msmodelslim: detection, schemes per layer, both encodings, refusals by name, round trips."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from quantmatrix.checkpoint import Checkpoint, TensorHeader
+from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.families import msmodelslim
+from quantmatrix.families.protocol import Calibration
+from quantmatrix.kernels import linear_int8
+
+WORDS = ("W8A8", "W8A8_DYNAMIC", "W4A4_DYNAMIC")
+EACH = pytest.mark.parametrize("word", WORDS)
+N, K = 24, 40
+DTYPES = {
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+}
+
+
+def make_weight(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(N, K, generator=generator) * 0.1
+    return weight.bfloat16(), torch.randn(N, generator=generator).bfloat16()
+
+
+def make_input(rows: int = 50) -> torch.Tensor:
+    return torch.randn(rows, K, generator=torch.Generator().manual_seed(9)) + 0.3
+
+
+def calibrate(x: torch.Tensor) -> Calibration:
+    return Calibration(x.amin(dim=0), x.amax(dim=0))
+
+
+def quantize(word: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    weight, bias = make_weight(seed)
+    return msmodelslim.quantize(
+        weight, msmodelslim.SCHEMES[word], bias=bias, calibration=calibrate(make_input())
+    )
+
+
+def make_checkpoint(layers: dict[str, Any], **settings: Any) -> Checkpoint:
+    """A checkpoint of headers: layer -> (word, tensors), or a plain tensor."""
+    headers, described = {}, {"version": "1.0.0", "model_quant_type": "W8A8", **settings}
+    for layer, (word, tensors) in layers.items():
+        for suffix, tensor in tensors.items():
+            name = f"{layer}.{suffix}"
+            headers[name] = TensorHeader(name, DTYPES[tensor.dtype], tuple(tensor.shape), "w.st")
+            plain = suffix.rpartition(".")[2] in ("bias", "mul_scale")
+            described[name] = "FLOAT" if plain else word
+    return Checkpoint(
+        reference="here",
+        files=("w.st",),
+        tensors=headers,
+        metadata={},
+        config={},
+        config_file=None,
+        quantization=None,
+        quantization_from=None,
+        description=described,
+        description_file="quant_model_description.json",
+        remote=None,
+    )
+
+
+def plain(word: str = "FLOAT") -> tuple[str, dict[str, torch.Tensor]]:
+    return word, {"weight": torch.zeros(N, K, dtype=torch.bfloat16)}
+
+
+def test_detection_names_the_file_and_the_schemes():
+    checkpoint = make_checkpoint({"a": ("W8A8", quantize("W8A8")), "b": plain()})
+    why = msmodelslim.detect(checkpoint)
+    assert why == "quant_model_description.json describes layers as W8A8"
+    assert msmodelslim.detect(make_checkpoint({"b": plain()})) is None
+
+
+def test_schemes_are_per_layer():
+    layers = {f"blocks.0.{word}": (word, quantize(word)) for word in WORDS}
+    found = msmodelslim.schemes(make_checkpoint({**layers, "blocks.0.ffn.net.2": plain()}))
+    assert {layer: scheme.name for layer, scheme in found.items()} == {
+        f"blocks.0.{word}": word for word in WORDS
+    }
+    assert found["blocks.0.W4A4_DYNAMIC"].weight == "int4"
+    assert not any(scheme.smoothed for scheme in found.values())
+
+
+@EACH
+@pytest.mark.parametrize("wrapped", [False, True], ids=["repacked", "as-written"])
+def test_smoothing_is_found_and_honoured(word, wrapped):
+    weight, bias = make_weight()
+    factors = torch.rand(K, generator=torch.Generator().manual_seed(3)) + 0.5
+    x = make_input()
+    known = msmodelslim.SCHEMES[word]
+    stored = msmodelslim.quantize(
+        weight / factors, known, bias=bias, calibration=calibrate(x * factors)
+    )
+    if wrapped:
+        stored = {f"linear.{suffix}": tensor for suffix, tensor in stored.items()}
+    stored["div.mul_scale" if wrapped else "mul_scale"] = factors
+    scheme = msmodelslim.schemes(make_checkpoint({"q": (word, stored)}))["q"]
+    assert scheme.smoothed
+    exact = torch.nn.functional.linear(x, weight.float(), bias.float())
+    y = msmodelslim.reference(x, stored, scheme)
+    assert (y - exact).norm() / exact.norm() < (0.2 if scheme.weight == "int4" else 0.02)
+    dense = msmodelslim.dequantize(stored, scheme)
+    assert (dense - weight.float()).norm() / weight.float().norm() < 0.15
+
+
+@EACH
+def test_round_trip(word):
+    scheme = msmodelslim.SCHEMES[word]
+    weight, bias = make_weight()
+    stored = quantize(word)
+    steps = weight.float().abs().amax(dim=1, keepdim=True) / linear_int8.LARGEST[scheme.weight]
+    error = (msmodelslim.dequantize(stored, scheme) - weight.float()).abs()
+    assert (error <= steps * 0.5001).all()
+    exact = torch.nn.functional.linear(make_input(), weight.float(), bias.float())
+    y = msmodelslim.reference(make_input(), stored, scheme)
+    assert (y - exact).norm() / exact.norm() < (0.2 if scheme.weight == "int4" else 0.02)
+
+
+@EACH
+def test_written_tensors_are_the_declared_ones(word):
+    scheme = msmodelslim.SCHEMES[word]
+    specs = msmodelslim.tensors(scheme, N, K)
+    stored = quantize(word)
+    stored.pop("bias")
+    assert {name for name, spec in specs.items() if not spec.optional} <= set(stored) <= set(specs)
+    for suffix, tensor in stored.items():
+        assert DTYPES[tensor.dtype] in specs[suffix].dtypes
+        assert tuple(tensor.shape) in specs[suffix].shapes
+
+
+def test_formulas_of_the_static_scheme():
+    weight, bias = (t.float() for t in make_weight())
+    x = make_input()
+    stored = quantize("W8A8")
+    scale = weight.abs().amax(dim=1) / 127
+    step = (x.max() - x.min()) / 255
+    offset = torch.round(-x.min() / step) - 128
+    assert stored["input_scale"].item() == pytest.approx(step.item())
+    assert stored["input_offset"].item() == offset.item()
+    torch.testing.assert_close(stored["deq_scale"], step * scale)
+    rows = stored["weight"].sum(dim=1)
+    folded = bias.double() / stored["deq_scale"].double() - offset * rows
+    assert torch.equal(stored["quant_bias"], folded.round().to(torch.int32))
+
+
+def test_static_needs_calibration():
+    with pytest.raises(UsageError, match="W8A8_DYNAMIC"):
+        msmodelslim.quantize(make_weight()[0], msmodelslim.SCHEMES["W8A8"])
+
+
+def test_one_sided_ranges_keep_zero_exact():
+    scheme, x = msmodelslim.SCHEMES["W8A8"], make_input().abs() + 1
+    stored = msmodelslim.quantize(make_weight()[0], scheme, calibration=calibrate(x))
+    assert stored["input_offset"].item() == -128
+    assert msmodelslim.reference(torch.zeros(1, K), stored, scheme).abs().max() == 0
+
+
+def test_both_encodings_of_deq_scale_are_one():
+    scheme, stored = msmodelslim.SCHEMES["W8A8"], quantize("W8A8")
+    bits = stored["deq_scale"].view(torch.int32).long()
+    other = stored | {"deq_scale": bits}
+    assert (bits > 2**20).all()
+    for name, tensor in msmodelslim.canonical(stored, scheme).items():
+        assert torch.equal(tensor, msmodelslim.canonical(other, scheme)[name])
+
+
+def test_static_bias_survives_without_its_copy():
+    scheme, stored = msmodelslim.SCHEMES["W8A8"], quantize("W8A8")
+    bias = stored.pop("bias")
+    unfolded = msmodelslim.canonical(stored, scheme)["bias"]
+    assert ((unfolded - bias).abs() <= stored["deq_scale"] * 0.51).all()
+
+
+def test_static_weight_scale_of_older_writers_is_preferred():
+    scheme, stored = msmodelslim.SCHEMES["W8A8"], quantize("W8A8")
+    exact = torch.rand(N, 1)
+    stored |= {"weight_scale": exact, "weight_offset": torch.zeros(N, 1)}
+    found = msmodelslim.canonical(stored, scheme)
+    assert torch.equal(found["weight_scale"], exact.flatten())
+    checkpoint = make_checkpoint({"a": ("W8A8", stored)})
+    assert set(msmodelslim.schemes(checkpoint)) == {"a"}
+
+
+def test_asymmetric_weights_are_refused():
+    stored = quantize("W4A4_DYNAMIC") | {"weight_offset": torch.full((N, 1), 2.0)}
+    with pytest.raises(CheckpointError, match=r"weight_offset .*symmetric"):
+        msmodelslim.canonical(stored, msmodelslim.SCHEMES["W4A4_DYNAMIC"])
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("W8A8_MXFP8", "MXFP8 .in progress"),
+        ("W4A4_MXFP4_DUALSCALE", "MXFP4"),
+        ("W4A4_FLATQUANT_DYNAMIC", "FlatQuant"),
+        ("W8A8_SVD_DYNAMIC", "SVD residual"),
+        ("W8A8_MIX", "prefill/decode"),
+        ("W4A16", "unknown"),
+    ],
+)
+def test_other_schemes_are_refused_by_name(word, named):
+    checkpoint = make_checkpoint({"blocks.0.q": (word, plain()[1])})
+    assert msmodelslim.detect(checkpoint)
+    with pytest.raises(CheckpointError, match=f"blocks.0.q.weight is {word} .*{named}"):
+        msmodelslim.schemes(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "named"),
+    [
+        ("left_trans", "FlatQuant"),
+        ("clip_ratio", "FlatQuant"),
+        ("svd_lowrank_l1", "SVD residual"),
+        ("surprise", "unknown attachment"),
+        ("linear.surprise", "unknown attachment"),
+    ],
+)
+def test_attachments_are_refused_by_name(suffix, named):
+    stored = quantize("W8A8_DYNAMIC") | {suffix: torch.zeros(K)}
+    with pytest.raises(CheckpointError, match=rf"blocks.0.q.{suffix} belongs to (an )?{named}"):
+        msmodelslim.schemes(make_checkpoint({"blocks.0.q": ("W8A8_DYNAMIC", stored)}))
+
+
+def test_scales_per_group_are_refused():
+    stored = quantize("W4A4_DYNAMIC") | {"weight_scale": torch.ones(N, 4)}
+    with pytest.raises(CheckpointError, match=r"\[24, 4\] per group"):
+        msmodelslim.schemes(make_checkpoint({"q": ("W4A4_DYNAMIC", stored)}))
+
+
+def test_smoothed_float_layers_are_refused():
+    checkpoint = make_checkpoint(
+        {
+            "a": ("W8A8", quantize("W8A8")),
+            "b.linear": plain(),
+            "b.div": ("FLOAT", {"mul_scale": torch.ones(K)}),
+        }
+    )
+    with pytest.raises(CheckpointError, match=r"b.div.mul_scale .*FLOAT layer"):
+        msmodelslim.schemes(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "layer", ["patch_embedding", "condition_embedder.time_proj", "text_embedding.0"]
+)
+def test_quantized_embeddings_are_refused(layer):
+    with pytest.raises(CheckpointError, match=f"{layer} .*embeddings"):
+        msmodelslim.schemes(make_checkpoint({layer: ("W8A8", quantize("W8A8"))}))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"blocks.0.attn1.quant_type": "FP8_DYNAMIC"}, {"fa_quant_type": "FAKQuant"}],
+    ids=["layer", "model"],
+)
+def test_quantized_attention_is_refused(setting):
+    checkpoint = make_checkpoint({"a": ("W8A8", quantize("W8A8"))}, **setting)
+    with pytest.raises(CheckpointError, match="quantized attention"):
+        msmodelslim.schemes(checkpoint)
+
+
+def test_rotations_are_left_aside_with_a_reason():
+    for name in ("blocks.0.attn1.to_q_rot", "blocks.3.self_attn.k_rot"):
+        assert "rotates" in (msmodelslim.ignored(name) or "")
+    assert msmodelslim.ignored("blocks.0.attn1.to_q.weight") is None
+    rotated = {"blocks.0.attn1": ("FLOAT", {"to_q_rot": torch.eye(8)})}
+    checkpoint = make_checkpoint({**rotated, "a": ("W8A8", quantize("W8A8"))})
+    assert set(msmodelslim.schemes(checkpoint)) == {"a"}
+
+
+def test_codes_that_nobody_describes_are_refused():
+    checkpoint = make_checkpoint({"a": ("W8A8", quantize("W8A8")), "b": ("W8A8", quantize("W8A8"))})
+    del checkpoint.description["b.weight"]
+    with pytest.raises(CheckpointError, match=r"b.weight holds int8 codes"):
+        msmodelslim.schemes(checkpoint)
+
+
+def test_description_of_another_folder_is_refused():
+    checkpoint = make_checkpoint({"a": ("W8A8", quantize("W8A8"))})
+    checkpoint.description["blocks.0.q.weight"] = "W8A8"
+    with pytest.raises(CheckpointError, match=r"blocks.0.q.weight is W8A8, but no such tensor"):
+        msmodelslim.schemes(checkpoint)
+
+
+def test_declaration_covers_every_tensor():
+    layers = {f"blocks.0.{word}": (word, quantize(word)) for word in WORDS}
+    checkpoint = make_checkpoint({**layers, "norm": plain()})
+    schemes = {layer: msmodelslim.SCHEMES[word] for layer, (word, _) in layers.items()}
+    names = tuple(checkpoint.tensors)
+    declared = msmodelslim.declare(schemes, ("norm",), names)
+    assert declared.config is None
+    name, description = declared.description
+    assert name == "quant_model_description.json"
+    json.dumps(description)
+    assert {key: description[key] for key in names} == {
+        key: checkpoint.description[key] for key in names
+    }
+    assert description["model_quant_type"] == "W4A4_DYNAMIC"
+    assert description["version"] == "1.0.0"
+    short = msmodelslim.declare(schemes, ("norm",)).description[1]
+    assert {key: short.get(key) for key in names} == {key: description[key] for key in names}
+
+
+@EACH
+def test_bias_may_be_absent(word):
+    scheme = msmodelslim.SCHEMES[word]
+    weight, _ = make_weight()
+    x = make_input()
+    stored = msmodelslim.quantize(weight, scheme, calibration=calibrate(x))
+    assert "bias" not in stored
+    exact = torch.nn.functional.linear(x, weight.float())
+    y = msmodelslim.reference(x, stored, scheme)
+    assert (y - exact).norm() / exact.norm() < (0.2 if scheme.weight == "int4" else 0.02)
