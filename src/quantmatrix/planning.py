@@ -26,6 +26,8 @@ from quantmatrix.scheme import Scheme, measure_features
 from quantmatrix.sources import Source, find_sources, use_tiny
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+CODE_LEAVES = ("weight", "qweight", "linear.weight")
+"""Where the codes of a layer lie; msmodelslim wraps smoothed layers in a `linear` level."""
 PLAIN_DTYPES = ("BF16", "F16", "F32", "F64", "I64", "I32", "BOOL")
 
 
@@ -312,9 +314,8 @@ def sort_layers(
     """(parts of each quantized module, names of the tensors that are stored plainly)."""
     parts: dict[str, list[Part]] = {}
     for layer, scheme in schemes.items():
-        code = checkpoint.tensors.get(f"{layer}.weight") or checkpoint.tensors.get(
-            f"{layer}.qweight"
-        )
+        names = (f"{layer}.{leaf}" for leaf in CODE_LEAVES)
+        code = next((checkpoint.tensors[n] for n in names if n in checkpoint.tensors), None)
         if code is None:
             raise CheckpointError(f"{checkpoint.reference}: layer {layer} has scales but no weight")
         out, into = measure_features(scheme, code.shape)
