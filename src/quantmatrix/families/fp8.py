@@ -1,0 +1,257 @@
+"""fp8: transformers whose linear layers are stored as e4m3 codes, declared by `quant_method: fp8`.
+
+The declaration stands in config.json (`quantization_config`) or in the safetensors header. Tensors
+of a quantized linear layer with N outputs and K inputs:
+
+| variant | `weight` | scale tensor | activations |
+| ------- | -------- | ------------ | ----------- |
+| per tensor | F8_E4M3 [N, K] | `weight_scale` F32 [] or [1] | dynamic, or static: `input_scale` F32 [] or [1] |
+| per channel | F8_E4M3 [N, K] | `weight_scale` F32 [N] or [N, 1] | per token, or static `input_scale` |
+| block | F8_E4M3 [N, K] | `weight_scale_inv` F32 [ceil(N/bn), ceil(K/bk)] | dynamic, per token and bk columns |
+| online | any float, quantized while loading | made at load | dynamic, per tensor |
+
+Real weight = stored value x scale in every variant; `_inv` is historical. `weight_block_size`
+declares blocks, `activation_scheme` static or dynamic inputs, `ignored_layers` (or
+`modules_to_not_convert`) the layers that were left alone. Two header forms without `quant_method`
+are known: `format_version` with `layers` of a float8 format, and the row-wise form (version 1.1)
+whose `quant_configs` name the scale recipe. Sources: vLLM's and SGLang's fp8 checkpoints, diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.families.protocol import Calibration, Declaration
+from quantmatrix.formats import E4M3_MAX, expand_blocks, find_block_amax, round_e4m3
+from quantmatrix.kernels import linear_fp8
+from quantmatrix.scheme import Scheme, TensorSpec
+
+if TYPE_CHECKING:
+    from quantmatrix.checkpoint import Checkpoint, TensorHeader
+
+ID = "fp8"
+TENSOR = Scheme("linear.fp8", "fp8", "e4m3", "tensor", "tensor-dynamic")
+CHANNEL = Scheme("linear.fp8", "fp8-channel", "e4m3", "channel", "token-dynamic")
+BLOCK = Scheme("linear.fp8", "fp8-block", "e4m3", "block", "group-dynamic", block=(128, 128))
+SCHEMES: Mapping[str, Scheme] = {
+    "tensor-dynamic": TENSOR,
+    "tensor-static": replace(TENSOR, activation="tensor-static"),
+    "channel-dynamic": CHANNEL,
+    "channel-static": replace(CHANNEL, activation="tensor-static"),
+    "block-dynamic": BLOCK,
+}
+SCALES = ("weight_scale", "weight_scale_inv")
+IGNORE_KEYS = ("ignored_layers", "modules_to_not_convert")
+
+
+def detect(checkpoint: Checkpoint) -> str | None:
+    """The reason why a checkpoint is of this family, or None."""
+    block = checkpoint.quantization or {}
+    if block.get("quant_method") == "fp8":
+        return f"quant_method fp8 in {checkpoint.quantization_from}"
+    formats = {word for word in read_formats(block).values() if "float8" in word}
+    if "quant_method" not in block and formats and "format_version" in block:
+        return f"layers of format {', '.join(sorted(formats))} in {checkpoint.quantization_from}"
+    return None
+
+
+def read_formats(block: Mapping[str, Any]) -> dict[str, str]:
+    """Format word per layer of a header's `layers`, which holds words or objects."""
+    layers = block.get("layers")
+    if not isinstance(layers, Mapping):
+        return {}
+    return {
+        str(layer): str(entry.get("format", "") if isinstance(entry, Mapping) else entry)
+        for layer, entry in layers.items()
+    }
+
+
+def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
+    """Scheme of every layer with e4m3 codes; what does not fit together is an error."""
+    block = checkpoint.quantization or {}
+    listed = read_formats(block)
+    check_versions(checkpoint, block, listed)
+    ignored = [str(name) for key in IGNORE_KEYS for name in block.get(key) or ()]
+    found: dict[str, Scheme] = {}
+    for layer, suffixes in checkpoint.layers().items():
+        header = checkpoint.tensors.get(f"{layer}.weight")
+        scaled = sorted(suffixes & {*SCALES, "input_scale"})
+        if header is None or header.dtype != "F8_E4M3":
+            if scaled:
+                dtype = header.dtype if header else "missing"
+                raise CheckpointError(
+                    f"{checkpoint.tensors[f'{layer}.{scaled[0]}'].file}: tensor {layer}.{scaled[0]} "
+                    f"is a scale, but {layer}.weight is {dtype}: expected F8_E4M3"
+                )
+            if "float8" in listed.get(layer, ""):
+                raise CheckpointError(
+                    f"{checkpoint.quantization_from}: lists {layer} as {listed[layer]}, but its "
+                    f"weight is {header.dtype if header else 'missing'}: expected F8_E4M3"
+                )
+            continue
+        if layer in ignored or "bf16" in listed.get(layer, ""):
+            raise CheckpointError(
+                f"{checkpoint.quantization_from}: says that {layer} is left alone, but "
+                f"{header.file} stores it as F8_E4M3"
+            )
+        found[layer] = find_scheme(checkpoint, layer, suffixes, header)
+    return found
+
+
+def check_versions(
+    checkpoint: Checkpoint, block: Mapping[str, Any], listed: Mapping[str, str]
+) -> None:
+    """Header forms of an unknown version or scale recipe are refused by name."""
+    version = block.get("format_version")
+    if version is not None and str(version) not in ("1.0", "1.1"):
+        raise CheckpointError(
+            f"{checkpoint.quantization_from}: format_version {version} is unknown; known: 1.0, 1.1"
+        )
+    for word, recipe in (block.get("quant_configs") or {}).items():
+        stated = recipe.get("scale_recipe") if isinstance(recipe, Mapping) else recipe
+        if word in listed.values() and stated != "rowwise":
+            raise CheckpointError(
+                f"{checkpoint.quantization_from}: scale_recipe {stated} of {word} is unknown; "
+                "known: rowwise"
+            )
+
+
+def find_scheme(
+    checkpoint: Checkpoint, layer: str, suffixes: frozenset[str], header: TensorHeader
+) -> Scheme:
+    """Scheme of one layer, from the declaration and the shape of its scales."""
+    block = checkpoint.quantization or {}
+    size = block.get("weight_block_size")
+    static = str(block.get("activation_scheme") or "dynamic") == "static"
+    if not static and not block.get("quant_method"):
+        static = "input_scale" in suffixes
+    if size is not None:
+        if static:
+            raise CheckpointError(
+                f"{checkpoint.quantization_from}: weight_block_size with static activations: "
+                "expected activation_scheme dynamic"
+            )
+        scheme = replace(BLOCK, block=(int(size[0]), int(size[1])))
+    else:
+        scale = checkpoint.tensors.get(f"{layer}.weight_scale")
+        wide = scale is not None and scale.shape in ((header.shape[0],), (header.shape[0], 1))
+        wide = wide and (header.shape[0] > 1 or len(scale.shape) > 1)
+        kind = "channel" if wide else "tensor"
+        scheme = SCHEMES[f"{kind}-{'static' if static else 'dynamic'}"]
+    if "input_scale" in suffixes and not static:
+        name = f"{layer}.input_scale"
+        raise CheckpointError(
+            f"{checkpoint.tensors[name].file}: tensor {name} is a static activation scale, but "
+            f"{checkpoint.quantization_from} declares dynamic activations"
+        )
+    check_tensors(checkpoint, layer, scheme, header)
+    return scheme
+
+
+def check_tensors(checkpoint: Checkpoint, layer: str, scheme: Scheme, header: TensorHeader) -> None:
+    """Every tensor that the scheme needs must be there, in the right dtype and shape."""
+    if len(header.shape) != 2:
+        raise CheckpointError(
+            f"{header.file}: tensor {header.name} is {list(header.shape)}, not 2-D"
+        )
+    for suffix, spec in tensors(scheme, *header.shape).items():
+        found = checkpoint.tensors.get(f"{layer}.{suffix}")
+        expected = f"{' or '.join(spec.dtypes)} {' or '.join(str(list(s)) for s in spec.shapes)}"
+        if found is None:
+            raise CheckpointError(
+                f"{header.file}: tensor {layer}.{suffix} is missing beside {layer}.weight "
+                f"({header.dtype}): expected {expected}; a missing scale is never assumed to be 1"
+            )
+        if found.dtype not in spec.dtypes or found.shape not in spec.shapes:
+            raise CheckpointError(
+                f"{found.file}: tensor {found.name} is {found.dtype} {list(found.shape)}, "
+                f"expected {expected}"
+            )
+
+
+def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+    """The tensors of a layer on disk, by suffix, `bias` left out."""
+    scalar = TensorSpec(("F32",), ((), (1,)))
+    specs = {"weight": TensorSpec(("F8_E4M3",), ((out_features, in_features),))}
+    if scheme.scale == "block":
+        blocks = (-(-out_features // scheme.block[0]), -(-in_features // scheme.block[1]))
+        specs["weight_scale_inv"] = TensorSpec(("F32",), (blocks,))
+    elif scheme.scale == "channel":
+        specs["weight_scale"] = TensorSpec(("F32",), ((out_features,), (out_features, 1)))
+    else:
+        specs["weight_scale"] = scalar
+    if scheme.activation == "tensor-static":
+        specs["input_scale"] = scalar
+    return specs
+
+
+def quantize(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    *,
+    bias: torch.Tensor | None = None,
+    calibration: Calibration | None = None,
+) -> dict[str, torch.Tensor]:
+    """On-disk tensors of a layer with this weight [N, K]; scales are amax / 448."""
+    exact = weight.float()
+    if scheme.scale == "block":
+        amax = find_block_amax(exact, scheme.block)
+    elif scheme.scale == "channel":
+        amax = exact.abs().amax(dim=1)
+    else:
+        amax = exact.abs().amax()
+    scale = torch.where(amax > 0, amax, 1.0) / E4M3_MAX
+    if scheme.scale == "block":
+        spread = expand_blocks(scale, scheme.block, (exact.shape[0], exact.shape[1]))
+    else:
+        spread = scale.unsqueeze(-1) if scale.ndim else scale
+    suffix = "weight_scale_inv" if scheme.scale == "block" else "weight_scale"
+    made = {"weight": round_e4m3(exact / spread), suffix: scale}
+    if scheme.activation == "tensor-static":
+        if calibration is None:
+            raise UsageError("static activation scales need a calibration")
+        made["input_scale"] = calibration.amax.float().amax().clamp_min(1e-12) / E4M3_MAX
+    return made if bias is None else {**made, "bias": bias}
+
+
+def canonical(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
+    """Canonical tensors of linear.fp8."""
+    name = "weight_scale_inv" if scheme.scale == "block" else "weight_scale"
+    scale = stored[name].float()
+    if scheme.scale != "block":
+        scale = scale.reshape(-1, 1) if scheme.scale == "channel" else scale.reshape(())
+    made = {"weight": stored["weight"], "weight_scale": scale}
+    if scheme.activation == "tensor-static":
+        made["input_scale"] = stored["input_scale"].float().reshape(())
+    if "bias" in stored:
+        made["bias"] = stored["bias"]
+    return made
+
+
+def dequantize(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """The weight in plain numbers, float32 [N, K]."""
+    return linear_fp8.decode(canonical(stored, scheme), scheme)
+
+
+def reference(x: torch.Tensor, stored: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """The layer's exact arithmetic on x [..., K]."""
+    return linear_fp8.reference(x, canonical(stored, scheme), scheme)
+
+
+def declare(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> Declaration:
+    """`quantization_config` of config.json; the same block goes into a single file's header."""
+    scheme = next(iter(schemes.values()))
+    static = scheme.activation == "tensor-static"
+    config: dict[str, Any] = {
+        "activation_scheme": "static" if static else "dynamic",
+        "ignored_layers": sorted(kept),
+        "quant_method": "fp8",
+    }
+    if scheme.scale == "block":
+        config["weight_block_size"] = list(scheme.block)
+    return Declaration(config=config)

@@ -1,0 +1,183 @@
+"""modelopt-fp8: transformers whose linear layers NVIDIA ModelOpt stored as FP8.
+
+On disk: config.json carries `quantization_config` with `quant_method: modelopt` and
+`quant_algo: FP8`; layers that were left alone are in its `ignore` list. `modelopt-fp8` is a label of
+tables, never a serialized key. Tensors of a quantized linear layer (N outputs, K inputs):
+
+| tensor | dtype | shape | meaning |
+| ------ | ----- | ----- | ------- |
+| `weight` | F8_E4M3 | [N, K] | round(real / weight_scale) |
+| `weight_scale` | F32 | [] or [1] | amax of the weight / 448; a multiplier |
+| `input_scale` | F32 | [] or [1] | calibrated amax of the input / 448 (static) |
+| `bias` | as the base | [N] | never quantized |
+
+Arithmetic: x is divided by `input_scale`, held within 448 and rounded to e4m3; then
+y = codes(x) codes(W)^T x input_scale x weight_scale + bias. The sure sign of a quantized layer is its
+`weight_scale`; the config gives the family, the file the layer. Names with `_quantizer.` in them are
+leftovers of a calibration and are never loaded. Source: ModelOpt 0.47 exports.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.families.protocol import Calibration, Declaration
+from quantmatrix.formats import E4M3_MAX
+from quantmatrix.kernels import linear_fp8
+from quantmatrix.scheme import Scheme, TensorSpec
+
+if TYPE_CHECKING:
+    from quantmatrix.checkpoint import Checkpoint
+
+ID = "modelopt-fp8"
+FP8 = Scheme("linear.fp8", "FP8", "e4m3", "tensor", "tensor-static")
+SCHEMES: Mapping[str, Scheme] = {"FP8": FP8}
+METHODS = ("modelopt", "modelopt_fp8")
+
+
+def detect(checkpoint: Checkpoint) -> str | None:
+    """The reason why a checkpoint is ModelOpt FP8; contradictions are errors."""
+    block = checkpoint.quantization or {}
+    method = block.get("quant_method")
+    algorithm = block.get("quant_algo")
+    if method == "modelopt_fp8" and algorithm not in (None, "FP8"):
+        raise CheckpointError(
+            f"{checkpoint.quantization_from}: quant_method {method} and quant_algo {algorithm} "
+            "contradict each other: expected FP8"
+        )
+    if method == "modelopt_fp8" or (method == "modelopt" and algorithm == "FP8"):
+        return f"quant_method {method}, quant_algo FP8 in {checkpoint.quantization_from}"
+    return None
+
+
+def ignored(name: str) -> str | None:
+    """Why a tensor is never loaded, or None."""
+    return "a leftover of ModelOpt's calibration" if "_quantizer." in name else None
+
+
+def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
+    """FP8 for each layer with a `weight_scale`; what does not fit together is an error."""
+    excluded = read_ignore(checkpoint.quantization or {})
+    found: dict[str, Scheme] = {}
+    for layer, suffixes in checkpoint.layers().items():
+        if "_quantizer" in layer:
+            continue
+        header = checkpoint.tensors.get(f"{layer}.weight")
+        codes = header is not None and header.dtype == "F8_E4M3"
+        if not codes and not suffixes & {"weight_scale", "input_scale"}:
+            continue
+        check_layer(checkpoint, layer, suffixes)
+        if any(pattern.match(layer) for pattern in excluded):
+            raise CheckpointError(
+                f"{checkpoint.quantization_from}: `ignore` lists {layer}, but "
+                f"{checkpoint.tensors[f'{layer}.weight'].file} stores it as FP8"
+            )
+        found[layer] = FP8
+    return found
+
+
+def read_ignore(block: Mapping[str, Any]) -> list[re.Pattern[str]]:
+    """Patterns of the layers that were left alone; `*` stands for any characters."""
+    return [
+        re.compile(re.escape(str(entry)).replace(r"\*", ".*") + r"\Z")
+        for entry in block.get("ignore") or ()
+    ]
+
+
+def check_layer(checkpoint: Checkpoint, layer: str, suffixes: frozenset[str]) -> None:
+    """A quantized layer must have every tensor, in the right dtype and shape."""
+    header = checkpoint.tensors.get(f"{layer}.weight")
+    if header is None or len(header.shape) != 2:
+        raise CheckpointError(f"{checkpoint.reference}: layer {layer} has scales but no 2-D weight")
+    for suffix, spec in tensors(FP8, *header.shape).items():
+        name = f"{layer}.{suffix}"
+        found = checkpoint.tensors.get(name)
+        if found is None:
+            raise CheckpointError(
+                f"{header.file}: tensor {name} is missing beside {layer}.weight ({header.dtype}): "
+                f"expected {' or '.join(spec.dtypes)} {list(spec.shapes[0])}; a missing scale is "
+                "never assumed to be 1: export the checkpoint again"
+            )
+        if found.dtype not in spec.dtypes or found.shape not in spec.shapes:
+            expected = " or ".join(str(list(shape)) for shape in spec.shapes)
+            raise CheckpointError(
+                f"{found.file}: tensor {name} is {found.dtype} {list(found.shape)}, "
+                f"expected {' or '.join(spec.dtypes)} {expected}"
+            )
+
+
+def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+    """The tensors of a layer on disk, by suffix, `bias` left out."""
+    scalar = TensorSpec(("F32",), ((), (1,)))
+    weight = TensorSpec(("F8_E4M3",), ((out_features, in_features),))
+    return {"weight": weight, "weight_scale": scalar, "input_scale": scalar}
+
+
+def quantize(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    *,
+    bias: torch.Tensor | None = None,
+    calibration: Calibration | None = None,
+) -> dict[str, torch.Tensor]:
+    """On-disk tensors of a layer with this weight [N, K].
+
+    As ModelOpt does, the division by the scale is made in the weight's own dtype, so BF16 weights
+    are rounded twice.
+    """
+    if calibration is None:
+        raise UsageError("modelopt-fp8 has static activation scales: a calibration is needed")
+    amax = weight.abs().amax().float()
+    scale = torch.where(amax > 0, amax, 1.0) / E4M3_MAX
+    scaled = weight / scale  # a scale without a dimension leaves the dtype alone
+    made = {
+        "weight": scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn),
+        "weight_scale": scale,
+        "input_scale": calibration.amax.float().amax().clamp_min(1e-12) / E4M3_MAX,
+    }
+    return made if bias is None else {**made, "bias": bias}
+
+
+def canonical(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
+    """Canonical tensors of linear.fp8: scales as numbers without a dimension."""
+    made = {"weight": stored["weight"]}
+    for suffix in ("weight_scale", "input_scale"):
+        made[suffix] = stored[suffix].float().reshape(())
+    if "bias" in stored:
+        made["bias"] = stored["bias"]
+    return made
+
+
+def dequantize(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """The weight in plain numbers, float32 [N, K]."""
+    return linear_fp8.decode(canonical(stored, scheme), scheme)
+
+
+def reference(x: torch.Tensor, stored: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """The layer's exact arithmetic on x [..., K]."""
+    return linear_fp8.reference(x, canonical(stored, scheme), scheme)
+
+
+def declare(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> Declaration:
+    """The `quantization_config` of ModelOpt's export."""
+    number = {"dynamic": False, "num_bits": 8, "type": "float"}
+    return Declaration(
+        config={
+            "config_groups": {
+                "group_0": {
+                    "input_activations": number,
+                    "targets": ["Linear"],
+                    "weights": number,
+                }
+            },
+            "ignore": sorted(kept),
+            "producer": {"name": "modelopt", "version": "0.47.0"},
+            "quant_algo": "FP8",
+            "quant_method": "modelopt",
+        }
+    )

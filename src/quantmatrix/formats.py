@@ -1,0 +1,94 @@
+"""Number formats: what codes mean, how numbers are rounded to them, how they are packed.
+
+| format | bits | values | rounding |
+| ------ | ---- | ------ | -------- |
+| e4m3 (`float8_e4m3fn`) | 8 | sign, 4 exponent bits, 3 mantissa bits; largest 448; no infinity | nearest, ties to even; saturating here |
+| e2m1 | 4 | 0, 0.5, 1, 1.5, 2, 3, 4, 6 for codes 0..7; bit 3 is the sign | nearest, ties to the even code; saturating at 6 |
+| int4 | 4 | -8..7, two's complement | nearest, ties to even |
+| int8 | 8 | -128..127 | nearest, ties to even |
+
+Two 4-bit codes share a byte: the even column in the low nibble, the odd one in the high nibble. That
+is ModelOpt's order; BFL and Comfy files have it the other way round (`swap_nibbles`).
+Sources: the OCP microscaling formats specification (e4m3, e2m1) and ModelOpt's exports.
+"""
+
+from __future__ import annotations
+
+import torch
+
+E4M3_MAX = 448.0
+E2M1_MAX = 6.0
+E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_VALUES = E2M1_MAGNITUDES + tuple(-value for value in E2M1_MAGNITUDES)
+"""The number of each of the sixteen e2m1 codes; code 8 is minus zero."""
+E2M1_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+"""Midpoints between neighbouring magnitudes."""
+
+
+def round_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """x as float8_e4m3fn, any shape, values beyond 448 held at 448 (older casts gave NaN)."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def encode_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """Codes 0..15 (uint8, x's shape) of the nearest e2m1 numbers, ties to the even code.
+
+    A tie lies on a bound: it goes down when the code below the bound is even, up when it is odd.
+    """
+    magnitude = x.abs().float()
+    code = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
+    for below, bound in enumerate(E2M1_BOUNDS):
+        code += magnitude > bound if below % 2 == 0 else magnitude >= bound
+    return code | (torch.signbit(x).to(torch.uint8) << 3)
+
+
+def decode_e2m1(codes: torch.Tensor) -> torch.Tensor:
+    """Numbers (float32, the codes' shape) of e2m1 codes 0..15."""
+    table = torch.tensor(E2M1_VALUES, device=codes.device)
+    return table[codes.int()]
+
+
+def encode_int4(x: torch.Tensor) -> torch.Tensor:
+    """Codes 0..15 (uint8) of numbers rounded to -8..7, two's complement."""
+    return (x.round().clamp(-8, 7).to(torch.int8) & 15).to(torch.uint8)
+
+
+def decode_int4(codes: torch.Tensor) -> torch.Tensor:
+    """Numbers (int8) of two's-complement codes 0..15."""
+    signed = codes.to(torch.int8)
+    return torch.where(signed > 7, signed - 16, signed)
+
+
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Codes [..., K] (0..15) to bytes [..., K/2], the even column in the low nibble."""
+    if codes.shape[-1] % 2:
+        raise ValueError(f"an even number of columns is needed to pack nibbles: {codes.shape[-1]}")
+    pairs = codes.to(torch.uint8).unflatten(-1, (-1, 2))
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """Bytes [..., K/2] to codes [..., K] (uint8, 0..15), the low nibble first."""
+    data = packed.view(torch.uint8) if packed.dtype == torch.int8 else packed
+    return torch.stack([data & 15, data >> 4], dim=-1).flatten(-2)
+
+
+def swap_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """Bytes with their two nibbles exchanged (0xAB to 0xBA), same shape."""
+    return (packed << 4) | (packed >> 4)
+
+
+def expand_blocks(
+    scales: torch.Tensor, block: tuple[int, int], shape: tuple[int, int]
+) -> torch.Tensor:
+    """One scale per element [rows, columns] from one per block; ragged edges are cut off."""
+    tall = scales.repeat_interleave(block[0], dim=0)[: shape[0]]
+    return tall.repeat_interleave(block[1], dim=1)[:, : shape[1]]
+
+
+def find_block_amax(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """Largest magnitude of each block of x [rows, columns]: [ceil(rows/bn), ceil(columns/bk)]."""
+    rows, columns = x.shape
+    padded = torch.nn.functional.pad(x.abs(), (0, -columns % block[1], 0, -rows % block[0]))
+    cut = padded.unflatten(0, (-1, block[0])).unflatten(2, (-1, block[1]))
+    return cut.amax(dim=(1, 3))

@@ -1,0 +1,212 @@
+"""linear.fp8: a linear layer whose weight is stored as e4m3 codes.
+
+Canonical tensors of a layer with N outputs and K inputs:
+
+| tensor | dtype | shape | meaning |
+| ------ | ----- | ----- | ------- |
+| `weight` | float8_e4m3fn | [N, K] | codes |
+| `weight_scale` | float32 | [], [N, 1] or [ceil(N/bn), ceil(K/bk)] | per tensor, channel or block; a multiplier |
+| `input_scale` | float32 | [] | calibrated, only when activations are static |
+| `bias` | any float | [N] | never quantized |
+
+Real weight = code x scale. Inputs are divided by their scale, held within 448 and rounded to e4m3:
+one calibrated scale (`tensor-static`), one per call (`tensor-dynamic`), one per token
+(`token-dynamic`), or one per token and 128 columns (`group-dynamic`, for block scales).
+Products are exact in float32 and summed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch.nn import functional
+
+from quantmatrix.formats import E4M3_MAX, expand_blocks, round_e4m3
+from quantmatrix.kernels import Kernel, Needs, Tensors
+from quantmatrix.scheme import Scheme
+
+TORCH_ARCHES = ("sm89", "sm90", "sm100", "sm103", "sm120", "sm121")
+
+
+def decode(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """The weight in plain numbers, float32 [N, K]."""
+    weight = tensors["weight"].float()
+    return weight.mul_(spread_scales(tensors["weight_scale"], scheme, weight.shape))
+
+
+def spread_scales(
+    scales: torch.Tensor, scheme: Scheme, shape: torch.Size | tuple[int, ...]
+) -> torch.Tensor:
+    """Weight scales in a shape that multiplies a weight [N, K]."""
+    if scheme.scale == "block":
+        return expand_blocks(scales, scheme.block, (shape[0], shape[1]))
+    return scales
+
+
+def take_rows(tensors: Tensors, rows: torch.Tensor | slice) -> Tensors:
+    """The tensors of some output rows; block scales can be cut at block borders only."""
+    taken = dict(tensors)
+    taken["weight"] = tensors["weight"].view(torch.uint8)[rows].view(torch.float8_e4m3fn)
+    if "bias" in tensors:
+        taken["bias"] = tensors["bias"][rows]
+    scales = tensors["weight_scale"]
+    if scales.ndim == 2 and scales.shape == (tensors["weight"].shape[0], 1):
+        taken["weight_scale"] = scales[rows]
+    elif scales.ndim == 2:
+        raise ValueError("rows of a block-scaled FP8 layer cannot be taken apart")
+    return taken
+
+
+def find_input_scale(
+    x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Scheme
+) -> torch.Tensor:
+    """The scale that x [..., K] is divided by: [], [..., 1], or [..., K/group] for groups."""
+    if scheme.activation == "tensor-static":
+        return tensors["input_scale"]
+    magnitude = x.abs().float()
+    if scheme.activation == "tensor-dynamic":
+        amax = magnitude.amax()
+    elif scheme.activation == "token-dynamic":
+        amax = magnitude.amax(dim=-1, keepdim=True)
+    elif scheme.activation == "group-dynamic":
+        group = scheme.block[1]
+        padded = functional.pad(magnitude, (0, -x.shape[-1] % group))
+        amax = padded.unflatten(-1, (-1, group)).amax(dim=-1)
+    else:
+        raise ValueError(f"linear.fp8 knows no activation {scheme.activation}")
+    return torch.where(amax > 0, amax, E4M3_MAX) / E4M3_MAX
+
+
+def round_input(
+    x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Scheme
+) -> torch.Tensor:
+    """x [..., K] as the numbers that its e4m3 codes stand for, float32."""
+    scale = find_input_scale(x, tensors, scheme)
+    if scheme.activation == "group-dynamic":
+        scale = scale.repeat_interleave(scheme.block[1], dim=-1)[..., : x.shape[-1]]
+    return round_e4m3(x.float() / scale).float() * scale
+
+
+def reference(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """The layer's exact arithmetic on x [..., K]: [..., N] in x's dtype, bias included."""
+    bias = tensors.get("bias")
+    y = functional.linear(round_input(x, tensors, scheme), decode(tensors, scheme))
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def keep(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
+    """`reference` keeps the tensors as they are stored."""
+    return dict(tensors)
+
+
+def run_reference(
+    x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """`reference` on kept tensors."""
+    return reference(x, tensors if bias is None else {**tensors, "bias": bias}, scheme)
+
+
+def prepare_decode(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
+    """The weight decoded once, in the compute dtype."""
+    return {"decoded": decode(tensors, scheme).to(dtype)}
+
+
+def run_decode(
+    x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """An ordinary linear layer; inputs are left alone."""
+    weight = tensors["decoded"]
+    return functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
+def prepare_torch(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
+    """The weight as a column-major [K, N] view, and scales as `torch._scaled_mm` takes them.
+
+    One scale per output channel [1, N] when inputs are scaled per token, else one number.
+    """
+    prepared = {"columns": tensors["weight"].contiguous().t()}
+    scale = tensors["weight_scale"].float()
+    if scheme.activation == "token-dynamic":
+        rows = tensors["weight"].shape[0]
+        prepared["weight_scale"] = scale.reshape(1, -1).expand(1, rows).contiguous()
+    else:
+        prepared["weight_scale"] = scale.reshape(())
+    if "input_scale" in tensors:
+        prepared["input_scale"] = tensors["input_scale"].float()
+    return prepared
+
+
+def run_torch(
+    x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """`torch._scaled_mm` on e4m3 codes, one scale per tensor or one per row and column."""
+    flat = x.reshape(-1, x.shape[-1])
+    scale = find_input_scale(flat, tensors, scheme)
+    codes = round_e4m3(flat.float() / scale)
+    out_dtype = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
+    columns = tensors["columns"]
+    y = torch._scaled_mm(
+        codes,
+        columns,
+        scale_a=scale.contiguous(),
+        scale_b=tensors["weight_scale"],
+        bias=None if bias is None else bias.to(out_dtype),
+        out_dtype=out_dtype,
+    )
+    return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+def count_bytes(scheme: Scheme, out_features: int, in_features: int, item: int) -> int:
+    """Bytes of codes, scales and bias (a bias is counted whether or not there is one)."""
+    scales = {"tensor": 1, "channel": out_features}.get(scheme.scale, 0)
+    if scheme.scale == "block":
+        scales = -(-out_features // scheme.block[0]) * -(-in_features // scheme.block[1])
+    static = scheme.activation == "tensor-static"
+    return out_features * in_features + 4 * (scales + static) + item * out_features
+
+
+def count_decoded(scheme: Scheme, out_features: int, in_features: int, item: int) -> int:
+    """Bytes of a decoded weight and a bias."""
+    return item * out_features * (in_features + 1)
+
+
+KERNELS = (
+    Kernel(
+        "linear.fp8", "reference", "W8A8", Needs("fp8-reference"), keep, run_reference, count_bytes
+    ),
+    Kernel(
+        "linear.fp8",
+        "decode",
+        "W8A16",
+        Needs("fp8-decode"),
+        prepare_decode,
+        run_decode,
+        count_decoded,
+    ),
+    Kernel(
+        "linear.fp8",
+        "torch",
+        "W8A8",
+        Needs(
+            "fp8-torch-sm89",
+            vendors=("nvidia",),
+            arches=TORCH_ARCHES,
+            scales=("tensor", "channel"),
+            activations=("tensor-static", "tensor-dynamic", "token-dynamic"),
+            out_multiple=16,
+            in_multiple=16,
+        ),
+        prepare_torch,
+        run_torch,
+        count_bytes,
+    ),
+)
+
+ORDER: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("decode", "reference"),
+    "sm80": ("decode", "reference"),
+    "sm86": ("decode", "reference"),
+    "nvidia": ("torch", "decode"),
+    "*": ("decode", "reference"),
+}
