@@ -248,3 +248,19 @@ def digest_latents(latents: Sequence[torch.Tensor]) -> str:
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
+
+
+def compare_media(reference: Sequence[Any], candidate: Sequence[Any]) -> dict[str, Any]:
+    """Distance of two lists of PIL images or of [height, width, 3] arrays in 0..1 or 0..255."""
+    return compare_frames(stack_frames(reference), stack_frames(candidate))
+
+
+def stack_frames(media: Sequence[Any]) -> torch.Tensor:
+    """uint8 [frames, height, width, 3] of PIL images, or of arrays in 0..1 or 0..255."""
+    import numpy as np
+
+    frames = [np.asarray(frame) for frame in media]
+    stacked = np.stack(frames)
+    if stacked.dtype != np.uint8:
+        stacked = (stacked * 255.0).round().clip(0, 255).astype(np.uint8)
+    return torch.from_numpy(stacked)

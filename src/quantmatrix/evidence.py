@@ -243,9 +243,10 @@ def list_problems(record: Any) -> list[str]:
         return ["not a JSON object"]
     if record.get("schema") != SCHEMA:
         return [f"schema: found {record.get('schema')!r}, expected {SCHEMA}"]
-    types = {"cell": dict, "checks": dict, "machine": dict, "versions": dict, "checkpoint": dict}
-    types |= {"plan": dict, "timings": dict, "command": str, "commit": str, "made": str}
-    types |= {"latents_digest": str, "schema": int}
+    objects = ("cell", "checks", "machine", "versions", "checkpoint", "plan", "timings")
+    types: dict[str, type] = dict.fromkeys(objects, dict)
+    types |= dict.fromkeys(("command", "commit", "made", "latents_digest"), str)
+    types["schema"] = int
     problems = [f"{key}: missing" for key in types if key not in record]
     problems += [f"{key}: not a key of a record" for key in record if key not in types]
     for key, kind in types.items():

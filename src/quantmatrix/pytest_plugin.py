@@ -1,0 +1,312 @@
+"""The harness, as a pytest plugin: cells of the matrix are tests, their outcomes are evidence.
+
+A project opts in with one line of its pytest configuration, `quantmatrix_tables = "matrix"`, the
+folder of the tables. Elsewhere the plugin adds no option, no fixture and no hook. A suite is a
+function that asks for `cell` and says which check it performs:
+
+    @pytest.mark.check("latents")
+    def test_latents(cell, workbench, proof): ...
+
+It becomes one test per cell whose row names that check, and the cell's id is the test's id. Cells
+run on the `cpu` hardware unless `--hardware` says otherwise, except for `refuse`, which only plans
+and therefore runs for every hardware. What the suite puts into `proof` becomes the cell's evidence,
+one file per cell, written when the last check of the cell is done. A run that keeps its evidence to
+itself must give the verdicts that are committed beside the tables, better ones included.
+
+Under xdist all tests of one checkpoint run on one worker, worker N uses device N, and each worker
+one thread. Nothing here imports torch; `quantmatrix.workbench` does, once a test needs it.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections.abc import Generator, Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from quantmatrix.recorder import Proof, Recorder
+
+if TYPE_CHECKING:
+    from quantmatrix.matrix import Cell, Matrix
+    from quantmatrix.workbench import Workbench
+
+TABLES = "quantmatrix_tables"
+FILTERS = ("family", "model", "hardware", "check", "backend")
+PLAN_ONLY = ("refuse",)
+"""Checks that need no device: they run for every hardware of the tables."""
+LOCAL = "cpu"
+"""Hardware on which the other checks run when nothing is said."""
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Add the options, in projects that have opted in."""
+    parser.addini(TABLES, "folder of the tables whose cells are to be tested", default="")
+    config = pluginmanager.get_plugin("pytestconfig")
+    if config is None or not config.getini(TABLES):
+        return
+    group = parser.getgroup("quantmatrix", "quantmatrix: cells of the support matrix")
+    for name in FILTERS:
+        text = f"run cells of this {name} only; repeat it, or separate several by commas"
+        group.addoption(f"--{name}", action="append", default=[], metavar=name.upper(), help=text)
+    group.addoption(
+        "--evidence-dir",
+        metavar="DIR",
+        help="write one record per cell there (default: a temporary folder)",
+    )
+    group.addoption(
+        "--expect-evidence",
+        metavar="DIR",
+        help="fail where a verdict differs from the record there (default: the committed ones, "
+        "unless --evidence-dir is given; none: expect nothing)",
+    )
+    group.addoption(
+        "--full-size",
+        action="store_true",
+        help="use the real checkpoints instead of the tiny stand-ins",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the harness, in projects that have opted in."""
+    if config.getini(TABLES) and hasattr(config.option, "evidence_dir"):
+        config.addinivalue_line(
+            "markers", "check(*names): checks of the rows that a suite performs"
+        )
+        config.pluginmanager.register(Harness(config), "quantmatrix-harness")
+
+
+class CellItem(pytest.Function):
+    """A suite's function for one cell; made without pytest's parameters, which cost ten times."""
+
+    cell: Cell
+    check: str
+    proof: Proof
+
+
+class Harness:
+    """Hooks and fixtures of one pytest session."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        """Read the options; the tables are read when they are needed."""
+        self.config = config
+        self.tables_folder = config.rootpath / config.getini(TABLES)
+        self.wanted = {name: split_words(config.getoption(name)) for name in FILTERS}
+        asked = config.getoption("evidence_dir")
+        folder = Path(asked).absolute() if asked else None
+        expected = self._find_expected(config.getoption("expect_evidence"), folder)
+        self.recorder = Recorder(lambda: self.tables, folder, expected)
+        self.worker = read_worker(config)
+        self.pending: dict[str, int] = {}
+        if any(self.wanted.values()):
+            _ = self.cells  # a selection that is empty or misspelt ends the session at once
+
+    def _find_expected(self, asked: str | None, folder: Path | None) -> Path | None:
+        if asked:
+            return None if asked == "none" else Path(asked).absolute()
+        beside = self.tables_folder.parent / "reports" / "evidence"
+        return beside if folder is None and beside.is_dir() else None
+
+    @cached_property
+    def tables(self) -> Matrix:
+        """The tables of the project."""
+        from quantmatrix import matrix
+
+        try:
+            return matrix.read(self.tables_folder)
+        except matrix.MatrixError as error:
+            raise pytest.UsageError(str(error)) from error
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """The cells that the options select, in the order of the tables."""
+        return select_cells(self.tables, self.wanted)
+
+    def cells_for(self, checks: Iterable[str]) -> Iterator[tuple[Cell, str]]:
+        """(cell, check) for every selected cell that a suite of these checks must run."""
+        for check in checks:
+            if self.wanted["check"] and check not in self.wanted["check"]:
+                continue
+            anywhere = check in PLAN_ONLY or self.wanted["hardware"]
+            for cell in self.cells:
+                if check in cell.checks and (anywhere or cell.hardware == LOCAL):
+                    yield cell, check
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_collection(self) -> Generator[None, object, object]:
+        """Collect without the garbage collector: it would scan ten thousands of live items."""
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return (yield)
+        finally:
+            if enabled:
+                gc.enable()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_pycollect_makeitem(
+        self, collector: pytest.Module | pytest.Class, name: str, obj: object
+    ) -> list[CellItem] | None:
+        """Turn a function that asks for `cell` into one item per cell."""
+        if not inspect.isfunction(obj) or not collector.funcnamefilter(name):
+            return None
+        manager = collector.session._fixturemanager
+        parent = collector.getparent(pytest.Class)
+        info = manager.getfixtureinfo(collector, obj, parent.obj if parent else None)
+        providers = info.name2fixturedefs.get("cell", ())
+        if not providers or providers[-1].func is not self.provide_cell:
+            return None
+        marks = {mark.name: mark for mark in getattr(obj, "pytestmark", ())}
+        if "check" not in marks or "parametrize" in marks:
+            raise pytest.UsageError(
+                f"{collector.nodeid}::{name} asks for `cell`: mark it with "
+                '@pytest.mark.check("<a check of cases.csv>"), and give it no other parameters'
+            )
+        items = []
+        for cell, check in self.cells_for(marks["check"].args):
+            item: CellItem = CellItem.from_parent(
+                collector,
+                name=f"{name}[{cell.id}]",
+                callobj=obj,
+                fixtureinfo=info,
+                originalname=name,
+            )
+            item.cell, item.check, item.proof = cell, check, Proof()
+            items.append(item)
+        return items
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Bring the tests of one checkpoint together, so that it is loaded once."""
+        found = [item for item in items if isinstance(item, CellItem)]
+        if not found:
+            if any(self.wanted.values()) and self.worker is None:
+                chosen = " ".join(f"--{k} {','.join(v)}" for k, v in self.wanted.items() if v)
+                raise pytest.UsageError(f"{chosen}: no test was collected for these cells")
+            return
+        rank: dict[tuple[str, str], int] = {}
+        places: dict[str, tuple[int, int]] = {}
+        for index, cell in enumerate(self.cells):
+            group = rank.setdefault((cell.model, cell.checkpoint), index)
+            places[cell.id] = (group, index)
+        others = [item for item in items if not isinstance(item, CellItem)]
+        items[:] = [*others, *sorted(found, key=lambda item: places[item.cell.id])]
+        for item in found:
+            self.pending[item.cell.id] = self.pending.get(item.cell.id, 0) + 1
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Write a cell's record once its last check is done."""
+        result = yield
+        if isinstance(item, CellItem):
+            self.pending[item.cell.id] -= 1
+            if not self.pending[item.cell.id]:
+                self.recorder.finish(item.cell)
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Take the outcome of a check as its verdict."""
+        report = yield
+        if isinstance(item, CellItem):
+            self.note_outcome(item, call, report)
+        return report
+
+    def note_outcome(
+        self, item: CellItem, call: pytest.CallInfo[None], report: pytest.TestReport
+    ) -> None:
+        """Keep the verdict of a check; a pass that nobody expects any more is a failure."""
+        if report.skipped or (report.passed and call.when != "call"):
+            return
+        report.user_properties += [("row", item.cell.row), ("cell", item.cell.id)]
+        message = call.excinfo.exconly(tryshort=True)[:2000] if call.excinfo else ""
+        verdict = "pass" if report.passed else "fail"
+        self.recorder.add(item.cell, item.check, verdict, message, item.proof)
+        if verdict == "pass" and self.recorder.expected_verdict(item.cell, item.check) == "fail":
+            report.outcome = "failed"
+            report.longrepr = (
+                f"{item.cell.id}: {item.check} fails in the evidence in {self.recorder.expected}, "
+                "and passes now: run the cell again with --evidence-dir and commit its record"
+            )
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
+        """All tests of a checkpoint on one worker, whatever the version of xdist."""
+        if config.getoption("dist") not in ("load", "loadgroup"):
+            return None  # --dist each, loadfile ... were asked for by name
+        from quantmatrix.device_scheduling import make_scheduler
+
+        return make_scheduler(config, log, {c.id: f"{c.model} {c.checkpoint}" for c in self.cells})
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Say where the records are."""
+        if self.recorder.folder and self.recorder.written:
+            count = len(self.recorder.written)
+            terminalreporter.write_line(f"evidence: {count} records in {self.recorder.folder}")
+
+    @pytest.fixture(name="cell")
+    def provide_cell(self, request: pytest.FixtureRequest) -> Cell:
+        """The cell that this test is about."""
+        return request.node.cell
+
+    @pytest.fixture(name="proof")
+    def provide_proof(
+        self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    ) -> Proof:
+        """What this check shows; it becomes part of the cell's evidence."""
+        if self.recorder.folder is None:
+            self.recorder.folder = tmp_path_factory.mktemp("evidence")
+        return request.node.proof
+
+    @pytest.fixture(scope="session", name="workbench")
+    def provide_workbench(self) -> Iterator[Workbench]:
+        """Requests, pipelines and BF16 runs of cells; loads each checkpoint once."""
+        from quantmatrix.workbench import Workbench
+
+        tiny = not self.config.getoption("full_size")
+        bench = Workbench(self.tables, tiny=tiny, worker=self.worker)
+        yield bench
+        bench.release()
+
+
+def split_words(given: Iterable[str]) -> tuple[str, ...]:
+    """Values of a repeatable option, each of which may hold several, separated by commas."""
+    return tuple(word for text in given for word in text.replace(",", " ").split())
+
+
+def read_worker(config: pytest.Config) -> int | None:
+    """Number of this xdist worker, or None in a session without workers (and their controller)."""
+    given = getattr(config, "workerinput", None)
+    return int(given["workerid"].removeprefix("gw")) if given else None
+
+
+def select_cells(tables: Matrix, wanted: dict[str, tuple[str, ...]]) -> list[Cell]:
+    """Cells that pass every filter and are claimed; UsageError when none does."""
+    known: dict[str, set[str]] = {
+        "family": set(tables.families),
+        "model": set(tables.models),
+        "hardware": set(tables.hardware),
+        "check": {check for cell in tables.cells for check in cell.checks},
+        "backend": {cell.backend for cell in tables.cells} - {""},
+    }
+    for name, values in wanted.items():
+        if strange := [value for value in values if value not in known[name]]:
+            raise pytest.UsageError(
+                f"--{name} {strange[0]}: not in the tables; known: {', '.join(sorted(known[name]))}"
+            )
+    cells = [
+        cell
+        for cell in tables.cells
+        if cell.claim != "planned"
+        and all(getattr(cell, n) in wanted[n] for n in FILTERS if n != "check" and wanted[n])
+        and (not wanted["check"] or set(cell.checks) & set(wanted["check"]))
+    ]
+    if not cells:
+        chosen = " ".join(f"--{name} {','.join(v)}" for name, v in wanted.items() if v)
+        raise pytest.UsageError(f"{chosen or tables}: no claimed cell of the matrix is so")
+    return cells

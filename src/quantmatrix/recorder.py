@@ -1,0 +1,121 @@
+"""Recorder: collects what the checks of a cell show, and writes one record per cell.
+
+The checks of a cell run one after another in one process. Each leaves a verdict and a `Proof`; once
+the last is done the record is written, so a run that is killed loses the cell at hand only.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantmatrix import evidence as records
+from quantmatrix.evidence import CheckResult, Evidence
+
+if TYPE_CHECKING:
+    from quantmatrix.matrix import Cell, Matrix
+
+
+@dataclass
+class Proof:
+    """What a check shows beyond its verdict; a suite fills it in."""
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    limits: dict[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    """Seconds per stage."""
+    latents_digest: str = ""
+    files: tuple[str, ...] = ()
+    """Weight files of the checkpoint."""
+    command: str = ""
+    """The command that was run, where it is more than the row's."""
+    places: dict[str, str] = field(default_factory=dict)
+    """Folders of this machine, and the names that stand for them in the record."""
+
+
+class Recorder:
+    """Verdicts and proofs of the cells that are being checked."""
+
+    def __init__(
+        self, tables: Callable[[], Matrix], folder: Path | None, expected: Path | None
+    ) -> None:
+        """`folder` takes the records; `expected` holds those whose verdicts must be met."""
+        self.tables = tables
+        self.folder = folder
+        self.expected = expected
+        self.written: list[Path] = []
+        self._results: dict[str, dict[str, CheckResult]] = {}
+        self._proofs: dict[str, list[Proof]] = {}
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Machine, versions and commit, looked up once."""
+        from quantmatrix import hardware
+
+        return {
+            "machine": hardware.fingerprint(),
+            "versions": records.list_versions(),
+            "commit": records.find_commit(),
+        }
+
+    def add(self, cell: Cell, check: str, verdict: str, message: str, proof: Proof) -> None:
+        """Keep the outcome of a check; a later failure (in its teardown) replaces a pass."""
+        message = records.make_portable(message, proof.places)
+        result = CheckResult(verdict, proof.metrics, proof.limits, message)
+        self._results.setdefault(cell.id, {})[check] = result
+        proofs = self._proofs.setdefault(cell.id, [])
+        if proof not in proofs:
+            proofs.append(proof)
+
+    def expected_verdict(self, cell: Cell, check: str) -> str | None:
+        """Verdict of the check in the expected record, if there is one of the row as it stands."""
+        if self.expected is None:
+            return None
+        path = self.expected / records.path_of(cell.id)
+        if not path.is_file():
+            return None
+        record = records.read(path)
+        described = records.describe_cell(cell, self.tables())
+        if record.cell["row_digest"] != described["row_digest"] or check not in record.checks:
+            return None
+        return record.checks[check].verdict
+
+    def finish(self, cell: Cell) -> Path | None:
+        """Write the record of a cell, joined with an earlier one of the same code and machine."""
+        results = self._results.pop(cell.id, {})
+        proofs = self._proofs.pop(cell.id, [])
+        if not results or self.folder is None:
+            return None
+        record = self._build(cell, results, proofs)
+        path = self.folder / records.path_of(cell.id)
+        if path.is_file():
+            record = records.merge(records.read(path), record)
+        self.written.append(records.write(record, self.folder))
+        return path
+
+    def _build(
+        self, cell: Cell, results: Mapping[str, CheckResult], proofs: list[Proof]
+    ) -> Evidence:
+        def last(name: str) -> Any:
+            values = [getattr(proof, name) for proof in proofs]
+            return next((value for value in reversed(values) if value), values[-1])
+
+        tables = self.tables()
+        timings = {key: value for proof in proofs for key, value in proof.timings.items()}
+        places = {key: value for proof in proofs for key, value in proof.places.items()}
+        return Evidence(
+            cell=records.describe_cell(cell, tables),
+            checks=results,
+            command=last("command") or shlex.join(cell.command(tables)),
+            checkpoint=records.describe_files(last("files")),
+            plan=records.make_portable(last("plan"), places),
+            timings=timings,
+            latents_digest=last("latents_digest"),
+            made=records.tell_time(),
+            **self.environment,
+        )

@@ -1,0 +1,175 @@
+"""Workbench: runs of cells on this machine, with nothing loaded or computed twice.
+
+Pipelines are kept one at a time, keyed by everything that shapes them (checkpoint, backend, dtype,
+offload ...): cells come sorted, and two large ones would not fit on a device. BF16 runs are kept as
+latents and media, keyed by model, size, steps, prompt and seed.
+"""
+
+from __future__ import annotations
+
+import gc
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quantmatrix import hardware
+from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix.pipeline import build_pipeline
+from quantmatrix.planning import Plan, Refusal, plan
+from quantmatrix.request import Request
+from quantmatrix.run import Run, generate
+
+if TYPE_CHECKING:
+    from quantmatrix.hardware import Machine
+    from quantmatrix.matrix import Cell, HardwareRow, Matrix
+
+MEMORY_SLACK = 0.15
+"""A device whose memory differs by more than this share from the row's is another product."""
+GENERATION = ("prompt", "negative_prompt", "height", "width", "num_frames", "num_inference_steps")
+GENERATION_FIELDS = (*GENERATION, "guidance_scale", "seed")
+
+
+class Workbench:
+    """Requests, plans, pipelines and runs of cells."""
+
+    def __init__(self, tables: Matrix, *, tiny: bool = True, worker: int | None = None) -> None:
+        """`worker` is the number of the process among several, which is also that of its device."""
+        self.tables = tables
+        self.tiny = tiny
+        self.worker = worker
+        self._pipeline: tuple[str, Any] | None = None
+        self._baselines: dict[str, Run] = {}
+        if worker is not None:
+            torch.set_num_threads(1)
+
+    def words(self, cell: Cell) -> list[str]:
+        """The command of a cell as it is run here."""
+        words = cell.command(self.tables)
+        if cell.backend and "--backend" not in words:
+            words = [*words, "--backend", cell.backend]
+        return [*words, "--tiny"] if self.tiny else words
+
+    def command(self, cell: Cell) -> str:
+        """The command of a cell, in shell words."""
+        return shlex.join(self.words(cell))
+
+    def request(self, cell: Cell) -> Request:
+        """The request of a cell on this machine's device; UsageError when it is another machine."""
+        device = self.find_device(self.tables.hardware[cell.hardware])
+        return Request.from_words(self.words(cell)[2:], device=device)
+
+    def planned_request(self, cell: Cell) -> Request:
+        """The request of a cell, to be planned for the cell's hardware wherever we are."""
+        return Request.from_words(self.words(cell)[2:], hardware=cell.hardware)
+
+    def find_device(self, row: HardwareRow) -> str:
+        """The torch device of a hardware row on this machine; one worker, one device."""
+        if row.vendor == "cpu":
+            return "cpu"
+        machine = hardware.probe()
+        if why := find_difference(machine, row):
+            raise UsageError(f"cells of {row.id} cannot be tested here: {why}")
+        slot = self.worker or 0
+        if slot >= machine.count:
+            raise UsageError(
+                f"worker {slot} has no device of its own: {machine.count} of them are here; "
+                f"use -n {machine.count}"
+            )
+        return f"{machine.device.partition(':')[0]}:{slot}"
+
+    def plan(self, request: Request) -> Plan:
+        """The plan of a request; RefusedError when it ends in a refusal."""
+        made = plan(request)
+        if isinstance(made, Refusal):
+            raise RefusedError(made.rule, made.message)
+        return made
+
+    def run(self, request: Request, made: Plan) -> Run:
+        """Generate; `seconds` has `load` when the pipeline was built for it."""
+        key = repr(replace(request, **blank_generation()))
+        if self._pipeline is None or self._pipeline[0] != key:
+            self.release()
+            self._pipeline = (key, build_pipeline(made))
+        return generate(request, made=made, pipeline=self._pipeline[1])
+
+    def baseline(self, cell: Cell, request: Request) -> Run:
+        """The BF16 run that a cell is compared with: base model, same prompt, size and seed."""
+        plain = strip_quantization(request, self.tables.models[cell.model].repo)
+        key = repr(plain)
+        if key not in self._baselines:
+            self.release()
+            self._baselines[key] = generate(plain)
+        return self._baselines[key]
+
+    def release(self) -> None:
+        """Let go of the pipeline that is kept."""
+        if self._pipeline is not None:
+            self._pipeline = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def places(self, request: Request) -> dict[str, str]:
+        """Folders of this machine that must not stand in a record."""
+        from quantmatrix import tiny
+
+        named = {
+            str(tiny.default_folder()): "$HUB",
+            str(self.tables_root()): "$PROJECT",
+            str(Path.home()): "$HOME",
+        }
+        if request.hub.cache_dir:
+            named[str(request.hub.cache_dir)] = "$HUB"
+        return {folder: name for folder, name in named.items() if len(folder) > 1}
+
+    def tables_root(self) -> Path:
+        """Folder of the checkout that the tables lie in."""
+        from quantmatrix import matrix
+
+        return matrix.tables_folder().parent
+
+
+def blank_generation() -> dict[str, Any]:
+    """Values with which a request no longer says what to generate."""
+    blank: dict[str, Any] = dict.fromkeys(GENERATION_FIELDS)
+    return {**blank, "prompt": ("",), "seed": (0,)}
+
+
+def strip_quantization(request: Request, base: str) -> Request:
+    """The request with everything removed that is about a quantized checkpoint."""
+
+    def keep(paths: Mapping[str, str]) -> dict[str, str]:
+        return {name: path for name, path in paths.items() if not name.startswith("transformer")}
+
+    return replace(
+        request,
+        model_path=base,
+        model_id=None,
+        component_paths=keep(request.component_paths),
+        weights_paths=keep(request.weights_paths),
+        enable_svdquant=None,
+        quantization_precision=None,
+        quantization_rank=None,
+        quantization=None,
+        quantization_ignored_layers=(),
+        backend=None,
+        fp4_gemm_backend=None,
+    )
+
+
+def find_difference(machine: Machine, row: HardwareRow) -> str | None:
+    """Why this machine is not the hardware of a row, or None."""
+    for what, found, wanted in (
+        ("vendor", machine.vendor, row.vendor),
+        ("architecture", machine.arch, row.arch),
+    ):
+        if found != wanted:
+            return f"{what} {found} ({machine.name}), {row.name} has {wanted}"
+    gib = machine.memory_bytes / 2**30
+    if row.memory_gib and abs(gib - row.memory_gib) > MEMORY_SLACK * row.memory_gib:
+        return f"{machine.name} has {gib:.0f} GiB of memory, {row.name} has {row.memory_gib:.0f}"
+    return None

@@ -1,0 +1,42 @@
+"""What the suites share: a row's request and plan, and the evidence that every check leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from quantmatrix.matrix import Cell
+    from quantmatrix.planning import Plan
+    from quantmatrix.recorder import Proof
+    from quantmatrix.request import Request
+    from quantmatrix.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell that is planned on this machine."""
+
+    cell: Cell
+    request: Request
+    plan: Plan
+
+    @property
+    def quantized(self) -> dict[str, Any]:
+        """Components of the plan that have quantized layers."""
+        return {name: part for name, part in self.plan.components.items() if part.layers}
+
+
+@pytest.fixture
+def job(cell: Cell, workbench: Workbench, proof: Proof) -> Job:
+    """The cell's request and plan; its checkpoint, plan and command go to the evidence."""
+    proof.command = workbench.command(cell)
+    request = workbench.request(cell)
+    made = workbench.plan(request)
+    job = Job(cell, request, made)
+    proof.places = workbench.places(made.request)
+    proof.plan = made.to_json()
+    proof.files = tuple(f for part in job.quantized.values() for f in part.checkpoint.files)
+    return job

@@ -1,0 +1,87 @@
+"""Generate: the row's command, through the command line, leaves a file that shows something."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Job
+
+    from quantmatrix.matrix import Cell
+    from quantmatrix.recorder import Proof
+    from quantmatrix.workbench import Workbench
+
+
+@pytest.mark.check("generate")
+def test_generate(
+    cell: Cell,
+    job: Job,
+    workbench: Workbench,
+    proof: Proof,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from quantmatrix import cli, compare
+
+    words = [*workbench.words(cell)[1:], "--device", job.request.device or "cpu"]
+    start = time.perf_counter()
+    code = cli.main([*words, "--output-path", str(tmp_path), "--json"])
+    proof.timings["command"] = time.perf_counter() - start
+    out, err = capsys.readouterr()
+    proof.places[str(tmp_path)] = "$OUTPUT"
+    assert code == 0, err
+    [run] = json.loads(out)["runs"]
+    frames = read_media(Path(run["output"]))
+    count, height, width = expected_size(job)
+    proof.metrics.update(
+        {
+            "file": Path(run["output"]).name,
+            "frames": len(frames),
+            "height": frames.shape[1],
+            "width": frames.shape[2],
+            "quantized_layers": run["quantized_layers"],
+        }
+    )
+    proof.limits.update({"frames": count, "height": height, "width": width, "constant": False})
+    assert tuple(frames.shape[:3]) == (count, height, width), "frames, height, width"
+    assert run["quantized_layers"] == {n: len(p.layers) for n, p in job.plan.components.items()}
+    degenerate = compare.find_degeneration(frames)
+    assert degenerate is None, f"{run['output']}: {degenerate}"
+
+
+def read_media(path: Path) -> Any:
+    """Frames of a picture or clip, uint8 [frames, height, width, 3], read from the file."""
+    import numpy as np
+    import torch
+
+    if path.suffix == ".mp4":
+        import imageio
+
+        with imageio.get_reader(path) as reader:
+            frames = [np.asarray(frame) for frame in reader]
+    else:
+        from PIL import Image
+
+        with Image.open(path) as image:
+            image.load()
+            frames = [np.asarray(image.convert("RGB"))]
+    return torch.from_numpy(np.stack(frames))
+
+
+def expected_size(job: Job) -> tuple[int, int, int]:
+    """(frames, height, width) that the request or the model's defaults ask for."""
+    from quantmatrix import models
+
+    model = models.load(job.plan.model)
+    request = job.request
+    defaults = model.TINY_DEFAULTS if request.tiny else model.DEFAULTS
+    return (
+        request.num_frames or defaults.frames,
+        request.height or defaults.height,
+        request.width or defaults.width,
+    )

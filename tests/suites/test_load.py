@@ -1,0 +1,119 @@
+"""Load: the checkpoint of a row becomes a model in which nothing is missing, left over or BF16."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Job
+
+    from quantmatrix.matrix import Cell
+    from quantmatrix.recorder import Proof
+    from quantmatrix.workbench import Workbench
+
+
+@pytest.mark.check("load")
+def test_load(cell: Cell, job: Job, workbench: Workbench, proof: Proof) -> None:
+    row = workbench.tables.checkpoints[cell.checkpoint]
+    assert set(job.quantized) == set(row.components), "components that are quantized"
+    for name, part in job.quantized.items():
+        assert part.family == cell.family, f"{name} was taken for {part.family} ({part.why})"
+        start = time.perf_counter()
+        model = load_component(job, name)
+        proof.timings[f"load {name}"] = time.perf_counter() - start
+        proof.metrics[name] = {
+            "layers": count_layers(part, model),
+            "tensors": count_tensors(part, model),
+            "dtypes": count_dtypes(job, part, model),
+        }
+        assert_finite(model)
+
+
+def load_component(job: Job, name: str) -> Any:
+    """The component through the public function, as a user would load it."""
+    from dataclasses import fields
+
+    import torch
+
+    from quantmatrix import load_transformer
+
+    request = job.request
+    given = ("model_path", "component_paths", "weights_paths", "backend", "device", "dtype")
+    rest = {f.name: getattr(request, f.name) for f in fields(request) if f.name not in given}
+    return load_transformer(
+        request.model_path,
+        component=name,
+        transformer_path=request.component_paths.get(name),
+        transformer_weights_path=request.weights_paths.get(name),
+        backend=request.backend,
+        device=request.device or "cpu",
+        dtype=getattr(torch, request.dtype),
+        **rest,
+    )
+
+
+def count_layers(part: Any, model: Any) -> dict[str, Any]:
+    """Census: the planned layers, and no other, are quantized, each by the planned kernel."""
+    from quantmatrix.layers import QuantizedLinear
+
+    found = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    owners = {name.partition(".parts.")[0] for name in found}
+    assert owners == set(part.layers), "quantized modules of the model against the plan"
+    backends = Counter(module.kernel.backend for module in found.values())
+    assert dict(backends) == part.backends, "kernels of the model against the plan"
+    return {"expected": len(part.layers), "found": len(owners), "backends": dict(backends)}
+
+
+def count_tensors(part: Any, model: Any) -> dict[str, int]:
+    """Every tensor of the checkpoint is part of a quantized layer, in the model, or left out for
+    a reason that the family gives; every tensor of the model has a value."""
+    from quantmatrix.load import is_below, plain_targets
+    from quantmatrix.planning import ignored_names
+
+    layers = {piece.layer for piece in part.pieces()}
+    ignored = ignored_names(part.checkpoint, part.family)
+    present = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    places: Counter[str] = Counter()
+    lost = []
+    for name in part.checkpoint.tensors:
+        if name in ignored:
+            places["ignored"] += 1
+        elif is_below(name, layers):
+            places["quantized"] += 1
+        elif all(target in present for _, target in plain_targets(part, name)):
+            places["plain"] += 1
+        else:
+            lost.append(name)
+    assert not lost, f"tensors of the checkpoint that went nowhere: {lost}"
+    empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    assert not empty, f"tensors of the model without a value: {empty}"
+    return {"checkpoint": len(part.checkpoint.tensors), **places}
+
+
+def count_dtypes(job: Job, part: Any, model: Any) -> dict[str, int]:
+    """Plain tensors have the compute dtype (or float32 where the model asks for it); a backend that
+    keeps codes really keeps one byte or less per weight."""
+    from quantmatrix.layers import QuantizedLinear
+
+    allowed = {f"torch.{job.request.dtype}", "torch.float32"}
+    wrong = [n for n, p in model.named_parameters() if str(p.dtype) not in allowed]
+    assert not wrong, f"parameters of another dtype than {sorted(allowed)}: {wrong}"
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantizedLinear) or module.kernel.backend == "decode":
+            continue
+        narrow = sum(b.numel() for b in module.buffers() if b.element_size() == 1)
+        needed = module.in_features * module.out_features // 2
+        assert narrow >= needed, f"{name}: no codes are kept, the layer holds plain numbers"
+    everything = [*model.parameters(), *model.buffers()]
+    return dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in everything))
+
+
+def assert_finite(model: Any) -> None:
+    """No NaN and no infinity, in any tensor that holds numbers."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point():
+            assert bool(tensor.float().isfinite().all()), f"{name} holds NaN or infinite numbers"

@@ -1,0 +1,43 @@
+"""Refuse: where a row claims a refusal, the plan refuses, by that rule, and says what would work.
+
+Planning needs no device, so these cells run for every hardware of the tables. A row that starts to
+work fails here: its claim has to change.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from quantmatrix.matrix import Cell
+    from quantmatrix.recorder import Proof
+    from quantmatrix.workbench import Workbench
+
+
+@pytest.mark.check("refuse")
+def test_refuse(cell: Cell, workbench: Workbench, proof: Proof) -> None:
+    from quantmatrix.planning import plan
+
+    request = workbench.planned_request(cell)
+    made = plan(request)
+    proof.command = f"{workbench.command(cell)} --hardware {cell.hardware}".replace(
+        "quantmatrix generate", "quantmatrix plan", 1
+    )
+    proof.places = workbench.places(getattr(made, "request", request))
+    proof.plan = made.to_json()
+    proof.limits = {"rule": cell.rule}
+    assert not made.ok, f"{cell.id} is claimed to be refused ({cell.rule}), and the plan accepts it"
+    proof.metrics = {"rule": made.rule}
+    assert made.rule == cell.rule, f"refused by another rule: {made.message}"
+    name = workbench.tables.hardware[cell.hardware].name
+    assert name in made.message, f"the message does not name {name}: {made.message}"
+    assert offers_alternative(made.message, workbench), f"no way out is named: {made.message}"
+
+
+def offers_alternative(message: str, workbench: Workbench) -> bool:
+    """Whether a refusal names a backend, flag or hardware that would work."""
+    told = message.lower()
+    offers = ("--backend", "works here", "works on", "use ", "instead")
+    return any(offer in told for offer in offers)

@@ -1,0 +1,226 @@
+"""Evidence records: what may stand in one, and that a file is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from quantmatrix import evidence as records
+from quantmatrix.evidence import CheckResult, Evidence, EvidenceError
+
+CELL = {
+    "id": "flux-1-fp8@cpu+decode",
+    "row": "flux-1-fp8",
+    "family": "fp8",
+    "model": "flux-1",
+    "checkpoint": "flux-1-fp8-folder",
+    "hardware": "cpu",
+    "backend": "decode",
+    "flags": ["--prompt", "a curious pikachu"],
+    "checks": ["load", "latents"],
+    "claim": "expected",
+    "rule": "",
+    "row_digest": "sha256:0",
+}
+
+
+def make(**changes: object) -> Evidence:
+    whole = Evidence(
+        cell=CELL,
+        checks={"load": CheckResult("pass", {"layers": 12}, {"layers": 12})},
+        command="quantmatrix generate --tiny",
+        machine={"cpu": "a"},
+        versions={"torch": "2.13.0"},
+        commit="abc",
+        checkpoint={"digest": "sha256:1", "files": ["x.safetensors"], "bytes": 3},
+        plan={"ok": True, "components": {}},
+        timings={"load": 0.25},
+        latents_digest="sha256:2",
+        made="2026-11-23T10:00:00Z",
+    )
+    return replace(whole, **changes)
+
+
+def test_a_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    path = records.write(make(), tmp_path)
+    assert path == tmp_path / "cpu" / "flux-1-fp8+decode.json"
+    assert records.read(path) == make()
+    assert records.read_folder(tmp_path) == {"flux-1-fp8@cpu+decode": make()}
+
+
+def test_bytes_are_sorted_and_equal_for_equal_records() -> None:
+    shuffled = dict(sorted(CELL.items(), reverse=True))
+    assert records.encode(make()) == records.encode(make(cell=shuffled))
+    record = json.loads(records.encode(make()))
+    assert list(record) == sorted(record)
+    assert record["schema"] == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_only_finite_numbers(value: float, tmp_path: Path) -> None:
+    check = CheckResult("pass", {"steps": [{"psnr_db": value}]})
+    with pytest.raises(
+        EvidenceError, match=r"checks\.load\.metrics\.steps\[0\]\.psnr_db: .*finite"
+    ):
+        records.write(make(checks={"load": check}), tmp_path)
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_only_plain_data() -> None:
+    with pytest.raises(EvidenceError, match=r"Path|Posix"):
+        records.encode(make(plan={"file": Path("x")}))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"schema": 2}, "schema: found 2, expected 1"),
+        ({"checks": {}}, "checks: empty"),
+        ({"timings": []}, "timings: expected dict"),
+        ({"extra": 1}, "extra: not a key of a record"),
+        ({"cell": {"id": "a@cpu"}}, "cell.row: missing"),
+        ({"checks": {"load": {"verdict": "pass"}}}, "checks.load: expected an object with"),
+        (
+            {"checks": {"load": {"verdict": "ok", "metrics": {}, "limits": {}, "message": ""}}},
+            "checks.load.verdict: 'ok' is not pass or fail",
+        ),
+        (
+            {"checks": {"load": {"verdict": "fail", "metrics": {}, "limits": {}, "message": ""}}},
+            "checks.load.message: empty",
+        ),
+    ],
+)
+def test_problems_are_named(change: dict[str, object], problem: str) -> None:
+    record = {**json.loads(records.encode(make())), **change}
+    with pytest.raises(EvidenceError, match=r"some\.json") as caught:
+        records.decode(json.dumps(record).encode(), "some.json")
+    assert problem in str(caught.value)
+
+
+def test_a_missing_key_and_torn_json_are_named() -> None:
+    record = json.loads(records.encode(make()))
+    del record["machine"]
+    with pytest.raises(EvidenceError, match="machine: missing"):
+        records.decode(json.dumps(record).encode())
+    with pytest.raises(EvidenceError, match="not JSON"):
+        records.decode(records.encode(make())[:-20])
+
+
+def test_a_record_under_a_wrong_name_is_refused(tmp_path: Path) -> None:
+    path = records.write(make(), tmp_path)
+    other = path.with_name("other.json")
+    path.rename(other)
+    with pytest.raises(EvidenceError, match=r"holds the record of flux-1-fp8@cpu\+decode"):
+        records.read_folder(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_record(tmp_path: Path, monkeypatch) -> None:
+    path = records.write(make(), tmp_path)
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        records.write(make(commit="def"), tmp_path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from quantmatrix import evidence
+record = evidence.read(Path(sys.argv[1]) / "cpu" / "flux-1-fp8+decode.json")
+print("ready", flush=True)
+while True:
+    evidence.write(record, Path(sys.argv[1]))
+"""
+
+
+def test_a_killed_writer_leaves_a_whole_record(tmp_path: Path) -> None:
+    big = CheckResult("pass", {"steps": [{"psnr_db": 30.0 + i} for i in range(3000)]})
+    path = records.write(make(checks={"latents": big}), tmp_path)
+    random.seed(0)
+    for _ in range(5):
+        command = [sys.executable, "-c", WRITER, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "ready\n"
+            time.sleep(random.random() * 0.05)
+            writer.send_signal(signal.SIGKILL)
+        assert records.read(path).checks["latents"] == big
+    records.remove_leftovers(tmp_path, older_than=-1.0)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_merge_joins_checks_of_the_same_thing_only() -> None:
+    later = make(checks={"latents": CheckResult("fail", message="far")}, timings={"generate": 1.0})
+    both = records.merge(make(), later)
+    assert set(both.checks) == {"load", "latents"}
+    assert both.timings == {"load": 0.25, "generate": 1.0}
+    for name, value in (
+        ("commit", "def"),
+        ("versions", {"torch": "2.14.0"}),
+        ("checkpoint", {"digest": "sha256:9"}),
+        ("machine", {"cpu": "b"}),
+        ("cell", {**CELL, "claim": "validated"}),
+    ):
+        other = replace(later, **{name: value})
+        assert records.merge(make(), other) == other
+
+
+def test_verdicts_differ_in_both_directions() -> None:
+    failed = make(checks={"load": CheckResult("fail", message="x")})
+    assert records.differing_verdicts(make(), make(commit="def")) == []
+    assert "pass in the evidence" in records.differing_verdicts(make(), failed)[0]
+    assert "pass now" in records.differing_verdicts(failed, make())[0]
+
+
+def test_file_digest_follows_names_and_bytes(tmp_path: Path) -> None:
+    one, two = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    one.write_bytes(b"12")
+    two.write_bytes(b"345")
+    found = records.describe_files([two, one])
+    assert found["files"] == ["a.safetensors", "b.safetensors"]
+    assert found["bytes"] == 5
+    assert found == records.describe_files([str(one), str(two)])
+    one.write_bytes(b"13")
+    assert records.describe_files([one, two])["digest"] != found["digest"]
+
+
+def test_folders_of_the_machine_are_replaced() -> None:
+    places = {"/home/me": "$HOME", "/home/me/hub": "$HUB"}
+    plan = {"files": ["/home/me/hub/x", "/home/me/y"], "bytes": 3}
+    assert records.make_portable(plan, places) == {"files": ["$HUB/x", "$HOME/y"], "bytes": 3}
+
+
+def test_commit_of_a_checkout_and_of_none(tmp_path: Path) -> None:
+    package = tmp_path / "src" / "quantmatrix"
+    package.mkdir(parents=True)
+    assert records.find_commit(package) == ""
+
+    def git(*words: str) -> None:
+        names = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(
+            ["git", "-C", str(tmp_path), *names, *words], check=True, capture_output=True
+        )
+
+    (package / "a.py").write_text("1")
+    git("init")
+    git("add", "src")
+    git("commit", "-m", "one")
+    commit = records.find_commit(package)
+    assert len(commit) == 40
+    (package / "a.py").write_text("2")
+    assert records.find_commit(package) == f"{commit}+changes"
