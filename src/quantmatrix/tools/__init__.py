@@ -1,0 +1,1 @@
+"""Command-line tools that make or rearrange checkpoints: `python -m quantmatrix.tools.<name>`."""

@@ -1,0 +1,366 @@
+"""wan_repack: Wan2.2 as msmodelslim wrote it, turned into the Diffusers layout that loaders read.
+
+msmodelslim keeps Wan's original names and writes one folder per expert; Diffusers wants its own
+names in `transformer` (high noise) and `transformer_2` (low noise):
+
+    python -m quantmatrix.tools.wan_repack --input-path QUANTIZED --output-path CONVERTED
+
+writes those two folders; copy everything else of the original Diffusers checkpoint beside them,
+and the `config.json` of each transformer into its folder. With
+
+    python -m quantmatrix.tools.wan_repack --model-type Wan2.2-T2V-A14B \\
+        --original-model-path DIFFUSERS --quant-path QUANTIZED --output-path CONVERTED
+
+the tool copies all of that itself. Either way a transformer becomes one
+`diffusion_pytorch_model.safetensors` and a `quant_model_description.json` whose keys are renamed
+alike. Only names change: no tensor is recast, and one at a time is in memory. Names and shapes are
+compared with diffusers' own WanTransformer3DModel before anything is moved into place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from quantmatrix import models
+from quantmatrix.checkpoint import Checkpoint, Hub, TensorHeader
+from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
+from quantmatrix.models import Dialect
+from quantmatrix.references import open_component
+from quantmatrix.request import normalize_words
+
+MODEL = "wan-2-2"
+EXPERTS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
+"""Component in Diffusers' layout, and the folder that msmodelslim writes for it."""
+MODEL_TYPES: Mapping[str, tuple[str, ...]] = {
+    "Wan2.2-T2V-A14B": ("transformer", "transformer_2"),
+    "Wan2.2-I2V-A14B": ("transformer", "transformer_2"),
+    "Wan2.2-TI2V-5B": ("transformer",),
+}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+DESCRIPTION = "quant_model_description.json"
+ROTATION = re.compile(r"\.self_attn\.([qk])_rot$")
+WRAPPER = re.compile(r"\.(linear|div)(?=\.[^.]+$)")
+"""The level that smoothing adds above a layer's tensors."""
+
+
+def repack(input_path: Path, output_path: Path) -> dict[str, int]:
+    """Write the transformers of a quantized folder below `output_path`, which may exist already.
+
+    Returns the number of tensors of each transformer. Nothing is written when anything is wrong.
+    """
+    sources = find_experts(input_path, None)
+    taken = [name for name in sources if (output_path / name).exists()]
+    if taken:
+        raise UsageError(f"{output_path / taken[0]} exists already: choose a new --output-path")
+    with Staging(output_path) as staging:
+        counts = {name: convert(source, staging.root / name) for name, source in sources.items()}
+        staging.move(*counts)
+    return counts
+
+
+def repack_pipeline(
+    model_type: str, original_path: Path, quant_path: Path, output_path: Path
+) -> dict[str, int]:
+    """Write a whole pipeline: the original's files, with the transformers of `quant_path`.
+
+    `output_path` must not exist. Returns the number of tensors of each transformer.
+    """
+    if output_path.exists():
+        raise UsageError(f"{output_path} exists already: choose a new --output-path")
+    if not (original_path / "model_index.json").is_file():
+        raise UsageError(
+            f"{original_path}: no model_index.json in it: --original-model-path takes a folder in "
+            "Diffusers' layout; `hf download Wan-AI/Wan2.2-T2V-A14B-Diffusers` makes one"
+        )
+    sources = find_experts(quant_path, model_type)
+    counts = {}
+    with Staging(output_path) as staging:
+        for name, source in sources.items():
+            config = original_path / name / "config.json"
+            if not config.is_file():
+                raise UsageError(f"{config} is missing: is {original_path} a {model_type}?")
+            counts[name] = convert(source, staging.root / name, config)
+        left_out = shutil.ignore_patterns(".git", ".cache")
+        for path in sorted(original_path.iterdir()):
+            if path.name in (".git", ".cache", *EXPERTS):
+                continue
+            if path.is_dir():
+                shutil.copytree(path, staging.root / path.name, ignore=left_out)
+            else:
+                shutil.copy(path, staging.root / path.name)
+        staging.move_all()
+    return counts
+
+
+class Staging:
+    """A folder beside the output, where everything is written first; gone when the block ends."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        output.parent.mkdir(parents=True, exist_ok=True)
+        self.root = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+        self.root.chmod(0o755)
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def move_all(self) -> None:
+        """Make the folder the output."""
+        os.replace(self.root, self.output)
+
+    def move(self, *names: str) -> None:
+        """Move entries into the output folder, all or none."""
+        if not self.output.exists():
+            return self.move_all()
+        moved: list[str] = []
+        try:
+            for name in names:
+                os.rename(self.root / name, self.output / name)
+                moved.append(name)
+        except OSError:
+            for name in moved:
+                os.rename(self.output / name, self.root / name)
+            raise
+        return None
+
+
+def find_experts(folder: Path, model_type: str | None) -> dict[str, Checkpoint]:
+    """The quantized weights of each transformer component of a folder that msmodelslim wrote."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder: expected what msmodelslim wrote to --save_path")
+    dual = any((folder / expert).is_dir() for expert in EXPERTS.values())
+    names = MODEL_TYPES[model_type] if model_type else tuple(EXPERTS) if dual else ("transformer",)
+    found = {}
+    for name in names:
+        place = folder / EXPERTS[name] if len(names) > 1 else folder
+        if not place.is_dir():
+            raise CheckpointError(f"{place} is missing: {name} is made from it")
+        checkpoint = open_component(str(place), Hub())
+        if checkpoint.description is None:
+            raise CheckpointError(
+                f"{place}: no quant_model_description*.json in it: was it written by msmodelslim?"
+            )
+        found[name] = checkpoint
+    return found
+
+
+def convert(source: Checkpoint, target: Path, config_file: Path | None = None) -> int:
+    """Write one transformer under its new names into the folder `target`; returns the tensors."""
+    dialect = models.dialect_of(MODEL, source.tensors)
+    if dialect.name != "wan-original":
+        raise CheckpointError(
+            f"{source.reference}: its tensors are named like {next(iter(source.tensors))}, not as "
+            "in the original Wan model: it needs no repacking, or it is another model"
+        )
+    renamed = {name: rename(name, dialect) for name in source.tensors}
+    found = rename_headers(source, renamed)
+    described = {renamed.get(key, key): word for key, word in (source.description or {}).items()}
+    config = read_config(source, config_file)
+    verify(source, found, described, config or infer_config(source, found))
+    target.mkdir(parents=True)
+    write_weights(source, renamed, target / WEIGHTS)
+    write_json(target / DESCRIPTION, described)
+    if config is not None:
+        write_json(target / "config.json", config)
+    return len(renamed)
+
+
+def rename(name: str, dialect: Dialect) -> str:
+    """Diffusers' name of a tensor; a level that smoothing added disappears."""
+    if ROTATION.search(name):
+        return ROTATION.sub(r".attn1.to_\1_rot", name)
+    name = WRAPPER.sub("", name)
+    whole = dialect.tensor_targets(name)
+    if whole is not None:
+        return whole[0].module
+    layer, _, leaf = name.rpartition(".")
+    return f"{dialect.layer_targets(layer)[0].module}.{leaf}"
+
+
+def rename_headers(source: Checkpoint, renamed: Mapping[str, str]) -> dict[str, TensorHeader]:
+    """Headers by their new names; two tensors of one name are an error."""
+    found: dict[str, TensorHeader] = {}
+    for old, new in renamed.items():
+        if new in found:
+            raise CheckpointError(
+                f"{source.reference}: {old} and {found[new].name} both become {new}"
+            )
+        found[new] = source.tensors[old]
+    return found
+
+
+def read_config(source: Checkpoint, config_file: Path | None) -> dict[str, Any] | None:
+    """Diffusers' configuration of the transformer, if there is one."""
+    if config_file is not None:
+        return dict(json.loads(config_file.read_text()))
+    if (source.config or {}).get("_class_name") == "WanTransformer3DModel":
+        return dict(source.config or {})
+    return None
+
+
+def infer_config(source: Checkpoint, found: Mapping[str, TensorHeader]) -> dict[str, Any]:
+    """A configuration with the names and shapes of these tensors (heads do not show in them)."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in found:
+            raise CheckpointError(
+                f"{source.reference}: tensor {name} (in diffusers' naming) is missing: a quantized "
+                "folder holds every tensor of the model; was it written completely?"
+            )
+        return found[name].shape
+
+    patch = shape("patch_embedding.weight")
+    size = patch[2:]
+    image, added = "condition_embedder.image_embedder", "blocks.0.attn2.add_k_proj.weight"
+
+    def optional(name: str, dimension: int) -> int | None:
+        return shape(name)[dimension] if name in found else None
+
+    return {
+        "patch_size": size,
+        "num_attention_heads": 1,
+        "attention_head_dim": patch[0],
+        "in_channels": patch[1],
+        "out_channels": shape("proj_out.weight")[0] // math.prod(size),
+        "text_dim": shape("condition_embedder.text_embedder.linear_1.weight")[1],
+        "freq_dim": shape("condition_embedder.time_embedder.linear_1.weight")[1],
+        "ffn_dim": shape("blocks.0.ffn.net.0.proj.weight")[0],
+        "num_layers": 1 + max(int(n.split(".")[1]) for n in found if n.startswith("blocks.")),
+        "cross_attn_norm": "blocks.0.norm2.weight" in found,
+        "image_dim": optional(f"{image}.norm1.weight", 0),
+        "pos_embed_seq_len": optional(f"{image}.pos_embed", 1),
+        "added_kv_proj_dim": optional(added, 1),
+        "rope_max_seq_len": 32,
+    }
+
+
+def list_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of diffusers' WanTransformer3DModel with this configuration."""
+    from accelerate import init_empty_weights
+    from diffusers import WanTransformer3DModel
+
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    with init_empty_weights():
+        model = WanTransformer3DModel.from_config(plain)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def verify(
+    source: Checkpoint,
+    found: Mapping[str, TensorHeader],
+    described: Mapping[str, Any],
+    config: Mapping[str, Any],
+) -> None:
+    """The tensors must be those of the model, with side tensors of quantized layers at most."""
+    expected = list_tensors(config)
+    missing = [name for name in expected if name not in found]
+    quantized = {
+        key.removesuffix(".weight")
+        for key, word in described.items()
+        if key.endswith(".weight") and word != "FLOAT"
+    }
+    unknown = [
+        found[name].name
+        for name in found
+        if name not in expected
+        and name.rpartition(".")[0] not in quantized
+        and not name.endswith(("_rot", ".mul_scale"))
+    ]
+    for what, names in (("lacks", missing), ("has, but the model does not know,", unknown)):
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            raise CheckpointError(
+                f"{source.reference} {what} {', '.join(names[:8])}{more}: expected the "
+                f"{len(expected)} tensors of diffusers' WanTransformer3DModel; nothing was written"
+            )
+    for name, shape in expected.items():
+        header = found[name]
+        if header.shape != shape and header.dtype != "U8":
+            raise CheckpointError(
+                f"{header.file}: tensor {header.name} has shape {list(header.shape)}, diffusers "
+                f"expects {list(shape)} for {name}: is this model of another size?"
+            )
+
+
+def write_weights(source: Checkpoint, renamed: Mapping[str, str], path: Path) -> None:
+    """Copy every tensor under its new name, one at a time."""
+    from quantmatrix.load import TensorReader
+    from quantmatrix.safetensors_writer import Item, write_file
+
+    with TensorReader(source, "cpu") as reader:
+        items = []
+        for old, new in renamed.items():
+            header = source.tensors[old]
+            items.append(Item(new, header.dtype, header.shape, partial(reader.read, old)))
+        write_file(path, items, {"format": "pt"})
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file as the other files of a pipeline are written."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def parse_words(words: Sequence[str] | None) -> argparse.Namespace:
+    """The flags of either form."""
+    parser = argparse.ArgumentParser(
+        prog="python -m quantmatrix.tools.wan_repack",
+        description="Turn a Wan2.2 model that msmodelslim wrote into the Diffusers layout.",
+    )
+    short = parser.add_argument_group("transformers only")
+    short.add_argument("--input-path", type=Path, help="folder that msmodelslim wrote")
+    whole = parser.add_argument_group("whole pipeline")
+    whole.add_argument("--model-type", choices=tuple(MODEL_TYPES))
+    whole.add_argument("--original-model-path", type=Path, help="original in Diffusers' layout")
+    whole.add_argument("--quant-path", type=Path, help="folder that msmodelslim wrote")
+    parser.add_argument("--output-path", type=Path, required=True, help="folder to write")
+    arguments = parser.parse_args(normalize_words(sys.argv[1:] if words is None else words))
+    given = [arguments.model_type, arguments.original_model_path, arguments.quant_path]
+    complete = all(given) if arguments.input_path is None else not any(given)
+    if not complete:
+        parser.error(
+            "give --input-path and --output-path, or --model-type, --original-model-path, "
+            "--quant-path and --output-path"
+        )
+    return arguments
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit code (0: written, 1: a bad checkpoint, 2: bad flags)."""
+    arguments = parse_words(words)
+    output = arguments.output_path
+    try:
+        if arguments.input_path is not None:
+            counts = repack(arguments.input_path, output)
+        else:
+            counts = repack_pipeline(
+                arguments.model_type, arguments.original_model_path, arguments.quant_path, output
+            )
+    except (QuantmatrixError, OSError) as error:
+        print(f"wan_repack: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    for name, count in counts.items():
+        print(f"{output / name}: {count} tensors")
+    if arguments.input_path is not None:
+        print(
+            f"Now copy all other files of the original Diffusers checkpoint into {output}, and the "
+            f"config.json of {' and '.join(counts)}."
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

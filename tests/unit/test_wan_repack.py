@@ -1,0 +1,305 @@
+"""wan_repack: both forms, both writers' files, names after the format's table, all or nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantmatrix.families import msmodelslim
+from quantmatrix.tools import wan_repack
+
+D, FFN, TEXT, FREQ, BLOCKS = 24, 40, 16, 8, 2
+REPLACEMENTS = (
+    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+    ("time_projection.1", "condition_embedder.time_proj"),
+    ("head.modulation", "scale_shift_table"),
+    ("head.head", "proj_out"),
+    ("modulation", "scale_shift_table"),
+    ("ffn.0", "ffn.net.0.proj"),
+    ("ffn.2", "ffn.net.2"),
+    ("norm3", "norm2"),
+    ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
+    ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+    ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+    ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
+    ("self_attn.q", "attn1.to_q"),
+    ("self_attn.k", "attn1.to_k"),
+    ("self_attn.v", "attn1.to_v"),
+    ("self_attn.o", "attn1.to_out.0"),
+    ("self_attn.norm_", "attn1.norm_"),
+    ("cross_attn.q", "attn2.to_q"),
+    ("cross_attn.k", "attn2.to_k"),
+    ("cross_attn.v", "attn2.to_v"),
+    ("cross_attn.o", "attn2.to_out.0"),
+    ("cross_attn.norm_", "attn2.norm_"),
+    ("attn2.to_k_img", "attn2.add_k_proj"),
+    ("attn2.to_v_img", "attn2.add_v_proj"),
+    ("attn2.norm_k_img", "attn2.norm_added_k"),
+    (".linear.", "."),
+    (".div.", "."),
+)
+"""The substring replacements that other tools make, in their order: an independent statement."""
+
+
+def replace_all(name: str) -> str:
+    for old, new in REPLACEMENTS:
+        name = name.replace(old, new)
+    return name
+
+
+def linear(out: int, into: int) -> dict[str, torch.Tensor]:
+    return {"weight": torch.randn(out, into).bfloat16(), "bias": torch.randn(out).bfloat16()}
+
+
+def make_float(image: bool = False) -> dict[str, torch.Tensor]:
+    """A Wan transformer under its original names."""
+    layers = {
+        "patch_embedding": {
+            "weight": torch.randn(D, 16, 1, 2, 2).bfloat16(),
+            "bias": torch.randn(D).bfloat16(),
+        },
+        "text_embedding.0": linear(D, TEXT),
+        "text_embedding.2": linear(D, D),
+        "time_embedding.0": linear(D, FREQ),
+        "time_embedding.2": linear(D, D),
+        "time_projection.1": linear(6 * D, D),
+        "head.head": linear(64, D),
+        "head": {"modulation": torch.randn(1, 2, D).bfloat16()},
+    }
+    if image:
+        layers |= {
+            "img_emb.proj.0": {"weight": torch.ones(32), "bias": torch.zeros(32)},
+            "img_emb.proj.1": linear(32, 32),
+            "img_emb.proj.3": linear(D, 32),
+            "img_emb.proj.4": {"weight": torch.ones(D), "bias": torch.zeros(D)},
+        }
+    for i in range(BLOCKS):
+        block = f"blocks.{i}"
+        layers[block] = {"modulation": torch.randn(1, 6, D).bfloat16()}
+        layers[f"{block}.norm3"] = {"weight": torch.ones(D), "bias": torch.zeros(D)}
+        layers[f"{block}.ffn.0"] = linear(FFN, D)
+        layers[f"{block}.ffn.2"] = linear(D, FFN)
+        for attention in ("self_attn", "cross_attn"):
+            for leaf in "qkvo":
+                layers[f"{block}.{attention}.{leaf}"] = linear(D, D)
+            for leaf in ("norm_q", "norm_k"):
+                layers[f"{block}.{attention}.{leaf}"] = {"weight": torch.ones(D)}
+        if image:
+            layers[f"{block}.cross_attn.k_img"] = linear(D, D)
+            layers[f"{block}.cross_attn.v_img"] = linear(D, D)
+            layers[f"{block}.cross_attn.norm_k_img"] = {"weight": torch.ones(D)}
+    return {f"{layer}.{leaf}": t for layer, parts in layers.items() for leaf, t in parts.items()}
+
+
+Quantized = tuple[dict[str, torch.Tensor], dict[str, str]]
+
+
+def make_quantized(seed: int, image: bool = False) -> Quantized:
+    """Tensors and description as msmodelslim writes them: ffn.2 kept, one layer smoothed."""
+    torch.manual_seed(seed)
+    scheme = msmodelslim.SCHEMES["W8A8_DYNAMIC"]
+    found = make_float(image) | {"blocks.1.self_attn.q_rot": torch.eye(8).bfloat16()}
+    words = dict.fromkeys(found, "FLOAT")
+    for name in list(found):
+        layer, _, leaf = name.rpartition(".")
+        if leaf != "weight" or not re.search(r"^blocks.*(attn\.[a-z_]+|ffn\.0)$", layer):
+            continue
+        if found[name].ndim != 2:
+            continue
+        smoothed = layer == "blocks.0.self_attn.q"
+        weight, bias = (found.pop(f"{layer}.{leaf}") for leaf in ("weight", "bias"))
+        del words[f"{layer}.weight"], words[f"{layer}.bias"]
+        for suffix, tensor in msmodelslim.quantize(weight, scheme, bias=bias).items():
+            place = f"{layer}.linear.{suffix}" if smoothed else f"{layer}.{suffix}"
+            found[place] = tensor
+            words[place] = "FLOAT" if suffix == "bias" else scheme.name
+        if smoothed:
+            found[f"{layer}.div.mul_scale"] = torch.ones(D).bfloat16()
+            words[f"{layer}.div.mul_scale"] = "FLOAT"
+    return found, words
+
+
+def write_expert(
+    folder: Path, tensors: dict[str, torch.Tensor], words: dict[str, str], sharded: bool = False
+) -> None:
+    """One expert's folder in the layout of one of the two writers."""
+    folder.mkdir(parents=True)
+    if not sharded:
+        save_file(tensors, folder / "quant_model_weight_w8a8_dynamic.safetensors")
+        settings = {"model_quant_type": "W8A8_DYNAMIC"}
+        description = folder / "quant_model_description_w8a8_dynamic.json"
+    else:
+        names = sorted(tensors)
+        files = [f"quant_model_weights-0000{i}-of-00002.safetensors" for i in (1, 2)]
+        halves = [names[::2], names[1::2]]
+        for file, half in zip(files, halves, strict=True):
+            save_file({name: tensors[name] for name in half}, folder / file)
+        weight_map = {n: file for file, half in zip(files, halves, strict=True) for n in half}
+        index = folder / "quant_model_weights.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        settings = {"version": "1.0.0", "model_quant_type": "W8A8_DYNAMIC", "optional": {}}
+        description = folder / "quant_model_description.json"
+    description.write_text(json.dumps({**settings, **words}))
+
+
+@pytest.fixture
+def quantized(tmp_path):
+    for seed, expert in enumerate(("high_noise_model", "low_noise_model")):
+        write_expert(tmp_path / "in" / expert, *make_quantized(seed), sharded=seed == 1)
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def original(tmp_path):
+    """A pipeline in Diffusers' layout, its transformers without weights worth reading."""
+    folder = tmp_path / "original"
+    config = {
+        "_class_name": "WanTransformer3DModel",
+        "num_attention_heads": 3,
+        "attention_head_dim": 8,
+        "text_dim": TEXT,
+        "freq_dim": FREQ,
+        "ffn_dim": FFN,
+        "num_layers": BLOCKS,
+        "cross_attn_norm": True,
+    }
+    for name in ("transformer", "transformer_2", "vae", "scheduler"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(config | {"of": name}))
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"large")
+    (folder / "model_index.json").write_text("{}")
+    return folder
+
+
+def check_component(folder: Path, seed: int, image: bool = False) -> None:
+    tensors, words = make_quantized(seed, image)
+    found = load_file(folder / "diffusion_pytorch_model.safetensors")
+    assert set(found) == {replace_all(name) for name in tensors}
+    for name, tensor in tensors.items():
+        assert found[replace_all(name)].dtype == tensor.dtype
+        assert torch.equal(found[replace_all(name)], tensor)
+    described = json.loads((folder / "quant_model_description.json").read_text())
+    assert {name: described[replace_all(name)] for name in words} == words
+    assert described["model_quant_type"] == "W8A8_DYNAMIC"
+    assert not any(".linear." in key or "self_attn" in key for key in described)
+
+
+def test_two_flags_write_both_transformers(quantized, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert wan_repack.main(["--input-path", str(quantized), "--output-path", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["transformer", "transformer_2"]
+    check_component(out / "transformer", seed=0)
+    check_component(out / "transformer_2", seed=1)
+    assert "config.json" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_two_flags_join_what_was_copied_first(quantized, original, tmp_path):
+    out = tmp_path / "out"
+    (out / "vae").mkdir(parents=True)
+    assert set(wan_repack.repack(quantized, out)) == {"transformer", "transformer_2"}
+    assert sorted(p.name for p in out.iterdir()) == ["transformer", "transformer_2", "vae"]
+
+
+def test_four_flags_write_a_whole_pipeline(quantized, original, tmp_path):
+    out = tmp_path / "new" / "out"
+    words = ["--model_type", "Wan2.2-T2V-A14B", "--original-model-path", str(original)]
+    words += ["--quant-path", str(quantized), "--output-path", str(out)]
+    assert wan_repack.main(words) == 0
+    check_component(out / "transformer", seed=0)
+    check_component(out / "transformer_2", seed=1)
+    for name in ("transformer", "transformer_2", "vae"):
+        assert json.loads((out / name / "config.json").read_text())["of"] == name
+    assert (out / "model_index.json").is_file()
+    assert (out / "scheduler" / "config.json").is_file()
+
+
+def test_single_transformer_model(original, tmp_path):
+    write_expert(tmp_path / "in", *make_quantized(5))
+    (original / "transformer_2" / "config.json").unlink()
+    counts = wan_repack.repack_pipeline(
+        "Wan2.2-TI2V-5B", original, tmp_path / "in", tmp_path / "out"
+    )
+    assert list(counts) == ["transformer"]
+    check_component(tmp_path / "out" / "transformer", seed=5)
+    assert not (tmp_path / "out" / "transformer_2").exists()
+
+
+def test_image_embeddings_are_renamed(tmp_path):
+    write_expert(tmp_path / "in", *make_quantized(6, image=True))
+    wan_repack.repack(tmp_path / "in", tmp_path / "out")
+    check_component(tmp_path / "out" / "transformer", seed=6, image=True)
+
+
+def drop(tensors: dict, words: dict, name: str) -> None:
+    del tensors[name], words[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t, w: drop(t, w, "blocks.1.norm3.bias"), "lacks blocks.1.norm2.bias"),
+        (lambda t, w: t.update(extra=torch.ones(1)), "does not know, extra"),
+        (
+            lambda t, w: t.update({"blocks.1.ffn.2.bias": torch.zeros(3)}),
+            r"blocks.1.ffn.2.bias has shape \[3\]",
+        ),
+        (
+            lambda t, w: t.update({"blocks.1.attn1.to_q.bias": torch.zeros(D)}),
+            "both become blocks.1.attn1.to_q.bias",
+        ),
+    ],
+    ids=["missing", "unknown", "size", "twice"],
+)
+def test_nothing_is_written_when_something_is_wrong(
+    quantized, tmp_path, name, change, named, capsys
+):
+    tensors, words = make_quantized(1)
+    change(tensors, words)
+    folder = quantized / "low_noise_model"
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    write_expert(folder, tensors, words)
+    out = tmp_path / "out"
+    assert wan_repack.main(["--input-path", str(quantized), "--output-path", str(out)]) == 1
+    message = capsys.readouterr().err
+    assert re.search(named, message)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_existing_output_is_never_overwritten(quantized, original, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "transformer").mkdir(parents=True)
+    assert wan_repack.main(["--input-path", str(quantized), "--output-path", str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert list((out / "transformer").iterdir()) == []
+
+
+def test_missing_expert(quantized, tmp_path, capsys):
+    for path in (quantized / "low_noise_model").iterdir():
+        path.unlink()
+    (quantized / "low_noise_model").rmdir()
+    assert wan_repack.main(["--input-path", str(quantized), "--output-path", str(tmp_path / "o")])
+    assert "low_noise_model is missing" in capsys.readouterr().err
+
+
+def test_repacked_input_is_refused(quantized, tmp_path, capsys):
+    wan_repack.repack(quantized, tmp_path / "out")
+    again = ["--input-path", str(tmp_path / "out" / "transformer"), "--output-path"]
+    assert wan_repack.main([*again, str(tmp_path / "twice")]) == 1
+    assert "needs no repacking" in capsys.readouterr().err
+
+
+def test_half_a_set_of_flags_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        wan_repack.main(["--quant-path", "a", "--output-path", "b"])
+    assert "--original-model-path" in capsys.readouterr().err
