@@ -76,6 +76,4 @@ def test_shuffled_weight_and_scales_stay_together() -> None:
     scale_table = layouts.untile_scales(layouts.shuffle_scales(scales), 256, columns)
     back = torch.argsort(layouts.find_shuffle(256))[:rows]
     assert torch.equal(moved[back], weight)
-    assert torch.equal(
-        scale_table.view(torch.uint8)[back], scales.view(torch.uint8)
-    )
+    assert torch.equal(scale_table.view(torch.uint8)[back], scales.view(torch.uint8))

@@ -6,7 +6,7 @@ A quantized weight [N, K] has one scale per 16 columns, logically a table [N, K/
 | ------ | --- | ----- |
 | plain | ModelOpt's diffusers exports | row-major [N, K/16] |
 | tiled | raw FLUX.2 files; cuBLAS, cuDNN and CUTLASS at run time | tiles of 128 rows x 4 columns |
-| shuffled | the TRT-LLM kernels at run time | rows reordered, then tiled; weight rows reordered too |
+| shuffled | the TRT-LLM kernels at run time | rows (the weight's too) reordered, then tiled |
 
 *Tiled*: rows are padded to a multiple of 128 and columns to a multiple of 4, with zeros; tiles
 follow each other left to right, then top to bottom. Inside a tile the 128 rows are four groups of

@@ -1,0 +1,306 @@
+"""modelopt-nvfp4: transformers whose linear layers hold NVFP4 codes, by ModelOpt or in its formats.
+
+Tensors of a quantized linear layer with N outputs and K inputs:
+
+| tensor | dtype | shape | meaning |
+| ------ | ----- | ----- | ------- |
+| `weight` | U8 | [N, K/2] | two e2m1 codes per byte |
+| `weight_scale` | F8_E4M3 | [N, K/16] | one scale per 16 columns |
+| `weight_scale_2` | F32 | [] or [1] | scale of the whole weight, amax / (6 * 448) |
+| `input_scale` | F32 | [] or [1] | scale of the whole input, amax / (6 * 448), from calibration |
+| `pre_quant_scale` | BF16 | [K] | NVFP4_AWQ and NVFP4_SVD: multiplies the input first |
+| `svdquant_lora_a`, `_b` | BF16 | [R, K], [N, R] | NVFP4_SVD: low-rank branch beside the codes |
+| `weight`, `weight_scale`, `input_scale` | F8_E4M3, F32, F32 | [N, K], [], [] | an FP8 layer |
+
+Layers in full precision, FP8 and NVFP4 lie side by side, so the tensors decide about each layer;
+`ignore` lists in configurations go stale. Two layouts, which have the same shapes:
+
+| layout | even column in | block scales in |
+| ------ | -------------- | --------------- |
+| ModelOpt | the low nibble | rows |
+| raw (BFL, Comfy) | the high nibble | 128 x 4 tiles (`scale_layouts`) |
+
+Packed QKV names (`double_blocks.0.img_attn.qkv`) or `.comfy_quant` tensors make a file raw.
+`swap_weight_nibbles` of a configuration overrules the nibble order. A raw file may leave
+`input_scale` out (FLUX.2's `-mixed` file does, for layers whose calibrated scale is far above 1):
+then the scale is found per call from the input's largest magnitude, as the runtime that the file
+was made for does. Taking 1.0 instead saturates those layers. Anywhere else a missing `input_scale`
+is an error, unless the configuration says that inputs are not quantized (W4A16_NVFP4).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.families.modelopt_layers import (
+    WEIGHT_ONLY,
+    StoredLayer,
+    is_nvfp4,
+    judge_layer,
+    list_tensors,
+)
+from quantmatrix.families.protocol import Calibration, Declaration
+from quantmatrix.formats import E2M1_MAX, E4M3_MAX, round_e4m3, swap_nibbles
+from quantmatrix.kernels import linear_fp8, linear_nvfp4
+from quantmatrix.kernels.nvfp4_arithmetic import GROUP, encode, find_scale
+from quantmatrix.kernels.scale_layouts import tile_scales, untile_scales
+from quantmatrix.scheme import Scheme, TensorSpec
+
+if TYPE_CHECKING:
+    from quantmatrix.checkpoint import Checkpoint
+
+ID = "modelopt-nvfp4"
+NVFP4 = Scheme("linear.nvfp4", "NVFP4", "e2m1", "group", "group-dynamic", group_size=GROUP)
+SCHEMES: Mapping[str, Scheme] = {
+    "NVFP4": NVFP4,
+    "NVFP4_SVD": replace(NVFP4, name="NVFP4_SVD", rank=32, smoothed=True),
+    WEIGHT_ONLY: replace(NVFP4, name=WEIGHT_ONLY, activation="none"),
+}
+ALGORITHMS = ("NVFP4", "NVFP4_SVD", WEIGHT_ONLY, "NVFP4_AWQ", "MIXED_PRECISION")
+FORMATS = {"linear.nvfp4": "nvfp4", "linear.fp8": "float8_e4m3fn"}
+"""Words for the layers of a raw file in its header."""
+RAW_LAYOUT = re.compile(
+    r"(double_blocks\.\d+\.(img|txt)_attn\.qkv|single_blocks\.\d+\.linear1)\.|\.comfy_quant$"
+)
+
+
+def detect(checkpoint: Checkpoint) -> str | None:
+    """What declares NVFP4, or the first layer whose tensors show it."""
+    block = read_block(checkpoint)
+    method, algorithm = read_words(block)
+    if method.startswith("modelopt"):
+        return judge_declaration(checkpoint, method, algorithm)
+    if method or checkpoint.description is not None:
+        return None
+    for name, suffixes in checkpoint.layers().items():
+        if "weight_scale" in suffixes and is_nvfp4(StoredLayer(checkpoint, name, suffixes)):
+            return f"{name} holds U8 codes with one F8_E4M3 scale per {GROUP} columns"
+    return None
+
+
+def read_block(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The quantization block, a nested one (as in hf_quant_config.json) made flat."""
+    block = dict(checkpoint.quantization or {})
+    nested = block.get("quantization")
+    return {"quant_method": "modelopt", **block, **nested} if isinstance(nested, dict) else block
+
+
+def read_words(block: Mapping[str, Any]) -> tuple[str, str]:
+    """(quant_method in lower case, quant_algo in upper case); empty when not given."""
+    return str(block.get("quant_method") or "").lower(), str(block.get("quant_algo") or "").upper()
+
+
+def judge_declaration(checkpoint: Checkpoint, method: str, algorithm: str) -> str | None:
+    """The reason in words when method and algorithm mean this family; contradictions raise."""
+    source = checkpoint.quantization_from or checkpoint.reference
+    ours = algorithm in ALGORITHMS or (method == "modelopt_fp4" and not algorithm)
+    if (method, algorithm) == ("modelopt_fp4", "FP8") or (method == "modelopt_fp8" and ours):
+        raise CheckpointError(
+            f"{source}: quant_method {method} and quant_algo {algorithm} contradict each other"
+        )
+    if not ours:
+        return None
+    return f"quant_method {method}, quant_algo {algorithm or 'not given'} in {source}"
+
+
+def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
+    """Scheme of each layer that holds codes, over all files; what cannot be right raises."""
+    block = read_block(checkpoint)
+    whole = read_words(block)[1]
+    declared = read_layer_words(block)
+    raw = any(RAW_LAYOUT.search(name) for name in checkpoint.tensors)
+    swap = block.get("swap_weight_nibbles")
+    layout = replace(NVFP4, swap_nibbles=raw if swap is None else bool(swap), tiled_scales=raw)
+    found = {}
+    for name, suffixes in checkpoint.layers().items():
+        layer = StoredLayer(checkpoint, name, suffixes)
+        scheme = judge_layer(layer, layout, declared.get(name, whole))
+        word = scheme.name if scheme else "full precision"
+        if declared.get(name, word) != word and "weight" in suffixes:
+            source = checkpoint.quantization_from or checkpoint.reference
+            raise layer.wrong(f"is {word}, but {source} declares it {declared[name]}")
+        if scheme:
+            found[name] = scheme
+    return found
+
+
+def read_layer_words(block: Mapping[str, Any]) -> dict[str, str]:
+    """quant_algo of each layer that a MIXED_PRECISION block lists."""
+    listed = block.get("quantized_layers") or {}
+    return {layer: str(entry.get("quant_algo") or "").upper() for layer, entry in listed.items()}
+
+
+def ignored(name: str) -> str | None:
+    """Why a tensor on disk is left aside, or None when it is not."""
+    if "_quantizer." in name:
+        return "calibration state of ModelOpt, not part of the weights"
+    if name.endswith(".comfy_quant"):
+        return "a format marker; the tensors themselves say the same"
+    if name.endswith(".input_scale"):
+        return "a calibrated range: unused where the layer is kept in full precision"
+    return None
+
+
+def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+    """The tensors of a layer on disk, by suffix, `bias` left out."""
+    return list_tensors(scheme, out_features, in_features)
+
+
+def quantize(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    *,
+    bias: torch.Tensor | None = None,
+    calibration: Calibration | None = None,
+) -> dict[str, torch.Tensor]:
+    """On-disk tensors of a layer with weight [N, K], in the scheme's layout.
+
+    Coded inputs need a calibration, save in the raw layout, which may do without `input_scale`.
+    Smoothing moves half of the inputs' range (in logarithms) into the weight; the low-rank branch
+    takes the largest singular directions and the codes hold the rest. Raises UsageError.
+    """
+    if scheme.op == "linear.fp8":
+        stored = quantize_fp8(weight, calibration)
+        return stored if bias is None else {**stored, "bias": bias}
+    if calibration is None and scheme.activation != "none" and not scheme.tiled_scales:
+        raise UsageError(f"a {scheme.name} layer has coded inputs: give quantize a calibration")
+    rest = weight.float()
+    extra = {}
+    if scheme.smoothed:
+        smoothing = find_smoothing(rest, calibration, weight.dtype)
+        extra["pre_quant_scale"] = smoothing
+        rest = rest / smoothing.float()
+    if scheme.rank:
+        down, up = split_low_rank(rest, scheme.rank, weight.dtype)
+        extra |= {"svdquant_lora_a": down, "svdquant_lora_b": up}
+        rest = rest - up.float() @ down.float()
+    codes, scales, whole = encode(rest)
+    stored = {
+        "weight": swap_nibbles(codes) if scheme.swap_nibbles else codes,
+        "weight_scale": tile_scales(scales) if scheme.tiled_scales else scales,
+        "weight_scale_2": whole,
+        **extra,
+    }
+    if calibration is not None and scheme.activation != "none":
+        amax = calibration.amax.float()
+        if scheme.smoothed:
+            amax = amax * extra["pre_quant_scale"].float()
+        stored["input_scale"] = find_scale(amax, E2M1_MAX * E4M3_MAX)
+    return stored if bias is None else {**stored, "bias": bias}
+
+
+def quantize_fp8(weight: torch.Tensor, calibration: Calibration | None) -> dict[str, torch.Tensor]:
+    """An FP8 layer: one scale for the weight, and one for the input when it is calibrated."""
+    scale = find_scale(weight, E4M3_MAX)
+    stored = {"weight": round_e4m3(weight.float() / scale), "weight_scale": scale}
+    if calibration is not None:
+        stored["input_scale"] = find_scale(calibration.amax, E4M3_MAX)
+    return stored
+
+
+def find_smoothing(
+    weight: torch.Tensor, calibration: Calibration | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Input multipliers [K]: sqrt(weight range / input range) per column, about 1 on average."""
+    if calibration is None:
+        raise UsageError("smoothing needs a calibration: the range of each input column")
+    ranges = weight.abs().amax(dim=0).clamp(min=1e-5), calibration.amax.float().clamp(min=1e-5)
+    ratio = (ranges[0] / ranges[1]).sqrt()
+    return (ratio / ratio.log().mean().exp()).to(dtype)
+
+
+def split_low_rank(
+    weight: torch.Tensor, rank: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(a [rank, K], b [N, rank]) of the largest singular directions; zeros beyond the full rank."""
+    left, size, right = torch.linalg.svd(weight, full_matrices=False)
+    found = min(rank, len(size))
+    down = torch.zeros(rank, weight.shape[1], dtype=dtype)
+    up = torch.zeros(weight.shape[0], rank, dtype=dtype)
+    down[:found] = right[:found].to(dtype)
+    up[:, :found] = (left[:, :found] * size[:found]).to(dtype)
+    return down, up
+
+
+def canonical(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
+    """On-disk tensors of one layer as canonical tensors of `scheme.op`; what fits is not copied."""
+    scalars = ("weight_scale_2", "input_scale")
+    found = {name: tensors[name].float().reshape(()) for name in scalars if name in tensors}
+    weight, scale = tensors["weight"], tensors["weight_scale"]
+    if scheme.op == "linear.fp8":
+        found |= {"weight": weight, "weight_scale": scale.float().reshape(())}
+    else:
+        rows, columns = weight.shape[0], 2 * weight.shape[1] // GROUP
+        found["weight"] = swap_nibbles(weight) if scheme.swap_nibbles else weight
+        found["weight_scale"] = (
+            untile_scales(scale, rows, columns) if scheme.tiled_scales else scale
+        )
+    for name, own in (
+        ("pre_quant_scale", "pre_quant_scale"),
+        ("svdquant_lora_a", "lora_a"),
+        ("svdquant_lora_b", "lora_b"),
+        ("bias", "bias"),
+    ):
+        if name in tensors:
+            found[own] = tensors[name]
+    return found
+
+
+def dequantize(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """The weight that multiplies the layer's input, float32 [N, K], smoothing and branch merged."""
+    decode = linear_fp8.decode if scheme.op == "linear.fp8" else linear_nvfp4.decode
+    return decode(canonical(tensors, scheme), scheme)
+
+
+def reference(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """The layer's exact arithmetic on on-disk tensors, activations quantized too."""
+    compute = linear_fp8.reference if scheme.op == "linear.fp8" else linear_nvfp4.reference
+    return compute(x, canonical(tensors, scheme), scheme)
+
+
+def declare(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> Declaration:
+    """A ModelOpt block for config.json, or the format list of a raw file's header."""
+    if any(scheme.tiled_scales for scheme in schemes.values()):
+        layers = {layer: {"format": FORMATS[s.op]} for layer, s in sorted(schemes.items())}
+        listed = {"format_version": "1.0", "layers": layers}
+        return Declaration(metadata={"_quantization_metadata": json.dumps(listed)})
+    words = sorted({scheme.name for scheme in schemes.values()})
+    block: dict[str, Any] = {
+        "config_groups": {
+            f"group_{i}": describe_group(word, schemes) for i, word in enumerate(words)
+        },
+        "ignore": sorted(kept),
+        "producer": {"name": "modelopt", "version": "0.47.0"},
+        "quant_algo": words[0] if len(words) == 1 else "MIXED_PRECISION",
+        "quant_method": "modelopt",
+    }
+    if len(words) > 1:
+        block["quantized_layers"] = {
+            layer: {"quant_algo": scheme.name} for layer, scheme in sorted(schemes.items())
+        }
+    if any(scheme.swap_nibbles for scheme in schemes.values()):
+        block["swap_weight_nibbles"] = True
+    return Declaration(config=block)
+
+
+def describe_group(word: str, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+    """One entry of `config_groups`: the layers whose scheme has this name."""
+    layers = {layer: scheme for layer, scheme in schemes.items() if scheme.name == word}
+    scheme = next(iter(layers.values()))
+    number: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    if scheme.op == "linear.nvfp4":
+        number |= {"num_bits": 4, "group_size": scheme.group_size}
+    group: dict[str, Any] = {"weights": number}
+    if scheme.activation != "none":
+        group["input_activations"] = number
+    if scheme.rank:
+        group |= {"has_zero_point": False, "pre_quant_scale": True, "lora_rank": scheme.rank}
+    group["targets"] = ["Linear"] if len(layers) == len(schemes) else sorted(layers)
+    return group

@@ -1,0 +1,237 @@
+"""linear.nvfp4: four-bit floating-point weights with one scale per 16 columns.
+
+| canonical tensor | dtype | shape | meaning |
+| ---------------- | ----- | ----- | ------- |
+| `weight` | uint8 | [N, K/2] | two e2m1 codes per byte, the even column in the low nibble |
+| `weight_scale` | float8_e4m3fn | [N, K/16] | one scale per 16 columns, row-major |
+| `weight_scale_2` | float32 | [] | scale of the whole weight: amax / (6 * 448) |
+| `input_scale` | float32 | [] | scale of the whole input; absent: amax(x) / (6 * 448) per call |
+| `pre_quant_scale` | any float | [K] | multiplies the input first (AWQ, SVDQuant) |
+| `lora_a`, `lora_b` | any float | [R, K], [N, R] | low-rank branch beside the codes (SVDQuant) |
+| `bias` | any float | [N] | |
+
+    weight[n, k] = e2m1(code) * (weight_scale[n, k // 16] * weight_scale_2)
+    x'           = x * pre_quant_scale
+    s            = e4m3(amax(16 columns of x') / (6 * input_scale)), held to [2^-9, 448]
+    y            = (e2m1(x' / (s * input_scale)) * s * input_scale) weight^T + (x' a^T) b^T + bias
+
+With `activation` = `none` (W4A16) the inputs are not rounded.
+
+| backend | weights | inputs | where |
+| ------- | ------- | ------ | ----- |
+| `reference` | as stored | rounded to e2m1 as above | anywhere |
+| `decode` | decoded at load | as they come | anywhere |
+| `fp8-recode` | e4m3, made at load | e4m3 | matrix units with fp8 but without fp4 |
+| `flashinfer-*` | as stored, reordered | e2m1 | matrix units with fp4 |
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from quantmatrix.formats import E2M1_MAX, E4M3_MAX, round_e4m3
+from quantmatrix.kernels import Kernel, Needs, Tensors, kernels_of, nvfp4_flashinfer
+from quantmatrix.kernels.nvfp4_arithmetic import (
+    GROUP,
+    cut_rows,
+    decode,
+    decode_codes,
+    decode_to,
+    reference,
+    take_rows,
+)
+from quantmatrix.scheme import Scheme
+
+__all__ = ["KERNELS", "ORDER", "backend_alias", "decode", "reference", "take_rows"]
+
+OP = "linear.nvfp4"
+RECODE = 6.0
+"""fp8-recode divides code * group scale (at most 2688) by this to fit into e4m3. Codes 6, 3 and 1.5
+are exact then, and most groups have a 6; a power of two would err half as much again."""
+
+ALIASES = {
+    "cudnn": "flashinfer-cudnn",
+    "cutlass": "flashinfer-cutlass",
+    "trtllm": "flashinfer-trtllm",
+    "auto": None,
+}
+
+
+def backend_alias(value: str) -> str | None:
+    """Backend of a value of SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND, any case.
+
+    `flashinfer_cudnn` and `cudnn` are the same; None for `auto`: the order of the architecture.
+    Raises KeyError, naming the known values, for anything else.
+    """
+    word = value.strip().lower().removeprefix("flashinfer_")
+    if word not in ALIASES:
+        known = ", ".join(name for word in ALIASES for name in (word, f"flashinfer_{word}"))
+        raise KeyError(f"no such FP4 GEMM backend: {value!r}; known: {known}")
+    return ALIASES[word]
+
+
+def keep_tensors(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
+    """Everything as stored."""
+    return dict(tensors)
+
+
+def run_reference(
+    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """`reference` with the bias apart."""
+    return reference(x, buffers if bias is None else {**buffers, "bias": bias}, scheme)
+
+
+def prepare_decode(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
+    """The whole weight in the compute dtype."""
+    return {"weight": decode_to(tensors, scheme, dtype)}
+
+
+def run_decode(
+    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """A plain linear layer."""
+    return functional.linear(x, buffers["weight"], bias)
+
+
+def describe_recoded(scheme: Scheme, tensors: Tensors) -> Scheme:
+    """The linear.fp8 scheme of a recoded layer: channel scales and token scales if smoothed."""
+    plain = not (scheme.smoothed or scheme.rank)
+    activation = "tensor-static" if "input_scale" in tensors else "tensor-dynamic"
+    return Scheme(
+        op="linear.fp8",
+        name=f"{scheme.name} as fp8",
+        weight="e4m3",
+        scale="tensor" if plain else "channel",
+        activation=activation if plain else "token-dynamic",
+    )
+
+
+def recode(tensors: Tensors, scheme: Scheme) -> Tensors:
+    """Canonical linear.fp8 tensors of the same layer.
+
+    A plain weight keeps its own scale: e4m3(code * group scale / 6), times 6 * weight_scale_2, so
+    that the largest number of a layer stays the largest of e4m3 (the relative error is 1.5%).
+    Smoothing and a low-rank branch are merged into the weight, which then gets one scale per row.
+    """
+    if not (scheme.smoothed or scheme.rank):
+        found = {
+            "weight": decode_codes(
+                tensors["weight"], tensors["weight_scale"].float() / RECODE, torch.float8_e4m3fn
+            ),
+            "weight_scale": tensors["weight_scale_2"].float() * RECODE,
+        }
+        if "input_scale" in tensors:
+            found["input_scale"] = tensors["input_scale"].float() * E2M1_MAX
+        return found
+    rows, columns = tensors["weight"].shape[0], 2 * tensors["weight"].shape[1]
+    device = tensors["weight"].device
+    codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device)
+    scales = torch.empty(rows, 1, device=device)
+    for part in cut_rows(rows, columns):
+        whole = decode(take_rows(tensors, part), scheme)
+        amax = whole.abs().amax(dim=1, keepdim=True)
+        scales[part] = torch.where(amax > 0, amax, 1.0) / E4M3_MAX
+        codes[part] = round_e4m3(whole / scales[part])
+    return {"weight": codes, "weight_scale": scales}
+
+
+def find_fp8() -> Kernel:
+    """The kernel that multiplies recoded layers."""
+    return next(kernel for kernel in kernels_of("linear.fp8") if kernel.backend == "torch")
+
+
+def prepare_recoded(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
+    """What the fp8 kernel keeps of the recoded weight."""
+    return find_fp8().prepare(recode(tensors, scheme), describe_recoded(scheme, tensors), dtype)
+
+
+def run_recoded(
+    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """An fp8 layer."""
+    return find_fp8().run(x, buffers, bias, describe_recoded(scheme, buffers))
+
+
+def measure_stored(scheme: Scheme, out_features: int, in_features: int, item: int) -> int:
+    """Bytes of the canonical tensors, a bias included."""
+    codes = out_features * (in_features // 2 + in_features // GROUP + item) + 8
+    smoothing = in_features * 2 if scheme.smoothed else 0
+    return codes + smoothing + scheme.rank * (in_features + out_features) * 2
+
+
+def measure_decoded(scheme: Scheme, out_features: int, in_features: int, item: int) -> int:
+    """Bytes of the weight in the compute dtype and a bias."""
+    return out_features * (in_features + 1) * item
+
+
+def measure_recoded(scheme: Scheme, out_features: int, in_features: int, item: int) -> int:
+    """Bytes of the weight in e4m3, its scales and a bias."""
+    scales = 4 * out_features if scheme.smoothed else 8
+    return out_features * (in_features + item) + scales
+
+
+KERNELS = (
+    Kernel(
+        op=OP,
+        backend="reference",
+        numerics="W4A4",
+        needs=Needs(rule="nvfp4-reference"),
+        prepare=keep_tensors,
+        run=run_reference,
+        footprint=measure_stored,
+    ),
+    Kernel(
+        op=OP,
+        backend="decode",
+        numerics="W4A16",
+        needs=Needs(rule="nvfp4-decode"),
+        prepare=prepare_decode,
+        run=run_decode,
+        footprint=measure_decoded,
+    ),
+    Kernel(
+        op=OP,
+        backend="fp8-recode",
+        numerics="W8A8",
+        needs=Needs(
+            rule="nvfp4-fp8-recode",
+            vendors=("nvidia",),
+            arches=("sm89", "sm90", "sm100", "sm103", "sm120"),
+            activations=("group-dynamic",),
+            out_multiple=16,
+            in_multiple=16,
+            remedy="--backend decode runs anywhere",
+        ),
+        prepare=prepare_recoded,
+        run=run_recoded,
+        footprint=measure_recoded,
+    ),
+    *(
+        Kernel(
+            op=OP,
+            backend=f"flashinfer-{name}",
+            numerics="W4A4",
+            needs=needs,
+            prepare=nvfp4_flashinfer.PREPARE[name],
+            run=nvfp4_flashinfer.RUN[name],
+            footprint=measure_stored,
+        )
+        for name, needs in nvfp4_flashinfer.NEEDS.items()
+    ),
+)
+
+ORDER = {
+    "sm89": ("fp8-recode", "decode"),
+    "sm90": ("fp8-recode", "decode"),
+    "sm100": (
+        "flashinfer-trtllm",
+        "flashinfer-cutlass",
+        "flashinfer-cudnn",
+        "fp8-recode",
+        "decode",
+    ),
+    "sm120": ("flashinfer-cutlass", "flashinfer-cudnn", "fp8-recode", "decode"),
+    "*": ("decode", "reference"),
+}

@@ -1,0 +1,388 @@
+"""modelopt-nvfp4: detection, schemes per layer, four layouts, refusals by name, round trips."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from quantmatrix import families
+from quantmatrix.checkpoint import Checkpoint, TensorHeader, find_block
+from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.families import modelopt_layers, modelopt_nvfp4
+from quantmatrix.families.protocol import Calibration
+from quantmatrix.kernels import linear_fp8
+from quantmatrix.scheme import Scheme
+
+N, K = 130, 96
+NVFP4 = modelopt_nvfp4.NVFP4
+WORDS = dict(modelopt_nvfp4.SCHEMES)
+LAYOUTS = [
+    replace(NVFP4, swap_nibbles=swap, tiled_scales=tiled)
+    for swap, tiled in itertools.product((False, True), repeat=2)
+]
+DTYPES = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+}
+Layers = Mapping[str, Mapping[str, torch.Tensor]]
+
+
+def make_weight(rows: int = N, columns: int = K) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows + columns)
+    return (torch.randn(rows, columns, generator=generator) * 0.1).bfloat16()
+
+
+def make_input(columns: int = K) -> torch.Tensor:
+    return torch.randn(20, columns, generator=torch.Generator().manual_seed(3))
+
+
+def calibrate(columns: int = K) -> Calibration:
+    x = make_input(columns)
+    return Calibration(x.amin(dim=0), x.amax(dim=0))
+
+
+def quantize(scheme: Scheme = NVFP4, rows: int = N, columns: int = K) -> dict[str, torch.Tensor]:
+    return modelopt_nvfp4.quantize(
+        make_weight(rows, columns), scheme, calibration=calibrate(columns)
+    )
+
+
+def quantize_fp8() -> dict[str, torch.Tensor]:
+    return quantize(modelopt_layers.FP8)
+
+
+def make_checkpoint(
+    layers: Layers,
+    block: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    **fields: Any,
+) -> Checkpoint:
+    """A checkpoint of headers; every second tensor is said to lie in a second file."""
+    headers = {}
+    for layer, tensors in layers.items():
+        for i, (suffix, tensor) in enumerate(tensors.items()):
+            name = f"{layer}.{suffix}"
+            shape = tuple(tensor.shape)
+            headers[name] = TensorHeader(name, DTYPES[tensor.dtype], shape, f"{i % 2}.safetensors")
+    config = None if block is None else {"quantization_config": dict(block)}
+    found = find_block(config, "config.json", metadata or {}, ("0.safetensors",))
+    return Checkpoint(
+        "here",
+        ("0.safetensors", "1.safetensors"),
+        headers,
+        metadata=metadata or {},
+        quantization=found[0],
+        quantization_from=found[1],
+        **fields,
+    )
+
+
+PLAIN = {"weight": torch.zeros(N, K, dtype=torch.bfloat16)}
+BLOCK = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+
+
+def read(
+    layers: Layers, block: Mapping[str, Any] | None = None, **fields: Any
+) -> dict[str, Scheme]:
+    checkpoint = make_checkpoint(layers, block, **fields)
+    assert modelopt_nvfp4.detect(checkpoint)
+    return modelopt_nvfp4.schemes(checkpoint)
+
+
+def test_bf16_fp8_and_nvfp4_side_by_side() -> None:
+    layers = {"a": quantize(), "b": quantize_fp8(), "c": PLAIN}
+    found = read(layers, BLOCK)
+    assert found == {"a": NVFP4, "b": modelopt_layers.FP8}
+    weight = make_weight().float()
+    for name, scheme in found.items():
+        error = modelopt_nvfp4.dequantize(layers[name], scheme) - weight
+        assert error.norm() / weight.norm() < (0.12 if name == "a" else 0.04)
+
+
+def test_fp8_layers_use_the_fp8_arithmetic() -> None:
+    stored, x = quantize_fp8(), make_input()
+    canonical = modelopt_nvfp4.canonical(stored, modelopt_layers.FP8)
+    assert canonical["weight"] is stored["weight"]
+    assert canonical["weight_scale"].shape == ()
+    expected = linear_fp8.reference(x, canonical, modelopt_layers.FP8)
+    assert torch.equal(modelopt_nvfp4.reference(x, stored, modelopt_layers.FP8), expected)
+
+
+def test_fp8_without_a_calibration_is_dynamic() -> None:
+    stored = {k: v for k, v in quantize_fp8().items() if k != "input_scale"}
+    found = read({"a": quantize(), "b": stored}, BLOCK)
+    assert found["b"].activation == "tensor-dynamic"
+
+
+def test_stale_exclusions_do_not_matter() -> None:
+    found = read({"a": quantize(), "b": PLAIN}, {**BLOCK, "ignore": ["a", "*"]})
+    assert list(found) == ["a"]
+
+
+def test_structure_alone_is_enough() -> None:
+    assert read({"blocks.0.a": quantize(), "b": PLAIN}) == {"blocks.0.a": NVFP4}
+
+
+def test_a_scalar_scale_beside_e4m3_is_no_nvfp4() -> None:
+    assert modelopt_nvfp4.detect(make_checkpoint({"a": quantize_fp8(), "b": PLAIN})) is None
+
+
+def test_only_this_family_claims_it() -> None:
+    assert families.detect(make_checkpoint({"a": quantize()}, BLOCK)) is not None
+    nested = {"quantization": {"quant_algo": "NVFP4", "swap_weight_nibbles": True}}
+    assert read({"a": quantize()}, nested)["a"].swap_nibbles
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"quant_method": "modelopt", "quant_algo": "FP8"},
+        {"quant_method": "modelopt", "quant_algo": "MXFP8"},
+        {"quant_method": "fp8"},
+    ],
+)
+def test_other_declarations_are_not_ours(block: dict[str, Any]) -> None:
+    assert modelopt_nvfp4.detect(make_checkpoint({"a": quantize()}, block)) is None
+
+
+def test_files_of_other_families_are_not_ours() -> None:
+    described = make_checkpoint({"a": quantize()}, description={"a.weight": "W8A8"})
+    assert modelopt_nvfp4.detect(described) is None
+    svdq = {
+        "qweight": torch.zeros(N, K // 2, dtype=torch.int8),
+        "wscales": torch.zeros(K // 16, N).to(torch.float8_e4m3fn),
+    }
+    header = {"quantization_config": json.dumps({"method": "svdquant"})}
+    assert modelopt_nvfp4.detect(make_checkpoint({"a": svdq}, metadata=header)) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "algorithm"), [("modelopt_fp4", "FP8"), ("modelopt_fp8", "NVFP4")]
+)
+def test_contradicting_words(method: str, algorithm: str) -> None:
+    block = {"quant_method": method, "quant_algo": algorithm}
+    with pytest.raises(CheckpointError, match="contradict"):
+        modelopt_nvfp4.detect(make_checkpoint({"a": quantize()}, block))
+
+
+def test_legacy_method_without_an_algorithm() -> None:
+    assert read({"a": quantize()}, {"quant_method": "modelopt_fp4"}) == {"a": NVFP4}
+
+
+@pytest.mark.parametrize("marker", ["double_blocks.3.img_attn.qkv", "single_blocks.0.linear1"])
+def test_packed_names_mean_swapped_nibbles_and_tiled_scales(marker: str) -> None:
+    raw = LAYOUTS[3]
+    found = read({marker: quantize(raw), "img_in": PLAIN})
+    assert found == {marker: raw}
+    named = {**quantize(raw), "comfy_quant": torch.zeros(20, dtype=torch.uint8)}
+    assert read({"blocks.0.ff": named}) == {"blocks.0.ff": raw}
+
+
+def test_swap_weight_nibbles_overrules_the_names() -> None:
+    assert read({"a": quantize()}, {**BLOCK, "swap_weight_nibbles": True})["a"] == LAYOUTS[2]
+    name = "single_blocks.0.linear1"
+    found = read({name: quantize(LAYOUTS[1])}, {**BLOCK, "swap_weight_nibbles": False})
+    assert found == {name: LAYOUTS[1]}
+
+
+@pytest.mark.parametrize("stored", LAYOUTS)
+@pytest.mark.parametrize(("rows", "columns"), [(N, K), (128, 64), (256, 128)])
+def test_only_the_right_layout_decodes(stored: Scheme, rows: int, columns: int) -> None:
+    """All four decode without an error where the shapes agree, and exactly one is right."""
+    weight = make_weight(rows, columns).float()
+    tensors = quantize(stored, rows, columns)
+    plain = modelopt_nvfp4.dequantize(quantize(NVFP4, rows, columns), NVFP4)
+    errors = {}
+    for scheme in LAYOUTS:
+        if scheme.tiled_scales != stored.tiled_scales and rows % 128:
+            continue
+        decoded = modelopt_nvfp4.dequantize(tensors, scheme)
+        errors[scheme] = ((decoded - weight).norm() / weight.norm()).item()
+        assert torch.equal(decoded, plain) == (scheme == stored)
+    assert errors.pop(stored) < 0.12
+    assert all(error > 0.2 for error in errors.values())
+
+
+def test_golden_raw_bytes() -> None:
+    """Even column in the high nibble; the scale of row 1, group 2 in byte 16 * 1 + 2 of a tile."""
+    scheme = LAYOUTS[3]
+    weight = torch.zeros(128, 32, dtype=torch.uint8)
+    weight[1, 16] = 0x2B
+    scales = torch.zeros(128, 4).to(torch.float8_e4m3fn)
+    scales.view(torch.uint8).view(-1)[18] = (
+        torch.tensor(2.0).to(torch.float8_e4m3fn).view(torch.uint8)
+    )
+    stored = {"weight": weight, "weight_scale": scales, "weight_scale_2": torch.tensor([0.25])}
+    decoded = modelopt_nvfp4.dequantize(stored, scheme)
+    assert decoded[1, 32:34].tolist() == [0.5, -0.75]
+    assert decoded.count_nonzero() == 2
+
+
+def test_missing_input_scale_is_dynamic_in_the_raw_layout_only() -> None:
+    raw = modelopt_nvfp4.quantize(make_weight(), LAYOUTS[3])
+    assert "input_scale" not in raw
+    found = read({"single_blocks.0.linear1": raw})
+    x = make_input() * 50
+    y = modelopt_nvfp4.reference(x, raw, found["single_blocks.0.linear1"])
+    exact = x @ make_weight().float().T
+    assert (y - exact).norm() / exact.norm() < 0.2
+    plain = {k: v for k, v in quantize().items() if k != "input_scale"}
+    for block in (BLOCK, None):
+        with pytest.raises(CheckpointError, match=r"layer a has no input_scale.*W4A16_NVFP4"):
+            read({"a": plain}, block)
+
+
+def test_stray_input_scales_are_left_aside() -> None:
+    """FLUX.2's mixed file keeps the calibrated ranges of layers that it stores in BF16."""
+    layers = {"double_blocks.0.img_attn.qkv": quantize(LAYOUTS[3])}
+    layers["single_blocks.0.linear1"] = {**PLAIN, "input_scale": torch.ones(())}
+    assert list(read(layers)) == ["double_blocks.0.img_attn.qkv"]
+    assert modelopt_nvfp4.ignored("single_blocks.0.linear1.input_scale")
+    assert modelopt_nvfp4.ignored("a.weight_quantizer._amax")
+    assert modelopt_nvfp4.ignored("a.comfy_quant")
+    assert modelopt_nvfp4.ignored("a.weight_scale") is None
+
+
+def test_weight_only() -> None:
+    scheme = WORDS["W4A16_NVFP4"]
+    stored = modelopt_nvfp4.quantize(make_weight(), scheme)
+    block = {**BLOCK, "quant_algo": "W4A16_NVFP4"}
+    assert read({"a": stored}, block) == {"a": scheme}
+    x = make_input()
+    exact = x @ modelopt_nvfp4.dequantize(stored, scheme).T
+    assert torch.allclose(modelopt_nvfp4.reference(x, stored, scheme), exact, atol=1e-5)
+    with pytest.raises(CheckpointError, match="has an input_scale"):
+        read({"a": quantize()}, block)
+
+
+def test_svd() -> None:
+    scheme = WORDS["NVFP4_SVD"]
+    stored = quantize(scheme)
+    found = read({"a": stored}, {**BLOCK, "quant_algo": "NVFP4_SVD"})
+    assert found == {"a": scheme}
+    weight = make_weight().float()
+    plain = modelopt_nvfp4.dequantize(quantize(), NVFP4) - weight
+    error = modelopt_nvfp4.dequantize(stored, scheme) - weight
+    assert error.norm() < 0.8 * plain.norm()
+    del stored["svdquant_lora_a"]
+    with pytest.raises(CheckpointError, match="has no svdquant_lora_a"):
+        read({"a": stored}, {**BLOCK, "quant_algo": "NVFP4_SVD"})
+
+
+def test_awq_is_nvfp4_with_smoothing() -> None:
+    scheme = replace(NVFP4, name="NVFP4_AWQ", smoothed=True)
+    stored = quantize(scheme)
+    assert read({"a": stored}, {**BLOCK, "quant_algo": "NVFP4_AWQ"}) == {"a": scheme}
+    weight = make_weight().float()
+    decoded = modelopt_nvfp4.dequantize(stored, scheme)
+    assert (decoded - weight).norm() / weight.norm() < 0.12
+
+
+def test_mixed_precision_must_agree_with_the_tensors() -> None:
+    listed = {"a": {"quant_algo": "NVFP4", "group_size": 16}, "b": {"quant_algo": "FP8"}}
+    block = {**BLOCK, "quant_algo": "MIXED_PRECISION", "quantized_layers": listed}
+    layers = {"a": quantize(), "b": quantize_fp8(), "c": PLAIN}
+    assert read(layers, block) == {"a": NVFP4, "b": modelopt_layers.FP8}
+    with pytest.raises(CheckpointError, match=r"layer b is NVFP4, but .* declares it FP8"):
+        read({**layers, "b": quantize()}, block)
+    with pytest.raises(CheckpointError, match="layer a is full precision"):
+        read({**layers, "a": PLAIN}, block)
+    only = {**block, "quantized_layers": {"a": {"quant_algo": "W4A16_NVFP4"}}}
+    weight_only = modelopt_nvfp4.quantize(make_weight(), WORDS["W4A16_NVFP4"])
+    assert read({"a": weight_only}, only)["a"].activation == "none"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_scale_2": None}, "layer a has no weight_scale_2"),
+        ({"weight_scale": None}, "layer a has no weight_scale"),
+        ({"weight": None}, "layer a has weight_scale, weight_scale_2 but no weight"),
+        ({"weight": torch.zeros(N, K, dtype=torch.bfloat16)}, "but a BF16 weight"),
+        ({"weight": torch.zeros(N, K // 2, dtype=torch.int8)}, "but a I8 weight"),
+        (
+            {"weight_scale": torch.zeros(N, 16).to(torch.float8_e4m3fn)},
+            "weight_scale F8_E4M3 .130, 16.: expected F8_E4M3 .130, 6.. These scales are padded",
+        ),
+        (
+            {"weight_scale": torch.zeros(N, 3).to(torch.float8_e4m3fn)},
+            r"expected F8_E4M3 \[130, 6\]",
+        ),
+        ({"weight_scale": torch.zeros(N, 6, dtype=torch.uint8)}, "expected F8_E4M3"),
+        ({"weight_scale_2": torch.zeros(2)}, r"weight_scale_2 F32 \[2\]: expected F32 \[\]"),
+        ({"weight": torch.zeros(N, 44, dtype=torch.uint8)}, "K a multiple of 16"),
+    ],
+)
+def test_refusals_name_the_layer(change: dict[str, Any], message: str) -> None:
+    stored = {k: v for k, v in {**quantize(), **change}.items() if v is not None}
+    with pytest.raises(CheckpointError, match=message):
+        read({"a": stored, "b": quantize()}, BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (torch.zeros(N, K // 32, dtype=torch.uint8), "MXFP8"),
+        (torch.zeros(N), "per-channel FP8"),
+        (None, "weight_scale missing"),
+    ],
+)
+def test_other_fp8_formats_are_refused_by_name(scale: torch.Tensor | None, message: str) -> None:
+    stored = {**quantize_fp8(), "weight_scale": scale}
+    layers = {"a": quantize(), "b": {k: v for k, v in stored.items() if v is not None}}
+    with pytest.raises(CheckpointError, match=f"layer b is .*{message}"):
+        read(layers, BLOCK)
+
+
+@pytest.mark.parametrize("word", [*WORDS, "FP8", "raw"])
+def test_specs_describe_what_is_written(word: str) -> None:
+    scheme = {**WORDS, "FP8": modelopt_layers.FP8, "raw": LAYOUTS[3]}[word]
+    stored = quantize(scheme)
+    specs = modelopt_nvfp4.tensors(scheme, N, K)
+    assert set(stored) == set(specs)
+    for suffix, spec in specs.items():
+        assert DTYPES[stored[suffix].dtype] in spec.dtypes
+        assert tuple(stored[suffix].shape) in spec.shapes
+
+
+def test_canonical_does_not_copy_what_fits() -> None:
+    stored = quantize()
+    canonical = modelopt_nvfp4.canonical(stored, NVFP4)
+    assert canonical["weight"] is stored["weight"]
+    assert canonical["weight_scale"] is stored["weight_scale"]
+
+
+def test_coded_inputs_need_a_calibration() -> None:
+    with pytest.raises(UsageError, match="calibration"):
+        modelopt_nvfp4.quantize(make_weight(), NVFP4)
+
+
+def test_a_weight_of_zeros() -> None:
+    stored = modelopt_nvfp4.quantize(torch.zeros(4, 32), NVFP4, calibration=calibrate(32))
+    assert torch.equal(modelopt_nvfp4.dequantize(stored, NVFP4), torch.zeros(4, 32))
+
+
+@pytest.mark.parametrize("word", [*WORDS, "mixed", "raw", "swapped"])
+def test_what_is_declared_is_read_back(word: str) -> None:
+    mixed = {"a": NVFP4, "b": modelopt_layers.FP8}
+    schemes = {
+        "mixed": mixed,
+        "raw": {"single_blocks.0.linear1": LAYOUTS[3]},
+        "swapped": {"a": LAYOUTS[2]},
+        **{word: {"a": scheme} for word, scheme in WORDS.items()},
+    }[word]
+    declared = modelopt_nvfp4.declare(schemes, ["c"])
+    layers = {name: quantize(scheme) for name, scheme in schemes.items()}
+    if schemes.get("a") == WORDS["W4A16_NVFP4"]:
+        layers = {"a": modelopt_nvfp4.quantize(make_weight(), schemes["a"])}
+    found = read({**layers, "c": PLAIN}, declared.config, metadata=declared.metadata)
+    assert found == schemes
