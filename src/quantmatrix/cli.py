@@ -16,13 +16,13 @@ from typing import Any
 from quantmatrix import __version__
 from quantmatrix.errors import QuantmatrixError, RefusedError, UsageError
 from quantmatrix.request import (
+    FP4_BACKEND_VARIABLE,
     Request,
     add_output_flags,
     add_request_flags,
     normalize_words,
 )
 
-FP4_BACKEND_VARIABLE = "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND"
 EXIT_PROBLEM, EXIT_USAGE, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 Handler = Callable[[argparse.Namespace, list[str]], int]

@@ -255,16 +255,17 @@ def write_refusals(joined: Joined, cells: Sequence[Cell]) -> str:
 def write_commands(joined: Joined, cells: Sequence[Cell]) -> str:
     """The command of every row; add `--tiny` to run it offline on tiny stand-ins."""
     blocks = [
-        f"`{row}`:\n\n```bash\n{show_command(group[0].command(joined.tables))}\n```"
+        f"`{row}`:\n\n```bash\n{show_command(group[0], joined.tables)}\n```"
         for row, group in group_rows(cells).items()
     ]
     return "\n\n".join(["Add `--tiny` to run offline on tiny stand-ins.", *blocks])
 
 
-def show_command(words: Sequence[str]) -> str:
-    """A command in shell words, one flag per line."""
-    lines: list[list[str]] = [[]]
-    for word in words:
+def show_command(cell: Cell, tables: Matrix) -> str:
+    """The command of a cell in shell words, one flag per line."""
+    lines = [[f"{name}={value}"] for name, value in cell.environment.items()]
+    lines.append([])
+    for word in cell.command(tables):
         if word.startswith("--"):
             lines.append([])
         lines[-1].append(word)

@@ -6,7 +6,6 @@ the last is done the record is written, so a run that is killed loses the cell a
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -111,7 +110,7 @@ class Recorder:
         return Evidence(
             cell=records.describe_cell(cell, tables),
             checks=results,
-            command=last("command") or shlex.join(cell.command(tables)),
+            command=last("command") or cell.shell(tables),
             checkpoint=records.describe_files(last("files")),
             plan=records.make_portable(last("plan"), places),
             timings=timings,

@@ -18,7 +18,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -190,7 +189,7 @@ def write_csv(joined: Joined) -> str:
                 show_number(worst.get("psnr_db")),
                 show_number(worst.get("cosine")),
                 record.made if record else "",
-                shlex.join(cell.command(joined.tables)),
+                cell.shell(joined.tables),
             ]
         )
     return stream.getvalue()

@@ -8,7 +8,6 @@ latents and media, keyed by model, size, steps, prompt and seed.
 from __future__ import annotations
 
 import gc
-import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from quantmatrix import hardware
 from quantmatrix.errors import RefusedError, UsageError
 from quantmatrix.pipeline import build_pipeline
 from quantmatrix.planning import Plan, Refusal, plan
-from quantmatrix.request import Request
+from quantmatrix.request import FP4_BACKEND_VARIABLE, Request
 from quantmatrix.run import Run, generate
 
 if TYPE_CHECKING:
@@ -49,22 +48,24 @@ class Workbench:
     def words(self, cell: Cell) -> list[str]:
         """The command of a cell as it is run here."""
         words = cell.command(self.tables)
-        if cell.backend and "--backend" not in words:
-            words = [*words, "--backend", cell.backend]
         return [*words, "--tiny"] if self.tiny else words
 
     def command(self, cell: Cell) -> str:
-        """The command of a cell, in shell words."""
-        return shlex.join(self.words(cell))
+        """The same in shell words, environment included."""
+        return f"{cell.shell(self.tables)}{' --tiny' if self.tiny else ''}"
 
     def request(self, cell: Cell) -> Request:
         """The request of a cell on this machine's device; UsageError when it is another machine."""
         device = self.find_device(self.tables.hardware[cell.hardware])
-        return Request.from_words(self.words(cell)[2:], device=device)
+        return self._read(cell, device=device)
 
     def planned_request(self, cell: Cell) -> Request:
         """The request of a cell, to be planned for the cell's hardware wherever we are."""
-        return Request.from_words(self.words(cell)[2:], hardware=cell.hardware)
+        return self._read(cell, hardware=cell.hardware)
+
+    def _read(self, cell: Cell, **extra: str) -> Request:
+        backend = cell.environment.get(FP4_BACKEND_VARIABLE)
+        return Request.from_words(self.words(cell)[2:], fp4_gemm_backend=backend, **extra)
 
     def find_device(self, row: HardwareRow) -> str:
         """The torch device of a hardware row on this machine; one worker, one device."""

@@ -24,10 +24,13 @@ def test_generate(
     workbench: Workbench,
     proof: Proof,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from quantmatrix import cli, compare
 
+    for name, value in cell.environment.items():
+        monkeypatch.setenv(name, value)
     words = [*workbench.words(cell)[1:], "--device", job.request.device or "cpu"]
     start = time.perf_counter()
     code = cli.main([*words, "--output-path", str(tmp_path), "--json"])
