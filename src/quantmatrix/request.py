@@ -23,7 +23,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 PRECISIONS = ("int4", "nvfp4")
 WEIGHT_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
 FP4_BACKEND_VARIABLE = "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND"
-"""The guide's environment variable for `Request.fp4_gemm_backend`; only the command line reads it."""
+"""The guide's environment variable for `Request.fp4_gemm_backend`; only the CLI reads it."""
 WEIGHTS_ALIASES = ("transformer_weights_path", "transformer_quantized_path", "quantized_model_path")
 """Older names of the weights override in config files and keyword arguments, best first."""
 
