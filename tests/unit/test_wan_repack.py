@@ -259,9 +259,7 @@ def drop(tensors: dict, words: dict, name: str) -> None:
     ],
     ids=["missing", "unknown", "size", "twice"],
 )
-def test_nothing_is_written_when_something_is_wrong(
-    quantized, tmp_path, name, change, named, capsys
-):
+def test_nothing_is_written_when_something_is_wrong(quantized, tmp_path, change, named, capsys):
     tensors, words = make_quantized(1)
     change(tensors, words)
     folder = quantized / "low_noise_model"

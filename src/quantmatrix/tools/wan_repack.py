@@ -49,7 +49,6 @@ MODEL_TYPES: Mapping[str, tuple[str, ...]] = {
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DESCRIPTION = "quant_model_description.json"
-ROTATION = re.compile(r"\.self_attn\.([qk])_rot$")
 WRAPPER = re.compile(r"\.(linear|div)(?=\.[^.]+$)")
 """The level that smoothing adds above a layer's tensors."""
 
@@ -181,8 +180,6 @@ def convert(source: Checkpoint, target: Path, config_file: Path | None = None) -
 
 def rename(name: str, dialect: Dialect) -> str:
     """Diffusers' name of a tensor; a level that smoothing added disappears."""
-    if ROTATION.search(name):
-        return ROTATION.sub(r".attn1.to_\1_rot", name)
     name = WRAPPER.sub("", name)
     whole = dialect.tensor_targets(name)
     if whole is not None:
