@@ -1,0 +1,155 @@
+"""FLUX.2-dev: joint blocks with shared modulation, then single-stream blocks with fused projections.
+
+Dialects: diffusers' own names, and `bfl`, the names of the official raw files, in which q, k and v
+of the joint blocks are packed into one layer and the final modulation stores scale before shift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantmatrix.models import DIFFUSERS, Defaults, Dialect, Rule, Target
+
+if TYPE_CHECKING:
+    from quantmatrix.request import Request
+
+ID = "flux-2"
+NAME = "FLUX.2-dev"
+REPO = "black-forest-labs/FLUX.2-dev"
+PIPELINE = "Flux2Pipeline"
+TRANSFORMER = "Flux2Transformer2DModel"
+COMPONENTS = ("transformer",)
+BLOCKS = ("transformer_blocks", "single_transformer_blocks")
+DEFAULTS = Defaults(height=1024, width=1024, steps=50, guidance=4.0)
+TINY_DEFAULTS = Defaults(height=64, width=64, steps=4, guidance=4.0)
+
+_OLD, _NEW = "double_blocks.{i}", "transformer_blocks.{i}"
+_OLD_SINGLE, _NEW_SINGLE = "single_blocks.{i}", "single_transformer_blocks.{i}"
+
+
+def _rename(source: str, module: str) -> Rule:
+    return Rule(source, (Target(module),))
+
+
+def _packed(source: str, *modules: str) -> Rule:
+    return Rule(source, tuple(Target(m, part=(index, 3)) for index, m in enumerate(modules)))
+
+
+_EMBEDDERS = "time_guidance_embed"
+BFL = Dialect(
+    name="bfl",
+    marker=r"^(double_blocks|single_blocks)\.\d+\.",
+    layers=(
+        _rename("img_in", "x_embedder"),
+        _rename("txt_in", "context_embedder"),
+        _rename("time_in.in_layer", f"{_EMBEDDERS}.timestep_embedder.linear_1"),
+        _rename("time_in.out_layer", f"{_EMBEDDERS}.timestep_embedder.linear_2"),
+        _rename("guidance_in.in_layer", f"{_EMBEDDERS}.guidance_embedder.linear_1"),
+        _rename("guidance_in.out_layer", f"{_EMBEDDERS}.guidance_embedder.linear_2"),
+        *(
+            _rename(f"{name}.lin", f"{name}.linear")
+            for name in (
+                "double_stream_modulation_img",
+                "double_stream_modulation_txt",
+                "single_stream_modulation",
+            )
+        ),
+        _packed(f"{_OLD}.img_attn.qkv", *(f"{_NEW}.attn.to_{x}" for x in "qkv")),
+        _packed(f"{_OLD}.txt_attn.qkv", *(f"{_NEW}.attn.add_{x}_proj" for x in "qkv")),
+        _rename(f"{_OLD}.img_attn.proj", f"{_NEW}.attn.to_out.0"),
+        _rename(f"{_OLD}.txt_attn.proj", f"{_NEW}.attn.to_add_out"),
+        _rename(f"{_OLD}.img_mlp.0", f"{_NEW}.ff.linear_in"),
+        _rename(f"{_OLD}.img_mlp.2", f"{_NEW}.ff.linear_out"),
+        _rename(f"{_OLD}.txt_mlp.0", f"{_NEW}.ff_context.linear_in"),
+        _rename(f"{_OLD}.txt_mlp.2", f"{_NEW}.ff_context.linear_out"),
+        _rename(f"{_OLD_SINGLE}.linear1", f"{_NEW_SINGLE}.attn.to_qkv_mlp_proj"),
+        _rename(f"{_OLD_SINGLE}.linear2", f"{_NEW_SINGLE}.attn.to_out"),
+        Rule("final_layer.adaLN_modulation.1", (Target("norm_out.linear", swap_halves=True),)),
+        _rename("final_layer.linear", "proj_out"),
+    ),
+    tensors=(
+        *(
+            _rename(f"{_OLD}.{side}_attn.norm.{long}_norm.scale", f"{_NEW}.attn.{short}.weight")
+            for side, long, short in (
+                ("img", "query", "norm_q"),
+                ("img", "key", "norm_k"),
+                ("txt", "query", "norm_added_q"),
+                ("txt", "key", "norm_added_k"),
+            )
+        ),
+        _rename(f"{_OLD_SINGLE}.norm.query_norm.scale", f"{_NEW_SINGLE}.attn.norm_q.weight"),
+        _rename(f"{_OLD_SINGLE}.norm.key_norm.scale", f"{_NEW_SINGLE}.attn.norm_k.weight"),
+    ),
+)
+DIALECTS = (DIFFUSERS, BFL)
+
+FALLBACKS: Mapping[str, tuple[str, ...]] = {
+    "flux2": (
+        r"time_guidance_embed\.(timestep_embedder|guidance_embedder)\.linear_[12]",
+        r"double_stream_modulation_(img|txt)\.linear",
+        r"single_stream_modulation\.linear",
+        r"x_embedder",
+        r"context_embedder",
+        r"norm_out\.linear",
+    ),
+}
+
+TINY: Mapping[str, Any] = {
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 128,
+    "axes_dims_rope": (32, 32, 32, 32),
+    "in_channels": 128,
+    "joint_attention_dim": 384,
+    "timestep_guidance_channels": 256,
+    "mlp_ratio": 3.0,
+}
+
+
+def call_arguments(request: Request) -> dict[str, Any]:
+    """Keyword arguments of the pipeline call."""
+    defaults = TINY_DEFAULTS if request.tiny else DEFAULTS
+    guidance = defaults.guidance if request.guidance_scale is None else request.guidance_scale
+    arguments: dict[str, Any] = {
+        "height": request.height or defaults.height,
+        "width": request.width or defaults.width,
+        "num_inference_steps": request.num_inference_steps or defaults.steps,
+        "guidance_scale": guidance,
+    }
+    if request.tiny:
+        arguments["max_sequence_length"] = 64
+    return arguments
+
+
+def build_tiny(folder: Path) -> None:
+    """Write the tiny stand-in pipeline."""
+    import torch
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2Pipeline,
+        Flux2Transformer2DModel,
+    )
+
+    from quantmatrix import tiny_text
+    from quantmatrix.tiny_weights import fill
+
+    transformer = Flux2Transformer2DModel(**TINY)
+    fill(transformer, f"{ID}.transformer", structured=BLOCKS)
+    vae = AutoencoderKLFlux2(**tiny_text.IMAGE_VAE, latent_channels=32)
+    fill(vae, f"{ID}.vae")
+    ramp = torch.linspace(0, 1, vae.bn.running_mean.numel())
+    vae.bn.running_mean.copy_(ramp * 0.2 - 0.1)
+    vae.bn.running_var.copy_(ramp * 0.5 + 0.75)
+    text, tokenizer = tiny_text.build_mistral(ID)
+    pipeline = Flux2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+    tiny_text.save_pipeline(pipeline, folder)

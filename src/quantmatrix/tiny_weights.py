@@ -1,0 +1,102 @@
+"""Tiny weights: numbers for stand-in models in which quantization error shows.
+
+With torch's default initialisation the residual blocks barely matter, and a broken layer would pass
+unnoticed. So linear and convolution weights are normal with standard deviation 1/sqrt(fan in), norms
+1 +- 0.1, biases 0.02, embeddings 1. Linear weights inside blocks are *structured* besides: half
+of their energy lies in a rank-8 component, and one input channel of 64 is six times as large, which
+is what low-rank branches and smoothing are for. The first layer of a timestep embedder damps high
+frequencies, or rounding a timestep to BF16 would move the picture more than any quantizer.
+
+Every number comes from numpy's Philox generator, keyed by the parameter's name, and only elementwise
+float64 arithmetic follows: the same bytes on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+RANK = 8
+OUTLIERS = 64
+OUTLIER_GAIN = 6.0
+
+
+def make_generator(name: str) -> np.random.Generator:
+    """A generator that depends on a name alone."""
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def draw_weight(name: str, shape: tuple[int, ...], *, structured: bool = False) -> torch.Tensor:
+    """A weight [out, in, ...] of gain 1, float32."""
+    generator = make_generator(name)
+    fan_in = math.prod(shape[1:])
+    white = generator.standard_normal(shape)
+    if structured and len(shape) == 2:
+        white = add_structure(white, generator)
+    return torch.from_numpy((white / math.sqrt(fan_in)).astype(np.float32))
+
+
+def add_structure(white: np.ndarray[Any, Any], generator: np.random.Generator) -> np.ndarray[Any, Any]:
+    """White numbers [out, in] with a rank-8 component and outlier channels, of the same energy."""
+    rows, columns = white.shape
+    left = generator.standard_normal((rows, RANK))
+    right = generator.standard_normal((RANK, columns))
+    low = np.zeros_like(white)
+    for index in range(RANK):
+        low += left[:, index, None] * right[index, None, :]
+    mixed = (white + low / math.sqrt(RANK)) / math.sqrt(2.0)
+    count = max(1, columns // OUTLIERS)
+    chosen = generator.permutation(columns)[:count]
+    mixed[:, chosen] *= OUTLIER_GAIN
+    energy = 1 + (OUTLIER_GAIN**2 - 1) * count / columns
+    return np.asarray(mixed / math.sqrt(energy))
+
+
+def fill(model: nn.Module, prefix: str, *, structured: tuple[str, ...] = ()) -> None:
+    """Draw every parameter of a model; linear weights under `structured` names get structure."""
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            owner = modules[name.rpartition(".")[0]]
+            inside = name.startswith(tuple(f"{block}." for block in structured))
+            drawn = draw_parameter(f"{prefix}.{name}", owner, parameter, inside)
+            if "timestep_embedder.linear_1.weight" in name or "guidance_embedder.linear_1.weight" in name:
+                drawn = damp_frequencies(drawn)
+            elif name in ("t_embedder.mlp.0.weight", "condition_embedder.time_embedder.linear_1.weight"):
+                drawn = damp_frequencies(drawn)
+            parameter.copy_(drawn)
+
+
+def draw_parameter(
+    name: str, owner: nn.Module, parameter: nn.Parameter, structured: bool
+) -> torch.Tensor:
+    """One parameter, by the kind of module that owns it."""
+    shape = tuple(parameter.shape)
+    if isinstance(owner, nn.Embedding):
+        return torch.from_numpy(make_generator(name).standard_normal(shape).astype(np.float32))
+    if len(shape) >= 2 and name.endswith("weight"):
+        return draw_weight(name, shape, structured=structured and isinstance(owner, nn.Linear))
+    numbers = make_generator(name).standard_normal(shape).astype(np.float32)
+    if name.endswith(("bias", "pad_token")):
+        return torch.from_numpy(numbers) * 0.02
+    if name.endswith("scale_shift_table"):
+        return torch.from_numpy(numbers / np.float32(math.sqrt(shape[-1])))
+    return 1 + torch.from_numpy(numbers) * 0.1
+
+
+def damp_frequencies(weight: torch.Tensor) -> torch.Tensor:
+    """A timestep embedder's first weight with column of frequency f divided by sqrt(1 + (8f)^2).
+
+    Columns are cosines then sines of frequencies 10000^(-i / half), in either order.
+    """
+    half = weight.shape[1] // 2
+    frequency = np.exp(-math.log(10000.0) * np.arange(half) / half)
+    damping = np.tile(1 / np.sqrt(1 + (8 * frequency) ** 2), 2)
+    damping = damping / math.sqrt(float((damping**2).mean()))
+    return weight * torch.from_numpy(damping.astype(np.float32))
