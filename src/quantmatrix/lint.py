@@ -1,0 +1,382 @@
+"""Lint: how the tables are read, and what they must not say.
+
+A problem reads `matrix/cases.csv:17: claim: "suported" is not one of validated, expected, ...`.
+Reading goes on after a problem, so that one run names them all. What needs more than the standard
+library (does the family know the scheme, does a kernel have the rule) is left to the tests.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from quantmatrix import families, models
+from quantmatrix.matrix import (
+    CHECKS,
+    CLAIMS,
+    SELECTORS,
+    VENDORS,
+    Cell,
+    CheckpointRow,
+    FamilyRow,
+    HardwareRow,
+    Matrix,
+    MatrixError,
+    ModelRow,
+    split_flags,
+)
+
+Row = TypeVar("Row", FamilyRow, ModelRow, HardwareRow, CheckpointRow, "CaseRow")
+
+ID = re.compile(r"[a-z0-9][a-z0-9._-]*")
+REVISION = re.compile(r"([0-9a-f]{40})?")
+OPTIONAL = {
+    "models": ("notes",),
+    "hardware": ("memory_gib", "group", "packages"),
+    "checkpoints": ("revision", "kept", "algo", "cli", "scope", "notes"),
+    "cases": ("backend", "flags", "rule", "notes"),
+}
+"""Columns that may be blank, by table."""
+ELSEWHERE = {
+    **dict.fromkeys(
+        ("--model-path", "--transformer-path", "--transformer-weights-path", "--quantization"),
+        "the column checkpoint says it",
+    ),
+    "--backend": "the column backend says it",
+    **dict.fromkeys(("--hardware", "--device"), "the column hardware says it"),
+    **dict.fromkeys(("--tiny", "--json", "--output-path"), "whoever runs the row says it"),
+}
+"""Flags that a row must not give."""
+SVDQUANT = ("--enable-svdquant", "--quantization-precision", "--quantization-rank")
+OFFLOADS = ("--dit-layerwise-offload", "--dit-cpu-offload")
+
+
+@dataclass(frozen=True)
+class CaseRow:
+    """A line of cases.csv, before it becomes cells."""
+
+    id: str
+    family: str
+    model: str
+    checkpoint: str
+    hardware: tuple[str, ...]
+    backend: tuple[str, ...]
+    flags: tuple[str, ...]
+    checks: tuple[str, ...]
+    claim: str
+    rule: str
+    notes: str
+
+
+@dataclass
+class Table(Generic[Row]):
+    """One table being read: its rows with their lines, and where problems are noted."""
+
+    name: str
+    """As problems spell it: `matrix/cases.csv`."""
+    problems: list[str]
+    """Shared by all tables."""
+    rows: list[tuple[int, Row]] = field(default_factory=list)
+
+    def note(self, line: int, text: str) -> None:
+        """Note a problem of a line."""
+        self.problems.append(f"{self.name}:{line}: {text}")
+
+    def by_id(self) -> dict[str, Row]:
+        """The rows by id; an id that stands there twice is a problem."""
+        found: dict[str, Row] = {}
+        lines: dict[str, int] = {}
+        for line, row in self.rows:
+            if row.id in found:
+                self.note(line, f'id: "{row.id}" is the id of line {lines[row.id]}, too')
+            elif row.id and not ID.fullmatch(row.id):
+                self.note(line, f'id: "{row.id}" is not made of a-z, 0-9, dot, dash, underscore')
+            found.setdefault(row.id, row)
+            lines.setdefault(row.id, line)
+        return found
+
+    def check(self, line: int, column: str, words: Sequence[str], known: Collection[str]) -> bool:
+        """Whether all words are known ones and none stands there twice; blanks were noted."""
+        good = all(words)
+        for word in dict.fromkeys(words):
+            if word and word not in known:
+                self.note(line, f'{column}: "{word}" is not one of {", ".join(known)}')
+                good = False
+            if words.count(word) > 1:
+                self.note(line, f'{column}: "{word}" stands there twice')
+                good = False
+        return good
+
+
+def read_tables(folder: Path) -> Matrix:
+    """All five tables of a folder; raises MatrixError with every problem."""
+    problems: list[str] = []
+    family_table = read_table(folder / "families.csv", FamilyRow, problems)
+    model_table = read_table(folder / "models.csv", ModelRow, problems)
+    hardware_table = read_table(folder / "hardware.csv", HardwareRow, problems)
+    checkpoint_table = read_table(folder / "checkpoints.csv", CheckpointRow, problems)
+    case_table = read_table(folder / "cases.csv", CaseRow, problems)
+    tables = Matrix(
+        families=family_table.by_id(),
+        models=model_table.by_id(),
+        hardware=hardware_table.by_id(),
+        checkpoints=checkpoint_table.by_id(),
+        cells=(),
+    )
+    case_table.by_id()
+    check_families(family_table, tables)
+    check_models(model_table)
+    check_hardware(hardware_table)
+    check_checkpoints(checkpoint_table, tables)
+    cells = tuple(expand_cases(case_table, tables))
+    if problems:
+        raise MatrixError(problems)
+    return replace(tables, cells=cells)
+
+
+def read_table(path: Path, kind: type[Row], problems: list[str]) -> Table[Row]:
+    """The rows of one CSV file; lines that cannot be read are noted and left out."""
+    table: Table[Row] = Table(f"{path.parent.name}/{path.name}", problems)
+    columns = [column.name for column in fields(kind)]
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            records = number_records(csv.reader(stream, strict=True))
+            line, header = next(records, (1, []))
+            if header != columns:
+                table.note(line, f"expected the columns {','.join(columns)}")
+                return table
+            build = choose_builder(kind, table, OPTIONAL.get(path.stem, ()))
+            for line, cells in records:
+                if len(cells) != len(columns):
+                    table.note(line, f"found {len(cells)} cells, expected {len(columns)}")
+                else:
+                    table.rows.append((line, build(line, cells)))
+    except FileNotFoundError:
+        problems.append(f"{table.name}: no such file; the folder is {path.parent}")
+    except (csv.Error, UnicodeDecodeError) as error:
+        problems.append(f"{table.name}: not a CSV file in UTF-8: {error}")
+    return table
+
+
+def number_records(reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """(line on which it starts, cells) of every record that is not an empty line."""
+    start = 1
+    for cells in reader:
+        if cells:
+            yield start, [cell.strip() for cell in cells]
+        start = reader.line_num + 1
+
+
+def choose_builder(
+    kind: type[Row], table: Table[Row], optional: Collection[str]
+) -> Callable[[int, list[str]], Row]:
+    """A function that makes a row of (line, cells), its cells converted and blanks noted."""
+
+    def read_number(line: int, column: str, text: str) -> float:
+        try:
+            number = float(text or 0)
+        except ValueError:
+            number = math.nan
+        if not 0 <= number < math.inf:
+            table.note(line, f'{column}: "{text}" is not a number of GiB')
+        return number
+
+    def read_flags(line: int, column: str, text: str) -> tuple[str, ...]:
+        try:
+            return split_flags(text)
+        except ValueError as error:
+            table.note(line, f"{column}: {error}: {text}")
+            return ()
+
+    def read_words(line: int, column: str, text: str) -> tuple[str, ...]:
+        return tuple(text.split())
+
+    readers: dict[str, Callable[[int, str, str], Any]] = {}
+    for column in fields(kind):
+        if column.name == "flags":
+            readers[column.name] = read_flags
+        elif column.name == "memory_gib":
+            readers[column.name] = read_number
+        elif column.type == "tuple[str, ...]":
+            readers[column.name] = read_words
+    columns = [(c.name, c.name not in optional, readers.get(c.name)) for c in fields(kind)]
+
+    def build(line: int, cells: list[str]) -> Row:
+        values: list[Any] = []
+        for text, (column, needed, read) in zip(cells, columns, strict=True):
+            if needed and not text:
+                table.note(line, f"{column}: blank")
+            values.append(read(line, column, text) if read else text)
+        return kind(*values)
+
+    return build
+
+
+def check_families(table: Table[FamilyRow], tables: Matrix) -> None:
+    """Ids are those of the modules in families/, models are known."""
+    check_modules(table, "families", families.IDS)
+    for line, row in table.rows:
+        table.check(line, "models", row.models, tables.models)
+
+
+def check_models(table: Table[ModelRow]) -> None:
+    """Ids are those of the modules in models/."""
+    check_modules(table, "models", models.IDS)
+
+
+def check_modules(table: Table[Any], package: str, ids: Sequence[str]) -> None:
+    """Every row has its module `quantmatrix/<package>/<id>.py`, and every module its row."""
+    for line, row in table.rows:
+        table.check(line, "id", [row.id], ids)
+    listed = {row.id for _, row in table.rows}
+    for name in ids:
+        if name not in listed:
+            module = f"{package}/{name.replace('-', '_')}.py"
+            table.problems.append(f"{table.name}: no row for {name}, the module {module}")
+
+
+def check_hardware(table: Table[HardwareRow]) -> None:
+    """Vendors are known, and no group is named like a hardware."""
+    ids = {row.id for _, row in table.rows}
+    for line, row in table.rows:
+        table.check(line, "vendor", [row.vendor], VENDORS)
+        for name in sorted(ids.intersection(row.group)):
+            table.note(line, f'group: "{name}" is the id of a hardware')
+
+
+def check_checkpoints(table: Table[CheckpointRow], tables: Matrix) -> None:
+    """Foreign keys, a flag that can name the form, and one content per reference."""
+    contents: dict[str, tuple[int, tuple[Any, ...]]] = {}
+    for line, row in table.rows:
+        table.check(line, "family", [row.family], tables.families)
+        if table.check(line, "model", [row.model], tables.models):
+            known = tables.models[row.model].transformers
+            table.check(line, "components", row.components, known)
+        if table.check(line, "form", [row.form], SELECTORS):
+            table.check(line, f"selector of a {row.form}", [row.selector], SELECTORS[row.form])
+        if not REVISION.fullmatch(row.revision):
+            table.note(line, f'revision: "{row.revision}" is not a commit of 40 digits')
+        if row.form == "online":
+            continue
+        content = (row.family, row.model, row.form, row.scheme, row.kept, row.components)
+        first, expected = contents.setdefault(row.reference, (line, content))
+        if content != expected:
+            table.note(line, f"reference: {row.reference} has another content in line {first}")
+
+
+def expand_cases(table: Table[CaseRow], tables: Matrix) -> Iterator[Cell]:
+    """The cells of all lines; a line with an unknown word gives those that can be named."""
+    groups = tables.groups
+    words = [*tables.hardware, *groups]
+    places: dict[tuple[str, ...], list[str]] = {}
+    seen: dict[tuple[Any, ...], int] = {}
+    for line, row in table.rows:
+        check_case(table, line, row, tables)
+        if row.hardware not in places and table.check(line, "hardware", row.hardware, words):
+            places[row.hardware] = [p for w in row.hardware for p in groups.get(w, (w,))]
+        listed = places.get(row.hardware, [])
+        for place in {p for p in listed if listed.count(p) > 1}:
+            table.note(line, f"hardware: {place} is named twice, once by a group")
+        for hardware in dict.fromkeys(listed):
+            for backend in row.backend or ("",):
+                check_twin(table, line, row, hardware, backend, seen)
+                suffix = f"+{backend}" if len(row.backend) > 1 else ""
+                yield Cell(
+                    id=f"{row.id}@{hardware}{suffix}",
+                    row=row.id,
+                    checkpoint=row.checkpoint,
+                    family=row.family,
+                    model=row.model,
+                    hardware=hardware,
+                    backend=backend,
+                    flags=row.flags,
+                    checks=row.checks,
+                    claim=row.claim,
+                    rule=row.rule,
+                    notes=row.notes,
+                    line=line,
+                )
+
+
+def check_case(table: Table[CaseRow], line: int, row: CaseRow, tables: Matrix) -> None:
+    """What one line of cases.csv must say, whatever the other lines say."""
+    if table.check(line, "checkpoint", [row.checkpoint], tables.checkpoints):
+        checkpoint = tables.checkpoints[row.checkpoint]
+        for column in ("family", "model"):
+            found, expected = getattr(row, column), getattr(checkpoint, column)
+            if found and found != expected:
+                table.note(line, f"{column}: {found}, but {row.checkpoint} is of {expected}")
+        check_flags(table, line, row.flags, checkpoint)
+    for word in row.backend:
+        if not ID.fullmatch(word) or row.backend.count(word) > 1:
+            table.note(line, f'backend: "{word}" is no name, or stands there twice')
+    table.check(line, "checks", row.checks, CHECKS)
+    if table.check(line, "claim", [row.claim], CLAIMS):
+        check_claim(table, line, row, tables)
+
+
+def check_claim(table: Table[CaseRow], line: int, row: CaseRow, tables: Matrix) -> None:
+    """A reason wherever something is refused, and only there; the guide behind `validated`."""
+    if row.claim == "refused":
+        if not row.rule or not row.notes:
+            table.note(line, "a refused row needs a rule, and the reason in notes")
+        if row.checks != ("refuse",):
+            table.note(line, f"checks: a refused row has the check refuse, not {row.checks}")
+        return
+    if row.rule:
+        table.note(line, f"rule: {row.rule}, but the row is not refused")
+    if "refuse" in row.checks:
+        table.note(line, "checks: refuse, but the row is not refused")
+    if row.claim == "planned" and not row.notes:
+        table.note(line, "notes: blank; a planned row says what is missing")
+    family = tables.families.get(row.family)
+    if row.claim == "validated" and family and row.model not in family.models:
+        table.note(
+            line,
+            f"claim: the guide does not name {row.model} for {row.family}, whose models are "
+            f"{', '.join(family.models)}; say expected",
+        )
+
+
+def check_flags(
+    table: Table[CaseRow], line: int, flags: Sequence[str], checkpoint: CheckpointRow
+) -> None:
+    """Flags that other columns say, that exclude each other, or that the checkpoint cannot take."""
+    names = [flag.partition("=")[0].replace("_", "-") for flag in flags if flag[:2] == "--"]
+    for name in dict.fromkeys(names):
+        if name in ELSEWHERE:
+            table.note(line, f"flags: {name}: {ELSEWHERE[name]}")
+        if names.count(name) > 1:
+            table.note(line, f"flags: {name} is given twice")
+        if name in SVDQUANT and checkpoint.family != "nunchaku-svdq":
+            table.note(line, f"flags: {name} is for nunchaku-svdq, not {checkpoint.family}")
+        if name == "--quantization-ignored-layers" and checkpoint.form != "online":
+            table.note(line, f"flags: {name} is for --quantization, not a {checkpoint.form}")
+    if all(name in names for name in OFFLOADS):
+        table.note(line, f"flags: {' and '.join(OFFLOADS)} exclude each other")
+
+
+def check_twin(
+    table: Table[CaseRow],
+    line: int,
+    row: CaseRow,
+    hardware: str,
+    backend: str,
+    seen: dict[tuple[Any, ...], int],
+) -> None:
+    """No cell stands in two lines, and none is refused in one and claimed in another."""
+    place = (row.checkpoint, hardware, backend)
+    first = seen.setdefault((*place, row.flags), line)
+    if first != line:
+        table.note(line, f"{' '.join(place)}: the same cell as in line {first}")
+        return
+    refused = row.claim == "refused"
+    seen.setdefault((*place, refused), line)
+    other = seen.get((*place, not refused))
+    if other is not None and row.flags == ():
+        table.note(line, f"{' '.join(place)}: line {other} claims the opposite")

@@ -1,0 +1,283 @@
+"""The matrix: five tables written by people, read into typed rows, every problem named at once.
+
+| table             | one line is |
+| ----------------- | ----------- |
+| `families.csv`    | a quant family, in the words of the quantization guide |
+| `models.csv`      | a base model and its transformer components |
+| `hardware.csv`    | a machine: vendor, architecture, memory, its groups, packages assumed there |
+| `checkpoints.csv` | a quantized checkpoint: how a user names it, and what is in it |
+| `cases.csv`       | a claim: this checkpoint, there, with these flags, passes these checks |
+
+A line of cases.csv names any number of hardware ids, groups (`hopper`, or `all`) and backends, and
+stands for one `Cell` for each of them: `<row>@<hardware>`, with `+<backend>` where the row names
+more than one. A blank backend is the one that the hardware runs by default. Claims:
+
+| claim       | meaning |
+| ----------- | ------- |
+| `validated` | the quantization guide says that it works |
+| `expected`  | we say so, beyond the guide |
+| `refused`   | it must end in the refusal `rule`; `notes` tell why |
+| `planned`   | nobody says so yet; `notes` tell what is missing |
+
+Nothing here writes into the tables. Only the standard library is needed, so that commands and test
+collection stay quick.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from quantmatrix.errors import QuantmatrixError
+
+CLAIMS = ("validated", "expected", "refused", "planned")
+CHECKS = ("load", "latents", "generate", "refuse", "bench", "trace")
+VENDORS = ("cpu", "nvidia", "amd", "ascend")
+SELECTORS: Mapping[str, tuple[str, ...]] = {
+    "component-folder": ("--transformer-path", "--transformer-weights-path"),
+    "single-file": ("--transformer-weights-path",),
+    "sharded": ("--transformer-path", "--transformer-weights-path"),
+    "raw": ("--transformer-weights-path", "--model-path"),
+    "pipeline": ("--model-path",),
+    "online": ("--quantization",),
+}
+"""Forms of a checkpoint, each with the flags that may name one."""
+EVERYWHERE = "all"
+"""The group that every hardware belongs to."""
+PROMPT = "a curious pikachu"
+"""Prompt of a row that names none, from the guide's first example."""
+ASSIGNMENT = re.compile(r"[A-Z][A-Z0-9_]*=\S+")
+"""An environment variable at the start of a row's flags."""
+
+
+class MatrixError(QuantmatrixError, ValueError):
+    """Tables that cannot be used; the message has one line per problem, with file and line."""
+
+    def __init__(self, problems: Collection[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """A quant family, in the guide's words."""
+
+    id: str
+    checkpoint_form: str
+    canonical_cli: str
+    supported_models: str
+    extra_dependency: str
+    notes: str
+    models: tuple[str, ...]
+    """Ids of the models that the guide names for the family."""
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """A base model."""
+
+    id: str
+    name: str
+    repo: str
+    transformers: tuple[str, ...]
+    """Its transformer components, primary first."""
+    notes: str
+
+
+@dataclass(frozen=True)
+class HardwareRow:
+    """A machine that claims are made about."""
+
+    id: str
+    name: str
+    vendor: str
+    arch: str
+    memory_gib: float
+    """Memory of one device in GiB; 0 where the row does not limit it."""
+    group: tuple[str, ...]
+    packages: tuple[str, ...]
+    """Import names of optional packages that are assumed there."""
+    job: str
+    """Name of the CI job that tests it."""
+    label: str
+    """Label of the runner of that job."""
+
+
+@dataclass(frozen=True)
+class CheckpointRow:
+    """A quantized checkpoint."""
+
+    id: str
+    family: str
+    model: str
+    form: str
+    selector: str
+    """The flag that names it."""
+    reference: str
+    """What the user passes with that flag."""
+    base: str
+    """The same model in full precision."""
+    revision: str
+    scheme: str
+    """How its layers are stored, in a word that the family's SCHEMES has."""
+    kept: str
+    """Name of the set of layers left in full precision, in the model's FALLBACKS."""
+    components: tuple[str, ...]
+    """Transformer components that are quantized."""
+    algo: str
+    cli: str
+    scope: str
+    notes: str
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The flags that name base model and checkpoint."""
+        if self.selector == "--model-path":
+            return ("--model-path", self.reference)
+        return ("--model-path", self.base, self.selector, self.reference)
+
+    @property
+    def repositories(self) -> tuple[str, ...]:
+        """The hub ids and paths that a run of it reads."""
+        return (self.base,) if self.form == "online" else (self.base, self.reference)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One claim about one checkpoint on one hardware with one backend."""
+
+    id: str
+    row: str
+    checkpoint: str
+    family: str
+    model: str
+    hardware: str
+    backend: str
+    """Empty: whatever the hardware runs by default."""
+    flags: tuple[str, ...]
+    checks: tuple[str, ...]
+    claim: str
+    rule: str
+    notes: str
+    line: int
+    """Line of cases.csv."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment variables of the row, written as `NAME=value` at the start of its flags."""
+        words = (word.partition("=") for word in self.flags if ASSIGNMENT.fullmatch(word))
+        return {name: value for name, _, value in words}
+
+    def command(self, matrix: Matrix) -> list[str]:
+        """The command that the cell stands for, `environment` left out."""
+        flags = [word for word in self.flags if not ASSIGNMENT.fullmatch(word)]
+        backend = ["--backend", self.backend] if self.backend else []
+        prompt = [] if "--prompt" in flags else ["--prompt", PROMPT]
+        words = matrix.checkpoints[self.checkpoint].words
+        return ["quantmatrix", "generate", *words, *flags, *backend, *prompt]
+
+    def shell(self, matrix: Matrix) -> str:
+        """The command in shell words on one line, `environment` included."""
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*settings, shlex.join(self.command(matrix))])
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The tables; each row lies under its id, in the order of the file."""
+
+    families: Mapping[str, FamilyRow]
+    models: Mapping[str, ModelRow]
+    hardware: Mapping[str, HardwareRow]
+    checkpoints: Mapping[str, CheckpointRow]
+    cells: tuple[Cell, ...]
+
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Hardware ids of each group."""
+        return group_hardware(self.hardware)
+
+    @property
+    def repositories(self) -> tuple[str, ...]:
+        """Every hub id and path that the tables name, once."""
+        bases = [model.repo for model in self.models.values()]
+        named = [name for row in self.checkpoints.values() for name in row.repositories]
+        return tuple(dict.fromkeys([*bases, *named]))
+
+    def select(
+        self,
+        family: Collection[str] = (),
+        model: Collection[str] = (),
+        hardware: Collection[str] = (),
+        claim: Collection[str] = (),
+        check: Collection[str] = (),
+    ) -> list[Cell]:
+        """Cells that match each filter that is not empty; `hardware` takes ids and groups."""
+        groups = self.groups
+        places = {place for word in hardware for place in groups.get(word, (word,))}
+        return [
+            cell
+            for cell in self.cells
+            if (not family or cell.family in family)
+            and (not model or cell.model in model)
+            and (not hardware or cell.hardware in places)
+            and (not claim or cell.claim in claim)
+            and (not check or not set(check).isdisjoint(cell.checks))
+        ]
+
+
+def group_hardware(hardware: Mapping[str, HardwareRow]) -> dict[str, tuple[str, ...]]:
+    """Hardware ids of each group, `all` included."""
+    groups: dict[str, tuple[str, ...]] = {EVERYWHERE: tuple(hardware)}
+    for row in hardware.values():
+        for name in row.group:
+            groups[name] = (*groups.get(name, ()), row.id)
+    return groups
+
+
+def tables_folder() -> Path:
+    """`matrix/` of the checkout that the package runs from, else the copy in the package."""
+    package = Path(__file__).parent
+    checkout = package.parents[1] / "matrix"
+    return checkout if (checkout / "cases.csv").is_file() else package / "tables"
+
+
+def read(folder: Path | None = None) -> Matrix:
+    """The tables of a folder; raises MatrixError with every problem of all five files."""
+    from quantmatrix.lint import read_tables
+
+    return read_tables(folder or tables_folder())
+
+
+@lru_cache(maxsize=4096)
+def split_flags(text: str) -> tuple[str, ...]:
+    """The words of a `flags` cell, quoted as in a shell; ValueError for an open quote."""
+    return tuple(shlex.split(text))
+
+
+def rows_as_dicts(matrix: Matrix, states: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Every cell as plain data, with its state (by cell id) and the command it stands for."""
+    return [
+        {
+            "id": cell.id,
+            "row": cell.row,
+            "family": cell.family,
+            "model": cell.model,
+            "checkpoint": cell.checkpoint,
+            "hardware": cell.hardware,
+            "backend": cell.backend,
+            "claim": cell.claim,
+            "state": states[cell.id],
+            "rule": cell.rule,
+            "checks": list(cell.checks),
+            "flags": list(cell.flags),
+            "notes": cell.notes,
+            "command": cell.shell(matrix),
+        }
+        for cell in matrix.cells
+    ]
