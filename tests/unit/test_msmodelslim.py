@@ -269,6 +269,14 @@ def test_quantized_attention_is_refused(setting):
         msmodelslim.schemes(checkpoint)
 
 
+@pytest.mark.parametrize("key", ["metadata", "optional"])
+def test_rotated_activations_are_refused(key):
+    layers = {"a": ("W8A8", quantize("W8A8"))}
+    assert msmodelslim.schemes(make_checkpoint(layers, **{key: {}}))
+    with pytest.raises(CheckpointError, match=f"{key} holds quarot"):
+        msmodelslim.schemes(make_checkpoint(layers, **{key: {"quarot": {}}}))
+
+
 def test_rotations_are_left_aside_with_a_reason():
     for name in ("blocks.0.attn1.to_q_rot", "blocks.3.self_attn.k_rot"):
         assert "rotates" in (msmodelslim.ignored(name) or "")

@@ -53,8 +53,8 @@ SCHEMES: Mapping[str, Scheme] = {
 }
 WRAPPERS = ("linear.", "div.")
 """Levels that smoothing adds to names, and `wan_repack` removes."""
-SETTINGS = ("model_quant_type", "version", "metadata", "group_size", "optional")
-"""Keys of a description that name no tensor and change nothing."""
+ROTATING_SETTINGS = ("metadata", "optional")
+"""Keys of a description that are empty unless activations are rotated (QuaRot)."""
 ROTATION = re.compile(r"\.(to_)?[qk]_rot$")
 EMBEDDING = re.compile(
     r"^(patch_embedding|condition_embedder|(text|time|img)_emb(edding)?|time_projection)(\.|$)"
@@ -93,7 +93,7 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     A smoothed layer of a folder that was not repacked is named without its `linear` level.
     """
     described = checkpoint.description or {}
-    _refuse_attention(described, checkpoint)
+    _refuse_settings(described, checkpoint)
     words = {layer: word for layer, word in _layer_words(described) if word != FLOAT}
     found: dict[str, Scheme] = {}
     for name, word in words.items():
@@ -260,8 +260,8 @@ def _find_scheme(name: str, word: str, checkpoint: Checkpoint) -> Scheme:
     return Scheme(known.op, known.name, known.weight, known.scale, known.activation, smoothed=True)
 
 
-def _refuse_attention(described: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    """Attention on quantized queries, keys and values is a computation that nobody here does."""
+def _refuse_settings(described: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Quantized attention and rotated activations are computations that nobody here does."""
     for key, value in described.items():
         attention = key.endswith(".quant_type") or key in ("fa_quant_type", "kv_cache_type")
         if attention and value and value != FLOAT:
@@ -269,6 +269,12 @@ def _refuse_attention(described: Mapping[str, Any], checkpoint: Checkpoint) -> N
                 f"{checkpoint.description_file}: {key} is {value}: quantized attention is not "
                 "supported, and its rotations would not cancel out; quantize again without "
                 "fa3_quant"
+            )
+    for key in ROTATING_SETTINGS:
+        if described.get(key):
+            raise CheckpointError(
+                f"{checkpoint.description_file}: {key} holds {', '.join(described[key])}: rotated "
+                "activations (QuaRot) are not supported; quantize again without them"
             )
 
 
