@@ -1,0 +1,183 @@
+"""Tiny: a local hub cache with a stand-in for every repository and path that the tables name.
+
+A stand-in has the true on-disk format at a small size. Base models come from the model modules;
+quantized checkpoints are made from them with the family's own `quantize`, as the row of
+checkpoints.csv says. Everything is built in a temporary folder and renamed into place, so a reader
+never sees a half-made one, and every build gives the same bytes.
+
+A cache holds `models--owner--name/{refs/main,snapshots/<digest>/...}` as the hub's does; paths of
+the guide such as /path/to/x lie under `local/path/to/x`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from quantmatrix import models
+from quantmatrix.checkpoint import Hub
+from quantmatrix.errors import CheckpointError
+from quantmatrix.hardware import read_versions
+from quantmatrix.matrix import CheckpointRow, Matrix, read, tables_folder
+
+PLACEHOLDER = "/path/to/"
+SOURCES = ("tiny*.py", "models/*.py", "families/*.py", "kernels/*.py", "formats.py", "svdq*.py")
+"""Files that decide a stand-in's bytes."""
+
+
+@lru_cache(maxsize=1)
+def default_folder() -> Path:
+    """The user's cache folder for stand-ins made by this version of the code and tables."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for path in sorted(path for pattern in SOURCES for path in package.glob(pattern)):
+        digest.update(path.read_bytes())
+    digest.update((tables_folder() / "checkpoints.csv").read_bytes())
+    versions = read_versions(("torch", "diffusers", "transformers", "numpy", "tokenizers"))
+    digest.update(repr(sorted(versions.items())).encode())
+    return Path.home() / ".cache" / "quantmatrix" / f"tiny-{digest.hexdigest()[:12]}"
+
+
+def hub(folder: Path) -> Hub:
+    """The folder as a hub that is never left."""
+    return Hub(cache_dir=str(folder), offline=True, local_root=str(folder / "local"))
+
+
+def repository_of(reference: str) -> str:
+    """The hub id, or the first level of a placeholder path, that a reference lies in."""
+    if reference.startswith(PLACEHOLDER):
+        return PLACEHOLDER + reference.removeprefix(PLACEHOLDER).split("/")[0]
+    return "/".join(reference.strip("/").split("/")[:2])
+
+
+def place_of(repository: str, folder: Path) -> Path:
+    """Where a repository's stand-in lies in the hub folder."""
+    if repository.startswith(PLACEHOLDER):
+        return folder / "local" / repository.lstrip("/")
+    return folder / f"models--{repository.replace('/', '--')}"
+
+
+def ensure(reference: str, folder: Path, tables: Matrix | None = None) -> None:
+    """Make the stand-in of a hub id or placeholder path, if it is not there yet.
+
+    References that lead to existing local files need none. Raises CheckpointError when the tables
+    do not name the reference.
+    """
+    if not reference.startswith(PLACEHOLDER) and Path(reference).expanduser().exists():
+        return
+    repository = repository_of(reference)
+    place = place_of(repository, folder)
+    if place.exists():
+        return
+    build = find_builder(repository, folder, tables or read())
+    if build is None:
+        raise CheckpointError(
+            f"{reference}: there is no tiny stand-in for it: the tables do not name it. Known are "
+            "the repositories of matrix/models.csv and matrix/checkpoints.csv; without --tiny the "
+            "real one is used"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as temporary:
+        made = Path(temporary) / "content"
+        made.mkdir()
+        build(made)
+        if repository.startswith(PLACEHOLDER):
+            files = [path for path in made.iterdir() if path.name == Path(repository).name]
+            move_into_place(files[0] if files and files[0].is_file() else made, place)
+        else:
+            move_into_place(wrap_snapshot(made, Path(temporary) / "cache"), place)
+
+
+def wrap_snapshot(content: Path, cache: Path) -> Path:
+    """A repository's content in the layout of a hub cache, its commit being a digest of it."""
+    commit = digest_folder(content)[:40]
+    snapshot = cache / "snapshots" / commit
+    snapshot.parent.mkdir(parents=True)
+    content.rename(snapshot)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    return cache
+
+
+def digest_folder(folder: Path) -> str:
+    """SHA-256 over names and bytes of every file of a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def move_into_place(made: Path, place: Path) -> None:
+    """Rename; another process that was quicker made the same bytes."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.rename(made, place)
+    except OSError:
+        if not place.exists():
+            raise
+        if made.is_dir():
+            shutil.rmtree(made)
+
+
+def find_builder(repository: str, folder: Path, tables: Matrix) -> Callable[[Path], None] | None:
+    """How the content of a repository is made, or None when the tables do not name it."""
+    rows = [
+        row
+        for row in tables.checkpoints.values()
+        if row.form != "online" and repository_of(row.reference) == repository
+    ]
+    if rows:
+        return lambda made: build_checkpoints(rows, made, folder, tables)
+    bases = {row.repo: row.id for row in tables.models.values()}
+    bases |= {repository_of(row.base): row.model for row in tables.checkpoints.values()}
+    if repository in bases:
+        return models.load(bases[repository]).build_tiny
+    return None
+
+
+def build_checkpoints(
+    rows: list[CheckpointRow], made: Path, folder: Path, tables: Matrix
+) -> None:
+    """Make every checkpoint that lies in one repository."""
+    from quantmatrix.tiny_checkpoints import write_checkpoint
+
+    written: set[tuple[str, ...]] = set()
+    for row in rows:
+        name = row.reference.strip("/").removeprefix(repository_of(row.reference).strip("/"))
+        key = (name, row.form, row.scheme, row.kept)
+        if key in written:
+            continue
+        written.add(key)
+        base = tables.models[row.model].repo
+        ensure(base, folder, tables)
+        inner = name.strip("/")
+        if row.reference.startswith(PLACEHOLDER) and row.reference.endswith(".safetensors"):
+            inner = Path(row.reference).name
+        write_checkpoint(row, inner, made, find_snapshot(base, folder))
+
+
+def find_snapshot(repository: str, folder: Path) -> Path:
+    """The content of a stand-in that was made."""
+    cache = place_of(repository, folder)
+    return cache / "snapshots" / (cache / "refs" / "main").read_text()
+
+
+def ensure_all(folder: Path) -> list[str]:
+    """Make the stand-in of every repository in the tables; returns their names."""
+    from tqdm import tqdm
+
+    tables = read()
+    planned = {c.checkpoint for c in tables.cells} - {
+        c.checkpoint for c in tables.cells if c.claim != "planned"
+    }
+    skipped = {name for key in planned for name in tables.checkpoints[key].repositories}
+    wanted = [name for name in tables.repositories if name not in skipped]
+    for name in tqdm(wanted, desc="tiny stand-ins", disable=None):
+        ensure(name, folder, tables)
+    return list(dict.fromkeys(repository_of(name) for name in wanted))
