@@ -31,6 +31,7 @@ from quantmatrix.pages import (
     write_family,
     write_overview,
 )
+from quantmatrix.pages import STATES as STATES
 from quantmatrix.picture import draw_matrix
 
 if TYPE_CHECKING:
