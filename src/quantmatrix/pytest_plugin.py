@@ -38,6 +38,8 @@ TABLES = "quantmatrix_tables"
 FILTERS = ("family", "model", "hardware", "check", "backend")
 PLAN_ONLY = ("refuse",)
 """Checks that need no device: they run for every hardware of the tables."""
+MANY = 1000
+"""Tests from which on the garbage collector's time is noticed."""
 LOCAL = "cpu"
 """Hardware on which the other checks run when nothing is said."""
 
@@ -136,12 +138,15 @@ class Harness:
                     yield cell, check
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_collection(self) -> Generator[None, object, object]:
-        """Collect without the garbage collector: it would scan ten thousands of live items."""
+    def pytest_collection(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Keep the garbage collector away from ten thousands of items that live to the end."""
         enabled = gc.isenabled()
         gc.disable()
         try:
-            return (yield)
+            result = yield
+            if len(session.items) > MANY:
+                gc.freeze()
+            return result
         finally:
             if enabled:
                 gc.enable()
@@ -157,8 +162,8 @@ class Harness:
         parent = collector.getparent(pytest.Class)
         info = manager.getfixtureinfo(collector, obj, parent.obj if parent else None)
         providers = info.name2fixturedefs.get("cell", ())
-        if not providers or providers[-1].func is not self.provide_cell:
-            return None
+        if not providers or getattr(providers[-1].func, "__self__", None) is not self:
+            return None  # no cell, or one of the project's own
         marks = {mark.name: mark for mark in getattr(obj, "pytestmark", ())}
         if "check" not in marks or "parametrize" in marks:
             raise pytest.UsageError(
@@ -199,7 +204,9 @@ class Harness:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Write a cell's record once its last check is done."""
+        """Name the cell in reports; write its record once its last check is done."""
+        if isinstance(item, CellItem):
+            item.user_properties += [("row", item.cell.row), ("cell", item.cell.id)]
         result = yield
         if isinstance(item, CellItem):
             self.pending[item.cell.id] -= 1
@@ -223,7 +230,6 @@ class Harness:
         """Keep the verdict of a check; a pass that nobody expects any more is a failure."""
         if report.skipped or (report.passed and call.when != "call"):
             return
-        report.user_properties += [("row", item.cell.row), ("cell", item.cell.id)]
         message = call.excinfo.exconly(tryshort=True)[:2000] if call.excinfo else ""
         verdict = "pass" if report.passed else "fail"
         self.recorder.add(item.cell, item.check, verdict, message, item.proof)

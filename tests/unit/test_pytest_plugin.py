@@ -1,0 +1,338 @@
+"""The plugin, run by pytest inside pytest on small tables and suites that need no torch."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tables import CASES, write_tables
+
+pytest_plugins = ["pytester"]
+
+SUITE = """
+    import pytest
+
+    @pytest.mark.check("load")
+    def test_load(cell, proof):
+        proof.metrics["layers"] = 12
+        proof.timings["load"] = 0.5
+
+    @pytest.mark.check("latents")
+    def test_latents(cell, proof):
+        proof.metrics["psnr_db"] = 40.0
+        proof.latents_digest = "sha256:1"
+        assert cell.backend != "decode", "too far away"
+
+    @pytest.mark.check("generate")
+    def test_generate(cell, proof):
+        pass
+
+    @pytest.mark.check("refuse")
+    def test_refuse(cell, proof):
+        proof.plan = {"ok": False, "refusal": {"rule": cell.rule, "message": "no"}}
+"""
+INI = """
+    [pytest]
+    quantmatrix_tables = matrix
+    strict_parametrization_ids = true
+    addopts = --strict-markers --strict-config
+"""
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester) -> pytest.Pytester:
+    """A project with tables and suites, in which the plugin is asked for."""
+    pytester.makeini(INI)
+    pytester.makepyfile(test_suites=SUITE)
+    write_tables(pytester.path / "matrix")
+    return pytester
+
+
+def names(result: pytest.RunResult) -> list[str]:
+    return [line.partition("::")[2] for line in result.outlines if "::" in line and "[" in line]
+
+
+def collect(project: pytest.Pytester, *words: str) -> list[str]:
+    result = project.runpytest("--collect-only", "-q", *words)
+    assert result.ret == 0, result.stderr.str()
+    return names(result)
+
+
+def test_cells_are_tests_and_checks_choose_them(project: pytest.Pytester) -> None:
+    assert collect(project) == [
+        "test_load[fp8-flux-1@cpu+reference]",
+        "test_latents[fp8-flux-1@cpu+reference]",
+        "test_load[fp8-flux-1@cpu+decode]",
+        "test_latents[fp8-flux-1@cpu+decode]",
+        "test_load[fp8-flux-2@cpu]",
+        "test_generate[fp8-flux-2@cpu]",
+        "test_refuse[svdq-flux-1-hopper@h100]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        (["--family", "fp8"], 6),
+        (["--family", "fp8,nunchaku-svdq"], 7),
+        (["--family", "fp8", "--family", "nunchaku-svdq"], 7),
+        (["--model", "flux-2"], 2),
+        (["--check", "load"], 3),
+        (["--check", "load", "--check", "refuse"], 4),
+        (["--backend", "decode"], 2),
+        (["--hardware", "h100"], 5),
+        (["--hardware", "h100", "--check", "refuse"], 1),
+        (["--hardware", "cpu", "--model", "flux-1", "--backend", "reference"], 2),
+    ],
+)
+def test_filters(project: pytest.Pytester, words: list[str], count: int) -> None:
+    assert len(collect(project, *words)) == count
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--family", "fp9"], "--family fp9: not in the tables; known: fp8, modelopt-fp8"),
+        (["--hardware", "b200"], "no claimed cell of the matrix"),
+        (["--model", "flux-2", "--check", "refuse"], "no claimed cell of the matrix"),
+        (["--backend", "decode", "-k", "nothing-like-it", "x.py"], "x.py"),
+    ],
+)
+def test_an_empty_selection_is_an_error(
+    project: pytest.Pytester, words: list[str], message: str
+) -> None:
+    result = project.runpytest(*words)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert message in result.stderr.str()
+
+
+def test_a_selection_that_no_suite_runs_is_an_error(project: pytest.Pytester) -> None:
+    project.makepyfile(test_other="def test_nothing(): pass")
+    result = project.runpytest("--family", "fp8", "test_other.py")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "no test was collected for these cells" in result.stderr.str()
+    assert project.runpytest("test_other.py").ret == 0
+
+
+def test_damaged_tables_are_a_usage_error(project: pytest.Pytester) -> None:
+    write_tables(project.path / "matrix", [{**CASES[0], "hardware": "h101"}])
+    result = project.runpytest()
+    assert result.ret != 0
+    assert "cases.csv:2: hardware" in result.stdout.str() + result.stderr.str()
+
+
+def test_one_record_per_cell(project: pytest.Pytester) -> None:
+    result = project.runpytest("--evidence-dir", "evidence")
+    result.assert_outcomes(passed=6, failed=1)
+    folder = project.path / "evidence"
+    written = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.json"))
+    assert written == [
+        "cpu/fp8-flux-1+decode.json",
+        "cpu/fp8-flux-1+reference.json",
+        "cpu/fp8-flux-2.json",
+        "h100/svdq-flux-1-hopper.json",
+    ]
+    good = json.loads((folder / "cpu/fp8-flux-1+reference.json").read_text())
+    assert {name: check["verdict"] for name, check in good["checks"].items()} == {
+        "load": "pass",
+        "latents": "pass",
+    }
+    assert good["checks"]["latents"]["metrics"] == {"psnr_db": 40.0}
+    assert (good["timings"], good["latents_digest"]) == ({"load": 0.5}, "sha256:1")
+    bad = json.loads((folder / "cpu/fp8-flux-1+decode.json").read_text())
+    assert bad["checks"]["load"]["verdict"] == "pass"
+    assert bad["checks"]["latents"]["verdict"] == "fail"
+    assert "too far away" in bad["checks"]["latents"]["message"]
+    refusal = json.loads((folder / "h100/svdq-flux-1-hopper.json").read_text())
+    assert refusal["plan"]["refusal"]["rule"] == "svdq-arch"
+    result.stdout.fnmatch_lines(["evidence: 4 records in *evidence"])
+
+
+def test_evidence_goes_to_a_temporary_folder(project: pytest.Pytester) -> None:
+    result = project.runpytest("-k", "load")
+    result.stdout.fnmatch_lines(["evidence: 3 records in *"])
+    assert not list(project.path.rglob("*.json"))
+
+
+def test_a_fixture_that_fails_is_a_failed_check(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        test_suites="""
+        import pytest
+
+        @pytest.fixture
+        def broken():
+            raise RuntimeError("no checkpoint")
+
+        @pytest.mark.check("load")
+        def test_load(cell, proof, broken): pass
+        """
+    )
+    project.runpytest("--evidence-dir", "evidence", "--model", "flux-2").assert_outcomes(errors=1)
+    record = json.loads((project.path / "evidence/cpu/fp8-flux-2.json").read_text())
+    assert record["checks"]["load"]["verdict"] == "fail"
+    assert "no checkpoint" in record["checks"]["load"]["message"]
+
+
+def test_a_skipped_check_proves_nothing(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        test_suites="""
+        import pytest
+
+        @pytest.mark.check("load")
+        def test_load(cell, proof): pytest.skip("not here")
+        """
+    )
+    project.runpytest("--evidence-dir", "evidence", "--model", "flux-2").assert_outcomes(skipped=1)
+    assert not list(project.path.glob("evidence/*/*.json"))
+
+
+def test_verdicts_must_be_those_that_are_committed(project: pytest.Pytester) -> None:
+    project.runpytest("--evidence-dir", "reports/evidence")
+    committed = project.path / "reports" / "evidence"
+    before = {path: path.read_bytes() for path in committed.rglob("*.json")}
+    project.makepyfile(test_suites=SUITE.replace('!= "decode"', "is not None"))
+    result = project.runpytest()
+    result.assert_outcomes(passed=6, failed=1)
+    result.stdout.fnmatch_lines(["*fp8-flux-1@cpu+decode: latents fails in the evidence*"])
+    assert {path: path.read_bytes() for path in committed.rglob("*.json")} == before
+    project.runpytest("--expect-evidence", "none").assert_outcomes(passed=7)
+    # a row that changed since is no longer held to its old verdict
+    write_tables(project.path / "matrix", [{**CASES[0], "flags": "--seed 3"}])
+    project.runpytest().assert_outcomes(passed=4)
+
+
+def test_a_test_id_selects_one_cell(project: pytest.Pytester) -> None:
+    result = project.runpytest("test_suites.py::test_load[fp8-flux-2@cpu]")
+    result.assert_outcomes(passed=1)
+
+
+def test_a_suite_without_a_check_is_refused(project: pytest.Pytester) -> None:
+    project.makepyfile(test_suites="def test_load(cell): pass")
+    result = project.runpytest()
+    assert result.ret != 0
+    assert "asks for `cell`: mark it with" in result.stdout.str() + result.stderr.str()
+
+
+def test_junit_names_carry_the_cell(project: pytest.Pytester) -> None:
+    project.runpytest("--junit-xml", "out.xml", "--check", "refuse")
+    text = (project.path / "out.xml").read_text()
+    assert 'name="test_refuse[svdq-flux-1-hopper@h100]"' in text
+    assert '<property name="row" value="svdq-flux-1-hopper"' in text
+
+
+def test_other_projects_see_nothing_of_it(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(
+        """
+        import pytest
+
+        def pytest_addoption(parser):
+            parser.addoption("--model")
+            parser.addoption("--backend")
+
+        @pytest.fixture(params=["a", "b"])
+        def cell(request): return request.param
+        """
+    )
+    pytester.makepyfile(
+        """
+        def test_mine(cell, pytestconfig):
+            assert pytestconfig.getoption("--model") == "x"
+            assert not pytestconfig.pluginmanager.has_plugin("quantmatrix-harness")
+        """
+    )
+    pytester.runpytest("--model", "x").assert_outcomes(passed=2)
+
+
+def test_a_cell_fixture_of_ones_own_is_left_alone(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        test_suites="""
+        import pytest
+
+        @pytest.fixture
+        def cell(): return "mine"
+
+        def test_mine(cell): assert cell == "mine"
+        """
+    )
+    project.runpytest().assert_outcomes(passed=1)
+
+
+XDIST_SUITE = """
+    import os, pytest
+
+    @pytest.mark.check("load")
+    def test_load(cell, proof):
+        proof.metrics["worker"] = os.environ["PYTEST_XDIST_WORKER"]
+
+    @pytest.mark.check("latents")
+    def test_latents(cell, proof):
+        proof.metrics["worker"] = os.environ["PYTEST_XDIST_WORKER"]
+"""
+
+
+def test_a_checkpoint_stays_on_one_worker(project: pytest.Pytester) -> None:
+    pytest.importorskip("xdist")
+    project.makepyfile(test_suites=XDIST_SUITE)
+    cases = [
+        {**CASES[0], "id": f"{c}-{i}", "checkpoint": c, "hardware": "cpu", "flags": f"--seed {i}"}
+        for i in range(4)
+        for c in ("flux-1-fp8", "flux-2-fp8")
+    ]
+    write_tables(project.path / "matrix", cases)
+    words = ["-p", "xdist", "-n", "2", "--evidence-dir", "evidence"]
+    result = project.runpytest_subprocess(*words)
+    result.assert_outcomes(passed=32)
+    workers: dict[str, set[str]] = {}
+    for path in (project.path / "evidence").rglob("*.json"):
+        record = json.loads(path.read_text())
+        for check in record["checks"].values():
+            checkpoint = record["cell"]["checkpoint"]
+            workers.setdefault(checkpoint, set()).add(check["metrics"]["worker"])
+    assert {len(found) for found in workers.values()} == {1}
+    assert len(set.union(*workers.values())) == 2
+
+
+def test_ten_thousand_rows_are_collected_in_two_seconds(project: pytest.Pytester) -> None:
+    checks = {"hardware": "cpu", "backend": "", "checks": "load"}
+    cases = [
+        {**CASES[0], **checks, "id": f"row-{i}", "flags": f"--seed {i}"} for i in range(10_000)
+    ]
+    write_tables(project.path / "matrix", cases)
+    spent = []
+    while len(spent) < 3 and min(spent, default=9.0) > 2.0:  # the machine may be busy
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q"]
+        done = subprocess.run(command, cwd=project.path, capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert "10000 tests collected" in done.stdout
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(spent) <= 2.0, f"{spent} CPU s"
+
+
+def test_collecting_imports_no_torch(project: pytest.Pytester) -> None:
+    project.makeconftest(
+        """
+        import sys
+
+        def pytest_collection_finish(session):
+            heavy = {"torch", "diffusers", "transformers", "pandas", "numpy"} & set(sys.modules)
+            assert not heavy, heavy
+        """
+    )
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q"]
+    done = subprocess.run(command, cwd=project.path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_real_suites_collect_without_torch() -> None:
+    root = Path(__file__).parents[2]
+    code = (
+        "import pytest, sys; code = pytest.main(['tests/suites', '--collect-only', '-q']); "
+        "heavy = {'torch', 'diffusers', 'pandas'} & set(sys.modules); sys.exit(str(heavy or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stderr.strip() == "", done.stderr

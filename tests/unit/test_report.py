@@ -1,0 +1,253 @@
+"""The report: states of cells, the files that show them, and drift."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from tables import CASES, CHECKPOINTS, write_tables
+
+from quantmatrix import evidence as records
+from quantmatrix import matrix, report
+from quantmatrix.evidence import CheckResult, Evidence
+from quantmatrix.matrix import Cell, Matrix
+
+WORST = {"psnr_db": 41.25, "cosine": 0.9991, "relative_l2": 0.01234}
+COMPONENT = {"quantized_layers": 10, "total_layers": 12, "backends": {"decode": 10}}
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Matrix:
+    return matrix.read(write_tables(tmp_path / "matrix"))
+
+
+def find(tables: Matrix, name: str) -> Cell:
+    return next(cell for cell in tables.cells if cell.id == name)
+
+
+def observe(tables: Matrix, name: str, *, fails: str = "", leaves_out: str = "") -> Evidence:
+    """A record of a cell as it stands, all its checks passed but for one."""
+    cell = find(tables, name)
+    checks = {c: CheckResult("pass", {"worst": WORST}) for c in cell.checks if c != leaves_out}
+    if fails:
+        checks[fails] = CheckResult("fail", message="psnr_db 3 at the worst step\nmore")
+    refusal = {"rule": cell.rule, "message": "no kernel | use cpu"} if cell.rule else None
+    plan = {"refusal": refusal, "components": {} if refusal else {"transformer": COMPONENT}}
+    return Evidence(
+        cell=records.describe_cell(cell, tables),
+        checks=checks,
+        plan=plan,
+        versions={"torch": "2.13.0"},
+        made="2026-11-23T10:00:00Z",
+    )
+
+
+PROVEN = "fp8-flux-1@cpu+decode"
+
+
+def test_states(tables: Matrix) -> None:
+    def state(name: str, record: Evidence | None) -> str:
+        return report.state_of(find(tables, name), record, tables)
+
+    assert state(PROVEN, None) == "unproven"
+    assert state(PROVEN, observe(tables, PROVEN)) == "proven"
+    assert state(PROVEN, observe(tables, PROVEN, fails="latents")) == "failing"
+    assert state(PROVEN, observe(tables, PROVEN, leaves_out="latents")) == "unproven"
+    refused = "svdq-flux-1-hopper@h100"
+    assert state(refused, None) == "unproven"
+    assert state(refused, observe(tables, refused)) == "refused"
+    assert state(refused, observe(tables, refused, fails="refuse")) == "failing"
+    planned = "svdq-flux-1@b200"
+    assert state(planned, None) == "planned"
+    assert state(planned, observe(tables, planned)) == "planned"
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "reason"),
+    [
+        ("flags", "--seed 7", "flags was"),
+        ("claim", "validated", "claim was 'expected', is 'validated'"),
+    ],
+)
+def test_a_changed_row_makes_its_evidence_stale(
+    tables: Matrix, tmp_path: Path, column: str, value: str, reason: str
+) -> None:
+    record = observe(tables, PROVEN)
+    cases = [{**CASES[0], column: value}, *CASES[1:]]
+    changed = matrix.read(write_tables(tmp_path / "changed" / "matrix", cases))
+    state, why = report.explain_state(find(changed, PROVEN), record, changed)
+    assert state == "stale"
+    assert reason in why
+    other = "fp8-flux-2@cpu"
+    assert report.state_of(find(changed, other), observe(tables, other), changed) == "proven"
+
+
+@pytest.mark.parametrize("column", ["reference", "scheme", "revision"])
+def test_a_changed_checkpoint_makes_evidence_stale(
+    tables: Matrix, tmp_path: Path, column: str
+) -> None:
+    record = observe(tables, PROVEN)
+    rows = [{**CHECKPOINTS[0], column: "0" * 40}, *CHECKPOINTS[1:]]
+    changed = matrix.read(write_tables(tmp_path / "changed" / "matrix", checkpoints=rows))
+    state, why = report.explain_state(find(changed, PROVEN), record, changed)
+    assert (state, why) == ("stale", "the row of checkpoint flux-1-fp8 changed")
+
+
+def test_notes_may_change_and_checks_may_be_added(tables: Matrix, tmp_path: Path) -> None:
+    record = observe(tables, PROVEN)
+    rows = [{**CHECKPOINTS[0], "notes": "new", "scope": "new"}, *CHECKPOINTS[1:]]
+    cases = [{**CASES[0], "notes": "new", "checks": "load latents generate"}, *CASES[1:]]
+    changed = matrix.read(write_tables(tmp_path / "changed" / "matrix", cases, rows))
+    found = report.explain_state(find(changed, PROVEN), record, changed)
+    assert found == ("unproven", "not run: generate")
+
+
+@pytest.fixture
+def observed(tables: Matrix) -> dict[str, Evidence]:
+    names = [PROVEN, "svdq-flux-1-hopper@h100"]
+    found = {name: observe(tables, name) for name in names}
+    failing = "fp8-flux-2@cpu"
+    return {**found, failing: observe(tables, failing, fails="generate")}
+
+
+def test_rendering_is_pure(tables: Matrix, observed: dict[str, Evidence]) -> None:
+    first = report.render(tables, observed)
+    assert first == report.render(tables, dict(reversed(observed.items())))
+    assert set(first) == {
+        "support-matrix.md",
+        "support-matrix.csv",
+        "support-matrix.svg",
+        *(f"families/{name}.md" for name in tables.families),
+    }
+    assert all(data.endswith(b"\n") for data in first.values())
+
+
+def test_overview(tables: Matrix, observed: dict[str, Evidence]) -> None:
+    text = report.render(tables, observed)["support-matrix.md"].decode()
+    assert "2 of 6 claims (33.3 %)" in text
+    link = "evidence/cpu/fp8-flux-1+decode.json"
+    assert f"**proven**: [cpu decode]({link}); **unproven**: cpu reference, h100 reference" in text
+    assert "| `fp8` | svdq-{int4\\|fp4}_r{rank}-... |" in text  # bars do not break the table
+    assert "| `FP8` | `some/flux-1` | `--transformer-path` | `some/flux1-fp8` |" in text
+    assert "a \\| b" in text
+    head, *rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert head == "| state | cells |"
+    assert "| proven | 1 |" in rows
+
+
+def test_family_page(tables: Matrix, observed: dict[str, Evidence]) -> None:
+    pages = report.render(tables, observed)
+    text = pages["families/fp8.md"].decode()
+    assert (
+        f"| [{PROVEN}](../evidence/cpu/fp8-flux-1+decode.json) | 10 of 12 | decode (10) |" in text
+    )
+    assert "| 41.25 | 0.9991 | 0.01234 | 2.13.0 | 2026-11-23 |" in text
+    assert "generate: psnr_db 3 at the worst step more" in text
+    assert "quantmatrix generate \\\n  --model-path some/flux-1 \\\n" in text
+    refusals = pages["families/nunchaku-svdq.md"].decode()
+    assert "| `svdq-arch` | no kernel \\| use cpu |" in refusals
+
+
+def test_family_page_has_the_docstring_of_its_module(tables: Matrix) -> None:
+    for name in tables.families:
+        text = report.render(tables, {})[f"families/{name}.md"].decode()
+        module = Path(report.__file__).parent / "families" / f"{name.replace('-', '_')}.py"
+        if module.is_file():
+            first = module.read_text().splitlines()[0].removeprefix('"""').removesuffix('"""')
+            assert f"## Format\n\n{first}" in text
+
+
+def test_csv_has_a_line_per_cell(tables: Matrix, observed: dict[str, Evidence]) -> None:
+    text = report.render(tables, observed)["support-matrix.csv"].decode()
+    rows = {row["id"]: row for row in csv.DictReader(io.StringIO(text))}
+    assert list(rows) == [cell.id for cell in tables.cells]
+    assert rows[PROVEN]["state"] == "proven"
+    assert rows[PROVEN]["worst_psnr_db"] == "41.25"
+    assert rows[PROVEN]["evidence"] == "evidence/cpu/fp8-flux-1+decode.json"
+    assert rows[PROVEN]["command"].startswith("quantmatrix generate --model-path some/flux-1")
+    assert rows["fp8-flux-2@cpu"]["reason"] == "generate: psnr_db 3 at the worst step"
+    assert rows["svdq-flux-1@b200"]["state"] == "planned"
+
+
+def test_picture_is_wellformed_and_says_its_content(
+    tables: Matrix, observed: dict[str, Evidence]
+) -> None:
+    root = ElementTree.fromstring(report.render(tables, observed)["support-matrix.svg"])
+    texts = ["".join(node.itertext()) for node in root.iter()]
+    assert "1 proven" in texts
+    assert "prefers-color-scheme:dark" in "".join(texts)
+    [words] = [node.text or "" for node in root.iter("{http://www.w3.org/2000/svg}desc")]
+    assert "fp8: cpu: 1 proven, 1 failing, 1 unproven; h100: 2 unproven." in words
+    assert "nunchaku-svdq: cpu: 1 planned; h100: 1 refused; b200: 1 planned." in words
+
+
+@pytest.fixture
+def reports(tables: Matrix, observed: dict[str, Evidence], tmp_path: Path, monkeypatch) -> Path:
+    folder = tmp_path / "reports"
+    for record in observed.values():
+        records.write(record, folder / "evidence")
+    monkeypatch.setattr(matrix, "tables_folder", lambda: tmp_path / "matrix")
+    return folder
+
+
+def test_write_then_check(reports: Path) -> None:
+    assert {line.rpartition(": ")[2] for line in report.write(reports)} == {"written"}
+    assert {line.rpartition(": ")[2] for line in report.write(reports)} == {"unchanged"}
+    assert report.check(reports) == []
+    assert report.check() == []  # reports/ beside the tables is the default
+
+
+@pytest.mark.parametrize("name", ["support-matrix.md", "support-matrix.svg", "families/fp8.md"])
+def test_check_finds_a_hand_edit_and_a_missing_file(reports: Path, name: str) -> None:
+    report.write(reports)
+    path = reports / name
+    path.write_bytes(path.read_bytes().replace(b"unproven", b"proven", 1))
+    assert report.check(reports) == [
+        f"{path}: differs from claims and evidence; run `quantmatrix report`"
+    ]
+    path.unlink()
+    assert "missing" in report.check(reports)[0]
+
+
+def test_check_finds_new_evidence_and_orphans(reports: Path, tables: Matrix) -> None:
+    report.write(reports)
+    reference = "fp8-flux-1@cpu+reference"
+    records.write(observe(tables, reference), reports / "evidence")
+    assert any("differs" in line for line in report.check(reports))
+    report.write(reports)
+    stray = observe(tables, reference)
+    stray = replace(stray, cell={**stray.cell, "id": "gone@cpu", "row": "gone"})
+    path = records.write(stray, reports / "evidence")
+    assert report.check(reports) == [f"{path}: no cell gone@cpu in the tables; delete it"]
+    (reports / "families" / "old.md").write_text("x")
+    assert any("no such family" in line for line in report.check(reports))
+
+
+def test_read_states_joins(reports: Path, tables: Matrix) -> None:
+    states = report.read_states(tables, reports)
+    assert set(states) == {cell.id for cell in tables.cells}
+    assert set(states.values()) <= set(report.STATES)
+    assert states[PROVEN] == "proven"
+
+
+def test_ten_thousand_cells_render_in_five_seconds(tmp_path: Path) -> None:
+    cases = [
+        {**CASES[0], "id": f"row-{i}", "flags": f"--seed {i}", "backend": "", "hardware": "cpu"}
+        for i in range(10_000)
+    ]
+    tables = matrix.read(write_tables(tmp_path / "matrix", cases))
+    evidence = {cell.id: observe_quickly(cell, tables) for cell in tables.cells}
+    start = time.process_time()
+    report.render(tables, evidence)
+    assert time.process_time() - start < 5.0
+
+
+def observe_quickly(cell: Cell, tables: Matrix) -> Evidence:
+    checks = {name: CheckResult("pass", {"worst": WORST}) for name in cell.checks}
+    plan = {"components": {"transformer": COMPONENT}}
+    return Evidence(cell=records.describe_cell(cell, tables), checks=checks, plan=plan)
