@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix.library_logs import quiet
 from quantmatrix.load import DTYPES, load_component, show_progress
 from quantmatrix.planning import Plan, Refusal, plan
 from quantmatrix.references import fetch_pipeline
@@ -40,12 +41,10 @@ def build_pipeline(made: Plan, *, progress: bool = False) -> Any:
             parts[name] = load_component(component, request, device=device, progress=report)
     folder = fetch_pipeline(made.base, request.hub, without=tuple(parts))
     parts.update(load_other_overrides(made))
-    quiet = diffusers.utils.logging
-    quiet.disable_progress_bar()
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        folder, dtype=DTYPES[request.dtype], local_files_only=True, **parts
-    )
-    quiet.enable_progress_bar()
+    with quiet():
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            folder, dtype=DTYPES[request.dtype], local_files_only=True, **parts
+        )
     if device != "cpu":
         place(pipeline, made, device, offloaded)
     elif made.layerwise_offload:

@@ -19,10 +19,11 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from quantmatrix import models
+from quantmatrix import families, models
 from quantmatrix.checkpoint import Hub
 from quantmatrix.errors import CheckpointError
 from quantmatrix.hardware import read_versions
+from quantmatrix.library_logs import quiet
 from quantmatrix.matrix import CheckpointRow, Matrix, read, tables_folder
 
 PLACEHOLDER = "/path/to/"
@@ -85,7 +86,8 @@ def ensure(reference: str, folder: Path, tables: Matrix | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as temporary:
         made = Path(temporary) / "content"
         made.mkdir()
-        build(made)
+        with quiet():
+            build(made)
         if repository.startswith(PLACEHOLDER):
             files = [path for path in made.iterdir() if path.name == Path(repository).name]
             move_into_place(files[0] if files and files[0].is_file() else made, place)
@@ -141,9 +143,7 @@ def find_builder(repository: str, folder: Path, tables: Matrix) -> Callable[[Pat
     return None
 
 
-def build_checkpoints(
-    rows: list[CheckpointRow], made: Path, folder: Path, tables: Matrix
-) -> None:
+def build_checkpoints(rows: list[CheckpointRow], made: Path, folder: Path, tables: Matrix) -> None:
     """Make every checkpoint that lies in one repository."""
     from quantmatrix.tiny_checkpoints import write_checkpoint
 
@@ -173,10 +173,12 @@ def ensure_all(folder: Path) -> list[str]:
     from tqdm import tqdm
 
     tables = read()
-    planned = {c.checkpoint for c in tables.cells} - {
+    written = families.written()
+    unwritten = {row.id for row in tables.checkpoints.values() if row.family not in written}
+    planned = unwritten | {c.checkpoint for c in tables.cells} - {
         c.checkpoint for c in tables.cells if c.claim != "planned"
     }
-    skipped = {name for key in planned for name in tables.checkpoints[key].repositories}
+    skipped = {tables.checkpoints[key].reference for key in planned}
     wanted = [name for name in tables.repositories if name not in skipped]
     for name in tqdm(wanted, desc="tiny stand-ins", disable=None):
         ensure(name, folder, tables)

@@ -53,9 +53,7 @@ def write_checkpoint(row: CheckpointRow, inner: str, folder: Path, base: Path) -
             write_file(*made, folder / name, base / component)
 
 
-def make_component(
-    row: CheckpointRow, component: str, base: Path
-) -> tuple[Tensors, Declaration]:
+def make_component(row: CheckpointRow, component: str, base: Path) -> tuple[Tensors, Declaration]:
     """(tensors on disk, declaration) of one quantized component."""
     plain = load_file(base / component / WEIGHTS)
     dialect = find_dialect(row)
@@ -75,9 +73,7 @@ def make_component(
                 kept.append(layer)
             continue
         calibration = find_range(ranges[component], layer, dialect)
-        made = family.quantize(
-            own["weight"], scheme, bias=own.get("bias"), calibration=calibration
-        )
+        made = family.quantize(own["weight"], scheme, bias=own.get("bias"), calibration=calibration)
         tensors |= {f"{layer}.{suffix}": tensor for suffix, tensor in made.items()}
     if row.form == "raw" and "mixed" in row.reference:
         tensors = {n: t for n, t in tensors.items() if not n.endswith(".input_scale")}
@@ -152,9 +148,7 @@ def pack_tensors(plain: Tensors, dialect: Dialect) -> Tensors:
     """The tensors of a diffusers transformer as a dialect names and packs them."""
     if dialect.name == DIFFUSERS.name:
         return plain
-    whole = {
-        target.module: rule.source for rule in dialect.tensors for target in rule.targets
-    }
+    whole = {target.module: rule.source for rule in dialect.tensors for target in rule.targets}
     packed: Tensors = {}
     rest = dict(plain)
     for template, source in whole.items():
@@ -166,7 +160,10 @@ def pack_tensors(plain: Tensors, dialect: Dialect) -> Tensors:
     modules = {name.rpartition(".")[0] for name in rest}
     for source, parts in invert(dialect, modules).items():
         own = [
-            (target, {n.rpartition(".")[2]: t for n, t in rest.items() if n.rpartition(".")[0] == m})
+            (
+                target,
+                {n.rpartition(".")[2]: t for n, t in rest.items() if n.rpartition(".")[0] == m},
+            )
             for target, m in parts
         ]
         for suffix in own[0][1]:
@@ -200,9 +197,6 @@ def calibrate(model: str, base: str) -> dict[str, dict[str, Calibration]]:
     import diffusers
 
     module = models.load(model)
-    was = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
     pipeline = diffusers.DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     found: dict[str, dict[str, Calibration]] = {}
@@ -219,8 +213,6 @@ def calibrate(model: str, base: str) -> dict[str, dict[str, Calibration]]:
             output_type="latent",
             **module.call_arguments(request),
         )
-    diffusers.utils.logging.set_verbosity(was)
-    diffusers.utils.logging.enable_progress_bar()
     return {
         component: {name: round_up(seen) for name, seen in ranges.items()}
         for component, ranges in found.items()

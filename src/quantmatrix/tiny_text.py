@@ -109,7 +109,9 @@ def _t5_tokenizer() -> Any:
 
     pieces = ["<pad>", "</s>", "<unk>", "▁"]
     pieces += [*string.printable.strip(), *(f"▁{word}" for word in WORDS)]
-    scores = [(piece, 0.0 if i < 3 else -2.0 - i / 1000) for i, piece in enumerate(dict.fromkeys(pieces))]
+    scores = [
+        (piece, 0.0 if i < 3 else -2.0 - i / 1000) for i, piece in enumerate(dict.fromkeys(pieces))
+    ]
     return T5TokenizerFast(vocab=scores, extra_ids=0)
 
 

@@ -42,7 +42,9 @@ def draw_weight(name: str, shape: tuple[int, ...], *, structured: bool = False) 
     return torch.from_numpy((white / math.sqrt(fan_in)).astype(np.float32))
 
 
-def add_structure(white: np.ndarray[Any, Any], generator: np.random.Generator) -> np.ndarray[Any, Any]:
+def add_structure(
+    white: np.ndarray[Any, Any], generator: np.random.Generator
+) -> np.ndarray[Any, Any]:
     """White numbers [out, in] with a rank-8 component and outlier channels, of the same energy."""
     rows, columns = white.shape
     left = generator.standard_normal((rows, RANK))
@@ -66,9 +68,15 @@ def fill(model: nn.Module, prefix: str, *, structured: tuple[str, ...] = ()) -> 
             owner = modules[name.rpartition(".")[0]]
             inside = name.startswith(tuple(f"{block}." for block in structured))
             drawn = draw_parameter(f"{prefix}.{name}", owner, parameter, inside)
-            if "timestep_embedder.linear_1.weight" in name or "guidance_embedder.linear_1.weight" in name:
+            if (
+                "timestep_embedder.linear_1.weight" in name
+                or "guidance_embedder.linear_1.weight" in name
+            ):
                 drawn = damp_frequencies(drawn)
-            elif name in ("t_embedder.mlp.0.weight", "condition_embedder.time_embedder.linear_1.weight"):
+            elif name in (
+                "t_embedder.mlp.0.weight",
+                "condition_embedder.time_embedder.linear_1.weight",
+            ):
                 drawn = damp_frequencies(drawn)
             parameter.copy_(drawn)
 

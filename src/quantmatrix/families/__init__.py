@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from quantmatrix.errors import CheckpointError
@@ -21,9 +22,15 @@ def load(family: str) -> Family:
     return cast("Family", import_module(f"quantmatrix.families.{family.replace('-', '_')}"))
 
 
+def written() -> tuple[str, ...]:
+    """Ids of the families that have a module; the tables may name more."""
+    folder = Path(__file__).parent
+    return tuple(name for name in IDS if (folder / f"{name.replace('-', '_')}.py").is_file())
+
+
 def detect(checkpoint: Checkpoint) -> tuple[str, str] | None:
     """(family id, reason) of a checkpoint, or None when nothing in it is quantized."""
-    found = {name: why for name in IDS if (why := load(name).detect(checkpoint))}
+    found = {name: why for name in written() if (why := load(name).detect(checkpoint))}
     if len(found) > 1:
         claims = "; ".join(f"{name}: {why}" for name, why in found.items())
         raise CheckpointError(

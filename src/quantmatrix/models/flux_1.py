@@ -52,9 +52,7 @@ NUNCHAKU = Dialect(
         Rule(f"{_DOUBLE}.mlp_fc1", (Target(f"{_DOUBLE}.ff.net.0.proj"),)),
         Rule(f"{_DOUBLE}.mlp_fc2", (Target(f"{_DOUBLE}.ff.net.2", unsigned=True),)),
         Rule(f"{_DOUBLE}.mlp_context_fc1", (Target(f"{_DOUBLE}.ff_context.net.0.proj"),)),
-        Rule(
-            f"{_DOUBLE}.mlp_context_fc2", (Target(f"{_DOUBLE}.ff_context.net.2", unsigned=True),)
-        ),
+        Rule(f"{_DOUBLE}.mlp_context_fc2", (Target(f"{_DOUBLE}.ff_context.net.2", unsigned=True),)),
         Rule(f"{_DOUBLE}.norm1.linear", _modulation(f"{_DOUBLE}.norm1.linear", 6)),
         Rule(f"{_DOUBLE}.norm1_context.linear", _modulation(f"{_DOUBLE}.norm1_context.linear", 6)),
         *(

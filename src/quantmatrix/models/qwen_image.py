@@ -40,7 +40,9 @@ NUNCHAKU = Dialect(
             f"{_BLOCK}.attn.add_qkv_proj", _thirds(*(f"{_BLOCK}.attn.add_{x}_proj" for x in "qkv"))
         ),
         *(
-            Rule(f"{_BLOCK}.{side}_mlp.net.2", (Target(f"{_BLOCK}.{side}_mlp.net.2", unsigned=True),))
+            Rule(
+                f"{_BLOCK}.{side}_mlp.net.2", (Target(f"{_BLOCK}.{side}_mlp.net.2", unsigned=True),)
+            )
             for side in ("img", "txt")
         ),
         *(
