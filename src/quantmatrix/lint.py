@@ -369,14 +369,16 @@ def check_twin(
     backend: str,
     seen: dict[tuple[Any, ...], int],
 ) -> None:
-    """No cell stands in two lines, and none is refused in one and claimed in another."""
+    """No cell stands in two lines; where a row without flags is refused, nothing is claimed."""
     place = (row.checkpoint, hardware, backend)
+    text = " ".join(filter(None, place))
     first = seen.setdefault((*place, row.flags), line)
     if first != line:
-        table.note(line, f"{' '.join(place)}: the same cell as in line {first}")
+        table.note(line, f"{text}: the same cell as in line {first}")
         return
     refused = row.claim == "refused"
+    if refused and row.flags:
+        return
     seen.setdefault((*place, refused), line)
-    other = seen.get((*place, not refused))
-    if other is not None and row.flags == ():
-        table.note(line, f"{' '.join(place)}: line {other} claims the opposite")
+    if other := seen.get((*place, not refused)):
+        table.note(line, f"{text}: line {other} claims the opposite")

@@ -204,9 +204,10 @@ class Matrix:
 
     @property
     def repositories(self) -> tuple[str, ...]:
-        """Every hub id and path that the tables name, once."""
+        """Every hub id and path that a cell reads, once; what is only planned is left out."""
+        used = {cell.checkpoint for cell in self.cells if cell.claim != "planned"}
         bases = [model.repo for model in self.models.values()]
-        named = [name for row in self.checkpoints.values() for name in row.repositories]
+        named = [n for row in self.checkpoints.values() if row.id in used for n in row.repositories]
         return tuple(dict.fromkeys([*bases, *named]))
 
     def select(
@@ -257,7 +258,8 @@ def read(folder: Path | None = None) -> Matrix:
 @lru_cache(maxsize=4096)
 def split_flags(text: str) -> tuple[str, ...]:
     """The words of a `flags` cell, quoted as in a shell; ValueError for an open quote."""
-    return tuple(shlex.split(text))
+    quoted = any(mark in text for mark in "'\"\\")
+    return tuple(shlex.split(text) if quoted else text.split())
 
 
 def rows_as_dicts(matrix: Matrix, states: Mapping[str, str]) -> list[dict[str, Any]]:
