@@ -1,0 +1,225 @@
+"""build_modelopt_nvfp4_transformer: a mixed BF16 + NVFP4 transformer from a ModelOpt export.
+
+    python -m quantmatrix.tools.build_modelopt_nvfp4_transformer \\
+        --base-transformer-dir BASE/transformer --modelopt-hf-dir EXPORT --output-dir BUILT \\
+        --pattern-preset flux1-nvfp4
+
+The tensors of modules that match a pattern (`*` stands for any characters, over the whole module
+name) are taken from the base transformer, biases included; their scales are dropped. Everything
+else is copied bit for bit: no repacking, no change of nibbles or of the scale layout.
+config.json and the headers gain the patterns in `ignore`, and `swap_weight_nibbles`. A pattern that
+matches no module, and a module whose weight the base does not have under the same name and shape,
+are errors: such a layer would stay quantized although the configuration says that it is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from quantmatrix.checkpoint import TensorHeader
+from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
+from quantmatrix.load import TensorReader
+from quantmatrix.request import normalize_words
+from quantmatrix.safetensors_writer import Item
+from quantmatrix.tools.transformer_folder import (
+    FLOATS,
+    TransformerFolder,
+    check_output,
+    open_transformer,
+    read_block,
+    write_transformer,
+)
+
+PRESETS = {
+    "none": (),
+    "flux1-nvfp4": (
+        "transformer_blocks.*.norm1.linear*",
+        "transformer_blocks.*.norm1_context.linear*",
+        "transformer_blocks.*.ff.net.0.proj*",
+        "transformer_blocks.*.ff.net.2*",
+        "transformer_blocks.*.ff_context.net.0.proj*",
+        "transformer_blocks.*.ff_context.net.2*",
+        "single_transformer_blocks.*.norm.linear*",
+        "single_transformer_blocks.*.proj_mlp*",
+    ),
+}
+SUFFIX = re.compile(
+    r"\.(weight_scale_2|weight_scale|input_scale|weight|bias"
+    r"|pre_quant_scale|svdquant_lora_a|svdquant_lora_b)$"
+)
+"""What stands after a module's name in the name of one of its tensors."""
+
+
+def build(
+    base_transformer_dir: Path,
+    modelopt_hf_dir: Path,
+    output_dir: Path,
+    *,
+    pattern_preset: str = "none",
+    keep_bf16_patterns: Sequence[str] = (),
+    swap_weight_nibbles: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Build the transformer; returns the statistics. Nothing is left behind when it fails."""
+    source = open_transformer(modelopt_hf_dir, "--modelopt-hf-dir")
+    base = open_transformer(base_transformer_dir, "--base-transformer-dir")
+    check_output(output_dir, overwrite, [source.root, base.root])
+    patterns = [*PRESETS[pattern_preset], *keep_bf16_patterns]
+    kept = find_kept(source, base, patterns)
+    config = describe(source, patterns, swap_weight_nibbles)
+    text = json.dumps(config["quantization_config"], sort_keys=True)
+    metadata = {"quantization_config": text, "_quantization_metadata": text}
+    counts = {"replaced": 0, "removed": 0}
+    with (
+        TensorReader(source.checkpoint, "cpu") as reader,
+        TensorReader(base.checkpoint, "cpu") as base_reader,
+    ):
+        shards = {
+            shard: list_items(source.tensors_of(shard), base, kept, reader, base_reader, counts)
+            for shard in source.shards
+        }
+        write_transformer(output_dir, source, shards, config, metadata)
+    return {
+        "fallback_modules": len(kept),
+        "replaced_tensors": counts["replaced"],
+        "removed_aux_tensors": counts["removed"],
+        "output_shards": len(shards),
+        "swap_weight_nibbles": swap_weight_nibbles,
+    }
+
+
+def name_module(tensor: str) -> str:
+    """The module that a tensor belongs to: its name without the suffix of a layer's tensor."""
+    return SUFFIX.sub("", tensor)
+
+
+def find_kept(
+    source: TransformerFolder, base: TransformerFolder, patterns: Sequence[str]
+) -> frozenset[str]:
+    """Modules that take the base's tensors; each pattern must match, each module be replaceable."""
+    modules = source.modules()
+    kept: set[str] = set()
+    for pattern in patterns:
+        parts = (re.escape(part) for part in pattern.split("*"))
+        match = re.compile(".*".join(parts)).fullmatch
+        found = [module for module in modules if match(module)]
+        if not found:
+            raise CheckpointError(
+                f"{source.root}: BF16 pattern {pattern!r} matches none of its {len(modules)} "
+                "modules: choose another --pattern-preset, or correct the pattern"
+            )
+        kept.update(found)
+    for module in sorted(kept):
+        check_replaceable(module, source, base)
+    return frozenset(kept)
+
+
+def check_replaceable(module: str, source: TransformerFolder, base: TransformerFolder) -> None:
+    """The base must have the module's weight in full precision, and of the same size."""
+    name = f"{module}.weight"
+    stored, found = source.checkpoint.tensors[name], base.checkpoint.tensors.get(name)
+    rows, *columns = stored.shape
+    packed = stored.dtype == "U8"
+    shape = (rows, *(2 * c for c in columns)) if packed else stored.shape
+    if found is None or found.shape != shape or found.dtype not in FLOATS:
+        has = "has no such tensor" if found is None else f"has {found.dtype} {list(found.shape)}"
+        raise CheckpointError(
+            f"{base.root}: {name} is to be kept in BF16 (expected {list(shape)}), but the base "
+            f"{has}: it would stay quantized; is this the transformer that was exported?"
+        )
+
+
+def describe(
+    source: TransformerFolder, patterns: Sequence[str], swap_weight_nibbles: bool
+) -> dict[str, Any]:
+    """config.json of the output."""
+    block = read_block(source)
+    algorithm = str(block.get("quant_algo"))
+    if "FP4" not in algorithm:
+        raise CheckpointError(
+            f"{source.root / 'config.json'}: quant_algo is {algorithm}: expected NVFP4; for FP8 "
+            "exports there is build_modelopt_fp8_transformer"
+        )
+    ignore = dict.fromkeys([*map(str, block.get("ignore") or ()), *patterns])
+    quantization = {
+        "quant_type": algorithm.upper(),
+        **block,
+        "ignore": list(ignore),
+        "swap_weight_nibbles": swap_weight_nibbles,
+    }
+    return {**source.config, "quantization_config": quantization}
+
+
+def list_items(
+    tensors: Mapping[str, TensorHeader],
+    base: TransformerFolder,
+    kept: frozenset[str],
+    reader: TensorReader,
+    base_reader: TensorReader,
+    counts: dict[str, int],
+) -> list[Item]:
+    """The tensors of one output shard, each loaded when it is written; counts what is changed."""
+    items = []
+    for name, header in tensors.items():
+        if "_quantizer." in name:
+            continue
+        if name_module(name) not in kept:
+            items.append(Item(name, header.dtype, header.shape, partial(reader.read, name)))
+        elif found := base.checkpoint.tensors.get(name):
+            items.append(Item(name, found.dtype, found.shape, partial(base_reader.read, name)))
+            counts["replaced"] += 1
+        else:
+            counts["removed"] += 1
+    return items
+
+
+def parse_words(words: Sequence[str] | None) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m quantmatrix.tools.build_modelopt_nvfp4_transformer",
+        description="Make a mixed BF16 + NVFP4 transformer from a ModelOpt diffusers export.",
+    )
+    parser.add_argument(
+        "--base-transformer-dir", type=Path, required=True, help="source of BF16 weights"
+    )
+    parser.add_argument("--modelopt-hf-dir", type=Path, required=True, help="ModelOpt's export")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder to write")
+    parser.add_argument("--pattern-preset", choices=tuple(PRESETS), default="none")
+    parser.add_argument(
+        "--keep-bf16-pattern",
+        dest="keep_bf16_patterns",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="more layers to keep in BF16; may be repeated",
+    )
+    parser.add_argument(
+        "--swap-weight-nibbles",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="written into the configuration; nothing is repacked",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    return parser.parse_args(normalize_words(sys.argv[1:] if words is None else words))
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit code (0: written, 1: a bad checkpoint, 2: bad flags)."""
+    try:
+        statistics = build(**vars(parse_words(words)))
+    except (QuantmatrixError, OSError) as error:
+        print(f"build_modelopt_nvfp4_transformer: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    print(json.dumps(statistics, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
