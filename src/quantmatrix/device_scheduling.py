@@ -14,7 +14,7 @@ import pytest
 
 def make_scheduler(config: pytest.Config, log: Any, groups: Mapping[str, str]) -> Any:
     """An xdist scheduler; `groups` maps a cell's id to the group that its tests belong to."""
-    from xdist.scheduler import LoadScopeScheduling
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
     class CellScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist is optional
         """One unit of work per group of cells, and per file of other tests."""

@@ -158,7 +158,7 @@ class Harness:
         """Turn a function that asks for `cell` into one item per cell."""
         if not inspect.isfunction(obj) or not collector.funcnamefilter(name):
             return None
-        manager = collector.session._fixturemanager
+        manager: Any = collector.session._fixturemanager
         parent = collector.getparent(pytest.Class)
         info = manager.getfixtureinfo(collector, obj, parent.obj if parent else None)
         providers = info.name2fixturedefs.get("cell", ())
@@ -192,13 +192,16 @@ class Harness:
                 chosen = " ".join(f"--{k} {','.join(v)}" for k, v in self.wanted.items() if v)
                 raise pytest.UsageError(f"{chosen}: no test was collected for these cells")
             return
+        from quantmatrix.matrix import CHECKS
+
         rank: dict[tuple[str, str], int] = {}
         places: dict[str, tuple[int, int]] = {}
         for index, cell in enumerate(self.cells):
             group = rank.setdefault((cell.model, cell.checkpoint), index)
             places[cell.id] = (group, index)
         others = [item for item in items if not isinstance(item, CellItem)]
-        items[:] = [*others, *sorted(found, key=lambda item: places[item.cell.id])]
+        turn = {check: index for index, check in enumerate(CHECKS)}
+        items[:] = [*others, *sorted(found, key=lambda i: (places[i.cell.id], turn[i.check]))]
         for item in found:
             self.pending[item.cell.id] = self.pending.get(item.cell.id, 0) + 1
 
@@ -258,7 +261,8 @@ class Harness:
     @pytest.fixture(name="cell")
     def provide_cell(self, request: pytest.FixtureRequest) -> Cell:
         """The cell that this test is about."""
-        return request.node.cell
+        cell: Cell = request.node.cell
+        return cell
 
     @pytest.fixture(name="proof")
     def provide_proof(
@@ -267,7 +271,8 @@ class Harness:
         """What this check shows; it becomes part of the cell's evidence."""
         if self.recorder.folder is None:
             self.recorder.folder = tmp_path_factory.mktemp("evidence")
-        return request.node.proof
+        proof: Proof = request.node.proof
+        return proof
 
     @pytest.fixture(scope="session", name="workbench")
     def provide_workbench(self) -> Iterator[Workbench]:

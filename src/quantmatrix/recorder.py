@@ -105,7 +105,7 @@ class Recorder:
             return next((value for value in reversed(values) if value), values[-1])
 
         tables = self.tables()
-        timings = {key: value for proof in proofs for key, value in proof.timings.items()}
+        timings = {key: round(s, 4) for proof in proofs for key, s in proof.timings.items()}
         places = {key: value for proof in proofs for key, value in proof.places.items()}
         return Evidence(
             cell=records.describe_cell(cell, tables),

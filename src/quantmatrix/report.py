@@ -35,6 +35,8 @@ from quantmatrix.pages import STATES as STATES
 from quantmatrix.picture import draw_matrix
 
 if TYPE_CHECKING:
+    import pandas
+
     from quantmatrix.evidence import Evidence
     from quantmatrix.matrix import Cell, Matrix
 
@@ -81,6 +83,18 @@ def read_states(tables: Matrix, reports: str | os.PathLike[str] | None = None) -
     folder = Path(reports) if reports is not None else default_folder()
     evidence = records.read_folder(folder / EVIDENCE)
     return {cell.id: state_of(cell, evidence.get(cell.id), tables) for cell in tables.cells}
+
+
+def matrix_frame(reports: str | os.PathLike[str] | None = None) -> pandas.DataFrame:
+    """The matrix as a pandas DataFrame: one row per cell, with its claim, state and command."""
+    import pandas
+
+    from quantmatrix import matrix
+
+    tables = matrix.read()
+    rows = matrix.rows_as_dicts(tables, read_states(tables, reports))
+    frame: pandas.DataFrame = pandas.DataFrame(rows)
+    return frame
 
 
 def write(reports: str | os.PathLike[str] | None = None) -> list[str]:

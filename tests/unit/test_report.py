@@ -251,3 +251,11 @@ def observe_quickly(cell: Cell, tables: Matrix) -> Evidence:
     checks = {name: CheckResult("pass", {"worst": WORST}) for name in cell.checks}
     plan = {"components": {"transformer": COMPONENT}}
     return Evidence(cell=records.describe_cell(cell, tables), checks=checks, plan=plan)
+
+
+def test_frame_holds_every_cell(reports: Path, tables: Matrix) -> None:
+    import quantmatrix
+
+    frame = quantmatrix.matrix_frame(reports)
+    assert list(frame["id"]) == [cell.id for cell in tables.cells]
+    assert set(frame.loc[frame["state"] == "proven", "id"]) == {PROVEN}
