@@ -148,7 +148,10 @@ def build_checkpoints(rows: list[CheckpointRow], made: Path, folder: Path, table
     from quantmatrix.tiny_checkpoints import write_checkpoint
 
     written: set[tuple[str, ...]] = set()
+    files = {row.reference for row in rows if row.reference.endswith(".safetensors")}
     for row in rows:
+        if row.form == "raw" and files and row.reference not in files:
+            continue  # the repository as a whole: what it holds is said by the rows of its files
         name = row.reference.strip("/").removeprefix(repository_of(row.reference).strip("/"))
         key = (name, row.form, row.scheme, row.kept)
         if key in written:
