@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.library_logs import quiet
 from quantmatrix.load import DTYPES, load_component, show_progress
 from quantmatrix.planning import Plan, Refusal, plan
@@ -41,16 +46,48 @@ def build_pipeline(made: Plan, *, progress: bool = False) -> Any:
             parts[name] = load_component(component, request, device=device, progress=report)
     folder = fetch_pipeline(made.base, request.hub, without=tuple(parts))
     parts.update(load_other_overrides(made))
-    with quiet():
+    with quiet(), without_components(folder, tuple(parts)) as rest:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            folder, dtype=DTYPES[request.dtype], local_files_only=True, **parts
+            rest, dtype=DTYPES[request.dtype], local_files_only=True, **parts
         )
+    check_parts(pipeline, parts)
     if device != "cpu":
         place(pipeline, made, device, offloaded)
     elif made.layerwise_offload:
         enable_layerwise(pipeline, made, device)
     pipeline.set_progress_bar_config(disable=not progress)
     return pipeline
+
+
+@contextmanager
+def without_components(folder: str, names: tuple[str, ...]) -> Iterator[str]:
+    """A view of a pipeline folder whose index leaves components empty.
+
+    diffusers loads a component that a pipeline declares as optional (both Wan experts) from the
+    folder even when one is passed, and the passed one is dropped without a word.
+    """
+    source = Path(folder)
+    index = json.loads((source / "model_index.json").read_text())
+    with tempfile.TemporaryDirectory() as temporary:
+        view = Path(temporary) / "pipeline"
+        view.mkdir()
+        for name in names:
+            index[name] = [None, None]
+        (view / "model_index.json").write_text(json.dumps(index))
+        for path in source.iterdir():
+            if path.name not in ("model_index.json", *names):
+                (view / path.name).symlink_to(path.resolve(), target_is_directory=path.is_dir())
+        yield str(view)
+
+
+def check_parts(pipeline: Any, parts: Mapping[str, Any]) -> None:
+    """Every component that was built must be the one that stands in the pipeline."""
+    for name, part in parts.items():
+        if getattr(pipeline, name) is not part:
+            raise CheckpointError(
+                f"{type(pipeline).__name__} did not take the {name} that was built for it: "
+                "it would have run with the base model's own weights"
+            )
 
 
 def load_other_overrides(made: Plan) -> dict[str, Any]:
