@@ -2,8 +2,8 @@
 
 A safetensors file starts with eight bytes, the little-endian length of a JSON header, then the
 header: tensor names with dtype, shape and byte range, and `__metadata__` with strings. What the
-files say about their quantization may stand in four places: `quantization_config` of the config.json
-beside them, the header's metadata (`_quantization_metadata`, else `quantization_config`), a
+files say about their quantization may stand in four places: config.json beside them
+(`quantization_config`), the header's metadata (`_quantization_metadata`, `quantization_config`), a
 description file (`quant_model_description*.json`), or `hf_quant_config.json`. Two places that
 disagree about one key are an error.
 """
@@ -13,15 +13,16 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from quantmatrix.errors import CheckpointError
 
 ITEM_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
@@ -29,8 +30,22 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HEADER_LIMIT = 100 * 2**20
 """Largest header in bytes that the safetensors format allows."""
 
+FOREIGN_STARTS = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull` there",
+    b"PK": "a zip archive, as torch.save writes it: pickles are refused, convert it first",
+    b"\x80": "a pickle: it could run code when it is opened; convert it to safetensors first",
+    b"GGUF": "a GGUF file, which is not supported: name a .safetensors file",
+    b"<": "a web page, saved in place of the file: download the file itself",
+    b"{": "JSON: name the .safetensors file, or the .safetensors.index.json of its shards",
+}
+"""First bytes of files that are often taken for safetensors, and what to do about them."""
+
 QUANTIZATION_KEYS = ("quantization_config", "text_config.quantization_config", "compression_config")
 """Where one config.json may describe the quantization, best first."""
+HEADER_KEYS = ("_quantization_metadata", "quantization_config")
+"""Where a header may describe the quantization, best first; both hold JSON."""
+METHOD_KEYS = ("quant_method", "quant_algo", "method")
+"""Keys of which a complete description of a quantization has at least one."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,10 @@ class TensorHeader:
         return math.prod(self.shape) * ITEM_BITS[self.dtype] // 8
 
 
+Header = tuple[dict[str, TensorHeader], dict[str, str]]
+"""Tensors by name, and the strings of `__metadata__`."""
+
+
 @dataclass(frozen=True)
 class RemoteFiles:
     """Files of a hub repository that are not here yet, pinned to one commit."""
@@ -67,6 +86,11 @@ class RemoteFiles:
     repo: str
     commit: str
     files: tuple[str, ...]
+    """Names in the repository."""
+
+    def address(self, name: str) -> str:
+        """How a file of the repository is named until it is here."""
+        return f"hf://{self.repo}@{self.commit}/{name}"
 
 
 @dataclass(frozen=True)
@@ -100,78 +124,125 @@ class Checkpoint:
         return {layer: frozenset(suffixes) for layer, suffixes in found.items()}
 
 
-def read_header(path: str | Path) -> tuple[dict[str, TensorHeader], dict[str, str]]:
+def read_header(path: str | Path) -> Header:
     """(tensors, metadata) of one safetensors file; raises CheckpointError for anything else."""
     path = Path(path)
-    if path.suffix.lower() in PICKLES:
-        raise CheckpointError(
-            f"{path}: a pickle file can run code when it is opened, so it is refused; "
-            "expected a .safetensors file: convert it with its own tool first"
-        )
+    refuse_pickle(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            start = file.read(32)
+            length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else -1
             if not 0 < length <= min(HEADER_LIMIT, size - 8):
                 raise CheckpointError(_explain_no_header(path, start, length, size))
+            file.seek(8)
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     return parse_header(text, str(path), data_bytes=size - 8 - length)
 
 
+def refuse_pickle(path: str | PurePath) -> None:
+    """A file that by its name is a pickle is never opened."""
+    if PurePath(path).suffix.lower() in PICKLES:
+        raise CheckpointError(
+            f"{path}: a pickle file can run code when it is opened, so it is refused; "
+            "expected a .safetensors file: convert it with its own tool first"
+        )
+
+
 def _explain_no_header(path: Path, start: bytes, length: int, size: int) -> str:
-    if start.startswith(b"version "):
-        return f"{path}: this is a Git LFS pointer, not the file: run `git lfs pull` there"
+    for foreign, why in FOREIGN_STARTS.items():
+        if start.startswith(foreign):
+            return f"{path}: expected a safetensors file, this is {why}"
+    if length < 0:
+        return f"{path}: {size} bytes are too few for a safetensors file: download it again"
     return (
-        f"{path}: no complete safetensors header: it claims {length} bytes in a file of {size}; "
-        "the file is truncated or of another format: download it again"
+        f"{path}: no complete safetensors header: it claims {length} bytes in a file of {size} "
+        f"(the limit is {HEADER_LIMIT}); the file is truncated or of another format: download it "
+        "again"
     )
 
 
-def parse_header(
-    text: bytes, file: str, *, data_bytes: int | None = None
-) -> tuple[dict[str, TensorHeader], dict[str, str]]:
+def parse_header(text: bytes, file: str, *, data_bytes: int | None = None) -> Header:
     """(tensors, metadata) of a header's JSON; `data_bytes` is the size of what follows it."""
     try:
-        entries = json.loads(text)
-        metadata = entries.pop("__metadata__", {})
+        entries = json.loads(text, object_pairs_hook=_refuse_duplicates)
+        metadata = entries.pop("__metadata__", None) or {}
+        strings = {str(key): str(value) for key, value in metadata.items()}
         ranges = {
-            name: (entry["dtype"], tuple(entry["shape"]), tuple(entry["data_offsets"]))
+            name: (str(entry["dtype"]), tuple(entry["shape"]), tuple(entry["data_offsets"]))
             for name, entry in entries.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{file}: the safetensors header is no valid JSON: {error}"
+            f"{file}: the safetensors header is no valid JSON table of tensors ({error}): the file "
+            "is damaged or of another format; download it again"
         ) from error
+    return check_ranges(ranges, file, data_bytes), strings
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is in it twice")
+    return found
+
+
+def check_ranges(
+    ranges: Mapping[str, tuple[str, tuple[Any, ...], tuple[Any, ...]]],
+    file: str,
+    data_bytes: int | None,
+) -> dict[str, TensorHeader]:
+    """Tensors from (dtype, shape, (begin, end)) per name; sizes must fit and leave no gap."""
     tensors: dict[str, TensorHeader] = {}
-    for name, (dtype, shape, (begin, end)) in ranges.items():
+    for name, (dtype, shape, offsets) in ranges.items():
         if dtype not in ITEM_BITS:
-            raise CheckpointError(f"{file}: tensor {name} has the unknown dtype {dtype}")
-        header = TensorHeader(name, dtype, shape, file)
-        if end - begin != header.nbytes:
             raise CheckpointError(
-                f"{file}: tensor {name} ({dtype} {list(shape)}) needs {header.nbytes} bytes, "
-                f"the header gives it {end - begin}"
+                f"{file}: tensor {name} has the dtype {dtype}; known: {', '.join(ITEM_BITS)}"
             )
-        tensors[name] = header
-    last = max((end for _, _, (_, end) in ranges.values()), default=0)
-    if data_bytes is not None and last != data_bytes:
+        numbers = (*shape, *offsets)
+        if len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in numbers):
+            raise CheckpointError(
+                f"{file}: tensor {name} has shape {list(shape)} and data_offsets {list(offsets)}: "
+                "expected whole numbers, two of them as offsets; the header is damaged"
+            )
+        tensors[name] = TensorHeader(name, dtype, shape, file)
+        bits = math.prod(shape) * ITEM_BITS[dtype]
+        if (offsets[1] - offsets[0]) * 8 != bits:
+            raise CheckpointError(
+                f"{file}: tensor {name} ({dtype} {list(shape)}) needs {bits / 8:g} bytes, "
+                f"the header gives it {offsets[1] - offsets[0]}; the header is damaged"
+            )
+    place, before = 0, "the start of the data"
+    for name, (_, _, (begin, end)) in sorted(ranges.items(), key=lambda item: item[1][2]):
+        if begin != place:
+            what = "overlap" if begin < place else "leave a gap"
+            raise CheckpointError(
+                f"{file}: {before} and tensor {name} {what}: it begins at byte {begin}, expected "
+                f"{place}; the header is damaged"
+            )
+        place, before = end, f"tensor {name}"
+    if data_bytes is not None and place != data_bytes:
         raise CheckpointError(
-            f"{file}: the header describes {last} bytes of tensors, the file holds {data_bytes}: "
+            f"{file}: the header describes {place} bytes of tensors, the file holds {data_bytes}: "
             "it is truncated or damaged; download it again"
         )
-    return tensors, {str(k): str(v) for k, v in metadata.items()}
+    return tensors
 
 
-def merge_headers(
-    headers: Iterable[tuple[dict[str, TensorHeader], dict[str, str]]],
-) -> tuple[dict[str, TensorHeader], dict[str, str]]:
-    """Tensors and metadata of several files; a tensor in two files is an error."""
+def merge_headers(headers: Mapping[str, Header]) -> Header:
+    """Tensors and metadata of several files, by file name; a tensor in two files is an error.
+
+    Descriptions of the quantization are joined (`merge_blocks`); of other metadata the first file
+    that has a key counts.
+    """
     tensors: dict[str, TensorHeader] = {}
     metadata: dict[str, str] = {}
-    for found, strings in headers:
+    origin: dict[str, str] = {}
+    for file, (found, strings) in headers.items():
         for name, header in found.items():
             if name in tensors:
                 raise CheckpointError(
@@ -180,14 +251,12 @@ def merge_headers(
                 )
             tensors[name] = header
         for key, value in strings.items():
-            if key in ("quantization_config", "_quantization_metadata") and key in metadata:
-                check_agreement(
-                    parse_block(metadata[key]),
-                    "an earlier file",
-                    parse_block(value),
-                    "a later file",
-                )
+            if key in HEADER_KEYS and key in metadata and metadata[key] != value:
+                here = (parse_block(metadata[key]), f"{origin[key]}: {key}")
+                there = (parse_block(value), f"{file}: {key}")
+                metadata[key] = json.dumps(merge_blocks(*here, *there))
             metadata.setdefault(key, value)
+            origin.setdefault(key, file)
     return tensors, metadata
 
 
@@ -200,16 +269,31 @@ def parse_block(text: str) -> dict[str, Any]:
     return block if isinstance(block, dict) else {}
 
 
-def check_agreement(
-    first: Mapping[str, Any], first_place: str, second: Mapping[str, Any], second_place: str
-) -> None:
-    """Two descriptions of one quantization must not contradict each other."""
-    for key in first.keys() & second.keys():
-        if first[key] != second[key]:
+def merge_blocks(
+    first: Mapping[str, Any], place: str, second: Mapping[str, Any], other: str, path: str = ""
+) -> dict[str, Any]:
+    """Two descriptions of one quantization as one; a key that they disagree about is an error.
+
+    Objects are joined key by key; lists of the same entries agree in any order.
+    """
+    joined = dict(first)
+    for key, value in second.items():
+        mine = first.get(key, value)
+        if isinstance(mine, Mapping) and isinstance(value, Mapping):
+            joined[key] = merge_blocks(mine, place, value, other, f"{path}{key}.")
+        elif _sort_list(mine) == _sort_list(value):
+            joined[key] = mine
+        else:
             raise CheckpointError(
-                f"{first_place} and {second_place} disagree about {key!r} of the quantization: "
-                f"{json.dumps(first[key])[:120]} and {json.dumps(second[key])[:120]}"
+                f"{place} and {other} disagree about {path}{key} of the quantization: "
+                f"{json.dumps(mine)[:120]} and {json.dumps(value)[:120]}; one of the two is stale, "
+                "correct or remove it"
             )
+    return joined
+
+
+def _sort_list(value: Any) -> Any:
+    return sorted(map(json.dumps, value)) if isinstance(value, list) else value
 
 
 def find_block(
@@ -223,39 +307,67 @@ def find_block(
 
     `nested` is the content and name of an hf_quant_config.json, the last source.
     """
-    block: dict[str, Any] = {}
-    place: str | None = None
-    for key in QUANTIZATION_KEYS:
-        value: Any = config or {}
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if isinstance(value, Mapping) and value:
-            block, place = dict(value), f"{config_file}: {key}"
-            break
-    for key in ("_quantization_metadata", "quantization_config"):
-        header = parse_block(metadata.get(key, ""))
-        if header:
-            where = f"{files[0] if files else 'header'}: {key}"
-            if block:
-                check_agreement(block, place or "", header, where)
-            block, place = {**header, **block}, place or where
-    if not block and nested is not None:
+    block, place = find_config_block(config or {}, config_file or "config.json")
+    header, where = find_header_block(metadata, files[0] if files else "header")
+    if block and header:
+        return merge_blocks(block, place, header, where), place
+    if block or header:
+        return (block, place) if block else (header, where)
+    if nested is not None:
         content, where = nested
         inner = content.get("quantization", content)
-        if isinstance(inner, Mapping) and inner:
+        if isinstance(inner, Mapping) and inner.get("quant_algo"):
             block = {"quant_method": "modelopt", **inner}
             if "exclude_modules" in block:
                 block["ignore"] = block.pop("exclude_modules")
-            place = where
-    return (block, place) if block else (None, None)
+            return block, where
+    return None, None
+
+
+def find_config_block(config: Mapping[str, Any], file: str) -> tuple[dict[str, Any], str]:
+    """(block, place) that a config.json describes its quantization with; empty when it does not."""
+    for key in QUANTIZATION_KEYS:
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, Mapping) and value:
+            return dict(value), f"{file}: {key}"
+        if value:
+            raise CheckpointError(
+                f"{file}: {key} is {json.dumps(value)[:120]}: expected a JSON object"
+            )
+    return {}, ""
+
+
+def find_header_block(metadata: Mapping[str, str], file: str) -> tuple[dict[str, Any], str]:
+    """(block, place) that the headers describe the quantization with; empty when they do not.
+
+    `_quantization_metadata` counts where it is a JSON object. One that only lists layers is
+    completed by `quantization_config`, which otherwise counts where the first is absent.
+    """
+    first, second = HEADER_KEYS
+    block = parse_block(metadata.get(first, ""))
+    if any(key in block for key in METHOD_KEYS):
+        return block, f"{file}: {first}"
+    text = metadata.get(second, "")
+    other = parse_block(text)
+    if text.strip() and not block and not other and text.strip() not in ("{}", "null"):
+        raise CheckpointError(
+            f"{file}: {second} in the header is {text[:120]!r}: expected a JSON object"
+        )
+    if block and other:
+        return merge_blocks(
+            block, f"{file}: {first}", other, f"{file}: {second}"
+        ), f"{file}: {first}"
+    return (block, f"{file}: {first}") if block else (other, f"{file}: {second}" if other else "")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises CheckpointError naming the file."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: no readable JSON: {error}") from error
+        raise CheckpointError(f"{path}: no readable JSON: {error}; download it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content

@@ -3,24 +3,32 @@
 Both list names relative to themselves, hand out small files as paths and read safetensors headers;
 only a hub folder may have weight files that are not here yet. A reference is a path, a hub id
 (`owner/repo`, `owner/repo/sub/folder`, `owner/repo/file.safetensors`) or a full hub URL.
+
+A repository that is in the cache is used at its cached commit, so that what ran yesterday runs
+today; its file list still comes from the hub where that can be reached, because a cached snapshot
+may hold a part of the files only. `--revision`, or the hub's own download command, moves on to
+another commit. Nothing here waits for the network when `Hub.offline` is set.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import cast
+from urllib.parse import unquote, urlsplit
 
-from quantmatrix.checkpoint import Hub, TensorHeader, read_header
+from quantmatrix.checkpoint import Header, Hub, RemoteFiles, check_ranges, read_header
 from quantmatrix.errors import CheckpointError
 
 PLACEHOLDER = "/path/to/"
-HUB_URL = re.compile(r"https?://(?P<host>[^/]+)/(?P<path>.+)")
+LOCAL_STARTS = ("/", "./", "../", "~")
 HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
-
-Header = tuple[dict[str, TensorHeader], dict[str, str]]
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -31,10 +39,22 @@ class LocalFolder:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Files below the folder, relative, sorted; hidden folders are left out."""
-        found = (path for path in self.root.rglob("*") if path.is_file())
-        names = (str(path.relative_to(self.root)) for path in found)
-        return tuple(sorted(n for n in names if not any(p.startswith(".") for p in Path(n).parts)))
+        """Files below the folder, relative, sorted; what is hidden is left out."""
+        found = (path.relative_to(self.root) for path in self.root.rglob("*") if path.is_file())
+        shown = (path for path in found if not any(part.startswith(".") for part in path.parts))
+        return tuple(sorted(path.as_posix() for path in shown))
+
+    @cached_property
+    def top(self) -> tuple[str, ...]:
+        """Files directly in the folder, sorted; what is hidden is left out."""
+        if not self.root.is_dir():
+            return ()
+        found = (path.name for path in self.root.iterdir() if path.is_file())
+        return tuple(sorted(name for name in found if not name.startswith(".")))
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        return (self.root / name).is_file()
 
     def path(self, name: str) -> Path:
         """A file of the folder as a path."""
@@ -51,6 +71,10 @@ class LocalFolder:
     def is_local(self, name: str) -> bool:
         """Whether a file is on this machine."""
         return True
+
+    def address(self, name: str) -> str:
+        """How a file is named in a checkpoint: its path."""
+        return str(self.root / name)
 
     def __str__(self) -> str:
         """How errors name the folder."""
@@ -73,50 +97,67 @@ class HubFolder:
         prefix = f"{self.prefix}/" if self.prefix else ""
         return tuple(sorted(n.removeprefix(prefix) for n in self.all_names if n.startswith(prefix)))
 
-    def _full(self, name: str) -> str:
+    @cached_property
+    def top(self) -> tuple[str, ...]:
+        """Files directly in the folder, sorted."""
+        return tuple(name for name in self.names if "/" not in name)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        return self.full(name) in self.all_names
+
+    def full(self, name: str) -> str:
+        """Name of a file in the repository."""
         return f"{self.prefix}/{name}" if self.prefix else name
 
     def cached(self, name: str) -> Path | None:
         """A file of the folder if it is in the cache already."""
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(
-            self.repo, self._full(name), cache_dir=self.cache_dir, revision=self.commit
-        )
-        return Path(found) if isinstance(found, str) else None
+        path = cache_folder(self.repo, self.cache_dir) / "snapshots" / self.commit / self.full(name)
+        return path if path.is_file() else None
 
     def path(self, name: str) -> Path:
         """A file of the folder as a path; downloaded when it is not in the cache."""
+        cached = self.cached(name)
+        if cached is not None:
+            return cached
         from huggingface_hub import hf_hub_download
 
-        return Path(
-            hf_hub_download(
-                self.repo, self._full(name), revision=self.commit, cache_dir=self.cache_dir
-            )
-        )
+        full = self.full(name)
+        with translate_hub_errors(f"{self.repo}/{full}: cannot be downloaded", self.repo):
+            found = hf_hub_download(self.repo, full, revision=self.commit, cache_dir=self.cache_dir)
+        return Path(found)
 
     def header(self, name: str) -> Header:
-        """Header of a safetensors file, read without downloading the file."""
+        """Header of a safetensors file; of a remote one only the header is transferred."""
         cached = self.cached(name)
         if cached is not None:
             return read_header(cached)
         from huggingface_hub import HfApi
 
-        full = self._full(name)
-        found = HfApi().parse_safetensors_file_metadata(self.repo, full, revision=self.commit)
-        tensors = {
-            key: TensorHeader(key, str(info.dtype), tuple(info.shape), name)
+        full = self.full(name)
+        with translate_hub_errors(f"{self.repo}/{full}: its header cannot be read", self.repo):
+            found = HfApi().parse_safetensors_file_metadata(self.repo, full, revision=self.commit)
+        ranges = {
+            key: (str(info.dtype), tuple(info.shape), tuple(info.data_offsets))
             for key, info in found.tensors.items()
         }
-        return tensors, {str(k): str(v) for k, v in (found.metadata or {}).items()}
+        strings = {str(key): str(value) for key, value in (found.metadata or {}).items()}
+        return check_ranges(ranges, self.address(name), None), strings
 
     def enter(self, sub: str) -> HubFolder:
         """A folder below this one."""
-        return replace(self, prefix=self._full(sub)) if sub else self
+        return replace(self, prefix=self.full(sub)) if sub else self
 
     def is_local(self, name: str) -> bool:
         """Whether a file is in the cache."""
         return self.cached(name) is not None
+
+    def address(self, name: str) -> str:
+        """How a file is named in a checkpoint: its path, or its place on the hub."""
+        cached = self.cached(name)
+        if cached is not None:
+            return str(cached)
+        return RemoteFiles(self.repo, self.commit, ()).address(self.full(name))
 
     def __str__(self) -> str:
         """How errors name the folder."""
@@ -128,108 +169,198 @@ Folder = LocalFolder | HubFolder
 
 def open_folder(reference: str, hub: Hub) -> tuple[Folder, str]:
     """(folder, name of a file in it or "") that a reference leads to; raises CheckpointError."""
-    if not reference:
-        raise CheckpointError("an empty path: name a file, a folder or a hub id")
     local = find_local(reference, hub)
     if local is not None:
-        return (
-            (LocalFolder(local), "") if local.is_dir() else (LocalFolder(local.parent), local.name)
-        )
+        if local.is_dir():
+            return LocalFolder(enter_cached(local)), ""
+        return LocalFolder(local.parent), local.name
     repo, inner, revision = parse_hub_reference(reference, hub)
     folder = open_repository(repo, replace(hub, revision=revision))
     if not inner:
         return folder, ""
-    if inner in folder.names:
+    if folder.has(inner):
         path = PurePosixPath(inner)
         parent = "" if str(path.parent) == "." else str(path.parent)
         return folder.enter(parent), path.name
     inside = folder.enter(inner)
     if not inside.names:
+        here = ", ".join(sorted({name.split("/")[0] for name in folder.names})) or "nothing"
         raise CheckpointError(
-            f"{reference}: {repo} has no file or folder {inner}; it has "
-            f"{', '.join(sorted({n.split('/')[0] for n in folder.names}))}"
+            f"{reference}: no such path on this machine, and {repo} has no file or folder {inner}; "
+            f"{folder} has {here}{explain_partial(folder)}"
         )
     return inside, ""
 
 
 def find_local(reference: str, hub: Hub) -> Path | None:
-    """The existing local path of a reference, or None when it must be a hub id."""
-    path = Path(reference).expanduser()
+    """The existing local path of a reference, or None when it must be a hub id or URL."""
+    if not reference.strip():
+        raise CheckpointError("an empty path: name a file, a folder or a hub id")
+    try:
+        path = Path(reference).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{reference}: no such user on this machine") from error
     if path.exists():
         return path.absolute()
-    if reference.startswith(PLACEHOLDER) and hub.local_root:
-        stand_in = Path(hub.local_root) / reference.lstrip("/")
-        if stand_in.exists():
-            return stand_in
-    if reference.startswith(("/", "./", "../", "~")) or "/" not in reference.strip("/"):
-        hint = " (a hub id has the form owner/repo)" if "/" not in reference else ""
-        placeholder = reference.startswith(PLACEHOLDER)
-        more = (
-            "; this is a placeholder: with --tiny a stand-in is made for it" if placeholder else ""
+    if reference.startswith(PLACEHOLDER):
+        if hub.local_root and (Path(hub.local_root) / reference.lstrip("/")).exists():
+            return Path(hub.local_root) / reference.lstrip("/")
+        raise CheckpointError(
+            f"{reference}: no such file or folder. It is a placeholder of the guide: name a path "
+            "of yours, or add --tiny, which makes a stand-in for it"
         )
-        raise CheckpointError(f"{reference}: no such file or folder{hint}{more}")
+    if reference.startswith(LOCAL_STARTS):
+        raise CheckpointError(f"{reference}: no such file or folder")
+    if "/" not in reference.strip("/"):
+        raise CheckpointError(
+            f"{reference}: no such file or folder here, and no hub id: those have the form "
+            "owner/repo"
+        )
     return None
+
+
+def enter_cached(path: Path) -> Path:
+    """The snapshot of a cache folder `models--owner--name`; any other folder is itself."""
+    if not path.name.startswith("models--") or not (path / "snapshots").is_dir():
+        return path
+    commit = read_ref(path, "main")
+    snapshots = sorted((path / "snapshots").iterdir())
+    if commit is not None and (path / "snapshots" / commit).is_dir():
+        return path / "snapshots" / commit
+    if len(snapshots) == 1:
+        return snapshots[0]
+    listed = "".join(f"\n  {snapshot}" for snapshot in snapshots)
+    raise CheckpointError(
+        f"{path}: a cache folder without refs/main and with {len(snapshots)} snapshots; name one "
+        f"of them:{listed}"
+    )
 
 
 def parse_hub_reference(reference: str, hub: Hub) -> tuple[str, str, str | None]:
     """(owner/repo, path inside it, revision) of a hub id or URL."""
-    match = HUB_URL.match(reference)
-    if not match:
-        owner, repo, *inner = reference.strip("/").split("/")
-        return f"{owner}/{repo}", "/".join(inner), hub.revision
-    if match["host"] not in HUB_HOSTS:
+    if "://" in reference:
+        return _parse_hub_url(reference, hub)
+    owner, name, *inner = [part for part in reference.split("/") if part]
+    return _check_repository(reference, f"{owner}/{name}"), "/".join(inner), hub.revision
+
+
+def _parse_hub_url(reference: str, hub: Hub) -> tuple[str, str, str | None]:
+    address = urlsplit(reference)
+    if address.scheme not in ("https", "http") or address.hostname not in HUB_HOSTS:
         raise CheckpointError(
-            f"{reference}: not a hub address; known hosts: {', '.join(HUB_HOSTS)}"
+            f"{reference}: not an address of the hub; known hosts: {', '.join(HUB_HOSTS)}. "
+            "Download the files and name the folder"
         )
-    owner, _, rest = match["path"].partition("/")
-    if owner in ("datasets", "spaces"):
-        raise CheckpointError(f"{reference}: this names a {owner[:-1]}, not a model")
-    repo, _, rest = rest.partition("/")
-    kind, _, rest = rest.partition("/")
+    parts = [part for part in address.path.split("/") if part]
+    if parts[:1] in (["datasets"], ["spaces"]):
+        raise CheckpointError(f"{reference}: this names a {parts[0][:-1]}, expected a model")
+    if len(parts) < 2:
+        raise CheckpointError(f"{reference}: expected an owner and a name in the address")
+    repo = _check_repository(reference, "/".join(parts[:2]))
+    kind, revision, inner = parts[2:3], parts[3:4], [unquote(part) for part in parts[4:]]
     if not kind:
-        return f"{owner}/{repo}", "", hub.revision
-    if kind not in ("tree", "blob", "resolve"):
-        raise CheckpointError(f"{reference}: expected /tree/, /blob/ or /resolve/ after the name")
-    revision, _, inner = rest.partition("/")
-    if hub.revision and hub.revision != revision:
+        return repo, "", hub.revision
+    if kind[0] not in ("tree", "blob", "resolve") or not revision:
         raise CheckpointError(
-            f"{reference}: the address names revision {revision}, --revision says {hub.revision}"
+            f"{reference}: expected /tree/, /blob/ or /resolve/ and a revision after {repo}"
         )
-    return f"{owner}/{repo}", inner.split("?")[0], revision
+    named = unquote(revision[0])
+    if hub.revision and hub.revision != named:
+        raise CheckpointError(
+            f"{reference}: the address names revision {named}, --revision says {hub.revision}: "
+            "leave one of them out"
+        )
+    return repo, "/".join(inner), named
+
+
+def _check_repository(reference: str, repo: str) -> str:
+    if not REPOSITORY.fullmatch(repo):
+        raise CheckpointError(
+            f"{reference}: no such file or folder here, and {repo} is no hub id: those have the "
+            "form owner/repo"
+        )
+    return repo
 
 
 def open_repository(repo: str, hub: Hub) -> Folder:
-    """A hub repository: the cached snapshot when offline or complete, else its remote listing."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        root = snapshot_download(
-            repo, revision=hub.revision, cache_dir=hub.cache_dir, local_files_only=True
-        )
-    except (LocalEntryNotFoundError, ValueError) as error:
-        if hub.offline:
+    """A hub repository at one commit: the cached one first, else the newest of the revision."""
+    commit = find_cached_commit(repo, hub)
+    if hub.offline:
+        if commit is None:
             raise CheckpointError(
-                f"{repo}: not in the cache {hub.cache_dir or '(default)'} and offline. Download it "
-                "first, or use --tiny: `quantmatrix tiny-hub` has stand-ins for the repositories "
-                "of the tables"
-            ) from error
-        root = None
-    if hub.offline and root is not None:
-        return LocalFolder(Path(root))
+                f"{repo}: not in the cache {hub.cache_dir or '(default)'}, and we are offline. "
+                "Download it first (`hf download` does), or use stand-ins: --tiny with generate "
+                "and plan, made by `quantmatrix tiny-hub` for every repository of the tables"
+            )
+        return LocalFolder(cache_folder(repo, hub.cache_dir) / "snapshots" / commit)
     try:
-        info: Any = HfApi().model_info(repo, revision=hub.revision)
-    except (HfHubHTTPError, OSError) as error:
-        if root is not None:
-            return LocalFolder(Path(root))
+        commit, names = list_repository(repo, commit or hub.revision)
+    except CheckpointError:
+        if commit is None:
+            raise
+        return LocalFolder(cache_folder(repo, hub.cache_dir) / "snapshots" / commit)
+    return HubFolder(repo, commit, names, hub.cache_dir)
+
+
+@cache
+def list_repository(repo: str, revision: str | None) -> tuple[str, tuple[str, ...]]:
+    """(commit, file names) of a repository on the hub; asked once per process and revision."""
+    from huggingface_hub import HfApi
+
+    with translate_hub_errors(f"{repo}: not in the cache, and not reachable on the hub", repo):
+        info = HfApi().model_info(repo, revision=revision)
+    return str(info.sha), tuple(sibling.rfilename for sibling in info.siblings or ())
+
+
+def cache_folder(repo: str, cache_dir: str | None) -> Path:
+    """Folder of a repository in the hub cache."""
+    if cache_dir is None:
+        from huggingface_hub import constants
+
+        cache_dir = constants.HF_HUB_CACHE
+    return Path(cache_dir).expanduser().absolute() / f"models--{repo.replace('/', '--')}"
+
+
+def find_cached_commit(repo: str, hub: Hub) -> str | None:
+    """Commit of the cached snapshot that serves a revision, or None."""
+    folder = cache_folder(repo, hub.cache_dir)
+    revision = hub.revision or "main"
+    commit = revision if COMMIT.fullmatch(revision) else read_ref(folder, revision)
+    if commit is None or not (folder / "snapshots" / commit).is_dir():
+        return None
+    return commit
+
+
+def read_ref(folder: Path, revision: str) -> str | None:
+    """Commit that a branch or tag had when it was cached, or None."""
+    ref = folder / "refs" / revision
+    return ref.read_text().strip() or None if ref.is_file() else None
+
+
+def explain_partial(folder: Folder) -> str:
+    """A hint for the end of an error about something missing in a cached snapshot."""
+    if isinstance(folder, LocalFolder) and "snapshots" in folder.root.parts:
+        return (
+            "; this is a cached snapshot, which may hold a part of the repository only: go online "
+            "or run `hf download` for the rest"
+        )
+    return ""
+
+
+@contextmanager
+def translate_hub_errors(what: str, repo: str) -> Iterator[None]:
+    """Failures of the hub client as a CheckpointError that begins with `what`."""
+    from huggingface_hub.errors import HfHubHTTPError, SafetensorsParsingError
+
+    # The bases of HfHubHTTPError are OSError and the error of the HTTP library behind it.
+    bases = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
+    try:
+        yield
+    except (ValueError, SafetensorsParsingError, *bases) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        why = lines[0].strip() if lines else type(error).__name__
         raise CheckpointError(
-            f"{repo}: neither in the cache nor reachable on the hub ({_first_line(error)}). Check "
-            "the name and your connection, log in for a gated repository, or use --tiny"
+            f"{what} ({type(error).__name__}: {why}). Check the name and your connection; for a "
+            f"gated repository accept its licence on https://huggingface.co/{repo} and run "
+            "`hf auth login`; or use --tiny for a stand-in"
         ) from error
-    names = tuple(sibling.rfilename for sibling in info.siblings or ())
-    return HubFolder(repo, str(info.sha), names, hub.cache_dir)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

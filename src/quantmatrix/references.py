@@ -3,6 +3,19 @@
 A *weights reference* is read strictly: an index, or exactly one file; anything ambiguous is an
 error that lists the candidates. A *component folder* is read softly: every file of it, after an
 index or copies in other precisions are taken care of.
+
+| a weights reference finds | and takes |
+| ------------------------- | --------- |
+| one `.safetensors` | that file |
+| one `.safetensors.index.json` | the shards that it lists, whatever else is there |
+| two or more indexes | an error |
+| no index, one `*-mixed.safetensors` among others | the mixed file |
+| no index, several mixed files, or several plain ones | an error |
+| `d.safetensors` and `d.fp16.safetensors` (bf16, fp32; indexes, too) | the copy without suffix |
+| files in sub-folders only | the same rules, with all of them |
+| no `.safetensors` | an error of its own |
+
+A *selection* is what these rules give: file names, each with the tensors that an index promises.
 """
 
 from __future__ import annotations
@@ -10,7 +23,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePath, PurePosixPath
 from typing import Any
 
 from quantmatrix.checkpoint import (
@@ -21,15 +34,25 @@ from quantmatrix.checkpoint import (
     find_block,
     merge_headers,
     read_json,
+    refuse_pickle,
 )
 from quantmatrix.errors import CheckpointError
-from quantmatrix.folders import Folder, HubFolder, LocalFolder, open_folder
+from quantmatrix.folders import (
+    Folder,
+    HubFolder,
+    LocalFolder,
+    explain_partial,
+    open_folder,
+    translate_hub_errors,
+)
 
 WEIGHTS = ".safetensors"
-INDEX = ".safetensors.index.json"
+INDEX = re.compile(r"\.safetensors(\.(fp16|bf16|fp32))?\.index(\.(fp16|bf16|fp32))?\.json$")
 MIXED = re.compile(r"-mixed(-\d+-of-\d+)?\.safetensors$")
-PRECISION = re.compile(r"\.(fp16|bf16|fp32)(?=\.safetensors)")
-DESCRIPTION = re.compile(r"quant_model_description.*\.json$")
+PRECISION = re.compile(r"\.(fp16|bf16|fp32)(?=[.-])")
+DESCRIPTION = "quant_model_description"
+
+Selection = Mapping[str, frozenset[str]]
 
 
 @dataclass(frozen=True)
@@ -47,14 +70,14 @@ class PipelineFolder:
 def open_weights(reference: str, hub: Hub) -> Checkpoint:
     """The checkpoint of a weights reference: a file, an index, a folder or a hub id of these."""
     folder, name = open_folder(reference, hub)
-    if name.endswith(INDEX):
-        names = read_index(folder, name)
-    elif name:
-        refuse_pickle(folder, name)
-        names = [name]
+    if not name:
+        selection = select_weights(folder)
+    elif INDEX.search(name):
+        selection = read_index(folder, name)
     else:
-        names = select_weights(folder)
-    return build_checkpoint(reference, folder, names)
+        refuse_pickle(PurePosixPath(f"{folder}/{name}"))
+        selection = {name: frozenset()}
+    return build_checkpoint(reference, folder, selection)
 
 
 def open_component(reference: str, hub: Hub, subfolder: str = "") -> Checkpoint:
@@ -73,7 +96,7 @@ def enter_component(folder: Folder, subfolder: str) -> Folder:
     """The component folder itself, or `transformer/` in a folder that has no config.json."""
     if subfolder:
         return folder.enter(subfolder)
-    if "config.json" not in folder.names and "transformer/config.json" in folder.names:
+    if not folder.has("config.json") and folder.has("transformer/config.json"):
         return folder.enter("transformer")
     return folder
 
@@ -84,11 +107,15 @@ def open_compat(reference: str, hub: Hub) -> Checkpoint:
     Without a mixed file at the top level the whole folder is read as a weights reference.
     """
     folder, name = open_folder(reference, hub)
-    if not name:
-        mixed = [n for n in top_level(folder) if n.endswith("-mixed.safetensors")]
-        if mixed:
-            return build_checkpoint(reference, folder, [mixed[0]])
-    return open_weights(reference, hub)
+    mixed = None if name else find_mixed(folder)
+    if mixed is None:
+        return open_weights(reference, hub)
+    return build_checkpoint(reference, folder, {mixed: frozenset()})
+
+
+def find_mixed(folder: Folder) -> str | None:
+    """The first mixed checkpoint at the top level of a folder."""
+    return next((name for name in folder.top if name.endswith("-mixed.safetensors")), None)
 
 
 def open_pipeline(reference: str, hub: Hub) -> PipelineFolder:
@@ -96,7 +123,7 @@ def open_pipeline(reference: str, hub: Hub) -> PipelineFolder:
     folder, name = open_folder(reference, hub)
     if name:
         raise CheckpointError(f"{reference}: a base model is a folder, this is a file")
-    if "model_index.json" in folder.names:
+    if folder.has("model_index.json"):
         index = read_json(folder.path("model_index.json"))
         components = {
             key: (value[0], value[1])
@@ -104,12 +131,13 @@ def open_pipeline(reference: str, hub: Hub) -> PipelineFolder:
             if not key.startswith("_") and isinstance(value, list) and len(value) == 2 and value[1]
         }
         return PipelineFolder(reference, folder, index.get("_class_name"), components)
-    if "config.json" in folder.names:
+    if folder.has("config.json"):
         config = read_json(folder.path("config.json"))
         return PipelineFolder(reference, folder, config.get("_class_name"), {})
     raise CheckpointError(
         f"{reference}: neither model_index.json nor config.json in it: expected a diffusers model "
         "folder. Weights alone go to --transformer-weights-path, beside a base --model-path"
+        f"{explain_partial(folder)}"
     )
 
 
@@ -119,162 +147,204 @@ def read_component_config(
     """(config, its file) of a component; weights need not be there."""
     folder, name = open_folder(reference, hub)
     folder = enter_component(folder, subfolder)
-    if name or "config.json" not in folder.names:
-        raise CheckpointError(f"{folder}: no config.json: expected a diffusers component folder")
+    if name or not folder.has("config.json"):
+        raise CheckpointError(
+            f"{folder}: no config.json: expected a diffusers component folder"
+            f"{explain_partial(folder)}"
+        )
     path = folder.path("config.json")
     return read_json(path), str(path)
 
 
 def fetch(checkpoint: Checkpoint, hub: Hub) -> Checkpoint:
     """The checkpoint with every file on this machine; what is remote is downloaded."""
-    if checkpoint.remote is None:
-        return checkpoint
     remote = checkpoint.remote
+    if remote is None:
+        return checkpoint
     source = HubFolder(remote.repo, remote.commit, remote.files, hub.cache_dir)
-    paths = {name: str(source.path(name)) for name in remote.files}
-    local = {PurePosixPath(name).name: path for name, path in paths.items()}
-    tensors = {
-        name: replace(header, file=local.get(PurePosixPath(header.file).name, header.file))
-        for name, header in checkpoint.tensors.items()
-    }
-    files = tuple(local.get(PurePosixPath(file).name, file) for file in checkpoint.files)
-    return replace(checkpoint, files=files, tensors=tensors, remote=None)
-
-
-def fetch_pipeline(reference: str, hub: Hub, without: tuple[str, ...] = ()) -> str:
-    """A local folder of a model, without the weights of some components."""
-    folder, _ = open_folder(reference, hub)
-    if isinstance(folder, LocalFolder):
-        return str(folder.root)
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(
-        folder.repo,
-        revision=folder.commit,
-        cache_dir=hub.cache_dir,
-        ignore_patterns=[f"{name}/*.safetensors*" for name in without]
-        + ["*.bin", "*.pt", "*.ckpt"],
+    local = {remote.address(name): str(source.path(name)) for name in remote.files}
+    return replace(
+        checkpoint,
+        files=tuple(local.get(file, file) for file in checkpoint.files),
+        tensors={
+            name: replace(header, file=local.get(header.file, header.file))
+            for name, header in checkpoint.tensors.items()
+        },
+        remote=None,
     )
 
 
-def build_checkpoint(reference: str, folder: Folder, names: list[str]) -> Checkpoint:
+def fetch_pipeline(reference: str, hub: Hub, without: tuple[str, ...] = ()) -> str:
+    """A local folder of a model, without the weights of the components named in `without`.
+
+    Of a repository only the folders of its components are downloaded, and neither pickles nor
+    copies in other precisions.
+    """
+    folder, _ = open_folder(reference, hub)
+    if isinstance(folder, LocalFolder):
+        return str(folder.root)
+    components = open_pipeline(reference, hub).components
+    needed = [
+        name for name in drop_precisions(folder.names) if is_needed(name, components, without)
+    ]
+    from huggingface_hub import snapshot_download
+
+    with translate_hub_errors(f"{folder}: cannot be downloaded", folder.repo):
+        root = snapshot_download(
+            folder.repo,
+            revision=folder.commit,
+            cache_dir=hub.cache_dir,
+            allow_patterns=[folder.full(name) for name in needed],
+        )
+    return str(PurePath(root) / folder.prefix)
+
+
+def is_needed(name: str, components: Iterable[str], without: Iterable[str]) -> bool:
+    """Whether a model's file is loaded: without `components` the folder is one component itself."""
+    part, _, inner = name.partition("/")
+    weights = name.endswith(WEIGHTS) or INDEX.search(name) is not None
+    if PurePosixPath(name).suffix.lower() in PICKLES:
+        return False
+    if not components:
+        return not inner
+    return part in components and not (weights and part in without) if inner else not weights
+
+
+def build_checkpoint(reference: str, folder: Folder, selection: Selection) -> Checkpoint:
     """Read the headers and JSON files of the selected weight files."""
-    tensors, metadata = merge_headers(folder.header(name) for name in names)
-    parent = str(PurePosixPath(names[0]).parent)
-    beside = folder if parent == "." else folder.enter(parent)
-    config_file = str(beside.path("config.json")) if "config.json" in beside.names else None
-    config = read_json(Path(config_file)) if config_file else None
-    missing = tuple(name for name in names if not folder.is_local(name))
-    files = tuple(name if name in missing else str(folder.path(name)) for name in names)
-    nested = None
-    if "hf_quant_config.json" in beside.names:
-        path = beside.path("hf_quant_config.json")
-        nested = (read_json(path), str(path))
-    block, place = find_block(config, config_file, metadata, files, nested)
-    described = find_description(beside)
-    remote = None
-    if missing and isinstance(folder, HubFolder):
-        prefix = f"{folder.prefix}/" if folder.prefix else ""
-        remote = RemoteFiles(folder.repo, folder.commit, tuple(f"{prefix}{n}" for n in missing))
+    headers = {folder.address(name): folder.header(name) for name in selection}
+    for name, promised in selection.items():
+        absent = sorted(promised - headers[folder.address(name)][0].keys())
+        if absent:
+            raise CheckpointError(
+                f"{folder}/{name}: the index promises {len(promised)} tensors in it, {len(absent)} "
+                f"are not there, the first is {absent[0]}: index and shards are not of one "
+                "checkpoint; download both again"
+            )
+    tensors, metadata = merge_headers(headers)
+    beside = folder.enter(next(iter(selection)).rpartition("/")[0])
+    config, config_file = read_beside(beside, "config.json")
+    nested, nested_file = read_beside(beside, "hf_quant_config.json")
+    block, place = find_block(
+        config,
+        config_file,
+        metadata,
+        tuple(headers),
+        (nested, nested_file) if nested and nested_file else None,
+    )
+    description, description_file = read_beside(beside, find_description(beside))
     return Checkpoint(
         reference=reference,
-        files=files,
+        files=tuple(headers),
         tensors=tensors,
         metadata=metadata,
         config=config,
         config_file=config_file,
         quantization=block,
         quantization_from=place,
-        description=read_json(described) if described else None,
-        description_file=str(described) if described else None,
-        remote=remote,
+        description=description,
+        description_file=description_file,
+        remote=find_remote(folder, selection),
     )
 
 
-def find_description(folder: Folder) -> Path | None:
+def find_remote(folder: Folder, selection: Selection) -> RemoteFiles | None:
+    """The selected files that are not on this machine, or None when all of them are."""
+    missing = tuple(name for name in selection if not folder.is_local(name))
+    if isinstance(folder, LocalFolder) or not missing:
+        return None
+    return RemoteFiles(folder.repo, folder.commit, tuple(folder.full(name) for name in missing))
+
+
+def read_beside(folder: Folder, name: str | None) -> tuple[dict[str, Any] | None, str | None]:
+    """(content, path) of a JSON file in a folder, if it is there."""
+    if name is None or not folder.has(name):
+        return None, None
+    path = folder.path(name)
+    return read_json(path), str(path)
+
+
+def find_description(folder: Folder) -> str | None:
     """The description file beside the weights: the exact name first, else the first that fits."""
-    names = [name for name in top_level(folder) if DESCRIPTION.match(name)]
-    exact = "quant_model_description.json"
-    chosen = exact if exact in names else next(iter(names), None)
-    return folder.path(chosen) if chosen else None
+    names = [name for name in folder.top if name.startswith(DESCRIPTION) and name.endswith(".json")]
+    exact = f"{DESCRIPTION}.json"
+    return exact if exact in names else next(iter(names), None)
 
 
-def top_level(folder: Folder) -> list[str]:
-    """Names directly in a folder."""
-    return [name for name in folder.names if "/" not in name]
-
-
-def select_weights(folder: Folder) -> list[str]:
+def select_weights(folder: Folder) -> Selection:
     """Files of a weights folder: one index, one mixed file or one file; else an error."""
-    indexes = drop_precisions([n for n in folder.names if n.endswith(INDEX)])
-    if len(indexes) > 1:
-        raise ambiguous(folder, indexes, "indexes")
-    if indexes:
-        return read_index(folder, indexes[0])
-    files = drop_precisions([n for n in folder.names if n.endswith(WEIGHTS)])
-    if not files:
-        raise no_weights(folder)
+    names = drop_precisions(folder.names)
+    index = find_index(folder, names)
+    if index is not None:
+        return read_index(folder, index)
+    files = [name for name in names if name.endswith(WEIGHTS)]
     mixed = [name for name in files if MIXED.search(name)]
     if len(mixed) > 1:
-        raise ambiguous(folder, mixed, "mixed checkpoints")
-    if mixed:
-        return mixed
-    if len(files) > 1:
-        raise ambiguous(folder, files, "weight files and no index")
-    return files
+        raise ambiguous(folder, mixed, "mixed checkpoints and no index")
+    chosen = mixed or files
+    if not chosen:
+        raise no_weights(folder)
+    if len(chosen) > 1:
+        raise ambiguous(folder, chosen, "weight files and no index")
+    return {chosen[0]: frozenset()}
 
 
-def select_component(folder: Folder) -> list[str]:
+def select_component(folder: Folder) -> Selection:
     """Files of a component folder: those of its index, else every file, mixed ones preferred."""
-    names = top_level(folder)
-    indexes = drop_precisions([n for n in names if n.endswith(INDEX)])
-    if len(indexes) > 1:
-        raise ambiguous(folder, indexes, "indexes")
-    if indexes:
-        return read_index(folder, indexes[0])
-    files = drop_precisions([n for n in names if n.endswith(WEIGHTS)])
+    names = drop_precisions(folder.top)
+    index = find_index(folder, names)
+    if index is not None:
+        return read_index(folder, index)
+    files = [name for name in names if name.endswith(WEIGHTS)]
     if not files:
         raise no_weights(folder)
     mixed = [name for name in files if MIXED.search(name)]
-    return mixed if mixed else files
+    return dict.fromkeys(mixed or files, frozenset())
 
 
-def read_index(folder: Folder, name: str) -> list[str]:
-    """Shards that an index lists; a shard that is not there is an error."""
-    index = read_json(folder.path(name))
-    weight_map = index.get("weight_map")
+def find_index(folder: Folder, names: Iterable[str]) -> str | None:
+    """The index among the names; two are an error."""
+    indexes = [name for name in names if INDEX.search(name)]
+    if len(indexes) > 1:
+        raise ambiguous(folder, indexes, "indexes")
+    return next(iter(indexes), None)
+
+
+def read_index(folder: Folder, name: str) -> Selection:
+    """Shards that an index lists, with their tensors; a shard that is not there is an error."""
+    weight_map = read_json(folder.path(name)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder}/{name}: no weight_map in it: expected a safetensors index")
-    parent = PurePosixPath(name).parent
-    shards = sorted({str(parent / shard) for shard in weight_map.values()})
-    missing = [shard for shard in shards if shard not in folder.names]
+    shards: dict[str, set[str]] = {}
+    for tensor, shard in weight_map.items():
+        shards.setdefault(str(PurePosixPath(name).parent / str(shard)), set()).add(tensor)
+    for shard in shards:
+        refuse_pickle(PurePosixPath(shard))
+    missing = sorted(shard for shard in shards if not folder.has(shard))
     if missing:
         raise CheckpointError(
             f"{folder}/{name}: lists {len(shards)} shards, {len(missing)} are not there: "
-            f"{', '.join(missing)}; download them again"
+            f"{', '.join(missing)}; download them again{explain_partial(folder)}"
         )
-    return shards
+    return {shard: frozenset(shards[shard]) for shard in sorted(shards)}
 
 
 def drop_precisions(names: Iterable[str]) -> list[str]:
     """Names without the fp16, bf16 and fp32 copies of files that are there without a suffix."""
     listed = list(names)
-    plain = set(listed)
-    return [n for n in listed if not PRECISION.search(n) or PRECISION.sub("", n) not in plain]
+    plain = {name for name in listed if not PRECISION.search(name)}
 
+    def is_copy(name: str) -> bool:
+        bare = PRECISION.sub("", name)
+        weights = bare.endswith(WEIGHTS) or bool(INDEX.search(bare))
+        return weights and bare != name and (bare in plain or INDEX.sub(WEIGHTS, bare) in plain)
 
-def refuse_pickle(folder: Folder, name: str) -> None:
-    """A pickle is never opened."""
-    if PurePosixPath(name).suffix.lower() in PICKLES:
-        raise CheckpointError(
-            f"{folder}/{name}: a pickle file can run code when it is opened, so it is refused; "
-            "expected a .safetensors file"
-        )
+    return [name for name in listed if not is_copy(name)]
 
 
 def ambiguous(folder: Folder, names: list[str], what: str) -> CheckpointError:
     """The error for several candidates."""
-    listed = "".join(f"\n  {name}" for name in names)
+    listed = "".join(f"\n  {folder}/{name}" for name in names)
     return CheckpointError(f"{folder}: {len(names)} {what}; name one of them:{listed}")
 
 
@@ -282,4 +352,7 @@ def no_weights(folder: Folder) -> CheckpointError:
     """The error for a folder without weights; pickles are named."""
     pickles = [n for n in folder.names if PurePosixPath(n).suffix.lower() in PICKLES]
     more = f"; {pickles[0]} is a pickle file, which is refused" if pickles else ""
-    return CheckpointError(f"{folder}: no .safetensors weights in it{more}")
+    return CheckpointError(
+        f"{folder}: no .safetensors weights in it{more}; name a folder or file that has them"
+        f"{explain_partial(folder)}"
+    )

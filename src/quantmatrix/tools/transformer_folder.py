@@ -65,7 +65,7 @@ def open_transformer(path: Path, flag: str) -> TransformerFolder:
         )
     shards, index = find_shards(root)
     headers = {shard: read_header(root / shard) for shard in shards}
-    tensors, _ = merge_headers(headers.values())
+    tensors, _ = merge_headers(headers)
     files = tuple(str(root / shard) for shard in shards)
     return TransformerFolder(
         root=root,
