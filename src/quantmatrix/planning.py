@@ -215,9 +215,8 @@ def plan_component(
         for layer, target, scheme, (out, into) in parts:
             kernel = kernels.choose(scheme.op, machine, scheme, (out, into), request.backend)
             size = kernel.footprint(scheme, out, into, item)
-            chosen.append(
-                Piece(layer, target, scheme, out, into, kernel.backend, kernel.numerics, size)
-            )
+            numerics = name_numerics(kernel, scheme)
+            chosen.append(Piece(layer, target, scheme, out, into, kernel.backend, numerics, size))
         layers[module] = tuple(sorted(chosen, key=lambda piece: piece.target.columns))
     kept = sum(checkpoint.tensors[n].nbytes for n in plain)
     return ComponentPlan(
@@ -234,6 +233,13 @@ def plan_component(
         total_layers=len(layers) + count_plain_linears(checkpoint, plain, dialect),
         bytes=kept + sum(piece.bytes for parts in layers.values() for piece in parts),
     )
+
+
+def name_numerics(kernel: kernels.Kernel, scheme: Scheme) -> str:
+    """The kernel's class of arithmetic; integer kernels serve 4-bit codes as they serve 8-bit ones."""
+    if scheme.op == "linear.int8" and scheme.weight == "int4":
+        return {"W8A8": "W4A4", "W8A16": "W4A16"}.get(kernel.numerics, kernel.numerics)
+    return kernel.numerics
 
 
 def find_schemes(
