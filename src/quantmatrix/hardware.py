@@ -9,11 +9,16 @@ the modules `nunchaku/ops/gemm` and `nunchaku/models/linear`.
 
 from __future__ import annotations
 
+import os
 import platform
+import re
+import sys
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from quantmatrix.errors import UsageError
 
 if TYPE_CHECKING:
     from quantmatrix.matrix import HardwareRow
@@ -30,6 +35,22 @@ OPTIONAL_PACKAGES = {
 
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "accelerate", "huggingface_hub")
 """Packages whose versions belong to a result."""
+
+DISTRIBUTIONS = {
+    "flashinfer": "flashinfer-python",
+    "humming": "humming-kernels",
+    "torch_npu": "torch-npu",
+    "comfy_kitchen": "comfy-kitchen",
+}
+"""Names under which optional packages are installed, where they differ from the import name."""
+
+DEVICES = ("cpu", "cuda", "npu", "mps")
+"""Kinds of device that can be probed, by torch's names."""
+
+INSTRUCTION_SETS = (
+    "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "i8mm", "sve",
+)  # fmt: skip
+"""Processor flags that decide which arithmetic a CPU backend runs."""
 
 
 @dataclass(frozen=True)
@@ -64,44 +85,73 @@ def from_row(row: HardwareRow) -> Machine:
 
 
 def probe(device: str | None = None) -> Machine:
-    """The machine we stand on; `device` is torch's name (`cpu`, `cuda:1`), default the best."""
+    """The machine we stand on; `device` is torch's name (`cpu`, `cuda:1`), default the best.
+
+    Raises UsageError when there is no such device here.
+    """
     import torch
 
     packages = installed_packages()
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = device.split(":")[0]
+        device = next((kind for kind in ("cuda", "npu") if count_devices(kind)), "cpu")
+    kind, _, number = device.partition(":")
+    index = int(number) if number.isdecimal() else 0
+    count = count_devices(kind)
+    if number not in ("", str(index)) or index >= count:
+        here = [f"{name} ({count_devices(name)})" for name in DEVICES if count_devices(name)]
+        raise UsageError(f"--device {device}: no such device here; found: {', '.join(here)}")
     if kind == "cuda":
-        return _probe_cuda(device, packages)
+        return _probe_cuda(torch.cuda.get_device_properties(index), packages, device, count)
     if kind == "npu":
-        name = "Ascend NPU"
-        return Machine(name, "ascend", "910b", 0, packages, device)
+        return _probe_npu(_npu().get_device_properties(index), packages, device, count)
     if kind == "mps":
-        return Machine("Apple GPU", "apple", "mps", 0, packages, device)
-    return Machine("cpu", "cpu", "cpu", read_memory(), packages, "cpu")
+        return Machine("Apple GPU", "apple", "mps", read_memory(), packages, device)
+    return Machine("cpu", "cpu", "cpu", read_memory(), packages, device)
 
 
-def _probe_cuda(device: str, packages: frozenset[str]) -> Machine:
+def count_devices(kind: str) -> int:
+    """How many devices of a kind torch sees; 0 for a kind it does not know."""
     import torch
 
-    index = int(device.partition(":")[2] or 0)
-    properties: Any = torch.cuda.get_device_properties(index)
+    if kind == "cuda":
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "npu":
+        return int(_npu().device_count()) if _npu() is not None and _npu().is_available() else 0
+    if kind == "mps":
+        return int(torch.backends.mps.is_available())
+    return int(kind == "cpu")
+
+
+def _npu() -> Any:
+    """`torch.npu`, which torch itself brings in where the NPU package is installed, or None."""
+    import torch
+
+    return getattr(torch, "npu", None)
+
+
+def _probe_cuda(found: Any, packages: frozenset[str], device: str, count: int) -> Machine:
+    import torch
+
     if torch.version.hip:
-        vendor, arch = "amd", str(properties.gcnArchName).split(":")[0]
+        vendor, arch = "amd", str(found.gcnArchName).split(":")[0]
     else:
-        vendor, arch = "nvidia", f"sm{properties.major}{properties.minor}"
-    count = torch.cuda.device_count()
-    memory = int(properties.total_memory)
-    return Machine(str(properties.name), vendor, arch, memory, packages, device, count)
+        vendor, arch = "nvidia", f"sm{found.major}{found.minor}"
+    return Machine(str(found.name), vendor, arch, int(found.total_memory), packages, device, count)
+
+
+def _probe_npu(found: Any, packages: frozenset[str], device: str, count: int) -> Machine:
+    name = str(found.name)
+    generation = re.search(r"(\d+[A-Za-z]?)", name)
+    arch = generation[1].lower() if generation else "unknown"
+    return Machine(name, "ascend", arch, int(found.total_memory), packages, device, count)
 
 
 def read_memory() -> int:
     """Bytes of main memory; 0 where the system does not say."""
     try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
         return 0
-    return int(text.split("MemTotal:")[1].split()[0]) * 1024
 
 
 def installed_packages() -> frozenset[str]:
@@ -113,35 +163,43 @@ def installed_packages() -> frozenset[str]:
 
 
 def is_installed(name: str) -> bool:
-    """Whether a top-level package can be located."""
+    """Whether a top-level package can be located; a mere folder of that name is none."""
+    return find_package(name) is not None
+
+
+def find_package(name: str) -> Path | None:
+    """Folder of a top-level package, found without importing it, or None."""
     try:
-        return util.find_spec(name) is not None
+        spec = util.find_spec(name)
     except (ImportError, ValueError):
-        return False
+        return None
+    return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
 
 
 def inspect_nunchaku() -> tuple[str | None, str]:
     """(`engine`, `look-alike` or None, explanation) of an installed package named nunchaku."""
-    try:
-        distribution = metadata.distribution("nunchaku")
-    except metadata.PackageNotFoundError:
+    folder = find_package("nunchaku")
+    if folder is None:
         return None, "no package named nunchaku is installed"
-    files = {str(file) for file in distribution.files or ()}
-    compiled = any(
-        file.startswith("nunchaku/_C") and file.endswith((".so", ".pyd")) for file in files
-    )
-    modules = {"nunchaku/ops/gemm.py", "nunchaku/models/linear.py"}
-    version = distribution.version
-    if compiled and modules <= files:
+    version = read_versions(("nunchaku",)).get("nunchaku", "of unknown version")
+    compiled = [*folder.glob("_C*.so"), *folder.glob("_C*.pyd")]
+    missing = [
+        name for name in ("ops/gemm.py", "models/linear.py") if not (folder / name).is_file()
+    ]
+    if compiled and not missing:
         return "engine", f"the SVDQuant engine {version}"
-    if "nunchaku/nunchaku.py" in files or "nunchaku/gibbs_sampler.py" in files:
+    advice = (
+        "uninstall it, and install the engine's wheel for your Python, torch and CUDA from its "
+        "project's releases"
+    )
+    if (folder / "nunchaku.py").is_file() or (folder / "gibbs_sampler.py").is_file():
         return (
             "look-alike",
-            f"nunchaku {version} is an unrelated statistics package (piece-wise linear fitting): "
-            "uninstall it, and install the engine's wheel for your Python, torch and CUDA from "
-            "its project's releases (nunchaku.tech)",
+            f"nunchaku {version} is an unrelated statistics package (piece-wise linear fitting), "
+            f"not the SVDQuant engine: {advice}",
         )
-    return "look-alike", f"nunchaku {version} has no compiled extension: it is not the engine"
+    lacking = ", ".join([*([] if compiled else ["its compiled extension _C"]), *missing])
+    return "look-alike", f"nunchaku {version} lacks {lacking}: not a working engine; {advice}"
 
 
 def read_versions(names: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
@@ -149,27 +207,54 @@ def read_versions(names: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
     versions = {}
     for name in names:
         try:
-            versions[name] = metadata.version(name)
+            versions[name] = metadata.version(DISTRIBUTIONS.get(name, name))
         except metadata.PackageNotFoundError:
             continue
     return versions
 
 
 def fingerprint() -> dict[str, Any]:
-    """What a result should say about the software and processor it was made on."""
-    return {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
+    """What a result should say about the machine and software it was made on.
+
+    Threads and devices are torch's, and are there only when torch has been imported already.
+    """
+    found: dict[str, Any] = {
         "processor": read_processor(),
+        "instruction_sets": read_instruction_sets(),
+        "processors": os.cpu_count() or 0,
+        "memory_bytes": read_memory(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
         "versions": read_versions(),
     }
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        found["threads"] = torch.get_num_threads()
+        found["devices"] = [
+            getattr(torch, kind).get_device_name(index)
+            for kind in ("cuda", "npu")
+            for index in range(count_devices(kind))
+        ]
+    return found
 
 
 def read_processor() -> str:
     """Model name of the processor."""
+    names = (value for key, value in _read_cpuinfo() if key == "model name")
+    return next(names, platform.processor() or platform.machine() or "unknown")
+
+
+def read_instruction_sets() -> list[str]:
+    """Those of `INSTRUCTION_SETS` that the processor has; empty where the system does not say."""
+    flags = next((value for key, value in _read_cpuinfo() if key in ("flags", "Features")), "")
+    return [name for name in INSTRUCTION_SETS if name in flags.split()]
+
+
+def _read_cpuinfo() -> list[tuple[str, str]]:
+    """(key, value) of each line of Linux's description of the processors."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or "unknown"
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "unknown")
+        return []
+    pairs = (line.partition(":") for line in lines)
+    return [(key.strip(), value.strip()) for key, _, value in pairs]
