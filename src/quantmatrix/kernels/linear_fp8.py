@@ -123,11 +123,11 @@ def run_decode(
 def prepare_torch(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
     """The weight as a column-major [K, N] view, and scales as `torch._scaled_mm` takes them.
 
-    One scale per output channel [1, N] when inputs are scaled per token, else one number.
+    One scale per output channel [1, N] when weights or inputs are scaled by rows, else one number.
     """
     prepared = {"columns": tensors["weight"].contiguous().t()}
     scale = tensors["weight_scale"].float()
-    if scheme.activation == "token-dynamic":
+    if scheme.scale == "channel" or scheme.activation == "token-dynamic":
         rows = tensors["weight"].shape[0]
         prepared["weight_scale"] = scale.reshape(1, -1).expand(1, rows).contiguous()
     else:
@@ -144,6 +144,8 @@ def run_torch(
     flat = x.reshape(-1, x.shape[-1])
     scale = find_input_scale(flat, tensors, scheme)
     codes = round_e4m3(flat.float() / scale)
+    if tensors["weight_scale"].ndim:
+        scale = scale.expand(flat.shape[0], 1)
     out_dtype = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
     columns = tensors["columns"]
     y = torch._scaled_mm(

@@ -1,0 +1,296 @@
+"""fp8 and modelopt-fp8: what is read from headers, arithmetic against plain formulas, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional
+
+from quantmatrix import families
+from quantmatrix.checkpoint import Checkpoint, Hub
+from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.families import fp8, modelopt_fp8
+from quantmatrix.families.protocol import Calibration
+from quantmatrix.kernels import kernels_of, linear_fp8
+from quantmatrix.references import open_weights
+from quantmatrix.scheme import Scheme
+
+CASES = [("fp8", name) for name in fp8.SCHEMES] + [("modelopt-fp8", "FP8")]
+N, K = 144, 272  # ragged against blocks of 128, multiples of 16
+
+
+def make_layer() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Calibration]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(N, K, generator=generator).bfloat16()
+    bias = torch.randn(N, generator=generator).bfloat16()
+    x = torch.randn(3, 5, K, generator=generator) * torch.linspace(0.1, 3, 5).unsqueeze(-1)
+    return weight, bias, x, Calibration(x.amin(dim=(0, 1)), x.amax(dim=(0, 1)))
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Checkpoint:
+    folder.mkdir(exist_ok=True)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
+    return open_weights(str(folder), Hub(offline=True))
+
+
+def make_checkpoint(
+    folder: Path, family: str, name: str, **changes: torch.Tensor | None
+) -> Checkpoint:
+    """One quantized layer `a` beside a plain one `b`; `changes` replace or drop tensors."""
+    module = families.load(family)
+    weight, bias, _, calibration = make_layer()
+    scheme = module.SCHEMES[name]
+    made = module.quantize(weight, scheme, bias=bias, calibration=calibration)
+    tensors = {f"a.{k}": v for k, v in made.items()} | {"b.weight": weight}
+    for key, value in changes.items():
+        tensors.pop(f"a.{key}", None)
+        if value is not None:
+            tensors[f"a.{key}"] = value
+    config = module.declare({"a": scheme}, ["b"]).config
+    assert config is not None
+    return write(folder, tensors, config)
+
+
+def decode_plainly(made: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The weight by the words of the format page, element by element."""
+    codes = made["weight"].float()
+    scale = made.get("weight_scale", made.get("weight_scale_inv"))
+    assert scale is not None
+    if "weight_scale_inv" in made:
+        rows, columns = torch.arange(N) // 128, torch.arange(K) // 128
+        return codes * scale[rows][:, columns]
+    return codes * (scale if scale.ndim == 0 else scale.view(-1, 1))
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_what_is_written_is_recognised(tmp_path: Path, family: str, name: str) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c", family, name)
+    found = families.detect(checkpoint)
+    assert found is not None
+    assert found[0] == family
+    assert families.load(family).schemes(checkpoint) == {"a": families.load(family).SCHEMES[name]}
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_dequantize_is_code_times_scale(family: str, name: str) -> None:
+    module = families.load(family)
+    weight, _, _, calibration = make_layer()
+    made = module.quantize(weight, module.SCHEMES[name], calibration=calibration)
+    got = module.dequantize(made, module.SCHEMES[name])
+    assert torch.equal(got, decode_plainly(made))
+    assert ((got - weight.float()).norm() / weight.float().norm()).item() < 0.03
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_reference_rounds_inputs_as_declared(family: str, name: str) -> None:
+    module = families.load(family)
+    weight, bias, x, calibration = make_layer()
+    scheme = module.SCHEMES[name]
+    made = module.quantize(weight, scheme, bias=bias, calibration=calibration)
+    if scheme.activation == "tensor-static":
+        scale = (x.abs().max() / 448).expand(3, 5, K)
+    elif scheme.activation == "tensor-dynamic":
+        scale = (x.abs().max() / 448).expand(3, 5, K)
+    elif scheme.activation == "token-dynamic":
+        scale = (x.abs().amax(-1, keepdim=True) / 448).expand(3, 5, K)
+    else:
+        parts = [p.abs().amax(-1, keepdim=True).expand_as(p) / 448 for p in x.split(128, dim=-1)]
+        scale = torch.cat(parts, dim=-1)
+    codes = (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    expected = functional.linear(codes * scale, decode_plainly(made)) + bias.float()
+    got = module.reference(x, made, scheme)
+    assert got.shape == (3, 5, N)
+    assert ((got - expected).norm() / expected.norm()).item() < 1e-6
+
+
+def test_static_inputs_beyond_the_calibration_saturate() -> None:
+    weight, _, x, calibration = make_layer()
+    made = modelopt_fp8.quantize(weight, modelopt_fp8.FP8, calibration=calibration)
+    got = modelopt_fp8.reference(x * 100, made, modelopt_fp8.FP8)
+    held = modelopt_fp8.reference(
+        (x * 100).clamp(-x.abs().max(), x.abs().max()), made, modelopt_fp8.FP8
+    )
+    assert torch.equal(got, held)
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+@pytest.mark.parametrize("backend", ["reference", "decode", "torch"])
+def test_every_kernel_gives_the_layer(family: str, name: str, backend: str) -> None:
+    module = families.load(family)
+    weight, bias, x, calibration = make_layer()
+    scheme: Scheme = module.SCHEMES[name]
+    kernel = next(k for k in kernels_of(scheme.op) if k.backend == backend)
+    if kernel.needs.scales and scheme.scale not in kernel.needs.scales:
+        pytest.skip("not declared by the kernel")
+    made = module.quantize(weight, scheme, bias=bias, calibration=calibration)
+    canonical = module.canonical(made, scheme)
+    kept = kernel.prepare(
+        {k: v for k, v in canonical.items() if k != "bias"}, scheme, torch.float32
+    )
+    got = kernel.run(x, kept, bias.float(), scheme)
+    exact = module.reference(x, made, scheme)
+    plain = functional.linear(x, decode_plainly(made), bias.float())
+    expected = plain if backend == "decode" else exact
+    assert got.dtype == x.dtype
+    assert ((got - expected).norm() / expected.norm()).item() < 4e-3
+    size = sum(t.numel() * t.element_size() for t in kept.values())
+    counted = kernel.footprint(scheme, N, K, 4) - N * 4
+    assert 0 <= counted - size <= 8 or backend == "torch"
+
+
+def test_torch_kernel_keeps_a_column_major_view() -> None:
+    weight, _, _, calibration = make_layer()
+    made = modelopt_fp8.quantize(weight, modelopt_fp8.FP8, calibration=calibration)
+    kept = linear_fp8.prepare_torch(
+        modelopt_fp8.canonical(made, modelopt_fp8.FP8), modelopt_fp8.FP8, torch.bfloat16
+    )
+    assert kept["columns"].shape == (K, N)
+    assert kept["columns"].stride() == (1, K)
+    moved = kept["columns"].to("cpu", copy=True)
+    assert moved.stride() == (1, K)
+
+
+def test_zero_input_gives_the_bias() -> None:
+    weight, bias, x, calibration = make_layer()
+    for name, scheme in fp8.SCHEMES.items():
+        made = fp8.quantize(weight, scheme, bias=bias, calibration=calibration)
+        got = fp8.reference(torch.zeros_like(x), made, scheme)
+        assert torch.equal(got, bias.float().expand_as(got)), name
+
+
+def test_zero_weight_is_representable() -> None:
+    for scheme in fp8.SCHEMES.values():
+        made = fp8.quantize(
+            torch.zeros(32, 32), scheme, calibration=Calibration(torch.zeros(32), torch.ones(32))
+        )
+        assert torch.equal(fp8.dequantize(made, scheme), torch.zeros(32, 32))
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_rows_can_be_taken(family: str, name: str) -> None:
+    module = families.load(family)
+    weight, bias, x, calibration = make_layer()
+    scheme = module.SCHEMES[name]
+    made = module.canonical(
+        module.quantize(weight, scheme, bias=bias, calibration=calibration), scheme
+    )
+    rows = torch.tensor([5, 3, 140])
+    if scheme.scale == "block":
+        with pytest.raises(ValueError, match="cannot be taken apart"):
+            linear_fp8.take_rows(made, rows)
+        return
+    taken = linear_fp8.take_rows(made, rows)
+    whole = linear_fp8.reference(x, made, scheme)
+    assert torch.allclose(
+        linear_fp8.reference(x, taken, scheme), whole[..., rows], rtol=1e-5, atol=1e-4
+    )
+
+
+BROKEN = [
+    ("fp8", "tensor-dynamic", {"weight_scale": None}, "a.weight_scale is missing"),
+    ("fp8", "block-dynamic", {"weight_scale_inv": None}, "a.weight_scale_inv is missing"),
+    ("fp8", "tensor-static", {"input_scale": None}, "a.input_scale is missing"),
+    ("fp8", "tensor-dynamic", {"weight_scale": torch.ones(3)}, r"\[3\], expected F32"),
+    ("fp8", "tensor-dynamic", {"weight_scale": torch.ones(()).half()}, "is F16"),
+    ("fp8", "tensor-dynamic", {"input_scale": torch.ones(())}, "declares dynamic activations"),
+    ("fp8", "tensor-dynamic", {"weight": torch.ones(N, K).bfloat16()}, "a.weight is BF16"),
+    ("fp8", "block-dynamic", {"weight_scale_inv": torch.ones(1, 3)}, r"expected F32 \[2, 3\]"),
+    ("modelopt-fp8", "FP8", {"weight_scale": None}, "never assumed to be 1"),
+    ("modelopt-fp8", "FP8", {"input_scale": None}, "a.input_scale is missing"),
+    ("modelopt-fp8", "FP8", {"weight_scale": torch.ones(N)}, rf"\[{N}\], expected F32"),
+]
+
+
+@pytest.mark.parametrize(("family", "name", "changes", "message"), BROKEN)
+def test_broken_layers_are_named(
+    tmp_path: Path, family: str, name: str, changes: dict, message: str
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c", family, name, **changes)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        families.load(family).schemes(checkpoint)
+    assert "model.safetensors" in str(caught.value)
+
+
+def test_ignored_layer_that_is_quantized(tmp_path: Path) -> None:
+    weight, _, _, calibration = make_layer()
+    made = modelopt_fp8.quantize(weight, modelopt_fp8.FP8, calibration=calibration)
+    config = modelopt_fp8.declare({}, ["blocks.0*"]).config
+    checkpoint = write(tmp_path / "c", {f"blocks.0.q.{k}": v for k, v in made.items()}, config)
+    with pytest.raises(CheckpointError, match=r"`ignore` lists blocks\.0\.q"):
+        modelopt_fp8.schemes(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("entry", "layer", "expected"),
+    [
+        ("norm_out*", "norm_out.linear", True),
+        ("blocks.0*", "blocks.0.attn", True),
+        ("blocks.0.*", "blocks.01.attn", False),
+        ("proj_out", "proj_out", True),
+        ("proj_out", "single.proj_out", False),
+        ("proj_out", "proj_out2", False),
+    ],
+)
+def test_ignore_patterns_match_whole_names(entry: str, layer: str, expected: bool) -> None:
+    patterns = modelopt_fp8.read_ignore({"ignore": [entry]})
+    assert any(pattern.match(layer) for pattern in patterns) is expected
+
+
+def test_calibration_leftovers_are_never_loaded(tmp_path: Path) -> None:
+    weight, _, _, calibration = make_layer()
+    made = modelopt_fp8.quantize(weight, modelopt_fp8.FP8, calibration=calibration)
+    tensors = {f"a.{k}": v for k, v in made.items()}
+    tensors["a.input_quantizer._amax"] = torch.ones(())
+    checkpoint = write(tmp_path / "c", tensors, modelopt_fp8.declare({}, []).config)
+    assert set(modelopt_fp8.schemes(checkpoint)) == {"a"}
+    assert modelopt_fp8.ignored("a.input_quantizer._amax")
+    assert modelopt_fp8.ignored("a.input_scale") is None
+
+
+def test_method_and_algorithm_that_contradict(tmp_path: Path) -> None:
+    weight, _, _, calibration = make_layer()
+    made = modelopt_fp8.quantize(weight, modelopt_fp8.FP8, calibration=calibration)
+    block = {"quant_method": "modelopt_fp8", "quant_algo": "NVFP4"}
+    checkpoint = write(tmp_path / "c", {f"a.{k}": v for k, v in made.items()}, block)
+    with pytest.raises(CheckpointError, match="contradict"):
+        modelopt_fp8.detect(checkpoint)
+
+
+def test_rowwise_header_form(tmp_path: Path) -> None:
+    weight, _, _, calibration = make_layer()
+    made = fp8.quantize(weight, fp8.CHANNEL, calibration=calibration)
+    block = {
+        "format_version": "1.1",
+        "layers": {"a": "rowwise-float8_e4m3fn", "b": "bf16"},
+        "quant_configs": {"rowwise-float8_e4m3fn": {"scale_recipe": "rowwise"}},
+    }
+    tensors = {f"a.{k}": v for k, v in made.items()} | {"b.weight": weight}
+    path = tmp_path / "w.safetensors"
+    save_file(tensors, path, metadata={"_quantization_metadata": json.dumps(block)})
+    checkpoint = open_weights(str(path), Hub(offline=True))
+    assert families.detect(checkpoint)[0] == "fp8"
+    assert fp8.schemes(checkpoint) == {"a": fp8.CHANNEL}
+
+
+@pytest.mark.parametrize(("family", "name"), [("fp8", "tensor-static"), ("modelopt-fp8", "FP8")])
+def test_static_scales_need_a_calibration(family: str, name: str) -> None:
+    module = families.load(family)
+    with pytest.raises(UsageError, match="calibration"):
+        module.quantize(torch.ones(16, 16), module.SCHEMES[name])
+
+
+def test_modelopt_divides_in_the_dtype_of_the_weight() -> None:
+    """A BF16 weight is rounded twice, as ModelOpt's writer does; FP32 division differs."""
+    weight, _, _, calibration = make_layer()
+    made = modelopt_fp8.quantize(weight, modelopt_fp8.FP8, calibration=calibration)
+    scale = made["weight_scale"]
+    twice = (weight.float() / scale).bfloat16().clamp(-448, 448).to(torch.float8_e4m3fn)
+    once = (weight.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(made["weight"].view(torch.uint8), twice.view(torch.uint8))
+    assert not torch.equal(made["weight"].view(torch.uint8), once.view(torch.uint8))
