@@ -13,7 +13,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     benchmarks = getattr(session.config, "_benchmarksession", None)
     measured = [b for b in benchmarks.benchmarks if b.stats] if benchmarks else []
-    if exitstatus == 0 and session.testscollected and not session.config.option.collectonly:
-        if not measured:
-            session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
-            print("\nno benchmark measured anything")
+    ran = exitstatus == 0 and session.testscollected and not session.config.option.collectonly
+    if ran and not measured:
+        session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+        print("\nno benchmark measured anything")

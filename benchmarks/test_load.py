@@ -56,10 +56,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A FLUX.1 transformer of more than 2 GB, in BF16 and as ModelOpt FP8."""
     import torch
     from diffusers import FluxTransformer2DModel
+    from safetensors.torch import load_file, save_file
 
     from quantmatrix.families import modelopt_fp8
     from quantmatrix.families.protocol import Calibration
-    from safetensors.torch import load_file, save_file
 
     folder = tmp_path_factory.mktemp("big")
     base, quantized = folder / "base", folder / "quantized"

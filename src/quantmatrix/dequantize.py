@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,9 @@ def decode_tensors(
     quantized = {piece.layer for piece in component.pieces()}
     ignored = ignored_names(component.checkpoint, component.family)
     for module, pieces in component.layers.items():
-        yield f"{module}.weight", lambda reader, p=pieces: decode_pieces(component, p, reader)[0]
+        yield f"{module}.weight", partial(decode_part, component, pieces, 0)
         if any(has_bias(component, piece) for piece in pieces):
-            yield (
-                f"{module}.bias",
-                lambda reader, p=pieces: decode_pieces(component, p, reader)[1],
-            )
+            yield f"{module}.bias", partial(decode_part, component, pieces, 1)
     for name in component.checkpoint.tensors:
         if name in ignored or any(name.startswith(f"{layer}.") for layer in quantized):
             continue
@@ -100,6 +98,13 @@ def decode_tensors(
                 return tensor if rows is None else tensor[rows]
 
             yield parameter, take
+
+
+def decode_part(
+    component: ComponentPlan, pieces: tuple[Piece, ...], which: int, reader: TensorReader
+) -> torch.Tensor:
+    """The weight (0) or the bias (1) of a module."""
+    return decode_pieces(component, pieces, reader)[which]
 
 
 def has_bias(component: ComponentPlan, piece: Piece) -> bool:

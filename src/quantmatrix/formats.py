@@ -1,11 +1,11 @@
 """Number formats: what codes mean, how numbers are rounded to them, how they are packed.
 
-| format | bits | values | rounding |
+| format | bits | values | rounding to the nearest |
 | ------ | ---- | ------ | -------- |
-| e4m3 (`float8_e4m3fn`) | 8 | sign, 4 exponent bits, 3 mantissa bits; largest 448; no infinity | nearest, ties to even; saturating here |
-| e2m1 | 4 | 0, 0.5, 1, 1.5, 2, 3, 4, 6 for codes 0..7; bit 3 is the sign | nearest, ties to the even code; saturating at 6 |
-| int4 | 4 | -8..7, two's complement | nearest, ties to even |
-| int8 | 8 | -128..127 | nearest, ties to even |
+| e4m3 (`float8_e4m3fn`) | 8 | 4 exponent bits, 3 mantissa bits; largest 448 | ties to even; saturating here |
+| e2m1 | 4 | 0, 0.5, 1, 1.5, 2, 3, 4, 6; bit 3 is the sign | ties to the even code; saturating at 6 |
+| int4 | 4 | -8..7, two's complement | ties to even |
+| int8 | 8 | -128..127 | ties to even |
 
 Two 4-bit codes share a byte: the even column in the low nibble, the odd one in the high nibble. That
 is ModelOpt's order; BFL and Comfy files have it the other way round (`swap_nibbles`).
@@ -63,7 +63,7 @@ def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     """Codes [..., K] (0..15) to bytes [..., K/2], the even column in the low nibble."""
     if codes.shape[-1] % 2:
         raise ValueError(f"an even number of columns is needed to pack nibbles: {codes.shape[-1]}")
-    pairs = codes.to(torch.uint8).unflatten(-1, (-1, 2))
+    pairs: torch.Tensor = codes.to(torch.uint8).unflatten(-1, (-1, 2))
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
@@ -90,5 +90,5 @@ def find_block_amax(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """Largest magnitude of each block of x [rows, columns]: [ceil(rows/bn), ceil(columns/bk)]."""
     rows, columns = x.shape
     padded = torch.nn.functional.pad(x.abs(), (0, -columns % block[1], 0, -rows % block[0]))
-    cut = padded.unflatten(0, (-1, block[0])).unflatten(2, (-1, block[1]))
+    cut: torch.Tensor = padded.unflatten(0, (-1, block[0])).unflatten(2, (-1, block[1]))
     return cut.amax(dim=(1, 3))

@@ -39,10 +39,10 @@ class QuantizedLinear(nn.Module):
         self.compute_dtype = compute_dtype
         bias = tensors.get("bias")
         weights = {name: tensor for name, tensor in tensors.items() if name != "bias"}
-        self._kept = tuple(kernel.prepare(weights, scheme, compute_dtype).items())
-        for name, tensor in self._kept:
+        kept = kernel.prepare(weights, scheme, compute_dtype)
+        for name, tensor in kept.items():
             self.register_buffer(f"q_{name}", tensor)
-        self._kept = tuple(name for name, _ in self._kept)
+        self._kept = tuple(kept)
         self.bias = (
             None if bias is None else nn.Parameter(bias.to(compute_dtype), requires_grad=False)
         )
@@ -72,7 +72,8 @@ class QuantizedLinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)
+        moved: nn.Module = super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return moved
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -113,7 +114,7 @@ class SplitInputLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply x [..., in_features] column range by column range and add in float32."""
         pieces = x.split(self.widths, dim=-1)
-        total = self.parts[0](pieces[0]).float()
+        total: torch.Tensor = self.parts[0](pieces[0]).float()
         for part, piece in zip(self.parts[1:], pieces[1:], strict=True):
             total = total + part(piece).float()
         return total.to(x.dtype)

@@ -273,7 +273,7 @@ def write_folder(
     if shards == 1:
         save_file({n: tensors[n].contiguous() for n in names}, folder / WEIGHTS, metadata=metadata)
     else:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number in range(shards):
             part = names[number * len(names) // shards : (number + 1) * len(names) // shards]
             file = f"diffusion_pytorch_model-{number + 1:05d}-of-{shards:05d}.safetensors"

@@ -17,7 +17,7 @@ import torch
 from quantmatrix.tiny_weights import fill
 
 HIDDEN = 128
-WORDS = (
+WORDS = (  # noqa: SIM905
     "a the of with in on through and curious pikachu beautiful sunset fox walking neon rain logo "
     "bold large text sgl diffusion cat dog red blue green city mountain river photo painting blurry "
     "static low quality watermark"
@@ -167,13 +167,16 @@ def _train_bpe(texts: list[str], specials: list[str], **options: Any) -> Any:
 
 
 def build_mistral(prefix: str) -> tuple[Any, Any]:
-    """(Mistral 3 with 31 layers, its tokenizer): FLUX.2 reads hidden states 10, 20 and 30."""
+    """(Mistral 3 with 31 layers, its tokenizer): FLUX.2 reads hidden states 10, 20 and 30.
+
+    The system message is one token: spelled out, it and the padding would drown the prompt.
+    """
     from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
-    specials = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    specials = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", SYSTEM_MESSAGE]
     tokenizer = _train_bpe(
-        [SYSTEM_MESSAGE, "system\nuser\nassistant\n"],
+        ["system\nuser\nassistant\n"],
         specials,
         pad_token="<pad>",
         bos_token="<s>",

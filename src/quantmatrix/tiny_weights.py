@@ -2,10 +2,14 @@
 
 With torch's default initialisation the residual blocks barely matter, and a broken layer would pass
 unnoticed. So linear and convolution weights are normal with standard deviation 1/sqrt(fan in), norms
-1 +- 0.1, biases 0.02, embeddings 1. Linear weights inside blocks are *structured* besides: half
-of their energy lies in a rank-8 component, and one input channel of 64 is six times as large, which
-is what low-rank branches and smoothing are for. The first layer of a timestep embedder damps high
+1 +- 0.1, biases 0.02, embeddings 1. Linear weights inside blocks are *structured* besides: a rank-8
+component of the same energy is added, and one input channel of 64 is six times as large, which is
+what low-rank branches and smoothing are for. The first layer of a timestep embedder damps high
 frequencies, or rounding a timestep to BF16 would move the picture more than any quantizer.
+
+What this buys, final latents, FP32, four steps, lowest of the five models: the cosine to a run
+without any block is below 0.95 (a broken layer shows), 4-bit integers lose 15 dB or more against
+FP8, and a rank-32 branch wins back 10 dB or more of them.
 
 Every number comes from numpy's Philox generator, keyed by the parameter's name, and only elementwise
 float64 arithmetic follows: the same bytes on every machine.
@@ -24,6 +28,13 @@ from torch import nn
 RANK = 8
 OUTLIERS = 64
 OUTLIER_GAIN = 6.0
+TIME_EMBEDDERS = (
+    "timestep_embedder.linear_1.weight",
+    "guidance_embedder.linear_1.weight",
+    "time_embedder.linear_1.weight",
+    "t_embedder.mlp.0.weight",
+)
+"""Endings of the weights that take sines and cosines of a timestep."""
 
 
 def make_generator(name: str) -> np.random.Generator:
@@ -45,14 +56,14 @@ def draw_weight(name: str, shape: tuple[int, ...], *, structured: bool = False) 
 def add_structure(
     white: np.ndarray[Any, Any], generator: np.random.Generator
 ) -> np.ndarray[Any, Any]:
-    """White numbers [out, in] with a rank-8 component and outlier channels, of the same energy."""
+    """White numbers [out, in] plus a rank-8 component of the same energy, with outlier channels."""
     rows, columns = white.shape
     left = generator.standard_normal((rows, RANK))
     right = generator.standard_normal((RANK, columns))
     low = np.zeros_like(white)
     for index in range(RANK):
         low += left[:, index, None] * right[index, None, :]
-    mixed = (white + low / math.sqrt(RANK)) / math.sqrt(2.0)
+    mixed = white + low / math.sqrt(RANK)
     count = max(1, columns // OUTLIERS)
     chosen = generator.permutation(columns)[:count]
     mixed[:, chosen] *= OUTLIER_GAIN
@@ -68,15 +79,7 @@ def fill(model: nn.Module, prefix: str, *, structured: tuple[str, ...] = ()) -> 
             owner = modules[name.rpartition(".")[0]]
             inside = name.startswith(tuple(f"{block}." for block in structured))
             drawn = draw_parameter(f"{prefix}.{name}", owner, parameter, inside)
-            if (
-                "timestep_embedder.linear_1.weight" in name
-                or "guidance_embedder.linear_1.weight" in name
-            ):
-                drawn = damp_frequencies(drawn)
-            elif name in (
-                "t_embedder.mlp.0.weight",
-                "condition_embedder.time_embedder.linear_1.weight",
-            ):
+            if name.endswith(TIME_EMBEDDERS):
                 drawn = damp_frequencies(drawn)
             parameter.copy_(drawn)
 

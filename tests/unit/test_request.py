@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 import pytest
 
@@ -14,9 +15,12 @@ BASE = ["--model-path", "owner/base"]
 
 def test_guide_command_is_read_whole() -> None:
     request = Request.from_words(
-        [*BASE, "--transformer-weights-path", "/path/to/custom_nunchaku_checkpoint.safetensors"]
-        + ["--enable-svdquant", "--quantization-precision", "int4", "--quantization-rank", "128"]
-        + ["--prompt", "a beautiful sunset", "--save-output"]
+        shlex.split(
+            "--model-path owner/base "
+            "--transformer-weights-path /path/to/custom_nunchaku_checkpoint.safetensors "
+            "--enable-svdquant --quantization-precision int4 --quantization-rank 128 "
+            '--prompt "a beautiful sunset" --save-output'
+        )
     )
     assert request.model_path == "owner/base"
     assert request.weights_paths == {
@@ -30,7 +34,13 @@ def test_guide_command_is_read_whole() -> None:
 @pytest.mark.parametrize("dash", ["-", "_"])
 def test_dashes_and_underscores_are_the_same(dash: str) -> None:
     flag = "--transformer_2-path".replace("-path", f"{dash}path")
-    words = [f"--model{dash}path", "owner/base", flag, "owner/two", f"--num{dash}inference{dash}steps"]
+    words = [
+        f"--model{dash}path",
+        "owner/base",
+        flag,
+        "owner/two",
+        f"--num{dash}inference{dash}steps",
+    ]
     request = Request.from_words([*words, "4"])
     assert request.component_paths == {"transformer_2": "owner/two"}
     assert request.num_inference_steps == 4
@@ -81,7 +91,12 @@ def test_overrides(words: list[str], components: dict, weights: dict) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["--frobnicate", "1"], ["--transformer-path"], ["--transformer-path", "--vae-path", "x"], ["x"]],
+    [
+        ["--frobnicate", "1"],
+        ["--transformer-path"],
+        ["--transformer-path", "--vae-path", "x"],
+        ["x"],
+    ],
 )
 def test_unknown_words_are_refused(words: list[str]) -> None:
     with pytest.raises(UsageError, match="unrecognized arguments"):

@@ -139,9 +139,9 @@ def find_scheme(
         scheme = replace(BLOCK, block=(int(size[0]), int(size[1])))
     else:
         scale = checkpoint.tensors.get(f"{layer}.weight_scale")
-        wide = scale is not None and scale.shape in ((header.shape[0],), (header.shape[0], 1))
-        wide = wide and (header.shape[0] > 1 or len(scale.shape) > 1)
-        kind = "channel" if wide else "tensor"
+        rows = header.shape[0]
+        shapes = [(rows, 1)] if rows == 1 else [(rows,), (rows, 1)]
+        kind = "channel" if scale is not None and scale.shape in shapes else "tensor"
         scheme = SCHEMES[f"{kind}-{'static' if static else 'dynamic'}"]
     if "input_scale" in suffixes and not static:
         name = f"{layer}.input_scale"

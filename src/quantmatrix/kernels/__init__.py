@@ -180,9 +180,7 @@ def choose(
         rule = rule or kernels[name].needs.rule
         reasons.append(f"{name}: {why}")
     working = [
-        k.backend
-        for k in kernels.values()
-        if k.needs.why_not(machine, scheme, shape, rows) is None
+        k.backend for k in kernels.values() if k.needs.why_not(machine, scheme, shape, rows) is None
     ]
     remedy = f"; works here: --backend {' | '.join(working)}" if working else ""
     remedies = {kernels[n].needs.remedy for n in names if n in kernels and kernels[n].needs.remedy}

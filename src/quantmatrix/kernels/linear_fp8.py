@@ -156,7 +156,7 @@ def run_torch(
         bias=None if bias is None else bias.to(out_dtype),
         out_dtype=out_dtype,
     )
-    return y.to(x.dtype).unflatten(0, x.shape[:-1])
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
 
 def count_bytes(scheme: Scheme, out_features: int, in_features: int, item: int) -> int:

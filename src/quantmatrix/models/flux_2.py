@@ -120,7 +120,7 @@ def call_arguments(request: Request) -> dict[str, Any]:
         "guidance_scale": guidance,
     }
     if request.tiny:
-        arguments["max_sequence_length"] = 64
+        arguments["max_sequence_length"] = 32
     return arguments
 
 

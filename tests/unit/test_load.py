@@ -1,0 +1,252 @@
+"""Loading: every tensor accounted for, nothing copied, nothing silently in full precision."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import quantmatrix
+from quantmatrix import tiny
+from quantmatrix.errors import CheckpointError, RefusedError, UsageError
+from quantmatrix.layers import QuantizedLinear
+from quantmatrix.load import count_quantized, load_transformer
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+BASES = {
+    "flux-1": "black-forest-labs/FLUX.1-dev",
+    "flux-2": "black-forest-labs/FLUX.2-dev",
+    "wan-2-2": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+    "qwen-image": "Qwen/Qwen-Image",
+    "z-image": "Tongyi-MAI/Z-Image-Turbo",
+}
+FLUX_FP8 = "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"
+
+
+def find(reference: str) -> Path:
+    folder = tiny.default_folder()
+    tiny.ensure(reference, folder)
+    return tiny.find_snapshot(reference, folder)
+
+
+@pytest.fixture
+def flux() -> Path:
+    return find(BASES["flux-1"])
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the FLUX.1 ModelOpt FP8 folder that a test may damage."""
+    target = tmp_path / "quantized"
+    shutil.copytree(find(FLUX_FP8), target)
+    return target
+
+
+def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("model", BASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_full_precision_equals_diffusers_bit_for_bit(model: str, dtype: torch.dtype) -> None:
+    import diffusers
+
+    folder = find(BASES[model])
+    ours = load_transformer(str(folder), dtype=dtype)
+    theirs = getattr(diffusers, type(ours).__name__).from_pretrained(
+        folder / "transformer", dtype=dtype
+    )
+    expected = theirs.state_dict()
+    got = ours.state_dict()
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype, name
+        assert torch.equal(got[name], tensor), name
+    assert {n: b.shape for n, b in ours.named_buffers()} == {
+        n: b.shape for n, b in theirs.named_buffers()
+    }
+
+
+def test_weights_are_views_of_the_mapped_file(copy: Path, flux: Path) -> None:
+    model = load_transformer(str(flux), transformer_path=str(copy), backend="reference")
+    layer = model.get_submodule("transformer_blocks.0.attn.to_q")
+    assert isinstance(layer, QuantizedLinear)
+    with (copy / WEIGHTS).open("r+b") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(length))
+        begin = header["transformer_blocks.0.attn.to_q.weight"]["data_offsets"][0]
+        before = layer.q_weight.view(torch.uint8)[0, 0].item()
+        file.seek(8 + length + begin)
+        file.write(bytes([before ^ 1]))
+    assert layer.q_weight.view(torch.uint8)[0, 0].item() == before ^ 1
+
+
+def test_only_the_config_of_the_base_is_needed(copy: Path, flux: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(flux / "transformer" / "config.json", bare)
+    model = load_transformer(str(bare), transformer_weights_path=str(copy), backend="decode")
+    assert set(count_quantized(model).values()) == {"decode"}
+
+
+def test_parameters_are_frozen_and_in_eval_mode(flux: Path) -> None:
+    model = load_transformer(str(flux))
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_aliases_of_the_weights_override(copy: Path, flux: Path) -> None:
+    model = load_transformer(str(flux), quantized_model_path=str(copy))
+    assert count_quantized(model)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda t: t.pop("transformer_blocks.0.attn.to_q.weight_scale"),
+            r"transformer_blocks\.0\.attn\.to_q\.weight_scale is missing",
+        ),
+        (
+            lambda t: t.update(
+                {"transformer_blocks.0.attn.to_q.weight_scale": torch.tensor(torch.nan)}
+            ),
+            r"transformer_blocks\.0\.attn\.to_q\.weight_scale holds NaN",
+        ),
+        (lambda t: t.update({"stray.weight": torch.ones(2, 2)}), r"unknown to .*stray\.weight"),
+        (lambda t: t.pop("x_embedder.weight"), r"not in .*x_embedder\.weight"),
+        (
+            lambda t: t.update({"x_embedder.weight": torch.ones(3, 3).bfloat16()}),
+            r"x_embedder\.weight has shape \[3, 3\]",
+        ),
+        (
+            lambda t: t.update({"x_embedder.weight": t["x_embedder.weight"].to(torch.int8)}),
+            r"x_embedder\.weight .*(codes|quantized)",
+        ),
+        (
+            lambda t: t.pop("transformer_blocks.0.attn.to_q.bias"),
+            r"transformer_blocks\.0\.attn\.to_q has no bias",
+        ),
+    ],
+)
+def test_damaged_checkpoints_are_named(
+    copy: Path, flux: Path, edit: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
+    change(copy, edit)
+    with pytest.raises(CheckpointError, match=message):
+        load_transformer(str(flux), transformer_path=str(copy))
+
+
+def test_truncated_file(copy: Path, flux: Path) -> None:
+    data = (copy / WEIGHTS).read_bytes()
+    (copy / WEIGHTS).write_bytes(data[:-1000])
+    with pytest.raises(CheckpointError, match="truncated"):
+        load_transformer(str(flux), transformer_path=str(copy))
+
+
+def test_missing_shard(flux: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sharded"
+    shutil.copytree(find("quantmatrix/flux-1-fp8-sharded"), folder)
+    next(folder.glob("*-00002-of-*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match="00002-of-00003"):
+        load_transformer(str(flux), transformer_weights_path=str(folder))
+
+
+def test_two_candidates(copy: Path, flux: Path) -> None:
+    shutil.copy(copy / WEIGHTS, copy / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"other\.safetensors"):
+        load_transformer(str(flux), transformer_weights_path=str(copy))
+
+
+def test_wrong_model_for_the_checkpoint(flux: Path) -> None:
+    other = find("BBuf/flux2-dev-modelopt-fp8-sglang-transformer")
+    with pytest.raises(CheckpointError, match="wrong model"):
+        load_transformer(str(flux), transformer_path=str(other))
+
+
+def test_unknown_quant_method(copy: Path, flux: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "frobnicate"}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"frobnicate|nothing declares how"):
+        load_transformer(str(flux), transformer_path=str(copy))
+
+
+def test_quantized_tensors_without_a_declaration(copy: Path, flux: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    del config["quantization_config"]
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="nothing declares how"):
+        load_transformer(str(flux), transformer_path=str(copy))
+
+
+def test_declaration_without_quantized_layers(flux: Path, tmp_path: Path) -> None:
+    """BF16 weights under a quantized label are an error, never a silent BF16 load."""
+    folder = tmp_path / "labelled"
+    shutil.copytree(flux / "transformer", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="no layer"):
+        load_transformer(str(flux), transformer_path=str(folder))
+
+
+def test_pickles_are_refused(flux: Path, tmp_path: Path) -> None:
+    path = tmp_path / "weights.bin"
+    torch.save({}, path)
+    with pytest.raises(CheckpointError, match="pickle"):
+        load_transformer(str(flux), transformer_weights_path=str(path))
+
+
+def test_native_kernel_is_refused_on_a_cpu(copy: Path, flux: Path) -> None:
+    with pytest.raises(RefusedError, match="needs nvidia hardware") as caught:
+        load_transformer(str(flux), transformer_path=str(copy), backend="torch")
+    assert caught.value.rule == "fp8-torch-sm89"
+
+
+def test_unknown_component(flux: Path) -> None:
+    with pytest.raises(UsageError, match="transformer_9"):
+        load_transformer(str(flux), component="transformer_9", transformer_path=str(flux))
+
+
+def test_online_quantization_and_its_exceptions(flux: Path) -> None:
+    all_layers = count_quantized(load_transformer(str(flux), quantization="fp8"))
+    some = count_quantized(
+        load_transformer(str(flux), quantization="fp8", quantization_ignored_layers=("to_q",))
+    )
+    assert set(all_layers) - set(some) == {n for n in all_layers if n.endswith(".to_q")}
+    with pytest.raises(UsageError, match="matches no linear layer"):
+        load_transformer(str(flux), quantization="fp8", quantization_ignored_layers=("nowhere",))
+
+
+def test_online_quantization_of_a_quantized_checkpoint(copy: Path, flux: Path) -> None:
+    with pytest.raises(UsageError, match="quantized already"):
+        load_transformer(str(flux), transformer_path=str(copy), quantization="fp8")
+
+
+def test_wan_override_leaves_the_second_expert_alone() -> None:
+    base = str(find(BASES["wan-2-2"]))
+    override = str(find("BBuf/wan22-t2v-a14b-modelopt-fp8-sglang-transformer"))
+    made = quantmatrix.plan(model_path=base, component_paths={"transformer": override})
+    assert made.components["transformer"].family == "modelopt-fp8"
+    assert made.components["transformer_2"].family is None
+    both = quantmatrix.plan(
+        model_path=base, component_paths={"transformer": override, "transformer_2": override}
+    )
+    assert both.components["transformer_2"].family == "modelopt-fp8"
+
+
+def test_scales_keep_their_dtype_when_a_model_is_cast(copy: Path, flux: Path) -> None:
+    model = load_transformer(str(flux), transformer_path=str(copy), backend="reference")
+    layer = model.get_submodule("transformer_blocks.0.attn.to_q")
+    layer.to(torch.float16)
+    assert layer.q_weight_scale.dtype == torch.float32
+    assert layer.q_weight.dtype == torch.float8_e4m3fn

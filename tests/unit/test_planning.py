@@ -1,0 +1,147 @@
+"""Planning: precedence, hardware rows, offload rules, contradictions; no tensor is opened."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from quantmatrix.errors import UsageError
+from quantmatrix.planning import Plan, Refusal, plan
+from quantmatrix.request import Request
+
+FLUX = ["--tiny", "--model-path", "black-forest-labs/FLUX.1-dev"]
+FP8 = ["--transformer-path", "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"]
+
+
+def decide(*words: str, **extra: str) -> Plan | Refusal:
+    return plan(Request.from_words([*FLUX, *words], **extra))
+
+
+def test_json_has_the_promised_keys() -> None:
+    made = decide(*FP8).to_json()
+    part = made["components"]["transformer"]
+    assert made["ok"] is True
+    assert made["refusal"] is None
+    assert part["family"] == "modelopt-fp8"
+    assert part["config_from"].endswith("config.json")
+    assert 0 < part["quantized_layers"] < part["total_layers"]
+    assert part["backends"] == {"decode": part["quantized_layers"]}
+    assert part["bytes"] > 0
+    assert {"files", "precision", "rank"} <= part.keys()
+    json.dumps(made, allow_nan=False)
+
+
+def test_planning_opens_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    decide(*FP8)
+    import safetensors
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("a tensor was opened")
+
+    monkeypatch.setattr(safetensors, "safe_open", fail)
+    assert decide(*FP8).ok
+
+
+@pytest.mark.parametrize(
+    ("hardware", "backend"),
+    [("cpu", "decode"), ("a100", "decode"), ("rtx-4090", "torch"), ("h200", "torch"), ("b200", "torch"),
+     ("mi300x", "decode"), ("ascend-910b", "decode")],
+)  # fmt: skip
+def test_kernel_of_each_hardware(hardware: str, backend: str) -> None:
+    made = decide(*FP8, hardware=hardware)
+    assert isinstance(made, Plan)
+    assert set(made.components["transformer"].backends) == {backend}
+
+
+@pytest.mark.parametrize("hardware", ["cpu", "a100", "rtx-3090", "mi300x", "ascend-910b"])
+def test_refusal_names_rule_hardware_and_what_works(hardware: str) -> None:
+    made = decide(*FP8, "--backend", "torch", hardware=hardware)
+    assert isinstance(made, Refusal)
+    assert made.rule == "fp8-torch-sm89"
+    assert "--backend reference | decode" in made.message
+    assert made.to_json()["ok"] is False
+
+
+def test_unknown_hardware() -> None:
+    with pytest.raises(UsageError, match="no such row"):
+        decide(*FP8, hardware="abacus")
+
+
+def test_weights_override_beats_component_override() -> None:
+    made = decide(
+        *FP8,
+        "--transformer-weights-path",
+        "quantmatrix/flux-1-fp8-single-file/flux-1-fp8.safetensors",
+    )
+    assert isinstance(made, Plan)
+    assert made.components["transformer"].family == "fp8"
+    assert "modelopt-fp8" in made.components["transformer"].config_from
+
+
+def test_unknown_model_id_is_a_warning() -> None:
+    made = decide(*FP8, "--model-id", "no-such-model")
+    assert isinstance(made, Plan)
+    assert any("no-such-model" in warning for warning in made.warnings)
+    assert decide(*FP8, "--model-id", "flux.1-DEV").warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "layerwise", "cpu", "warning"),
+    [
+        ((), False, False, ""),
+        (("--dit-layerwise-offload",), True, False, ""),
+        (("--dit-cpu-offload",), False, False, "stays disabled"),
+        (("--dit-cpu-offload", "true", "--dit-layerwise-offload"), True, False, "stays disabled"),
+        (("--dit-layerwise-offload", "false"), False, False, ""),
+    ],
+)
+def test_offload_rules_of_modelopt_fp8(
+    words: tuple[str, ...], layerwise: bool, cpu: bool, warning: str
+) -> None:
+    made = decide(*FP8, *words)
+    assert isinstance(made, Plan)
+    assert (made.layerwise_offload, made.cpu_offload) == (layerwise, cpu)
+    assert bool(made.warnings) is bool(warning)
+    assert warning in " ".join(made.warnings)
+
+
+def test_layerwise_wins_over_cpu_offload() -> None:
+    made = decide("--quantization", "fp8", "--dit-cpu-offload", "--dit-layerwise-offload")
+    assert isinstance(made, Plan)
+    assert (made.layerwise_offload, made.cpu_offload) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--enable-svdquant"], "--enable-svdquant needs --transformer-weights-path"),
+        (["--quantization-precision", "fp4"], "written nvfp4"),
+        (["--quantization-precision", "int8"], "expected int4 or nvfp4"),
+        (["--quantization-rank", "0"], "greater than 0"),
+        (["--quantization-rank", "-1"], "greater than 0"),
+        (["--quantization", "int3"], "only fp8"),
+        (
+            ["--transformer-2-path", "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"],
+            "no component",
+        ),
+        (
+            ["--vae-weights-path", "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"],
+            "only transformer",
+        ),
+    ],
+)
+def test_contradictions(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        decide(*words)
+
+
+def test_memory_that_does_not_suffice_is_a_warning() -> None:
+    from quantmatrix.hardware import Machine
+    from quantmatrix.planning import check_memory
+
+    made = decide(*FP8)
+    assert isinstance(made, Plan)
+    warnings: list[str] = []
+    check_memory(made.components, Machine("small", "nvidia", "sm90", 1000), warnings)
+    assert "--dit-layerwise-offload" in warnings[0]
