@@ -1,9 +1,10 @@
 """W8A8 layers on a CPU beside the BF16 linear of the same shape, quantize and scale included.
 
 Both run in one process, in turn (A B A B ...), on one thread: on a busy machine the threads of a
-parallel region wait for each other, and that waiting would be measured. The bar is on the median
-of the paired ratios of CPU time. Shapes (M x K x N) are those of Wan2.2-A14B (5120, 13824) and of
-3072-wide transformers, with M tokens from 512 up.
+parallel region wait for each other, and that waiting would be measured. The bar is on the least
+CPU time of each, the one that neighbours disturbed least; the median of the paired ratios is
+reported beside it. Shapes (M x K x N) are those of Wan2.2-A14B (5120, 13824) and of 3072-wide
+transformers, with M tokens from 512 up.
 """
 
 from __future__ import annotations
@@ -73,8 +74,9 @@ def test_w8a8_layer(benchmark, shape, word):
             lambda: torch.nn.functional.linear(x, weight, bias),
         )
         benchmark.pedantic(lambda: kernel.run(x, buffers, bias, scheme), rounds=3)
-    ratios = sorted(ours / theirs for ours, theirs in pairs)
-    benchmark.extra_info["ratio_to_bf16"] = round(statistics.median(ratios), 3)
-    benchmark.extra_info["ratios"] = [round(ratio, 3) for ratio in ratios]
+    ratio = min(ours for ours, _ in pairs) / min(theirs for _, theirs in pairs)
+    paired = statistics.median(ours / theirs for ours, theirs in pairs)
+    benchmark.extra_info["ratio_to_bf16"] = round(ratio, 3)
+    benchmark.extra_info["median_of_pairs"] = round(paired, 3)
     benchmark.extra_info["bf16_ms"] = round(min(theirs for _, theirs in pairs) * 1e3, 1)
-    assert statistics.median(ratios) <= LIMIT, ratios
+    assert ratio <= LIMIT, pairs
