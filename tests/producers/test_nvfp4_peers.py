@@ -1,24 +1,24 @@
 """NVFP4 against other people's code: diffusers' bfl decoder, comfy-kitchen and flashinfer.
 
-comfy-kitchen's eager operations run on a CPU. flashinfer needs CUDA to import, so its source is
-read: the signatures that our calls must bind to, the architectures it names, and its shuffle.
+comfy-kitchen's eager operations run on a CPU. flashinfer needs CUDA to import, and diffusers
+imports it whenever it is installed; so its wheel is only read: the signatures that our calls must
+bind to, the architectures it names, and its shuffle.
 """
 
 from __future__ import annotations
 
 import ast
-import importlib
-import importlib.util
 import inspect
+import subprocess
 import sys
-from importlib.machinery import ModuleSpec
-from importlib.util import module_from_spec
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers.quantizers.bfl import utils as bfl
 
 from quantmatrix.families.modelopt_nvfp4 import NVFP4
 from quantmatrix.formats import swap_nibbles
@@ -43,17 +43,8 @@ def same(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.shape == right.shape and torch.equal(a, b)
 
 
-@pytest.fixture(scope="module")
-def bfl() -> Any:
-    """diffusers' decoder, which imports flashinfer whenever its files are there."""
-    stand_in = module_from_spec(ModuleSpec("flashinfer", None))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "flashinfer", stand_in)
-        return importlib.import_module("diffusers.quantizers.bfl.utils")
-
-
 @EACH
-def test_bfl_decodes_alike(rows: int, columns: int, bfl: Any) -> None:
+def test_bfl_decodes_alike(rows: int, columns: int) -> None:
     codes, scales, whole = bfl.quantize_nvfp4(make_weight(rows, columns))
     layer = {"weight": codes, "weight_scale": scales, "weight_scale_2": whole}
     theirs = bfl.dequantize_nvfp4(codes, scales, whole)
@@ -62,7 +53,7 @@ def test_bfl_decodes_alike(rows: int, columns: int, bfl: Any) -> None:
         assert same(nvfp4_arithmetic.decode_to(layer, NVFP4, dtype), theirs.to(dtype))
 
 
-def test_bfl_decodes_every_byte_alike(bfl: Any) -> None:
+def test_bfl_decodes_every_byte_alike() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(8, 32)
     scales = torch.linspace(0.01, 448, 32).view(8, 4).to(torch.float8_e4m3fn)
     whole = torch.tensor(0.0123)
@@ -103,18 +94,27 @@ def test_comfy_kitchen_codes_and_decodes_alike(rows: int, columns: int, high_fir
     assert not torch.equal(other, theirs)
 
 
+WHEEL = "flashinfer_python-0.7.2.post1"
+
+
 class Source:
     """flashinfer's Python files, parsed and never run."""
 
-    def __init__(self) -> None:
-        spec = importlib.util.find_spec("flashinfer")
-        if spec is None or spec.origin is None:
-            pytest.skip("flashinfer is not installed")
-        self.root = Path(spec.origin).parent
+    def __init__(self, folder: Path) -> None:
+        if not list(folder.glob(f"{WHEEL}-*.whl")):
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q"]
+            wanted = WHEEL.replace("_", "-", 1).replace("-0", "==0")
+            if subprocess.run([*command, "-d", str(folder), wanted], check=False).returncode:
+                pytest.skip(f"{wanted} cannot be downloaded")
+        self.wheel = zipfile.ZipFile(next(folder.glob(f"{WHEEL}-*.whl")))
+
+    def read(self, file: str) -> str:
+        """The text of a file of the package."""
+        return self.wheel.read(f"flashinfer/{file}").decode()
 
     def find(self, file: str, name: str) -> Any:
         """The definition of a function or class, or the assignment of a name."""
-        for node in ast.parse((self.root / file).read_text()).body:
+        for node in ast.parse(self.read(file)).body:
             if getattr(node, "name", None) == name:
                 return node
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
@@ -137,6 +137,11 @@ class Source:
         """Compute capabilities that a requirement of mm_fp4 is decorated with."""
         decorators = self.find("gemm/gemm_base.py", function).decorator_list
         return set(ast.literal_eval(decorators[0].args[0]))
+
+
+@pytest.fixture(scope="module")
+def source(pytestconfig: pytest.Config) -> Source:
+    return Source(Path(pytestconfig.cache.mkdir("wheels")))
 
 
 GEMM, QUANTIZE = "gemm/gemm_base.py", "quantization/fp4_quantization.py"
@@ -169,8 +174,9 @@ def record_calls(gemm: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("gemm", sorted(nvfp4_flashinfer.NEEDS))
-def test_calls_bind_to_flashinfers_signatures(gemm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Source()
+def test_calls_bind_to_flashinfers_signatures(
+    gemm: str, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = record_calls(gemm, monkeypatch)
     for file, name in ((GEMM, "mm_fp4"), (QUANTIZE, "nvfp4_quantize")):
         words, named = calls[name]
@@ -188,12 +194,10 @@ def test_calls_bind_to_flashinfers_signatures(gemm: str, monkeypatch: pytest.Mon
     assert f"'{named['backend']}'" in ast.unparse(backend.annotation)
 
 
-def test_exported_names() -> None:
-    source = Source()
-    text = (source.root / "__init__.py").read_text()
+def test_exported_names(source: Source) -> None:
     imported = {
         alias.asname or alias.name
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(ast.parse(source.read("__init__.py")))
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
@@ -201,15 +205,14 @@ def test_exported_names() -> None:
 
 
 @pytest.mark.parametrize("gemm", sorted(nvfp4_flashinfer.NEEDS))
-def test_architectures_are_flashinfers(gemm: str) -> None:
-    supported = Source().capabilities(f"_{gemm}_gemm_fp4_requirement")
+def test_architectures_are_flashinfers(gemm: str, source: Source) -> None:
+    supported = source.capabilities(f"_{gemm}_gemm_fp4_requirement")
     ours = {ARCHES[arch] for arch in nvfp4_flashinfer.NEEDS[gemm].arches}
     assert ours == supported & set(ARCHES.values())
 
 
 @pytest.mark.parametrize("rows", [128, 256, 512])
-def test_shuffle_is_flashinfers(rows: int) -> None:
-    source = Source()
+def test_shuffle_is_flashinfers(rows: int, source: Source) -> None:
     names = ("srcToDstBlk16RowMap", "srcToDstBlk32RowMap", "get_shuffle_block_size")
     nodes = [source.find("utils.py", n) for n in (*names, "get_shuffle_matrix_a_row_indices")]
     space: dict[str, Any] = {"torch": torch}

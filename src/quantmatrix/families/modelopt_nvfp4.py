@@ -111,7 +111,11 @@ def judge_declaration(checkpoint: Checkpoint, method: str, algorithm: str) -> st
 
 
 def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
-    """Scheme of each layer that holds codes, over all files; what cannot be right raises."""
+    """Scheme of each layer that holds codes, over all files; what cannot be right raises.
+
+    A layer may be declared and yet stored in full precision: ModelOpt lists convolutions that it
+    simulates but cannot write.
+    """
     block = read_block(checkpoint)
     whole = read_words(block)[1]
     declared = read_layer_words(block)
@@ -122,12 +126,12 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     for name, suffixes in checkpoint.layers().items():
         layer = StoredLayer(checkpoint, name, suffixes)
         scheme = judge_layer(layer, layout, declared.get(name, whole))
-        word = scheme.name if scheme else "full precision"
-        if declared.get(name, word) != word and "weight" in suffixes:
+        if scheme is None:
+            continue
+        if declared.get(name, scheme.name) != scheme.name:
             source = checkpoint.quantization_from or checkpoint.reference
-            raise layer.wrong(f"is {word}, but {source} declares it {declared[name]}")
-        if scheme:
-            found[name] = scheme
+            raise layer.wrong(f"is {scheme.name}, but {source} declares it {declared[name]}")
+        found[name] = scheme
     return found
 
 
