@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from quantmatrix.errors import QuantmatrixError
+from quantmatrix.limits import Limits
 
 
 class ShapeError(QuantmatrixError, ValueError):
@@ -52,59 +53,6 @@ class StepMetrics:
 
 def _round(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds on the worst step of a trajectory, and the samples from which they were set."""
-
-    psnr_db: float
-    """Smallest accepted value."""
-    cosine: float
-    """Smallest accepted value."""
-    relative_l2: float
-    """Largest accepted value."""
-    source: str = ""
-    """Where the numbers come from."""
-    samples: tuple[float, ...] = ()
-    """Worst-step PSNR values that were measured, in dB."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The bounds as evidence keeps them."""
-        return {
-            "psnr_db": {"at_least": self.psnr_db},
-            "cosine": {"at_least": self.cosine},
-            "relative_l2": {"at_most": self.relative_l2},
-            "identical": False,
-        }
-
-
-STRUCTURED = "tiny pipelines, structured gain-1 weights, lowest of five models, less 6 dB"
-LIMITS: Mapping[str, Limits] = {
-    "e4m3 W8A8": Limits(25.0, 0.98, 0.25, STRUCTURED, (47.1, 41.3, 42.7, 43.1, 37.3)),
-    "e4m3 W8A16": Limits(25.0, 0.98, 0.25, STRUCTURED, (47.1, 41.3, 42.7, 43.1, 37.3)),
-    "int8 W8A8": Limits(30.0, 0.99, 0.15, STRUCTURED, (50.6, 45.8, 46.3, 51.7, 44.1)),
-    "int8 W8A16": Limits(30.0, 0.99, 0.15, STRUCTURED, (50.6, 45.8, 46.3, 51.7, 44.1)),
-    "e2m1 W4A4": Limits(20.0, 0.88, 0.5, STRUCTURED, (34.5, 32.6, 33.7, 32.3, 26.4)),
-    "e2m1 W4A16": Limits(20.0, 0.88, 0.5, STRUCTURED, (34.5, 32.6, 33.7, 32.3, 26.4)),
-    "int4 W4A4": Limits(14.0, 0.7, 0.8, STRUCTURED, (29.2, 24.1, 19.6, 27.7, 21.5)),
-    "int4 W4A16": Limits(17.0, 0.82, 0.6, STRUCTURED, (29.1, 26.5, 31.0, 30.4, 23.3)),
-}
-"""Limits by weight format and class of arithmetic (`Scheme.weight`, `Kernel.numerics`)."""
-
-
-def find_limits(classes: Iterable[tuple[str, str]]) -> tuple[str, Limits]:
-    """(key, limits) of a run whose layers have these (weight format, numerics): the widest of them.
-
-    Raises KeyError for a class without limits: a new format needs a measured line in `LIMITS`.
-    """
-    keys = sorted({f"{weight} {numerics}" for weight, numerics in classes})
-    if unknown := [key for key in keys if key not in LIMITS]:
-        raise KeyError(f"no limits for {', '.join(unknown)}; known: {', '.join(LIMITS)}")
-    if not keys:
-        raise KeyError("no quantized layer: there is nothing to hold to a limit")
-    widest = min(keys, key=lambda key: LIMITS[key].psnr_db)
-    return widest, LIMITS[widest]
 
 
 def compare_tensors(reference: torch.Tensor, candidate: torch.Tensor) -> StepMetrics:

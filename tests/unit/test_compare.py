@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from quantmatrix import compare
-from quantmatrix.compare import Limits, ShapeError
+from quantmatrix.compare import ShapeError
+from quantmatrix.limits import Limits
 
 
 def make(seed: int, *shape: int) -> torch.Tensor:
@@ -112,24 +113,6 @@ def test_a_run_that_equals_bf16_fails() -> None:
     assert "BF16 was loaded under a quantized label" in problems[0]
     one = compare.compare_trajectories([x, x], [x, x + 1e-3])
     assert compare.judge(one, Limits(0.0, 0.0, 9.0)) == []
-
-
-def test_limits_of_a_mixture_are_the_widest() -> None:
-    key, limits = compare.find_limits([("e4m3", "W8A8"), ("e2m1", "W4A4"), ("e4m3", "W8A8")])
-    assert key == "e2m1 W4A4"
-    assert limits == compare.LIMITS["e2m1 W4A4"]
-    with pytest.raises(KeyError, match="no limits for e3m2 W6A8"):
-        compare.find_limits([("e3m2", "W6A8")])
-    with pytest.raises(KeyError, match="no quantized layer"):
-        compare.find_limits([])
-
-
-@pytest.mark.parametrize("key", sorted(compare.LIMITS))
-def test_every_limit_has_samples_and_a_margin(key: str) -> None:
-    limits = compare.LIMITS[key]
-    assert limits.samples
-    assert limits.source
-    assert limits.psnr_db < min(limits.samples)
 
 
 def test_frames() -> None:
