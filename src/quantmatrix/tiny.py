@@ -15,7 +15,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -86,13 +87,26 @@ def ensure(reference: str, folder: Path, tables: Matrix | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as temporary:
         made = Path(temporary) / "content"
         made.mkdir()
-        with quiet():
+        with quiet(), one_thread():
             build(made)
         if repository.startswith(PLACEHOLDER):
             files = [path for path in made.iterdir() if path.name == Path(repository).name]
             move_into_place(files[0] if files and files[0].is_file() else made, place)
         else:
             move_into_place(wrap_snapshot(made, Path(temporary) / "cache"), place)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: a singular value decomposition on two has other last bits."""
+    import torch
+
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 def wrap_snapshot(content: Path, cache: Path) -> Path:

@@ -11,26 +11,39 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from quantmatrix import families, models
-from quantmatrix.families.protocol import Calibration, Declaration
+from quantmatrix import families, models, safetensors_writer
+from quantmatrix.families.protocol import Calibration, Declaration, Family
 from quantmatrix.matrix import CheckpointRow
-from quantmatrix.models import DIFFUSERS, Dialect, Target
+from quantmatrix.models import Dialect
 from quantmatrix.request import Request
+from quantmatrix.safetensors_writer import Item
 from quantmatrix.scheme import Scheme
+from quantmatrix.tiny_packing import Tensors, pack_tensors, split
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHARDS = 3
 FOREIGN_DIALECTS = {"nunchaku-svdq": "nunchaku"}
-Tensors = dict[str, torch.Tensor]
+DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+"""Spelling of dtypes in a safetensors header."""
 
 
 def write_checkpoint(row: CheckpointRow, inner: str, folder: Path, base: Path) -> None:
@@ -55,34 +68,35 @@ def write_checkpoint(row: CheckpointRow, inner: str, folder: Path, base: Path) -
 
 def make_component(row: CheckpointRow, component: str, base: Path) -> tuple[Tensors, Declaration]:
     """(tensors on disk, declaration) of one quantized component."""
-    plain = load_file(base / component / WEIGHTS)
     dialect = find_dialect(row)
-    packed = pack_tensors(plain, dialect)
+    packed = pack_tensors(load_file(base / component / WEIGHTS), dialect, find_kept(row))
     family = families.load(row.family)
     chosen = choose_schemes(row, packed, dialect)
-    ranges = calibrate(row.model, str(base)) if chosen else {}
-    tensors: Tensors = {}
-    kept = []
-    layers = {name.rpartition(".")[0] for name in packed}
-    for layer in sorted(layers):
-        own = {n.rpartition(".")[2]: t for n, t in packed.items() if n.rpartition(".")[0] == layer}
-        scheme = chosen.get(layer)
-        if scheme is None:
-            tensors |= {f"{layer}.{suffix}".lstrip("."): t for suffix, t in own.items()}
-            if own.get("weight") is not None and own["weight"].ndim == 2:
-                kept.append(layer)
-            continue
-        calibration = find_range(ranges[component], layer, dialect)
-        made = family.quantize(own["weight"], scheme, bias=own.get("bias"), calibration=calibration)
+    ranges = calibrate(row.model, str(base))[component]
+    tensors = {name: tensor for name, tensor in packed.items() if split(name)[0] not in chosen}
+    kept = [layer for layer, leaf in map(split, sorted(tensors)) if leaf == "weight"]
+    kept = [layer for layer in kept if tensors[f"{layer}.weight"].ndim == 2]
+    for layer, scheme in chosen.items():
+        made = family.quantize(
+            packed[f"{layer}.weight"],
+            scheme,
+            bias=packed.get(f"{layer}.bias"),
+            calibration=find_range(ranges, layer, dialect),
+        )
         tensors |= {f"{layer}.{suffix}": tensor for suffix, tensor in made.items()}
-    if row.form == "raw" and "mixed" in row.reference:
+    if "-mixed." in row.reference:
         tensors = {n: t for n, t in tensors.items() if not n.endswith(".input_scale")}
-    declare: Any = family.declare
-    try:
-        declaration = declare(chosen, kept, tensors=sorted(tensors))
-    except TypeError:
-        declaration = declare(chosen, kept)
-    return tensors, declaration
+    return tensors, declare(family, chosen, kept, sorted(tensors))
+
+
+def declare(
+    family: Family, chosen: Mapping[str, Scheme], kept: list[str], names: list[str]
+) -> Declaration:
+    """The family's declaration; one that describes every tensor is told their names, too."""
+    if "tensors" in signature(family.declare).parameters:
+        tell_names: Callable[..., Declaration] = family.declare
+        return tell_names(chosen, kept, tensors=names)
+    return family.declare(chosen, kept)
 
 
 def find_dialect(row: CheckpointRow) -> Dialect:
@@ -91,23 +105,28 @@ def find_dialect(row: CheckpointRow) -> Dialect:
     return next(d for d in models.load(row.model).DIALECTS if d.name == name)
 
 
+def find_kept(row: CheckpointRow) -> Callable[[str], bool]:
+    """Whether a module, by diffusers' name, is one that the row leaves in full precision."""
+    sets = models.load(row.model).FALLBACKS
+    patterns = [re.compile(pattern) for word in row.kept.split() for pattern in sets[word]]
+    return lambda module: any(pattern.fullmatch(module) for pattern in patterns)
+
+
 def choose_schemes(
     row: CheckpointRow, packed: Mapping[str, torch.Tensor], dialect: Dialect
 ) -> dict[str, Scheme]:
     """Scheme of each layer on disk that the row quantizes: linear layers of the blocks, not kept."""
-    model = models.load(row.model)
+    blocks = models.load(row.model).BLOCKS
     family = families.load(row.family)
-    patterns = [
-        re.compile(pattern) for word in row.kept.split() for pattern in model.FALLBACKS[word]
-    ]
+    kept = find_kept(row)
     found: dict[str, Scheme] = {}
-    for name, tensor in packed.items():
-        layer, _, leaf = name.rpartition(".")
+    for name in sorted(packed):
+        layer, leaf = split(name)
         targets = dialect.layer_targets(layer)
-        inside = targets[0].module.split(".")[0] in model.BLOCKS
-        if leaf != "weight" or tensor.ndim != 2 or not inside:
+        inside = targets[0].module.split(".")[0] in blocks
+        if leaf != "weight" or packed[name].ndim != 2 or not inside:
             continue
-        if any(p.fullmatch(target.module) for p in patterns for target in targets):
+        if any(kept(target.module) for target in targets):
             continue
         scheme = family.SCHEMES[row.scheme]
         if row.family == "nunchaku-svdq":
@@ -121,74 +140,6 @@ def choose_schemes(
             scheme = replace(scheme, swap_nibbles=True, tiled_scales=True)
         found[layer] = scheme
     return found
-
-
-def invert(dialect: Dialect, modules: set[str]) -> dict[str, list[tuple[Target, str]]]:
-    """Layers on disk with the modules (and how) that go into each, in order of their rows."""
-    found: dict[str, list[tuple[Target, str]]] = {}
-    rules = [(rule, target) for rule in dialect.layers for target in rule.targets]
-    compiled = [
-        (rule, target, re.compile(re.escape(target.module).replace(r"\{i\}", r"(\d+)") + r"\Z"))
-        for rule, target in rules
-    ]
-    for module in sorted(modules):
-        hits = [
-            (rule.source.replace("{i}", match.group(1) if match.groups() else ""), target)
-            for rule, target, pattern in compiled
-            if (match := pattern.match(module))
-        ]
-        for source, target in hits or [(module, Target(module))]:
-            found.setdefault(source, []).append((target, module))
-    for parts in found.values():
-        parts.sort(key=lambda part: part[0].part)
-    return found
-
-
-def pack_tensors(plain: Tensors, dialect: Dialect) -> Tensors:
-    """The tensors of a diffusers transformer as a dialect names and packs them."""
-    if dialect.name == DIFFUSERS.name:
-        return plain
-    whole = {target.module: rule.source for rule in dialect.tensors for target in rule.targets}
-    packed: Tensors = {}
-    rest = dict(plain)
-    for template, source in whole.items():
-        pattern = re.compile(re.escape(template).replace(r"\{i\}", r"(\d+)") + r"\Z")
-        for name in list(rest):
-            if match := pattern.match(name):
-                number = match.group(1) if match.groups() else ""
-                packed[source.replace("{i}", number)] = rest.pop(name)
-    modules = {name.rpartition(".")[0] for name in rest}
-    for source, parts in invert(dialect, modules).items():
-        own = [
-            (
-                target,
-                {n.rpartition(".")[2]: t for n, t in rest.items() if n.rpartition(".")[0] == m},
-            )
-            for target, m in parts
-        ]
-        for suffix in own[0][1]:
-            tensor = torch.cat([pack_part(target, suffix, part[suffix]) for target, part in own])
-            packed[f"{source}.{suffix}".lstrip(".")] = tensor
-    return packed
-
-
-def pack_part(target: Target, suffix: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A module's tensor as its layer on disk holds it: the inverse of what loading does."""
-    start, stop, of = target.columns
-    if of > 1 and suffix == "weight":
-        unit = tensor.shape[1] // of
-        tensor = tensor[:, start * unit : stop * unit]
-    if of > 1 and suffix == "bias" and stop != of:
-        tensor = torch.zeros_like(tensor)
-    if target.swap_halves:
-        half = tensor.shape[0] // 2
-        tensor = torch.cat([tensor[half:], tensor[:half]])
-    if target.interleave > 1:
-        chunks = tensor.unflatten(0, (target.interleave, -1)).clone()
-        if suffix == "bias":
-            chunks[list(target.plus_one)] += 1
-        tensor = chunks.transpose(0, 1).flatten(0, 1)
-    return tensor.contiguous()
 
 
 @lru_cache(maxsize=8)
@@ -271,13 +222,13 @@ def write_folder(
     if not with_config and declaration.config is not None:
         metadata["quantization_config"] = json.dumps(declaration.config, sort_keys=True)
     if shards == 1:
-        save_file({n: tensors[n].contiguous() for n in names}, folder / WEIGHTS, metadata=metadata)
+        save(tensors, names, folder / WEIGHTS, metadata)
     else:
         weight_map: dict[str, str] = {}
         for number in range(shards):
             part = names[number * len(names) // shards : (number + 1) * len(names) // shards]
             file = f"diffusion_pytorch_model-{number + 1:05d}-of-{shards:05d}.safetensors"
-            save_file({n: tensors[n].contiguous() for n in part}, folder / file, metadata=metadata)
+            save(tensors, part, folder / file, metadata)
             weight_map |= dict.fromkeys(part, file)
         total = sum(t.numel() * t.element_size() for t in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -292,21 +243,33 @@ def write_folder(
 
 
 def write_file(tensors: Tensors, declaration: Declaration, path: Path, base: Path) -> None:
-    """Write a single weight file whose header declares what it is, where the family does so."""
+    """Write a single weight file whose header declares what it is, unless its names do."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", **declaration.metadata}
-    if declaration.config is not None and not is_raw(tensors):
+    metadata = {} if is_raw(tensors) else dict(declaration.metadata)
+    if declaration.config is not None:
         metadata["quantization_config"] = json.dumps(declaration.config, sort_keys=True)
+    if "quantization_config" in metadata:
         metadata["config"] = (base / "config.json").read_text()
-    elif "quantization_config" in metadata:
-        metadata["config"] = (base / "config.json").read_text()
-    ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
-    save_file(ordered, path, metadata=metadata)
+    save(tensors, sorted(tensors), path, {"format": "pt", **metadata})
 
 
 def is_raw(tensors: Tensors) -> bool:
     """Whether these are the official raw names, whose files declare nothing."""
     return any(name.startswith("double_blocks.") for name in tensors)
+
+
+def save(tensors: Tensors, names: list[str], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write some of the tensors; the library's writer would shuffle several metadata entries."""
+    items = [
+        Item(
+            name,
+            DTYPES[tensors[name].dtype],
+            tuple(tensors[name].shape),
+            partial(tensors.__getitem__, name),
+        )
+        for name in names
+    ]
+    safetensors_writer.write_file(path, items, dict(sorted(metadata.items())))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ HIDDEN = 128
 WORDS = (  # noqa: SIM905
     "a the of with in on through and curious pikachu beautiful sunset fox walking neon rain logo "
     "bold large text sgl diffusion cat dog red blue green city mountain river photo painting blurry "
-    "static low quality watermark"
+    "static low quality watermark A Logo Bold Large Text SGL Diffusion"
 ).split()
 
 IMAGE_VAE: Mapping[str, Any] = {
@@ -47,6 +47,11 @@ CHAT_TEMPLATE = (
     "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+MISTRAL_TEMPLATE = (
+    "<s>{% for message in messages %}"
+    "{% set mark = 'SYSTEM_PROMPT' if message['role'] == 'system' else 'INST' %}[{{ mark }}]"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}[/{{ mark }}]{% endfor %}"
+)
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:
@@ -69,7 +74,7 @@ def build_clip(prefix: str) -> tuple[Any, Any]:
     letters = sorted(set(_byte_alphabet()))
     vocabulary = [*letters, *(f"{letter}</w>" for letter in letters)]
     merges: list[tuple[str, str]] = []
-    for word in WORDS:
+    for word in dict.fromkeys(word.lower() for word in WORDS):
         pieces = [*word[:-1], f"{word[-1]}</w>"]
         while len(pieces) > 1:
             pair = (pieces[0], pieces[1])
@@ -174,16 +179,16 @@ def build_mistral(prefix: str) -> tuple[Any, Any]:
     from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
-    specials = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", SYSTEM_MESSAGE]
+    marks = ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"]
     tokenizer = _train_bpe(
-        ["system\nuser\nassistant\n"],
-        specials,
+        [],
+        ["<pad>", "<s>", "</s>", *marks, SYSTEM_MESSAGE],
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
         padding_side="left",
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = MISTRAL_TEMPLATE
     config = Mistral3Config(
         text_config={
             "model_type": "mistral",

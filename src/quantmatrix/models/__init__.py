@@ -42,6 +42,8 @@ class Rule:
 
     source: str
     targets: tuple[Target, ...]
+    quantized_only: bool = False
+    """A writer uses this form for a quantized layer only; a plain one keeps diffusers' names."""
 
     @property
     def pattern(self) -> re.Pattern[str]:

@@ -85,16 +85,26 @@ BFL = Dialect(
 )
 DIALECTS = (DIFFUSERS, BFL)
 
+_FLUX2 = (
+    r"time_guidance_embed\.(timestep_embedder|guidance_embedder)\.linear_[12]",
+    r"double_stream_modulation_(img|txt)\.linear",
+    r"single_stream_modulation\.linear",
+    r"x_embedder",
+    r"context_embedder",
+    r"norm_out\.linear",
+)
+_TEXT_QKV = r"transformer_blocks\.\d+\.attn\.add_[qkv]_proj"
+_TEXT_REST = r"transformer_blocks\.\d+\.(attn\.to_add_out|ff_context\.linear_(in|out))"
 FALLBACKS: Mapping[str, tuple[str, ...]] = {
-    "flux2": (
-        r"time_guidance_embed\.(timestep_embedder|guidance_embedder)\.linear_[12]",
-        r"double_stream_modulation_(img|txt)\.linear",
-        r"single_stream_modulation\.linear",
-        r"x_embedder",
-        r"context_embedder",
-        r"norm_out\.linear",
-    ),
+    "flux2": _FLUX2,
+    "flux2-raw": (*_FLUX2, _TEXT_QKV),
+    "flux2-raw-mixed": (*_FLUX2, _TEXT_QKV, _TEXT_REST),
 }
+"""The validated set of the transformer, and what the two official raw files leave in BF16.
+
+In those `txt_attn.qkv` is known to be BF16, and more layers in the mixed file; here they are the
+rest of the text stream.
+"""
 
 TINY: Mapping[str, Any] = {
     "num_layers": 2,

@@ -37,7 +37,7 @@ def _fused(block: str) -> tuple[Rule, ...]:
         Target(f"{stem}.feed_forward.w1", part=(1, 2)),
     )
     return (
-        Rule(f"{stem}.attention.to_qkv", qkv),
+        Rule(f"{stem}.attention.to_qkv", qkv, quantized_only=True),
         Rule(f"{stem}.feed_forward.net.0.proj", gate),
         Rule(f"{stem}.feed_forward.net.2", (Target(f"{stem}.feed_forward.w2"),)),
     )
