@@ -96,9 +96,8 @@ def run_model(module: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
     return (out[0] if isinstance(out, list) else out).float()
 
 
-def round_blocks(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
-    """ModelOpt's NVFP4 quantization and back, with a given amax."""
-    whole = amax.float().amax() / (6 * 448)
+def round_blocks(x: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """ModelOpt's NVFP4 quantization and back, with a given scale of the whole tensor."""
     flat = x.float().reshape(-1, x.shape[-1])
     coded, scales, whole = NVFP4QTensor.quantize(flat, BLOCK, weights_scaling_factor_2=whole)
     plain = coded.dequantize(
@@ -112,7 +111,7 @@ def simulate_on_cpu() -> Iterator[None]:
     """ModelOpt's simulation of NVFP4 by its own packing code; Conv3d, never exported, runs plain."""
 
     def quantize(inputs: torch.Tensor, block: int, amax: torch.Tensor, *_: int) -> torch.Tensor:
-        return round_blocks(inputs, amax)
+        return round_blocks(inputs, amax.float().amax() / (6 * 448))
 
     def convolve(self: nn.Conv3d, inputs: torch.Tensor) -> torch.Tensor:
         return self._conv_forward(inputs, self.weight, self.bias)
@@ -180,7 +179,7 @@ class FileLinear(nn.Module):
         tensors = self.tensors
         if "pre_quant_scale" in tensors:
             x = x * tensors["pre_quant_scale"].float()
-        inputs = round_blocks(x, tensors["input_scale"] * 6 * 448) if self.coded else x
+        inputs = round_blocks(x, tensors["input_scale"]) if self.coded else x
         y = functional.linear(inputs, self.weight)
         if "svdquant_lora_a" in tensors:
             low = functional.linear(x, tensors["svdquant_lora_a"].float())
