@@ -58,7 +58,8 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """mypy --strict over the package."""
     session.install(TORCH)
-    needed = ["mypy", "pandas-stubs", "numpy", "safetensors", "huggingface_hub", "pytest", "jinja2"]
+    needed = ["mypy", "pandas-stubs", "numpy", "safetensors", "huggingface_hub", "jinja2"]
+    needed += ["pytest", "pytest-xdist"]
     session.install("-c", "constraints.txt", *needed)
     session.run("mypy")
 
