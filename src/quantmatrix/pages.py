@@ -152,19 +152,21 @@ def write_checkpoints(joined: Joined, rows: Iterable[CheckpointRow], base: str) 
 
 
 def write_proof(joined: Joined, cells: Sequence[Cell], base: str) -> str:
-    """`**proven**: cpu decode, cpu reference; **unproven**: b200`, each linked to its record."""
+    """`**proven**: cpu decode (2), h100; **unproven**: b200`, each word linked to a record."""
     texts = []
     for state in STATES:
-        found = [cell for cell in cells if joined.states[cell.id] == state]
-        links = dict.fromkeys(joined.link(cell, name_place(cell), base) for cell in found)
+        places: dict[str, list[Cell]] = {}
+        for cell in cells:
+            if joined.states[cell.id] == state:
+                places.setdefault(f"{cell.hardware} {cell.backend}".strip(), []).append(cell)
+        links = []
+        for place, found in places.items():
+            names = [place, *(f"({number})" for number in range(2, len(found) + 1))]
+            pairs = zip(found, names, strict=True)
+            links.append(" ".join(joined.link(cell, name, base) for cell, name in pairs))
         if links:
             texts.append(f"**{state}**: {', '.join(links)}")
     return "; ".join(texts) or "no cell"
-
-
-def name_place(cell: Cell) -> str:
-    """Hardware, and the backend where the row names one."""
-    return f"{cell.hardware} {cell.backend}".strip()
 
 
 def write_family(joined: Joined, family: FamilyRow) -> str:

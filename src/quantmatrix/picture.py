@@ -19,7 +19,7 @@ COLOURS = {
     "planned": ("#d0d7de", "#30363d"),
 }
 """Fill of each state: (light scheme, dark scheme)."""
-LEFT, TOP, WIDTH, HEIGHT, GAP = 132, 64, 86, 50, 4
+LEFT, TOP, WIDTH, HEIGHT, GAP = 132, 64, 86, 54, 4
 LINE = 12
 
 Counts = Mapping[str, int]
