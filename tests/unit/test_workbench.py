@@ -1,0 +1,111 @@
+"""The workbench: which device a cell runs on, and what its BF16 run is made of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tables import CASES, write_tables
+
+from quantmatrix import hardware, matrix, workbench
+from quantmatrix.device_scheduling import find_group
+from quantmatrix.errors import UsageError
+from quantmatrix.hardware import Machine
+from quantmatrix.request import FP4_BACKEND_VARIABLE, Request
+from quantmatrix.workbench import Workbench
+
+H100 = Machine("NVIDIA H100 80GB HBM3", "nvidia", "sm90", 80 * 2**30, device="cuda:0", count=2)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Workbench:
+    cases = [{**CASES[0], "flags": f"{FP4_BACKEND_VARIABLE}=cudnn --seed 3 --height 32"}]
+    return Workbench(matrix.read(write_tables(tmp_path / "matrix", cases)))
+
+
+def test_a_cell_becomes_the_request_of_its_command(bench: Workbench) -> None:
+    cell = bench.tables.cells[0]
+    request = bench.request(cell)
+    assert request.model_path == "some/flux-1"
+    assert request.component_paths == {"transformer": "some/flux1-fp8"}
+    assert (request.seed, request.height, request.backend) == ((3,), 32, "reference")
+    assert (request.tiny, request.device, request.fp4_gemm_backend) == (True, "cpu", "cudnn")
+    assert bench.command(cell).startswith(f"{FP4_BACKEND_VARIABLE}=cudnn quantmatrix generate")
+    assert bench.command(cell).endswith("--tiny")
+
+
+def test_planning_for_other_hardware_needs_none(bench: Workbench) -> None:
+    cell = next(cell for cell in bench.tables.cells if cell.hardware == "h100")
+    assert bench.planned_request(cell).hardware == "h100"
+
+
+def test_each_worker_has_its_own_device(bench: Workbench, monkeypatch) -> None:
+    monkeypatch.setattr(hardware, "probe", lambda: H100)
+    row = replace(bench.tables.hardware["h100"], memory_gib=80.0)
+    assert bench.find_device(row) == "cuda:0"
+    bench.worker = 1
+    assert bench.find_device(row) == "cuda:1"
+    assert bench.find_device(bench.tables.hardware["cpu"]) == "cpu"
+    bench.worker = 2
+    with pytest.raises(UsageError, match=r"worker 2 has no device .* use -n 2"):
+        bench.find_device(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({}, None),
+        ({"memory_gib": 141.0}, "has 80 GiB of memory"),
+        ({"arch": "sm100"}, "architecture sm90"),
+        ({"vendor": "amd"}, "vendor nvidia"),
+        ({"memory_gib": 0.0}, None),
+    ],
+)
+def test_another_machine_proves_nothing(bench: Workbench, row: dict, why: str | None) -> None:
+    found = workbench.find_difference(
+        H100, replace(bench.tables.hardware["h100"], **{"memory_gib": 80.0, **row})
+    )
+    assert found is None if why is None else why in str(found)
+
+
+def test_the_bf16_run_has_nothing_of_the_checkpoint() -> None:
+    words = "--model-path some/w8a8 --model-id FLUX.1-dev --transformer-weights-path x.safetensors"
+    words += " --transformer-2-path y --vae-path z --enable-svdquant --quantization-precision int4"
+    words += " --quantization-rank 32 --backend decode --seed 5 --height 64 --prompt fox"
+    request = Request.from_words(words.split())
+    plain = workbench.strip_quantization(request, "some/base")
+    assert plain == Request(
+        model_path="some/base",
+        component_paths={"vae": "z"},
+        seed=(5,),
+        height=64,
+        prompt=("fox",),
+    )
+
+
+def test_pipelines_and_bf16_runs_are_made_once(bench: Workbench, monkeypatch) -> None:
+    built, ran = [], []
+    monkeypatch.setattr(workbench, "build_pipeline", lambda made: built.append(made) or object())
+    monkeypatch.setattr(
+        workbench, "generate", lambda request, **_: ran.append(request) or SimpleNamespace()
+    )
+    cell, made = bench.tables.cells[0], SimpleNamespace()
+    request = bench.request(cell)
+    assert bench.baseline(cell, request) is bench.baseline(cell, request)
+    assert len(ran) == 1
+    for changed in ({}, {"seed": (9,)}, {"prompt": ("x",)}):
+        bench.run(replace(request, **changed), made)
+    assert len(built) == 1
+    for changed in ({"backend": "decode"}, {"dtype": "float32"}, {"dit_layerwise_offload": True}):
+        bench.run(replace(request, **changed), made)
+    assert len(built) == 4
+    assert bench.baseline(cell, replace(request, backend="decode")) is not None
+    assert len([r for r in ran if r.model_path == "some/flux-1" and not r.component_paths]) == 1
+
+
+def test_tests_of_a_cell_are_grouped_and_others_go_by_file() -> None:
+    groups = {"a@cpu+decode": "flux-1 x"}
+    assert find_group("tests/suites/test_load.py::test_load[a@cpu+decode]", groups) == "flux-1 x"
+    assert find_group("tests/unit/test_a.py::test_b[1]", groups) == "tests/unit/test_a.py"
