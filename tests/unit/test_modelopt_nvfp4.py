@@ -278,6 +278,22 @@ def test_svd() -> None:
         read({"a": stored}, {**BLOCK, "quant_algo": "NVFP4_SVD"})
 
 
+def test_svd_gives_the_same_bytes_on_any_number_of_threads() -> None:
+    scheme, threads = WORDS["NVFP4_SVD"], torch.get_num_threads()
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(quantize(scheme, 256, 192))
+    torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(same(found[0][name], tensor) for name, tensor in other.items())
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    left, right = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(left, right)
+
+
 def test_awq_is_nvfp4_with_smoothing() -> None:
     scheme = replace(NVFP4, name="NVFP4_AWQ", smoothed=True)
     stored = quantize(scheme)

@@ -184,7 +184,7 @@ def quantize(
     if scheme.rank:
         down, up = split_low_rank(rest, scheme.rank, weight.dtype)
         extra |= {"svdquant_lora_a": down, "svdquant_lora_b": up}
-        rest = rest - up.float() @ down.float()
+        rest = (rest - up.double() @ down.double()).float()
     codes, scales, whole = encode(rest)
     stored = {
         "weight": swap_nibbles(codes) if scheme.swap_nibbles else codes,
@@ -212,20 +212,25 @@ def quantize_fp8(weight: torch.Tensor, calibration: Calibration | None) -> dict[
 def find_smoothing(
     weight: torch.Tensor, calibration: Calibration | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Input multipliers [K]: sqrt(weight range / input range) per column, about 1 on average."""
+    """Input multipliers [K]: sqrt(weight range / input range) per column, about 1 on average.
+
+    Sums here and in `split_low_rank` are float64, so that rounding hides the order of additions.
+    """
     if calibration is None:
         raise UsageError("smoothing needs a calibration: the range of each input column")
     ranges = weight.abs().amax(dim=0).clamp(min=1e-5), calibration.amax.float().clamp(min=1e-5)
     ratio = (ranges[0] / ranges[1]).sqrt()
-    return (ratio / ratio.log().mean().exp()).to(dtype)
+    return (ratio / ratio.double().log().mean().exp()).to(dtype)
 
 
 def split_low_rank(
     weight: torch.Tensor, rank: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(a [rank, K], b [N, rank]) of the largest singular directions; zeros beyond the full rank."""
-    left, size, right = torch.linalg.svd(weight, full_matrices=False)
+    left, size, right = torch.linalg.svd(weight.double(), full_matrices=False)
     found = min(rank, len(size))
+    largest = right.gather(1, right.abs().argmax(dim=1, keepdim=True))
+    left, right = left * largest.sign().T, right * largest.sign()
     down = torch.zeros(rank, weight.shape[1], dtype=dtype)
     up = torch.zeros(weight.shape[0], rank, dtype=dtype)
     down[:found] = right[:found].to(dtype)
