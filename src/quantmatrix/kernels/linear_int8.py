@@ -22,16 +22,17 @@ the epilogue are float32. A token of zeros has codes of zero.
 
 Backends: `reference` multiplies the codes as floating-point numbers wide enough to be exact;
 `decode` multiplies plain numbers (W8A16); `int8` uses `torch._int_mm`, 512 rows at a time on a CPU,
-so that accumulators stay in the cache, and compiled on CUDA; `npu` calls torch_npu. The int8 matmul
+so that accumulators stay in the cache, and Triton kernels on CUDA; `npu` calls torch_npu. The int8 matmul
 of oneDNN (`onednn.qlinear_pointwise`) is not used: with int8 activations it takes a loop that is
 thousands of times slower.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Mapping
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -39,8 +40,6 @@ from torch.nn import functional
 from quantmatrix.errors import RefusedError
 from quantmatrix.kernels import Kernel, Needs, Tensors
 from quantmatrix.scheme import Scheme
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 LARGEST = {"int8": 127, "int4": 7}
 """Largest code of a symmetric number format."""
@@ -50,6 +49,8 @@ ROWS = 512
 CUDA_ROWS = 32
 CUDA_MULTIPLE = 8
 """cuBLAS takes more than 16 rows, and columns in multiples of 8."""
+WHOLE_ROW = 16384
+"""Longest row that the fused kernel quantizes."""
 FRACTAL_NZ = 29
 """The NPU's own weight layout, as `npu_format_cast` numbers it."""
 
@@ -78,7 +79,8 @@ def quantize_static(x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) 
 def quantize_tokens(x: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes int8 [..., K], scales float32 [..., 1]): each token's largest magnitude fits."""
     wide = x.float()
-    scale = wide.abs().amax(dim=-1, keepdim=True) / largest
+    amax = wide.abs().amax(dim=-1, keepdim=True)
+    scale = amax / torch.full_like(amax, largest)  # CUDA multiplies by a number's reciprocal
     return (wide / torch.where(scale > 0, scale, 1)).round().to(torch.int8), scale
 
 
@@ -135,9 +137,9 @@ def run_decode(
 
 
 def prepare_int8(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """The codes as stored; on CUDA padded to multiples of 8 where they are not that already."""
+    """The codes as stored; for `torch._int_mm` on CUDA padded to multiples of 8."""
     kept = keep_used(tensors, scheme, dtype)
-    if kept["weight"].is_cuda:
+    if kept["weight"].is_cuda and not can_fuse(kept["weight"]):
         kept["weight"] = pad_to(kept["weight"], CUDA_MULTIPLE, CUDA_MULTIPLE)
     return kept
 
@@ -196,49 +198,49 @@ def multiply_on_cpu(
 def multiply_on_cuda(
     x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
-    """x [M, K] -> [M, N]; quantization and epilogue are one compiled kernel each."""
-    if scheme.activation == "tensor-static":
-        codes = fuse(quantize_static)(x, buffers["input_scale"], buffers["input_offset"])
-        totals = multiply_padded(codes, buffers["weight"], buffers["deq_scale"].shape[0])
-        y = fuse(scale_static)(totals, buffers["quant_bias"], buffers["deq_scale"], x.dtype)
-        return cast("torch.Tensor", y)
-    codes, scale = fuse(quantize_tokens)(x, LARGEST[scheme.weight])
-    totals = multiply_padded(codes, buffers["weight"], buffers["weight_scale"].shape[0])
-    y = fuse(scale_tokens)(totals, buffers["weight_scale"], scale, bias, x.dtype)
-    return cast("torch.Tensor", y)
+    """x [M, K] -> [M, N]: one kernel quantizes, one multiplies and scales; without Triton, more."""
+    static, dtype = scheme.activation == "tensor-static", x.dtype
+    scale = None
+    if not can_fuse(x):
+        if static:
+            codes = quantize_static(x, buffers["input_scale"], buffers["input_offset"])
+            totals = multiply_padded(codes, buffers["weight"], buffers["deq_scale"].shape[0])
+            return ((totals + buffers["quant_bias"]).float() * buffers["deq_scale"]).to(dtype)
+        codes, scale = quantize_tokens(x, LARGEST[scheme.weight])
+        totals = multiply_padded(codes, buffers["weight"], buffers["weight_scale"].shape[0])
+        y = totals.float() * buffers["weight_scale"] * scale
+        return (y if bias is None else y + bias.float()).to(dtype)
+    from quantmatrix.kernels import int8_triton
+
+    x = x.contiguous()
+    if static:
+        codes = int8_triton.quantize_static(x, buffers["input_scale"], buffers["input_offset"])
+        outputs, bias = buffers["deq_scale"], buffers["quant_bias"]
+    else:
+        codes, scale = int8_triton.quantize_tokens(x, LARGEST[scheme.weight])
+        outputs = buffers["weight_scale"]
+    return int8_triton.multiply(codes, buffers["weight"], outputs, scale, bias, dtype)
 
 
 def multiply_padded(codes: torch.Tensor, weight: torch.Tensor, width: int) -> torch.Tensor:
     """Accumulators int32 [M, width] of codes [M, K] and a weight padded to multiples of 8."""
+    if codes.shape[0] == 0:
+        return torch.empty(0, width, dtype=torch.int32, device=codes.device)
     padded = pad_to(codes, CUDA_ROWS, CUDA_MULTIPLE)
     return torch._int_mm(padded, weight.t())[: codes.shape[0], :width]
 
 
-def scale_static(
-    totals: torch.Tensor, quant_bias: torch.Tensor, deq_scale: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """Accumulators int32 [M, N] to outputs, static activations."""
-    return ((totals + quant_bias).float() * deq_scale).to(dtype)
-
-
-def scale_tokens(
-    totals: torch.Tensor,
-    weight_scale: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Accumulators int32 [M, N] to outputs, one activation scale per row."""
-    result = totals.float() * weight_scale * scale
-    return (result if bias is None else result + bias.float()).to(dtype)
+def can_fuse(tensor: torch.Tensor) -> bool:
+    """Whether Triton can compile for the tensor's device, and takes rows of its length."""
+    return has_compiler() and tensor.shape[-1] <= WHOLE_ROW
 
 
 @cache
-def fuse(function: Function) -> Function:
-    """The function compiled into one kernel, or as it is where torch has no GPU compiler."""
+def has_compiler() -> bool:
+    """Whether Triton is there with the C compiler that it needs to start kernels."""
     from torch.utils._triton import has_triton
 
-    return cast("Function", torch.compile(function, dynamic=True)) if has_triton() else function
+    return has_triton() and any(shutil.which(name) for name in ("cc", "gcc", "clang"))
 
 
 def import_npu() -> Any:
