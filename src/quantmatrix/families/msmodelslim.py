@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,7 +85,8 @@ def detect(checkpoint: Checkpoint) -> str | None:
     words = sorted({word for key, word in _layer_words(described) if word != FLOAT})
     if not words:
         return None
-    return f"{checkpoint.description_file or DESCRIPTION} describes layers as {', '.join(words)}"
+    name = PurePath(checkpoint.description_file or DESCRIPTION).name
+    return f"{name} describes layers as {', '.join(words)}"
 
 
 def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
