@@ -7,12 +7,14 @@ twice the amplitude is 6.02 dB of PSNR, twice the relative L2 and four times `1 
 The *class* of a run names the weight format and the arithmetic of its layers (`e4m3 W8A8`; several
 are joined by ` + `). A class that was measured on other models only borrows the worst of those
 samples, and says so; a class that was never measured has no limit, and its cells fail until
-somebody measures it: `python -m quantmatrix.limits reports/evidence reports/limits.csv`, whose
-changes are read like any other claim.
+somebody measures it from their evidence: `python -m quantmatrix.limits reports/evidence
+reports/limits.csv`. Where stand-ins or arithmetic changed on purpose, `--anew` takes what failed,
+too. What is loosened is printed, and the file is reviewed like any other claim.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import math
@@ -134,12 +136,17 @@ def write_samples(samples: Iterable[Sample]) -> str:
     return stream.getvalue()
 
 
-def collect_samples(evidence: Mapping[str, Evidence]) -> list[Sample]:
-    """One sample per class and model, from records that passed or that had no limit yet."""
+def collect_samples(evidence: Mapping[str, Evidence], *, anew: bool = False) -> list[Sample]:
+    """One sample per class and model, from records that passed or that had no limit yet.
+
+    With `anew` those that failed count, too.
+    """
     groups: dict[tuple[str, str], list[tuple[Evidence, Mapping[str, Any]]]] = {}
     for record in evidence.values():
         check = record.checks.get("latents")
-        if check is None or (check.verdict != "pass" and "psnr_db" in check.limits):
+        if check is None:
+            continue
+        if check.verdict != "pass" and "psnr_db" in check.limits and not anew:
             continue
         worst = check.metrics.get("worst", {})
         if worst.get("psnr_db") is not None and check.metrics.get("class"):
@@ -181,15 +188,16 @@ def list_loosened(older: Iterable[Sample], newer: Iterable[Sample]) -> list[str]
 
 def main(words: Sequence[str]) -> int:
     """Measure: write the samples of an evidence folder into a file, naming what is loosened."""
-    if len(words) != 2:
-        print("usage: python -m quantmatrix.limits EVIDENCE_FOLDER SAMPLES.csv", file=sys.stderr)
-        return 2
-    folder, path = Path(words[0]), Path(words[1])
-    samples = collect_samples(records.read_folder(folder))
-    for line in list_loosened(read_samples(path), samples):
+    parser = argparse.ArgumentParser(prog="python -m quantmatrix.limits")
+    parser.add_argument("evidence", type=Path, help="folder of records")
+    parser.add_argument("samples", type=Path, help="CSV file to write")
+    parser.add_argument("--anew", action="store_true", help="count cells that failed, too")
+    given = parser.parse_args(words)
+    samples = collect_samples(records.read_folder(given.evidence), anew=given.anew)
+    for line in list_loosened(read_samples(given.samples), samples):
         print(f"loosened: {line}")
-    path.write_text(write_samples(samples), encoding="utf-8")
-    print(f"{path}: {len(samples)} samples")
+    given.samples.write_text(write_samples(samples), encoding="utf-8")
+    print(f"{given.samples}: {len(samples)} samples")
     return 0
 
 

@@ -95,7 +95,9 @@ def test_measuring_writes_the_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert limits.main([str(tmp_path / "evidence"), str(path)]) == 0
     assert "loosened: e4m3 W8A8 on flux-1: 50.00 dB" in capsys.readouterr().out
     assert [sample.cell for sample in limits.read_samples(path)] == ["b@cpu"]
-    assert limits.main([]) == 2
+    records.write(make("c@cpu", 5.0, verdict="fail"), tmp_path / "evidence")
+    assert limits.main(["--anew", str(tmp_path / "evidence"), str(path)]) == 0
+    assert [sample.cell for sample in limits.read_samples(path)] == ["c@cpu"]
 
 
 def test_the_samples_of_this_project_are_sound() -> None:
