@@ -227,16 +227,6 @@ def merge(older: Evidence, newer: Evidence) -> Evidence:
     return Evidence(**merged)
 
 
-def differing_verdicts(expected: Evidence, found: Evidence) -> list[str]:
-    """Checks that ran in both records and ended differently, in words. Better is different, too."""
-    return [
-        f"{found.cell['id']}: {name}: {expected.checks[name].verdict} in the evidence of "
-        f"{expected.made or 'another run'}, {result.verdict} now"
-        for name, result in found.checks.items()
-        if name in expected.checks and expected.checks[name].verdict != result.verdict
-    ]
-
-
 def list_problems(record: Any) -> list[str]:
     """What is wrong with plain data that should be a record; empty when nothing is."""
     if not isinstance(record, dict):

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from quantmatrix.evidence import remove_leftovers
 from quantmatrix.recorder import Proof, Recorder
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ class Harness:
         expected = self._find_expected(config.getoption("expect_evidence"), folder)
         self.recorder = Recorder(lambda: self.tables, folder, expected)
         self.worker = read_worker(config)
+        if folder is not None and self.worker is None:
+            remove_leftovers(folder)
         self.pending: dict[str, int] = {}
         if any(self.wanted.values()):
             _ = self.cells  # a selection that is empty or misspelt ends the session at once
@@ -254,9 +257,10 @@ class Harness:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Say where the records are."""
-        if self.recorder.folder and self.recorder.written:
-            count = len(self.recorder.written)
-            terminalreporter.write_line(f"evidence: {count} records in {self.recorder.folder}")
+        asked = self.config.getoption("evidence_dir")
+        if asked or self.recorder.written:  # with workers, the records are written by them
+            count = f"{len(self.recorder.written)} " if self.recorder.written else ""
+            terminalreporter.write_line(f"evidence: {count}records in {self.recorder.folder}")
 
     @pytest.fixture(name="cell")
     def provide_cell(self, request: pytest.FixtureRequest) -> Cell:

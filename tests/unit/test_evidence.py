@@ -180,13 +180,6 @@ def test_merge_joins_checks_of_the_same_thing_only() -> None:
         assert records.merge(make(), other) == other
 
 
-def test_verdicts_differ_in_both_directions() -> None:
-    failed = make(checks={"load": CheckResult("fail", message="x")})
-    assert records.differing_verdicts(make(), make(commit="def")) == []
-    assert "pass in the evidence" in records.differing_verdicts(make(), failed)[0]
-    assert "pass now" in records.differing_verdicts(failed, make())[0]
-
-
 def test_file_digest_follows_names_and_bytes(tmp_path: Path) -> None:
     one, two = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     one.write_bytes(b"12")
