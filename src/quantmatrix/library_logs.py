@@ -13,13 +13,14 @@ def quiet() -> Iterator[None]:
     import transformers
 
     loggers = (diffusers.utils.logging, transformers.utils.logging)
-    levels = [logger.get_verbosity() for logger in loggers]
+    before = [(logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
     for logger in loggers:
         logger.set_verbosity_error()
         logger.disable_progress_bar()
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, (level, bars) in zip(loggers, before, strict=True):
             logger.set_verbosity(level)
-            logger.enable_progress_bar()
+            if bars:
+                logger.enable_progress_bar()

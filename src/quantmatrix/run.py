@@ -94,6 +94,7 @@ def generate_all(
         if isinstance(planned, Refusal):
             raise RefusedError(planned.rule, planned.message)
         made = planned
+    models.load(made.model).call_arguments(request)  # a wrong flag is an error before the loading
     seconds = {}
     if pipeline is None:
         start = time.perf_counter()

@@ -14,6 +14,8 @@ from functools import cache
 from importlib import import_module
 from typing import Any, Protocol, cast
 
+from quantmatrix.errors import UsageError
+
 IDS = ("flux-1", "flux-2", "wan-2-2", "qwen-image", "z-image")
 
 
@@ -126,10 +128,20 @@ class Model(Protocol):
     """Attribute names of the transformer's block lists, in forward order (layerwise offload)."""
 
     def call_arguments(self, request: Any) -> dict[str, Any]:
-        """Keyword arguments of the pipeline call for a request (prompt, size, guidance ...)."""
+        """Keyword arguments of the pipeline call for a request (size, steps, guidance ...).
+
+        Raises UsageError for a flag that the model does not take.
+        """
 
     def build_tiny(self, folder: Any) -> None:
         """Write the tiny stand-in pipeline (BF16, structured weights) into a folder."""
+
+
+def refuse_flags(request: Any, name: str, *fields: str) -> None:
+    """Raise UsageError for a field that is set although the model has no use for it."""
+    for field in fields:
+        if getattr(request, field) is not None:
+            raise UsageError(f"--{field.replace('_', '-')}: {name} takes none; leave the flag out")
 
 
 def load(model: str) -> Model:

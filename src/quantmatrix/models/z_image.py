@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix.models import DIFFUSERS, Defaults, Dialect, Rule, Target
+from quantmatrix.models import DIFFUSERS, Defaults, Dialect, Rule, Target, refuse_flags
 
 if TYPE_CHECKING:
     from quantmatrix.request import Request
@@ -67,6 +67,7 @@ TINY: Mapping[str, Any] = {
 
 def call_arguments(request: Request) -> dict[str, Any]:
     """Keyword arguments of the pipeline call."""
+    refuse_flags(request, NAME, "num_frames")
     defaults = TINY_DEFAULTS if request.tiny else DEFAULTS
     guidance = defaults.guidance if request.guidance_scale is None else request.guidance_scale
     arguments: dict[str, Any] = {
