@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("modelopt")
 
-import nvfp4_exports as exports
+import modelopt_exports as exports
 from modelopt.torch import opt as mto
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 

@@ -28,7 +28,11 @@ from torch.nn import functional
 from quantmatrix import models
 from quantmatrix.tiny_weights import fill
 
-CONFIGS = {"NVFP4": mtq.NVFP4_DEFAULT_CFG, "NVFP4_SVD": mtq.NVFP4_SVDQUANT_DEFAULT_CFG}
+CONFIGS = {
+    "FP8": mtq.FP8_DEFAULT_CFG,
+    "NVFP4": mtq.NVFP4_DEFAULT_CFG,
+    "NVFP4_SVD": mtq.NVFP4_SVDQUANT_DEFAULT_CFG,
+}
 BLOCK = 16
 
 
