@@ -43,8 +43,10 @@ SAVERS = {"mindie": MindIEFormatConfig, "ascendv1": AscendV1Config}
 ACTIVATIONS = {
     "W8A8": {"scope": "per_tensor", "dtype": "int8", "symmetric": False, "method": "minmax"},
     "W8A8_DYNAMIC": {"scope": "per_token", "dtype": "int8", "symmetric": True, "method": "minmax"},
+    "W8A8_MXFP8": {"scope": "per_block", "dtype": "mxfp8", "symmetric": True, "method": "minmax"},
 }
 WEIGHT = {"scope": "per_channel", "dtype": "int8", "symmetric": True, "method": "minmax"}
+WEIGHTS = {"W8A8_MXFP8": ACTIVATIONS["W8A8_MXFP8"]}
 WRITTEN = [
     ("W8A8", "mindie"),
     ("W8A8", "ascendv1"),
@@ -105,7 +107,7 @@ def write(word: str, saver: str, folder: Path, smoothed: bool = False, **model: 
     if word == "W4A4_DYNAMIC":
         quantize_int4(made)
     else:
-        qconfig = {"act": ACTIVATIONS[word], "weight": WEIGHT}
+        qconfig = {"act": ACTIVATIONS[word], "weight": WEIGHTS.get(word, WEIGHT)}
         processors = [LinearProcessorConfig(qconfig=qconfig, exclude=["*ffn.2*"]), save]
     if smoothed:
         smooth(made.blocks[1].self_attn.q)
@@ -297,7 +299,7 @@ def test_both_encodings_of_deq_scale_give_one_output(backend, tmp_path_factory):
         stored = stored_layer(find_written("W8A8", saver, tmp_path_factory).stored, layer)
         dtypes.append(stored["deq_scale"].dtype)
         buffers = kernel.prepare(msmodelslim.canonical(stored, static), static, torch.float32)
-        outputs.append(kernel.run(torch.linspace(-2, 2, 48)[None], buffers, None, static))
+        outputs.append(kernel.run(torch.linspace(-2, 2, 64)[None], buffers, None, static))
     assert dtypes == [torch.float32, torch.int64]
     assert torch.equal(*outputs)
 
@@ -313,7 +315,7 @@ def test_smoothed_layers(saver, tmp_path):
     wrapper = model.blocks[1].self_attn.q
     assert isinstance(wrapper, ir.NonFusionSmoothQuantWrapper)
     wrapper.wrapped_module.__class__ = PerToken
-    x = torch.randn(7, 48, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
     tensors = stored_layer(stored, "blocks.1.self_attn.q")
     y = msmodelslim.reference(x, tensors, schemes["blocks.1.self_attn.q"])
     assert (y - wrapper(x)).norm() / y.norm() < 1e-6
@@ -322,6 +324,31 @@ def test_smoothed_layers(saver, tmp_path):
     wan_repack.repack(tmp_path / "high_noise_model", tmp_path / "repacked")
     again = open_component(str(tmp_path / "repacked" / "transformer"), Hub())
     assert msmodelslim.schemes(again)["blocks.1.attn1.to_q"].smoothed
+
+
+@pytest.mark.parametrize("saver", SAVERS)
+def test_mxfp8_weights_are_read_exactly(saver, tmp_path):
+    """The engine's dequantized weight is ours, and our quantizer writes the engine's bytes.
+
+    Activations are no oracle: the engine rounds ties away from zero, an NPU to even.
+    """
+    model = write("W8A8_MXFP8", saver, tmp_path / "q")
+    stored, word = read_stored(tmp_path / "q"), msmodelslim.SCHEMES["W8A8_MXFP8"]
+    schemes = msmodelslim.schemes(open_component(str(tmp_path / "q"), Hub()))
+    assert len(schemes) == 2 * 9
+    assert set(schemes.values()) == {word}
+    plain, x = make_model(0), torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    for name in schemes:
+        tensors, layer = stored_layer(stored, name), model.get_submodule(name)
+        scales = torch.exp2(layer.weight_scale.data.float()).reshape(layer.weight.shape[0], -1)
+        exact = layer.weight.data.float() * scales.repeat_interleave(32, dim=1)
+        assert torch.equal(msmodelslim.dequantize(tensors, word), exact)
+        ours = msmodelslim.quantize(plain.get_submodule(name).weight, word)
+        for suffix, tensor in ours.items():
+            assert torch.equal(tensor.view(torch.uint8), tensors[suffix].view(torch.uint8))
+    y = msmodelslim.reference(x, stored_layer(stored, "blocks.0.self_attn.q"), word)
+    expected = model.blocks[0].self_attn.q(x)
+    assert (y - expected).norm() / expected.norm() < 0.01
 
 
 def test_bfloat16_models_have_bfloat16_scales(tmp_path):

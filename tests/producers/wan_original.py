@@ -25,8 +25,8 @@ from torch import nn
 
 CONFIG = {
     "num_attention_heads": 2,
-    "attention_head_dim": 24,
-    "ffn_dim": 64,
+    "attention_head_dim": 32,
+    "ffn_dim": 96,
     "num_layers": 2,
     "text_dim": 32,
     "freq_dim": 16,

@@ -1,4 +1,4 @@
-"""msmodelslim: transformers that Ascend's MindStudio-ModelSlim quantized to int8 or int4.
+"""msmodelslim: transformers that Ascend's MindStudio-ModelSlim quantized to int8, int4 or MXFP8.
 
 A component folder is of this family when `quant_model_description*.json` lies beside its weights.
 The file has one entry per tensor; the entry of `<layer>.weight` is the layer's scheme, `FLOAT`
@@ -16,6 +16,8 @@ Tensors of a quantized linear layer with N outputs and K inputs:
 | `W8A8_DYNAMIC`: one activation scale per token | `weight` | I8 [N, K] |
 | | `weight_scale`, `weight_offset` (zeros) | F32 [N, 1] |
 | `W4A4_DYNAMIC` | as above; one code in [-8, 7] per byte | I8 [N, K] |
+| `W8A8_MXFP8`: powers of two per 32 columns | `weight` | F8_E4M3 [N, K] |
+| | `weight_scale`, exponent + 127 | U8 [N, K / 32] |
 | any | `bias`; under `W8A8` a copy of what `quant_bias` holds | F32 [N] |
 | any | `mul_scale`: inputs are multiplied by it before they are quantized | [K] |
 
@@ -23,7 +25,7 @@ Before `wan_repack` a smoothed layer is two: `<layer>.linear.weight` and `<layer
 An int64 `deq_scale` is decided by its stored dtype: the writer's choice does not follow the model.
 Both writers (MindIE and AscendV1) are read; `quantize` writes what AscendV1 writes, with F32
 `deq_scale`. Rotations `q_rot` and `k_rot` cancel out in attention scores and are left aside;
-anything else beside these tensors (FlatQuant, SVD residuals, quantized attention, MX formats,
+anything else beside these tensors (FlatQuant, SVD residuals, quantized attention, MXFP4,
 embeddings) is refused by name.
 """
 
@@ -31,14 +33,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.families import mx_blocks
 from quantmatrix.families.protocol import Calibration, Declaration
-from quantmatrix.kernels import linear_int8
+from quantmatrix.kernels import linear_fp8, linear_int8
 from quantmatrix.scheme import Scheme, TensorSpec
 
 if TYPE_CHECKING:
@@ -51,6 +55,9 @@ SCHEMES: Mapping[str, Scheme] = {
     "W8A8": Scheme("linear.int8", "W8A8", "int8", "channel", "tensor-static"),
     "W8A8_DYNAMIC": Scheme("linear.int8", "W8A8_DYNAMIC", "int8", "channel", "token-dynamic"),
     "W4A4_DYNAMIC": Scheme("linear.int8", "W4A4_DYNAMIC", "int4", "channel", "token-dynamic"),
+    "W8A8_MXFP8": Scheme(
+        "linear.fp8", "W8A8_MXFP8", "e4m3", "block", "group-power", (1, mx_blocks.BLOCK)
+    ),
 }
 WRAPPERS = ("linear.", "div.")
 """Levels that smoothing adds to names, and `wan_repack` removes."""
@@ -69,7 +76,6 @@ REFUSED_SUFFIXES = {
     "weight_dual_scale": "dual-scale MXFP4",
 }
 REFUSED_SCHEMES = {
-    "MXFP8": "MXFP8 (in progress in the guide)",
     "MXFP4": "MXFP4",
     "FLATQUANT": "FlatQuant",
     "SVD": "an SVD residual",
@@ -125,6 +131,12 @@ def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, Te
     """The tensors of a layer on disk, by suffix, `bias` left out."""
     rows, column = (out_features,), (out_features, 1)
     static = scheme.activation == "tensor-static"
+    if scheme.weight == "e4m3":
+        blocks = -(-in_features // mx_blocks.BLOCK)
+        return {
+            "weight": TensorSpec(("F8_E4M3",), ((out_features, in_features),)),
+            "weight_scale": TensorSpec(("U8",), ((out_features, blocks),)),
+        }
     specs = {
         "weight": TensorSpec(("I8",), ((out_features, in_features),)),
         "weight_scale": TensorSpec(("F32",), (column,), optional=static),
@@ -152,6 +164,8 @@ def quantize(
     Scales are symmetric per row for weights, and the whole calibrated range (zero included)
     spreads over 255 steps for static activations. Raises UsageError without a calibration.
     """
+    if scheme.weight == "e4m3":
+        return _quantize_blocks(weight) | ({} if bias is None else {"bias": bias.float()})
     exact = weight.float()
     largest = linear_int8.LARGEST[scheme.weight]
     scale = (exact.abs().amax(dim=1, keepdim=True) / largest).clamp(min=EPSILON)
@@ -165,8 +179,10 @@ def quantize(
 
 
 def canonical(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
-    """On-disk tensors of one layer as canonical tensors of linear.int8."""
+    """On-disk tensors of one layer as canonical tensors of linear.int8 (MXFP8: linear.fp8)."""
     stored = {_plain_suffix(suffix): tensor for suffix, tensor in tensors.items()}
+    if scheme.weight == "e4m3":
+        return stored | {"weight_scale": mx_blocks.decode_exponents(stored["weight_scale"])}
     offset = stored.get("weight_offset")
     if offset is not None and bool(offset.any()):
         raise CheckpointError(
@@ -202,11 +218,15 @@ def decode_deq_scale(stored: torch.Tensor) -> torch.Tensor:
 
 def dequantize(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
     """The weight in plain numbers, float32 [N, K], smoothing included."""
+    if scheme.weight == "e4m3":
+        return linear_fp8.decode(canonical(tensors, scheme), scheme)
     return linear_int8.decode(canonical(tensors, scheme), scheme)
 
 
 def reference(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
     """The layer's exact arithmetic on on-disk tensors, activations quantized too."""
+    if scheme.weight == "e4m3":
+        return linear_fp8.reference(x, canonical(tensors, scheme), scheme)
     return linear_int8.reference(x, canonical(tensors, scheme), scheme)
 
 
@@ -259,7 +279,7 @@ def _find_scheme(name: str, word: str, checkpoint: Checkpoint) -> Scheme:
     layer = name.removesuffix(".linear")
     if not {f"{layer}.mul_scale", f"{layer}.div.mul_scale"} & set(checkpoint.tensors):
         return known
-    return Scheme(known.op, known.name, known.weight, known.scale, known.activation, smoothed=True)
+    return replace(known, smoothed=True)
 
 
 def _refuse_settings(described: Mapping[str, Any], checkpoint: Checkpoint) -> None:
@@ -291,18 +311,20 @@ def _check_tensors(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> None:
             what = "smoothing of a FLOAT layer"
         if layer is not None and what is None:
             shape = _code_shape(layer, checkpoint)
-            if suffix not in (*tensors(found[layer], 1, 1), "bias"):
-                what = "an unknown attachment"
-            elif suffix == "weight_scale" and header.shape not in ((shape[0], 1), shape[:1]):
+            specs = tensors(found[layer], shape[0], shape[1])
+            if suffix not in (*specs, "bias"):
+                smoothing = suffix == "mul_scale"
+                what = "smoothing of MXFP8" if smoothing else "an unknown attachment"
+            elif suffix == "weight_scale" and header.shape not in specs[suffix].shapes:
                 what = f"scales {list(header.shape)} per group of columns"
         if what is not None:
             raise CheckpointError(
                 f"{header.file}: tensor {name} belongs to {what}, which is not supported: quantize "
                 "again without it, per channel, as one of " + ", ".join(SCHEMES)
             )
-        if header.dtype == "I8" and described.get(name, FLOAT) == FLOAT:
+        if header.dtype in ("I8", "F8_E4M3") and described.get(name, FLOAT) == FLOAT:
             raise CheckpointError(
-                f"{header.file}: tensor {name} holds int8 codes, but "
+                f"{header.file}: tensor {name} holds {header.dtype} codes, but "
                 f"{checkpoint.description_file} calls it {described.get(name, 'nothing')}: "
                 "expected the name of its scheme there"
             )
@@ -359,6 +381,17 @@ def _quantize_input(
         "deq_scale": deq_scale,
         "quant_bias": folded.round().to(torch.int32),
     }
+
+
+def _quantize_blocks(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """MXFP8 codes and exponents."""
+    if weight.shape[1] % mx_blocks.BLOCK:
+        raise UsageError(
+            f"W8A8_MXFP8 takes layers whose inputs are a multiple of {mx_blocks.BLOCK}, not "
+            f"{weight.shape[1]}: keep the layer in full precision, or use W8A8_DYNAMIC"
+        )
+    codes, exponents = mx_blocks.encode_blocks(weight)
+    return {"weight": codes, "weight_scale": exponents}
 
 
 def _unfold_bias(found: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -11,7 +11,8 @@ Canonical tensors of a layer with N outputs and K inputs:
 
 Real weight = code x scale. Inputs are divided by their scale, held within 448 and rounded to e4m3:
 one calibrated scale (`tensor-static`), one per call (`tensor-dynamic`), one per token
-(`token-dynamic`), or one per token and 128 columns (`group-dynamic`, for block scales).
+(`token-dynamic`), or one per token and block of columns (`group-dynamic`; `group-power` when it is
+a power of two, as in MXFP8).
 Products are exact in float32 and summed there.
 """
 
@@ -69,10 +70,12 @@ def find_input_scale(
         amax = magnitude.amax()
     elif scheme.activation == "token-dynamic":
         amax = magnitude.amax(dim=-1, keepdim=True)
-    elif scheme.activation == "group-dynamic":
+    elif scheme.activation in ("group-dynamic", "group-power"):
         group = scheme.block[1]
         padded = functional.pad(magnitude, (0, -x.shape[-1] % group))
         amax = padded.unflatten(-1, (-1, group)).amax(dim=-1)
+        if scheme.activation == "group-power":  # MX: the largest code lies between 256 and 448
+            return torch.ldexp(torch.ones_like(amax), torch.frexp(amax).exponent - 9)
     else:
         raise ValueError(f"linear.fp8 knows no activation {scheme.activation}")
     return torch.where(amax > 0, amax, E4M3_MAX) / E4M3_MAX
@@ -83,7 +86,7 @@ def round_input(
 ) -> torch.Tensor:
     """x [..., K] as the numbers that its e4m3 codes stand for, float32."""
     scale = find_input_scale(x, tensors, scheme)
-    if scheme.activation == "group-dynamic":
+    if scheme.activation in ("group-dynamic", "group-power"):
         scale = scale.repeat_interleave(scheme.block[1], dim=-1)[..., : x.shape[-1]]
     return round_e4m3(x.float() / scale).float() * scale
 
