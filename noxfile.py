@@ -91,3 +91,14 @@ def producers(session: nox.Session) -> None:
     session.run(
         "pytest", "tests/producers", "-q", "--strict-producers", "-W", "ignore", *session.posargs
     )
+
+
+@nox.session(name="producers-msmodelslim")
+def producers_msmodelslim(session: nox.Session) -> None:
+    """Tests against the real msmodelslim, whose engine runs on a CPU, in its own environment."""
+    session.env.update(ENVIRONMENT)
+    session.install(TORCH)
+    session.install("-c", "constraints.txt", "-e", ".[test]")
+    session.install("-r", "tests/producers/requirements-msmodelslim.txt")
+    session.run("python", "-c", "import msmodelslim")  # or its tests would be skipped
+    session.run("pytest", "tests/producers/test_real_msmodelslim.py", "-q", *session.posargs)
