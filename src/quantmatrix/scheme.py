@@ -9,7 +9,8 @@ records one per layer. Words used in the fields:
 | `name`      | the checkpoint's own word for it: `FP8`, `NVFP4`, `W8A8_DYNAMIC`, `svdq-int4` ... |
 | `weight`    | number format of the codes: `e4m3`, `e2m1`, `int4`, `int8` |
 | `scale`     | granularity of the weight scales: `tensor`, `channel`, `block`, `group` |
-| `activation`| `none`, `tensor-static`, `tensor-dynamic`, `token-dynamic`, `group-dynamic`, `group-power` |
+| `activation`| `none`, `tensor-static`, `tensor-dynamic`, `token-dynamic`, `group-dynamic`, |
+|             | `group-power` (a power of two per group) |
 """
 
 from __future__ import annotations
