@@ -16,7 +16,7 @@ from importlib import import_module
 
 import torch
 
-from quantmatrix.hardware import Machine
+from quantmatrix.hardware import Machine, inspect_nunchaku
 from quantmatrix.scheme import Scheme
 
 Tensors = dict[str, torch.Tensor]
@@ -49,6 +49,10 @@ class Needs:
     """Most rows (tokens) of an input that the kernel takes; 0: any number."""
     remedy: str = ""
     """What to try instead, for the end of a refusal."""
+    only_on: tuple[str, ...] = ()
+    """Architectures on which this is asked at all; empty: everywhere."""
+    further: tuple[Needs, ...] = ()
+    """More needs, each with its own rule, looked at after this one."""
 
     def why_not(
         self, machine: Machine, scheme: Scheme, shape: tuple[int, int], rows: int = 0
@@ -58,13 +62,28 @@ class Needs:
         `shape` is (out_features, in_features); `rows` the most rows that an input will have, 0
         when that is not known.
         """
+        return self.find_unmet(machine, scheme, shape, rows)[1]
+
+    def find_unmet(
+        self, machine: Machine, scheme: Scheme, shape: tuple[int, int], rows: int = 0
+    ) -> tuple[Needs, str | None]:
+        """(the need that is not met, why) among this and its `further` ones; (self, None): none."""
+        for need in (self, *self.further):
+            asked = not need.only_on or machine.arch in need.only_on
+            if asked and (why := need._test(machine, scheme, shape, rows)):
+                return need, why
+        return self, None
+
+    def _test(
+        self, machine: Machine, scheme: Scheme, shape: tuple[int, int], rows: int
+    ) -> str | None:
         out_features, in_features = shape
         if self.vendors and machine.vendor not in self.vendors:
             return f"needs {' or '.join(self.vendors)} hardware, this is {machine.name}"
         if self.arches and machine.arch not in self.arches:
             return f"needs {', '.join(self.arches)}, this is {machine.name} ({machine.arch})"
         if self.package and self.package not in machine.packages:
-            return f"needs the package {self.package}, which is not installed"
+            return f"needs the package {self.package}: {explain_missing(self.package)}"
         for word, allowed, found in (
             ("weights", self.weights, scheme.weight),
             ("weight scales per", self.scales, scheme.scale),
@@ -80,6 +99,12 @@ class Needs:
         if self.max_rows and rows > self.max_rows:
             return f"takes inputs of at most {self.max_rows} rows, this run has {rows}"
         return None
+
+
+def explain_missing(package: str) -> str:
+    """What stands in the place of an optional package that cannot be used."""
+    kind, note = inspect_nunchaku() if package == "nunchaku" else (None, "")
+    return note if kind == "look-alike" else "it is not installed"
 
 
 @dataclass(frozen=True)
@@ -168,21 +193,22 @@ def choose(
     kernels = {kernel.backend: kernel for kernel in kernels_of(op)}
     names = (backend,) if backend else order_of(op, machine)
     reasons: list[str] = []
+    remedies: set[str] = set()
     rule = ""
     for name in names:
         if name not in kernels:
             reasons.append(f"{name}: no such backend (known: {', '.join(kernels)})")
             rule = rule or "unknown-backend"
             continue
-        why = kernels[name].needs.why_not(machine, scheme, shape, rows)
+        need, why = kernels[name].needs.find_unmet(machine, scheme, shape, rows)
         if why is None:
             return kernels[name]
-        rule = rule or kernels[name].needs.rule
+        rule = rule or need.rule
+        remedies.add(need.remedy)
         reasons.append(f"{name}: {why}")
     working = [
         k.backend for k in kernels.values() if k.needs.why_not(machine, scheme, shape, rows) is None
     ]
     remedy = f"; works here: --backend {' | '.join(working)}" if working else ""
-    remedies = {kernels[n].needs.remedy for n in names if n in kernels and kernels[n].needs.remedy}
-    hint = "".join(f"; {text}" for text in sorted(remedies))
+    hint = "".join(f"; {text}" for text in sorted(remedies - {""}))
     raise NoKernel(rule, f"{op} on {machine.name}: {'; '.join(reasons)}{remedy}{hint}")

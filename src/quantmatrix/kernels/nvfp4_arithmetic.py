@@ -24,23 +24,29 @@ CHUNK = 2**19
 """Weights decoded at a time: few enough to stay in a CPU's cache."""
 
 
-@lru_cache(maxsize=8)
-def find_pairs(device: torch.device) -> torch.Tensor:
-    """int64 [256]: each byte's two e2m1 numbers, low nibble first, as float32 side by side."""
-    values = torch.tensor(E2M1_VALUES)
+@lru_cache(maxsize=16)
+def find_pairs(device: torch.device, values: tuple[float, ...] = E2M1_VALUES) -> torch.Tensor:
+    """int64 [256]: the numbers of each byte's two codes, low nibble first, as float32 pairs."""
+    numbers = torch.tensor(values, dtype=torch.float32)
     byte = torch.arange(256)
-    pairs = torch.stack([values[byte & 15], values[byte >> 4]], dim=-1)
+    pairs = torch.stack([numbers[byte & 15], numbers[byte >> 4]], dim=-1)
     return pairs.view(torch.int64).flatten().to(device)
 
 
-def decode_codes(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def decode_codes(
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    dtype: torch.dtype,
+    values: tuple[float, ...] = E2M1_VALUES,
+) -> torch.Tensor:
     """Numbers [N, K] of packed codes [N, K/2] times float32 scales [N, groups].
 
-    Each product is formed in float32 and rounded once to `dtype`.
+    `values` are the numbers of the sixteen codes. Each product is formed in float32 and rounded
+    once to `dtype`.
     """
     rows, half = weight.shape
     out = torch.empty(rows, 2 * half, dtype=dtype, device=weight.device)
-    pairs = find_pairs(weight.device)
+    pairs = find_pairs(weight.device, values)
     for part in cut_rows(rows, 2 * half):
         codes = pairs.index_select(0, weight[part].flatten().int()).view(torch.float32)
         grouped = codes.view(-1, scales.shape[1], 2 * half // scales.shape[1])

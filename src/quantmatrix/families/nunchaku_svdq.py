@@ -1,0 +1,345 @@
+"""nunchaku-svdq: SVDQuant transformers as the nunchaku engine reads them, one safetensors file each.
+
+A W4A4 layer with N outputs, K inputs and rank R (older files write the names in brackets):
+
+| tensor | dtype | shape | meaning |
+| ------ | ----- | ----- | ------- |
+| `qweight` | I8 | [N, K/2] | int4 or e2m1 codes, in tiles |
+| `wscales` | BF16 or F16 (int4), F8_E4M3 (nvfp4) | [K/64, N], [K/16, N] | group scales, in tiles |
+| `smooth_factor` (`smooth`) | BF16 | [K] | inputs are divided by it |
+| `smooth_factor_orig` (`smooth_orig`) | BF16 | [K] | not used |
+| `proj_down`, `proj_up` (`lora_down`, `lora_up`) | BF16 | [K, R], [N, R] | low-rank branch, in tiles |
+| `bias` | BF16 | [N] | in tiles, too |
+| `wtscale`, `wcscales` | BF16 | [1], [N] | nvfp4: scale of the layer, of each output; default 1 |
+
+and an AWQ W4A16 layer, for modulation:
+
+| tensor | dtype | shape | meaning |
+| ------ | ----- | ----- | ------- |
+| `qweight` | I32 | [N/4, K/2] | codes 0..15, in tiles |
+| `wscales`, `wzeros` | BF16 | [K/64, N] | plain; some files add rows of zeros |
+| `bias` | BF16 | [N] | plain |
+
+`svdq_packing` undoes the tiles. What rows mean (fused q, k and v, interleaved chunks, a folded +1)
+and which layers follow a GELU is the business of a model's `nunchaku` dialect. What a file is, its
+header says (`quantization_config` with `"method": "svdquant"`), else its tensors; precision and
+rank are read from the tensors. A header, a flag or a file name that says otherwise is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quantmatrix import svdq_packing as packing
+from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.families import svdq_writer
+from quantmatrix.families.protocol import Calibration, Declaration
+from quantmatrix.kernels import linear_svdq, linear_w4a16
+from quantmatrix.scheme import Scheme, TensorSpec
+
+if TYPE_CHECKING:
+    from quantmatrix.checkpoint import Checkpoint
+
+ID = "nunchaku-svdq"
+INT4 = Scheme("linear.svdq", "svdq-int4", "int4", "group", "group-dynamic", group_size=64)
+NVFP4 = Scheme("linear.svdq", "svdq-nvfp4", "e2m1", "group", "group-dynamic", group_size=16)
+AWQ = Scheme("linear.w4a16", "awq-int4", "uint4", "group", "none", group_size=64)
+RANKS = (16, 32, 64, 128, 256)
+SCHEMES: Mapping[str, Scheme] = {
+    **{f"int4_r{rank}": replace(INT4, rank=rank) for rank in RANKS},
+    **{f"nvfp4_r{rank}": replace(NVFP4, rank=rank) for rank in RANKS},
+    "awq": AWQ,
+}
+FLOATS = ("BF16", "F16")
+OLDER_NAMES = {
+    "smooth": "smooth_factor",
+    "smooth_orig": "smooth_factor_orig",
+    "lora_down": "proj_down",
+    "lora_up": "proj_up",
+}
+"""Suffixes of older files (FLUX.1), and what they are called now."""
+FILE_NAME = re.compile(r"svdq-(int4|fp4)_r(\d+)")
+LORA = re.compile(r"(^|[._])lora_(down|up|A|B)(\.|$)")
+LIGHTNING = re.compile(r"lightning.*?(\d+)-?steps?", re.IGNORECASE)
+PRECISIONS = {"int4": "int4", "e2m1": "nvfp4"}
+"""Words for a scheme's weight format."""
+
+
+def infer_from_name(reference: str) -> tuple[str, int] | None:
+    """(`int4` or `nvfp4`, rank) of a path whose last part holds svdq-{int4|fp4}_r{rank}."""
+    match = FILE_NAME.search(PurePosixPath(reference.rstrip("/")).name)
+    if match is None:
+        return None
+    return ("int4" if match[1] == "int4" else "nvfp4"), int(match[2])
+
+
+def lightning_steps(reference: str) -> int | None:
+    """Denoising steps that a Lightning checkpoint is named for, or None."""
+    match = LIGHTNING.search(PurePosixPath(reference.rstrip("/")).name)
+    return int(match[1]) if match else None
+
+
+def detect(checkpoint: Checkpoint) -> str | None:
+    """What declares SVDQuant, or the first layer whose tensors show it; LoRA files raise."""
+    coded = next((n for n, s in checkpoint.layers().items() if {"qweight", "wscales"} <= s), None)
+    if coded is None:
+        refuse_lora(checkpoint)
+    if str((checkpoint.quantization or {}).get("method", "")).lower() == "svdquant":
+        source = checkpoint.quantization_from or checkpoint.reference
+        if coded is None:
+            raise CheckpointError(
+                f"{source} says svdquant, but no layer of {checkpoint.reference} has qweight and "
+                "wscales: the header belongs to another file, or the file is incomplete"
+            )
+        return f"method svdquant in {source}"
+    return None if coded is None else f"{coded} holds qweight and wscales"
+
+
+def refuse_lora(checkpoint: Checkpoint) -> None:
+    """A file of low-rank factors alone goes on top of a model, and is none."""
+    found = next((name for name in checkpoint.tensors if LORA.search(name)), None)
+    if found is not None:
+        raise CheckpointError(
+            f"{checkpoint.reference}: tensor {found} and no quantized weights: this is a LoRA, "
+            "which adds to a model; name the model's own svdq-... file"
+        )
+
+
+def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
+    """Scheme of each layer that holds codes; a header that says otherwise raises."""
+    found = {}
+    for name, suffixes in checkpoint.layers().items():
+        if "qweight" in suffixes:
+            found[name] = judge_layer(checkpoint, name, suffixes)
+    for name, scheme in found.items():
+        if scheme.op == "linear.svdq":
+            check_header(checkpoint, name, scheme)
+    return found
+
+
+def judge_layer(checkpoint: Checkpoint, name: str, suffixes: frozenset[str]) -> Scheme:
+    """Scheme of one layer from its tensors' headers; what cannot be right raises."""
+    own = {OLDER_NAMES.get(s, s): checkpoint.tensors[f"{name}.{s}"] for s in suffixes}
+    scheme = AWQ
+    if "wzeros" not in own:
+        wscales, down = own.get("wscales"), own.get("proj_down")
+        scheme = NVFP4 if wscales is not None and wscales.dtype == "F8_E4M3" else INT4
+        rank = down.shape[1] if down is not None and len(down.shape) == 2 else 0
+        scheme = replace(scheme, rank=rank)
+    shape = own["qweight"].shape
+    rows, columns = (4, 2) if scheme is AWQ else (1, 2)
+    out, into = (shape[0] * rows, shape[1] * columns) if len(shape) == 2 else (0, 0)
+    tile = 64 if scheme is AWQ else packing.TILE
+    if not out or not into or into % tile or (scheme is not AWQ and out % tile):
+        raise CheckpointError(
+            f"{own['qweight'].file}: tensor {name}.qweight has shape {list(shape)}, which is no "
+            f"layer whose sizes are multiples of {tile}: the file is damaged or of another format"
+        )
+    for suffix, spec in tensors(scheme, out, into).items():
+        header = own.get(suffix)
+        if header is None and not spec.optional:
+            raise CheckpointError(
+                f"{own['qweight'].file}: tensor {name}.{suffix} is missing beside {name}.qweight: "
+                "expected the tensors of an SVDQuant layer; the file is incomplete"
+            )
+        if header is None:
+            continue
+        if header.dtype not in spec.dtypes or header.shape not in spec.shapes:
+            raise CheckpointError(
+                f"{header.file}: tensor {header.name} is {header.dtype} {list(header.shape)}, "
+                f"expected {' or '.join(spec.dtypes)} "
+                f"{' or '.join(str(list(s)) for s in spec.shapes)} beside a qweight of "
+                f"{list(shape)}: the file is damaged or of another format"
+            )
+    return scheme
+
+
+def check_header(checkpoint: Checkpoint, name: str, scheme: Scheme) -> None:
+    """The header's words about rank, number format and groups must be those of the tensors."""
+    block = checkpoint.quantization or {}
+    if str(block.get("method", "")).lower() != "svdquant":
+        return
+    weight = block.get("weight") or {}
+    dtype = str(weight.get("dtype") or "")
+    stated = {
+        "rank": block.get("rank"),
+        "weight.dtype": PRECISIONS["e2m1" if dtype.startswith("fp4") else "int4"]
+        if dtype
+        else None,
+        "weight.group_size": weight.get("group_size"),
+    }
+    actual = (scheme.rank, PRECISIONS[scheme.weight], scheme.group_size)
+    for (key, said), is_ in zip(stated.items(), actual, strict=True):
+        if said is not None and said != is_:
+            raise CheckpointError(
+                f"{checkpoint.quantization_from or checkpoint.reference}: {key} is {said}, but the "
+                f"tensors of {name} say {is_}: the header belongs to another file"
+            )
+
+
+def check_request(
+    enable: bool | None,
+    precision: str | None,
+    rank: int | None,
+    checkpoint: Checkpoint,
+    steps: int | None = None,
+) -> list[str]:
+    """Compare the guide's three SVDQuant flags and the file name with what the file holds.
+
+    `enable` is None when the flag was not given; an explicit False makes the name count for
+    nothing. A flag overrules the name. `steps` are those that the run will take. Returns warnings;
+    contradictions raise UsageError or CheckpointError.
+    """
+    why = detect(checkpoint)
+    if enable is False:
+        if why is not None:
+            raise UsageError(
+                f"--enable-svdquant false, but {checkpoint.reference} is an SVDQuant checkpoint "
+                f"({why}): leave the flag out, or name full-precision weights"
+            )
+        return []
+    named = infer_from_name(checkpoint.reference)
+    if why is None:
+        return refuse_plain(checkpoint, bool(enable), named, (precision, rank))
+    layers = [s for s in schemes(checkpoint).values() if s.op == "linear.svdq"]
+    held_words = {PRECISIONS[scheme.weight] for scheme in layers}
+    held_ranks = {scheme.rank for scheme in layers}
+    for flag, given, of_name, held in (
+        ("--quantization-precision", precision, named and named[0], held_words),
+        ("--quantization-rank", rank, named and named[1], held_ranks),
+    ):
+        wanted = of_name if given is None else given
+        if wanted is not None and wanted not in held:
+            source = f"{flag} {given}" if given is not None else f"the file name says {of_name}"
+            raise CheckpointError(
+                f"{checkpoint.reference}: {source}, but its tensors are of "
+                f"{' and '.join(map(str, sorted(held)))}: correct the "
+                f"{'flag' if given is not None else f'name, or overrule it with {flag}'}"
+            )
+    expected = lightning_steps(checkpoint.reference)
+    if expected is not None and steps is not None and steps != expected:
+        return [
+            f"{checkpoint.reference} is a Lightning checkpoint for {expected} steps, this run "
+            f"takes {steps}: pass --num-inference-steps {expected}"
+        ]
+    return []
+
+
+def refuse_plain(
+    checkpoint: Checkpoint,
+    enable: bool,
+    named: tuple[str, int] | None,
+    flags: tuple[str | None, int | None],
+) -> list[str]:
+    """Nothing in the file is SVDQuant: an error where that was promised, else warnings."""
+    if enable or named:
+        promise = "--enable-svdquant was given" if enable else "it is named like an SVDQuant file"
+        raise CheckpointError(
+            f"{checkpoint.reference}: {promise}, but no header says svdquant and no layer has "
+            "qweight and wscales; --enable-svdquant false loads it as what it is"
+        )
+    if flags != (None, None):
+        return ["--quantization-precision and --quantization-rank count for SVDQuant files only"]
+    return []
+
+
+def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+    """The tensors of a layer on disk, by suffix in today's spelling, `bias` left out."""
+    groups = in_features // scheme.group_size
+    if scheme.op == "linear.w4a16":
+        padded = (-(-groups // 16) * 16, out_features)
+        scales = TensorSpec(FLOATS, ((groups, out_features), padded))
+        codes = TensorSpec(("I32",), ((out_features // 4, in_features // 2),))
+        return {"qweight": codes, "wscales": scales, "wzeros": scales}
+    numbers = FLOATS if scheme.weight == "int4" else ("F8_E4M3",)
+    return {
+        "qweight": TensorSpec(("I8",), ((out_features, in_features // 2),)),
+        "wscales": TensorSpec(numbers, ((groups, out_features),)),
+        "smooth_factor": TensorSpec(FLOATS, ((in_features,),)),
+        "smooth_factor_orig": TensorSpec(FLOATS, ((in_features,),), optional=True),
+        "proj_down": TensorSpec(FLOATS, ((in_features, scheme.rank),)),
+        "proj_up": TensorSpec(FLOATS, ((out_features, scheme.rank),)),
+        "wcscales": TensorSpec((*FLOATS, "F32"), ((out_features,),), optional=True),
+        "wtscale": TensorSpec((*FLOATS, "F32"), ((1,), ()), optional=True),
+    }
+
+
+def quantize(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    *,
+    bias: torch.Tensor | None = None,
+    calibration: Calibration | None = None,
+    parts: int = 1,
+) -> dict[str, torch.Tensor]:
+    """On-disk tensors of a layer with weight [N, K], rows in the order of the file.
+
+    Without a calibration nothing is smoothed. `parts` is how many original layers are stacked in
+    it: each gets its own nvfp4 scale. Raises UsageError for sizes that the tiles cannot hold.
+    """
+    if scheme.op == "linear.w4a16":
+        return svdq_writer.quantize_awq(weight, scheme, bias)
+    return svdq_writer.quantize_svdq(weight, scheme, bias, calibration, parts)
+
+
+def canonical(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
+    """On-disk tensors of one layer as canonical tensors of `scheme.op`, rows in the file's order."""
+    own = {OLDER_NAMES.get(suffix, suffix): tensor for suffix, tensor in tensors.items()}
+    if scheme.op == "linear.w4a16":
+        found = {"weight": packing.unpack_awq(own["qweight"])}
+        groups = 2 * own["qweight"].shape[1] // scheme.group_size
+        for suffix, name in (("wscales", "weight_scale"), ("wzeros", "weight_zero")):
+            found[name] = own[suffix][:groups].T.contiguous()
+        return found if "bias" not in own else {**found, "bias": own["bias"]}
+    channel = torch.ones(own["qweight"].shape[0], device=own["qweight"].device)
+    if "wtscale" in own:
+        channel = channel * own["wtscale"].float()
+    if "wcscales" in own:
+        channel = channel * packing.unpack_channels(own["wcscales"].float())
+    found = {
+        "weight": packing.unpack_codes(own["qweight"]),
+        "weight_scale": packing.unpack_scales(own["wscales"]),
+        "channel_scale": channel,
+        "smooth": packing.unpack_channels(own["smooth_factor"]),
+        "proj_down": packing.unpack_down(own["proj_down"]),
+        "proj_up": packing.unpack_up(own["proj_up"]),
+    }
+    return found if "bias" not in own else {**found, "bias": packing.unpack_channels(own["bias"])}
+
+
+def dequantize(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """The weight that multiplies the layer's raw input, float32 [N, K], low-rank part merged."""
+    decode = linear_w4a16.decode if scheme.op == "linear.w4a16" else linear_svdq.decode
+    return decode(canonical(tensors, scheme), scheme)
+
+
+def reference(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """The layer's exact arithmetic on on-disk tensors, activations quantized too."""
+    compute = linear_w4a16.reference if scheme.op == "linear.w4a16" else linear_svdq.reference
+    return compute(x, canonical(tensors, scheme), scheme)
+
+
+def declare(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> Declaration:
+    """The header that the engine's own files have; no `quant_method` is in it."""
+    main = next((s for s in schemes.values() if s.op == "linear.svdq"), INT4)
+    int4 = main.weight == "int4"
+    number: dict[str, Any] = {
+        "dtype": "int4" if int4 else "fp4_e2m1_all",
+        "group_size": main.group_size,
+    }
+    block: dict[str, Any] = {
+        "method": "svdquant",
+        "rank": main.rank,
+        "weight": {**number, "scale_dtype": None if int4 else [None, "fp8_e4m3_nan"]},
+        "activation": {**number, "scale_dtype": None if int4 else "fp8_e4m3_nan"},
+    }
+    if any("_refiner." in layer and layer.endswith(".attention.to_q") for layer in kept):
+        block["skip_refiners"] = True
+    return Declaration(metadata={"quantization_config": json.dumps(block, sort_keys=True)})
