@@ -47,6 +47,8 @@ class Limits:
     """Smallest accepted value."""
     relative_l2: float
     """Largest accepted value."""
+    layer_error: float = math.inf
+    """Largest accepted relative L2 error of one layer on its own input."""
     source: str = ""
     """Where the numbers come from."""
 
@@ -56,6 +58,7 @@ class Limits:
             "psnr_db": {"at_least": round(self.psnr_db, 4)},
             "cosine": {"at_least": round(self.cosine, 8)},
             "relative_l2": {"at_most": round(self.relative_l2, 6)},
+            "layer_error": {"at_most": round(self.layer_error, 6)},
             "identical": False,
             "source": self.source,
         }
@@ -71,6 +74,7 @@ class Sample:
     psnr_db: float
     cosine: float
     relative_l2: float
+    layer_error: float
     cell: str
     """Id of the cell with the lowest PSNR."""
     cells: int
@@ -83,6 +87,7 @@ class Sample:
             psnr_db=self.psnr_db - 20.0 * math.log10(MARGIN),
             cosine=1.0 - MARGIN**2 * (1.0 - self.cosine),
             relative_l2=self.relative_l2 * MARGIN,
+            layer_error=self.layer_error * MARGIN,
             source=f"{MARGIN:g} x the error of {self.cell} (torch {self.torch}){note}",
         )
 
@@ -111,16 +116,16 @@ def read_samples(path: Path) -> list[Sample]:
     """The samples of a file, none when there is no file; LimitsError names a damaged line."""
     if not path.is_file():
         return []
-    names = [column.name for column in fields(Sample)]
-    numbers = {"psnr_db": float, "cosine": float, "relative_l2": float, "cells": int}
+    kinds = {"float": float, "int": int, "str": str}
+    columns = {column.name: kinds[str(column.type)] for column in fields(Sample)}
     found = []
     with path.open(encoding="utf-8", newline="") as stream:
         rows = csv.DictReader(stream)
-        if rows.fieldnames != names:
-            raise LimitsError(f"{path}:1: expected the columns {','.join(names)}")
+        if rows.fieldnames != list(columns):
+            raise LimitsError(f"{path}:1: expected the columns {','.join(columns)}")
         for row in rows:
             try:
-                found.append(Sample(**{n: numbers.get(n, str)(row[n]) for n in names}))
+                found.append(Sample(**{name: kind(row[name]) for name, kind in columns.items()}))
             except (TypeError, ValueError) as error:
                 raise LimitsError(f"{path}:{rows.line_num}: {error}") from error
     return found
@@ -142,14 +147,18 @@ def collect_samples(evidence: Mapping[str, Evidence], *, anew: bool = False) -> 
 
     With `anew` those that failed count, too.
     """
-    groups: dict[tuple[str, str], list[tuple[Evidence, Mapping[str, Any]]]] = {}
+    groups: dict[tuple[str, str], list[tuple[Evidence, dict[str, Any]]]] = {}
     for record in evidence.values():
         check = record.checks.get("latents")
         if check is None:
             continue
         if check.verdict != "pass" and "psnr_db" in check.limits and not anew:
             continue
-        worst = check.metrics.get("worst", {})
+        layers = check.metrics.get("layers", {}).values()
+        worst = {
+            **check.metrics.get("worst", {}),
+            "layer": max((p["worst"] for p in layers), default=0),
+        }
         if worst.get("psnr_db") is not None and check.metrics.get("class"):
             place = (check.metrics["class"], record.cell["model"])
             groups.setdefault(place, []).append((record, worst))
@@ -163,6 +172,7 @@ def collect_samples(evidence: Mapping[str, Evidence], *, anew: bool = False) -> 
                 psnr_db=min(worst["psnr_db"] for _, worst in found),
                 cosine=min(worst["cosine"] for _, worst in found),
                 relative_l2=max(worst["relative_l2"] for _, worst in found),
+                layer_error=max(worst["layer"] for _, worst in found),
                 cell=record.cell["id"],
                 cells=len(found),
                 torch=record.versions.get("torch", ""),

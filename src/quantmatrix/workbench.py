@@ -17,6 +17,7 @@ import torch
 
 from quantmatrix import hardware
 from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix.layer_errors import LayerErrors, watch_layers
 from quantmatrix.pipeline import build_pipeline
 from quantmatrix.planning import Plan, Refusal, plan
 from quantmatrix.request import FP4_BACKEND_VARIABLE, Request
@@ -89,17 +90,31 @@ class Workbench:
             raise RefusedError(made.rule, made.message)
         return made
 
-    def run(self, request: Request, made: Plan) -> Run:
-        """Generate; `seconds` has `load` when the pipeline was built for it."""
+    def pipeline(self, request: Request, made: Plan) -> Any:
+        """The pipeline of a request, the one at hand if it is the same."""
         key = repr(replace(request, **blank_generation()))
         if self._pipeline is None or self._pipeline[0] != key:
             self.release()
             self._pipeline = (key, build_pipeline(made))
-        return generate(request, made=made, pipeline=self._pipeline[1])
+        return self._pipeline[1]
+
+    def run(self, request: Request, made: Plan) -> Run:
+        """Generate with the pipeline of a request."""
+        return generate(request, made=made, pipeline=self.pipeline(request, made))
+
+    def run_watched(self, cell: Cell, request: Request, made: Plan) -> tuple[Run, LayerErrors]:
+        """Generate, and measure every quantized layer against the base model's on the way."""
+        base = self.plan(self.base_request(cell, request))
+        with watch_layers(self.pipeline(request, made), made, base) as errors:
+            return self.run(request, made), errors
+
+    def base_request(self, cell: Cell, request: Request) -> Request:
+        """The same request of the base model in full precision."""
+        return strip_quantization(request, self.tables.models[cell.model].repo)
 
     def baseline(self, cell: Cell, request: Request) -> Run:
         """The BF16 run that a cell is compared with: base model, same prompt, size and seed."""
-        plain = strip_quantization(request, self.tables.models[cell.model].repo)
+        plain = self.base_request(cell, request)
         key = repr(plain)
         if key not in self._baselines:
             self.release()

@@ -1,4 +1,7 @@
-"""Latents: every denoising step stays near the BF16 run of the same seed, and repeats its bits."""
+"""Latents: every denoising step stays near the BF16 run of the same seed, and repeats its bits.
+
+So does every layer: on the inputs that it really gets, it stays near the base model's layer.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from conftest import Job
 
+    from quantmatrix.layer_errors import LayerErrors
     from quantmatrix.matrix import Cell
     from quantmatrix.recorder import Proof
     from quantmatrix.workbench import Workbench
@@ -23,7 +27,7 @@ def test_latents(cell: Cell, job: Job, workbench: Workbench, proof: Proof) -> No
 
     baseline = workbench.baseline(cell, job.request)
     run = workbench.run(job.request, job.plan)
-    again = workbench.run(job.request, job.plan)
+    again, errors = workbench.run_watched(cell, job.request, job.plan)
     steps = compare.compare_trajectories(baseline.latents, run.latents)
     pieces = [piece for part in job.quantized.values() for piece in part.pieces()]
     kind = limits.name_class((piece.scheme.weight, piece.numerics) for piece in pieces)
@@ -31,6 +35,7 @@ def test_latents(cell: Cell, job: Job, workbench: Workbench, proof: Proof) -> No
         {
             **compare.summarize(steps),
             "class": kind,
+            "layers": errors.to_json(),
             "media": compare.compare_media(baseline.media, run.media),
             "repeats": compare.digest_latents(run.latents) == compare.digest_latents(again.latents),
             "quantized_layers": {part: sum(found.values()) for part, found in run.census.items()},
@@ -39,10 +44,21 @@ def test_latents(cell: Cell, job: Job, workbench: Workbench, proof: Proof) -> No
     )
     proof.latents_digest = compare.digest_latents(run.latents)
     proof.timings.update(run.seconds)
-    for part in job.quantized:
-        assert run.calls.get(part), f"{part} is quantized, but was not called in any step"
+    for name, part in job.quantized.items():
+        uncalled = set(part.layers) - set(errors.found[name])
+        assert not uncalled, f"layers of {name} that no step called: {sorted(uncalled)}"
     assert proof.metrics["repeats"], "the same seed gave other bits the second time"
     allowed = limits.find_limits(limits.read_samples(SAMPLES), kind, cell.model)
     proof.limits.update({**allowed.to_json(), "repeats": True})
-    problems = compare.judge(steps, allowed)
+    problems = [*compare.judge(steps, allowed), *judge_layers(job, errors, allowed.layer_error)]
     assert not problems, "; ".join(problems)
+
+
+def judge_layers(job: Job, errors: LayerErrors, most: float) -> list[str]:
+    """Layers that are further from the base model's than allowed, in words."""
+    return [
+        f"{name}.{layer}: relative error {error:.4g} on its own input, the limit is {most:.4g}"
+        for name in job.quantized
+        for layer, error in errors.found[name].items()
+        if not error <= most
+    ]

@@ -13,7 +13,7 @@ from quantmatrix import limits
 from quantmatrix.evidence import CheckResult, Evidence
 from quantmatrix.limits import LimitsError, Sample
 
-FLUX = Sample("e4m3 W8A8", "flux-1", 47.5, 0.9996, 0.03, "a@cpu", 3, "2.13.0")
+FLUX = Sample("e4m3 W8A8", "flux-1", 47.5, 0.9996, 0.03, 0.04, "a@cpu", 3, "2.13.0")
 WAN = replace(FLUX, model="wan-2-2", psnr_db=40.0, cell="b@cpu")
 
 
@@ -22,6 +22,7 @@ def test_one_and_a_half_times_the_error_is_allowed() -> None:
     assert found.psnr_db == pytest.approx(47.5 - 20 * math.log10(1.5))
     assert found.cosine == pytest.approx(1 - 2.25 * 0.0004)
     assert found.relative_l2 == pytest.approx(0.045)
+    assert found.layer_error == pytest.approx(0.06)
     assert found.source == "1.5 x the error of a@cpu (torch 2.13.0)"
     assert found.to_json()["psnr_db"] == {"at_least": round(found.psnr_db, 4)}
 
@@ -48,7 +49,9 @@ def make(name: str, psnr: float, *, verdict: str = "pass", limited: bool = True)
     cell = {**dict.fromkeys(records.CELL_KEYS, ""), "id": name, "row": row, "hardware": hardware}
     worst = {"psnr_db": psnr, "cosine": 1 - 1 / psnr, "relative_l2": 1 / psnr}
     bounds = {"psnr_db": {"at_least": 10.0}} if limited else {}
-    check = CheckResult(verdict, {"worst": worst, "class": "e4m3 W8A8"}, bounds, "far")
+    layers = {"transformer": {"worst": 2 / psnr}}
+    metrics = {"worst": worst, "layers": layers, "class": "e4m3 W8A8"}
+    check = CheckResult(verdict, metrics, bounds, "far")
     found = {**cell, "model": "flux-1", "flags": [], "checks": []}
     return Evidence(cell=found, checks={"latents": check}, versions={"torch": "2.13.0"})
 
@@ -64,7 +67,8 @@ def test_samples_are_the_worst_of_what_passed_or_had_no_limit() -> None:
         )
     }
     [found] = limits.collect_samples(evidence)
-    assert found == Sample("e4m3 W8A8", "flux-1", 30.0, 1 - 1 / 30, 1 / 30, "d@cpu", 3, "2.13.0")
+    expected = (30.0, 1 - 1 / 30, 1 / 30, 2 / 30)
+    assert found == Sample("e4m3 W8A8", "flux-1", *expected, "d@cpu", 3, "2.13.0")
 
 
 def test_samples_read_back(tmp_path: Path) -> None:
@@ -108,3 +112,4 @@ def test_the_samples_of_this_project_are_sound() -> None:
     for sample in samples:
         assert 0 < sample.psnr_db < 100
         assert sample.to_limits().cosine > 0.7, sample  # else the limit proves nothing
+        assert 0 < sample.to_limits().layer_error < 0.7, sample
