@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import pytest
 if TYPE_CHECKING:
     from conftest import Job
 
-    from quantmatrix.matrix import Cell
+    from quantmatrix.matrix import Cell, CheckpointRow
     from quantmatrix.recorder import Proof
     from quantmatrix.workbench import Workbench
 
@@ -22,6 +23,8 @@ def test_load(cell: Cell, job: Job, workbench: Workbench, proof: Proof) -> None:
     assert set(job.quantized) == set(row.components), "components that are quantized"
     for name, part in job.quantized.items():
         assert part.family == cell.family, f"{name} was taken for {part.family} ({part.why})"
+        kept = [layer for layer in part.layers if is_kept(row, layer)]
+        assert not kept, f"quantized, although the checkpoint keeps {row.kept} in BF16: {kept}"
         start = time.perf_counter()
         model = load_component(job, name)
         proof.timings[f"load {name}"] = time.perf_counter() - start
@@ -31,6 +34,14 @@ def test_load(cell: Cell, job: Job, workbench: Workbench, proof: Proof) -> None:
             "dtypes": count_dtypes(job, part, model),
         }
         assert_finite(model)
+
+
+def is_kept(row: CheckpointRow, layer: str) -> bool:
+    """Whether a module belongs to the sets that the checkpoint's row leaves in full precision."""
+    from quantmatrix import models
+
+    sets = models.load(row.model).FALLBACKS
+    return any(re.fullmatch(p, layer) for word in row.kept.split() for p in sets[word])
 
 
 def load_component(job: Job, name: str) -> Any:
