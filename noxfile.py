@@ -34,7 +34,14 @@ def matrix(session: nox.Session) -> None:
     install(session, "test")
     session.run("quantmatrix", "matrix", "check")
     session.run(
-        "pytest", "tests/suites", "--evidence-dir", "reports/evidence", "-q", *session.posargs
+        "pytest",
+        "tests/suites",
+        "-n",
+        "2",
+        "--evidence-dir",
+        "reports/evidence",
+        "-q",
+        *session.posargs,
     )
     session.run("quantmatrix", "report")
 

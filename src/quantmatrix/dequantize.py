@@ -71,7 +71,8 @@ def plan_decode(request: Request, component: str) -> ComponentPlan:
         )
     machine = Machine(name="cpu", vendor="cpu", arch="cpu", memory_bytes=0)
     try:
-        return plan_component(component, found.components[component], found.model, request, machine)
+        source = found.components[component]
+        return plan_component(component, source, found.model, request, machine, [])
     except kernels.NoKernel as error:
         refusal = Refusal(error.rule, error.message)
         raise RefusedError(refusal.rule, refusal.message) from error
@@ -109,8 +110,8 @@ def decode_part(
 
 def has_bias(component: ComponentPlan, piece: Piece) -> bool:
     """Whether a layer on disk has a bias tensor."""
-    names = component.checkpoint.tensors
-    return f"{piece.layer}.bias" in names or f"{piece.layer}.linear.bias" in names
+    kinds = ("bias", "linear.bias", "quant_bias", "linear.quant_bias")
+    return any(f"{piece.layer}.{kind}" in component.checkpoint.tensors for kind in kinds)
 
 
 def decode_pieces(

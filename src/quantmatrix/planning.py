@@ -28,6 +28,7 @@ from quantmatrix.sources import Source, find_sources, use_tiny
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 CODE_LEAVES = ("weight", "qweight", "linear.weight")
 """Where the codes of a layer lie; msmodelslim wraps smoothed layers in a `linear` level."""
+FP4_BACKEND = "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND"
 PLAIN_DTYPES = ("BF16", "F16", "F32", "F64", "I64", "I32", "BOOL")
 
 
@@ -169,7 +170,7 @@ def plan(request: Request | None = None, /, **fields: Any) -> Plan | Refusal:
     components: dict[str, ComponentPlan] = {}
     for name, source in found.components.items():
         try:
-            components[name] = plan_component(name, source, found.model, request, machine)
+            components[name] = plan_component(name, source, found.model, request, machine, warnings)
         except kernels.NoKernel as error:
             return Refusal(error.rule, f"{source.checkpoint.reference}: {error.message}")
     primary = next(iter(components.values()))
@@ -201,7 +202,12 @@ def find_machine(request: Request) -> Machine:
 
 
 def plan_component(
-    name: str, source: Source, model: str, request: Request, machine: Machine
+    name: str,
+    source: Source,
+    model: str,
+    request: Request,
+    machine: Machine,
+    warnings: list[str],
 ) -> ComponentPlan:
     """Plan one transformer component; raises NoKernel when a layer has none."""
     checkpoint = source.checkpoint
@@ -210,10 +216,11 @@ def plan_component(
     pieces, plain = sort_layers(checkpoint, schemes, dialect, family)
     item = ITEM_BYTES[request.dtype]
     layers: dict[str, tuple[Piece, ...]] = {}
+    wanted = wanted_backend(request)
     for module, parts in pieces.items():
         chosen = []
         for layer, target, scheme, (out, into) in parts:
-            kernel = kernels.choose(scheme.op, machine, scheme, (out, into), request.backend)
+            kernel = choose_kernel(scheme, machine, (out, into), request, wanted, warnings)
             size = kernel.footprint(scheme, out, into, item)
             numerics = name_numerics(kernel, scheme)
             chosen.append(Piece(layer, target, scheme, out, into, kernel.backend, numerics, size))
@@ -233,6 +240,41 @@ def plan_component(
         total_layers=len(layers) + count_plain_linears(checkpoint, plain, dialect),
         bytes=kept + sum(piece.bytes for parts in layers.values() for piece in parts),
     )
+
+
+def wanted_backend(request: Request) -> str | None:
+    """The NVFP4 backend that the environment variable of the guide asks for, by our name."""
+    value = request.fp4_gemm_backend
+    if not value:
+        return None
+    from quantmatrix.kernels.linear_nvfp4 import backend_alias
+
+    try:
+        return backend_alias(value)
+    except KeyError:
+        return f"unknown value {value!r}"
+
+
+def choose_kernel(
+    scheme: Scheme,
+    machine: Machine,
+    shape: tuple[int, int],
+    request: Request,
+    wanted: str | None,
+    warnings: list[str],
+) -> kernels.Kernel:
+    """The kernel of a layer: `--backend` alone, else what was wished for NVFP4, else the order.
+
+    A wish that this machine or shape cannot meet is a warning, and the order decides.
+    """
+    if request.backend is None and wanted and scheme.op == "linear.nvfp4":
+        try:
+            return kernels.choose(scheme.op, machine, scheme, shape, wanted)
+        except kernels.NoKernel as error:
+            note = f"{FP4_BACKEND}={request.fp4_gemm_backend} is not used: {error.message}"
+            if not any(text.startswith(f"{FP4_BACKEND}=") for text in warnings):
+                warnings.append(note)
+    return kernels.choose(scheme.op, machine, scheme, shape, request.backend)
 
 
 def name_numerics(kernel: kernels.Kernel, scheme: Scheme) -> str:

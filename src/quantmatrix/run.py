@@ -12,7 +12,8 @@ import re
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -42,7 +43,8 @@ class Run:
     is_video: bool
     fps: int
     seconds: dict[str, float]
-    """`load` (first run of a pipeline only), `generate` with text encoding and decoding."""
+    """Per stage: `load` (first run of a pipeline only), `encode`, `denoise`, `decode`, and
+    `generate`, which is the last three together."""
     step_seconds: list[float]
     peak_bytes: int
     """Peak memory: of the accelerator when there is one, else resident memory of the process."""
@@ -131,9 +133,10 @@ def generate_one(request: Request, made: Plan, pipeline: Any, prompt: str, seed:
     arguments = model.call_arguments(request)
     defaults = model.TINY_DEFAULTS if request.tiny else model.DEFAULTS
     reset_peak(made.machine.device)
+    stages: dict[str, float] = {}
     start = time.perf_counter()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), timed_stages(pipeline, stages):
             result = pipeline(
                 prompt=prompt,
                 generator=torch.Generator("cpu").manual_seed(seed),
@@ -155,7 +158,11 @@ def generate_one(request: Request, made: Plan, pipeline: Any, prompt: str, seed:
         media=list(result.frames[0] if is_video else result.images),
         is_video=is_video,
         fps=defaults.fps,
-        seconds={"generate": total},
+        seconds={
+            **stages,
+            "denoise": total - sum(stages.values()),
+            "generate": total,
+        },
         step_seconds=[after - before for before, after in pairwise(marks)],
         peak_bytes=read_peak(made.machine.device),
         census={
@@ -164,6 +171,30 @@ def generate_one(request: Request, made: Plan, pipeline: Any, prompt: str, seed:
         },
         calls=dict(calls),
     )
+
+
+@contextmanager
+def timed_stages(pipeline: Any, seconds: dict[str, float]) -> Iterator[None]:
+    """Add up the seconds of text encoding and of decoding while a pipeline runs."""
+
+    def timed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+        return call
+
+    encode, decode = pipeline.encode_prompt, pipeline.vae.decode
+    pipeline.encode_prompt = timed("encode", encode)
+    pipeline.vae.decode = timed("decode", decode)
+    try:
+        yield
+    finally:
+        del pipeline.encode_prompt
+        del pipeline.vae.decode
 
 
 def reset_peak(device: str) -> None:

@@ -1,0 +1,141 @@
+"""The command line: JSON of every command, exit codes, the environment variable, dequantize."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import quantmatrix
+from quantmatrix import tiny
+from quantmatrix.cli import FP4_BACKEND_VARIABLE, main
+from quantmatrix.load import load_transformer
+
+FP8 = "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"
+FLUX = ["--tiny", "--model-path", "black-forest-labs/FLUX.1-dev"]
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> Any:
+    assert main([*words, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, "inspect", "--tiny", FP8)["components"]["transformer"]
+    assert found["family"] == "modelopt-fp8"
+    assert "quant_algo FP8" in found["why"]
+    assert found["quantized_layers"] == len(found["layers"]) > 0
+    assert found["layers"]["transformer_blocks.0.attn.to_q"]["activation"] == "tensor-static"
+    assert found["bytes"] == sum(found["bytes_per_dtype"].values())
+
+
+def test_inspect_a_whole_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, "inspect", "--tiny", "Eco-Tech/Wan2.2-T2V-A14B-Diffusers-w8a8")
+    families = {name: part["family"] for name, part in found["components"].items()}
+    assert families == {"transformer": "msmodelslim", "transformer_2": "msmodelslim"}
+
+
+def test_plan_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", *FLUX, "--transformer-path", FP8, "--backend", "torch", "--hardware", "a100"]
+    found = run_json(capsys, *words, code=3)
+    assert found["ok"] is False
+    assert found["refusal"]["rule"] == "fp8-torch-sm89"
+
+
+def test_errors_are_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, "plan", *FLUX, "--quantization-rank", "0", code=2)
+    assert found["ok"] is False
+    assert "greater than 0" in found["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["plan", *FLUX, "--frobnicate", "1"], 2),
+        (["inspect", "/no/such/file.safetensors"], 1),
+        (["matrix", "list", "--family", "abacus"], 2),
+        (["matrix", "show", "abacus"], 2),
+        ([], 2),
+    ],
+)
+def test_exit_codes(words: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == code
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_matrix_list_filters(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run_json(
+        capsys,
+        "matrix",
+        "list",
+        "--family",
+        "modelopt-fp8",
+        "--hardware",
+        "cpu",
+        "--claim",
+        "refused",
+    )["rows"]
+    assert rows
+    assert {row["family"] for row in rows} == {"modelopt-fp8"}
+    assert {row["claim"] for row in rows} == {"refused"}
+    assert {"id", "family", "model", "hardware", "claim", "state"} <= rows[0].keys()
+
+
+def test_matrix_frame_has_the_same_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run_json(capsys, "matrix", "list")["rows"]
+    frame = quantmatrix.matrix_frame()
+    assert list(frame["id"]) == [row["id"] for row in rows]
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "torch" in json.dumps(run_json(capsys, "doctor"))
+
+
+def test_generate_dumps_performance(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = [*FLUX, "--transformer-path", FP8, "--prompt", "x", "--num-inference-steps", "2"]
+    found = run_json(capsys, "generate", *words, "--output-path", str(tmp_path))
+    assert Path(found["runs"][0]["output"]).is_file()
+    assert found["runs"][0]["quantized_layers"]["transformer"] > 0
+
+
+def test_dequantize_gives_the_decoded_weights(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import diffusers
+
+    words = [*FLUX, "--transformer-path", FP8, "--output-path", str(tmp_path / "plain")]
+    made = run_json(capsys, "dequantize", *words)
+    assert made["dtype"] == "float32"
+    plain = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "plain")
+    folder = tiny.default_folder()
+    source = load_file(tiny.find_snapshot(FP8, folder) / "diffusion_pytorch_model.safetensors")
+    layer = "transformer_blocks.0.attn.to_q"
+    expected = source[f"{layer}.weight"].float() * source[f"{layer}.weight_scale"]
+    assert torch.equal(plain.get_submodule(layer).weight, expected)
+    assert main(["dequantize", *words]) == 2
+    again = load_transformer(str(tmp_path / "plain"), dtype=torch.float32)
+    assert torch.equal(again.get_submodule(layer).weight, expected)
+
+
+@pytest.mark.parametrize(
+    "value", ["cudnn", "flashinfer_cudnn", "FLASHINFER_CUTLASS", "auto", "abacus"]
+)
+def test_fp4_backend_variable(
+    value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(FP4_BACKEND_VARIABLE, value)
+    words = [*FLUX, "--transformer-path", "BBuf/flux1-dev-modelopt-nvfp4-sglang-transformer"]
+    found = run_json(capsys, "plan", *words, "--hardware", "b200")
+    used = set(found["components"]["transformer"]["backends"])
+    name = value.lower().removeprefix("flashinfer_")
+    if name in ("cudnn", "cutlass"):
+        assert used == {f"flashinfer-{name}"}
+        assert found["warnings"] == []
+    if name == "abacus":
+        assert any("abacus" in warning for warning in found["warnings"])
+    on_cpu = run_json(capsys, "plan", *words, "--hardware", "cpu")
+    assert set(on_cpu["components"]["transformer"]["backends"]) == {"decode"}

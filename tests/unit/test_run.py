@@ -1,0 +1,105 @@
+"""Generation: files, names, repeatability, both experts, and a disk that is full."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from quantmatrix.cli import main
+from quantmatrix.errors import UsageError
+from quantmatrix.request import Request
+from quantmatrix.run import Run, generate, generate_all, name_output, save_media
+
+FLUX = ["--tiny", "--model-path", "black-forest-labs/FLUX.1-dev", "--transformer-path"]
+FLUX += ["BBuf/flux1-dev-modelopt-fp8-sglang-transformer", "--num-inference-steps", "2"]
+WAN = ["--tiny", "--model-path", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"]
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    return generate(Request.from_words([*FLUX, "--prompt", "a curious pikachu"]))
+
+
+def test_what_a_run_keeps(run: Run) -> None:
+    dump = run.to_json()
+    assert len(run.latents) == 2
+    assert {"load", "encode", "denoise", "decode", "generate"} <= dump["seconds"].keys()
+    parts = dump["seconds"]
+    assert parts["encode"] + parts["denoise"] + parts["decode"] == pytest.approx(parts["generate"])
+    assert dump["peak_memory_bytes"] > 0
+    planned = dump["plan"]["components"]["transformer"]["quantized_layers"]
+    assert dump["quantized_layers"] == {"transformer": planned}
+    assert dump["transformer_calls"] == {"transformer": 2}
+
+
+def test_same_seed_same_bits_other_seed_other_picture() -> None:
+    request = Request.from_words([*FLUX, "--prompt", "a fox", "--seed", "3", "3", "4"])
+    first, again, other = generate_all(request)
+    assert all(a.equal(b) for a, b in zip(first.latents, again.latents, strict=True))
+    assert first.media[0].tobytes() == again.media[0].tobytes()
+    assert not first.latents[-1].equal(other.latents[-1])
+
+
+def test_both_wan_experts_run_and_a_video_is_written(tmp_path: Path) -> None:
+    import imageio
+
+    run = generate(Request.from_words([*WAN, "--prompt", "a fox walking"]))
+    assert set(run.calls) == {"transformer", "transformer_2"}
+    assert all(run.calls.values())
+    path = save_media(run, str(tmp_path))
+    assert path.name == "a-fox-walking-0.mp4"
+    with imageio.get_reader(path) as reader:
+        assert reader.count_frames() == 5
+
+
+@pytest.mark.parametrize(
+    ("path", "several", "expected"),
+    [
+        ("out", False, "out/a-curious-pikachu-0.png"),
+        ("out/x.png", False, "out/x.png"),
+        ("out/x.png", True, "out/x-a-curious-pikachu-0.png"),
+    ],
+)
+def test_names_of_files(run: Run, path: str, several: bool, expected: str) -> None:
+    assert str(name_output(run, Path(path), several)) == expected
+
+
+def test_wrong_ending(run: Run) -> None:
+    with pytest.raises(UsageError, match="makes a picture"):
+        name_output(run, Path("x.mp4"), False)
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(self: Image.Image, path: Path, *_: object, **__: object) -> None:
+        Path(path).write_bytes(b"half a picture")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fill)
+    with pytest.raises(UsageError, match="No space left on device"):
+        save_media(run, str(tmp_path / "x.png"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_guidance_and_size_reach_the_pipeline() -> None:
+    run = generate(
+        Request.from_words([*FLUX, "--height", "32", "--width", "48", "--guidance-scale", "2"])
+    )
+    assert run.media[0].size == (48, 32)
+
+
+@pytest.mark.parametrize("flag", ["--dit-layerwise-offload", "--dit-cpu-offload"])
+def test_offload_gives_the_same_latents(run: Run, flag: str) -> None:
+    words = [*FLUX, "--prompt", "a curious pikachu", flag]
+    other = generate(Request.from_words(words))
+    assert other.latents[-1].equal(run.latents[-1])
+
+
+def test_no_save_output_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", *FLUX, "--prompt", "x", "--no-save-output"]) == 0
+    assert list(tmp_path.iterdir()) == []
