@@ -28,7 +28,15 @@ from quantmatrix.library_logs import quiet
 from quantmatrix.matrix import CheckpointRow, Matrix, read, tables_folder
 
 PLACEHOLDER = "/path/to/"
-SOURCES = ("tiny*.py", "models/*.py", "families/*.py", "kernels/*.py", "formats.py", "svdq*.py")
+SOURCES = (
+    "tiny*.py",
+    "models/*.py",
+    "families/*.py",
+    "kernels/*.py",
+    "formats.py",
+    "svdq*.py",
+    "safetensors_writer.py",
+)
 """Files that decide a stand-in's bytes."""
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from quantmatrix import families, models, tiny, tiny_checkpoints, tiny_weights
+from quantmatrix import models, tiny, tiny_checkpoints, tiny_weights
 from quantmatrix.errors import CheckpointError
 from quantmatrix.families.protocol import Calibration
 from quantmatrix.library_logs import quiet
@@ -35,8 +35,9 @@ def tables() -> Matrix:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("hub")
+def folder() -> Path:
+    """The user's own, whose name changes with the code: what other tests made is not made again."""
+    return tiny.default_folder()
 
 
 def find(reference: str, folder: Path, tables: Matrix) -> Path:
@@ -144,18 +145,8 @@ def test_all_base_models_are_small(folder: Path, tables: Matrix) -> None:
     assert sum(p.stat().st_size for place in places for p in place.rglob("*") if p.is_file()) < 80e6
 
 
-SAMPLES = (
-    "fp8-wan-2-2-single-file",
-    "modelopt-nvfp4-svd-flux-1",
-    "msmodelslim-w8a8",
-    "svdq-flux-1-int4-r32",
-)
-
-
-def list_samples() -> list[str]:
-    """Rows of the families that have a module; several entries in a header, several files."""
-    rows = read().checkpoints
-    return [name for name in SAMPLES if rows[name].family in families.written()]
+SAMPLES = ("fp8-wan-2-2-single-file", "msmodelslim-w8a8", "svdq-qwen-image-int4-r32")
+"""A header with several entries, a folder of many files, singular values."""
 
 
 def list_hashes(folder: Path) -> dict[str, str]:
@@ -169,16 +160,20 @@ def list_hashes(folder: Path) -> dict[str, str]:
 def test_every_build_gives_the_same_bytes_in_another_process_on_two_threads(
     folder: Path, tmp_path: Path, tables: Matrix
 ) -> None:
-    references = [tables.checkpoints[name].reference for name in list_samples()]
+    references = [tables.checkpoints[name].reference for name in SAMPLES]
     script = (
-        "import sys, torch; torch.set_num_threads(2)\n"
-        "from pathlib import Path; from quantmatrix import tiny\n"
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from quantmatrix import tiny\n"
         "for name in sys.argv[2:]: tiny.ensure(name, Path(sys.argv[1]))"
     )
     for reference in references:
         tiny.ensure(reference, folder, tables)
     words = [sys.executable, "-c", script, str(tmp_path), *references]
-    made = subprocess.run(words, check=True, timeout=300, capture_output=True, text=True)
+    threads = {**os.environ, "OMP_NUM_THREADS": "2"}
+    made = subprocess.run(
+        words, check=True, timeout=300, capture_output=True, text=True, env=threads
+    )
     assert "Loading" not in made.stderr, "bars of the libraries are shown"
     second = list_hashes(tmp_path)
     assert len([name for name in second if name.endswith(".safetensors")]) > 10
@@ -211,15 +206,24 @@ def test_a_slower_process_keeps_what_the_quicker_one_made(
         assert list_hashes(tmp_path) == before
 
 
-def test_a_failed_build_leaves_nothing(
+def test_a_build_that_fails_leaves_nothing_and_had_one_thread(
     tmp_path: Path, tables: Matrix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    counts = []
+
     def fail(*_: object) -> None:
+        counts.append(torch.get_num_threads())
         raise OSError("No space left on device")
 
     monkeypatch.setattr(models.load("flux-1"), "build_tiny", fail)
-    with pytest.raises(OSError, match="No space"):
-        tiny.ensure("black-forest-labs/FLUX.1-dev", tmp_path, tables)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(OSError, match="No space"):
+            tiny.ensure("black-forest-labs/FLUX.1-dev", tmp_path, tables)
+        assert [*counts, torch.get_num_threads()] == [1, 2]
+    finally:
+        torch.set_num_threads(before)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -255,6 +259,46 @@ def test_raw_files_are_as_the_official_ones(folder: Path, tables: Matrix) -> Non
     base = find(models.load("flux-2").REPO, folder, tables) / "transformer"
     for name in ("flux2-dev-nvfp4.safetensors", "flux2-dev-nvfp4-mixed.safetensors"):
         load_transformer(str(base), transformer_weights_path=str(place / name))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fp8-wan-2-2-single-file",
+        "modelopt-nvfp4-flux-2-file",
+        "msmodelslim-w8a8",
+        "svdq-flux-1-int4-r32",
+        "svdq-qwen-image-int4-r32",
+        "svdq-z-image-int4-r32",
+    ],
+)
+def test_every_layer_of_a_checkpoint_acts_like_the_one_it_was_made_from(
+    name: str, folder: Path, tables: Matrix
+) -> None:
+    """Rows or columns of another layer, or in another order, would be off by more than 1."""
+    row = tables.checkpoints[name]
+    base = tables.models[row.model].repo
+    for reference in (base, row.reference):
+        tiny.ensure(reference, folder, tables)
+    pipeline = row.form == "pipeline"
+    made = load_transformer(
+        row.reference if pipeline else base,
+        transformer_weights_path=None if pipeline else row.reference,
+        backend="decode",
+        dtype=torch.float32,
+        hub=tiny.hub(folder),
+    )
+    plain = load_transformer(base, dtype=torch.float32, hub=tiny.hub(folder))
+    noise = torch.Generator().manual_seed(0)
+    names = count_quantized(made)
+    assert len(names) >= 20
+    for module in names:
+        layer = plain.get_submodule(module)
+        x = torch.randn(16, layer.in_features, generator=noise)
+        with torch.inference_mode():
+            expected = layer(x)
+            error = (made.get_submodule(module)(x) - expected).norm() / expected.norm()
+        assert 0 < error < 0.3, module
 
 
 def test_forms(folder: Path, tables: Matrix) -> None:
