@@ -11,6 +11,7 @@ index or copies in other precisions are taken care of.
 | two or more indexes | an error |
 | no index, one `*-mixed.safetensors` among others | the mixed file |
 | no index, several mixed files, or several plain ones | an error |
+| `transformer_blocks` and `unquantized_layers` (older SVDQuant folders) | both |
 | `d.safetensors` and `d.fp16.safetensors` (bf16, fp32; indexes, too) | the copy without suffix |
 | files in sub-folders only | the same rules, with all of them |
 | no `.safetensors` | an error of its own |
@@ -50,6 +51,8 @@ WEIGHTS = ".safetensors"
 INDEX = re.compile(r"\.safetensors(\.(fp16|bf16|fp32))?\.index(\.(fp16|bf16|fp32))?\.json$")
 MIXED = re.compile(r"-mixed(-\d+-of-\d+)?\.safetensors$")
 PRECISION = re.compile(r"\.(fp16|bf16|fp32)(?=[.-])")
+SVDQUANT_PAIR = ["transformer_blocks.safetensors", "unquantized_layers.safetensors"]
+"""An SVDQuant checkpoint of the older form: a folder with these two, which are one."""
 DESCRIPTION = "quant_model_description"
 
 Selection = Mapping[str, frozenset[str]]
@@ -284,6 +287,8 @@ def select_weights(folder: Folder) -> Selection:
     chosen = mixed or files
     if not chosen:
         raise no_weights(folder)
+    if sorted(chosen) == SVDQUANT_PAIR:
+        return dict.fromkeys(chosen, frozenset())
     if len(chosen) > 1:
         raise ambiguous(folder, chosen, "weight files and no index")
     return {chosen[0]: frozenset()}

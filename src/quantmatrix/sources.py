@@ -87,6 +87,7 @@ def find_sources(request: Request) -> Sources:
             warnings.append(
                 f"{name} keeps the base checkpoint; the override is for {names[0]} only"
             )
+    warnings += check_svdquant_file(request, model, components[names[0]].checkpoint)
     return Sources(base, model, pipeline.class_name, components, warnings)
 
 
@@ -227,3 +228,18 @@ def check_svdquant_flags(request: Request) -> None:
     rank = request.quantization_rank
     if rank is not None and rank <= 0:
         raise UsageError(f"--quantization-rank {rank}: must be greater than 0")
+
+
+def check_svdquant_file(request: Request, model: str, checkpoint: Checkpoint) -> list[str]:
+    """The three SVDQuant flags and the file name against what the primary's file holds."""
+    from quantmatrix.families import nunchaku_svdq
+
+    module = models.load(model)
+    defaults = module.TINY_DEFAULTS if request.tiny else module.DEFAULTS
+    return nunchaku_svdq.check_request(
+        request.enable_svdquant,
+        request.quantization_precision,
+        request.quantization_rank,
+        checkpoint,
+        request.num_inference_steps or defaults.steps,
+    )

@@ -77,11 +77,15 @@ def make_component(row: CheckpointRow, component: str, base: Path) -> tuple[Tens
     kept = [layer for layer, leaf in map(split, sorted(tensors)) if leaf == "weight"]
     kept = [layer for layer in kept if tensors[f"{layer}.weight"].ndim == 2]
     for layer, scheme in chosen.items():
+        stacked: dict[str, Any] = {}
+        if "parts" in signature(family.quantize).parameters:
+            stacked["parts"] = dialect.layer_targets(layer)[0].part[1]
         made = family.quantize(
             packed[f"{layer}.weight"],
             scheme,
             bias=packed.get(f"{layer}.bias"),
             calibration=find_range(ranges, layer, dialect),
+            **stacked,
         )
         tensors |= {f"{layer}.{suffix}": tensor for suffix, tensor in made.items()}
     if "-mixed." in row.reference:

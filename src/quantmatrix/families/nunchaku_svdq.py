@@ -285,7 +285,7 @@ def quantize(
     it: each gets its own nvfp4 scale. Raises UsageError for sizes that the tiles cannot hold.
     """
     if scheme.op == "linear.w4a16":
-        return svdq_writer.quantize_awq(weight, scheme, bias)
+        return svdq_writer.quantize_awq(weight, scheme, bias, calibration)
     return svdq_writer.quantize_svdq(weight, scheme, bias, calibration, parts)
 
 

@@ -36,6 +36,8 @@ Tensors = dict[str, torch.Tensor]
 SMALLEST = 1e-5
 """Ranges below this count as this when channels are smoothed."""
 AWQ_ZERO = 7
+AWQ_RANGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+"""Parts of a group's range that its codes may span; what is outside is held at the end."""
 
 
 def find_layer_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -156,19 +158,52 @@ def code_nvfp4(
     return codes.view(rest.shape), decoded, stored
 
 
-def quantize_awq(weight: torch.Tensor, scheme: Scheme, bias: torch.Tensor | None) -> Tensors:
+def quantize_awq(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    bias: torch.Tensor | None,
+    calibration: Calibration | None,
+) -> Tensors:
     """On-disk tensors of an AWQ layer with weight [N, K], rows in their order on disk."""
     check_shape(weight, scheme)
     dtype = find_layer_dtype(weight)
-    groups: torch.Tensor = weight.float().unflatten(1, (-1, scheme.group_size))
+    groups: torch.Tensor = weight.double().unflatten(1, (-1, scheme.group_size))
+    middle = find_middle(weight, calibration)
+    cost = middle.square().clamp(min=SMALLEST).view(groups.shape[1:])
     amax = groups.abs().amax(dim=-1)
-    scales = torch.where(amax > 0, amax / AWQ_ZERO, 1.0).to(dtype)
-    zeros = (-AWQ_ZERO * scales.float()).to(dtype)
-    codes = (groups - zeros.float().unsqueeze(-1)) / scales.float().unsqueeze(-1)
-    rows = codes.round().clamp(0, 15).to(torch.uint8).view(weight.shape)
+    whole = torch.where(amax > 0, amax / AWQ_ZERO, 1.0)
+    tried = [code_awq(groups, (whole * part).to(dtype)) for part in AWQ_RANGES]
+    costs = torch.stack([((t[0] - groups).square() * cost).sum(dim=-1) for t in tried])
+    best = costs.argmin(dim=0)
+    decoded, codes, scales, zeros = (
+        torch.stack(found).take_along_dim(
+            best.view(1, *best.shape, *[1] * (found[0].ndim - best.ndim)), dim=0
+        )[0]
+        for found in zip(*tried, strict=True)
+    )
     stored = {
-        "qweight": packing.pack_awq(pack_nibbles(rows)),
+        "qweight": packing.pack_awq(pack_nibbles(codes.view(weight.shape))),
         "wscales": scales.T.contiguous(),
         "wzeros": zeros.T.contiguous(),
     }
-    return stored if bias is None else {**stored, "bias": bias.to(dtype)}
+    if bias is not None:
+        lost = (groups - decoded).view(weight.shape) @ middle
+        stored["bias"] = (bias.double() + lost).to(dtype)
+    return stored
+
+
+def find_middle(weight: torch.Tensor, calibration: Calibration | None) -> torch.Tensor:
+    """Middle [K] of each input's range, float64; zeros when nothing is known."""
+    if calibration is None:
+        return torch.zeros(weight.shape[1], dtype=torch.float64)
+    return (calibration.low.double() + calibration.high.double()) / 2
+
+
+def code_awq(
+    groups: torch.Tensor, scales: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(numbers, codes, scales, zeros) of a weight [N, groups, 64] coded with scales [N, groups]."""
+    zeros = (-AWQ_ZERO * scales.double()).to(scales.dtype)
+    wide, low = scales.double().unsqueeze(-1), zeros.double().unsqueeze(-1)
+    codes = ((groups - low) / wide).round().clamp(0, 15)
+    return codes * wide + low, codes.to(torch.uint8), scales, zeros
