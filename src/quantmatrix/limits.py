@@ -154,12 +154,10 @@ def collect_samples(evidence: Mapping[str, Evidence], *, anew: bool = False) -> 
             continue
         if check.verdict != "pass" and "psnr_db" in check.limits and not anew:
             continue
-        layers = check.metrics.get("layers", {}).values()
-        worst = {
-            **check.metrics.get("worst", {}),
-            "layer": max((p["worst"] for p in layers), default=0),
-        }
-        if worst.get("psnr_db") is not None and check.metrics.get("class"):
+        layers = [part["worst"] for part in check.metrics.get("layers", {}).values()]
+        worst = dict(check.metrics.get("worst", {}))
+        if layers and worst.get("psnr_db") is not None and check.metrics.get("class"):
+            worst["layer"] = max(layers)
             place = (check.metrics["class"], record.cell["model"])
             groups.setdefault(place, []).append((record, worst))
     samples = []

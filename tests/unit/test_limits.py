@@ -71,6 +71,12 @@ def test_samples_are_the_worst_of_what_passed_or_had_no_limit() -> None:
     assert found == Sample("e4m3 W8A8", "flux-1", *expected, "d@cpu", 3, "2.13.0")
 
 
+def test_a_record_without_measured_layers_is_no_sample() -> None:
+    record = make("a@cpu", 50.0)
+    del record.checks["latents"].metrics["layers"]
+    assert limits.collect_samples({"a@cpu": record}) == []
+
+
 def test_samples_read_back(tmp_path: Path) -> None:
     path = tmp_path / "limits.csv"
     path.write_text(limits.write_samples([WAN, FLUX]))
