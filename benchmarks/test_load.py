@@ -19,7 +19,7 @@ WAYS = ("diffusers", "quantmatrix", "modelopt-fp8")
 ROUNDS = 3
 
 CHILD = """
-import json, resource, sys, time
+import gc, json, sys, time
 way, base, quantized = sys.argv[1:]
 import torch, diffusers
 from diffusers import FluxTransformer2DModel
@@ -37,6 +37,7 @@ def load():
     return quantmatrix.load.load_transformer(base, transformer_path=quantized, backend="reference")
 
 load()  # modules that are imported on first use are not what is measured
+gc.collect()
 before = anonymous()
 start, cpu = time.perf_counter(), time.process_time()
 model = load()
