@@ -1,8 +1,9 @@
 """Loading: our loader beside diffusers `from_pretrained`, on a file of more than 2 GB.
 
 Each way runs in processes of its own, in turn (A B A B ...), and touches every byte: one read per
-page. A first load in each process imports what is imported on first use. Reported: CPU and wall seconds, and anonymous memory beyond the mapped file. The bars are
-1.1 times the time of diffusers, and 10 % of the file in anonymous memory.
+page. A first load in each process imports what is imported on first use. Reported: CPU and wall
+seconds, and anonymous memory beyond the mapped file. The bars are 1.1 times the time of diffusers,
+and 10 % of the file in anonymous memory.
 """
 
 from __future__ import annotations

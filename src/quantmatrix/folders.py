@@ -354,9 +354,10 @@ def translate_hub_errors(what: str, repo: str) -> Iterator[None]:
 
     # The bases of HfHubHTTPError are OSError and the error of the HTTP library behind it.
     bases = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
+    expected: tuple[type[Exception], ...] = (ValueError, SafetensorsParsingError, *bases)
     try:
         yield
-    except (ValueError, SafetensorsParsingError, *bases) as error:
+    except expected as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         why = lines[0].strip() if lines else type(error).__name__
         raise CheckpointError(
