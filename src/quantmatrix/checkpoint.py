@@ -87,6 +87,8 @@ class RemoteFiles:
     commit: str
     files: tuple[str, ...]
     """Names in the repository."""
+    revision: str = "main"
+    """The branch, tag or commit that led to the commit."""
 
     def address(self, name: str) -> str:
         """How a file of the repository is named until it is here."""

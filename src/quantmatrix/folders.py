@@ -90,6 +90,7 @@ class HubFolder:
     all_names: tuple[str, ...]
     cache_dir: str | None
     prefix: str = ""
+    revision: str = "main"
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -125,7 +126,18 @@ class HubFolder:
         full = self.full(name)
         with translate_hub_errors(f"{self.repo}/{full}: cannot be downloaded", self.repo):
             found = hf_hub_download(self.repo, full, revision=self.commit, cache_dir=self.cache_dir)
+        self.keep_ref()
         return Path(found)
+
+    def keep_ref(self) -> None:
+        """Note in the cache which commit the revision led to: a download by commit does not.
+
+        Without it the files would not be found again by the revision's name.
+        """
+        ref = cache_folder(self.repo, self.cache_dir) / "refs" / self.revision
+        if not COMMIT.fullmatch(self.revision) and not ref.exists():
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(self.commit)
 
     def header(self, name: str) -> Header:
         """Header of a safetensors file; of a remote one only the header is transferred."""
@@ -299,7 +311,7 @@ def open_repository(repo: str, hub: Hub) -> Folder:
         if commit is None:
             raise
         return LocalFolder(cache_folder(repo, hub.cache_dir) / "snapshots" / commit)
-    return HubFolder(repo, commit, names, hub.cache_dir)
+    return HubFolder(repo, commit, names, hub.cache_dir, revision=hub.revision or "main")
 
 
 @cache

@@ -164,7 +164,9 @@ def fetch(checkpoint: Checkpoint, hub: Hub) -> Checkpoint:
     remote = checkpoint.remote
     if remote is None:
         return checkpoint
-    source = HubFolder(remote.repo, remote.commit, remote.files, hub.cache_dir)
+    source = HubFolder(
+        remote.repo, remote.commit, remote.files, hub.cache_dir, revision=remote.revision
+    )
     local = {remote.address(name): str(source.path(name)) for name in remote.files}
     return replace(
         checkpoint,
@@ -199,6 +201,7 @@ def fetch_pipeline(reference: str, hub: Hub, without: tuple[str, ...] = ()) -> s
             cache_dir=hub.cache_dir,
             allow_patterns=[folder.full(name) for name in needed],
         )
+    folder.keep_ref()
     return str(PurePath(root) / folder.prefix)
 
 
@@ -256,7 +259,8 @@ def find_remote(folder: Folder, selection: Selection) -> RemoteFiles | None:
     missing = tuple(name for name in selection if not folder.is_local(name))
     if isinstance(folder, LocalFolder) or not missing:
         return None
-    return RemoteFiles(folder.repo, folder.commit, tuple(folder.full(name) for name in missing))
+    files = tuple(folder.full(name) for name in missing)
+    return RemoteFiles(folder.repo, folder.commit, files, folder.revision)
 
 
 def read_beside(folder: Folder, name: str | None) -> tuple[dict[str, Any] | None, str | None]:
