@@ -9,6 +9,8 @@ dtype never touches codes or scales.
 
 from __future__ import annotations
 
+import re
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +18,58 @@ from torch import nn
 
 from quantmatrix.kernels import Kernel, Tensors
 from quantmatrix.scheme import Scheme
+
+
+class SharedInput:
+    """Codes of one input for the layers that read it (q, k and v): made once, gone with the input.
+
+    An input is recognised by identity and version, so a wrong grouping costs nothing but the
+    sharing. Under `torch.compile` nothing is kept: there equal calls are merged by the compiler.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is kept yet."""
+        self._input: weakref.ref[torch.Tensor] | None = None
+        self._version = 0
+        self._encoded: tuple[torch.Tensor, ...] | None = None
+
+    def find(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """The codes of x, when they were kept."""
+        if torch.compiler.is_compiling() or self._input is None or self._input() is not x:
+            return None
+        return self._encoded if self._version == x._version else None
+
+    def keep(self, x: torch.Tensor, encoded: tuple[torch.Tensor, ...]) -> None:
+        """Keep the codes of x for the other readers, as long as x lives."""
+        if torch.compiler.is_compiling() or x.is_inference():
+            return  # inference tensors have no version that would tell of a change
+        self._input = weakref.ref(x, self._forget)
+        self._version, self._encoded = x._version, encoded
+
+    def _forget(self, gone: weakref.ref[torch.Tensor]) -> None:
+        if gone is self._input:
+            self._input = self._encoded = None
+
+
+def share_inputs(model: nn.Module) -> int:
+    """Let layers of one block with equal inputs' scales share codes; returns how many may."""
+    groups: dict[tuple[object, ...], list[QuantizedLinear]] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, QuantizedLinear) or layer.kernel.encode is None:
+            continue
+        block = re.match(r"(.*?\.\d+)\.", name)
+        scale = getattr(layer, "q_input_scale", None)
+        value = None if scale is None else float(scale)
+        key = (block and block[1], layer.in_features, layer.scheme, layer.kernel.backend, value)
+        groups.setdefault(key, []).append(layer)
+    shared = 0
+    for layers in groups.values():
+        if len(layers) > 1:
+            one = SharedInput()
+            for layer in layers:
+                layer.shared = one
+            shared += len(layers)
+    return shared
 
 
 class QuantizedLinear(nn.Module):
@@ -37,6 +91,7 @@ class QuantizedLinear(nn.Module):
         self.kernel = kernel
         self.scheme = scheme
         self.compute_dtype = compute_dtype
+        self.shared: SharedInput | None = None
         bias = tensors.get("bias")
         weights = {name: tensor for name, tensor in tensors.items() if name != "bias"}
         kept = kernel.prepare(weights, scheme, compute_dtype)
@@ -63,7 +118,14 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply x [..., in_features]; the result has x's dtype."""
         tensors = {name: self.get_buffer(f"q_{name}") for name in self._kept}
-        return self.kernel.run(x, tensors, self.bias, self.scheme)
+        kernel = self.kernel
+        if self.shared is None or kernel.encode is None or kernel.multiply is None:
+            return kernel.run(x, tensors, self.bias, self.scheme)
+        encoded = self.shared.find(x)
+        if encoded is None:
+            encoded = kernel.encode(x, tensors, self.scheme)
+            self.shared.keep(x, encoded)
+        return kernel.multiply(encoded, x, tensors, self.bias, self.scheme)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         """Move buffers where `fn` moves them, but keep the dtype of codes and scales."""

@@ -18,7 +18,7 @@ from torch import nn
 from quantmatrix import families, kernels
 from quantmatrix.checkpoint import Checkpoint
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
-from quantmatrix.layers import QuantizedLinear, SplitInputLinear
+from quantmatrix.layers import QuantizedLinear, SplitInputLinear, share_inputs
 from quantmatrix.models import Target
 from quantmatrix.planning import ComponentPlan, Piece, Refusal, ignored_names, plan
 from quantmatrix.references import fetch
@@ -127,6 +127,7 @@ def load_component(
         assign_plain(component, checkpoint, reader, model, expected - placed, dtype_of, report)
     check_complete(component, checkpoint, model)
     check_census(component, model)
+    share_inputs(model)
     model.eval().requires_grad_(False)
     return model
 

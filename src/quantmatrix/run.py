@@ -136,7 +136,7 @@ def generate_one(request: Request, made: Plan, pipeline: Any, prompt: str, seed:
     stages: dict[str, float] = {}
     start = time.perf_counter()
     try:
-        with torch.inference_mode(), timed_stages(pipeline, stages):
+        with torch.no_grad(), timed_stages(pipeline, stages):
             result = pipeline(
                 prompt=prompt,
                 generator=torch.Generator("cpu").manual_seed(seed),

@@ -125,6 +125,17 @@ class Kernel:
     run: Callable[[torch.Tensor, Tensors, torch.Tensor | None, Scheme], torch.Tensor]
     footprint: Callable[[Scheme, int, int, int], int]
     """Bytes kept for a layer: (scheme, out_features, in_features, bytes of the compute dtype)."""
+    encode: Callable[[torch.Tensor, Tensors, Scheme], tuple[torch.Tensor, ...]] | None = None
+    """x [..., in] to codes and scales, where `run` is `multiply` after `encode`: layers that read
+    one input may then share its codes."""
+    multiply: (
+        Callable[
+            [tuple[torch.Tensor, ...], torch.Tensor, Tensors, torch.Tensor | None, Scheme],
+            torch.Tensor,
+        ]
+        | None
+    ) = None
+    """(encoded, x, buffers, bias, scheme) to [..., out]; only shape and dtype of x are used."""
 
 
 class NoKernel(LookupError):

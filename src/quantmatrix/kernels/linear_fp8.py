@@ -19,6 +19,8 @@ Products are exact in float32 and summed there.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from importlib import util
 
 import torch
 from torch.nn import functional
@@ -140,15 +142,48 @@ def prepare_torch(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tenso
     return prepared
 
 
+def encode_torch(
+    x: torch.Tensor, tensors: Tensors, scheme: Scheme
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes [M, K], scale [] or [M, 1]) of x [..., K]: one fused kernel where triton runs."""
+    flat = x.reshape(-1, x.shape[-1])
+    if not (flat.is_cuda and has_triton()):
+        scale = find_input_scale(flat, tensors, scheme)
+        return round_e4m3(flat.float() / scale), scale
+    from quantmatrix.kernels import fp8_triton
+
+    if scheme.activation == "tensor-static":
+        return fp8_triton.quantize_static(flat, tensors["input_scale"]), tensors["input_scale"]
+    dynamic = scheme.activation == "tensor-dynamic"
+    quantize = fp8_triton.quantize_tensor if dynamic else fp8_triton.quantize_tokens
+    codes, scale = quantize(flat)
+    return codes, scale
+
+
+@cache
+def has_triton() -> bool:
+    """Whether triton can be imported."""
+    return util.find_spec("triton") is not None
+
+
 def run_torch(
     x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
     """`torch._scaled_mm` on e4m3 codes, one scale per tensor or one per row and column."""
-    flat = x.reshape(-1, x.shape[-1])
-    scale = find_input_scale(flat, tensors, scheme)
-    codes = round_e4m3(flat.float() / scale)
+    return multiply_torch(encode_torch(x, tensors, scheme), x, tensors, bias, scheme)
+
+
+def multiply_torch(
+    encoded: tuple[torch.Tensor, ...],
+    x: torch.Tensor,
+    tensors: Tensors,
+    bias: torch.Tensor | None,
+    scheme: Scheme,
+) -> torch.Tensor:
+    """Codes [M, K] times the weight; only shape and dtype of x are used."""
+    codes, scale = encoded
     if tensors["weight_scale"].ndim:
-        scale = scale.expand(flat.shape[0], 1)
+        scale = scale.expand(codes.shape[0], 1)
     out_dtype = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
     columns = tensors["columns"]
     y = torch._scaled_mm(
@@ -205,6 +240,8 @@ KERNELS = (
         prepare_torch,
         run_torch,
         count_bytes,
+        encode=encode_torch,
+        multiply=multiply_torch,
     ),
 )
 
