@@ -235,7 +235,7 @@ def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
         tmp_path / "t" / "hf_quant_config.json",
         {"quantization": {"quant_algo": "FP8", "exclude_modules": ["proj_out"]}},
     )
-    for name in ("_w8a8", "_a", ""):
+    for name in ("_w8a8", "-a", ""):
         write_json(tmp_path / "t" / f"quant_model_description{name}.json", {"x.weight": name})
     write_weights(tmp_path / "t" / "x.safetensors", metadata={"format": "pt"})
     found = references.open_weights(str(tmp_path), Hub())
@@ -252,7 +252,7 @@ def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
     assert found.remote is None
     (tmp_path / "t" / "quant_model_description.json").unlink()
     found = references.open_weights(str(tmp_path / "t" / "x.safetensors"), Hub())
-    assert found.description_file == str(tmp_path / "t" / "quant_model_description_a.json")
+    assert found.description_file == str(tmp_path / "t" / "quant_model_description-a.json")
 
 
 def test_headers_of_shards_disagree(tmp_path: Path) -> None:
@@ -750,6 +750,14 @@ class TestRemote:
             "vae/d.safetensors",
             "tokenizer/vocab.json",
         }
+
+    def test_a_pipeline_that_is_there_by_commit_is_noted_by_name(
+        self, remote: FakeHub, hub: Hub
+    ) -> None:
+        write_json(remote.files / "model_index.json", {"_class_name": "P", "vae": ["d", "X"]})
+        root = references.fetch_pipeline("o/r", Hub(hub.cache_dir, revision=COMMIT))
+        assert references.fetch_pipeline("o/r", hub) == root
+        assert references.fetch_pipeline("o/r", Hub(hub.cache_dir, offline=True)) == root
 
     def test_a_component_of_a_repository_is_downloaded(self, remote: FakeHub, hub: Hub) -> None:
         fill(remote.files, "vae/config.json vae/d.safetensors other/x.safetensors")
