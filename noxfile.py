@@ -50,7 +50,7 @@ def matrix(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the unit tests, and every row of the matrix against the committed verdicts."""
     install(session, "test")
-    session.run("pytest", "-q", *(session.posargs or ["tests/unit", "tests/suites"]))
+    session.run("pytest", "-q", "-n", "2", *(session.posargs or ["tests/unit", "tests/suites"]))
 
 
 @nox.session
