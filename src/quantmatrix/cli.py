@@ -11,9 +11,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 from quantmatrix import __version__
+from quantmatrix.commands import NAMES
 from quantmatrix.errors import QuantmatrixError, RefusedError, UsageError
 from quantmatrix.request import (
     FP4_BACKEND_VARIABLE,
@@ -90,10 +92,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_matrix(commands)
     _add_tiny_hub(commands)
     _add_report(commands)
+    for name in NAMES:
+        import_module(f"quantmatrix.commands.{name}").add_to(commands)
     return parser
 
 
-def _add(commands: Any, name: str, text: str, handler: Handler) -> argparse.ArgumentParser:
+def add_command(commands: Any, name: str, text: str, handler: Handler) -> argparse.ArgumentParser:
+    """Add the parser of one command; `handler` runs it."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=text, description=text, allow_abbrev=False
     )
@@ -102,7 +107,9 @@ def _add(commands: Any, name: str, text: str, handler: Handler) -> argparse.Argu
 
 
 def _add_generate(commands: Any) -> None:
-    parser = _add(commands, "generate", "generate images or videos with a checkpoint", run_generate)
+    parser = add_command(
+        commands, "generate", "generate images or videos with a checkpoint", run_generate
+    )
     add_request_flags(parser)
     add_output_flags(parser)
     parser.set_defaults(takes_overrides=True)
@@ -110,7 +117,7 @@ def _add_generate(commands: Any) -> None:
 
 def _add_plan(commands: Any) -> None:
     text = "say what would run, with which kernels and memory, or why not; reads headers only"
-    parser = _add(commands, "plan", text, run_plan)
+    parser = add_command(commands, "plan", text, run_plan)
     add_request_flags(parser)
     add_output_flags(parser)
     parser.add_argument("--hardware", help="a row of hardware.csv instead of this machine")
@@ -119,7 +126,7 @@ def _add_plan(commands: Any) -> None:
 
 def _add_inspect(commands: Any) -> None:
     text = "describe a checkpoint: family, why, schemes per layer, sizes, header facts"
-    parser = _add(commands, "inspect", text, run_inspect)
+    parser = add_command(commands, "inspect", text, run_inspect)
     parser.add_argument("checkpoint", help="a file, a folder or a hub id")
     parser.add_argument("--tiny", action="store_true", help="look in the tiny hub")
     parser.add_argument("--layers", action="store_true", help="list every quantized layer")
@@ -128,7 +135,7 @@ def _add_inspect(commands: Any) -> None:
 
 def _add_dequantize(commands: Any) -> None:
     text = "write a checkpoint as a plain diffusers component folder (--output-path DIR)"
-    parser = _add(commands, "dequantize", text, run_dequantize)
+    parser = add_command(commands, "dequantize", text, run_dequantize)
     add_request_flags(parser)
     add_output_flags(parser)
     parser.add_argument("--component", default="transformer")
@@ -137,19 +144,19 @@ def _add_dequantize(commands: Any) -> None:
 
 def _add_doctor(commands: Any) -> None:
     text = "look at this machine: devices, optional packages, the wrong `nunchaku`"
-    parser = _add(commands, "doctor", text, run_doctor)
+    parser = add_command(commands, "doctor", text, run_doctor)
     parser.add_argument("--json", action="store_true")
 
 
 def _add_matrix(commands: Any) -> None:
-    parser = _add(commands, "matrix", "read the tables", run_matrix_list)
+    parser = add_command(commands, "matrix", "read the tables", run_matrix_list)
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, text, handler in (
         ("list", "list the cells, with their state from the evidence", run_matrix_list),
         ("check", "check the tables; every problem with file and line", run_matrix_check),
         ("show", "show one cell or row: its command, claim, rule and evidence", run_matrix_show),
     ):
-        action = _add(actions, name, text, handler)
+        action = add_command(actions, name, text, handler)
         action.add_argument("--json", action="store_true")
         action.add_argument("--reports", help="folder of the reports (default: reports)")
         if name == "show":
@@ -161,13 +168,13 @@ def _add_matrix(commands: Any) -> None:
 
 def _add_tiny_hub(commands: Any) -> None:
     text = "make tiny true-format stand-ins for every repository in the tables"
-    parser = _add(commands, "tiny-hub", text, run_tiny_hub)
+    parser = add_command(commands, "tiny-hub", text, run_tiny_hub)
     parser.add_argument("folder", nargs="?", help="a hub cache folder (default: your cache)")
     parser.add_argument("--json", action="store_true")
 
 
 def _add_report(commands: Any) -> None:
-    parser = _add(commands, "report", "render the support matrix from evidence", run_report)
+    parser = add_command(commands, "report", "render the support matrix from evidence", run_report)
     parser.add_argument("--check", action="store_true", help="write nothing; fail on any drift")
     parser.add_argument("--reports", help="folder of the reports (default: reports)")
     parser.add_argument("--json", action="store_true")
