@@ -80,9 +80,14 @@ def default_folder() -> Path:
 
 def read_states(tables: Matrix, reports: str | os.PathLike[str] | None = None) -> dict[str, str]:
     """State of every cell, by cell id, joined from the evidence below a reports folder."""
-    folder = Path(reports) if reports is not None else default_folder()
-    evidence = records.read_folder(folder / EVIDENCE)
+    evidence = read_evidence(reports)
     return {cell.id: state_of(cell, evidence.get(cell.id), tables) for cell in tables.cells}
+
+
+def read_evidence(reports: str | os.PathLike[str] | None = None) -> dict[str, Evidence]:
+    """Every record below a reports folder, by cell id."""
+    folder = Path(reports) if reports is not None else default_folder()
+    return records.read_folder(folder / EVIDENCE)
 
 
 def matrix_frame(reports: str | os.PathLike[str] | None = None) -> pandas.DataFrame:

@@ -6,5 +6,7 @@ its handler takes (arguments, words that the parser did not know) and returns th
 
 from __future__ import annotations
 
-NAMES: tuple[str, ...] = ()
+NAMES: tuple[str, ...] = (
+    "explain",
+)
 """The modules, in the order of `quantmatrix --help`. One name a line, so that changes merge."""

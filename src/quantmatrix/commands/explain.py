@@ -1,0 +1,54 @@
+"""`quantmatrix explain`: one question about the matrix, answered from claims and evidence."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quantmatrix.explain import Explanation
+
+
+def add_to(commands: Any) -> None:
+    """Add the parser."""
+    from quantmatrix.cli import add_command
+
+    text = "say whether a checkpoint works on a hardware, why, and what works instead"
+    parser = add_command(commands, "explain", text, run_explain)
+    parser.add_argument("--checkpoint", required=True, help="an id, a hub id, a path or file name")
+    parser.add_argument("--hardware", required=True, help="an id or a group of hardware.csv")
+    parser.add_argument("--model", help="only checkpoints of this model")
+    parser.add_argument("--reports", help="folder of the reports (default: reports)")
+    parser.add_argument("--json", action="store_true")
+
+
+def run_explain(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Print one explanation per cell; 0 whatever the state, for the question was answered."""
+    from quantmatrix import matrix, report
+    from quantmatrix.cli import print_json
+    from quantmatrix.explain import Explainer
+
+    explainer = Explainer(matrix.read(), report.read_evidence(arguments.reports))
+    found = explainer.explain(arguments.checkpoint, arguments.hardware, arguments.model)
+    if arguments.json:
+        print_json({"ok": True, "cells": [explanation.to_json() for explanation in found]})
+    else:
+        print("\n\n".join(to_text(explanation) for explanation in found))
+    return 0
+
+
+def to_text(found: Explanation) -> str:
+    """An explanation for people."""
+    lines = [
+        f"{found.cell or f'{found.checkpoint} on {found.hardware}'}: {found.state}",
+        f"  why       {found.why}",
+        f"  command   {found.command}",
+    ]
+    if found.evidence:
+        lines.append(f"  evidence  {found.evidence}")
+    for other in found.alternatives:
+        lines.append(f"  instead   {other.how}: {other.cell} ({other.state})")
+        lines.append(f"            {other.command}")
+    if not found.alternatives and found.state != "proven":
+        lines.append("  instead   nothing in the tables works in its place")
+    return "\n".join(lines)

@@ -1,0 +1,261 @@
+"""Explain: the state of a checkpoint on a hardware, why, the command, and what works instead.
+
+Reads tables and evidence only, so it answers on a machine that has neither torch nor the hardware.
+A checkpoint is named as people name it: by its id in checkpoints.csv, by what a command would pass
+(hub id or path), by the repository of a file, or by a file name.
+
+Alternatives are looked for from near to far. Each kind gives its best cell, a proven one before one
+that is only claimed:
+
+| how               | what stays the same |
+| ----------------- | ------------------- |
+| other backend     | checkpoint and hardware |
+| other row         | checkpoint and hardware: other flags |
+| other checkpoint  | model and hardware, the family where it can |
+| other hardware    | checkpoint, the vendor where it can |
+"""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from quantmatrix import evidence as records
+from quantmatrix.errors import UsageError
+from quantmatrix.pages import EVIDENCE, read_worst, show_number
+from quantmatrix.report import explain_state
+
+if TYPE_CHECKING:
+    from quantmatrix.evidence import Evidence
+    from quantmatrix.matrix import Cell, CheckpointRow, Matrix
+
+UNCLAIMED = "unclaimed"
+"""State of a checkpoint on a hardware that no row of cases.csv names."""
+WORKING = ("proven", "unproven")
+"""States of cells that may serve instead, the best first."""
+SUGGESTIONS = 5
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A cell that may be used instead of another."""
+
+    how: str
+    """`other backend`, `other row`, `other checkpoint` or `other hardware`."""
+    cell: str
+    checkpoint: str
+    hardware: str
+    state: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What is known about one checkpoint on one hardware, in one cell or in none."""
+
+    cell: str
+    """Id of the cell; empty where no row claims anything."""
+    checkpoint: str
+    model: str
+    hardware: str
+    backend: str
+    claim: str
+    rule: str
+    state: str
+    why: str
+    command: str
+    evidence: str
+    """Path of the record below the reports folder; empty when there is none."""
+    alternatives: tuple[Alternative, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+class Explainer:
+    """Tables and evidence, joined, to be asked about."""
+
+    def __init__(self, tables: Matrix, evidence: Mapping[str, Evidence]) -> None:
+        """`evidence` holds records by cell id."""
+        self.tables = tables
+        self.evidence = evidence
+        self.explained = {
+            cell.id: explain_state(cell, evidence.get(cell.id), tables) for cell in tables.cells
+        }
+
+    def explain(
+        self, checkpoint: str, hardware: str, model: str | None = None
+    ) -> list[Explanation]:
+        """One explanation per cell, or per pair without one; UsageError for unknown words."""
+        places = find_hardware(self.tables, hardware)
+        found = []
+        for row in find_checkpoints(self.tables, checkpoint, model):
+            for place in places:
+                cells = [
+                    c for c in self.tables.cells if (c.checkpoint, c.hardware) == (row.id, place)
+                ]
+                found += [self.explain_cell(cell) for cell in cells]
+                if not cells:
+                    found.append(self.explain_gap(row, place))
+        return found
+
+    def explain_cell(self, cell: Cell) -> Explanation:
+        """State, reason, command and alternatives of a cell."""
+        state = self.explained[cell.id][0]
+        record = self.evidence.get(cell.id)
+        place = (cell.checkpoint, cell.hardware)
+        return Explanation(
+            cell=cell.id,
+            checkpoint=cell.checkpoint,
+            model=cell.model,
+            hardware=cell.hardware,
+            backend=cell.backend,
+            claim=cell.claim,
+            rule=cell.rule,
+            state=state,
+            why=self.say_why(cell),
+            command=cell.shell(self.tables),
+            evidence=f"{EVIDENCE}/{records.path_of(cell.id)}" if record else "",
+            alternatives=() if state == "proven" else self.find_alternatives(*place, cell),
+        )
+
+    def explain_gap(self, row: CheckpointRow, hardware: str) -> Explanation:
+        """The answer where no cell is: nobody claims anything, the plan may still say more."""
+        words = shlex.join(row.words)
+        return Explanation(
+            cell="",
+            checkpoint=row.id,
+            model=row.model,
+            hardware=hardware,
+            backend="",
+            claim="",
+            rule="",
+            state=UNCLAIMED,
+            why=f"no row of cases.csv names {row.id} on {hardware}; the command plans it",
+            command=f"quantmatrix plan {words} --hardware {hardware}",
+            evidence="",
+            alternatives=self.find_alternatives(row.id, hardware, None),
+        )
+
+    def say_why(self, cell: Cell) -> str:
+        """The reason of a cell's state, in words."""
+        state, reason = self.explained[cell.id]
+        record = self.evidence.get(cell.id)
+        if state == "proven" and record:
+            worst = show_number(read_worst(record).get("psnr_db"))
+            near = f", {worst} dB from BF16 at the worst step" if worst else ""
+            return f"{' and '.join(cell.checks)} passed on {record.made[:10]}{near}"
+        if cell.claim == "refused":
+            refusal = (record.plan.get("refusal") or {}) if record and state == "refused" else {}
+            told = str(refusal.get("message") or cell.notes)
+            seen = f" ({reason})" if reason else ""
+            return f"rule {cell.rule}: {told}{seen}"
+        return reason or cell.notes or state
+
+    def find_alternatives(
+        self, checkpoint: str, hardware: str, cell: Cell | None
+    ) -> tuple[Alternative, ...]:
+        """The best cell of each kind, see the module's table."""
+        row = self.tables.checkpoints[checkpoint]
+        vendor = self.tables.hardware[hardware].vendor
+        backend = cell.backend if cell else None
+
+        def is_here(other: Cell) -> bool:
+            return (other.checkpoint, other.hardware) == (checkpoint, hardware)
+
+        def is_other_checkpoint(other: Cell) -> bool:
+            same = (other.model, other.hardware) == (row.model, hardware)
+            return same and other.checkpoint != checkpoint
+
+        def is_other_hardware(other: Cell) -> bool:
+            return other.checkpoint == checkpoint and other.hardware != hardware
+
+        kinds: Sequence[tuple[str, Callable[[Cell], bool], Callable[[Cell], bool]]] = (
+            (
+                "other backend",
+                lambda c: is_here(c) and c.backend != backend,
+                lambda c: bool(cell and c.row == cell.row),
+            ),
+            (
+                "other row",
+                lambda c: is_here(c) and c.backend == backend and c != cell,
+                lambda c: True,
+            ),
+            ("other checkpoint", is_other_checkpoint, lambda c: c.family == row.family),
+            (
+                "other hardware",
+                is_other_hardware,
+                lambda c: self.tables.hardware[c.hardware].vendor == vendor,
+            ),
+        )
+        found = []
+        for how, fits, is_near in kinds:
+            best = self.choose(filter(fits, self.tables.cells), is_near)
+            if best:
+                state = self.explained[best.id][0]
+                command = best.shell(self.tables)
+                place = (best.id, best.checkpoint, best.hardware)
+                found.append(Alternative(how, *place, state, command))
+        return tuple(sorted(found, key=lambda a: WORKING.index(a.state)))
+
+    def choose(self, cells: Iterable[Cell], is_near: Callable[[Cell], bool]) -> Cell | None:
+        """The first working cell: proven before claimed, near before far, in table order.
+
+        Rows of the guide whose checkpoint is a placeholder path are nothing that one could use.
+        """
+        ranked = [
+            (WORKING.index(self.explained[cell.id][0]), not is_near(cell), number, cell)
+            for number, cell in enumerate(cells)
+            if self.explained[cell.id][0] in WORKING
+            and cell.claim != "refused"
+            and not self.tables.checkpoints[cell.checkpoint].reference.startswith("/")
+        ]
+        return min(ranked, key=lambda rank: rank[:3])[3] if ranked else None
+
+
+def find_checkpoints(tables: Matrix, name: str, model: str | None = None) -> list[CheckpointRow]:
+    """The checkpoints that a word names, of one model where given.
+
+    The first that gives any: the id, the whole reference, the repository of a file, the last part
+    of a path. UsageError with near names when nothing does.
+    """
+    if model is not None and model not in tables.models:
+        raise UsageError(f"--model {model}: not in the tables; known: {', '.join(tables.models)}")
+    word = name.rstrip("/")
+    last = PurePosixPath(word).name
+    tests: Sequence[Callable[[CheckpointRow], bool]] = (
+        lambda row: row.id == word,
+        lambda row: row.reference == word,
+        lambda row: row.reference.startswith(f"{word}/"),
+        lambda row: PurePosixPath(row.reference).name == last,
+    )
+    rows = tables.checkpoints.values()
+    named = next((found for test in tests if (found := [r for r in rows if test(r)])), [])
+    fitting = [row for row in named if model in (None, row.model)]
+    if fitting:
+        return fitting
+    if named:
+        models = sorted({row.model for row in named})
+        raise UsageError(f"--checkpoint {name} is of {', '.join(models)}, not of {model}")
+    known = [word for row in rows for word in (row.id, row.reference)]
+    near = difflib.get_close_matches(word, known, SUGGESTIONS, 0.4)
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    raise UsageError(
+        f"--checkpoint {name}: not in checkpoints.csv{hint} "
+        "A checkpoint of your own: `quantmatrix inspect`, then `quantmatrix plan`"
+    )
+
+
+def find_hardware(tables: Matrix, name: str) -> tuple[str, ...]:
+    """The hardware ids of an id or a group; UsageError when it is neither."""
+    if name in tables.hardware:
+        return (name,)
+    if name in tables.groups:
+        return tables.groups[name]
+    known = ", ".join([*tables.hardware, *tables.groups])
+    raise UsageError(f"--hardware {name}: not in hardware.csv; known ids and groups: {known}")

@@ -1,0 +1,143 @@
+"""Explain: cells found by any of their names, reasons, and what works instead."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tables import CASES, CHECKPOINTS, write_tables
+
+from quantmatrix import evidence as records
+from quantmatrix import matrix
+from quantmatrix.cli import main
+from quantmatrix.errors import UsageError
+from quantmatrix.evidence import CheckResult, Evidence
+from quantmatrix.explain import Explainer, find_checkpoints, find_hardware
+from quantmatrix.matrix import Matrix
+
+PROVEN = "fp8-flux-1@cpu+decode"
+REFUSED = "svdq-flux-1-hopper@h100"
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Matrix:
+    return matrix.read(write_tables(tmp_path / "matrix"))
+
+
+def observe(tables: Matrix, name: str, *, fails: str = "") -> Evidence:
+    cell = next(cell for cell in tables.cells if cell.id == name)
+    checks = {c: CheckResult("pass", {"worst": {"psnr_db": 41.5}}) for c in cell.checks}
+    if fails:
+        checks[fails] = CheckResult("fail", message="too far")
+    refusal = {"rule": cell.rule, "message": "no integer units; use cpu"} if cell.rule else None
+    described = records.describe_cell(cell, tables)
+    made = "2026-11-23T10:00:00Z"
+    return Evidence(cell=described, checks=checks, plan={"refusal": refusal}, made=made)
+
+
+@pytest.fixture
+def explainer(tables: Matrix) -> Explainer:
+    return Explainer(tables, {name: observe(tables, name) for name in (PROVEN, REFUSED)})
+
+
+@pytest.mark.parametrize(
+    ("word", "ids"),
+    [
+        ("flux-1-fp8", ["flux-1-fp8"]),
+        ("some/flux1-fp8", ["flux-1-fp8"]),
+        ("some/flux1-fp8/", ["flux-1-fp8"]),
+        ("some/svdq", ["flux-1-svdq"]),
+        ("svdq-int4_r32-flux1.safetensors", ["flux-1-svdq"]),
+        ("/home/me/svdq-int4_r32-flux1.safetensors", ["flux-1-svdq"]),
+    ],
+)
+def test_a_checkpoint_has_many_names(tables: Matrix, word: str, ids: list[str]) -> None:
+    assert [row.id for row in find_checkpoints(tables, word)] == ids
+
+
+def test_a_name_shared_by_models_is_told_apart_by_model(tmp_path: Path) -> None:
+    twin = {"id": "flux-2-svdq", "model": "flux-2", "base": "some/flux-2"}
+    name = {"reference": "some/svdq/svdq-int4_r32-flux2.safetensors"}
+    rows = [*CHECKPOINTS, {**CHECKPOINTS[2], **twin, **name}]
+    tables = matrix.read(write_tables(tmp_path / "m", CASES, rows))
+    both = find_checkpoints(tables, "some/svdq")
+    assert [row.id for row in both] == ["flux-1-svdq", "flux-2-svdq"]
+    [one] = find_checkpoints(tables, "some/svdq", "flux-2")
+    assert one.id == "flux-2-svdq"
+    with pytest.raises(UsageError, match="not of z-image"):
+        find_checkpoints(tables, "some/svdq", "z-image")
+
+
+def test_unknown_words_are_answered_with_near_ones(tables: Matrix) -> None:
+    with pytest.raises(UsageError, match=r"did you mean .*flux-1-fp8"):
+        find_checkpoints(tables, "flux1-fp8-x")
+    with pytest.raises(UsageError, match="--model abacus: not in the tables"):
+        find_checkpoints(tables, "flux-1-fp8", "abacus")
+    with pytest.raises(UsageError, match="known ids and groups: cpu, h100, b200, all"):
+        find_hardware(tables, "abacus")
+    assert find_hardware(tables, "all") == ("cpu", "h100", "b200")
+
+
+def test_a_proven_cell_needs_no_alternative(explainer: Explainer) -> None:
+    found = {e.cell: e for e in explainer.explain("flux-1-fp8", "cpu")}
+    proven = found[PROVEN]
+    assert proven.state == "proven"
+    assert (
+        proven.why == "load and latents passed on 2026-11-23, 41.5 dB from BF16 at the worst step"
+    )
+    assert proven.command.startswith("quantmatrix generate --model-path some/flux-1")
+    assert proven.evidence == "evidence/cpu/fp8-flux-1+decode.json"
+    assert proven.alternatives == ()
+    other = found["fp8-flux-1@cpu+reference"]
+    assert (other.state, other.why) == ("unproven", "no run yet")
+    best = other.alternatives[0]
+    assert (best.how, best.cell, best.state) == ("other backend", PROVEN, "proven")
+
+
+def test_a_refused_cell_says_the_rule_and_what_works_there(explainer: Explainer) -> None:
+    [found] = explainer.explain("flux-1-svdq", "h100")
+    assert found.state == "refused"
+    assert found.why == "rule svdq-arch: no integer units; use cpu"
+    [other] = found.alternatives
+    assert (other.how, other.checkpoint) == ("other checkpoint", "flux-1-fp8")
+    assert other.cell == "fp8-flux-1@h100+reference"
+
+
+def test_a_failing_cell_is_no_alternative(tables: Matrix) -> None:
+    failing = "fp8-flux-1@h100+reference"
+    records_of = {name: observe(tables, name) for name in (PROVEN, REFUSED)}
+    records_of[failing] = observe(tables, failing, fails="latents")
+    explainer = Explainer(tables, records_of)
+    found = {e.cell: e for e in explainer.explain("flux-1-fp8", "h100")}
+    assert found[failing].state == "failing"
+    assert "latents: too far" in found[failing].why
+    assert "other hardware" in {a.how for a in found[failing].alternatives}
+    [refused] = explainer.explain("flux-1-svdq", "h100")
+    assert failing not in {a.cell for a in refused.alternatives}
+
+
+def test_a_gap_is_said_and_can_be_planned(explainer: Explainer) -> None:
+    [found] = explainer.explain("flux-2-fp8", "b200")
+    assert (found.cell, found.state) == ("", "unclaimed")
+    assert found.command == (
+        "quantmatrix plan --model-path some/flux-2 --transformer-path some/flux2-fp8 "
+        "--hardware b200"
+    )
+    assert [a.how for a in found.alternatives] == ["other hardware"]
+
+
+def test_command(
+    tables: Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(matrix, "tables_folder", lambda: tmp_path / "matrix")
+    records.write(observe(tables, PROVEN), tmp_path / "reports" / "evidence")
+    words = ["explain", "--checkpoint", "some/flux1-fp8", "--hardware", "cpu"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert f"{PROVEN}: proven\n  why       load and latents passed" in text
+    assert "instead   other backend: fp8-flux-1@cpu+decode (proven)" in text
+    assert main([*words, "--json"]) == 0
+    cells = json.loads(capsys.readouterr().out)["cells"]
+    assert {cell["cell"]: cell["state"] for cell in cells}[PROVEN] == "proven"
+    assert main(["explain", "--checkpoint", "nothing", "--hardware", "cpu", "--json"]) == 2
