@@ -7,7 +7,7 @@ either. A record holds:
 | key              | content |
 | ---------------- | ------- |
 | `schema`         | 1; readers refuse every other number |
-| `cell`           | the row as it was then, and a digest of it and of its checkpoint's row |
+| `cell`           | the row as it was then, a digest of it and of its checkpoint's row, one of its code |
 | `command`        | the command line that a person can copy |
 | `machine`        | what was probed: processor, instruction set, system, threads, device |
 | `versions`       | versions of the packages that took part |
@@ -39,6 +39,7 @@ from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from quantmatrix.code_path import digest_code
 from quantmatrix.errors import QuantmatrixError
 
 if TYPE_CHECKING:
@@ -125,12 +126,17 @@ def describe_cell(cell: Cell, tables: Matrix) -> dict[str, Any]:
     """The part of a row that evidence is about; it is stale once `row_digest` differs.
 
     A check that is added to a row leaves the results of the others as fresh as they were.
+    `code_digest` is that of the code path; it is no part of the row.
     """
     described = {key: _plain(getattr(cell, key)) for key in CELL_KEYS if key != "row_digest"}
     row = asdict(tables.checkpoints[cell.checkpoint])
     told = {key: _plain(value) for key, value in row.items() if key not in UNTOLD}
     claimed = {key: value for key, value in described.items() if key != "checks"}
-    return {**described, "row_digest": digest_json({"cell": claimed, "checkpoint": told})}
+    return {
+        **described,
+        "row_digest": digest_json({"cell": claimed, "checkpoint": told}),
+        "code_digest": digest_code(cell.family, cell.model),
+    }
 
 
 def _plain(value: Any) -> Any:

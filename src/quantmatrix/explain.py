@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from quantmatrix import evidence as records
 from quantmatrix.errors import UsageError
 from quantmatrix.pages import EVIDENCE, read_worst, show_number
-from quantmatrix.report import explain_state
+from quantmatrix.states import explain_state
 
 if TYPE_CHECKING:
     from quantmatrix.evidence import Evidence

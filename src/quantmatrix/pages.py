@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix import evidence as records
+from quantmatrix.states import AGREEING, STATES
 
 if TYPE_CHECKING:
     from quantmatrix.evidence import Evidence
     from quantmatrix.matrix import Cell, CheckpointRow, FamilyRow, Matrix
 
-STATES = ("proven", "refused", "failing", "stale", "unproven", "planned")
-AGREEING = ("proven", "refused")
-"""States in which claim and evidence say the same."""
 EVIDENCE = "evidence"
 """Folder of the records, below the reports."""
 NOTICE = (

@@ -1,16 +1,8 @@
 """Report: claims and evidence joined, as files that anybody can read.
 
 `render` is a pure function of the tables and the records: equal input gives equal bytes, so a hand
-edit or a forgotten rendering is found by `check`. The state of a cell:
-
-| state      | meaning |
-| ---------- | ------- |
-| `proven`   | every check of the row passed, in a run of the row as it stands |
-| `refused`  | the row claims a refusal, and the plan was seen to refuse by that rule |
-| `failing`  | a check of the row failed |
-| `stale`    | there is a record, but the row or its checkpoint's row changed since |
-| `unproven` | claimed, and not every check was run |
-| `planned`  | nobody claims that it works yet |
+edit or a forgotten rendering is found by `check`. Nothing in it depends on the date: the age of a
+record is judged by `quantmatrix agreement` (see `lifecycle`), or from the newest record on.
 """
 
 from __future__ import annotations
@@ -23,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantmatrix import evidence as records
+from quantmatrix.agreement import write_badge
 from quantmatrix.pages import (
     EVIDENCE,
     Joined,
@@ -31,43 +24,16 @@ from quantmatrix.pages import (
     write_family,
     write_overview,
 )
-from quantmatrix.pages import STATES as STATES
 from quantmatrix.picture import draw_matrix
+from quantmatrix.states import STATES as STATES
+from quantmatrix.states import explain_state as explain_state
+from quantmatrix.states import state_of as state_of
 
 if TYPE_CHECKING:
     import pandas
 
     from quantmatrix.evidence import Evidence
     from quantmatrix.matrix import Cell, Matrix
-
-
-def state_of(cell: Cell, evidence: Evidence | None, tables: Matrix) -> str:
-    """The state of a cell; see the module's table."""
-    return explain_state(cell, evidence, tables)[0]
-
-
-def explain_state(cell: Cell, evidence: Evidence | None, tables: Matrix) -> tuple[str, str]:
-    """(state, the reason in words, empty where the state says it all)."""
-    if cell.claim == "planned":
-        return "planned", ""
-    if evidence is None:
-        return "unproven", "no run yet"
-    now = records.describe_cell(cell, tables)
-    if now["row_digest"] != evidence.cell["row_digest"]:
-        changed = [
-            f"{key} was {evidence.cell[key]!r}, is {now[key]!r}"
-            for key in records.CELL_KEYS
-            if key not in ("row_digest", "checks") and now[key] != evidence.cell[key]
-        ]
-        return "stale", "; ".join(changed) or f"the row of checkpoint {cell.checkpoint} changed"
-    wanted = {name: evidence.checks[name] for name in cell.checks if name in evidence.checks}
-    failed = [f"{name}: {r.message}" for name, r in wanted.items() if r.verdict != "pass"]
-    if failed:
-        return "failing", "; ".join(failed)
-    missing = [name for name in cell.checks if name not in wanted]
-    if missing or not cell.checks:
-        return "unproven", f"not run: {', '.join(missing) or 'the row names no check'}"
-    return ("refused" if cell.claim == "refused" else "proven"), ""
 
 
 def default_folder() -> Path:
@@ -162,6 +128,7 @@ def render(tables: Matrix, evidence: Mapping[str, Evidence]) -> dict[str, bytes]
         "support-matrix.md": write_overview(joined).encode(),
         "support-matrix.csv": write_csv(joined).encode(),
         "support-matrix.svg": draw_picture(joined),
+        "badge.json": write_badge(tables, evidence),
     }
     for family in tables.families.values():
         pages[f"families/{family.id}.md"] = write_family(joined, family).encode()

@@ -122,6 +122,7 @@ def test_rendering_is_pure(tables: Matrix, observed: dict[str, Evidence]) -> Non
         "support-matrix.md",
         "support-matrix.csv",
         "support-matrix.svg",
+        "badge.json",
         *(f"families/{name}.md" for name in tables.families),
     }
     assert all(data.endswith(b"\n") for data in first.values())

@@ -6,7 +6,10 @@ its handler takes (arguments, words that the parser did not know) and returns th
 
 from __future__ import annotations
 
+# fmt: off
 NAMES: tuple[str, ...] = (
     "explain",
+    "agreement",
 )
+# fmt: on
 """The modules, in the order of `quantmatrix --help`. One name a line, so that changes merge."""

@@ -1,0 +1,123 @@
+"""Agreement: the share of claims with fresh, agreeing evidence, and what to run for the rest.
+
+`planned` cells claim nothing and are not counted. The number stands on the badge
+(`reports/badge.json`, in the form that shields.io's endpoint badge reads).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from quantmatrix.lifecycle import LIVES, Judgement, Now, judge, newest_date
+
+if TYPE_CHECKING:
+    from quantmatrix.evidence import Evidence
+    from quantmatrix.matrix import Cell, Matrix
+
+URGENCY = ("contradicting", "stale", "missing")
+"""Lives that are burnt down, the most urgent first."""
+COLOURS = ((90.0, "brightgreen"), (75.0, "green"), (50.0, "yellow"), (25.0, "orange"), (0.0, "red"))
+"""Badge colour from this percentage on."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Claims of one group, per life of their evidence."""
+
+    claims: int = 0
+    lives: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def percent(self) -> float:
+        """Percentage with fresh, agreeing evidence, rounded down to a tenth; 0 without claims."""
+        return 1000 * self.lives.get("fresh", 0) // self.claims / 10 if self.claims else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"claims": self.claims, "percent": self.percent, **self.lives}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A claim whose evidence does not agree."""
+
+    cell: str
+    family: str
+    hardware: str
+    claim: str
+    life: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far claims and evidence agree."""
+
+    overall: Share
+    by_family: Mapping[str, Share]
+    by_hardware: Mapping[str, Share]
+    tasks: tuple[Task, ...]
+    """The burn-down list, the most urgent first, then in table order."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "overall": self.overall.to_json(),
+            "families": {name: share.to_json() for name, share in self.by_family.items()},
+            "hardware": {name: share.to_json() for name, share in self.by_hardware.items()},
+            "tasks": [asdict(task) for task in self.tasks],
+        }
+
+
+def measure(tables: Matrix, evidence: Mapping[str, Evidence], now: Now) -> Agreement:
+    """Judge the evidence of every claim."""
+    claims = [cell for cell in tables.cells if cell.claim != "planned"]
+    found = {cell.id: judge(cell, evidence.get(cell.id), tables, now) for cell in claims}
+    tasks = [
+        Task(c.id, c.family, c.hardware, c.claim, found[c.id].life, found[c.id].reason)
+        for life in URGENCY
+        for c in claims
+        if found[c.id].life == life
+    ]
+
+    def share(cells: Iterable[Cell]) -> Share:
+        return count_lives([found[cell.id] for cell in cells])
+
+    return Agreement(
+        overall=share(claims),
+        by_family={f: share(c for c in claims if c.family == f) for f in tables.families},
+        by_hardware={h: share(c for c in claims if c.hardware == h) for h in tables.hardware},
+        tasks=tuple(tasks),
+    )
+
+
+def count_lives(judgements: Iterable[Judgement]) -> Share:
+    """The share of a group."""
+    counts = Counter(judgement.life for judgement in judgements)
+    return Share(counts.total(), {life: counts[life] for life in LIVES})
+
+
+def write_badge(tables: Matrix, evidence: Mapping[str, Evidence]) -> bytes:
+    """badge.json of a report: ages are counted back from the newest record, so it stands still."""
+    now = Now(today=newest_date(evidence.values()))
+    percent = measure(tables, evidence, now).overall.percent
+    colour = next(name for bound, name in COLOURS if percent >= bound)
+    badge = {
+        "schemaVersion": 1,
+        "label": "claims proven",
+        "message": f"{percent:.1f} %",
+        "color": colour,
+    }
+    return (json.dumps(badge, indent=1) + "\n").encode()
+
+
+def suggest_runs(tasks: Iterable[Task]) -> dict[str, str]:
+    """The command that makes the missing evidence of each hardware."""
+    return {
+        place: f"pytest tests/suites --hardware {place} --evidence-dir reports/evidence"
+        for place in dict.fromkeys(task.hardware for task in tasks)
+    }

@@ -1,0 +1,97 @@
+"""`quantmatrix agreement`: how many claims have fresh, agreeing evidence, and what to run next."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Mapping
+from datetime import date, datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from quantmatrix.errors import UsageError
+
+if TYPE_CHECKING:
+    from quantmatrix.agreement import Agreement, Share
+
+SHOWN = 10
+"""Cells of one kind and hardware that are named; `--all` and `--json` name every one."""
+
+
+def add_to(commands: Any) -> None:
+    """Add the parser."""
+    from quantmatrix.cli import add_command
+
+    text = "percentage of claims with fresh, agreeing evidence; a list of the others"
+    parser = add_command(commands, "agreement", text, run_agreement)
+    parser.add_argument("--today", metavar="DATE", help="judge ages on this day (default: today)")
+    parser.add_argument("--max-age-days", type=int, metavar="N", help="age limit (default 90)")
+    parser.add_argument(
+        "--any-version", action="store_true", help="do not compare with the packages installed here"
+    )
+    parser.add_argument(
+        "--fail-under", type=float, metavar="PERCENT", help="exit 1 below this percentage"
+    )
+    parser.add_argument("--all", action="store_true", help="name every cell")
+    parser.add_argument("--reports", help="folder of the reports (default: reports)")
+    parser.add_argument("--json", action="store_true")
+
+
+def run_agreement(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Print the shares; 1 when a record contradicts its claim or the share is too small."""
+    from quantmatrix import evidence as records
+    from quantmatrix import matrix, report
+    from quantmatrix.agreement import measure, suggest_runs
+    from quantmatrix.cli import EXIT_PROBLEM, print_json
+    from quantmatrix.code_path import digest_code
+    from quantmatrix.lifecycle import MAX_AGE_DAYS, Now
+
+    limit = MAX_AGE_DAYS if arguments.max_age_days is None else arguments.max_age_days
+    versions = {} if arguments.any_version else records.list_versions()
+    now = Now(read_today(arguments.today), versions, digest_code, limit)
+    evidence = report.read_evidence(arguments.reports)
+    found = measure(matrix.read(), evidence, now)
+    undigested = sum(not record.cell.get("code_digest") for record in evidence.values())
+    low = arguments.fail_under is not None and found.overall.percent < arguments.fail_under
+    bad = low or found.overall.lives["contradicting"] > 0
+    if arguments.json:
+        notes = {"records_without_code_digest": undigested, "runs": suggest_runs(found.tasks)}
+        judged = {"today": str(now.today), "max_age_days": limit, "versions": dict(versions)}
+        print_json({"ok": not bad, **found.to_json(), **notes, "judged_against": judged})
+    else:
+        print(to_text(found, suggest_runs(found.tasks), None if arguments.all else SHOWN))
+        if undigested:
+            print(f"{undigested} records have no code digest: changed code was not looked for")
+    return EXIT_PROBLEM if bad else 0
+
+
+def read_today(text: str | None) -> date:
+    """The day that ages are counted to; UsageError when the text is no date."""
+    if text is None:
+        return datetime.now(timezone.utc).date()
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise UsageError(f"--today {text}: expected a date, 2026-11-24") from error
+
+
+def to_text(found: Agreement, runs: Mapping[str, str], shown: int | None) -> str:
+    """Shares and burn-down list for people; `shown` cells of a kind are named."""
+    lines = [describe_share("all claims", found.overall)]
+    for title, shares in (("family", found.by_family), ("hardware", found.by_hardware)):
+        lines += ["", f"by {title}"]
+        lines += [f"  {describe_share(name, s)}" for name, s in shares.items() if s.claims]
+    kinds = Counter((task.life, task.hardware) for task in found.tasks)
+    for (life, place), count in kinds.items():
+        lines += ["", f"{life} on {place}: {count}", f"  {runs[place]}"]
+        tasks = [task for task in found.tasks if (task.life, task.hardware) == (life, place)]
+        lines += [f"  {task.cell}: {task.reason}" for task in tasks[:shown]]
+        if shown is not None and count > shown:
+            lines.append(f"  and {count - shown} more: --all")
+    return "\n".join(lines)
+
+
+def describe_share(name: str, share: Share) -> str:
+    """`fp8              92.3 % of 26   1 stale, 1 missing`."""
+    others = [f"{n} {life}" for life, n in share.lives.items() if n and life != "fresh"]
+    text = f"{name:16} {share.percent:5.1f} % of {share.claims:<5} {', '.join(others)}"
+    return text.rstrip()

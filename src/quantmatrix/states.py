@@ -1,0 +1,54 @@
+"""States: a claim and its record, joined. A function of the row as it stands and of the record.
+
+| state      | meaning |
+| ---------- | ------- |
+| `proven`   | every check of the row passed, in a run of the row as it stands |
+| `refused`  | the row claims a refusal, and the plan was seen to refuse by that rule |
+| `failing`  | a check of the row failed |
+| `stale`    | there is a record, but the row or its checkpoint's row changed since |
+| `unproven` | claimed, and not every check was run |
+| `planned`  | nobody claims that it works yet |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantmatrix import evidence as records
+
+if TYPE_CHECKING:
+    from quantmatrix.evidence import Evidence
+    from quantmatrix.matrix import Cell, Matrix
+
+STATES = ("proven", "refused", "failing", "stale", "unproven", "planned")
+AGREEING = ("proven", "refused")
+"""States in which claim and evidence say the same."""
+
+
+def state_of(cell: Cell, evidence: Evidence | None, tables: Matrix) -> str:
+    """The state of a cell; see the module's table."""
+    return explain_state(cell, evidence, tables)[0]
+
+
+def explain_state(cell: Cell, evidence: Evidence | None, tables: Matrix) -> tuple[str, str]:
+    """(state, the reason in words, empty where the state says it all)."""
+    if cell.claim == "planned":
+        return "planned", ""
+    if evidence is None:
+        return "unproven", "no run yet"
+    now = records.describe_cell(cell, tables)
+    if now["row_digest"] != evidence.cell["row_digest"]:
+        changed = [
+            f"{key} was {evidence.cell[key]!r}, is {now[key]!r}"
+            for key in records.CELL_KEYS
+            if key not in ("row_digest", "checks") and now[key] != evidence.cell[key]
+        ]
+        return "stale", "; ".join(changed) or f"the row of checkpoint {cell.checkpoint} changed"
+    wanted = {name: evidence.checks[name] for name in cell.checks if name in evidence.checks}
+    failed = [f"{name}: {r.message}" for name, r in wanted.items() if r.verdict != "pass"]
+    if failed:
+        return "failing", "; ".join(failed)
+    missing = [name for name in cell.checks if name not in wanted]
+    if missing or not cell.checks:
+        return "unproven", f"not run: {', '.join(missing) or 'the row names no check'}"
+    return ("refused" if cell.claim == "refused" else "proven"), ""

@@ -1,0 +1,122 @@
+"""Agreement of claims and evidence: shares, badge, burn-down list, and the command."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+
+import pytest
+from observed import PROVEN, REFUSED, observe
+from tables import CASES, write_tables
+
+from quantmatrix import evidence as records
+from quantmatrix import matrix, report
+from quantmatrix.agreement import Share, count_lives, measure, write_badge
+from quantmatrix.cli import main
+from quantmatrix.evidence import Evidence
+from quantmatrix.lifecycle import Judgement, Now
+from quantmatrix.matrix import Matrix
+
+FAILING = "fp8-flux-2@cpu"
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Matrix:
+    return matrix.read(write_tables(tmp_path / "matrix"))
+
+
+@pytest.fixture
+def evidence(tables: Matrix) -> dict[str, Evidence]:
+    found = {name: observe(tables, name) for name in (PROVEN, REFUSED)}
+    return {**found, FAILING: observe(tables, FAILING, fails="generate")}
+
+
+def test_shares(tables: Matrix, evidence: dict[str, Evidence]) -> None:
+    found = measure(tables, evidence, Now(date(2026, 11, 24)))
+    assert len(tables.cells) == 8  # two of them only planned
+    assert found.overall == Share(6, {"fresh": 2, "contradicting": 1, "stale": 0, "missing": 3})
+    assert found.overall.percent == 33.3
+    assert found.by_family["nunchaku-svdq"].percent == 100.0
+    assert found.by_family["fp8"].to_json() == {
+        "claims": 5, "percent": 20.0, "fresh": 1, "contradicting": 1, "stale": 0, "missing": 3,
+    }  # fmt: skip
+    assert found.by_hardware["b200"] == Share(0, dict.fromkeys(found.overall.lives, 0))
+    assert found.by_hardware["b200"].percent == 0.0
+    assert sum(share.claims for share in found.by_hardware.values()) == found.overall.claims
+
+
+def test_a_percentage_is_never_rounded_up() -> None:
+    lives = [Judgement("fresh")] * 1999 + [Judgement("missing")]
+    assert count_lives(lives).percent == 99.9
+
+
+def test_burn_down_names_contradictions_first(
+    tables: Matrix, evidence: dict[str, Evidence]
+) -> None:
+    found = measure(tables, evidence, Now())
+    assert [task.life for task in found.tasks] == ["contradicting", *["missing"] * 3]
+    assert (found.tasks[0].cell, found.tasks[0].reason) == (FAILING, "generate: too far")
+    old = measure(tables, evidence, Now(date(2027, 11, 24)))
+    assert [task.life for task in old.tasks] == [*["stale"] * 3, *["missing"] * 3]
+    assert old.overall.percent == 0.0
+
+
+def test_badge_stands_still(tables: Matrix, evidence: dict[str, Evidence]) -> None:
+    badge = json.loads(write_badge(tables, evidence))
+    assert badge == {
+        "schemaVersion": 1,
+        "label": "claims proven",
+        "message": "33.3 %",
+        "color": "orange",
+    }
+    assert json.loads(write_badge(tables, {}))["color"] == "red"
+    newer = {REFUSED: observe(tables, REFUSED, made="2027-11-23T10:00:00Z")}
+    aged = json.loads(write_badge(tables, {**evidence, **newer}))
+    assert aged["message"] == "16.6 %"  # the others are a year older than the newest
+    assert report.render(tables, evidence)["badge.json"] == write_badge(tables, evidence)
+
+
+def test_command(
+    tables: Matrix,
+    evidence: dict[str, Evidence],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(matrix, "tables_folder", lambda: tmp_path / "matrix")
+    folder = tmp_path / "reports" / "evidence"
+    for name in (PROVEN, REFUSED):
+        records.write(evidence[name], folder)
+    words = ["agreement", "--any-version", "--today", "2026-11-24"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["overall"]["percent"] == 33.3
+    assert found["judged_against"]["today"] == "2026-11-24"
+    assert found["runs"]["h100"].startswith("pytest tests/suites --hardware h100")
+    assert main([*words, "--fail-under", "33.3"]) == 0
+    assert main([*words, "--fail-under", "33.4"]) == 1
+    capsys.readouterr()
+    assert main(["agreement", "--any-version", "--today", "2027-11-24", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["overall"]["stale"] == 2
+    assert main(["agreement", "--today", "soon"]) == 2
+    records.write(evidence[FAILING], folder)
+    capsys.readouterr()
+    assert main(words) == 1
+    text = capsys.readouterr().out
+    assert "contradicting on cpu: 1" in text
+    assert f"  {FAILING}: generate: too far" in text
+
+
+def test_the_command_lists_a_few_cells_unless_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {**CASES[1], "id": f"row-{number}", "flags": f"--seed {number}"} for number in range(12)
+    ]
+    write_tables(tmp_path / "matrix", rows)
+    monkeypatch.setattr(matrix, "tables_folder", lambda: tmp_path / "matrix")
+    assert main(["agreement"]) == 0
+    assert "and 2 more: --all" in capsys.readouterr().out
+    assert main(["agreement", "--all"]) == 0
+    assert "row-11@cpu: no run yet" in capsys.readouterr().out
