@@ -3,6 +3,7 @@
 `UsageError`       the flags or the table rows contradict each other; nothing was read yet
 `CheckpointError`  a file on disk is not what it claims to be, or cannot be used as asked
 `RefusedError`     everything is well formed, but this hardware has no kernel for it
+`MachineError`     this machine is not the hardware that was asked for
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ class QuantmatrixError(Exception):
 
 class UsageError(QuantmatrixError, ValueError):
     """Flags or arguments that contradict each other."""
+
+
+class MachineError(UsageError):
+    """A machine that is not what was asked for; nothing that fails on it says anything."""
 
 
 class CheckpointError(QuantmatrixError, ValueError):

@@ -13,8 +13,11 @@ and therefore runs for every hardware. What the suite puts into `proof` becomes 
 one file per cell, written when the last check of the cell is done. A run that keeps its evidence to
 itself must give the verdicts that are committed beside the tables, better ones included.
 
-Under xdist all tests of one checkpoint run on one worker, worker N uses device N, and each worker
-one thread. Nothing here imports torch; `quantmatrix.workbench` does, once a test needs it.
+Under xdist all tests of one checkpoint run on one worker, worker N uses device N of those that are
+visible, and each worker one thread. `--rows FILE` and `--shard i/n` run a part of the cells. How a
+run ends is told by `quantmatrix.exit_codes`: nothing collected, a row without a verdict or a wrong
+machine is never success. Nothing here imports torch; `quantmatrix.workbench` does, once a test
+needs it.
 """
 
 from __future__ import annotations
@@ -28,19 +31,25 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from quantmatrix.evidence import remove_leftovers
+from quantmatrix import identify, selection
+from quantmatrix.errors import MachineError, UsageError
+from quantmatrix.evidence import path_of, remove_leftovers
+from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, GATE_LOOSENED, MEANINGS, NOTHING_COLLECTED
+from quantmatrix.outcomes import PROBLEM, Outcomes, classify, find_loosened
 from quantmatrix.recorder import Proof, Recorder
+from quantmatrix.selection import FILTERS, EmptySelection
 
 if TYPE_CHECKING:
     from quantmatrix.matrix import Cell, Matrix
     from quantmatrix.workbench import Workbench
 
 TABLES = "quantmatrix_tables"
-FILTERS = ("family", "model", "hardware", "check", "backend")
 PLAN_ONLY = ("refuse",)
 """Checks that need no device: they run for every hardware of the tables."""
 MANY = 1000
 """Tests from which on the garbage collector's time is noticed."""
+CELLS = "quantmatrix_cells"
+"""What a worker is given: the ids of the cells."""
 LOCAL = "cpu"
 """Hardware on which the other checks run when nothing is said."""
 
@@ -54,7 +63,12 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     group = parser.getgroup("quantmatrix", "quantmatrix: cells of the support matrix")
     for name in FILTERS:
         text = f"run cells of this {name} only; repeat it, or separate several by commas"
-        group.addoption(f"--{name}", action="append", default=[], metavar=name.upper(), help=text)
+        more = "; auto: the row of this machine" if name == "hardware" else ""
+        group.addoption(
+            f"--{name}", action="append", default=[], metavar=name.upper(), help=text + more
+        )
+    group.addoption("--rows", metavar="FILE", help="run the rows or cells that a file lists")
+    group.addoption("--shard", metavar="I/N", help="run part I of N, cut by the last timings")
     group.addoption(
         "--evidence-dir",
         metavar="DIR",
@@ -97,7 +111,7 @@ class Harness:
         """Read the options; the tables are read when they are needed."""
         self.config = config
         self.tables_folder = config.rootpath / config.getini(TABLES)
-        self.wanted = {name: split_words(config.getoption(name)) for name in FILTERS}
+        self.wanted = {name: selection.split_words(config.getoption(name)) for name in FILTERS}
         asked = config.getoption("evidence_dir")
         folder = Path(asked).absolute() if asked else None
         expected = self._find_expected(config.getoption("expect_evidence"), folder)
@@ -106,8 +120,17 @@ class Harness:
         if folder is not None and self.worker is None:
             remove_leftovers(folder)
         self.pending: dict[str, int] = {}
-        if any(self.wanted.values()):
+        if self.worker is None:  # workers report to their controller, which counts
+            self.outcomes = Outcomes(self.is_cell)
+            config.pluginmanager.register(self.outcomes, "quantmatrix-outcomes")
+        if self.narrowed:
             _ = self.cells  # a selection that is empty or misspelt ends the session at once
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether an option selects cells."""
+        given = (self.config.getoption("rows"), self.config.getoption("shard"))
+        return any(self.wanted.values()) or any(given)
 
     def _find_expected(self, asked: str | None, folder: Path | None) -> Path | None:
         if asked:
@@ -129,12 +152,41 @@ class Harness:
     def cells(self) -> list[Cell]:
         """The cells that the options select, in the order of the tables.
 
-        Rows of a family that has no module yet stay `unproven`: nothing could run them.
+        Workers are given theirs: what they would read may have changed since.
         """
-        from quantmatrix import families
+        given: dict[str, Any] = getattr(self.config, "workerinput", {})
+        if CELLS in given:
+            chosen = set(given[CELLS])
+            return [cell for cell in self.tables.cells if cell.id in chosen]
+        rows, shard = self.config.getoption("rows"), self.config.getoption("shard")
+        timings = self.tables_folder.parent / "reports" / "evidence"
+        try:
+            self.resolve_hardware()
+            return selection.select_cells(
+                self.tables, self.wanted, Path(rows) if rows else None, shard, timings
+            )
+        except EmptySelection as error:
+            pytest.exit(str(error), returncode=NOTHING_COLLECTED)
+        except MachineError as error:
+            pytest.exit(str(error), returncode=ENVIRONMENT_UNUSABLE)
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from error
 
-        written = families.written()
-        return [cell for cell in select_cells(self.tables, self.wanted) if cell.family in written]
+    @cached_property
+    def ids(self) -> frozenset[str]:
+        """Ids of the selected cells."""
+        return frozenset(cell.id for cell in self.cells)
+
+    def is_cell(self, words: str) -> bool:
+        """Whether these are the id of a selected cell; never, if nothing needed the tables."""
+        return "cells" in vars(self) and words in self.ids
+
+    def resolve_hardware(self) -> None:
+        """Replace `auto` by the row of this machine."""
+        given = self.wanted["hardware"]
+        self.wanted["hardware"] = tuple(
+            identify.resolve(word, self.tables.hardware) for word in given
+        )
 
     def cells_for(self, checks: Iterable[str]) -> Iterator[tuple[Cell, str]]:
         """(cell, check) for every selected cell that a suite of these checks must run."""
@@ -197,9 +249,10 @@ class Harness:
         """Bring the tests of one checkpoint together, so that it is loaded once."""
         found = [item for item in items if isinstance(item, CellItem)]
         if not found:
-            if any(self.wanted.values()) and self.worker is None:
-                chosen = " ".join(f"--{k} {','.join(v)}" for k, v in self.wanted.items() if v)
-                raise pytest.UsageError(f"{chosen}: no test was collected for these cells")
+            if self.narrowed and self.worker is None:
+                chosen = selection.show_options(self.wanted) or "this selection"
+                message = f"{chosen}: no test was collected for these cells"
+                pytest.exit(message, returncode=NOTHING_COLLECTED)
             return
         from quantmatrix.matrix import CHECKS
 
@@ -218,13 +271,25 @@ class Harness:
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         """Name the cell in reports; write its record once its last check is done."""
         if isinstance(item, CellItem):
+            record = str(path_of(item.cell.id))
             item.user_properties += [("row", item.cell.row), ("cell", item.cell.id)]
+            item.user_properties += [("check", item.check), ("evidence", record)]
         result = yield
         if isinstance(item, CellItem):
             self.pending[item.cell.id] -= 1
             if not self.pending[item.cell.id]:
-                self.recorder.finish(item.cell)
+                self.write_record(item.cell)
         return result
+
+    def write_record(self, cell: Cell) -> None:
+        """Write the record of a cell; a disk that takes no more ends the run, not the claim."""
+        try:
+            self.recorder.finish(cell)
+        except OSError as error:
+            if classify(error) is None:
+                raise
+            message = f"{cell.id}: its evidence cannot be written: {error}"
+            pytest.exit(message, returncode=ENVIRONMENT_UNUSABLE)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -242,15 +307,51 @@ class Harness:
         """Keep the verdict of a check; a pass that nobody expects any more is a failure."""
         if report.skipped or (report.passed and call.when != "call"):
             return
+        if call.excinfo and (code := classify(call.excinfo.value)):
+            report.user_properties.append((PROBLEM, MEANINGS[code]))
+            return  # the machine is to blame, the claim is as open as before
         message = call.excinfo.exconly(tryshort=True)[:2000] if call.excinfo else ""
         verdict = "pass" if report.passed else "fail"
         self.recorder.add(item.cell, item.check, verdict, message, item.proof)
-        if verdict == "pass" and self.recorder.expected_verdict(item.cell, item.check) == "fail":
-            report.outcome = "failed"
-            report.longrepr = (
-                f"{item.cell.id}: {item.check} fails in the evidence in {self.recorder.expected}, "
-                "and passes now: run the cell again with --evidence-dir and commit its record"
+        if verdict == "pass":
+            self.compare_with_committed(item, report)
+
+    def compare_with_committed(self, item: CellItem, report: pytest.TestReport) -> None:
+        """Fail a pass that the committed record does not expect, or held to a tighter limit."""
+        before = self.recorder.expected_result(item.cell, item.check)
+        if before is None:
+            return
+        again = "run the cell again with --evidence-dir and commit its record"
+        where = f"the evidence in {self.recorder.expected}"
+        if before.verdict == "fail":
+            message = f"{item.check} fails in {where}, and passes now: {again}"
+        elif wider := find_loosened(before.limits, item.proof.limits):
+            message = (
+                f"{item.check} was held to tighter limits in {where}: {'; '.join(wider)}; {again}"
             )
+            report.user_properties.append((PROBLEM, MEANINGS[GATE_LOOSENED]))
+        else:
+            return
+        report.outcome = "failed"
+        report.longrepr = f"{item.cell.id}: {message}"
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Hand the selected cells to a worker."""
+        node.workerinput[CELLS] = [cell.id for cell in self.cells]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> None:
+        """Stop on a machine that is not the hardware that was asked for."""
+        words = self.wanted["hardware"]
+        if self.worker is not None or session.config.option.collectonly:
+            return
+        for place in words:
+            row = self.tables.hardware[place]
+            wanted = {check for cell in self.cells for check in cell.checks} - set(PLAN_ONLY)
+            asked = set(self.wanted["check"] or wanted) & wanted
+            if row.vendor != "cpu" and asked and (why := identify.ask(place)):
+                pytest.exit(why, returncode=ENVIRONMENT_UNUSABLE)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
@@ -295,39 +396,7 @@ class Harness:
         bench.release()
 
 
-def split_words(given: Iterable[str]) -> tuple[str, ...]:
-    """Values of a repeatable option, each of which may hold several, separated by commas."""
-    return tuple(word for text in given for word in text.replace(",", " ").split())
-
-
 def read_worker(config: pytest.Config) -> int | None:
     """Number of this xdist worker, or None in a session without workers (and their controller)."""
     given = getattr(config, "workerinput", None)
     return int(given["workerid"].removeprefix("gw")) if given else None
-
-
-def select_cells(tables: Matrix, wanted: dict[str, tuple[str, ...]]) -> list[Cell]:
-    """Cells that pass every filter and are claimed; UsageError when none does."""
-    known: dict[str, set[str]] = {
-        "family": set(tables.families),
-        "model": set(tables.models),
-        "hardware": set(tables.hardware),
-        "check": {check for cell in tables.cells for check in cell.checks},
-        "backend": {cell.backend for cell in tables.cells} - {""},
-    }
-    for name, values in wanted.items():
-        if strange := [value for value in values if value not in known[name]]:
-            raise pytest.UsageError(
-                f"--{name} {strange[0]}: not in the tables; known: {', '.join(sorted(known[name]))}"
-            )
-    cells = [
-        cell
-        for cell in tables.cells
-        if cell.claim != "planned"
-        and all(getattr(cell, n) in wanted[n] for n in FILTERS if n != "check" and wanted[n])
-        and (not wanted["check"] or set(cell.checks) & set(wanted["check"]))
-    ]
-    if not cells:
-        chosen = " ".join(f"--{name} {','.join(v)}" for name, v in wanted.items() if v)
-        raise pytest.UsageError(f"{chosen or tables}: no claimed cell of the matrix is so")
-    return cells

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantmatrix import hardware
-from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix.errors import MachineError, RefusedError
+from quantmatrix.identify import find_difference
 from quantmatrix.layer_errors import LayerErrors, watch_layers
 from quantmatrix.pipeline import build_pipeline
 from quantmatrix.planning import Plan, Refusal, plan
@@ -24,11 +25,8 @@ from quantmatrix.request import FP4_BACKEND_VARIABLE, Request
 from quantmatrix.run import Run, generate
 
 if TYPE_CHECKING:
-    from quantmatrix.hardware import Machine
     from quantmatrix.matrix import Cell, HardwareRow, Matrix
 
-MEMORY_SLACK = 0.15
-"""A device whose memory differs by more than this share from the row's is another product."""
 GENERATION = ("prompt", "negative_prompt", "height", "width", "num_frames", "num_inference_steps")
 GENERATION_FIELDS = (*GENERATION, "guidance_scale", "seed")
 
@@ -56,7 +54,7 @@ class Workbench:
         return f"{cell.shell(self.tables)}{' --tiny' if self.tiny else ''}"
 
     def request(self, cell: Cell) -> Request:
-        """The request of a cell on this machine's device; UsageError when it is another machine."""
+        """The request of a cell on this machine's device; MachineError when it is another machine."""
         device = self.find_device(self.tables.hardware[cell.hardware])
         return self._read(cell, device=device)
 
@@ -74,10 +72,10 @@ class Workbench:
             return "cpu"
         machine = hardware.probe()
         if why := find_difference(machine, row):
-            raise UsageError(f"cells of {row.id} cannot be tested here: {why}")
+            raise MachineError(f"cells of {row.id} cannot be tested here: {why}")
         slot = self.worker or 0
         if slot >= machine.count:
-            raise UsageError(
+            raise MachineError(
                 f"worker {slot} has no device of its own: {machine.count} of them are here; "
                 f"use -n {machine.count}"
             )
@@ -175,17 +173,3 @@ def strip_quantization(request: Request, base: str) -> Request:
         backend=None,
         fp4_gemm_backend=None,
     )
-
-
-def find_difference(machine: Machine, row: HardwareRow) -> str | None:
-    """Why this machine is not the hardware of a row, or None."""
-    for what, found, wanted in (
-        ("vendor", machine.vendor, row.vendor),
-        ("architecture", machine.arch, row.arch),
-    ):
-        if found != wanted:
-            return f"{what} {found} ({machine.name}), {row.name} has {wanted}"
-    gib = machine.memory_bytes / 2**30
-    if row.memory_gib and abs(gib - row.memory_gib) > MEMORY_SLACK * row.memory_gib:
-        return f"{machine.name} has {gib:.0f} GiB of memory, {row.name} has {row.memory_gib:.0f}"
-    return None

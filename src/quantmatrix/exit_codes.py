@@ -1,0 +1,28 @@
+"""Exit codes of test runs and of nox sessions: each way in which a proof is not there has its own.
+
+0 is success, and only ever means that what was asked for ran and held. 1 to 5 are pytest's own (a
+test that is no cell of the matrix failed, interrupted, internal error, wrong usage) and those of the
+command line; the rest are these. A run that ends in several ways gives the largest.
+"""
+
+from __future__ import annotations
+
+GATE_LOOSENED = 10
+"""A check passed under a limit that is wider than the one of the committed record."""
+CLAIM_VIOLATED = 11
+"""A check of a row failed, or passed although the committed record says that it fails."""
+NOT_EXECUTED = 12
+"""A row that was to be run has no verdict: it was skipped, or its process died."""
+NOTHING_COLLECTED = 13
+"""The selection is empty: nothing was tested, which is never success."""
+ENVIRONMENT_UNUSABLE = 14
+"""The machine is not the hardware that was asked for, or a disk or a package failed."""
+
+MEANINGS = {
+    GATE_LOOSENED: "gate loosened",
+    CLAIM_VIOLATED: "claim violated",
+    NOT_EXECUTED: "row not executed",
+    NOTHING_COLLECTED: "nothing collected",
+    ENVIRONMENT_UNUSABLE: "environment unusable",
+}
+"""Every code of this module in words, for the line that a run ends with."""
