@@ -164,6 +164,7 @@ def _add_matrix(commands: Any) -> None:
         if name == "list":
             for flag in ("family", "model", "hardware", "claim", "state"):
                 action.add_argument(f"--{flag}", nargs="+", default=[], metavar=flag.upper())
+    import_module("quantmatrix.commands.jobs").add_to_matrix(actions)
 
 
 def _add_tiny_hub(commands: Any) -> None:

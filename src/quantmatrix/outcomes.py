@@ -122,6 +122,13 @@ def name_cell(test: str) -> str:
     return test.partition("[")[2].removesuffix("]")
 
 
+def mark_problem(item: pytest.Item, report: pytest.TestReport, code: int) -> None:
+    """Name the problem of a test in its report, and in the JUnit file."""
+    problem = (PROBLEM, MEANINGS[code])
+    report.user_properties.append(problem)
+    item.user_properties.append(problem)
+
+
 def classify(error: BaseException) -> int | None:
     """Exit code of an error that says nothing about the claim, or None."""
     cause: BaseException | None = error

@@ -34,8 +34,8 @@ import pytest
 from quantmatrix import identify, selection
 from quantmatrix.errors import MachineError, UsageError
 from quantmatrix.evidence import path_of, remove_leftovers
-from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, GATE_LOOSENED, MEANINGS, NOTHING_COLLECTED
-from quantmatrix.outcomes import PROBLEM, Outcomes, classify, find_loosened
+from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, GATE_LOOSENED, NOTHING_COLLECTED
+from quantmatrix.outcomes import Outcomes, classify, find_loosened, mark_problem
 from quantmatrix.recorder import Proof, Recorder
 from quantmatrix.selection import FILTERS, EmptySelection
 
@@ -286,8 +286,6 @@ class Harness:
         try:
             self.recorder.finish(cell)
         except OSError as error:
-            if classify(error) is None:
-                raise
             message = f"{cell.id}: its evidence cannot be written: {error}"
             pytest.exit(message, returncode=ENVIRONMENT_UNUSABLE)
 
@@ -308,7 +306,7 @@ class Harness:
         if report.skipped or (report.passed and call.when != "call"):
             return
         if call.excinfo and (code := classify(call.excinfo.value)):
-            report.user_properties.append((PROBLEM, MEANINGS[code]))
+            mark_problem(item, report, code)
             return  # the machine is to blame, the claim is as open as before
         message = call.excinfo.exconly(tryshort=True)[:2000] if call.excinfo else ""
         verdict = "pass" if report.passed else "fail"
@@ -329,7 +327,7 @@ class Harness:
             message = (
                 f"{item.check} was held to tighter limits in {where}: {'; '.join(wider)}; {again}"
             )
-            report.user_properties.append((PROBLEM, MEANINGS[GATE_LOOSENED]))
+            mark_problem(item, report, GATE_LOOSENED)
         else:
             return
         report.outcome = "failed"

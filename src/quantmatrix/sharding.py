@@ -146,6 +146,7 @@ def list_jobs(
                     {
                         "part": part.number,
                         "parts": part.count,
+                        "shard": f"{part.number}/{part.count}",
                         "hardware": place,
                         "rows": list(part.cells),
                         "seconds": round(part.seconds, 1),

@@ -10,6 +10,7 @@ from __future__ import annotations
 NAMES: tuple[str, ...] = (
     "explain",
     "agreement",
+    "evidence",
 )
 # fmt: on
 """The modules, in the order of `quantmatrix --help`. One name a line, so that changes merge."""

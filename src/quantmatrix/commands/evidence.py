@@ -1,0 +1,102 @@
+"""`quantmatrix evidence`: merge the evidence of shards, and see that everything planned was run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quantmatrix.executed import Comparison, Verdicts
+
+PLANNED = "hardware ids or groups, files of rows, or what `matrix jobs --json` printed"
+
+
+def add_to(commands: Any) -> None:
+    """Add the parser and its actions."""
+    from quantmatrix.cli import add_command
+
+    parser = add_command(commands, "evidence", "merge and check records of runs", run_check)
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    text = "merge evidence folders of shards; the order of the folders does not matter"
+    merge = add_command(actions, "merge", text, run_merge)
+    merge.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    merge.add_argument("--output-path", type=Path, required=True, metavar="DIR")
+    merge.add_argument("--planned", nargs="+", default=[], metavar="WORD", help=PLANNED)
+    text = "compare what was executed with what was planned; exit codes tell the difference"
+    check = add_command(actions, "check", text, run_check)
+    check.add_argument("sources", nargs="+", type=Path, metavar="FOLDER_OR_JUNIT_XML")
+    check.add_argument("--planned", nargs="+", required=True, metavar="WORD", help=PLANNED)
+    for action in (merge, check):
+        action.add_argument(
+            "--check", nargs="+", default=[], metavar="NAME", help="look at these checks only"
+        )
+        action.add_argument("--json", action="store_true")
+
+
+def run_merge(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Merge, write, and name what is damaged or was planned and not executed (exit code 1)."""
+    from quantmatrix import executed
+    from quantmatrix.cli import EXIT_PROBLEM, print_json
+    from quantmatrix.merge import merge_folders, write
+
+    output: Path = arguments.output_path
+    compared = None
+    shards = merge_folders(arguments.folders)
+    if arguments.planned:
+        compared = compare(arguments, executed.take_records(shards.records))
+    folders = [*arguments.folders, *([output] if output.is_dir() else [])]
+    merged = merge_folders(folders)
+    changed = write(merged.records.values(), output)
+    bad = bool(merged.damaged or not shards.records or (compared and compared.missing))
+    if arguments.json:
+        missing = {"missing": dict(compared.missing)} if compared else {}
+        written = [path.relative_to(output).as_posix() for path in changed]
+        found = {"records": len(merged.records), "written": written, "damaged": merged.damaged}
+        print_json({"ok": not bad, "output": str(output), **found, **missing})
+        return EXIT_PROBLEM if bad else 0
+    for line in merged.damaged:
+        print(f"damaged: {line}")
+    for cell, checks in compared.missing.items() if compared else ():
+        print(f"row not executed: {cell} ({', '.join(checks)})")
+    if not shards.records:
+        print("nothing collected: no record in these folders")
+    print(f"{output}: {len(merged.records)} records, {len(changed)} of them changed")
+    return EXIT_PROBLEM if bad else 0
+
+
+def run_check(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Compare; the exit code is the comparison's."""
+    from quantmatrix import executed
+    from quantmatrix.cli import print_json
+
+    found = compare(arguments, executed.combine(read_source(s) for s in arguments.sources))
+    if arguments.json:
+        print_json(found.to_json())
+    else:
+        print("\n".join([*found.describe(), f"{found.planned} cells were planned"]))
+    return found.code
+
+
+def compare(arguments: argparse.Namespace, verdicts: Verdicts) -> Comparison:
+    """Verdicts against the plan that the arguments name."""
+    from quantmatrix import executed, matrix
+    from quantmatrix.errors import UsageError
+
+    if strange := [name for name in arguments.check if name not in matrix.CHECKS]:
+        raise UsageError(f"--check {strange[0]}: known: {', '.join(matrix.CHECKS)}")
+    planned = executed.read_planned(arguments.planned, matrix.read())
+    return executed.compare(planned, verdicts, arguments.check)
+
+
+def read_source(path: Path) -> Verdicts:
+    """Verdicts of an evidence folder or of a JUnit file."""
+    from quantmatrix import evidence as records
+    from quantmatrix import executed
+    from quantmatrix.errors import UsageError
+
+    if path.is_dir():
+        return executed.take_records(records.read_folder(path))
+    if not path.is_file():
+        raise UsageError(f"{path}: no such folder of records, and no such JUnit file")
+    return executed.read_junit(path)

@@ -1,0 +1,185 @@
+"""Executed: which planned checks of which cells were run, told from records or from JUnit files.
+
+The unit is a check of a cell. A test that was skipped, stopped at its time limit, or whose process
+died has no verdict and counts as not executed. A JUnit file tells the cell by the brackets of the
+test's name and the check by the property `check`, both of which the pytest plugin writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from quantmatrix.errors import QuantmatrixError, UsageError
+from quantmatrix.exit_codes import CLAIM_VIOLATED, MEANINGS, NOT_EXECUTED, NOTHING_COLLECTED
+
+if TYPE_CHECKING:
+    from quantmatrix.evidence import Evidence
+    from quantmatrix.matrix import Cell, Matrix
+
+Verdicts = dict[str, dict[str, str]]
+"""`pass` or `fail` of each check, by cell id."""
+UNPLANNED = 1
+"""Exit code when something was executed that nobody planned."""
+
+
+class ExecutedError(QuantmatrixError, ValueError):
+    """A file that is not a JUnit report."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Planned and executed checks of cells, as `cell: check, check`."""
+
+    planned: int
+    """Number of cells."""
+    missing: Mapping[str, tuple[str, ...]]
+    failed: Mapping[str, tuple[str, ...]]
+    unplanned: Mapping[str, tuple[str, ...]]
+    nothing: bool
+    """Whether nothing was executed at all."""
+
+    @property
+    def code(self) -> int:
+        """The exit code; see `quantmatrix.exit_codes`."""
+        if self.nothing:
+            return NOTHING_COLLECTED
+        if self.missing:
+            return NOT_EXECUTED
+        return CLAIM_VIOLATED if self.failed else UNPLANNED if self.unplanned else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        lists = {name: dict(getattr(self, name)) for name in ("missing", "failed", "unplanned")}
+        return {"ok": self.code == 0, "exit_code": self.code, "planned": self.planned, **lists}
+
+    def describe(self) -> list[str]:
+        """One line per cell with a problem."""
+        words = (
+            (MEANINGS[NOT_EXECUTED], self.missing),
+            (MEANINGS[CLAIM_VIOLATED], self.failed),
+            ("not planned", self.unplanned),
+        )
+        lines = [
+            f"{word}: {cell} ({', '.join(checks)})"
+            for word, found in words
+            for cell, checks in found.items()
+        ]
+        return [*([MEANINGS[NOTHING_COLLECTED]] if self.nothing else []), *lines]
+
+
+def read_planned(words: Iterable[str], tables: Matrix) -> list[Cell]:
+    """Cells that words plan: ids or groups of hardware.csv, files of rows, or of CI jobs as JSON.
+
+    Raises UsageError for a word that is none of these, and for rows that are not claimed.
+    """
+    from quantmatrix import sharding
+
+    claimed = sharding.runnable(tables)
+    chosen: set[str] = set()
+    for word in words:
+        if word in tables.hardware or word in tables.groups:
+            chosen.update(cell.id for cell in sharding.runnable(tables, [word]))
+            continue
+        if not Path(word).is_file():
+            raise UsageError(
+                f"--planned {word}: neither a hardware of the tables nor a file; "
+                f"known: {', '.join([*tables.hardware, *tables.groups])}"
+            )
+        rows = read_rows_or_jobs(Path(word))
+        chosen.update(cell.id for cell in sharding.select_rows(claimed, rows, word))
+    return [cell for cell in claimed if cell.id in chosen]
+
+
+def read_rows_or_jobs(path: Path) -> tuple[str, ...]:
+    """Ids in a file: one per line, or what `quantmatrix matrix jobs --json` printed."""
+    from quantmatrix import sharding
+
+    rows = sharding.read_rows(path)
+    if not rows or not rows[0].startswith("{"):
+        return rows
+    try:
+        jobs = json.loads(path.read_text(encoding="utf-8"))
+        return tuple(row for job in jobs["include"] for row in job["rows"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"--planned {path}: expected rows, one per line, or what `quantmatrix matrix jobs "
+            f"--json` prints; found JSON without include[].rows ({error})"
+        ) from error
+
+
+def take_records(found: Mapping[str, Evidence]) -> Verdicts:
+    """Verdicts of records."""
+    return {
+        cell: {name: check.verdict for name, check in record.checks.items()}
+        for cell, record in found.items()
+    }
+
+
+def read_junit(path: Path) -> Verdicts:
+    """Verdicts in a JUnit file; tests that are about no cell are left out."""
+    try:
+        root = ElementTree.parse(path).getroot()
+    except (OSError, ElementTree.ParseError) as error:
+        raise ExecutedError(f"{path}: not a JUnit report: {error}") from error
+    verdicts: Verdicts = {}
+    for case in root.iter("testcase"):
+        told = {p.get("name", ""): p.get("value", "") for p in case.iter("property")}
+        cell = case.get("name", "").partition("[")[2].removesuffix("]")
+        if not cell or told.get("cell") != cell or "check" not in told:
+            continue  # another test, or one whose process died
+        bad = case.find("failure") is not None or case.find("error") is not None
+        if case.find("skipped") is not None or (bad and told.get("problem") in NO_VERDICT):
+            continue
+        checks = verdicts.setdefault(cell, {})
+        if checks.get(told["check"]) != "fail":
+            checks[told["check"]] = "fail" if bad else "pass"
+    return verdicts
+
+
+NO_VERDICT = tuple(MEANINGS[code] for code in MEANINGS if code >= NOT_EXECUTED)
+"""Problems of a test that leave its claim as open as before."""
+
+
+def combine(several: Iterable[Verdicts]) -> Verdicts:
+    """All verdicts; a check that failed anywhere failed."""
+    combined: Verdicts = {}
+    for verdicts in several:
+        for cell, checks in verdicts.items():
+            known = combined.setdefault(cell, {})
+            for check, verdict in checks.items():
+                known[check] = "fail" if "fail" in (verdict, known.get(check)) else verdict
+    return combined
+
+
+def compare(planned: Iterable[Cell], verdicts: Verdicts, only: Collection[str] = ()) -> Comparison:
+    """Planned against executed checks; `only` limits both to some checks.
+
+    Cells of a hardware that nothing was planned for are not looked at.
+    """
+    wanted = {cell.id: [c for c in cell.checks if not only or c in only] for cell in planned}
+    wanted = {cell: checks for cell, checks in wanted.items() if checks}
+    places = {cell.partition("@")[2].partition("+")[0] for cell in wanted}
+
+    def list_checks(cell: str, verdict: str | None) -> tuple[str, ...]:
+        return tuple(c for c in wanted[cell] if verdicts.get(cell, {}).get(c) == verdict)
+
+    missing = {cell: found for cell in wanted if (found := list_checks(cell, None))}
+    failed = {cell: found for cell in wanted if (found := list_checks(cell, "fail"))}
+    unplanned = {
+        cell: extra
+        for cell, checks in verdicts.items()
+        if cell.partition("@")[2].partition("+")[0] in places
+        and (extra := tuple(c for c in checks if c not in wanted.get(cell, ()) and fits(c, only)))
+    }
+    executed = any(verdicts.get(cell) for cell in wanted)
+    return Comparison(len(wanted), missing, failed, unplanned, nothing=not executed)
+
+
+def fits(check: str, only: Collection[str]) -> bool:
+    """Whether a check is looked at."""
+    return not only or check in only
