@@ -54,6 +54,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def browser(session: nox.Session) -> None:
+    """Open reports/index.html in Chromium; skipped where none is installed."""
+    install(session, "test", "browser")
+    session.run("pytest", "-q", "-p", "no:xdist", "-rs", "tests/browser", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """ruff: style, imports, docstrings."""
     session.install("-c", "constraints.txt", "ruff")

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix.lifecycle import LIVES, Judgement, Now, judge, newest_date
+from quantmatrix.lifecycle import LIVES, Judgement, Now, judge_explained, newest_date
+from quantmatrix.states import explain_state
 
 if TYPE_CHECKING:
     from quantmatrix.evidence import Evidence
@@ -73,10 +74,16 @@ class Agreement:
         }
 
 
-def measure(tables: Matrix, evidence: Mapping[str, Evidence], now: Now) -> Agreement:
-    """Judge the evidence of every claim."""
+def measure(
+    tables: Matrix,
+    evidence: Mapping[str, Evidence],
+    now: Now,
+    explained: Mapping[str, tuple[str, str]] | None = None,
+) -> Agreement:
+    """Judge the evidence of every claim; `explained` holds states and reasons if they are known."""
     claims = [cell for cell in tables.cells if cell.claim != "planned"]
-    found = {cell.id: judge(cell, evidence.get(cell.id), tables, now) for cell in claims}
+    told = explained or {c.id: explain_state(c, evidence.get(c.id), tables) for c in claims}
+    found = {c.id: judge_explained(told[c.id], evidence.get(c.id), now) for c in claims}
     tasks = [
         Task(c.id, c.family, c.hardware, c.claim, found[c.id].life, found[c.id].reason)
         for life in URGENCY
@@ -101,10 +108,14 @@ def count_lives(judgements: Iterable[Judgement]) -> Share:
     return Share(counts.total(), {life: counts[life] for life in LIVES})
 
 
-def write_badge(tables: Matrix, evidence: Mapping[str, Evidence]) -> bytes:
+def write_badge(
+    tables: Matrix,
+    evidence: Mapping[str, Evidence],
+    explained: Mapping[str, tuple[str, str]] | None = None,
+) -> bytes:
     """badge.json of a report: ages are counted back from the newest record, so it stands still."""
     now = Now(today=newest_date(evidence.values()))
-    percent = measure(tables, evidence, now).overall.percent
+    percent = measure(tables, evidence, now, explained).overall.percent
     colour = next(name for bound, name in COLOURS if percent >= bound)
     badge = {
         "schemaVersion": 1,

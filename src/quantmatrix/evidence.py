@@ -129,7 +129,7 @@ def describe_cell(cell: Cell, tables: Matrix) -> dict[str, Any]:
     `code_digest` is that of the code path; it is no part of the row.
     """
     described = {key: _plain(getattr(cell, key)) for key in CELL_KEYS if key != "row_digest"}
-    row = asdict(tables.checkpoints[cell.checkpoint])
+    row = vars(tables.checkpoints[cell.checkpoint])
     told = {key: _plain(value) for key, value in row.items() if key not in UNTOLD}
     claimed = {key: value for key, value in described.items() if key != "checks"}
     return {
@@ -255,7 +255,7 @@ def list_problems(record: Any) -> list[str]:
         problems.append("checks: empty; a record shows the result of at least one check")
     for name, check in record["checks"].items():
         problems += _check_problems(f"checks.{name}", check)
-    return problems + _number_problems("", record)
+    return problems if _is_json(record) else problems + _number_problems("", record)
 
 
 def _check_problems(where: str, check: Any) -> list[str]:
@@ -268,6 +268,15 @@ def _check_problems(where: str, check: Any) -> list[str]:
     if check["verdict"] == "fail" and not check["message"]:
         problems.append(f"{where}.message: empty, although the check failed")
     return problems
+
+
+def _is_json(value: Any) -> bool:
+    """Whether plain data is JSON with finite numbers; the quick answer, without names."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _number_problems(where: str, value: Any) -> list[str]:

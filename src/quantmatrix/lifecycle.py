@@ -60,9 +60,14 @@ class Judgement:
 
 def judge(cell: Cell, evidence: Evidence | None, tables: Matrix, now: Now) -> Judgement:
     """What the record of a cell is worth; see the module's table."""
+    return judge_explained(explain_state(cell, evidence, tables), evidence, now)
+
+
+def judge_explained(explained: tuple[str, str], evidence: Evidence | None, now: Now) -> Judgement:
+    """The same, where state and reason of the cell are known already."""
+    state, reason = explained
     if evidence is None:
         return Judgement("missing", ("no run yet",))
-    state, reason = explain_state(cell, evidence, tables)
     changes = [reason] if state == "stale" else []
     changes += list_changes(evidence, now)
     if changes:

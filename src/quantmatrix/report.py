@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from quantmatrix import evidence as records
 from quantmatrix.agreement import write_badge
+from quantmatrix.page_html import write_page
 from quantmatrix.pages import (
     EVIDENCE,
     Joined,
@@ -128,7 +129,8 @@ def render(tables: Matrix, evidence: Mapping[str, Evidence]) -> dict[str, bytes]
         "support-matrix.md": write_overview(joined).encode(),
         "support-matrix.csv": write_csv(joined).encode(),
         "support-matrix.svg": draw_picture(joined),
-        "badge.json": write_badge(tables, evidence),
+        "badge.json": write_badge(tables, evidence, explained),
+        "index.html": write_page(joined),
     }
     for family in tables.families.values():
         pages[f"families/{family.id}.md"] = write_family(joined, family).encode()

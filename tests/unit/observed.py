@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from tables import CASES, write_tables
+
 from quantmatrix import evidence as records
+from quantmatrix import matrix
 from quantmatrix.evidence import CheckResult, Evidence
 from quantmatrix.matrix import Cell, Matrix
 
@@ -34,3 +38,62 @@ def observe(tables: Matrix, name: str, *, fails: str = "", **changes: Any) -> Ev
         made="2026-11-23T10:00:00Z",
     )
     return replace(record, **changes)
+
+
+def observe_run(tables: Matrix, cell: Cell, steps: int = 4) -> Evidence:
+    """A record of a working cell with everything that a run of the suites leaves."""
+    trajectory = [
+        {"psnr_db": 50.0 - step, "cosine": 0.9999, "relative_l2": 0.01 * (step + 1), "max_abs": 0.1}
+        for step in range(steps)
+    ]
+    layers = {"layers": 40, "median": 0.0272, "worst": 0.0337, "worst_layer": "blocks.0.ff"}
+    metrics = {
+        "class": "e4m3 W8A8",
+        "steps": trajectory,
+        "worst": {**trajectory[-1], "identical": False, "nonfinite": 0},
+        "final": trajectory[-1],
+        "layers": {"transformer": layers},
+        "media": {"psnr_db": 39.8, "mean_abs": 1.8},
+        "repeats": True,
+    }
+    limits = {"psnr_db": {"at_least": 40.5}, "relative_l2": {"at_most": 0.06}, "source": "samples"}
+    plan = {
+        "components": {
+            "transformer": {
+                "family": cell.family,
+                "class": "FluxTransformer2DModel",
+                "backends": {cell.backend or "torch": 40},
+                "numerics": {"W8A8": 40},
+                "quantized_layers": 40,
+                "total_layers": 50,
+                "bytes": 14533760,
+                "files": ["$HUB/models--some--flux1/snapshots/0/model.safetensors"],
+            }
+        },
+        "warnings": [],
+        "refusal": None,
+    }
+    checks = {name: CheckResult("pass", {"tensors": 112}) for name in cell.checks}
+    checks["latents"] = CheckResult("pass", metrics, limits)
+    return Evidence(
+        cell=records.describe_cell(cell, tables),
+        checks=checks,
+        command=f"{cell.shell(tables)} --tiny",
+        machine={"processor": "some", "threads": 1, "instruction_sets": ["avx2", "avx512f"]},
+        versions={"torch": "2.13.0+cpu", "diffusers": "0.42.1"},
+        commit="0" * 40,
+        plan=plan,
+        timings={"denoise": 0.25, "generate": 0.3, "decode": 0.05},
+        made="2026-11-23T10:00:00Z",
+    )
+
+
+def make_large(folder: Path, rows: int = 1667) -> tuple[Matrix, dict[str, Evidence]]:
+    """A matrix of six cells per row (10,002 by default), each with a record."""
+    place = {"hardware": "cpu h100 b200", "backend": "reference decode"}
+    cases = [
+        {**CASES[0], **place, "id": f"row-{number:04}", "flags": f"--seed {number}"}
+        for number in range(rows)
+    ]
+    tables = matrix.read(write_tables(folder, cases))
+    return tables, {cell.id: observe_run(tables, cell) for cell in tables.cells}

@@ -123,6 +123,7 @@ def test_rendering_is_pure(tables: Matrix, observed: dict[str, Evidence]) -> Non
         "support-matrix.csv",
         "support-matrix.svg",
         "badge.json",
+        "index.html",
         *(f"families/{name}.md" for name in tables.families),
     }
     assert all(data.endswith(b"\n") for data in first.values())

@@ -1,0 +1,171 @@
+"""Page data: what `reports/index.html` knows, as plain data that is small and in a fixed order.
+
+A matrix of thousands of cells repeats itself: machines, versions, limits and plans are put in
+`shared` once, and a record refers to them by their place in that list.
+
+| key           | content |
+| ------------- | ------- |
+| `states`, `families`, `models`, `hardware`, `checkpoints` | tables that numbers below point into |
+| `rows`        | rows of cases.csv: id, family, model, checkpoint |
+| `cells`       | row, hardware, backend, state, claim, rule, reason, command, record (or null) |
+| `records`     | evidence of a cell: see `describe_record` |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from quantmatrix import evidence as records
+from quantmatrix.states import STATES
+
+if TYPE_CHECKING:
+    from quantmatrix.evidence import CheckResult, Evidence
+    from quantmatrix.matrix import Cell
+    from quantmatrix.pages import Joined
+
+STEP_METRICS = ("psnr_db", "cosine", "relative_l2")
+COMPONENT_FACTS = (
+    "family",
+    "class",
+    "precision",
+    "rank",
+    "quantized_layers",
+    "total_layers",
+    "backends",
+    "numerics",
+    "bytes",
+)
+"""What of a planned component is shown; paths are not."""
+UNTOLD_METRICS = ("steps", "thumbnails", "final")
+"""Metrics that have a form of their own on the page, or that others repeat."""
+THUMBNAILS = ("baseline", "quantized", "difference")
+"""Pictures that a record may hold, each a PNG as a data URI, below `metrics.thumbnails`."""
+PNG = "data:image/png;base64,"
+
+
+class Shared:
+    """Values that stand in the page once, whoever uses them."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+        self._places: dict[str, int] = {}
+
+    def put(self, value: Any) -> int:
+        """The place of a value in the list."""
+        key = repr(value)
+        if key not in self._places:
+            self._places[key] = len(self.values)
+            self.values.append(value)
+        return self._places[key]
+
+
+def collect(joined: Joined) -> dict[str, Any]:
+    """Everything that the page shows; see the module's table."""
+    tables = joined.tables
+    families, models, hardware = (
+        list(t) for t in (tables.families, tables.models, tables.hardware)
+    )
+    checkpoints = list(tables.checkpoints)
+    rows: dict[str, Cell] = {}
+    for cell in tables.cells:
+        rows.setdefault(cell.row, cell)
+    numbers = {name: number for number, name in enumerate(rows)}
+    shared = Shared()
+    observed: list[dict[str, Any]] = []
+    cells: list[list[Any]] = []
+    for cell in tables.cells:
+        place = None
+        if record := joined.evidence.get(cell.id):
+            place = len(observed)
+            observed.append(describe_record(record, shared))
+        cells.append(
+            [
+                numbers[cell.row],
+                hardware.index(cell.hardware),
+                cell.backend,
+                STATES.index(joined.states[cell.id]),
+                cell.claim,
+                cell.rule,
+                joined.reasons[cell.id] or cell.notes,
+                cell.shell(tables),
+                place,
+            ]
+        )
+    return {
+        "states": list(STATES),
+        "families": families,
+        "models": models,
+        "hardware": [[row.id, row.name, row.arch] for row in tables.hardware.values()],
+        "checkpoints": [[c.id, c.reference, c.base] for c in tables.checkpoints.values()],
+        "rows": [
+            [
+                name,
+                families.index(cell.family),
+                models.index(cell.model),
+                checkpoints.index(cell.checkpoint),
+            ]
+            for name, cell in rows.items()
+        ],
+        "cells": cells,
+        "records": observed,
+        "shared": shared.values,
+    }
+
+
+def describe_record(record: Evidence, shared: Shared) -> dict[str, Any]:
+    """A record as the page shows it; numbers in `machine` ... `limits` are places in `shared`."""
+    plan = record.plan
+    parts = {
+        name: {fact: part[fact] for fact in COMPONENT_FACTS if part.get(fact)}
+        for name, part in sorted(plan.get("components", {}).items())
+    }
+    return {
+        "file": f"evidence/{records.path_of(record.cell['id'])}",
+        "made": record.made,
+        "commit": record.commit,
+        "command": record.command,
+        "machine": shared.put(list(flatten(record.machine, ("versions",)))),
+        "versions": shared.put(list(flatten(record.versions))),
+        "plan": shared.put({name: list(flatten(part)) for name, part in parts.items()}),
+        "refusal": str((plan.get("refusal") or {}).get("message", "")),
+        "warnings": list(plan.get("warnings", ())),
+        "timings": dict(sorted(record.timings.items())),
+        "checks": [
+            describe_check(name, check, shared) for name, check in sorted(record.checks.items())
+        ],
+    }
+
+
+def describe_check(name: str, check: CheckResult, shared: Shared) -> dict[str, Any]:
+    """A check: verdict, message, metrics and limits as pairs, steps, and pictures if there are."""
+    told: dict[str, Any] = {
+        "name": name,
+        "verdict": check.verdict,
+        "message": check.message,
+        "metrics": list(flatten(check.metrics, UNTOLD_METRICS)),
+        "limits": shared.put(list(flatten(check.limits))),
+    }
+    steps = check.metrics.get("steps")
+    if isinstance(steps, Sequence) and steps:
+        told["steps"] = [[step.get(metric) for metric in STEP_METRICS] for step in steps]
+    pictures = check.metrics.get("thumbnails")
+    if isinstance(pictures, Mapping):
+        found = [str(pictures.get(kind, "")) for kind in THUMBNAILS]
+        if all(picture.startswith(PNG) for picture in found):
+            told["pictures"] = found
+    return told
+
+
+def flatten(value: Mapping[str, Any], without: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    """(dotted name, number or text) of nested data, in the order of names; empty values left out."""
+    for name in sorted(value):
+        item = value[name]
+        if name in without or item in (None, "", [], {}):
+            continue
+        if isinstance(item, Mapping):
+            yield from ((f"{name}.{inner}", leaf) for inner, leaf in flatten(item))
+        elif isinstance(item, (list, tuple)):
+            yield name, ", ".join(map(str, item))
+        else:
+            yield name, item

@@ -1,0 +1,270 @@
+"""index.html in a real browser: filters, evidence, keyboard, names for screen readers, colours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from observed import PROVEN, REFUSED, find, make_large, observe, observe_run
+from tables import write_tables
+
+from quantmatrix import matrix, report
+from quantmatrix.evidence import CheckResult, Evidence
+from quantmatrix.matrix import Matrix
+
+FAILING = "fp8-flux-2@cpu"
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGA"
+    "WjR9awAAAABJRU5ErkJggg=="
+)
+
+
+def make_records(tables: Matrix) -> dict[str, Evidence]:
+    pictures = dict.fromkeys(("baseline", "quantized", "difference"), PIXEL)
+    proven = observe_run(tables, find(tables, PROVEN))
+    shown = CheckResult("pass", {"thumbnails": pictures, "bf16_peak_bytes": 2**30})
+    proven = type(proven)(**{**vars(proven), "checks": {**proven.checks, "load": shown}})
+    failing = observe(tables, FAILING, fails="generate", commit="<b>bold</b>")
+    return {PROVEN: proven, FAILING: failing, REFUSED: observe(tables, REFUSED)}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    tables = matrix.read(write_tables(folder / "matrix"))
+    (folder / "index.html").write_bytes(report.render(tables, make_records(tables))["index.html"])
+    return folder / "index.html"
+
+
+@pytest.fixture
+def page(browser: Any, small: Path) -> Any:
+    browser.get("about:blank")
+    browser.get(small.as_uri())
+    yield browser
+    severe = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not severe, severe
+
+
+def run(page: Any, script: str, *words: Any) -> Any:
+    return page.execute_script(script, *words)
+
+
+def choose(page: Any, **values: str) -> list[str]:
+    """Set filters as a reader would; returns the names of the buttons that are left."""
+    script = """
+      for (const [id, value] of Object.entries(arguments[0])) {
+        document.getElementById(id).value = value;
+        document.getElementById(id).dispatchEvent(new Event("input", { bubbles: true }));
+      }
+      return [...document.querySelectorAll(".state")].map(b => b.getAttribute("aria-label"));
+    """
+    return run(page, script, values)
+
+
+def open_cell(page: Any, name: str) -> str:
+    [button] = page.find_elements("css selector", f'button[aria-label^="{name}:"]')
+    button.click()
+    return page.find_element("id", "cell").text
+
+
+def test_every_cell_is_a_named_button(page: Any) -> None:
+    names = choose(page)
+    assert set(names) == {
+        f"{PROVEN}: proven",
+        f"{REFUSED}: refused",
+        f"{FAILING}: failing",
+        "fp8-flux-1@cpu+reference: unproven",
+        "fp8-flux-1@h100+reference: unproven",
+        "fp8-flux-1@h100+decode: unproven",
+        "svdq-flux-1@cpu: planned",
+        "svdq-flux-1@b200: planned",
+    }
+    assert page.find_element("id", "status").text == "8 of 8 cells in 4 of 4 rows"
+    assert page.find_element("id", "counts").text.split("\n")[0] == "✓ 1 proven"
+
+
+@pytest.mark.parametrize(
+    ("values", "count"),
+    [
+        ({"family": "nunchaku-svdq"}, 3),
+        ({"model": "flux-2"}, 1),
+        ({"hardware": "h100"}, 3),
+        ({"state": "unproven"}, 3),
+        ({"hardware": "h100", "state": "refused"}, 1),
+        ({"text": "FLUX2-fp8"}, 1),
+        ({"text": "hopper"}, 1),
+        ({"text": "nothing"}, 0),
+    ],
+)
+def test_filters(page: Any, values: dict[str, str], count: int) -> None:
+    assert len(choose(page, **values)) == count
+    assert page.find_element("id", "status").text.startswith(f"{count} of 8 cells")
+    heads = page.find_elements("css selector", "#head th[scope=col]")
+    assert len(heads) == (2 if "hardware" in values else 4)
+    page.find_element("css selector", "button[type=reset]").click()
+    run(page, "return new Promise(done => setTimeout(done, 50))")
+    assert len(choose(page)) == 8
+
+
+def test_a_cell_opens_its_evidence(page: Any) -> None:
+    text = open_cell(page, PROVEN)
+    assert f"{PROVEN}: proven" in text
+    assert "quantmatrix generate --model-path some/flux-1" in text
+    assert "Command of the run" in text
+    for words in ("layers.transformer.worst", "psnr_db.at_least", "numerics.W8A8", "0.300 s"):
+        assert words in text, words
+    assert "torch\n2.13.0+cpu" in text
+    assert "bf16_peak_bytes" in text
+    assert "1024.0 MiB" in text
+    link = page.find_element("link text", "The record as JSON")
+    assert link.get_attribute("href").endswith("/evidence/cpu/fp8-flux-1+decode.json")
+    curves = page.find_elements("css selector", "figure svg[role=img]")
+    assert [curve.get_attribute("aria-label").split(":")[0] for curve in curves] == [
+        "PSNR dB per step",
+        "relative L2 per step",
+    ]
+    assert "step 2: 49" in curves[0].get_attribute("aria-label")
+    assert "limit 40.5" in curves[0].get_attribute("aria-label")
+    assert len(curves[0].find_elements("css selector", "circle")) == 4
+    pictures = page.find_elements("css selector", "#cell figure img")
+    assert [picture.get_attribute("alt").split()[0] for picture in pictures] == [
+        "BF16",
+        "quantized",
+        "difference",
+    ]
+    assert all(run(page, "return arguments[0].naturalWidth", picture) == 1 for picture in pictures)
+
+
+def test_failures_refusals_and_gaps_say_why(page: Any) -> None:
+    text = open_cell(page, FAILING)
+    assert "generate: too far" in text
+    assert "<b>bold</b>" in text  # words of a record stay words
+    page.find_element("id", "close").click()
+    assert "no integer units; use cpu" in open_cell(page, REFUSED)
+    page.find_element("id", "close").click()
+    text = open_cell(page, "svdq-flux-1@b200")
+    assert "no kernel yet" in text
+    assert "There is no evidence yet." in text
+    assert not page.find_elements("css selector", "#cell svg")
+
+
+def test_keyboard_alone_is_enough(page: Any) -> None:
+    keys = __import__("selenium.webdriver", fromlist=["Keys"]).Keys
+    seen = []
+    for _ in range(40):
+        page.switch_to.active_element.send_keys(keys.TAB)
+        active = page.switch_to.active_element
+        seen.append(active.get_attribute("id") or active.get_attribute("class"))
+        if active.get_attribute("aria-label") == f"{PROVEN}: proven":
+            break
+    assert [name for name in seen if name in ("family", "model", "hardware", "state", "text")] == [
+        "family",
+        "model",
+        "hardware",
+        "state",
+        "text",
+    ]
+    page.switch_to.active_element.send_keys(keys.ENTER)
+    dialog = page.find_element("id", "cell")
+    assert dialog.get_attribute("open") is not None
+    assert run(page, "return arguments[0].contains(document.activeElement)", dialog)
+    page.switch_to.active_element.send_keys(keys.ESCAPE)
+    assert dialog.get_attribute("open") is None
+    back = page.switch_to.active_element.get_attribute("aria-label")
+    assert back == f"{PROVEN}: proven"
+
+
+def test_the_accessibility_tree_has_table_and_dialog(page: Any) -> None:
+    table = page.find_element("tag name", "table")
+    assert table.aria_role == "table"
+    assert table.accessible_name.startswith("Rows of the matrix by hardware")
+    roles = {head.aria_role for head in table.find_elements("css selector", "tbody th")}
+    assert roles == {"rowheader"}
+    heads = table.find_elements("css selector", "thead th")
+    assert {head.aria_role for head in heads} == {"columnheader"}
+    for field in page.find_elements("css selector", "#filters select, #filters input"):
+        assert field.accessible_name
+    open_cell(page, PROVEN)
+    dialog = page.find_element("id", "cell")
+    assert (dialog.aria_role, dialog.accessible_name) == ("dialog", f"{PROVEN}: proven")
+    assert page.find_element("id", "status").get_attribute("aria-live") == "polite"
+
+
+def test_an_address_opens_what_it_names(page: Any, small: Path) -> None:
+    open_cell(page, PROVEN)
+    address = page.current_url
+    assert "cell=fp8-flux-1%40cpu%2Bdecode" in address
+    page.get("about:blank")
+    page.get(address)
+    assert page.find_element("id", "cell-title").text == f"{PROVEN}: proven"
+    page.get("about:blank")
+    page.get(f"{small.as_uri()}#state=failing")
+    assert choose(page) == [f"{FAILING}: failing"]
+
+
+CONTRAST = """
+  const luminance = (colour) => {
+    const parts = colour.match(/[0-9.]+/g).slice(0, 3).map(v => {
+      const s = v / 255;
+      return s <= 0.04045 ? s / 12.92 : ((s + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
+  };
+  const page = luminance(getComputedStyle(document.body).backgroundColor);
+  return [...document.querySelectorAll("button, th, small, caption, p, a, li")].map(element => {
+    const [low, high] = [page, luminance(getComputedStyle(element).color)].sort((a, b) => a - b);
+    return [(high + 0.05) / (low + 0.05), element.className || element.tagName];
+  });
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark_are_readable(page: Any, scheme: str) -> None:
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    try:
+        background = run(page, "return getComputedStyle(document.body).backgroundColor")
+        assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme]
+        assert min(run(page, CONTRAST))[0] >= 4.5
+    finally:
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_the_committed_page_opens(browser: Any) -> None:
+    browser.get((Path(__file__).parents[2] / "reports" / "index.html").as_uri())
+    names = "return DATA.cells.map(nameOf)"
+    assert run(browser, names) == [cell.id for cell in matrix.read().cells]
+
+
+def test_ten_thousand_cells_stay_usable(
+    browser: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("large")
+    tables, evidence = make_large(folder / "matrix")
+    page = folder / "index.html"
+    page.write_bytes(report.render(tables, evidence)["index.html"])
+    browser.get(page.as_uri())
+    loaded = run(browser, "return performance.getEntriesByType('navigation')[0].duration")
+    assert loaded < 5000
+    assert browser.find_element("id", "status").text.startswith("10002 of 10002 cells")
+    assert len(browser.find_elements("css selector", ".state")) < 1000
+    timed = """
+      const start = performance.now();
+      document.getElementById(arguments[0]).value = arguments[1];
+      document.getElementById(arguments[0]).dispatchEvent(new Event("input", { bubbles: true }));
+      document.body.getBoundingClientRect();
+      return performance.now() - start;
+    """
+    for name, value in (
+        ("hardware", "h100"),
+        ("text", "row-01"),
+        ("state", "proven"),
+        ("text", ""),
+    ):
+        times = sorted(run(browser, timed, name, value) for _ in range(5))
+        assert times[2] < 100, (name, value, times)
+    before = len(browser.find_elements("css selector", "tbody tr"))
+    run(browser, "document.getElementById('matrix').scrollTop = 1e9")
+    run(browser, "return new Promise(done => setTimeout(done, 200))")
+    assert len(browser.find_elements("css selector", "tbody tr")) > before

@@ -1,0 +1,161 @@
+"""index.html as a file: self-contained, the same bytes every time, complete, quick to write."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from observed import PROVEN, REFUSED, find, make_large, observe, observe_run
+from tables import CASES, write_tables
+
+from quantmatrix import evidence as records
+from quantmatrix import matrix, report
+from quantmatrix.evidence import CheckResult, Evidence
+from quantmatrix.matrix import Matrix
+from quantmatrix.page_data import PNG, flatten
+from quantmatrix.page_html import encode_data
+
+
+class Elements(HTMLParser):
+    """Every element of a page with its attributes, and the text of scripts by their id."""
+
+    def __init__(self, page: bytes) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: dict[str, str] = {}
+        self.feed(page.decode())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        tag, attributes = self.found[-1] if self.found else ("", {})
+        if tag == "script":
+            name = attributes.get("id") or "code"
+            self.scripts[name] = self.scripts.get(name, "") + data
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Matrix:
+    return matrix.read(write_tables(tmp_path / "matrix"))
+
+
+def render(tables: Matrix, evidence: dict[str, Evidence]) -> bytes:
+    return report.render(tables, evidence)["index.html"]
+
+
+def read_data(page: bytes) -> Any:
+    return json.loads(Elements(page).scripts["data"])
+
+
+def test_nothing_is_loaded_from_anywhere(tables: Matrix) -> None:
+    page = render(tables, {PROVEN: observe_run(tables, find(tables, PROVEN))})
+    for tag, attributes in Elements(page).found:
+        assert tag not in ("link", "iframe", "base", "object", "embed")
+        assert "src" not in attributes
+        assert not re.match(r"(https?:)?//", attributes.get("href") or "")
+    assert b"default-src 'none'" in page
+    assert b"@import" not in page
+    assert b"url(" not in page
+
+
+def test_equal_input_equal_bytes(tables: Matrix) -> None:
+    evidence = {name: observe_run(tables, find(tables, name)) for name in (PROVEN, REFUSED)}
+    first = render(tables, evidence)
+    again = {name: records.decode(records.encode(r)) for name, r in evidence.items()}
+    assert first == render(tables, dict(reversed(again.items())))
+    assert first.endswith(b"</html>\n")
+
+
+def test_every_cell_is_there_with_its_state_and_record(tables: Matrix) -> None:
+    evidence = {name: observe(tables, name) for name in (PROVEN, REFUSED)}
+    data = read_data(render(tables, evidence))
+    assert len(data["cells"]) == len(tables.cells)
+    for cell, told in zip(tables.cells, data["cells"], strict=True):
+        row, place, backend, state, claim, rule, reason, command, record = told
+        name, family, model, checkpoint = data["rows"][row]
+        assert (name, data["hardware"][place][0], backend) == (
+            cell.row,
+            cell.hardware,
+            cell.backend,
+        )
+        assert (data["families"][family], data["models"][model]) == (cell.family, cell.model)
+        assert data["checkpoints"][checkpoint][0] == cell.checkpoint
+        assert (claim, rule, command) == (cell.claim, cell.rule, cell.shell(tables))
+        assert data["states"][state] == report.state_of(cell, evidence.get(cell.id), tables)
+        assert (record is not None) == (cell.id in evidence)
+        assert reason or data["states"][state] == "proven"
+    refused = data["records"][data["cells"][[c.id for c in tables.cells].index(REFUSED)][-1]]
+    assert refused["refusal"] == "no integer units; use cpu"
+
+
+def test_a_record_keeps_what_a_reader_wants(tables: Matrix) -> None:
+    record = observe_run(tables, find(tables, PROVEN))
+    data = read_data(render(tables, {PROVEN: record}))
+    [told] = data["records"]
+    latents = next(check for check in told["checks"] if check["name"] == "latents")
+    assert latents["steps"][1] == [49.0, 0.9999, 0.02]
+    assert ["psnr_db.at_least", 40.5] in data["shared"][latents["limits"]]
+    assert ["layers.transformer.worst", 0.0337] in latents["metrics"]
+    assert not any(name.startswith("steps") for name, _ in latents["metrics"])
+    assert ["instruction_sets", "avx2, avx512f"] in data["shared"][told["machine"]]
+    assert ["torch", "2.13.0+cpu"] in data["shared"][told["versions"]]
+    assert ["backends.decode", 40] in data["shared"][told["plan"]]["transformer"]
+    assert told["timings"]["denoise"] == 0.25
+    assert told["file"] == "evidence/cpu/fp8-flux-1+decode.json"
+
+
+def test_pictures_are_shown_only_where_all_three_are_pngs(tables: Matrix) -> None:
+    def pictures(**found: str) -> Any:
+        check = CheckResult("pass", {"thumbnails": found})
+        record = observe(tables, PROVEN, checks={"load": check, "latents": check})
+        return read_data(render(tables, {PROVEN: record}))["records"][0]["checks"][0].get(
+            "pictures"
+        )
+
+    whole = {name: f"{PNG}{name}" for name in ("baseline", "quantized", "difference")}
+    assert pictures(**whole) == list(whole.values())
+    assert pictures(baseline=f"{PNG}x", quantized=f"{PNG}x") is None
+    assert pictures(**{**whole, "quantized": "https://example.org/x.png"}) is None
+    assert pictures() is None
+
+
+def test_words_cannot_leave_the_data(tables: Matrix, tmp_path: Path) -> None:
+    evil = "</script><img src=x onerror=alert(1)><!--DATA-->/*SCRIPT*/"
+    cases = [{**CASES[0], "notes": evil}, *CASES[1:]]
+    hostile = matrix.read(write_tables(tmp_path / "hostile", cases))
+    page = render(hostile, {PROVEN: observe(hostile, PROVEN, commit=evil)})
+    assert evil.encode() not in page
+    assert not any(tag == "img" for tag, _ in Elements(page).found)
+    assert read_data(page)["records"][0]["commit"] == evil
+    assert encode_data(["<", 1.5]) == '["\\u003c",1.5]'
+
+
+def test_flatten() -> None:
+    nested = {"b": {"y": 1, "x": {"z": None}}, "a": [1, "2"], "steps": [3], "e": {}, "c": 0}
+    assert list(flatten(nested, ("steps",))) == [("a", "1, 2"), ("b.y", 1), ("c", 0)]
+
+
+def test_ten_thousand_cells_in_five_seconds(tmp_path: Path) -> None:
+    tables, evidence = make_large(tmp_path / "matrix")
+    folder = tmp_path / "evidence"
+    for record in evidence.values():
+        path = folder / records.path_of(record.cell["id"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(records.encode(record))
+    del evidence, record
+    gc.collect()
+    gc.freeze()  # what the tests hold is nothing that a rendering has to look through
+    start = time.process_time()
+    pages = report.render(matrix.read(tmp_path / "matrix"), records.read_folder(folder))
+    seconds = time.process_time() - start
+    gc.unfreeze()
+    assert seconds < 5.0
+    assert len(read_data(pages["index.html"])["records"]) == len(tables.cells) == 10_002
+    assert len(pages["index.html"]) < 20e6
