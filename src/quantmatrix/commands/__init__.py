@@ -10,6 +10,7 @@ from __future__ import annotations
 NAMES: tuple[str, ...] = (
     "explain",
     "agreement",
+    "validate",
     "evidence",
 )
 # fmt: on
