@@ -2,11 +2,15 @@
 
 pytest 9.2 with xdist 3.8 ignores `xdist_group` without a word, so the guarantee cannot be built on
 that mark. A scheduler of our own can: the tests of one group go to one worker, as a unit.
+
+When a worker dies, xdist's scheduler runs the test that killed it again on the next one, and waits
+for ever for a worker that it gave finished units only. Ours drops that test, which has no verdict,
+and gives the rest of its unit to the worker that comes in place of the dead one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -22,6 +26,24 @@ def make_scheduler(config: pytest.Config, log: Any, groups: Mapping[str, str]) -
         def _split_scope(self, nodeid: str) -> str:
             return find_group(nodeid, groups)
 
+        def remove_node(self, node: Any) -> str | None:
+            """Forget a worker; the test that it died in, if it did."""
+            units = self.assigned_work.pop(node).items()
+            crashed = drop_first([unit for _, unit in units])
+            self.workqueue.update({name: unit for name, unit in units if not all(unit.values())})
+            for other in self.assigned_work if crashed else ():
+                self._reschedule(other)
+            return crashed
+
+        def _reschedule(self, node: Any) -> None:
+            if node.shutting_down or node not in self.registered_collections:
+                return
+            # A worker starts its last test once it knows that there is no other.
+            while self.workqueue and self._pending_of(self.assigned_work[node]) <= 2:
+                self._assign_work_unit(node)
+            if not self.workqueue:
+                node.shutdown()
+
     return CellScheduling(config, log)
 
 
@@ -30,3 +52,13 @@ def find_group(nodeid: str, groups: Mapping[str, str]) -> str:
     _, _, inside = nodeid.partition("[")
     cell = inside.removesuffix("]")
     return groups.get(cell, nodeid.partition("::")[0])
+
+
+def drop_first(units: Sequence[dict[str, bool]]) -> str | None:
+    """Mark the first test that is not done as done, and name it; None when all are."""
+    for unit in units:
+        for test, done in unit.items():
+            if not done:
+                unit[test] = True
+                return test
+    return None

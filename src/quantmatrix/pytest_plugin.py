@@ -267,37 +267,35 @@ class Harness:
         for item in found:
             self.pending[item.cell.id] = self.pending.get(item.cell.id, 0) + 1
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Name the cell in reports; write its record once its last check is done."""
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Name the cell in reports."""
         if isinstance(item, CellItem):
             record = str(path_of(item.cell.id))
             item.user_properties += [("row", item.cell.row), ("cell", item.cell.id)]
             item.user_properties += [("check", item.check), ("evidence", record)]
-        result = yield
-        if isinstance(item, CellItem):
-            self.pending[item.cell.id] -= 1
-            if not self.pending[item.cell.id]:
-                self.write_record(item.cell)
-        return result
-
-    def write_record(self, cell: Cell) -> None:
-        """Write the record of a cell; a disk that takes no more ends the run, not the claim."""
-        try:
-            self.recorder.finish(cell)
-        except OSError as error:
-            message = f"{cell.id}: its evidence cannot be written: {error}"
-            pytest.exit(message, returncode=ENVIRONMENT_UNUSABLE)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Take the outcome of a check as its verdict."""
+        """Take the outcome of a check as its verdict; write a record after a cell's last check."""
         report = yield
         if isinstance(item, CellItem):
             self.note_outcome(item, call, report)
+            self.pending[item.cell.id] -= call.when == "teardown"
+            if not self.pending[item.cell.id]:
+                self.write_record(item, report)
         return report
+
+    def write_record(self, item: CellItem, report: pytest.TestReport) -> None:
+        """Write the record of a cell; a disk that takes no more is no failure of the claim."""
+        try:
+            self.recorder.finish(item.cell)
+        except OSError as error:
+            mark_problem(item, report, ENVIRONMENT_UNUSABLE)
+            report.outcome = "failed"
+            report.longrepr = f"{item.cell.id}: its evidence cannot be written: {error}"
 
     def note_outcome(
         self, item: CellItem, call: pytest.CallInfo[None], report: pytest.TestReport

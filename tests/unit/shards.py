@@ -124,7 +124,7 @@ def run(
 ) -> tuple[int, str]:
     """(exit code, output) of a run that is waited for."""
     process = start(project, evidence, *words, fault=fault, **environment)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=20)
     return process.returncode, output
 
 

@@ -1,0 +1,169 @@
+"""How a run of the suites ends: one exit code per way in which a proof is not there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import shards
+
+from quantmatrix import exit_codes, outcomes
+from quantmatrix.errors import MachineError
+from quantmatrix.exit_codes import (
+    CLAIM_VIOLATED,
+    ENVIRONMENT_UNUSABLE,
+    GATE_LOOSENED,
+    NOT_EXECUTED,
+    NOTHING_COLLECTED,
+)
+
+ALONE = ("-p", "no:xdist")
+SPREAD = ("-n", "2")
+GOOD = "row-1@cpu+reference"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project, with committed evidence, one record of which is a failure."""
+    folder = tmp_path_factory.mktemp("project")
+    shards.make_project(folder)
+    code, output = shards.run(folder, folder / "reports" / "evidence", *ALONE)
+    assert code == CLAIM_VIOLATED, output
+    return folder
+
+
+ENDS = [
+    ("wrong", [], CLAIM_VIOLATED),
+    ("skip", [], NOT_EXECUTED),
+    ("media", [], ENVIRONMENT_UNUSABLE),
+    ("hang", ["--timeout", "0.5"], NOT_EXECUTED),
+    ("", ["--model", "flux-2"], NOTHING_COLLECTED),
+    ("", ["-k", "nothing_like_it"], NOTHING_COLLECTED),
+    ("loose", [], GATE_LOOSENED),
+    ("", [], 0),
+    ("", ["--model", "flux-1", "-k", "nothing_like_it"], NOTHING_COLLECTED),
+    ("interrupt", [], pytest.ExitCode.INTERRUPTED),
+    ("", ["--model", "flux-7"], pytest.ExitCode.USAGE_ERROR),
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "words", "code", "how"),
+    [*((*end, ALONE) for end in ENDS), *((*end, SPREAD) for end in ENDS[:6])],
+)
+def test_each_end_has_a_code_of_its_own(
+    fault: str, words: list[str], code: int, how: tuple[str, ...], project: Path
+) -> None:
+    # The row that fails in the committed evidence is left out.
+    words = [*(words or ["--backend", "reference"]), *how]
+    found, output = shards.run(project, None, *words, fault=f"{fault} {GOOD}")
+    assert found == code, output
+    if code in exit_codes.MEANINGS and code != NOTHING_COLLECTED:
+        line = f"{exit_codes.MEANINGS[code]} (exit code {code}): {GOOD}"
+        assert line in output.splitlines(), output
+
+
+@pytest.mark.parametrize("fault", ["crash", "kill"])
+def test_a_dead_worker_leaves_a_row_that_was_not_executed(
+    fault: str, project: Path, tmp_path: Path
+) -> None:
+    found, output = shards.run(
+        project, tmp_path, "--backend", "reference", *SPREAD, fault=f"{fault} {GOOD}"
+    )
+    assert found == NOT_EXECUTED, output
+    assert f"row not executed (exit code 12): {GOOD}" in output.splitlines()
+    others = [f"row-{i}@cpu+reference" for i in range(shards.COUNT)]
+    others.remove(GOOD)
+    assert set(shards.read_bytes(tmp_path)) == shards.names_of(others)
+
+
+def test_a_full_disk_under_workers_is_no_success(project: Path, tmp_path: Path) -> None:
+    words = ["--backend", "reference", *SPREAD]
+    found, output = shards.run(project, tmp_path, *words, fault=f"disk {GOOD}")
+    assert found == ENVIRONMENT_UNUSABLE, output
+    assert "No space left on device" in output
+    written = shards.read_bytes(tmp_path)
+    assert shards.names_of([GOOD]).isdisjoint(written)
+    assert not [name for name in written if not name.endswith(".json")]
+
+
+def test_the_worst_end_wins(project: Path) -> None:
+    found, output = shards.run(project, None, *ALONE, "--expect-evidence", "none", fault="")
+    assert found == CLAIM_VIOLATED, output
+    words = [*ALONE, "--expect-evidence", "none"]
+    found, output = shards.run(project, None, *words, fault=f"skip {GOOD}")
+    assert found == NOT_EXECUTED, output
+    assert "claim violated (exit code 11): row-5@cpu+decode" in output.splitlines()
+
+
+def test_a_failed_test_that_is_no_cell_keeps_pytests_code(project: Path, tmp_path: Path) -> None:
+    shards.make_project(tmp_path)
+    (tmp_path / "test_other.py").write_text("def test_other(): assert 0")
+    found, output = shards.run(tmp_path, None, *ALONE, "--backend", "reference")
+    assert found == pytest.ExitCode.TESTS_FAILED, output
+
+
+def test_collecting_is_no_run(project: Path) -> None:
+    assert shards.run(project, None, *ALONE, "--collect-only")[0] == 0
+
+
+def test_junit_tells_cell_check_and_problem(project: Path, tmp_path: Path) -> None:
+    path = tmp_path / "junit.xml"
+    words = [*ALONE, "--backend", "reference", f"--junit-xml={path}"]
+    shards.run(project, None, *words, fault=f"media {GOOD}")
+    cases = {case.get("name"): case for case in ElementTree.parse(path).iter("testcase")}
+    assert len(cases) == 2 * shards.COUNT
+    told = {p.get("name"): p.get("value") for p in cases[f"test_latents[{GOOD}]"].iter("property")}
+    assert told == {
+        "row": "row-1",
+        "cell": GOOD,
+        "check": "latents",
+        "evidence": "cpu/row-1+reference.json",
+        "problem": "environment unusable",
+    }
+
+
+@pytest.mark.parametrize(
+    ("older", "newer", "said"),
+    [
+        ({"psnr_db": {"at_least": 30.0}}, {"psnr_db": {"at_least": 30.0}}, []),
+        ({"psnr_db": {"at_least": 30.0}}, {"psnr_db": {"at_least": 31.0}}, []),
+        (
+            {"psnr_db": {"at_least": 30.0}},
+            {"psnr_db": {"at_least": 29.0}},
+            ["psnr_db: at_least 30 became 29"],
+        ),
+        ({"l2": {"at_most": 0.1}}, {"l2": {"at_most": 0.05}}, []),
+        ({"l2": {"at_most": 0.1}}, {"l2": {"at_most": 0.2}}, ["l2: at_most 0.1 became 0.2"]),
+        ({"l2": {"at_most": 0.1}}, {}, ["l2: at_most 0.1 became None"]),
+        ({"l2": {"at_most": 0.1}}, {"l2": {"at_most": 0.1 * (1 + 1e-9)}}, []),
+        ({"frames": 1, "source": "x"}, {"frames": 2}, []),
+    ],
+)
+def test_limits_that_got_wider_are_found(older: dict, newer: dict, said: list[str]) -> None:
+    assert outcomes.find_loosened(older, newer) == said
+
+
+def test_only_errors_of_the_machine_say_nothing_about_a_claim() -> None:
+    def chain(cause: BaseException) -> Exception:
+        error = RuntimeError("could not save")
+        error.__cause__ = cause
+        return error
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert outcomes.classify(full) == ENVIRONMENT_UNUSABLE
+    assert outcomes.classify(chain(full)) == ENVIRONMENT_UNUSABLE
+    assert outcomes.classify(MachineError("no B200")) == ENVIRONMENT_UNUSABLE
+    assert outcomes.classify(FileNotFoundError(errno.ENOENT, "no such file")) is None
+    assert outcomes.classify(AssertionError("too far away")) is None
+    assert outcomes.classify(MemoryError()) is None
+
+
+def test_codes_differ_from_each_other_and_from_others() -> None:
+    codes = sorted(exit_codes.MEANINGS)
+    assert len(set(exit_codes.MEANINGS.values())) == len(codes) == 5
+    assert not set(codes) & {*range(6), 130}
+    assert json.dumps(codes) == "[10, 11, 12, 13, 14]"
