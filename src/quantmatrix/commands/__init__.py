@@ -11,7 +11,9 @@ NAMES: tuple[str, ...] = (
     "explain",
     "agreement",
     "validate",
+    "packet",
     "evidence",
+    "summary",
 )
 # fmt: on
 """The modules, in the order of `quantmatrix --help`. One name a line, so that changes merge."""

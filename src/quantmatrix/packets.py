@@ -1,0 +1,279 @@
+"""Packets: evidence that somebody with another machine can contribute, and anybody can check.
+
+A packet is one folder:
+
+| file                     | content |
+| ------------------------ | ------- |
+| `packet.json`            | `schema`, `cell`, `command`, `metrics`, and per other file `bytes` and `sha256` |
+| `<hardware>/<row>.json`  | the record of the run, as `reports/evidence` keeps it |
+| `latents.safetensors`    | `baseline.000` ... and `candidate.000` ...: the latents of every step |
+
+So a packet is an evidence folder, too: what `check` finds sound, `quantmatrix evidence merge` takes.
+`check` believes nothing that it can compute: digests of files, metrics of every step (within one
+unit of the sixth digit), the digest of the latents, and the verdict under this project's limits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantmatrix import evidence as records
+from quantmatrix.errors import QuantmatrixError, UsageError
+from quantmatrix.evidence import CheckResult, Evidence, EvidenceError
+
+if TYPE_CHECKING:
+    import torch
+
+    from quantmatrix.limits import Limits
+    from quantmatrix.matrix import Cell, Matrix
+    from quantmatrix.run import Run
+
+SCHEMA = 1
+CARD = "packet.json"
+LATENTS = "latents.safetensors"
+KEYS = {"schema", "cell", "command", "metrics", "files"}
+SIDES = ("baseline", "candidate")
+TOLERANCE = 2e-6
+"""Relative: metrics are written with six digits."""
+
+
+def make(tables: Matrix, cell: Cell, folder: Path, *, tiny: bool = False) -> Path:
+    """Run the latents check of a cell here and write its packet; nothing is left on failure.
+
+    MachineError when this is not the cell's hardware, RefusedError when the plan is a refusal.
+    """
+    from quantmatrix import hardware
+    from quantmatrix.workbench import Workbench
+
+    if folder.exists():
+        raise UsageError(f"--output-path {folder} exists; name a new folder")
+    bench = Workbench(tables, tiny=tiny)
+    request = bench.request(cell)
+    made = bench.plan(request)
+    baseline = bench.baseline(cell, request)
+    run = bench.run(request, made)
+    quantized = [part for part in made.components.values() if part.layers]
+    record = Evidence(
+        cell=records.describe_cell(cell, tables),
+        checks={"latents": measure(cell, baseline, run)},
+        command=bench.command(cell),
+        checkpoint=records.describe_files(f for part in quantized for f in part.checkpoint.files),
+        plan=records.make_portable(made.to_json(), bench.places(made.request)),
+        timings={name: round(seconds, 4) for name, seconds in run.seconds.items()},
+        latents_digest=digest(run.latents),
+        made=records.tell_time(),
+        machine=hardware.fingerprint(),
+        versions=records.list_versions(),
+        commit=records.find_commit(),
+    )
+    write(record, baseline.latents, run.latents, folder)
+    return folder
+
+
+def measure(cell: Cell, baseline: Run, run: Run) -> CheckResult:
+    """The latents check of a run: metrics, this project's limits, and the verdict."""
+    from quantmatrix import compare, limits
+
+    steps = compare.compare_trajectories(baseline.latents, run.latents)
+    pieces = [piece for part in run.plan.components.values() for piece in part.pieces()]
+    kind = limits.name_class((piece.scheme.weight, piece.numerics) for piece in pieces)
+    metrics = {**compare.summarize(steps), "class": kind}
+    allowed = find_limits(kind, cell.model)
+    if allowed is None:
+        why = f"no limits for {kind} on {cell.model}: measured, not judged"
+        return CheckResult("fail", metrics, {}, why)
+    problems = compare.judge(steps, allowed)
+    verdict = "fail" if problems else "pass"
+    return CheckResult(verdict, metrics, allowed.to_json(), "; ".join(problems))
+
+
+def find_limits(kind: str, model: str) -> Limits | None:
+    """This project's limits of a class of arithmetic, or None when it was never measured."""
+    from quantmatrix import limits, report
+
+    try:
+        samples = limits.read_samples(report.default_folder() / "limits.csv")
+        return limits.find_limits(samples, kind, model)
+    except limits.LimitsError:
+        return None
+
+
+def digest(latents: Sequence[torch.Tensor]) -> str:
+    """Digest of a trajectory, as evidence keeps it."""
+    from quantmatrix.compare import digest_latents
+
+    return digest_latents(latents)
+
+
+def write(
+    record: Evidence,
+    baseline: Sequence[torch.Tensor],
+    candidate: Sequence[torch.Tensor],
+    folder: Path,
+) -> None:
+    """Write a packet; the folder appears whole or not at all."""
+    from safetensors.torch import save_file
+
+    sides = zip(SIDES, (baseline, candidate), strict=True)
+    tensors = {f"{side}.{n:03}": t.contiguous() for side, ts in sides for n, t in enumerate(ts)}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        place = records.write(record, temporary)
+        save_file(tensors, temporary / LATENTS)
+        files = [place, temporary / LATENTS]
+        card = {
+            "schema": SCHEMA,
+            "cell": record.cell["id"],
+            "command": record.command,
+            "metrics": recompute(baseline, candidate),
+            "files": {f.relative_to(temporary).as_posix(): describe(f) for f in files},
+        }
+        text = json.dumps(card, indent=1, sort_keys=True, allow_nan=False)
+        (temporary / CARD).write_text(f"{text}\n", encoding="utf-8")
+        temporary.chmod(0o755)
+        temporary.replace(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Size and digest of a file."""
+    return {"bytes": path.stat().st_size, "sha256": records.digest_file(path)}
+
+
+def recompute(
+    baseline: Sequence[torch.Tensor], candidate: Sequence[torch.Tensor]
+) -> dict[str, Any]:
+    """Metrics of every step, the worst and the last."""
+    from quantmatrix.compare import compare_trajectories, summarize
+
+    return summarize(compare_trajectories(baseline, candidate))
+
+
+def check(folder: Path, tables: Matrix) -> list[str]:
+    """What is wrong with a packet, one line each; empty when it is sound."""
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [f"{folder / CARD}: cannot be read: {error}"]
+    if problems := list_card_problems(card) or list_file_problems(folder, card["files"]):
+        return [f"{folder}: {problem}" for problem in problems]
+    try:
+        record = records.read(folder / records.path_of(card["cell"]))
+        sides = read_latents(folder / LATENTS)
+        metrics = recompute(*sides)
+    except (QuantmatrixError, OSError, ValueError) as error:
+        return [f"{folder}: {error}"]
+    problems = list_row_problems(record, tables)
+    problems += [f"{CARD}: {text}" for text in compare_metrics(card["metrics"], metrics)]
+    problems += list_record_problems(record, metrics)
+    if record.latents_digest != digest(sides[1]):
+        problems.append("latents_digest of the record is not that of the candidate's latents")
+    problems += list_verdict_problems(record, sides)
+    return [f"{folder}: {problem}" for problem in problems]
+
+
+def list_card_problems(card: Any) -> list[str]:
+    """What is wrong with the form of packet.json."""
+    if not isinstance(card, dict) or set(card) != KEYS:
+        return [f"{CARD}: expected an object with {', '.join(sorted(KEYS))}"]
+    if card["schema"] != SCHEMA:
+        return [f"{CARD}: schema {card['schema']!r}, expected {SCHEMA}"]
+    if not isinstance(card["cell"], str) or "@" not in card["cell"] or ".." in card["cell"]:
+        return [f"{CARD}: cell {card['cell']!r} is not the id of a cell"]
+    wanted = {LATENTS, str(records.path_of(card["cell"]))}
+    if not isinstance(card["files"], dict) or set(card["files"]) != wanted:
+        return [f"{CARD}: files are {card['files']!r:.200}, expected {sorted(wanted)}"]
+    return []
+
+
+def list_file_problems(folder: Path, told: Mapping[str, Any]) -> list[str]:
+    """Files that are missing, changed, or that nobody asked for."""
+    problems = []
+    for name, wanted in sorted(told.items()):
+        path = folder / name
+        if not path.is_file() or path.is_symlink():
+            problems.append(f"{name}: missing")
+        elif (found := describe(path)) != wanted:
+            problems.append(f"{name}: is {found}, {CARD} says {wanted}: the file was changed")
+    here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    strange = sorted(here - {CARD, *told})
+    return problems + [f"{name}: not a part of a packet" for name in strange]
+
+
+def read_latents(path: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(baseline, candidate): latents per step; EvidenceError for other names or damaged files."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise EvidenceError(f"{path.name}: {error}") from error
+    count = len(tensors) // 2
+    names = [[f"{side}.{number:03}" for number in range(count)] for side in SIDES]
+    if not count or set(tensors) != {*names[0], *names[1]}:
+        raise EvidenceError(f"{path.name}: holds {sorted(tensors)}, expected pairs per step")
+    return [tensors[name] for name in names[0]], [tensors[name] for name in names[1]]
+
+
+def list_row_problems(record: Evidence, tables: Matrix) -> list[str]:
+    """Why the record is not about a row as it stands here."""
+    cell = next((cell for cell in tables.cells if cell.id == record.cell["id"]), None)
+    if cell is None:
+        return [f"no cell {record.cell['id']} in the tables: is the row part of the contribution?"]
+    now = records.describe_cell(cell, tables)
+    if now["row_digest"] != record.cell["row_digest"]:
+        return [f"{cell.id}: the row or its checkpoint's row changed since the run"]
+    return []
+
+
+def list_record_problems(record: Evidence, metrics: Mapping[str, Any]) -> list[str]:
+    """Where the latents check of the record does not say what its latents say."""
+    found = record.checks.get("latents")
+    if found is None:
+        return ["the record has no latents check"]
+    told = {name: found.metrics.get(name) for name in metrics}
+    return [f"checks.latents.metrics.{text}" for text in compare_metrics(told, metrics)]
+
+
+def compare_metrics(told: Any, found: Any, where: str = "metrics") -> list[str]:
+    """Differences of nested metrics, in words; numbers may differ in the sixth digit."""
+    if isinstance(found, Mapping) and isinstance(told, Mapping) and set(told) == set(found):
+        pairs = [(f"{where}.{name}", told[name], found[name]) for name in sorted(found)]
+    elif isinstance(found, list) and isinstance(told, list) and len(told) == len(found):
+        pairs = [(f"{where}[{n}]", *pair) for n, pair in enumerate(zip(told, found, strict=True))]
+    else:
+        numbers = (int, float)
+        if isinstance(found, numbers) and isinstance(told, numbers):
+            same = math.isclose(told, found, rel_tol=TOLERANCE, abs_tol=1e-9)
+        else:
+            same = told == found
+        return [] if same else [f"{where} is {told!r:.80}, the latents give {found!r:.80}"]
+    return [
+        problem for where, one, other in pairs for problem in compare_metrics(one, other, where)
+    ]
+
+
+def list_verdict_problems(
+    record: Evidence, sides: tuple[list[torch.Tensor], list[torch.Tensor]]
+) -> list[str]:
+    """Whether the verdict is the one that this project's limits give, where there are any."""
+    from quantmatrix.compare import compare_trajectories, judge
+
+    told = record.checks.get("latents")
+    if told is None or told.verdict != "pass":
+        return []
+    allowed = find_limits(str(told.metrics.get("class", "")), record.cell["model"])
+    if allowed is None:
+        return []
+    problems = judge(compare_trajectories(*sides), allowed)
+    return [f"the record says pass, but {problem}" for problem in problems]
