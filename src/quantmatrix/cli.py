@@ -191,6 +191,11 @@ def read_request(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
     return Request.from_arguments(arguments, rest, **extra)
 
 
+def read_variable(name: str) -> str | None:
+    """An environment variable, for commands in modules of their own."""
+    return os.environ.get(name)
+
+
 def run_generate(arguments: argparse.Namespace, rest: list[str]) -> int:
     """`quantmatrix generate`."""
     request = read_request(arguments, rest)

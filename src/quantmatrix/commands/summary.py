@@ -1,0 +1,56 @@
+"""`quantmatrix summary`: what a CI job showed, appended to the summary of its step."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+STEP = "GITHUB_STEP_SUMMARY"
+"""The variable in which GitHub names the file of a step's summary."""
+
+
+def add_to(commands: Any) -> None:
+    """Add the parser."""
+    from quantmatrix.cli import add_command
+
+    text = f"Markdown of what runs showed, changed cells first, for ${STEP}"
+    parser = add_command(commands, "summary", text, run_summary)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="EVIDENCE")
+    parser.add_argument(
+        "--since", type=Path, metavar="EVIDENCE", help="earlier evidence (default: the committed)"
+    )
+    parser.add_argument(
+        "--output-path", metavar="FILE", help=f"append there (default: ${STEP}, else print)"
+    )
+    parser.add_argument("--json", action="store_true")
+
+
+def run_summary(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Append or print; a job that showed nothing is no success."""
+    from quantmatrix import evidence as records
+    from quantmatrix import job_summary, matrix, report
+    from quantmatrix.cli import print_json, read_variable
+    from quantmatrix.errors import UsageError
+    from quantmatrix.exit_codes import MEANINGS, NOTHING_COLLECTED
+    from quantmatrix.merge import merge_folders
+    from quantmatrix.pages import EVIDENCE
+
+    since: Path = arguments.since or report.default_folder() / EVIDENCE
+    if arguments.since and not since.is_dir():
+        raise UsageError(f"--since {since}: no such folder of evidence")
+    merged = merge_folders(arguments.folders)
+    cells = job_summary.list_cells(matrix.read(), records.read_folder(since), merged.records)
+    problems = [f"damaged: {line}" for line in merged.damaged]
+    problems += [] if cells else [MEANINGS[NOTHING_COLLECTED]]
+    place = arguments.output_path or read_variable(STEP)
+    if place:
+        size = job_summary.append(Path(place), cells, problems)
+        print(f"{size} bytes appended to {place}", file=sys.stderr)
+    if arguments.json:
+        listed = job_summary.to_json(cells)
+        print_json({"ok": not problems, "cells": listed, "problems": problems, "output": place})
+    elif not place:
+        print(job_summary.write_summary(cells, problems), end="")
+    return 0 if cells else NOTHING_COLLECTED
