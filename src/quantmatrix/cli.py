@@ -164,7 +164,8 @@ def _add_matrix(commands: Any) -> None:
         if name == "list":
             for flag in ("family", "model", "hardware", "claim", "state"):
                 action.add_argument(f"--{flag}", nargs="+", default=[], metavar=flag.upper())
-    import_module("quantmatrix.commands.jobs").add_to_matrix(actions)
+    for name in ("jobs", "matrix_diff"):
+        import_module(f"quantmatrix.commands.{name}").add_to_matrix(actions)
 
 
 def _add_tiny_hub(commands: Any) -> None:
