@@ -1,4 +1,8 @@
-"""Which xdist worker runs which test of a cell.
+"""What an xdist worker is given: tests of cells, and a device of its own.
+
+Devices are counted in the list that the caller lets us see (CUDA_VISIBLE_DEVICES and the like), for
+that is how torch counts them. A worker that takes the place of a dead one takes its device, although
+xdist gives it a number that was never used.
 
 pytest 9.2 with xdist 3.8 ignores `xdist_group` without a word, so the guarantee cannot be built on
 that mark. A scheduler of our own can: the tests of one group go to one worker, as a unit.
@@ -10,10 +14,57 @@ and gives the rest of its unit to the worker that comes in place of the dead one
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from quantmatrix.matrix import Cell
+
+
+CELLS = "quantmatrix_cells"
+"""What a worker is given: the ids of the cells."""
+SLOT = "quantmatrix_slot"
+"""What a worker is given: the number of its device."""
+
+
+class Workers:
+    """Hooks of the process that starts workers."""
+
+    def __init__(self, cells: Callable[[], Sequence[Cell]]) -> None:
+        """`cells` are those that the options select."""
+        self.cells = cells
+        self.slots: dict[str, int] = {}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Hand the selected cells and the first device that no other has to a worker."""
+        taken = set(self.slots.values())
+        slot = next(number for number in count() if number not in taken)
+        self.slots[node.gateway.id] = slot
+        node.workerinput[SLOT] = slot
+        node.workerinput[CELLS] = [cell.id for cell in self.cells()]
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Take the device of a worker back."""
+        self.slots.pop(node.gateway.id, None)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
+        """All tests of a checkpoint on one worker, whatever the version of xdist."""
+        if config.getoption("dist") not in ("load", "loadgroup"):
+            return None  # --dist each, loadfile ... were asked for by name
+        groups = {cell.id: f"{cell.model} {cell.checkpoint}" for cell in self.cells()}
+        return make_scheduler(config, log, groups)
+
+
+def read_worker(config: pytest.Config) -> int | None:
+    """Number of this worker's device; None in a session without workers, and in their controller."""
+    given: Mapping[str, Any] | None = getattr(config, "workerinput", None)
+    return int(given[SLOT]) if given else None
 
 
 def make_scheduler(config: pytest.Config, log: Any, groups: Mapping[str, str]) -> Any:

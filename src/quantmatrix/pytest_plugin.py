@@ -13,8 +13,8 @@ and therefore runs for every hardware. What the suite puts into `proof` becomes 
 one file per cell, written when the last check of the cell is done. A run that keeps its evidence to
 itself must give the verdicts that are committed beside the tables, better ones included.
 
-Under xdist all tests of one checkpoint run on one worker, worker N uses device N of those that are
-visible, and each worker one thread. `--rows FILE` and `--shard i/n` run a part of the cells. How a
+Under xdist all tests of one checkpoint run on one worker, and each worker has one thread and one of
+the devices that are visible. `--rows FILE` and `--shard i/n` run a part of the cells. How a
 run ends is told by `quantmatrix.exit_codes`: nothing collected, a row without a verdict or a wrong
 machine is never success. Nothing here imports torch; `quantmatrix.workbench` does, once a test
 needs it.
@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from quantmatrix import identify, selection
+from quantmatrix.device_scheduling import CELLS, Workers, read_worker
 from quantmatrix.errors import MachineError, UsageError
 from quantmatrix.evidence import path_of, remove_leftovers
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, GATE_LOOSENED, NOTHING_COLLECTED
@@ -48,8 +49,6 @@ PLAN_ONLY = ("refuse",)
 """Checks that need no device: they run for every hardware of the tables."""
 MANY = 1000
 """Tests from which on the garbage collector's time is noticed."""
-CELLS = "quantmatrix_cells"
-"""What a worker is given: the ids of the cells."""
 LOCAL = "cpu"
 """Hardware on which the other checks run when nothing is said."""
 
@@ -123,6 +122,7 @@ class Harness:
         if self.worker is None:  # workers report to their controller, which counts
             self.outcomes = Outcomes(self.is_cell)
             config.pluginmanager.register(self.outcomes, "quantmatrix-outcomes")
+            config.pluginmanager.register(Workers(lambda: self.cells), "quantmatrix-workers")
         if self.narrowed:
             _ = self.cells  # a selection that is empty or misspelt ends the session at once
 
@@ -331,11 +331,6 @@ class Harness:
         report.outcome = "failed"
         report.longrepr = f"{item.cell.id}: {message}"
 
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_configure_node(self, node: Any) -> None:
-        """Hand the selected cells to a worker."""
-        node.workerinput[CELLS] = [cell.id for cell in self.cells]
-
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
         """Stop on a machine that is not the hardware that was asked for."""
@@ -348,15 +343,6 @@ class Harness:
             asked = set(self.wanted["check"] or wanted) & wanted
             if row.vendor != "cpu" and asked and (why := identify.ask(place)):
                 pytest.exit(why, returncode=ENVIRONMENT_UNUSABLE)
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
-        """All tests of a checkpoint on one worker, whatever the version of xdist."""
-        if config.getoption("dist") not in ("load", "loadgroup"):
-            return None  # --dist each, loadfile ... were asked for by name
-        from quantmatrix.device_scheduling import make_scheduler
-
-        return make_scheduler(config, log, {c.id: f"{c.model} {c.checkpoint}" for c in self.cells})
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Say where the records are."""
@@ -390,9 +376,3 @@ class Harness:
         bench = Workbench(self.tables, tiny=tiny, worker=self.worker)
         yield bench
         bench.release()
-
-
-def read_worker(config: pytest.Config) -> int | None:
-    """Number of this xdist worker, or None in a session without workers (and their controller)."""
-    given = getattr(config, "workerinput", None)
-    return int(given["workerid"].removeprefix("gw")) if given else None

@@ -70,14 +70,20 @@ def test_each_end_has_a_code_of_its_own(
 def test_a_dead_worker_leaves_a_row_that_was_not_executed(
     fault: str, project: Path, tmp_path: Path
 ) -> None:
-    found, output = shards.run(
-        project, tmp_path, "--backend", "reference", *SPREAD, fault=f"{fault} {GOOD}"
-    )
+    evidence, slots = tmp_path / "evidence", tmp_path / "slots"
+    slots.mkdir()
+    words = ["--backend", "reference", *SPREAD]
+    fault = f"{fault} {GOOD}"
+    found, output = shards.run(project, evidence, *words, fault=fault, SLOTS=str(slots))
     assert found == NOT_EXECUTED, output
     assert f"row not executed (exit code 12): {GOOD}" in output.splitlines()
     others = [f"row-{i}@cpu+reference" for i in range(shards.COUNT)]
     others.remove(GOOD)
-    assert set(shards.read_bytes(tmp_path)) == shards.names_of(others)
+    assert set(shards.read_bytes(evidence)) == shards.names_of(others)
+    # The worker in its place has a number of its own, and the dead one's device.
+    pairs = [path.name.split() for path in slots.iterdir()]
+    assert {slot for slot, _ in pairs} == {"0", "1"}
+    assert {worker for _, worker in pairs} >= {"gw0", "gw1"}
 
 
 def test_a_full_disk_under_workers_is_no_success(project: Path, tmp_path: Path) -> None:
