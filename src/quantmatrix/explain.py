@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix import evidence as records
 from quantmatrix.errors import UsageError
+from quantmatrix.identify import AUTO, resolve
 from quantmatrix.pages import EVIDENCE, read_worst, show_number
 from quantmatrix.states import explain_state
 
@@ -252,7 +253,9 @@ def find_checkpoints(tables: Matrix, name: str, model: str | None = None) -> lis
 
 
 def find_hardware(tables: Matrix, name: str) -> tuple[str, ...]:
-    """The hardware ids of an id or a group; UsageError when it is neither."""
+    """The hardware ids of an id, a group or `auto` (this machine); UsageError for other words."""
+    if name == AUTO:
+        return (resolve(name, tables.hardware),)
     if name in tables.hardware:
         return (name,)
     if name in tables.groups:

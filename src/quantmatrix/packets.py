@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,8 @@ CARD = "packet.json"
 LATENTS = "latents.safetensors"
 KEYS = {"schema", "cell", "command", "metrics", "files"}
 SIDES = ("baseline", "candidate")
+CELL_ID = re.compile(r"[a-z0-9][a-z0-9._-]*@[a-z0-9-]+(\+[a-z0-9_-]+)?")
+"""What may become the name of a file."""
 TOLERANCE = 2e-6
 """Relative: metrics are written with six digits."""
 
@@ -187,7 +190,7 @@ def list_card_problems(card: Any) -> list[str]:
         return [f"{CARD}: expected an object with {', '.join(sorted(KEYS))}"]
     if card["schema"] != SCHEMA:
         return [f"{CARD}: schema {card['schema']!r}, expected {SCHEMA}"]
-    if not isinstance(card["cell"], str) or "@" not in card["cell"] or ".." in card["cell"]:
+    if not isinstance(card["cell"], str) or not CELL_ID.fullmatch(card["cell"]):
         return [f"{CARD}: cell {card['cell']!r} is not the id of a cell"]
     wanted = {LATENTS, str(records.path_of(card["cell"]))}
     if not isinstance(card["files"], dict) or set(card["files"]) != wanted:

@@ -27,6 +27,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quantmatrix import evidence as records
 from quantmatrix import hardware
 from quantmatrix.census import find_differences, find_undeclared
@@ -61,7 +63,7 @@ def validate(request: Request, command: str, say: Say = lambda _: None) -> Valid
     base = decide(base_request)
     say(f"base model: {describe_runs(request)}")
     baselines = generate_all(base_request, made=base)
-    gc.collect()
+    release_memory()
     say(f"checkpoint: {describe_runs(request)}")
     pipeline = build_pipeline(made)
     census, problems = take_census(made, pipeline)
@@ -94,6 +96,13 @@ def validate(request: Request, command: str, say: Say = lambda _: None) -> Valid
         "made": records.tell_time(),
     }
     return Validation(records.make_portable(report, name_places()), problems, pairs)
+
+
+def release_memory() -> None:
+    """Give back what the base model held, so that the two are never in memory together."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def plan_quantized(request: Request) -> Plan:

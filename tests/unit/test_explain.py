@@ -9,7 +9,7 @@ import pytest
 from tables import CASES, CHECKPOINTS, write_tables
 
 from quantmatrix import evidence as records
-from quantmatrix import matrix
+from quantmatrix import hardware, matrix
 from quantmatrix.cli import main
 from quantmatrix.errors import UsageError
 from quantmatrix.evidence import CheckResult, Evidence
@@ -77,6 +77,11 @@ def test_unknown_words_are_answered_with_near_ones(tables: Matrix) -> None:
     with pytest.raises(UsageError, match="known ids and groups: cpu, h100, b200, all"):
         find_hardware(tables, "abacus")
     assert find_hardware(tables, "all") == ("cpu", "h100", "b200")
+
+
+def test_auto_is_the_row_of_this_machine(tables: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "probe", lambda: hardware.from_row(tables.hardware["h100"]))
+    assert find_hardware(tables, "auto") == ("h100",)
 
 
 def test_a_proven_cell_needs_no_alternative(explainer: Explainer) -> None:

@@ -13,7 +13,11 @@ import pytest
 import quantmatrix
 
 PACKAGE = Path(quantmatrix.__file__).parent
-LIGHT = ("matrix", "hardware", "checkpoint", "references", "evidence", "report", "errors", "scheme")
+LIGHT = (
+    *("matrix", "hardware", "checkpoint", "references", "evidence", "errors", "scheme", "commands"),
+    *("report", "states", "pages", "page_data", "page_html", "picture", "matrix_changes"),
+    *("explain", "lifecycle", "agreement", "code_path", "census", "packets", "validation_page"),
+)
 HEAVY = {"torch", "diffusers", "transformers", "pandas", "accelerate", "numpy", "safetensors"}
 VENDOR = {"flashinfer", "nunchaku", "torch_npu", "triton", "humming", "comfy_kitchen", "modelopt"}
 
@@ -92,7 +96,16 @@ def test_only_the_command_line_reads_the_environment(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["matrix", "list"], ["matrix", "check"], ["report", "--check"]]
+    "words",
+    [
+        ["--help"],
+        ["matrix", "list"],
+        ["matrix", "check"],
+        ["matrix", "diff", "HEAD..HEAD"],
+        ["report", "--check"],
+        ["agreement"],
+        ["explain", "--checkpoint", "fp8-guide", "--hardware", "cpu"],
+    ],
 )
 def test_light_commands_import_no_torch(words: list[str]) -> None:
     code = (

@@ -115,7 +115,8 @@ def test_better_numbers_than_the_latents_give_are_found(packet: Path, tables: Ma
     [
         (lambda card: card.pop("metrics"), "expected an object with cell, command, files"),
         (lambda card: card.update(schema=2), "schema 2, expected 1"),
-        (lambda card: card.update(cell="../../x@cpu"), "is not the id of a cell"),
+        (lambda card: card.update(cell="../../x@cpu"), "x@cpu' is not the id of a cell"),
+        (lambda card: card.update(cell="x@/etc"), "'x@/etc' is not the id of a cell"),
         (lambda card: card["files"].update(x=1), "files are"),
         (lambda card: card.update(cell="other@cpu"), "expected ['cpu/other.json', "),
     ],

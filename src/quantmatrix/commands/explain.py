@@ -16,7 +16,7 @@ def add_to(commands: Any) -> None:
     text = "say whether a checkpoint works on a hardware, why, and what works instead"
     parser = add_command(commands, "explain", text, run_explain)
     parser.add_argument("--checkpoint", required=True, help="an id, a hub id, a path or file name")
-    parser.add_argument("--hardware", required=True, help="an id or a group of hardware.csv")
+    parser.add_argument("--hardware", required=True, help="an id, a group or `auto`")
     parser.add_argument("--model", help="only checkpoints of this model")
     parser.add_argument("--reports", help="folder of the reports (default: reports)")
     parser.add_argument("--json", action="store_true")
