@@ -88,12 +88,12 @@ def require(row: HardwareRow) -> Machine:
     return machine
 
 
-def ask(place: str) -> str | None:
-    """Why this machine is not the hardware of a row of the package's tables, in one line, or None.
+def ask(place: str, tables: Path) -> str | None:
+    """Why this machine is not the hardware of a row of the tables, in one line, or None.
 
     Another process looks, so that this one neither imports torch nor holds memory of a device.
     """
-    command = [sys.executable, "-m", "quantmatrix.identify", place]
+    command = [sys.executable, "-m", "quantmatrix.identify", place, "--tables", str(tables)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return None if done.returncode == 0 else done.stderr.strip().rpartition("\n")[2]
 
@@ -124,8 +124,9 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m quantmatrix.identify")
     parser.add_argument("hardware", nargs="?", help="a row of hardware.csv that this must be")
     parser.add_argument("--drivers", action="store_true", help="look at drivers only, before torch")
+    parser.add_argument("--tables", type=Path, help="folder of the tables (default: ours)")
     given = parser.parse_args(words)
-    rows = matrix.read().hardware
+    rows = matrix.read(given.tables).hardware
     try:
         name = given.hardware or resolve(AUTO, rows)
         if name not in rows:

@@ -341,7 +341,7 @@ class Harness:
             row = self.tables.hardware[place]
             wanted = {check for cell in self.cells for check in cell.checks} - set(PLAN_ONLY)
             asked = set(self.wanted["check"] or wanted) & wanted
-            if row.vendor != "cpu" and asked and (why := identify.ask(place)):
+            if row.vendor != "cpu" and asked and (why := identify.ask(place, self.tables_folder)):
                 pytest.exit(why, returncode=ENVIRONMENT_UNUSABLE)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:

@@ -71,19 +71,24 @@ def make_scheduler(tests: list[str], names: list[str]) -> tuple[object, list[Nod
     return scheduler, nodes
 
 
-def test_the_rest_of_a_dead_workers_units_goes_to_its_successor() -> None:
-    # Units a, b, c ... of two tests each, one after the other.
-    tests = [f"t.py::test_{check}[{unit}{i}]" for unit in "abcdef" for i in "1" for check in "xy"]
+@pytest.mark.parametrize("checks", ["x", "xy", "xyz"])
+@pytest.mark.parametrize("units", ["ab", "abcde", "abcdefgh"])
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_the_rest_of_a_dead_workers_units_goes_to_its_successor(
+    checks: str, units: str, before: int
+) -> None:
+    tests = [f"t.py::test_{check}[{unit}1]" for unit in units for check in checks]
     scheduler, (first, second) = make_scheduler(tests, ["gw0", "gw1"])
-    done = first.sent[0]
-    scheduler.mark_test_complete(first, done)
-    crashed = tests[first.sent[1]]
+    done = first.sent[: min(before, len(first.sent) - 1)]
+    for index in done:
+        scheduler.mark_test_complete(first, index)
+    crashed = tests[first.sent[len(done)]]
     assert scheduler.remove_node(first) == crashed
     third = Node("gw2")
     scheduler.add_node(third)
     scheduler.add_node_collection(third, tests)
     scheduler.schedule()
-    ran = {first: [done], second: [], third: []}
+    ran = {first: list(done), second: [], third: []}
     for _ in range(len(tests)):
         for node in (second, third):
             # As a worker does: a test starts once it is known what comes next.
