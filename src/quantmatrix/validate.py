@@ -5,7 +5,8 @@ in memory. What is measured:
 
 | part      | content |
 | --------- | ------- |
-| `census`  | per component the quantized layers, what is not as declared, and what is not as planned |
+| `census`  | per component the quantized layers, what is not as declared or not as planned, and what |
+|           | no step of the first run called, and is therefore not measured |
 | `layers`  | error of every quantized layer on the inputs that it gets (see `layer_errors`) |
 | `runs`    | per prompt and seed: distance of the latents of every step and of the pictures, seconds |
 | `memory`  | bytes of transformer weights; the accelerator's peak where there is one |
@@ -72,6 +73,8 @@ def validate(request: Request, command: str, say: Say = lambda _: None) -> Valid
     with watch_layers(pipeline, made, base) as errors:
         generate_all(replace(request, prompt=request.prompt[:1], seed=request.seed[:1]),
                      made=made, pipeline=pipeline)  # fmt: skip
+    for name, found in errors.found.items():
+        census[name]["not_called"] = sorted(set(made.components[name].layers) - set(found))
     pairs = list(zip(baselines, runs, strict=True))
     problems += judge_layers(errors) + judge_runs(pairs)
     quantized = {name: part for name, part in made.components.items() if part.layers}

@@ -93,6 +93,7 @@ def list_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         f"{name}: {part['quantized']} of {part['linear_layers']} linear layers, {part['precision']}"
         for name, part in report["census"].items()
     ]
+    unseen = {name: len(part["not_called"]) for name, part in report["census"].items()}
     weights = [memory[kind]["weight_bytes"] / MIB for kind in ("bf16", "quantized")]
     seconds = [speed[kind]["generate_seconds"] for kind in ("bf16", "quantized")]
     facts = [
@@ -100,6 +101,7 @@ def list_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("base model", report["base"]),
         ("checkpoint", ", ".join(map(str, report["references"].values()))),
         ("quantized", "; ".join(layers)),
+        ("not called", ", ".join(f"{n} layers of {name}" for name, n in unseen.items() if n)),
         ("latents, PSNR", f"{show_worst(finals, 'psnr_db')} dB after the last step"),
         ("latents, cosine", f"{show_worst(worst, 'cosine')} at the worst step"),
         ("pictures, PSNR", f"{show_least(media)} dB"),

@@ -136,6 +136,16 @@ def test_a_cell_opens_its_evidence(page: Any) -> None:
     assert all(run(page, "return arguments[0].naturalWidth", picture) == 1 for picture in pictures)
 
 
+def test_a_command_can_be_copied(page: Any) -> None:
+    open_cell(page, PROVEN)
+    button = page.find_element("css selector", "#cell .copy")
+    button.click()
+    run(page, "return new Promise(done => setTimeout(done, 200))")
+    assert button.text in ("Copied", "Selected: press Ctrl+C")
+    shown = page.find_element("css selector", "#cell pre").text
+    assert run(page, "return getSelection().toString()") == shown
+
+
 def test_failures_refusals_and_gaps_say_why(page: Any) -> None:
     text = open_cell(page, FAILING)
     assert "generate: too far" in text

@@ -90,6 +90,21 @@ def test_a_sound_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     run(*words, code=2)  # nothing is written over
 
 
+def test_an_expert_that_no_step_called_is_said(tmp_path: Path) -> None:
+    base = ["--tiny", "--model-path", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"]
+    parts = "Eco-Tech/Wan2.2-T2V-A14B-Diffusers-w8a8"
+    paths = ["--transformer-path", f"{parts}/transformer"]
+    paths += ["--transformer-2-path", f"{parts}/transformer_2", "--num-inference-steps", "1"]
+    folder = tmp_path / "out"
+    assert main(["validate", *base, *paths, "--output-path", str(folder)]) == 0
+    census = json.loads((folder / "validation.json").read_text())["census"]
+    assert census["transformer"]["not_called"] == []
+    assert len(census["transformer_2"]["not_called"]) == census["transformer_2"]["quantized"]
+    count = census["transformer_2"]["quantized"]
+    card = (folder / "model-card.md").read_text()
+    assert f"| not called | {count} layers of transformer_2 |" in card
+
+
 def test_a_layer_that_is_not_quantized_as_declared(
     damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
