@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -170,3 +171,9 @@ def test_codes_differ_from_each_other_and_from_others() -> None:
     assert len(set(exit_codes.MEANINGS.values())) == len(codes) == 5
     assert not set(codes) & {*range(6), 130}
     assert json.dumps(codes) == "[10, 11, 12, 13, 14]"
+
+
+def test_the_contributors_guide_lists_the_codes() -> None:
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    listed = dict(re.findall(r"^\| (\d+) \| ([a-z ]+)", text, re.MULTILINE))
+    assert {int(code): words for code, words in listed.items()} == exit_codes.MEANINGS
