@@ -13,6 +13,7 @@ to try the script.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-from quantmatrix import families, hardware, kernels
+from quantmatrix import acceleration, families, hardware, kernels, models
 from quantmatrix.families.protocol import Calibration
 from quantmatrix.layers import QuantizedLinear
 from quantmatrix.synthetic import make_inputs, synthesize
@@ -34,19 +35,44 @@ LAYERS = (
     ("modelopt-fp8", "FP8", "torch"),
     ("fp8", "tensor-dynamic", "torch"),
     ("fp8", "channel-dynamic", "torch"),
+    ("fp8", "block-dynamic", "torch-block"),
     ("modelopt-nvfp4", "NVFP4", "fp8-recode"),
+    ("modelopt-nvfp4", "NVFP4", "packed"),
+    ("modelopt-nvfp4", "NVFP4", "packed-fp8"),
     ("msmodelslim", "W8A8", "int8"),
     ("msmodelslim", "W8A8_DYNAMIC", "int8"),
     ("nunchaku-svdq", "int4_r32", "merged"),
     ("nunchaku-svdq", "nvfp4_r32", "merged"),
+    ("nunchaku-svdq", "int4_r32", "packed"),
+    ("nunchaku-svdq", "nvfp4_r32", "packed"),
 )
+FP8 = ("modelopt-fp8", "FP8", "torch")
+RECODED = ("modelopt-nvfp4", "NVFP4", "fp8-recode")
+INT8 = ("msmodelslim", "W8A8", "int8")
 STEPS = (
-    ("modelopt-fp8", "FP8", "torch"),
-    ("modelopt-nvfp4", "NVFP4", "fp8-recode"),
+    FP8,
+    RECODED,
+    ("modelopt-nvfp4", "NVFP4", "packed"),
+    ("modelopt-nvfp4", "NVFP4", "packed-fp8"),
     ("nunchaku-svdq", "int4_r32", "merged"),
+    ("nunchaku-svdq", "int4_r32", "packed"),
+    INT8,
     ("msmodelslim", "W8A8_DYNAMIC", "int8"),
 )
-TOLERANCE = {"torch": 4e-3, "int8": 4e-3, "merged": 2e-1, "fp8-recode": 2e-1}
+BFL = (("diffusers", "fp8r", "bfl"), ("diffusers", "nvfp4", "bfl"))
+"""What diffusers does with the same formats."""
+TOLERANCE = {
+    "torch": 4e-3, "torch-block": 4e-3, "int8": 4e-3, "merged": 2e-1, "packed": 2e-1,
+    "packed-fp8": 2e-1, "fp8-recode": 2e-1,
+}  # fmt: skip
+SAME_AS = {
+    ("linear.nvfp4", "packed-fp8"): "fp8-recode",
+    ("linear.nvfp4", "packed"): "decode",
+    ("linear.svdq", "packed"): "merged",
+}
+"""Backends that must agree to a rounding of BF16 with another one."""
+BURST = 20
+"""Layers per timing: enough that the GPU never waits for the CPU's next launch."""
 """Relative L2 from `reference`: the same arithmetic up to BF16 rounding, or another class of it."""
 
 
@@ -85,10 +111,14 @@ class Bench:
                 flush=True,
             )
         self.path.write_text(json.dumps(self.results, indent=1, sort_keys=True))
+        torch._dynamo.reset()
+        gc.collect()  # a captured forward and its model refer to each other
         if self.device != "cpu":
             torch.cuda.empty_cache()
 
-    def measure(self, ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    def measure(
+        self, ways: dict[str, Callable[[], Any]], repeats: int, burst: int = 1
+    ) -> dict[str, float]:
         """Median milliseconds of each way, run in turn after a warm-up."""
         for way in ways.values():
             way()
@@ -96,10 +126,11 @@ class Bench:
         times: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(repeats):
             for name, way in ways.items():
-                times[name].append(self.time_once(way))
+                times[name].append(self.time_once(way, burst))
         return {name: statistics.median(values) for name, values in times.items()}
 
-    def time_once(self, way: Callable[[], Any]) -> float:
+    def time_once(self, way: Callable[[], Any], burst: int) -> float:
+        """Milliseconds of one call, of `burst` calls without a pause."""
         if self.device == "cpu":
             start = time.perf_counter()
             way()
@@ -107,10 +138,11 @@ class Bench:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         begin.record()
-        way()
+        for _ in range(burst):
+            way()
         end.record()
         torch.cuda.synchronize()
-        return float(begin.elapsed_time(end))
+        return float(begin.elapsed_time(end)) / burst
 
 
 def make_layer(
@@ -146,12 +178,19 @@ def check_layer(bench: Bench, family: str, scheme: str, backend: str) -> dict[st
         got, expected = layer(x).float(), other(x).float()
         plain = torch.nn.functional.linear(x, weight).float()
         again = layer(x).float()
+        twin = SAME_AS.get((layer.scheme.op, backend))
+        beside = 0.0
+        if twin:
+            found = {kernel.backend: kernel for kernel in kernels.kernels_of(layer.scheme.op)}
+            same = QuantizedLinear(k, n, found[twin], layer.scheme, canonical, torch.bfloat16)
+            beside = ((same(x).float() - got).norm() / got.norm()).item()
     error = ((got - expected).norm() / expected.norm()).item()
     return {
+        "error_from_twin": beside,
         "error_from_reference": error,
         "reference_from_bf16": ((expected - plain).norm() / plain.norm()).item(),
         "repeats": bool(torch.equal(got, again)),
-        "passed": bool(error <= TOLERANCE[backend]),
+        "passed": bool(error <= TOLERANCE[backend] and beside <= 4e-3),
     }
 
 
@@ -166,55 +205,171 @@ def time_layers(bench: Bench, wanted: list[tuple[str, str, str]]) -> dict[str, A
             "bf16": lambda x=x, w=plain: torch.nn.functional.linear(x, w)
         }
         for family, scheme, backend in wanted:
-            if family == "nunchaku-svdq":
-                continue  # merged is a BF16 linear layer
+            if backend == "merged":
+                continue  # a BF16 linear layer
             layer, _, _ = make_layer(bench, family, scheme, backend, (n, k))
             ways[f"{family} {scheme} {backend}"] = lambda x=x, layer=layer: layer(x)
+        row = make_bfl(torch.nn.Linear(k, n, bias=False, device="meta"), "fp8r", bench.device)
+        ways["diffusers fp8r bfl"] = lambda x=x, row=row: row(x)
         with torch.no_grad():
-            times = bench.measure(ways, 5 if bench.tiny else 30)
+            times = bench.measure(ways, 5 if bench.tiny else 15, burst=BURST)
         found[f"{m}x{k}x{n}"] = {
             name: {"ms": value, "ratio": value / times["bf16"]} for name, value in times.items()
         }
+    names = next(iter(found.values()))
+    found["geometric mean of ratios"] = {
+        name: statistics.geometric_mean(found[shape][name]["ratio"] for shape in found)
+        for name in names
+    }
     return found
 
 
+def make_bfl(linear: torch.nn.Linear, kind: str, device: str) -> torch.nn.Module:
+    """diffusers' own quantized layer of a linear layer's shape, with random codes."""
+    from diffusers.quantizers.bfl.utils import QUANTIZED_LINEARS
+
+    made: torch.nn.Module = QUANTIZED_LINEARS[kind](
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=torch.bfloat16,
+        device=device,
+    )
+    for name, tensor in made.state_dict().items():
+        if name == "bias":
+            tensor.zero_()
+        elif name == "weight" and kind == "nvfp4":
+            tensor.random_(0, 256)
+        elif name == "weight":
+            tensor.copy_(torch.randn(tensor.shape, device=device))
+        else:
+            tensor.fill_(1 / 64)
+    return made
+
+
+def synthesize_bfl(bench: Bench, model: str, kind: str, size: str) -> torch.nn.Module:
+    """A transformer whose blocks have diffusers' own quantized layers."""
+    made = synthesize(model, bench.machine, size=size)
+    blocks = models.load(model).BLOCKS
+    for name, module in list(made.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name.split(".")[0] in blocks:
+            layer = make_bfl(module, kind, bench.device)
+            if layer.bias is not None:
+                layer.bias.data = layer.bias.data.bfloat16()
+            parent, _, child = name.rpartition(".")
+            setattr(made.get_submodule(parent), child, layer)
+    return made
+
+
 def time_step(
-    bench: Bench, model: str, wanted: list[tuple[str, str, str]], *, compiled: bool, repeats: int
+    bench: Bench,
+    model: str,
+    wanted: list[tuple[str, str, str]],
+    *,
+    mode: str,
+    repeats: int,
 ) -> dict[str, Any]:
-    """One transformer forward: diffusers in BF16 beside each quantized form, in pairs."""
+    """One transformer forward: diffusers in BF16 beside each quantized form, in pairs.
+
+    `mode` is `eager`, `compiled` (the repeated blocks), `graph` (one CUDA graph) or both; `bf16` is
+    always eager, `bf16 MODE` the same model in that mode.
+    """
     size = "tiny" if bench.tiny else "full"
     plain = synthesize(model, bench.machine, size=size)
     inputs = make_inputs(model, plain, bench.device, torch.bfloat16, size=size)
     found: dict[str, Any] = {"bf16_bytes": count_bytes(plain)}
-
-    def forward(module: torch.nn.Module) -> Callable[[], Any]:
-        return lambda: module(**inputs)
-
-    if compiled:
-        plain.compile_repeated_blocks(fullgraph=False)
+    ways = {"bf16": run_eagerly(plain, inputs)}
+    if mode != "eager":
+        ways[f"bf16 {mode}"] = prepare_mode(plain, inputs, mode)
     for family, scheme, backend in wanted:
-        quantized = synthesize(
-            model, bench.machine, family=family, scheme=scheme, backend=backend, size=size
-        )
-        if compiled:
-            quantized.compile_repeated_blocks(fullgraph=False)
-        with torch.no_grad():
-            first = flatten(quantized(**inputs))
-            same = torch.equal(first, flatten(quantized(**inputs)))
-            times = bench.measure(
-                {"bf16": forward(plain), "quantized": forward(quantized)}, repeats
+        name = f"{family} {scheme} {backend}"
+        if bench.left() < 25 and not bench.tiny:
+            found[name] = {"not_reached": f"{bench.left():.0f} s left"}
+            continue
+        try:
+            found[name] = time_one(
+                bench, model, (family, scheme, backend), inputs, ways, mode, repeats
             )
-        found[f"{family} {scheme} {backend}"] = {
-            **times,
-            "ratio": times["quantized"] / times["bf16"],
-            "bytes": count_bytes(quantized),
-            "repeats": bool(same),
-            "finite": bool(torch.isfinite(first).all()),
-        }
-        del quantized
+        except Exception as error:
+            traceback.print_exc()
+            found[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+        gc.collect()
         if bench.device != "cpu":
             torch.cuda.empty_cache()
     return found
+
+
+def time_one(
+    bench: Bench,
+    model: str,
+    way: tuple[str, str, str],
+    inputs: dict[str, Any],
+    ways: dict[str, Callable[[], Any]],
+    mode: str,
+    repeats: int,
+) -> dict[str, Any]:
+    """One quantized form beside the BF16 ways."""
+    family, scheme, backend = way
+    size = "tiny" if bench.tiny else "full"
+    if family == "diffusers":
+        quantized = synthesize_bfl(bench, model, scheme, size)
+    else:
+        quantized = synthesize(
+            model, bench.machine, family=family, scheme=scheme, backend=backend, size=size
+        )
+    run = prepare_mode(quantized, inputs, mode)
+    with torch.no_grad():
+        first = flatten(run()).clone()
+        same = torch.equal(first, flatten(run()))
+        times = bench.measure({**ways, "quantized": run}, repeats)
+        kernels_run = name_kernels(bench, run)
+    return {
+        "ms": times,
+        "ratios": {name: times["quantized"] / times[name] for name in ways},
+        "bytes": count_bytes(quantized),
+        "repeats": bool(same),
+        "finite": bool(torch.isfinite(first).all()),
+        "kernels": kernels_run,
+    }
+
+
+def run_eagerly(module: torch.nn.Module, inputs: dict[str, Any]) -> Callable[[], Any]:
+    """A forward that neither compiled code nor a captured graph takes part in."""
+    forward = module.forward
+
+    def run() -> Any:
+        with torch.compiler.set_stance("force_eager"):
+            return forward(**inputs)
+
+    return run
+
+
+def prepare_mode(module: torch.nn.Module, inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
+    """A forward in a mode: `eager`, `compiled`, `graph` or `compiled-graph`."""
+    if "compiled" in mode:
+        acceleration.compile_blocks(module)
+    if "graph" in mode:
+        acceleration.graph_forward(module)
+    return lambda: module(**inputs)
+
+
+def name_kernels(bench: Bench, run: Callable[[], Any]) -> dict[str, list[float]]:
+    """The kernels that take most of a forward: name to [calls, milliseconds]."""
+    if bench.device == "cpu":
+        return {}
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events)
+    found = {
+        event.key[:90]: [event.count, round(event.self_device_time_total / 1e3, 3)]
+        for event in events[:8]
+    }
+    return {**found, "all": [sum(event.count for event in events), round(total / 1e3, 3)]}
 
 
 def flatten(output: Any) -> torch.Tensor:
@@ -255,6 +410,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-path", type=Path, required=True)
     parser.add_argument("--budget", type=float, default=540, help="seconds for all stages")
+    parser.add_argument("--only", nargs="+", default=[], help="stages to run, by their names")
+    parser.add_argument("--forms", nargs="+", default=[], help="'family scheme backend' to time")
     parser.add_argument("--tiny", action="store_true", help="tiny models on a CPU")
     arguments = parser.parse_args()
     bench = Bench(arguments.output_path, arguments.budget, arguments.tiny)
@@ -262,7 +419,7 @@ def main() -> None:
     bench.stage("rates", lambda: measure_rates(bench), 20)
     good: list[tuple[str, str, str]] = []
     for way in LAYERS:
-        if bench.tiny and way[2] in ("torch", "fp8-recode"):
+        if bench.tiny and way[2] in ("torch", "torch-block", "fp8-recode", "packed", "packed-fp8"):
             continue
         name = "check " + " ".join(way)
         bench.stage(name, lambda way=way: check_layer(bench, *way), 15)
@@ -270,21 +427,31 @@ def main() -> None:
             good.append(way)
     bench.stage("layers", lambda: time_layers(bench, good), 30)
     steps = [way for way in STEPS if way in good]
-    fp8 = [way for way in steps if way[0] == "modelopt-fp8"]
+    fp8 = [way for way in steps if way == FP8]
+    light = [way for way in steps if way in (FP8, RECODED, INT8)]
     repeats = 3 if bench.tiny else 10
-    plans: list[tuple[str, str, list[tuple[str, str, str]], bool, int, float]] = [
-        ("step flux-1", "flux-1", steps, False, repeats, 60),
-        ("step flux-1 compiled", "flux-1", fp8, True, repeats, 100),
-        ("step z-image", "z-image", steps, False, repeats, 40),
-        ("step qwen-image", "qwen-image", fp8, False, repeats, 60),
-        ("step wan-2-2", "wan-2-2", fp8, False, 3, 80),
-        ("step flux-2", "flux-2", fp8, False, 5, 80),
+    plans: list[tuple[str, str, list[tuple[str, str, str]], str, int, float]] = [
+        ("step flux-1", "flux-1", [*steps, *BFL], "eager", repeats, 60),
+        ("step flux-1 graph", "flux-1", steps, "graph", repeats, 40),
+        ("step flux-1 compiled", "flux-1", fp8, "compiled", repeats, 60),
+        ("step flux-1 compiled-graph", "flux-1", light, "compiled-graph", repeats, 60),
+        ("step flux-2", "flux-2", fp8, "eager", 5, 40),
+        ("step flux-2 compiled", "flux-2", fp8, "compiled", 5, 60),
+        ("step wan-2-2", "wan-2-2", fp8, "eager", 3, 60),
+        ("step qwen-image graph", "qwen-image", light, "graph", repeats, 40),
+        ("step z-image graph", "z-image", light, "graph", repeats, 40),
     ]
-    for name, model, wanted, compiled, count, needs in plans:
+    for name, model, wanted, mode, count, needs in plans:
+        if arguments.only and name not in arguments.only:
+            continue
+        if bench.tiny and "graph" in mode:
+            continue
+        if arguments.forms:
+            wanted = [way for way in wanted if " ".join(way) in arguments.forms]
         bench.stage(
             name,
-            lambda model=model, wanted=wanted, compiled=compiled, count=count: time_step(
-                bench, model, wanted, compiled=compiled, repeats=count
+            lambda model=model, wanted=wanted, mode=mode, count=count: time_step(
+                bench, model, wanted, mode=mode, repeats=count
             ),
             needs,
         )

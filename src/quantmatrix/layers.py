@@ -68,6 +68,8 @@ def share_inputs(model: nn.Module) -> int:
             one = SharedInput()
             for layer in layers:
                 layer.shared = one
+                if "q_input_scale" in layer._buffers:  # one tensor: a compiler sees equal codes
+                    layer.q_input_scale = layers[0].q_input_scale
             shared += len(layers)
     return shared
 
@@ -97,7 +99,7 @@ class QuantizedLinear(nn.Module):
         kept = kernel.prepare(weights, scheme, compute_dtype)
         for name, tensor in kept.items():
             self.register_buffer(f"q_{name}", tensor)
-        self._kept = tuple(kept)
+        self._kept = tuple((name, f"q_{name}") for name in kept)
         self.bias = (
             None if bias is None else nn.Parameter(bias.to(compute_dtype), requires_grad=False)
         )
@@ -117,8 +119,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply x [..., in_features]; the result has x's dtype."""
-        tensors = {name: self.get_buffer(f"q_{name}") for name in self._kept}
-        kernel = self.kernel
+        kernel, buffers = self.kernel, self._buffers
+        tensors: Tensors = {name: buffers[key] for name, key in self._kept}  # type: ignore[misc]
         if self.shared is None or kernel.encode is None or kernel.multiply is None:
             return kernel.run(x, tensors, self.bias, self.scheme)
         encoded = self.shared.find(x)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from quantmatrix import acceleration
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.library_logs import quiet
 from quantmatrix.load import DTYPES, load_component, show_progress
@@ -55,6 +56,7 @@ def build_pipeline(made: Plan, *, progress: bool = False) -> Any:
         place(pipeline, made, device, offloaded)
     elif made.layerwise_offload:
         enable_layerwise(pipeline, made, device)
+    accelerate(pipeline, made)
     pipeline.set_progress_bar_config(disable=not progress)
     return pipeline
 
@@ -121,6 +123,18 @@ def place(pipeline: Any, made: Plan, device: str, offloaded: bool) -> None:
         for name in made.components:
             getattr(pipeline, name).to("cpu")
         pipeline.enable_model_cpu_offload(device=device)
+
+
+def accelerate(pipeline: Any, made: Plan) -> None:
+    """Compile or capture the transformers, as the request asks."""
+    request, device = made.request, made.machine.device
+    if request.cuda_graph and not device.startswith("cuda"):
+        raise UsageError(f"--cuda-graph needs an NVIDIA GPU, the device is {device}: leave it out")
+    for name in made.components:
+        if request.compile:
+            acceleration.compile_blocks(getattr(pipeline, name))
+        if request.cuda_graph:
+            acceleration.graph_forward(getattr(pipeline, name))
 
 
 def enable_layerwise(pipeline: Any, made: Plan, device: str) -> None:

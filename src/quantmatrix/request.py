@@ -43,6 +43,10 @@ class Request:
     quantization_ignored_layers: tuple[str, ...] = ()
     dit_layerwise_offload: bool | None = None
     dit_cpu_offload: bool | None = None
+    compile: bool = False
+    """Compile the repeated blocks of the transformers."""
+    cuda_graph: bool = False
+    """Capture each transformer's forward in a CUDA graph."""
     backend: str | None = None
     fp4_gemm_backend: str | None = None
     device: str | None = None
@@ -66,6 +70,10 @@ class Request:
             raise UsageError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
         object.__setattr__(self, "component_paths", dict(self.component_paths))
         object.__setattr__(self, "weights_paths", dict(self.weights_paths))
+        offloaded = self.dit_layerwise_offload or self.dit_cpu_offload
+        if offloaded and (self.compile or self.cuda_graph):
+            flag = "--compile" if self.compile else "--cuda-graph"
+            raise UsageError(f"{flag} needs the transformer on its device: leave out the offload")
         self._sort_overrides()
 
     def _sort_overrides(self) -> None:
@@ -198,6 +206,10 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--backend", help="kernel backend; nothing else is tried")
     _add_bool(where, "--dit-layerwise-offload", "keep transformer blocks in host memory")
     _add_bool(where, "--dit-cpu-offload", "keep the whole transformer in host memory")
+    where.add_argument("--compile", action="store_true", help="compile the repeated blocks")
+    where.add_argument(
+        "--cuda-graph", action="store_true", help="replay each forward from a CUDA graph"
+    )
     how = parser.add_argument_group("generation")
     how.add_argument("--prompt", nargs="+", help="one or more prompts")
     how.add_argument("--negative-prompt")

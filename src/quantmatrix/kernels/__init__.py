@@ -43,6 +43,10 @@ class Needs:
     weights: tuple[str, ...] = ()
     scales: tuple[str, ...] = ()
     activations: tuple[str, ...] = ()
+    blocks: tuple[tuple[int, int], ...] = ()
+    """Rows and columns of the weight that share a scale."""
+    plain: bool = False
+    """Takes no smoothed layers and none with a low-rank branch."""
     out_multiple: int = 1
     in_multiple: int = 1
     max_rows: int = 0
@@ -91,6 +95,11 @@ class Needs:
         ):
             if allowed and found not in allowed:
                 return f"takes {word} {' or '.join(allowed)}, the layer has {found}"
+        if self.blocks and scheme.block not in self.blocks:
+            sizes = " or ".join("x".join(map(str, block)) for block in self.blocks)
+            return f"takes blocks of {sizes}, the layer has {'x'.join(map(str, scheme.block))}"
+        if self.plain and (scheme.smoothed or scheme.rank):
+            return "takes no layers with smoothing or a low-rank branch"
         if out_features % self.out_multiple or in_features % self.in_multiple:
             return (
                 f"needs out_features a multiple of {self.out_multiple} and in_features of "

@@ -1,15 +1,16 @@
 """Triton kernels of linear.fp8: an input is read once and its e4m3 codes are written once.
 
 In plain torch the same takes half a dozen kernels and up to 39 bytes of traffic per element, which
-eats the whole gain of an FP8 matmul; here it is 3. Each quantizer is a `torch.library` op, so that
-`torch.compile` sees it, merges equal calls, and gives it shapes without running it. Divisions are
-rounded to nearest, so codes equal those of `reference`.
+eats the whole gain of an FP8 matmul; here it is 3. Layers call `launch_*` as they are. Each is a
+`torch.library` op, too, so that graphs that are traced or compiled around it see one node with shapes.
+Divisions are rounded to nearest, so codes equal those of `reference`.
 
 | op | input | codes | scales |
 | -- | ----- | ----- | ------ |
 | `quantmatrix::fp8_static` | [M, K] and a scale [] | [M, K] | as given |
 | `quantmatrix::fp8_tokens` | [M, K] | [M, K] | float32 [M, 1] |
 | `quantmatrix::fp8_tensor` | [M, K] | [M, K] | float32 [] |
+| (`launch_groups`) | [M, K] | [M, K] | float32 [M, K/group], column by column |
 
 Imported where CUDA runs, never elsewhere: triton is no dependency of the package.
 """
@@ -23,11 +24,13 @@ import torch
 
 BLOCK = 8192
 LARGEST = 448.0
+GROUPS = 16
+"""Groups of a row per program."""
 
 
 @cache
-def compile_kernels() -> tuple[Any, Any, Any]:
-    """(divide by a scale, quantize tokens, largest magnitude), defined where triton is."""
+def compile_kernels() -> tuple[Any, Any, Any, Any]:
+    """(divide by a scale, quantize tokens, largest magnitude, quantize groups), defined where triton is."""
     import triton
     import triton.language as tl
 
@@ -60,39 +63,54 @@ def compile_kernels() -> tuple[Any, Any, Any]:
         values = tl.load(x + places, mask=places < size, other=0.0).to(tl.float32)
         tl.atomic_max(amax, tl.max(tl.abs(values), axis=0))
 
-    return divide, quantize_tokens, find_amax
+    @triton.jit  # type: ignore[untyped-decorator]
+    def quantize_groups(  # type: ignore
+        x, codes, scales, rows,
+        GROUPS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        places = row * GROUPS * GROUP + group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        inside = group < GROUPS
+        values = tl.load(x + places, mask=inside[:, None], other=0.0).to(tl.float32)
+        amax = tl.max(tl.abs(values), axis=1)
+        amax = tl.where(amax > 0, amax, 448.0)
+        scale = tl.math.div_rn(amax, tl.full((BLOCK,), 448.0, tl.float32))
+        tl.store(scales + group * rows + row, scale, mask=inside)
+        quotient = tl.math.div_rn(values, tl.broadcast_to(scale[:, None], (BLOCK, GROUP)))
+        held = tl.minimum(tl.maximum(quotient, -448.0), 448.0)
+        tl.store(codes + places, held.to(tl.float8e4nv), mask=inside[:, None])
+
+    return divide, quantize_tokens, find_amax, quantize_groups
 
 
-@torch.library.custom_op("quantmatrix::fp8_static", mutates_args=())
-def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def launch_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Codes e4m3 [M, K] of x [M, K] divided by a float32 scale []."""
     x = x.contiguous()
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    divide, _, _ = compile_kernels()
+    divide, *_ = compile_kernels()
     divide[(-(-x.numel() // BLOCK),)](x, codes, scale, x.numel(), BLOCK, num_warps=8)
     return codes
 
 
-@torch.library.custom_op("quantmatrix::fp8_tokens", mutates_args=())
-def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def launch_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes e4m3 [M, K], scales float32 [M, 1]) of x [M, K]."""
     import triton
 
     x = x.contiguous()
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scales = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
-    _, tokens, _ = compile_kernels()
+    _, tokens, *_ = compile_kernels()
     block = triton.next_power_of_2(x.shape[1])
     tokens[(x.shape[0],)](x, codes, scales, x.shape[1], block, num_warps=8)
     return codes, scales
 
 
-@torch.library.custom_op("quantmatrix::fp8_tensor", mutates_args=())
-def quantize_tensor(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def launch_tensor(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes e4m3 [M, K], scale float32 []) of x [M, K]; the largest magnitude is found first."""
     x = x.contiguous()
     amax = torch.zeros((), dtype=torch.float32, device=x.device)
-    divide, _, find_amax = compile_kernels()
+    divide, _, find_amax, _ = compile_kernels()
     blocks = (-(-x.numel() // BLOCK),)
     find_amax[blocks](x, amax, x.numel(), BLOCK, num_warps=8)
     scale = torch.where(amax > 0, amax, LARGEST) / LARGEST
@@ -101,15 +119,36 @@ def quantize_tensor(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scale
 
 
+def launch_groups(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes e4m3 [M, K], scales float32 [M, K/group] with stride (1, M)) of x [M, K]."""
+    x = x.contiguous()
+    rows, width = x.shape
+    codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(width // group, rows, dtype=torch.float32, device=x.device)
+    *_, kernel = compile_kernels()
+    groups = width // group
+    kernel[(rows, -(-groups // GROUPS))](x, codes, scales, rows, groups, group, GROUPS, num_warps=4)
+    return codes, scales.t()
+
+
+quantize_static = torch.library.custom_op("quantmatrix::fp8_static", launch_static, mutates_args=())
+
+
 @quantize_static.register_fake
 def _(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, dtype=torch.float8_e4m3fn)
+
+
+quantize_tokens = torch.library.custom_op("quantmatrix::fp8_tokens", launch_tokens, mutates_args=())
 
 
 @quantize_tokens.register_fake
 def _(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scales = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
     return torch.empty_like(x, dtype=torch.float8_e4m3fn), scales
+
+
+quantize_tensor = torch.library.custom_op("quantmatrix::fp8_tensor", launch_tensor, mutates_args=())
 
 
 @quantize_tensor.register_fake

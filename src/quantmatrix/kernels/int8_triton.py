@@ -149,3 +149,19 @@ def multiply(
         rows, columns, depth, GROUP, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
+
+
+multiply_op = torch.library.custom_op("quantmatrix::int8_multiply", multiply, mutates_args=())
+"""`multiply` as one node of a compiled graph."""
+
+
+@multiply_op.register_fake
+def _(
+    codes: torch.Tensor,
+    weight: torch.Tensor,
+    column_scale: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return torch.empty(codes.shape[0], weight.shape[0], dtype=dtype, device=codes.device)

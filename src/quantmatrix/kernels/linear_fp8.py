@@ -29,6 +29,8 @@ from quantmatrix.formats import E4M3_MAX, expand_blocks, round_e4m3
 from quantmatrix.kernels import Kernel, Needs, Tensors
 from quantmatrix.scheme import Scheme
 
+ROWS = 4
+"""Scales of a group of columns lie side by side, in pieces of 16 bytes."""
 TORCH_ARCHES = ("sm89", "sm90", "sm100", "sm103", "sm120", "sm121")
 
 
@@ -147,17 +149,16 @@ def encode_torch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes [M, K], scale [] or [M, 1]) of x [..., K]: one fused kernel where triton runs."""
     flat = x.reshape(-1, x.shape[-1])
-    if not (flat.is_cuda and has_triton()):
+    if torch.compiler.is_compiling() or not (flat.is_cuda and has_triton()):
+        # the compiler fuses these into what made x; CUDA would multiply by a number's reciprocal
         scale = find_input_scale(flat, tensors, scheme)
         return round_e4m3(flat.float() / scale), scale
     from quantmatrix.kernels import fp8_triton
 
     if scheme.activation == "tensor-static":
-        return fp8_triton.quantize_static(flat, tensors["input_scale"]), tensors["input_scale"]
+        return fp8_triton.launch_static(flat, tensors["input_scale"]), tensors["input_scale"]
     dynamic = scheme.activation == "tensor-dynamic"
-    quantize = fp8_triton.quantize_tensor if dynamic else fp8_triton.quantize_tokens
-    codes, scale = quantize(flat)
-    return codes, scale
+    return (fp8_triton.launch_tensor if dynamic else fp8_triton.launch_tokens)(flat)
 
 
 @cache
@@ -194,6 +195,43 @@ def multiply_torch(
         bias=None if bias is None else bias.to(out_dtype),
         out_dtype=out_dtype,
     )
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+
+
+def prepare_blocks(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
+    """The weight as a column-major [K, N] view, and its block scales as [K/128, N/128]."""
+    return {
+        "columns": tensors["weight"].contiguous().t(),
+        "weight_scale": tensors["weight_scale"].float().contiguous().t(),
+    }
+
+
+def run_blocks(
+    x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """`torch._scaled_mm` with a scale per 128 columns of a token and per block of the weight.
+
+    The matmul takes rows in fours, so zeros are added to x [..., K] where there are fewer.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    rows, out_dtype = flat.shape[0], torch.bfloat16 if x.dtype == torch.float32 else x.dtype
+    flat = functional.pad(flat, (0, 0, 0, -rows % ROWS)) if rows % ROWS else flat
+    if torch.compiler.is_compiling() or not has_triton():
+        scale = find_input_scale(flat, tensors, scheme).t().contiguous().t()
+        wide = scale.repeat_interleave(scheme.block[1], dim=-1)
+        codes = round_e4m3(flat.float() / wide)
+    else:
+        from quantmatrix.kernels import fp8_triton
+
+        codes, scale = fp8_triton.launch_groups(flat, scheme.block[1])
+    y = torch._scaled_mm(
+        codes,
+        tensors["columns"],
+        scale_a=scale,
+        scale_b=tensors["weight_scale"],
+        out_dtype=out_dtype,
+    )[:rows]
+    y = y if bias is None else y + bias
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
 
@@ -243,12 +281,32 @@ KERNELS = (
         encode=encode_torch,
         multiply=multiply_torch,
     ),
+    Kernel(
+        "linear.fp8",
+        "torch-block",
+        "W8A8",
+        Needs(
+            "fp8-torch-block-sm90",
+            vendors=("nvidia",),
+            arches=("sm90",),
+            scales=("block",),
+            activations=("group-dynamic",),
+            blocks=((128, 128),),
+            out_multiple=128,
+            in_multiple=512,
+            remedy="--backend decode runs anywhere",
+        ),
+        prepare_blocks,
+        run_blocks,
+        count_bytes,
+    ),
 )
 
 ORDER: Mapping[str, tuple[str, ...]] = {
     "cpu": ("decode", "reference"),
     "sm80": ("decode", "reference"),
     "sm86": ("decode", "reference"),
+    "sm90": ("torch", "torch-block", "decode"),
     "nvidia": ("torch", "decode"),
     "*": ("decode", "reference"),
 }

@@ -213,13 +213,18 @@ def multiply_on_cuda(
     from quantmatrix.kernels import int8_triton
 
     x = x.contiguous()
+    compiling = torch.compiler.is_compiling()  # then quantizing is fused into what made x
     if static:
-        codes = int8_triton.quantize_static(x, buffers["input_scale"], buffers["input_offset"])
+        quantize = quantize_static if compiling else int8_triton.quantize_static
+        codes = quantize(x, buffers["input_scale"], buffers["input_offset"])
         outputs, bias = buffers["deq_scale"], buffers["quant_bias"]
     else:
-        codes, scale = int8_triton.quantize_tokens(x, LARGEST[scheme.weight])
+        by_token = quantize_tokens if compiling else int8_triton.quantize_tokens
+        codes, scale = by_token(x, LARGEST[scheme.weight])
         outputs = buffers["weight_scale"]
-    return int8_triton.multiply(codes, buffers["weight"], outputs, scale, bias, dtype)
+    multiply = int8_triton.multiply_op if compiling else int8_triton.multiply
+    out: torch.Tensor = multiply(codes, buffers["weight"], outputs, scale, bias, dtype)
+    return out
 
 
 def multiply_padded(codes: torch.Tensor, weight: torch.Tensor, width: int) -> torch.Tensor:

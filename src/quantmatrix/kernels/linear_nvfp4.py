@@ -22,6 +22,8 @@ With `activation` = `none` (W4A16) the inputs are not rounded.
 | `reference` | as stored | rounded to e2m1 as above | anywhere |
 | `decode` | decoded at load | as they come | anywhere |
 | `fp8-recode` | e4m3, made at load | e4m3 | matrix units with fp8 but without fp4 |
+| `packed` | as stored, decoded on every call | as they come | NVIDIA, through Triton |
+| `packed-fp8` | as stored, made e4m3 on every call | e4m3 | the same with fp8 matrix units |
 | `flashinfer-*` | as stored, reordered | e2m1 | matrix units with fp4 |
 """
 
@@ -31,7 +33,7 @@ import torch
 from torch.nn import functional
 
 from quantmatrix.formats import E2M1_MAX, E4M3_MAX, round_e4m3
-from quantmatrix.kernels import Kernel, Needs, Tensors, kernels_of, nvfp4_flashinfer
+from quantmatrix.kernels import Kernel, Needs, Tensors, linear_fp8, nvfp4_flashinfer
 from quantmatrix.kernels.nvfp4_arithmetic import (
     GROUP,
     cut_rows,
@@ -46,6 +48,8 @@ from quantmatrix.scheme import Scheme
 __all__ = ["KERNELS", "ORDER", "backend_alias", "decode", "reference", "take_rows"]
 
 OP = "linear.nvfp4"
+ANYWHERE = "--backend decode runs anywhere"
+FP8_ARCHES = ("sm89", "sm90", "sm100", "sm103", "sm120")
 RECODE = 6.0
 """fp8-recode divides code * group scale (at most 2688) by this to fit into e4m3. Codes 6, 3 and 1.5
 are exact then, and most groups have a 6; a power of two would err half as much again."""
@@ -95,17 +99,23 @@ def run_decode(
     return functional.linear(x, buffers["weight"], bias)
 
 
-def describe_recoded(scheme: Scheme, tensors: Tensors) -> Scheme:
-    """The linear.fp8 scheme of a recoded layer: channel scales and token scales if smoothed."""
-    plain = not (scheme.smoothed or scheme.rank)
-    activation = "tensor-static" if "input_scale" in tensors else "tensor-dynamic"
-    return Scheme(
+RECODED: dict[tuple[bool, bool], Scheme] = {
+    (plain, static): Scheme(
         op="linear.fp8",
-        name=f"{scheme.name} as fp8",
+        name="NVFP4 as fp8",
         weight="e4m3",
         scale="tensor" if plain else "channel",
-        activation=activation if plain else "token-dynamic",
+        activation=("tensor-static" if static else "tensor-dynamic") if plain else "token-dynamic",
     )
+    for plain in (True, False)
+    for static in (True, False)
+}
+"""linear.fp8 schemes of recoded layers, by: neither smoothed nor low-rank, inputs have a scale."""
+
+
+def describe_recoded(scheme: Scheme, tensors: Tensors) -> Scheme:
+    """The linear.fp8 scheme of a recoded layer: channel scales and token scales if smoothed."""
+    return RECODED[not (scheme.smoothed or scheme.rank), "input_scale" in tensors]
 
 
 def recode(tensors: Tensors, scheme: Scheme) -> Tensors:
@@ -137,21 +147,89 @@ def recode(tensors: Tensors, scheme: Scheme) -> Tensors:
     return {"weight": codes, "weight_scale": scales}
 
 
-def find_fp8() -> Kernel:
-    """The kernel that multiplies recoded layers."""
-    return next(kernel for kernel in kernels_of("linear.fp8") if kernel.backend == "torch")
-
-
 def prepare_recoded(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
     """What the fp8 kernel keeps of the recoded weight."""
-    return find_fp8().prepare(recode(tensors, scheme), describe_recoded(scheme, tensors), dtype)
+    recoded = recode(tensors, scheme)
+    return linear_fp8.prepare_torch(recoded, describe_recoded(scheme, tensors), dtype)
+
+
+def encode_recoded(
+    x: torch.Tensor, buffers: Tensors, scheme: Scheme
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(e4m3 codes, scale) of the input of an fp8 layer."""
+    return linear_fp8.encode_torch(x, buffers, describe_recoded(scheme, buffers))
+
+
+def multiply_recoded(
+    encoded: tuple[torch.Tensor, ...],
+    x: torch.Tensor,
+    buffers: Tensors,
+    bias: torch.Tensor | None,
+    scheme: Scheme,
+) -> torch.Tensor:
+    """An fp8 layer on codes."""
+    recoded = describe_recoded(scheme, buffers)
+    return linear_fp8.multiply_torch(encoded, x, buffers, bias, recoded)
 
 
 def run_recoded(
     x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
     """An fp8 layer."""
-    return find_fp8().run(x, buffers, bias, describe_recoded(scheme, buffers))
+    return multiply_recoded(encode_recoded(x, buffers, scheme), x, buffers, bias, scheme)
+
+
+def run_packed(
+    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """A plain linear layer whose weight is decoded for the call."""
+    from quantmatrix.kernels import packed_triton
+
+    smooth = x * buffers["pre_quant_scale"].to(x.dtype) if scheme.smoothed else x
+    weight = packed_triton.decode(
+        buffers["weight"], buffers["weight_scale"], buffers["weight_scale_2"], x.dtype
+    )
+    y = functional.linear(smooth, weight, bias)
+    return add_low_rank(y, smooth, buffers) if scheme.rank else y
+
+
+def add_low_rank(y: torch.Tensor, x: torch.Tensor, buffers: Tensors) -> torch.Tensor:
+    """y [..., N] and what the low-rank branch makes of the smoothed x [..., K]."""
+    low = functional.linear(x, buffers["lora_a"].to(x.dtype))
+    return y.add_(functional.linear(low, buffers["lora_b"].to(x.dtype)))
+
+
+def encode_packed(
+    x: torch.Tensor, buffers: Tensors, scheme: Scheme
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(e4m3 codes, scale) of a plain layer's input, as in `fp8-recode`."""
+    static = "input_scale" in buffers
+    scaled = {"input_scale": buffers["input_scale"] * E2M1_MAX} if static else {}
+    return linear_fp8.encode_torch(x, scaled, describe_recoded(scheme, buffers))
+
+
+def multiply_packed(
+    encoded: tuple[torch.Tensor, ...],
+    x: torch.Tensor,
+    buffers: Tensors,
+    bias: torch.Tensor | None,
+    scheme: Scheme,
+) -> torch.Tensor:
+    """An fp8 layer whose weight is recoded for the call, bit for bit as in `fp8-recode`."""
+    from quantmatrix.kernels import packed_triton
+
+    weight = packed_triton.decode(
+        buffers["weight"], buffers["weight_scale"], None, torch.float8_e4m3fn
+    )
+    recoded = {"columns": weight.t(), "weight_scale": buffers["weight_scale_2"] * RECODE}
+    return linear_fp8.multiply_torch(encoded, x, recoded, bias, describe_recoded(scheme, buffers))
+
+
+def run_packed_fp8(
+    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """`multiply_packed` after `encode_packed`."""
+    return multiply_packed(encode_packed(x, buffers, scheme), x, buffers, bias, scheme)
 
 
 def measure_stored(scheme: Scheme, out_features: int, in_features: int, item: int) -> int:
@@ -198,15 +276,47 @@ KERNELS = (
         needs=Needs(
             rule="nvfp4-fp8-recode",
             vendors=("nvidia",),
-            arches=("sm89", "sm90", "sm100", "sm103", "sm120"),
+            arches=FP8_ARCHES,
             activations=("group-dynamic",),
             out_multiple=16,
             in_multiple=16,
-            remedy="--backend decode runs anywhere",
+            remedy=ANYWHERE,
         ),
         prepare=prepare_recoded,
         run=run_recoded,
         footprint=measure_recoded,
+        encode=encode_recoded,
+        multiply=multiply_recoded,
+    ),
+    Kernel(
+        op=OP,
+        backend="packed",
+        numerics="W4A16",
+        needs=Needs(rule="nvfp4-packed", vendors=("nvidia",), package="triton", remedy=ANYWHERE),
+        prepare=keep_tensors,
+        run=run_packed,
+        footprint=measure_stored,
+    ),
+    Kernel(
+        op=OP,
+        backend="packed-fp8",
+        numerics="W8A8",
+        needs=Needs(
+            rule="nvfp4-packed-fp8",
+            vendors=("nvidia",),
+            arches=FP8_ARCHES,
+            package="triton",
+            activations=("group-dynamic",),
+            plain=True,
+            out_multiple=16,
+            in_multiple=16,
+            remedy=ANYWHERE,
+        ),
+        prepare=keep_tensors,
+        run=run_packed_fp8,
+        footprint=measure_stored,
+        encode=encode_packed,
+        multiply=multiply_packed,
     ),
     *(
         Kernel(

@@ -21,6 +21,7 @@ the shift adds taken out, so a backend that leaves inputs alone puts it back in.
 | ------- | ------- | ------ | ----- |
 | `merged` | one dense weight, low-rank part included, made at load | as they come | anywhere |
 | `decode` | decoded at load, low-rank branch kept apart | as they come | anywhere |
+| `packed` | as stored, made dense on every call | as they come | NVIDIA, through Triton |
 | `reference` | as stored | coded as above | anywhere |
 | `nunchaku` | as stored, in tiles | int4 or nvfp4 | the engine on SM8x and SM12x |
 | `comfy-kitchen` | as stored | int4 | a CPU (slow), SM80 and newer |
@@ -119,6 +120,35 @@ def run_decode(
     return functional.linear(raw, weight, rounded).add_(low).to(x.dtype)
 
 
+def prepare_packed(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
+    """The codes and scales as stored, the smoothing turned over, factors in the compute dtype."""
+    return {
+        **{name: tensors[name] for name in ("weight", "weight_scale", "channel_scale")},
+        "unsmooth": 1 / tensors["smooth"].float(),
+        "proj_down": tensors["proj_down"].to(dtype),
+        "proj_up": tensors["proj_up"].to(dtype),
+        **keep_shift(tensors, scheme),
+    }
+
+
+def run_packed(
+    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """As `merged`, the weight being made for the call."""
+    from quantmatrix.kernels import packed_triton
+
+    up, down = buffers["proj_up"], buffers["proj_down"]
+    coded = packed_triton.decode_smoothed(
+        buffers["weight"],
+        buffers["weight_scale"],
+        buffers["channel_scale"],
+        buffers["unsmooth"],
+        up.dtype,
+        int4=scheme.weight == "int4",
+    )
+    return run_merged(x, {**buffers, "merged": coded.addmm_(up, down)}, bias, scheme)
+
+
 def measure_stored(scheme: Scheme, out_features: int, in_features: int, item: int) -> int:
     """Bytes of the canonical tensors, a bias included."""
     scale_bytes = 2 if scheme.weight == "int4" else 1
@@ -126,6 +156,12 @@ def measure_stored(scheme: Scheme, out_features: int, in_features: int, item: in
     vectors = 4 * out_features + 2 * in_features + item * out_features
     factors = 2 * scheme.rank * (in_features + out_features)
     return out_features * in_features // 2 + scales + vectors + factors
+
+
+def measure_packed(scheme: Scheme, out_features: int, in_features: int, item: int) -> int:
+    """Bytes of the stored tensors, of float32 smoothing and of the sums of a shift."""
+    more = 2 * in_features + 4 * out_features * scheme.unsigned
+    return measure_stored(scheme, out_features, in_features, item) + more
 
 
 def measure_merged(scheme: Scheme, out_features: int, in_features: int, item: int) -> int:
@@ -157,6 +193,20 @@ KERNELS = (
         prepare=prepare_decode,
         run=run_decode,
         footprint=measure_decoded,
+    ),
+    Kernel(
+        op=OP,
+        backend="packed",
+        numerics="W4A16",
+        needs=Needs(
+            rule="svdq-packed",
+            vendors=("nvidia",),
+            package="triton",
+            remedy="--backend merged or --backend decode run anywhere",
+        ),
+        prepare=prepare_packed,
+        run=run_packed,
+        footprint=measure_packed,
     ),
     Kernel(
         op=OP,

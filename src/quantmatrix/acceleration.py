@@ -1,0 +1,94 @@
+"""Acceleration: the same forward with less waiting, by compiled blocks or by a CUDA graph.
+
+*Compiled blocks* (`--compile`): diffusers' regional compilation of the repeated blocks, for fixed
+shapes. The compiler fuses the quantization of an input into whatever made the input.
+
+*A CUDA graph* (`--cuda-graph`): a transformer's forward is captured once for every set of input
+shapes, and replayed: Python no longer launches kernels, which is what a step waits for when its
+matmuls are short. The same kernels run in the same order, so the numbers are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from quantmatrix.errors import UsageError
+
+VARIANTS = 64
+"""Shapes and kinds of block for which code may be compiled; dynamo's own limit is 8."""
+
+
+def compile_blocks(transformer: nn.Module, **options: Any) -> None:
+    """Compile the repeated blocks of a diffusers transformer in place; `options` go to torch.
+
+    Raises UsageError for a model that declares no repeated blocks.
+    """
+    if not getattr(transformer, "_repeated_blocks", None):
+        raise UsageError(
+            f"--compile: {type(transformer).__name__} declares no repeated blocks; leave it out"
+        )
+    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    compiled: Any = transformer
+    compiled.compile_repeated_blocks(**{"fullgraph": False, "dynamic": False, **options})
+
+
+class GraphedForward:
+    """A module's forward, captured in one CUDA graph per set of input shapes.
+
+    Arguments that are tensors must lie on the device: they are copied into the graph's own. Other
+    arguments belong to the key. Outputs are copies, so a later call does not change them.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        """Take the forward as it is now; nothing is captured yet."""
+        self.forward = forward
+        self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Any]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Replay the graph of these shapes; capture it first when there is none."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        for tensor in tensors:
+            if not tensor.is_cuda:
+                raise UsageError(
+                    "--cuda-graph: an argument of the transformer lies in host memory "
+                    f"(shape {tuple(tensor.shape)}), so its forward cannot be captured"
+                )
+        shown = (
+            (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else repr(leaf)
+            for leaf in leaves
+        )
+        key = (str(spec), *shown)
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(leaves, spec)
+        graph, kept, output = self.graphs[key]
+        for own, given in zip(kept, tensors, strict=True):
+            own.copy_(given)
+        graph.replay()
+        return pytree.tree_map_only(torch.Tensor, torch.clone, output)
+
+    def _capture(self, leaves: list[Any], spec: Any) -> Any:
+        owned = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(owned, spec)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # lazy set-up, autotuning and compilation end here
+                self.forward(*args, **kwargs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = self.forward(*args, **kwargs)
+        return graph, [leaf for leaf in owned if isinstance(leaf, torch.Tensor)], output
+
+
+def graph_forward(transformer: nn.Module) -> GraphedForward:
+    """Replace a transformer's forward by its captured one; returns the replacement."""
+    graphed = GraphedForward(transformer.forward)
+    transformer.forward = graphed
+    return graphed
