@@ -122,6 +122,18 @@ def test_a_failing_cell_is_no_alternative(tables: Matrix) -> None:
     assert failing not in {a.cell for a in refused.alternatives}
 
 
+def test_proven_is_nearer_than_the_same_family(tmp_path: Path) -> None:
+    other = {"id": "flux-1-svdq-2", "reference": "some/svdq/svdq-int4_r32-other.safetensors"}
+    twin = {"id": "svdq-twin", "checkpoint": "flux-1-svdq-2", "hardware": "h100"}
+    rows = [*CHECKPOINTS, {**CHECKPOINTS[2], **other}]
+    tables = matrix.read(write_tables(tmp_path / "m", [*CASES, {**CASES[0], **twin}], rows))
+    [found] = Explainer(tables, {}).explain("flux-1-svdq", "h100")
+    assert [a.checkpoint for a in found.alternatives] == ["flux-1-svdq-2"]
+    far = "fp8-flux-1@h100+decode"
+    [found] = Explainer(tables, {far: observe(tables, far)}).explain("flux-1-svdq", "h100")
+    assert [(a.cell, a.state) for a in found.alternatives] == [(far, "proven")]
+
+
 def test_a_gap_is_said_and_can_be_planned(explainer: Explainer) -> None:
     [found] = explainer.explain("flux-2-fp8", "b200")
     assert (found.cell, found.state) == ("", "unclaimed")
