@@ -112,6 +112,7 @@ def _add_generate(commands: Any) -> None:
     )
     add_request_flags(parser)
     add_output_flags(parser)
+    parser.add_argument("--save-latents", metavar="FILE", help="keep the run for `compare`")
     parser.set_defaults(takes_overrides=True)
 
 
@@ -200,9 +201,11 @@ def read_variable(name: str) -> str | None:
 def run_generate(arguments: argparse.Namespace, rest: list[str]) -> int:
     """`quantmatrix generate`."""
     request = read_request(arguments, rest)
+    from quantmatrix import saved_runs
     from quantmatrix.run import Run, generate_all, save_media
 
     several = len(request.prompt) * len(request.seed) > 1
+    latents_path = saved_runs.check_target(arguments.save_latents, several=several)
 
     def save(run: Run) -> None:
         for warning in run.plan.warnings:
@@ -210,6 +213,8 @@ def run_generate(arguments: argparse.Namespace, rest: list[str]) -> int:
         if arguments.save_output:
             path = save_media(run, arguments.output_path, several=several)
             print(f"saved {path}", file=sys.stderr)
+        if latents_path is not None:
+            print(f"saved {saved_runs.write(run, latents_path)}", file=sys.stderr)
 
     runs = generate_all(request, progress=sys.stderr.isatty(), save=save)
     if arguments.json:

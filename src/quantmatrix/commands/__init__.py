@@ -14,6 +14,7 @@ NAMES: tuple[str, ...] = (
     "packet",
     "evidence",
     "summary",
+    "compare",
 )
 # fmt: on
 """The modules, in the order of `quantmatrix --help`. One name a line, so that changes merge."""
