@@ -38,7 +38,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 ENDS = [
     ("wrong", [], CLAIM_VIOLATED),
-    ("hang", ["--timeout", "0.5"], NOT_EXECUTED),
+    ("hang", ["--timeout", "2"], NOT_EXECUTED),
     ("", ["-k", "nothing_like_it"], NOTHING_COLLECTED),
     ("skip", [], NOT_EXECUTED),
     ("media", [], ENVIRONMENT_UNUSABLE),
@@ -108,6 +108,22 @@ def test_a_failed_test_that_is_no_cell_keeps_pytests_code(project: Path, tmp_pat
     (tmp_path / "test_other.py").write_text("def test_other(): assert 0")
     found, output = shards.run(tmp_path, None, *ALONE, "--backend", "reference")
     assert found == pytest.ExitCode.TESTS_FAILED, output
+
+
+@pytest.mark.parametrize("workers", [ALONE, SPREAD], ids=["alone", "workers"])
+def test_a_parameter_that_is_a_cells_id_makes_no_cell(
+    tmp_path: Path, workers: tuple[str, ...]
+) -> None:
+    shards.make_project(tmp_path)
+    other = tmp_path / "test_other.py"
+    other.write_text(
+        "import pytest\n\n"
+        f"@pytest.mark.parametrize('word', ['{GOOD}'])\n"
+        "def test_other(word): assert word\n"
+    )
+    words = [*workers, "-k", "test_other", "--expect-evidence", "none"]
+    code, output = shards.run(tmp_path, None, *words)
+    assert code == 0, output
 
 
 def test_collecting_is_no_run(project: Path) -> None:
