@@ -36,6 +36,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,7 @@ class Evidence:
         return {"schema": SCHEMA, **asdict(self)}
 
 
+@lru_cache(maxsize=1 << 16)
 def path_of(cell_id: str) -> PurePosixPath:
     """Where a cell's record lies, relative to the evidence folder.
 

@@ -13,7 +13,7 @@ A matrix of thousands of cells repeats itself: machines, versions, limits and pl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix import evidence as records
@@ -125,9 +125,9 @@ def describe_record(record: Evidence, shared: Shared) -> dict[str, Any]:
         "made": record.made,
         "commit": record.commit,
         "command": record.command,
-        "machine": shared.put(list(flatten(record.machine, ("versions",)))),
-        "versions": shared.put(list(flatten(record.versions))),
-        "plan": shared.put({name: list(flatten(part)) for name, part in parts.items()}),
+        "machine": shared.put(flatten(record.machine, ("versions",))),
+        "versions": shared.put(flatten(record.versions)),
+        "plan": shared.put({name: flatten(part) for name, part in parts.items()}),
         "refusal": str((plan.get("refusal") or {}).get("message", "")),
         "warnings": list(plan.get("warnings", ())),
         "timings": dict(sorted(record.timings.items())),
@@ -143,8 +143,8 @@ def describe_check(name: str, check: CheckResult, shared: Shared) -> dict[str, A
         "name": name,
         "verdict": check.verdict,
         "message": check.message,
-        "metrics": list(flatten(check.metrics, UNTOLD_METRICS)),
-        "limits": shared.put(list(flatten(check.limits))),
+        "metrics": flatten(check.metrics, UNTOLD_METRICS),
+        "limits": shared.put(flatten(check.limits)),
     }
     steps = check.metrics.get("steps")
     if isinstance(steps, Sequence) and steps:
@@ -157,15 +157,20 @@ def describe_check(name: str, check: CheckResult, shared: Shared) -> dict[str, A
     return told
 
 
-def flatten(value: Mapping[str, Any], without: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+def flatten(
+    value: Mapping[str, Any], without: Sequence[str] = (), base: str = ""
+) -> list[tuple[str, Any]]:
     """(dotted name, number or text) of nested data, in the order of names; empty values left out."""
+    found: list[tuple[str, Any]] = []
     for name in sorted(value):
         item = value[name]
-        if name in without or item in (None, "", [], {}):
+        if name in without or item is None or item == "":
             continue
-        if isinstance(item, Mapping):
-            yield from ((f"{name}.{inner}", leaf) for inner, leaf in flatten(item))
+        if isinstance(item, dict):
+            found += flatten(item, (), f"{base}{name}.")
         elif isinstance(item, (list, tuple)):
-            yield name, ", ".join(map(str, item))
+            if item:
+                found.append((f"{base}{name}", ", ".join(map(str, item))))
         else:
-            yield name, item
+            found.append((f"{base}{name}", item))
+    return found
