@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from quantmatrix import acceleration, families, hardware, kernels, models
+from quantmatrix import families, hardware, kernels, models, speed
 from quantmatrix.families.protocol import Calibration
 from quantmatrix.layers import QuantizedLinear
 from quantmatrix.synthetic import make_inputs, synthesize
@@ -120,29 +120,7 @@ class Bench:
         self, ways: dict[str, Callable[[], Any]], repeats: int, burst: int = 1
     ) -> dict[str, float]:
         """Median milliseconds of each way, run in turn after a warm-up."""
-        for way in ways.values():
-            way()
-            way()
-        times: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(repeats):
-            for name, way in ways.items():
-                times[name].append(self.time_once(way, burst))
-        return {name: statistics.median(values) for name, values in times.items()}
-
-    def time_once(self, way: Callable[[], Any], burst: int) -> float:
-        """Milliseconds of one call, of `burst` calls without a pause."""
-        if self.device == "cpu":
-            start = time.perf_counter()
-            way()
-            return (time.perf_counter() - start) * 1e3
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        for _ in range(burst):
-            way()
-        end.record()
-        torch.cuda.synchronize()
-        return float(begin.elapsed_time(end)) / burst
+        return speed.measure_ways(ways, self.device, repeats, burst)
 
 
 def make_layer(
@@ -277,7 +255,7 @@ def time_step(
     size = "tiny" if bench.tiny else "full"
     plain = synthesize(model, bench.machine, size=size)
     inputs = make_inputs(model, plain, bench.device, torch.bfloat16, size=size)
-    found: dict[str, Any] = {"bf16_bytes": count_bytes(plain)}
+    found: dict[str, Any] = {"bf16_bytes": speed.count_bytes(plain)}
     ways = {"bf16": run_eagerly(plain, inputs)}
     if mode != "eager":
         ways[f"bf16 {mode}"] = prepare_mode(plain, inputs, mode)
@@ -319,14 +297,14 @@ def time_one(
         )
     run = prepare_mode(quantized, inputs, mode)
     with torch.no_grad():
-        first = flatten(run()).clone()
-        same = torch.equal(first, flatten(run()))
+        first = speed.flatten_output(run()).clone()
+        same = torch.equal(first, speed.flatten_output(run()))
         times = bench.measure({**ways, "quantized": run}, repeats)
         kernels_run = name_kernels(bench, run)
     return {
         "ms": times,
         "ratios": {name: times["quantized"] / times[name] for name in ways},
-        "bytes": count_bytes(quantized),
+        "bytes": speed.count_bytes(quantized),
         "repeats": bool(same),
         "finite": bool(torch.isfinite(first).all()),
         "kernels": kernels_run,
@@ -346,11 +324,7 @@ def run_eagerly(module: torch.nn.Module, inputs: dict[str, Any]) -> Callable[[],
 
 def prepare_mode(module: torch.nn.Module, inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
     """A forward in a mode: `eager`, `compiled`, `graph` or `compiled-graph`."""
-    if "compiled" in mode:
-        acceleration.compile_blocks(module)
-    if "graph" in mode:
-        acceleration.graph_forward(module)
-    return lambda: module(**inputs)
+    return speed.prepare_forward(module, inputs, compiled="compiled" in mode, graph="graph" in mode)
 
 
 def name_kernels(bench: Bench, run: Callable[[], Any]) -> dict[str, list[float]]:
@@ -370,17 +344,6 @@ def name_kernels(bench: Bench, run: Callable[[], Any]) -> dict[str, list[float]]
         for event in events[:8]
     }
     return {**found, "all": [sum(event.count for event in events), round(total / 1e3, 3)]}
-
-
-def flatten(output: Any) -> torch.Tensor:
-    value = output[0]
-    return (value[0] if isinstance(value, list) else value).float()
-
-
-def count_bytes(model: torch.nn.Module) -> int:
-    """Bytes of parameters and buffers."""
-    kept = [*model.parameters(), *model.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
 def measure_rates(bench: Bench) -> dict[str, float]:

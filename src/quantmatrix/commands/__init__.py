@@ -14,6 +14,7 @@ NAMES: tuple[str, ...] = (
     "packet",
     "evidence",
     "summary",
+    "speed",
     "compare",
 )
 # fmt: on

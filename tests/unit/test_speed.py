@@ -1,0 +1,72 @@
+"""Synthetic forwards, timed: every family on every model, and what the command says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from quantmatrix import cli, families, hardware, models, speed
+
+
+@pytest.mark.parametrize("model", models.IDS)
+@pytest.mark.parametrize("family", families.IDS)
+def test_every_family_runs_on_every_model(family: str, model: str) -> None:
+    scheme = next(iter(families.load(family).SCHEMES))
+    found = speed.compare_forms(
+        model, hardware.probe("cpu"), family=family, scheme=scheme, backend="reference",
+        size="tiny", repeats=1,
+    )  # fmt: skip
+    assert set(found["backends"]) == {"reference"}
+    assert sum(found["backends"].values()) >= 6
+    assert found["bytes"]["quantized"] < found["bytes"]["bf16"]
+    assert found["repeats_bit_identical"]
+    assert found["finite"]
+    assert found["ratio"] == found["milliseconds"]["quantized"] / found["milliseconds"]["bf16"]
+
+
+def test_ways_take_turns() -> None:
+    calls: list[str] = []
+    ways = {name: lambda name=name: calls.append(name) for name in "ab"}
+    found = speed.measure_ways(ways, "cpu", repeats=3, burst=2)
+    assert "".join(calls) == "aabb" + "aabb" * 3
+    assert all(value >= 0 for value in found.values())
+
+
+WORDS = [
+    "speed",
+    "--synthetic",
+    "tiny",
+    "--model-id",
+    "flux-1",
+    "--repeats",
+    "1",
+    "--device",
+    "cpu",
+]
+
+
+def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*WORDS, "--family", "msmodelslim", "--backend", "int8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["backends"]) == {"int8"}
+    assert found["size"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--family", "fp9"], "--family fp9: expected one of fp8, "),
+        (["--family", "fp8", "--scheme", "x"], "--scheme x: fp8 has tensor-dynamic, "),
+        (["--family", "fp8", "--repeats", "0"], "--repeats 0: expected 1 or more"),
+        (["--family", "fp8", "--cuda-graph"], "--cuda-graph needs an NVIDIA GPU"),
+    ],
+)
+def test_wrong_words(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*WORDS, *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_backend_that_does_not_run_here_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*WORDS, "--family", "modelopt-nvfp4", "--backend", "packed"]) == 3
+    assert "nvidia" in capsys.readouterr().err
