@@ -268,7 +268,7 @@ class Harness:
             self.pending[item.cell.id] = self.pending.get(item.cell.id, 0) + 1
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
         """Name the cell in reports."""
         if isinstance(item, CellItem):
             record = str(path_of(item.cell.id))

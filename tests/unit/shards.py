@@ -109,7 +109,10 @@ def start(
     project: Path, evidence: Path | None, *words: str, fault: str = "", **environment: str
 ) -> subprocess.Popen[str]:
     """Run the suites in a process of their own, as a machine of its own would."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
+    unused = [
+        word for name in ("cacheprovider", "benchmark", "anyio") for word in ("-p", f"no:{name}")
+    ]
+    command = [sys.executable, "-m", "pytest", "-q", *unused, *words]
     if evidence is not None:
         command.append(f"--evidence-dir={evidence}")  # as two words it would move pytest's rootdir
     return subprocess.Popen(

@@ -126,6 +126,19 @@ def test_a_parameter_that_is_a_cells_id_makes_no_cell(
     assert code == 0, output
 
 
+def test_a_skip_before_anything_else_is_no_success(tmp_path: Path) -> None:
+    shards.make_project(tmp_path)
+    with (tmp_path / "conftest.py").open("a") as stream:
+        stream.write(
+            "import pytest\n\n"
+            "@pytest.hookimpl(tryfirst=True)\n"
+            "def pytest_runtest_setup(item):\n"
+            "    pytest.skip('not here')\n"
+        )
+    code, output = shards.run(tmp_path, None, *ALONE, "--backend", "reference")
+    assert code == NOT_EXECUTED, output
+
+
 def test_collecting_is_no_run(project: Path) -> None:
     assert shards.run(project, None, *ALONE, "--collect-only")[0] == 0
 
