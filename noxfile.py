@@ -1,16 +1,32 @@
-"""Sessions: `nox -l` lists them. Two of them are for everybody: `matrix` and `tests`."""
+"""The contributor's guide. Everybody: `tests`, `lint`, `types`, `report`, and `matrix` after a new row.
+
+Whoever has one of the GPUs or NPUs of matrix/hardware.csv runs the session named after it, which
+stops with one line on any other machine, and sends the archive that it leaves in `packets/`.
+Words after `--` go to pytest: `nox -s gpu-h200 -- --full-size --shard 1/3`.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
+from nox.virtualenv import PassthroughEnv
 
 nox.options.default_venv_backend = "virtualenv"  # uv does not find the CPU build of torch
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["tests"]
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "src"))  # the standard library is enough for these
+
+from quantmatrix import matrix as tables  # noqa: E402
+from quantmatrix import sessions  # noqa: E402
+from quantmatrix.errors import UsageError  # noqa: E402
+
 TORCH = "torch==2.13.0"
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -23,6 +39,8 @@ ENVIRONMENT = {
 def install(session: nox.Session, *extras: str) -> None:
     """Install the package with the versions of constraints.txt, torch's CPU build first."""
     session.env.update(ENVIRONMENT)
+    if isinstance(session.virtualenv, PassthroughEnv):
+        return  # --no-venv: the caller's environment, as it is
     session.install(TORCH)
     wanted = f".[{','.join(extras)}]" if extras else "."
     session.install("-c", "constraints.txt", "-e", wanted)
@@ -55,14 +73,14 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def browser(session: nox.Session) -> None:
-    """Open reports/index.html in Chromium; skipped where none is installed."""
+    """Open reports/index.html in Chromium (tests/browser); needs one installed."""
     install(session, "test", "browser")
     session.run("pytest", "-q", "-p", "no:xdist", "-rs", "tests/browser", *session.posargs)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """ruff: style, imports, docstrings."""
+    """ruff: style, imports, docstrings. `nox -s lint` before every commit."""
     session.install("-c", "constraints.txt", "ruff")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -116,3 +134,78 @@ def producers_msmodelslim(session: nox.Session) -> None:
     session.install("-r", "tests/producers/requirements-msmodelslim.txt")
     session.run("python", "-c", "import msmodelslim")  # or its tests would be skipped
     session.run("pytest", "tests/producers/test_real_msmodelslim.py", "-q", *session.posargs)
+
+
+def identify(session: nox.Session, row: str, *words: str) -> None:
+    """Stop with one line when this machine is not the hardware of a row."""
+    told = session.run(
+        *(sys.executable if words else "python", "-m", "quantmatrix.identify", row, *words),
+        env={"PYTHONPATH": str(ROOT / "src")},
+        external=True,
+        silent=True,
+        log=False,
+        success_codes=range(256),
+    )
+    line = str(told).strip().rpartition("\n")[2]
+    if line != row:
+        session.error(line)
+
+
+def run_on_hardware(session: nox.Session, job: sessions.Session) -> None:
+    """Everything that one hardware is asked for, or only what it would be (`-- --dry-run`)."""
+    words = list(session.posargs)
+    if sessions.DRY_RUN in words:
+        words.remove(sessions.DRY_RUN)
+        install(session)
+        session.run("quantmatrix", "matrix", "dry-run", "--hardware", job.row.id, *words)
+        return
+    identify(session, job.row.id, "--drivers")
+    if not isinstance(session.virtualenv, PassthroughEnv):
+        try:
+            steps = sessions.list_requirements(job.row, TORCH, os.environ)
+        except UsageError as error:
+            session.error(str(error))
+        for step in steps:
+            session.install(*step)
+        session.install("-c", "constraints.txt", "-e", ".[test]")
+    session.env.update(ENVIRONMENT)
+    if "--full-size" in words:
+        session.env["HF_HUB_OFFLINE"] = "0"
+    identify(session, job.row.id)
+    folder = ROOT / "packets" / job.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    marks = [
+        run_marked(session, sessions.suites_command(job.row, folder, words)),
+        run_marked(session, sessions.bench_command(folder)),
+    ]
+    archive = sessions.pack(folder, folder.with_name(f"{job.name}.tar.gz"))
+    session.log(f"evidence: {archive}")
+    problems = [mark for mark in marks if mark] + sessions.list_gaps(folder)
+    if problems:
+        session.error("; ".join(problems))
+
+
+def run_marked(session: nox.Session, command: list[str]) -> str:
+    """Run a command whose failure is told at the end; what failed, in words, or nothing."""
+    try:
+        session.run(*command)
+    except CommandFailed as error:
+        code = str(error).rpartition(" ")[2]
+        meaning = sessions.explain_code(int(code)) if code.isdecimal() else str(error)
+        return f"{' '.join(command[:2])}: {meaning}"
+    return ""
+
+
+def add_session(job: sessions.Session) -> None:
+    """Register the session of one hardware."""
+
+    def run(session: nox.Session) -> None:
+        run_on_hardware(session, job)
+
+    run.__doc__ = job.description
+    nox.session(run, name=job.name)
+
+
+for found in sessions.list_sessions(tables.read()):
+    add_session(found)

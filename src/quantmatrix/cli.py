@@ -165,7 +165,7 @@ def _add_matrix(commands: Any) -> None:
         if name == "list":
             for flag in ("family", "model", "hardware", "claim", "state"):
                 action.add_argument(f"--{flag}", nargs="+", default=[], metavar=flag.upper())
-    for name in ("jobs", "matrix_diff"):
+    for name in ("jobs", "matrix_diff", "dry_run"):
         import_module(f"quantmatrix.commands.{name}").add_to_matrix(actions)
 
 
