@@ -16,6 +16,7 @@ NAMES: tuple[str, ...] = (
     "summary",
     "speed",
     "compare",
+    "mutate",
 )
 # fmt: on
 """The modules, in the order of `quantmatrix --help`. One name a line, so that changes merge."""

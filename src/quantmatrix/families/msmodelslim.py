@@ -181,6 +181,10 @@ def quantize(
 def canonical(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
     """On-disk tensors of one layer as canonical tensors of linear.int8 (MXFP8: linear.fp8)."""
     stored = {_plain_suffix(suffix): tensor for suffix, tensor in tensors.items()}
+    scales = ("deq_scale", "input_scale", "input_offset", "quant_bias")
+    needed = scales if scheme.activation == "tensor-static" else ("weight_scale",)
+    if missing := [name for name in needed if name not in stored]:
+        raise CheckpointError(f"a {scheme.name} layer has no {missing[0]}; it has {list(stored)}")
     if scheme.weight == "e4m3":
         return stored | {"weight_scale": mx_blocks.decode_exponents(stored["weight_scale"])}
     offset = stored.get("weight_offset")

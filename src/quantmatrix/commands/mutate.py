@@ -1,0 +1,49 @@
+"""`quantmatrix mutate`: faults injected into rows, and which gates catch them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_to(commands: Any) -> None:
+    """Add the parser."""
+    from quantmatrix.cli import add_command
+
+    text = "inject faults into tiny checkpoints and see that the rows' checks catch them"
+    parser = add_command(commands, "mutate", text, run_mutate)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="rows, families, models, or globs")
+    parser.add_argument("--faults", nargs="+", default=[], metavar="NAME", help="these only")
+    parser.add_argument("--reports", type=Path, default=Path("reports"), metavar="DIR")
+    parser.add_argument("--write", action="store_true", help="write mutation.csv and mutation.md")
+    parser.add_argument("--json", action="store_true")
+
+
+def run_mutate(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Inject and judge; 1 when too much is missed."""
+    from quantmatrix import matrix
+    from quantmatrix.cli import EXIT_PROBLEM, print_json
+    from quantmatrix.mutation import Mutator, choose_faults, choose_rows
+    from quantmatrix.mutation_report import summarize, to_markdown, write_reports
+
+    tables = matrix.read()
+    cells, faults = choose_rows(tables, arguments.rows), choose_faults(arguments.faults)
+
+    def say(text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"quantmatrix: {text}", file=sys.stderr)
+
+    outcomes = Mutator(tables, arguments.reports / "limits.csv").run(cells, faults, say)
+    found = summarize(outcomes)
+    if arguments.write:
+        for path in write_reports(outcomes, arguments.reports):
+            print(f"wrote {path}", file=sys.stderr)
+    if arguments.json:
+        print_json(found)
+    else:
+        print(to_markdown(outcomes))
+    for problem in found["problems"]:
+        print(f"quantmatrix: {problem}", file=sys.stderr)
+    return EXIT_PROBLEM if found["problems"] else 0

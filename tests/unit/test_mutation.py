@@ -1,0 +1,147 @@
+"""Injected faults are caught by the row's gates; a gate that is blunted misses them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantmatrix import faults, matrix, mutation, mutation_report, rounding_bounds
+from quantmatrix.cli import main
+from quantmatrix.errors import QuantmatrixError, UsageError
+from quantmatrix.mutation import Mutator, Outcome
+
+SAMPLES = Path(__file__).parents[2] / "reports" / "limits.csv"
+ROW = "modelopt-nvfp4-svd-flux-1"
+
+
+@pytest.fixture(scope="module")
+def mutator() -> Mutator:
+    return Mutator(matrix.read(), SAMPLES)
+
+
+def inject(mutator: Mutator, row: str, *names: str) -> dict[str, Outcome]:
+    cells = mutation.choose_rows(mutator.tables, [row])
+    found = mutator.run(cells, mutation.choose_faults(names), lambda _: None)
+    return {outcome.fault: outcome for outcome in found}
+
+
+def test_faults_of_every_place_are_caught(mutator: Mutator) -> None:
+    names = ("swapped-nibbles", "dropped-scales", "transposed-scales", "low-rank-skipped",
+             "excluded-layer-quantized", "bf16-under-label", "fallback-list-ignored",
+             "wrong-expert")  # fmt: skip
+    found = inject(mutator, ROW, *names)
+    assert all(outcome.caught for outcome in found.values()), found
+    assert "wrong-expert" not in found  # FLUX.1 has one transformer
+    assert set(names) - set(found) <= {"wrong-expert", "fallback-list-ignored"}
+    assert "plan" in found["dropped-scales"].gates
+    assert "weights" in found["transposed-scales"].gates
+    assert "weights" in found["low-rank-skipped"].gates
+    assert "identical" not in found["swapped-nibbles"].gates.get("latents", "")
+    assert "bit for bit" in found["bf16-under-label"].gates["latents"]
+
+
+def test_a_fault_that_no_gate_looks_at_is_missed(
+    mutator: Mutator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mutation, "judge_weights", lambda *_: [])
+    found = inject(mutator, ROW, "transposed-scales")
+    assert not found["transposed-scales"].caught
+    summary = mutation_report.summarize(list(found.values()))
+    assert not summary["ok"]
+    assert "must never be" in summary["problems"][0]
+
+
+def test_an_unsound_row_proves_nothing(mutator: Mutator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mutation, "judge_weights", lambda *_: ["off"])
+    with pytest.raises(QuantmatrixError, match="not sound"):
+        inject(mutator, ROW, "swapped-nibbles")
+
+
+def make(fault: str, **gates: str) -> Outcome:
+    return Outcome(fault, "row", "fp8", "flux-1", "layer", gates)
+
+
+def test_shares_and_tables(tmp_path: Path) -> None:
+    caught = [make("unit-scales", layers="far") for _ in range(19)]
+    missed = make("corrupted-tensor")
+    assert mutation_report.summarize([*caught, missed])["ok"]
+    assert not mutation_report.summarize([*caught[:18], missed])["ok"]
+    with pytest.raises(UsageError, match="nothing was tested"):
+        mutation_report.summarize([])
+    paths = list(mutation_report.write_reports([*caught, missed], tmp_path))
+    assert [path.name for path in paths] == ["mutation.csv", "mutation.md"]
+    assert "20 faults injected into 1 rows, 19 caught (95.0%)" in paths[1].read_text()
+    assert paths[0].read_text().count("\n") == 21
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mutation.csv", "mutation.md"]
+
+
+def test_the_table_of_this_project() -> None:
+    """At least 95 % were caught, none of the first six was missed, every family and model is in."""
+    import csv
+
+    with (SAMPLES.parent / "mutation.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    tables = matrix.read()
+    cells = mutation.choose_rows(tables, ())
+    assert {row["row"] for row in rows} == {cell.row for cell in cells}
+    assert {row["fault"] for row in rows} == {fault.name for fault in faults.FAULTS}
+    caught = [row for row in rows if row["caught"] == "1"]
+    assert len(caught) >= mutation_report.LEAST_CAUGHT * len(rows)
+    assert not [r for r in rows if r["caught"] == "0" and r["fault"] in faults.MUST]
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["mutate", "fp8-z-image-channel-dynamic", "--json", "--faults"]
+    capsys.readouterr()
+    assert main([*words, "wrong-scale-layout"]) == 0
+    found: Any = json.loads(capsys.readouterr().out)
+    assert (found["injected"], found["caught"]) == (1, 1)
+    assert main([*words, "gremlins"]) == 2
+    assert main(["mutate", "no-such-row"]) == 2
+    assert main([*words, "swapped-nibbles"]) == 2  # FP8 has no nibbles: nothing was tested
+
+
+@pytest.mark.parametrize(
+    ("scale", "steps", "weight"),
+    [("group", 7, "int4"), ("channel", 127, "int8"), ("tensor", 127, "int8")],
+)
+def test_bounds_are_those_of_rounding_to_the_nearest(scale: str, steps: int, weight: str) -> None:
+    from quantmatrix.scheme import Scheme
+
+    scheme = Scheme("linear.svdq", "", weight, scale, "none", group_size=64)
+    base = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    groups = rounding_bounds.split_groups(base, scheme)
+    step = groups.abs().amax(dim=1, keepdim=True) / steps
+    decoded = ((groups / step).round() * step).reshape(base.shape)
+    bound = rounding_bounds.find_bound(scheme)
+    assert bound is not None
+    error = rounding_bounds.measure_error(base, decoded, scheme)
+    assert 0.9 * bound < error <= bound * 1.0001
+    assert rounding_bounds.measure_error(base, decoded * 1.2, scheme) > bound * 1.25
+    broken = decoded.clone()
+    broken[3, 4] = float("nan")
+    assert rounding_bounds.measure_error(base, broken, scheme) == float("inf")
+
+
+def test_blocks_share_a_scale() -> None:
+    from quantmatrix.scheme import Scheme
+
+    scheme = Scheme("linear.fp8", "", "e4m3", "block", "none", block=(2, 3))
+    weight = torch.arange(20.0).view(4, 5)
+    groups = rounding_bounds.split_groups(weight, scheme)
+    assert groups.tolist()[0] == [0, 1, 2, 5, 6, 7]
+    assert groups.tolist()[1] == [3, 4, 0, 8, 9, 0]
+    assert groups.shape == (4, 6)
+
+
+def test_a_missing_scale_is_named() -> None:
+    from quantmatrix.errors import CheckpointError
+    from quantmatrix.families import msmodelslim
+
+    stored = {"weight": torch.zeros(2, 2, dtype=torch.int8), "input_scale": torch.ones(1)}
+    with pytest.raises(CheckpointError, match="W8A8 layer has no deq_scale"):
+        msmodelslim.canonical(stored, msmodelslim.SCHEMES["W8A8"])
