@@ -1,0 +1,167 @@
+"""The workflows: what their steps run exists here, and the steps that need no runner are run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from quantmatrix import cli, matrix, sessions
+
+ROOT = Path(__file__).parents[2]
+FILES = {path.stem: path for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))}
+WORKFLOWS: dict[str, dict[str, Any]] = {
+    name: yaml.safe_load(path.read_text()) for name, path in FILES.items()
+}
+STEPS = [
+    (f"{name}-{job}-{number}", step)
+    for name, workflow in WORKFLOWS.items()
+    for job, body in workflow["jobs"].items()
+    for number, step in enumerate(body["steps"])
+]
+TABLES = matrix.read()
+
+
+def find_step(workflow: str, job: str, words: str) -> str:
+    """The script of the step that contains the words."""
+    steps = WORKFLOWS[workflow]["jobs"][job]["steps"]
+    [script] = [step["run"] for step in steps if words in step.get("run", "")]
+    return str(script)
+
+
+def run_step(script: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A script as a runner runs it, with this environment's quantmatrix first on the path."""
+    path = f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={**os.environ, "PATH": path, **variables},
+    )
+
+
+def project_commands() -> list[tuple[str, list[str]]]:
+    """Every quantmatrix command of every step, as words."""
+    found = []
+    for name, step in STEPS:
+        for command in re.findall(r"quantmatrix (?!.*egg)[^\n|)>]+", step.get("run", "")):
+            words = [word for word in shlex.split(command) if word not in ("||", "&&")]
+            found.append((name, words))
+    return found
+
+
+def test_the_three_workflows_are_there() -> None:
+    assert set(FILES) == {"cpu", "hardware", "freshness"}
+
+
+@pytest.mark.parametrize(("name", "step"), STEPS, ids=[name for name, _ in STEPS])
+def test_steps_are_pinned_and_their_scripts_parse(name: str, step: dict[str, Any]) -> None:
+    if "uses" in step:
+        assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+(\.\d+)*", step["uses"])
+        return
+    assert "${{" not in step["run"], "expressions belong into env, not into a script"
+    checked = subprocess.run(["bash", "-n", "-c", step["run"]], capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_commands_of_the_steps_are_commands_of_the_package() -> None:
+    commands = project_commands()
+    assert len(commands) >= 8
+    for name, words in commands:
+        arguments, rest = cli.build_parser().parse_known_args(words[1:])
+        assert (rest, hasattr(arguments, "handler")) == ([], True), f"{name}: {words}"
+
+
+def test_plan_step_prints_a_matrix_whose_jobs_are_nox_sessions(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    script = find_step("hardware", "plan", "matrix jobs")
+    done = run_step(script, tmp_path, HARDWARE="h100 b200", GITHUB_OUTPUT=str(output))
+    assert done.returncode == 0, done.stderr
+    [line] = output.read_text().splitlines()
+    entries = json.loads(line.removeprefix("jobs="))["include"]
+    assert {entry["hardware"] for entry in entries} == {"h100", "b200"}
+    names = {job.name for job in sessions.list_sessions(TABLES)}
+    assert {entry["job"] for entry in entries} <= names
+    assert all(entry["label"] == TABLES.hardware[entry["hardware"]].label for entry in entries)
+    used = re.findall(r"matrix\.(\w+)", FILES["hardware"].read_text())
+    assert set(used) <= set(entries[0])
+
+
+def test_misspelt_hardware_fails_the_plan_step(tmp_path: Path) -> None:
+    script = find_step("hardware", "plan", "matrix jobs")
+    done = run_step(script, tmp_path, HARDWARE="h300", GITHUB_OUTPUT=str(tmp_path / "output"))
+    assert done.returncode != 0
+    assert "h300" in done.stderr
+
+
+def test_empty_matrix_is_guarded_by_what_is_printed_for_one() -> None:
+    printed = json.dumps({"include": []}, sort_keys=True)
+    for job in ("shard", "executed", "propose"):
+        assert f"!= '{printed}'" in WORKFLOWS["hardware"]["jobs"][job]["if"]
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_executed_step_fails_on_a_row_without_a_record(missing: bool, tmp_path: Path) -> None:
+    source = ROOT / "reports" / "evidence"
+    rows = [c for c in TABLES.cells if c.hardware == "b200" and c.claim == "refused"]
+    rows = [c for c in rows if (source / "b200" / f"{c.id}.json").is_file()] or rows
+    planned = {"include": [{"hardware": "b200", "rows": [cell.id for cell in rows]}]}
+    from quantmatrix.evidence import path_of
+
+    for cell in rows[: len(rows) - missing]:
+        target = tmp_path / "packets" / "packet-b200-1" / "job" / "evidence" / path_of(cell.id)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / path_of(cell.id), target)
+    script = find_step("hardware", "executed", "evidence check")
+    summary = tmp_path / "summary.md"
+    variables = {"JOBS": json.dumps(planned), "GITHUB_STEP_SUMMARY": str(summary)}
+    done = run_step(script, tmp_path, **variables)
+    assert (done.returncode != 0) == missing, done.stdout + done.stderr
+    assert summary.stat().st_size > 0
+    if missing:
+        assert rows[-1].id in done.stdout + done.stderr
+
+
+GH = """#!/bin/sh
+echo "$@" >> calls
+case "$2" in list) cat open;; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "opened", "call"),
+    [(0, "", None), (0, "7", "issue close 7"), (2, "", "issue create"), (2, "7", "issue edit 7")],
+)
+def test_freshness_opens_updates_and_closes_one_issue(
+    old: int, opened: str, call: str | None, tmp_path: Path
+) -> None:
+    told = json.dumps({"overall": {"stale": old, "contradicting": 0}})
+    programs = {"gh": GH, "quantmatrix": f"#!/bin/sh\necho '{told}'\nexit {int(old > 0)}\n"}
+    (tmp_path / "bin").mkdir()
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "open").write_text(opened)
+    script = find_step("freshness", "freshness", "gh issue")
+    done = run_step(script, tmp_path, TITLE="Evidence is out of date")
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    changes = [line for line in calls if not line.startswith("issue list")]
+    assert len(changes) == (call is not None)
+    assert call is None or changes[0].startswith(call)
+
+
+def test_agreement_gives_what_the_freshness_step_reads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["agreement", "--any-version", "--json"]) in (0, 1)
+    assert {"stale", "contradicting"} <= set(json.loads(capsys.readouterr().out)["overall"])
