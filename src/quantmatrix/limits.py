@@ -114,20 +114,22 @@ def find_limits(samples: Sequence[Sample], kind: str, model: str) -> Limits:
 
 def read_samples(path: Path) -> list[Sample]:
     """The samples of a file, none when there is no file; LimitsError names a damaged line."""
-    if not path.is_file():
-        return []
+    return parse_samples(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else []
+
+
+def parse_samples(text: str, name: str) -> list[Sample]:
+    """The samples of a file's text; LimitsError names a damaged line of `name`."""
     kinds = {"float": float, "int": int, "str": str}
     columns = {column.name: kinds[str(column.type)] for column in fields(Sample)}
     found = []
-    with path.open(encoding="utf-8", newline="") as stream:
-        rows = csv.DictReader(stream)
-        if rows.fieldnames != list(columns):
-            raise LimitsError(f"{path}:1: expected the columns {','.join(columns)}")
-        for row in rows:
-            try:
-                found.append(Sample(**{name: kind(row[name]) for name, kind in columns.items()}))
-            except (TypeError, ValueError) as error:
-                raise LimitsError(f"{path}:{rows.line_num}: {error}") from error
+    rows = csv.DictReader(io.StringIO(text))
+    if rows.fieldnames != list(columns):
+        raise LimitsError(f"{name}:1: expected the columns {','.join(columns)}")
+    for row in rows:
+        try:
+            found.append(Sample(**{key: kind(row[key]) for key, kind in columns.items()}))
+        except (TypeError, ValueError) as error:
+            raise LimitsError(f"{name}:{rows.line_num}: {error}") from error
     return found
 
 
@@ -187,11 +189,20 @@ def list_loosened(older: Iterable[Sample], newer: Iterable[Sample]) -> list[str]
         new = now.get((old.kind, old.model))
         if new is None:
             lines.append(f"{old.kind} on {old.model}: no longer measured")
-        elif new.psnr_db < old.psnr_db:
-            lines.append(
-                f"{old.kind} on {old.model}: {old.psnr_db:.2f} dB ({old.cell}) -> "
-                f"{new.psnr_db:.2f} dB ({new.cell})"
+            continue
+        changes = []
+        if new.psnr_db < old.psnr_db:
+            changes.append(
+                f"{old.psnr_db:.2f} dB ({old.cell}) -> {new.psnr_db:.2f} dB ({new.cell})"
             )
+        if new.cosine < old.cosine:
+            changes.append(f"cosine {old.cosine:g} -> {new.cosine:g}")
+        for name in ("relative_l2", "layer_error"):
+            before, after = getattr(old, name), getattr(new, name)
+            if after > before:
+                changes.append(f"{name} {before:g} -> {after:g}")
+        if changes:
+            lines.append(f"{old.kind} on {old.model}: {', '.join(changes)}")
     return lines
 
 

@@ -17,6 +17,7 @@ NAMES: tuple[str, ...] = (
     "speed",
     "compare",
     "mutate",
+    "thresholds",
 )
 # fmt: on
 """The modules, in the order of `quantmatrix --help`. One name a line, so that changes merge."""
