@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = normalize_words(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     arguments, rest = parser.parse_known_args(words)
+    arguments.words = words
     handler: Handler | None = getattr(arguments, "handler", None)
     if handler is None:
         parser.print_help()
@@ -113,6 +114,8 @@ def _add_generate(commands: Any) -> None:
     add_request_flags(parser)
     add_output_flags(parser)
     parser.add_argument("--save-latents", metavar="FILE", help="keep the run for `compare`")
+    text = "devices of this machine that share each generation (context parallelism)"
+    parser.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help=text)
     parser.set_defaults(takes_overrides=True)
 
 
@@ -201,6 +204,24 @@ def read_variable(name: str) -> str | None:
 def run_generate(arguments: argparse.Namespace, rest: list[str]) -> int:
     """`quantmatrix generate`."""
     request = read_request(arguments, rest)
+    if arguments.nproc_per_node == 1:
+        return show_runs(request, arguments)
+    from quantmatrix import parallel
+
+    if not parallel.is_worker():
+        return parallel.launch(request, arguments.nproc_per_node, arguments.words)
+    with parallel.join(request) as (rank, made, pipeline):
+        return show_runs(request, arguments, rank, made, pipeline)
+
+
+def show_runs(
+    request: Request,
+    arguments: argparse.Namespace,
+    rank: int = 0,
+    made: Any = None,
+    pipeline: Any = None,
+) -> int:
+    """Generate; the process of rank 0 saves and prints."""
     from quantmatrix import saved_runs
     from quantmatrix.run import Run, generate_all, save_media
 
@@ -216,7 +237,15 @@ def run_generate(arguments: argparse.Namespace, rest: list[str]) -> int:
         if latents_path is not None:
             print(f"saved {saved_runs.write(run, latents_path)}", file=sys.stderr)
 
-    runs = generate_all(request, progress=sys.stderr.isatty(), save=save)
+    runs = generate_all(
+        request,
+        made=made,
+        pipeline=pipeline,
+        progress=sys.stderr.isatty(),
+        save=None if rank else save,
+    )
+    if rank:
+        return 0
     if arguments.json:
         print_json({"ok": True, "runs": [run.to_json() for run in runs]})
     else:
