@@ -15,9 +15,11 @@ NAMES: tuple[str, ...] = (
     "evidence",
     "summary",
     "speed",
+    "quantize",
     "compare",
     "mutate",
     "thresholds",
+    "trace",
 )
 # fmt: on
 """The modules, in the order of `quantmatrix --help`. One name a line, so that changes merge."""
