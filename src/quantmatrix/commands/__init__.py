@@ -15,7 +15,6 @@ NAMES: tuple[str, ...] = (
     "evidence",
     "summary",
     "speed",
-    "quantize",
     "compare",
     "mutate",
     "thresholds",
