@@ -15,6 +15,7 @@ NAMES: tuple[str, ...] = (
     "evidence",
     "summary",
     "speed",
+    "quantize",
     "compare",
     "mutate",
     "thresholds",

@@ -1,0 +1,221 @@
+"""Checkpoints made by `quantmatrix quantize`: what they say they are, how far from BF16 they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from quantmatrix import cli, quantize
+from quantmatrix.errors import UsageError
+from quantmatrix.planning import Plan, plan
+from quantmatrix.request import Request
+from quantmatrix.run import generate
+
+BASES = {
+    "flux-1": "black-forest-labs/FLUX.1-dev",
+    "flux-2": "black-forest-labs/FLUX.2-dev",
+    "wan-2-2": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+    "qwen-image": "Qwen/Qwen-Image",
+    "z-image": "Tongyi-MAI/Z-Image-Turbo",
+}
+MADE: list[tuple[str, str, dict[str, Any], str, float]] = [
+    ("fp8", "flux-2", {"scheme": "tensor-static"}, "folder", 0.15),
+    ("fp8", "z-image", {"scheme": "channel-dynamic"}, "x.safetensors", 0.15),
+    ("modelopt-fp8", "qwen-image", {}, "folder", 0.15),
+    ("modelopt-nvfp4", "flux-1", {}, "folder", 0.4),
+    ("modelopt-nvfp4", "wan-2-2", {}, "folder", 0.4),
+    ("nunchaku-svdq", "flux-1", {"precision": "int4", "rank": 16}, "svdq-int4_r16-x", 0.5),
+    ("nunchaku-svdq", "z-image", {"precision": "nvfp4"}, "svdq-fp4_r32-x", 0.5),
+    ("msmodelslim", "wan-2-2", {"scheme": "W8A8"}, "folder", 0.15),
+    ("msmodelslim", "wan-2-2", {"scheme": "W8A8_DYNAMIC"}, "folder", 0.15),
+    ("msmodelslim", "wan-2-2", {"scheme": "W4A4_DYNAMIC"}, "folder", 0.9),
+]
+
+
+def make(tmp_path: Path, family: str, model: str, options: dict[str, Any], name: str) -> Path:
+    output = tmp_path / (f"{name}.safetensors" if name.startswith("svdq") else name)
+    request = Request(model_path=BASES[model], tiny=True, device="cpu")
+    found = quantize.quantize(request, family=family, output=output, prompts=["a fox"], **options)
+    assert found["output"] == str(output)
+    assert all(counts["quantized"] >= 6 for counts in found["components"].values())
+    return output
+
+
+def use(output: Path, family: str, model: str, backend: str | None = "reference") -> Request:
+    """The request that runs what was made, as its form wants it."""
+    options: dict[str, Any] = {
+        "tiny": True,
+        "device": "cpu",
+        "dtype": "float32",
+        "prompt": ("a fox",),
+    }
+    if family == "msmodelslim":
+        return Request(model_path=str(output), backend=backend, **options)
+    options |= {"model_path": BASES[model], "backend": backend}
+    if output.suffix == ".safetensors":
+        return Request(weights_paths={"transformer": str(output)}, **options)
+    parts = [path.name for path in sorted(output.iterdir()) if path.is_dir()]
+    paths = {part: str(output / part) for part in parts} or {"transformer": str(output)}
+    return Request(component_paths=paths, **options)
+
+
+@pytest.mark.parametrize("made", MADE, ids=lambda made: f"{made[0]}-{made[1]}-{made[3]}-{made[2]}")
+def test_what_is_made_runs_and_is_near(made: Any, tmp_path: Path) -> None:
+    family, model, options, name, limit = made
+    output = make(tmp_path, family, model, options, name)
+    request = use(output, family, model)
+    planned = plan(request)
+    assert isinstance(planned, Plan)
+    for component in planned.components.values():
+        assert component.family == family
+        assert len(component.layers) >= 6
+        assert component.backends.keys() == {"reference"}
+    if "rank" in options:
+        assert planned.components["transformer"].rank == options["rank"]
+    plain = Request(
+        model_path=BASES[model], tiny=True, device="cpu", dtype="float32", prompt=("a fox",)
+    )
+    got, expected = generate(request).latents[-1], generate(plain).latents[-1]
+    distance = (
+        torch.linalg.vector_norm(got - expected) / torch.linalg.vector_norm(expected)
+    ).item()
+    assert 1e-4 < distance < limit
+
+
+def read_all(path: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(path.parent)): file.read_bytes() for file in quantize.list_files(path)
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "options", "name"),
+    [
+        ("nunchaku-svdq", "flux-1", {"precision": "int4"}, "svdq-int4_r32-x"),
+        ("modelopt-fp8", "wan-2-2", {}, "folder"),
+        ("msmodelslim", "wan-2-2", {"scheme": "W8A8"}, "folder"),
+    ],
+)
+def test_two_runs_give_the_same_bytes(
+    family: str, model: str, options: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    one, two = (make(folder, family, model, options, name) for folder in folders)
+    assert read_all(one) == read_all(two)
+
+
+def read_tensors(path: Path, ending: str) -> dict[str, torch.Tensor]:
+    with safe_open(str(path), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys() if name.endswith(ending)}  # noqa: SIM118
+
+
+def test_input_scales_are_those_of_the_calibration(tmp_path: Path) -> None:
+    request = Request(model_path=BASES["flux-1"], tiny=True, device="cpu")
+    planned = plan(request)
+    assert isinstance(planned, Plan)
+    ranges = quantize.calibrate(planned, ["a fox"], lambda _, things: things)["transformer"]
+    output = make(tmp_path, "modelopt-fp8", "flux-1", {}, "x.safetensors")
+    scales = read_tensors(output, ".input_scale")
+    assert len(scales) >= 6
+    for name, scale in scales.items():
+        seen = ranges[name.removesuffix(".input_scale")]
+        assert scale.float().item() == pytest.approx(seen.amax.max().item() / 448, rel=1e-6)
+
+
+def test_smoothing_follows_the_prompts_and_helps(tmp_path: Path) -> None:
+    """A channel with outliers is divided by more than the others; without ranges by one."""
+    from quantmatrix.families import nunchaku_svdq
+    from quantmatrix.families.protocol import Calibration
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(128, 128, generator=generator) / 12
+    x = torch.randn(64, 128, generator=generator)
+    x[:, 5] *= 60
+    scheme = nunchaku_svdq.SCHEMES["int4_r16"]
+    errors = []
+    for calibration in (Calibration(x.amin(dim=0), x.amax(dim=0)), None):
+        made = nunchaku_svdq.quantize(weight.bfloat16(), scheme, calibration=calibration)
+        y = nunchaku_svdq.reference(x, made, scheme)
+        errors.append(torch.linalg.vector_norm(y - x @ weight.T).item())
+    assert errors[0] < 0.6 * errors[1]
+    output = make(tmp_path, "nunchaku-svdq", "flux-1", {"precision": "int4"}, "svdq-int4_r32-x")
+    smoothing = read_tensors(output, ".smooth_factor")
+    assert any(tensor.float().std() > 0.05 for tensor in smoothing.values())
+
+
+WRONG = [
+    (["--family", "fp9"], "--family fp9: expected one of"),
+    (["--family", "fp8", "--scheme", "x"], "--scheme x: fp8 has tensor-dynamic"),
+    (["--family", "fp8", "--rank", "32"], "are for nunchaku-svdq"),
+    (
+        ["--family", "nunchaku-svdq", "--precision", "fp4"],
+        "--precision fp4: expected int4 or nvfp4",
+    ),
+    (["--family", "nunchaku-svdq", "--precision", "int4", "--rank", "0"], "--rank 0: expected"),
+    (["--family", "nunchaku-svdq", "--precision", "int4"], "call it svdq-int4_r32-flux-1"),
+    (["--family", "nunchaku-svdq", "--scheme", "x"], "give --precision and --rank"),
+    (["--family", "msmodelslim"], "msmodelslim describes Wan2.2 only, the model is flux-1"),
+    (["--family", "fp8", "--keep", "no_such.*"], "--keep no_such.*: matches none of the"),
+    (["--family", "fp8", "--keep", "("], "--keep (: neither a set of flux-1"),
+    (["--family", "fp8", "--calibration-prompts", "none.txt"], "No such file"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_wrong_words_are_refused_before_any_work(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("calibration began")
+
+    monkeypatch.setattr(quantize, "calibrate", fail)
+    monkeypatch.chdir(tmp_path)
+    start = ["quantize", "--tiny", "--model-path", BASES["flux-1"], "--output-path", "out"]
+    assert cli.main([*start, *words]) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_stays_unless_it_may_go(tmp_path: Path, capsys: Any) -> None:
+    target = tmp_path / "out.safetensors"
+    target.write_text("old")
+    words = ["quantize", "--tiny", "--model-path", BASES["z-image"], "--family", "fp8"]
+    words += ["--output-path", str(target), "--device", "cpu", "--json"]
+    assert cli.main(words) == 2
+    assert target.read_text() == "old"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\n\na cat\n")
+    assert cli.main([*words, "--overwrite", "--calibration-prompts", str(prompts)]) == 0
+    found = json.loads(capsys.readouterr().out.rpartition("\n{")[2].join(["{", ""]))
+    assert found["prompts"] == 2
+    assert found["bytes"] == target.stat().st_size > 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", "prompts.txt"]
+
+
+def test_a_quantized_model_is_no_base(tmp_path: Path) -> None:
+    request = Request(
+        model_path=BASES["flux-1"], tiny=True, device="cpu",
+        component_paths={"transformer": "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"},
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="is quantized already"):
+        quantize.quantize(request, family="fp8", output=tmp_path / "x")
+
+
+def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(quantize, "write_folder", fail)
+    request = Request(model_path=BASES["flux-1"], tiny=True, device="cpu")
+    with pytest.raises(UsageError, match="No space left on device; nothing was left behind"):
+        quantize.quantize(request, family="fp8", output=tmp_path / "x", prompts=["a"])
+    assert list(tmp_path.iterdir()) == []
