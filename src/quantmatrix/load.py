@@ -299,6 +299,12 @@ def plain_targets(component: ComponentPlan, name: str) -> Iterator[tuple[Target,
         return
     layer, _, leaf = name.rpartition(".")
     for target in component.dialect.layer_targets(layer):
+        if target.interleave > 1:
+            raise CheckpointError(
+                f"{component.checkpoint.tensors[name].file}: tensor {name} is stored plainly, and "
+                f"the {component.dialect.name} layout has {layer} as AWQ codes only: whether its "
+                "rows are interleaved and 1 is added to its scale cannot be known"
+            )
         yield target, f"{target.module}.{leaf}" if target.module else leaf
 
 

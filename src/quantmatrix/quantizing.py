@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from quantmatrix import families, models, safetensors_writer
+from quantmatrix.errors import UsageError
 from quantmatrix.families.protocol import Calibration, Declaration, Family
 from quantmatrix.models import Dialect
 from quantmatrix.safetensors_writer import Item
@@ -65,7 +66,10 @@ class Recipe:
 
 
 def choose_schemes(recipe: Recipe, packed: Mapping[str, torch.Tensor]) -> dict[str, Scheme]:
-    """Scheme of each layer on disk that is quantized: linear layers of the blocks, not kept."""
+    """Scheme of each layer on disk that is quantized: linear layers of the blocks, not kept.
+
+    Raises UsageError when a layer is kept that the dialect has no plain form for.
+    """
     blocks = models.load(recipe.model).BLOCKS
     family, dialect = families.load(recipe.family), recipe.dialect
     found: dict[str, Scheme] = {}
@@ -76,6 +80,11 @@ def choose_schemes(recipe: Recipe, packed: Mapping[str, torch.Tensor]) -> dict[s
         if leaf != "weight" or packed[name].ndim != 2 or not inside:
             continue
         if any(recipe.kept(target.module) for target in targets):
+            if any(target.interleave > 1 for target in targets):
+                raise UsageError(
+                    f"{layer} cannot be kept in full precision: the {dialect.name} layout has it "
+                    "as AWQ codes only"
+                )
             continue
         scheme = recipe.scheme
         if recipe.family == "nunchaku-svdq":

@@ -1,0 +1,171 @@
+"""What the low-rank branch and the smoothing are for, and that a run is the same everywhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from quantmatrix import load_transformer, models, quantize
+from quantmatrix.compare import compare_tensors
+from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.families import svdq_writer
+from quantmatrix.planning import Plan, plan
+from quantmatrix.quantizing import WEIGHTS
+from quantmatrix.references import fetch_pipeline
+from quantmatrix.request import Request
+from quantmatrix.run import generate
+
+BASES = {
+    "flux-1": "black-forest-labs/FLUX.1-dev",
+    "qwen-image": "Qwen/Qwen-Image",
+    "z-image": "Tongyi-MAI/Z-Image-Turbo",
+}
+GAIN_DB = {"flux-1": 3.0, "qwen-image": 6.0, "z-image": 6.0}
+"""In FLUX.1 the AWQ layers, which are coded alike in both, leave no more to be gained."""
+STRENGTH = 3.0
+"""Size of the low-rank part of structured weights, over that of the rest."""
+
+
+@pytest.fixture(scope="module", params=BASES)
+def structured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline whose blocks have a strong part of rank 8, as trained weights have."""
+    made = plan(Request(model_path=BASES[request.param], tiny=True, device="cpu"))
+    assert isinstance(made, Plan)
+    folder = tmp_path_factory.mktemp("structured") / request.param
+    shutil.copytree(fetch_pipeline(made.base, made.request.hub), folder)
+    file = folder / "transformer" / WEIGHTS
+    tensors = load_file(file)
+    blocks = models.load(request.param).BLOCKS
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in sorted(tensors.items()):
+        if weight.ndim != 2 or name.split(".")[0] not in blocks or "norm" in name or "mod" in name:
+            continue
+        rows, columns = weight.shape
+        left = torch.randn(rows, 8, generator=generator)
+        low = left @ torch.randn(8, columns, generator=generator)
+        low *= STRENGTH * weight.norm() / low.norm()
+        tensors[name] = ((weight + low) / (1 + STRENGTH**2) ** 0.5).contiguous()
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, file, {"format": "pt"})
+    return folder
+
+
+def measure_psnr(base: str, file: Path, backend: str) -> float:
+    """PSNR of final latents against the full-precision run, dB."""
+    options = {"model_path": base, "tiny": True, "device": "cpu", "dtype": "float32"}
+    plain = generate(Request(**options))
+    made = generate(Request(**options, weights_paths={"transformer": str(file)}, backend=backend))
+    return compare_tensors(plain.latents[-1], made.latents[-1]).psnr_db
+
+
+def write_file(base: str, folder: Path) -> Path:
+    folder.mkdir()
+    file = folder / "svdq-int4_r32-made.safetensors"
+    request = Request(model_path=base, tiny=True, device="cpu", dtype="float32")
+    quantize.quantize(
+        request, family="nunchaku-svdq", precision="int4", rank=32, output=file, prompts=["a fox"]
+    )
+    return file
+
+
+def test_rank_32_gains_over_plain_int4(
+    structured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = str(structured)
+    branch = measure_psnr(base, write_file(base, tmp_path / "branch"), "reference")
+
+    def no_branch(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, columns = weight.shape
+        shape = torch.zeros(rank, columns, dtype=torch.float64)
+        return shape, torch.zeros(rows, rank, dtype=torch.float64)
+
+    monkeypatch.setattr(svdq_writer, "find_low_rank", no_branch)
+    monkeypatch.setattr(
+        svdq_writer,
+        "find_smoothing",
+        lambda weight, _: torch.ones(weight.shape[1], dtype=torch.float64),
+    )
+    plain = measure_psnr(base, write_file(base, tmp_path / "plain"), "reference")
+    assert branch >= plain + GAIN_DB[structured.name], (branch, plain)
+
+
+@pytest.mark.parametrize("model", BASES)
+def test_merged_latents_are_those_of_decode(model: str, tmp_path: Path) -> None:
+    file = write_file(BASES[model], tmp_path / "made")
+    options = {"model_path": BASES[model], "tiny": True, "device": "cpu", "dtype": "float32"}
+    merged, decoded = (
+        generate(
+            Request(**options, weights_paths={"transformer": str(file)}, backend=backend)
+        ).latents[-1]
+        for backend in ("merged", "decode")
+    )
+    assert compare_tensors(decoded, merged).relative_l2 < 2**-8
+
+
+PROGRAM = """
+import sys, torch
+from quantmatrix.compare import digest_latents
+from quantmatrix.request import Request
+from quantmatrix.run import generate
+
+torch.set_num_threads(int(sys.argv[1]))
+request = Request(
+    model_path=sys.argv[2], tiny=True, device="cpu", backend=sys.argv[4],
+    weights_paths={"transformer": sys.argv[3]},
+)
+for _ in range(2):
+    print("digest", digest_latents(generate(request).latents))
+"""
+
+
+@pytest.mark.parametrize("backend", ["reference", "decode", "merged"])
+def test_processes_and_threads_do_not_change_bits(backend: str, tmp_path: Path) -> None:
+    """Two runs in each of two processes, with one thread and with two."""
+    file = write_file(BASES["z-image"], tmp_path / "made")
+    found: set[str] = set()
+    for threads in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, threads, BASES["z-image"], str(file), backend],
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        digests = [line for line in done.stdout.splitlines() if line.startswith("digest")]
+        assert len(digests) == 2
+        found.update(digests)
+    assert len(found) == 1
+
+
+def test_modulation_has_no_plain_form(tmp_path: Path) -> None:
+    request = Request(model_path=BASES["flux-1"], tiny=True, device="cpu", dtype="float32")
+    with pytest.raises(UsageError, match=r"norm1.linear cannot be kept in full precision"):
+        quantize.quantize(
+            request, family="nunchaku-svdq", precision="int4", kept=[r".*\.norm1\.linear"],
+            output=tmp_path / "svdq-int4_r32-x.safetensors", prompts=["a fox"],
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_with_plain_modulation_is_refused(tmp_path: Path) -> None:
+    """It was loaded with its rows turned and without the 1 that its bias may hold."""
+    file = write_file(BASES["flux-1"], tmp_path / "made")
+    layer = "transformer_blocks.0.norm1.linear"
+    with safe_open(str(file), framework="pt") as opened:
+        metadata = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    tensors = {name: t for name, t in tensors.items() if not name.startswith(layer)}
+    tensors[f"{layer}.weight"] = torch.zeros(1536, 256, dtype=torch.bfloat16)
+    save_file(tensors, file, metadata)
+    with pytest.raises(CheckpointError, match=r"norm1.linear.weight is stored plainly"):
+        load_transformer(
+            BASES["flux-1"], tiny=True, transformer_weights_path=str(file), backend="decode"
+        )
