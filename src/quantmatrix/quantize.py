@@ -8,7 +8,7 @@
 
 A model with two transformers (Wan2.2) gives a folder with one component folder each. Calibration is a
 run of the model itself. Everything is written beside its place and moved there when it is complete;
-two runs on one machine give the same bytes.
+what stood there goes only then. Two runs on one machine give the same bytes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from quantmatrix.quantizing import (
     Recipe,
     choose_schemes,
     quantize_layers,
-    round_up,
     watch_inputs,
     write_file,
     write_folder,
@@ -77,20 +76,18 @@ def quantize(
     loops: (what is done, the things). Raises UsageError before any work for words that do not fit.
     """
     start, target = time.monotonic(), Path(output)
-    chosen = find_scheme(family, scheme, precision, rank)
+    word, chosen = find_scheme(family, scheme, precision, rank)
     made = plan(request)
     if isinstance(made, Refusal):
         raise RefusedError(made.rule, made.message)
     check_base(made, family, target, chosen, overwrite)
-    recipe = Recipe(made.model, family, chosen, find_kept(made.model, family, kept))
+    recipe = Recipe(made.model, family, chosen, find_kept(made.model, family, word, kept))
     check_names(made, recipe)
     ranges = calibrate(made, prompts, show)
     temporary = target.with_name(f".{target.name}.{os.getpid()}{target.suffix}")
     try:
         layers = write_all(made, recipe, ranges, target, temporary, show)
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
+        replace_target(temporary, target)
     except OSError as error:
         raise UsageError(
             f"cannot write {target}: {error.strerror or error}; nothing was left behind"
@@ -110,8 +107,10 @@ def quantize(
     }
 
 
-def find_scheme(family: str, scheme: str | None, precision: str | None, rank: int | None) -> Scheme:
-    """The scheme that the words name; UsageError when they do not fit the family."""
+def find_scheme(
+    family: str, scheme: str | None, precision: str | None, rank: int | None
+) -> tuple[str, Scheme]:
+    """(its name, the scheme) that the words name; UsageError when they do not fit the family."""
     if family not in families.IDS:
         raise UsageError(f"--family {family}: expected one of {', '.join(families.IDS)}")
     known = families.load(family).SCHEMES
@@ -124,13 +123,13 @@ def find_scheme(family: str, scheme: str | None, precision: str | None, rank: in
         if rank not in nunchaku_svdq.RANKS:
             ranks = ", ".join(map(str, nunchaku_svdq.RANKS))
             raise UsageError(f"--rank {rank}: expected one of {ranks}")
-        return known[f"{precision}_r{rank}"]
+        return f"{precision}_r{rank}", known[f"{precision}_r{rank}"]
     if precision is not None or rank is not None:
         raise UsageError(f"--precision and --rank are for nunchaku-svdq: {family} has --scheme")
     word = next(iter(known)) if scheme is None else scheme
     if word not in known:
         raise UsageError(f"--scheme {word}: {family} has {', '.join(known)}")
-    return known[word]
+    return word, known[word]
 
 
 def check_base(made: Plan, family: str, target: Path, scheme: Scheme, overwrite: bool) -> None:
@@ -159,15 +158,38 @@ def check_base(made: Plan, family: str, target: Path, scheme: Scheme, overwrite:
         raise UsageError(f"--output-path {target}: several components need a folder")
     if target.exists() and not overwrite:
         raise UsageError(f"--output-path {target} exists already: choose another, or --overwrite")
+    place = target.resolve()
+    for source in list_sources(made):
+        if place == source or place in source.parents or source in place.parents:
+            raise UsageError(
+                f"--output-path {target}: the model is read from {source}, which would be written "
+                "over: choose another place"
+            )
 
 
-def find_kept(model: str, family: str, words: Sequence[str] | None) -> Callable[[str], bool]:
-    """Whether a module stays in full precision."""
+def list_sources(made: Plan) -> list[Path]:
+    """The folders and files that the model is read from, as far as they are on this machine."""
+    files = [file for part in made.components.values() for file in part.checkpoint.files]
+    return [path.resolve() for path in map(Path, (made.base, *files)) if path.exists()]
+
+
+def find_kept(
+    model: str, family: str, scheme: str, words: Sequence[str] | None
+) -> Callable[[str], bool]:
+    """Whether a module stays in full precision.
+
+    Without words, what the tables' checkpoints keep: those of this scheme before others of the
+    family, files with diffusers' names before raw ones.
+    """
     sets = models.load(model).FALLBACKS
     if words is None:
-        rows = matrix.read().checkpoints.values()
-        like = (r.kept for r in rows if (r.family, r.model) == (family, model) and r.form != "raw")
-        words = next(like, "").split()
+        rows = [
+            row
+            for row in matrix.read().checkpoints.values()
+            if (row.family, row.model) == (family, model) and row.form != "online"
+        ]
+        rows.sort(key=lambda row: (row.scheme != scheme, row.form == "raw"))
+        words = rows[0].kept.split() if rows else ()
     patterns: list[re.Pattern[str]] = []
     for word in words:
         try:
@@ -220,10 +242,24 @@ def calibrate(made: Plan, prompts: Sequence[str], show: Show) -> dict[str, dict[
         for number, prompt in enumerate(show("calibrating", list(prompts))):
             seed = torch.Generator("cpu").manual_seed(number)
             pipeline(prompt=prompt, generator=seed, output_type="latent", **arguments)
+    for name, ranges in found.items():
+        check_coverage(name, getattr(pipeline, name), ranges)
     return {
-        name: {layer: move(round_up(seen)) for layer, seen in ranges.items()}
+        name: {layer: move(seen) for layer, seen in ranges.items()}
         for name, ranges in found.items()
     }
+
+
+def check_coverage(name: str, component: torch.nn.Module, seen: Mapping[str, Any]) -> None:
+    """Every linear layer must have been called: without a range there is nothing to scale by."""
+    linear = [n for n, m in component.named_modules() if isinstance(m, torch.nn.Linear)]
+    missed = [layer for layer in linear if layer not in seen]
+    if missed:
+        raise UsageError(
+            f"calibration called {len(linear) - len(missed)} of the {len(linear)} linear layers of "
+            f"{name}; {missed[0]} was never reached: give more --num-inference-steps (a second "
+            "expert takes only some of them)"
+        )
 
 
 def move(seen: Calibration) -> Calibration:
@@ -287,6 +323,20 @@ def find_config(made: Plan, name: str) -> Path:
     """The folder that holds a component's config.json."""
     others = tuple(made.components)
     return Path(fetch_pipeline(made.base, made.request.hub, without=others)) / name
+
+
+def replace_target(made: Path, target: Path) -> None:
+    """Move what was made to its place; what stood there goes only when that is done."""
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    if target.exists():
+        os.replace(target, old)
+    try:
+        os.replace(made, target)
+    except OSError:
+        if old.exists():
+            os.replace(old, target)
+        raise
+    remove(old)
 
 
 def list_files(path: Path) -> list[Path]:

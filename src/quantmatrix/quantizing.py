@@ -1,7 +1,7 @@
 """Quantizing a model: full-precision tensors become a checkpoint of a family, in its true format.
 
 1. *Calibrate.* A pass of the real pipeline shows the range of every linear layer's input
-   (`watch_inputs`); ranges are rounded up to powers of two, so that the bytes of a checkpoint do not
+   (`watch_inputs`). The tiny stand-ins round ranges up to powers of two, so that their bytes do not
    depend on the last bits of a processor's sums.
 2. *Pack.* The tensors get the names and the packing of the dialect that the family's files have.
 3. *Choose.* Two-dimensional weights of the model's blocks get the scheme, but for those kept back.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from quantmatrix import cli, quantize
+from quantmatrix import cli, load_pipeline, models, quantize
 from quantmatrix.errors import UsageError
 from quantmatrix.planning import Plan, plan
+from quantmatrix.references import fetch_pipeline
 from quantmatrix.request import Request
 from quantmatrix.run import generate
 
@@ -116,17 +118,76 @@ def read_tensors(path: Path, ending: str) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys() if name.endswith(ending)}  # noqa: SIM118
 
 
-def test_input_scales_are_those_of_the_calibration(tmp_path: Path) -> None:
-    request = Request(model_path=BASES["flux-1"], tiny=True, device="cpu")
-    planned = plan(request)
-    assert isinstance(planned, Plan)
-    ranges = quantize.calibrate(planned, ["a fox"], lambda _, things: things)["transformer"]
+def test_input_scales_are_those_of_the_run(tmp_path: Path) -> None:
+    """The largest magnitude that a hook of our own sees, over 448, and not rounded."""
+    pipeline = load_pipeline(model_path=BASES["flux-1"], tiny=True, device="cpu")
+    seen: dict[str, float] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            seen[name] = max(seen.get(name, 0.0), arguments[0].abs().max().item())
+
+        return hook
+
+    for name, layer in pipeline.transformer.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_pre_hook(watch(name))
+    arguments = models.load("flux-1").call_arguments(Request(model_path="x", tiny=True))
+    with torch.inference_mode():
+        seed = torch.Generator("cpu").manual_seed(0)
+        pipeline(prompt="a fox", generator=seed, output_type="latent", **arguments)
     output = make(tmp_path, "modelopt-fp8", "flux-1", {}, "x.safetensors")
     scales = read_tensors(output, ".input_scale")
     assert len(scales) >= 6
     for name, scale in scales.items():
-        seen = ranges[name.removesuffix(".input_scale")]
-        assert scale.float().item() == pytest.approx(seen.amax.max().item() / 448, rel=1e-6)
+        amax = seen[name.removesuffix(".input_scale")]
+        assert scale.float().item() == pytest.approx(amax / 448, rel=1e-6)
+
+
+DEFAULTS = [
+    ("fp8", "flux-1", {"scheme": "tensor-static"}, "quantmatrix/flux-1-fp8-tensor-static"),
+    ("modelopt-fp8", "flux-1", {}, "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"),
+    ("modelopt-nvfp4", "flux-1", {}, "BBuf/flux1-dev-modelopt-nvfp4-sglang-transformer"),
+    ("fp8", "qwen-image", {"scheme": "tensor-static"}, "quantmatrix/qwen-image-fp8-tensor-static"),
+]
+
+
+@pytest.mark.parametrize(("family", "model", "options", "like"), DEFAULTS, ids=lambda v: str(v))
+def test_the_layers_kept_are_those_of_the_tables(
+    family: str, model: str, options: dict[str, Any], like: str, tmp_path: Path
+) -> None:
+    output = make(tmp_path, family, model, options, "folder")
+    plans = (
+        plan(
+            Request(
+                model_path=BASES[model], tiny=True, device="cpu",
+                component_paths={"transformer": path},
+            )
+        )
+        for path in (str(output), like)
+    )  # fmt: skip
+    made, expected = (set(one.components["transformer"].layers) for one in plans)
+    assert made == expected
+
+
+def test_a_source_is_never_written_over(tmp_path: Path) -> None:
+    planned = plan(Request(model_path=BASES["z-image"], tiny=True, device="cpu"))
+    assert isinstance(planned, Plan)
+    base = tmp_path / "models" / "base"
+    shutil.copytree(fetch_pipeline(planned.base, planned.request.hub), base)
+    before = read_all(base)
+    request = Request(model_path=str(base), tiny=True, device="cpu")
+    for output in (base, base / "transformer", base.parent, base / "new"):
+        with pytest.raises(UsageError, match="would be written over"):
+            quantize.quantize(request, family="fp8", output=output, overwrite=True)
+    assert read_all(base) == before
+
+
+def test_an_expert_that_never_runs_is_named(tmp_path: Path) -> None:
+    request = Request(model_path=BASES["wan-2-2"], tiny=True, device="cpu", num_inference_steps=1)
+    with pytest.raises(UsageError, match=r"transformer_2; .* give more --num-inference-steps"):
+        quantize.quantize(request, family="modelopt-fp8", output=tmp_path / "x", prompts=["a"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_smoothing_follows_the_prompts_and_helps(tmp_path: Path) -> None:
