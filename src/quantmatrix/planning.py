@@ -32,6 +32,12 @@ FP4_BACKEND = "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND"
 PLAIN_DTYPES = ("BF16", "F16", "F32", "F64", "I64", "I32", "BOOL")
 
 
+PATCH, FRAMES = 16, 4
+"""Pixels of a side, and frames after the first, that one patch of latents stands for."""
+TEXT_ROWS = 512
+"""Tokens of text that the models take at most."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """One layer on disk that serves a module, and the kernel that will compute it."""
@@ -216,11 +222,11 @@ def plan_component(
     pieces, plain = sort_layers(checkpoint, schemes, dialect, family)
     item = ITEM_BYTES[request.dtype]
     layers: dict[str, tuple[Piece, ...]] = {}
-    wanted = wanted_backend(request)
+    wanted, rows = wanted_backend(request), count_rows(model, request)
     for module, parts in pieces.items():
         chosen = []
         for layer, target, scheme, (out, into) in parts:
-            kernel = choose_kernel(scheme, machine, (out, into), request, wanted, warnings)
+            kernel = choose_kernel(scheme, machine, (out, into), rows, request, wanted, warnings)
             size = kernel.footprint(scheme, out, into, item)
             numerics = name_numerics(kernel, scheme)
             chosen.append(Piece(layer, target, scheme, out, into, kernel.backend, numerics, size))
@@ -259,22 +265,41 @@ def choose_kernel(
     scheme: Scheme,
     machine: Machine,
     shape: tuple[int, int],
+    rows: int,
     request: Request,
     wanted: str | None,
     warnings: list[str],
 ) -> kernels.Kernel:
     """The kernel of a layer: `--backend` alone, else what was wished for NVFP4, else the order.
 
-    A wish that this machine or shape cannot meet is a warning, and the order decides.
+    `rows` is the most rows that an input will have. A wish that this machine or shape cannot meet is a
+    warning, and the order decides; so is a kernel that is passed over for the number of rows alone.
     """
     if request.backend is None and wanted and scheme.op == "linear.nvfp4":
         try:
-            return kernels.choose(scheme.op, machine, scheme, shape, wanted)
+            return kernels.choose(scheme.op, machine, scheme, shape, wanted, rows)
         except kernels.NoKernel as error:
             note = f"{FP4_BACKEND}={request.fp4_gemm_backend} is not used: {error.message}"
             if not any(text.startswith(f"{FP4_BACKEND}=") for text in warnings):
                 warnings.append(note)
-    return kernels.choose(scheme.op, machine, scheme, shape, request.backend)
+    chosen = kernels.choose(scheme.op, machine, scheme, shape, request.backend, rows)
+    first = kernels.choose(scheme.op, machine, scheme, shape, request.backend)
+    if first is not chosen:
+        why = first.needs.why_not(machine, scheme, shape, rows)
+        note = f"{scheme.op}: {first.backend} {why}; {chosen.backend} is used"
+        if note not in warnings:
+            warnings.append(note)
+    return chosen
+
+
+def count_rows(model: str, request: Request) -> int:
+    """Most rows of a linear layer's input: latent patches of the request's size, and text."""
+    module = models.load(model)
+    defaults = module.TINY_DEFAULTS if request.tiny else module.DEFAULTS
+    height, width = request.height or defaults.height, request.width or defaults.width
+    frames = request.num_frames or defaults.frames or 1
+    patches = (height // PATCH) * (width // PATCH) * (1 + (frames - 1) // FRAMES)
+    return patches + TEXT_ROWS
 
 
 def name_numerics(kernel: kernels.Kernel, scheme: Scheme) -> str:
