@@ -16,6 +16,7 @@ NAMES: tuple[str, ...] = (
     "summary",
     "speed",
     "quantize",
+    "fallback",
     "compare",
     "mutate",
     "thresholds",
