@@ -48,6 +48,9 @@ def make_layer(
     )
     if scheme.weight == "e2m1":
         stored["wtscale"] = torch.tensor([0.75]).bfloat16()
+        # What is written is one number per part of 128 rows or more, which has no order to lose.
+        channel = torch.linspace(0.5, 1.5, rows) * svdq_packing.unpack_channels(stored["wcscales"])
+        stored["wcscales"] = svdq_packing.pack_channels(channel.bfloat16())
     return stored
 
 
