@@ -22,15 +22,17 @@ from typing import Any
 
 import torch
 
+from quantmatrix.kernels.launching import launch
+
 BLOCK = 8192
-LARGEST = 448.0
 GROUPS = 16
 """Groups of a row per program."""
 
 
 @cache
-def compile_kernels() -> tuple[Any, Any, Any, Any]:
-    """(divide by a scale, quantize tokens, largest magnitude, quantize groups), defined where triton is."""
+def compile_kernels() -> tuple[Any, Any, Any, Any, Any]:
+    """(divide by a scale, divide by what maps a magnitude to 448, quantize tokens, largest magnitude,
+    quantize groups), defined where triton is."""
     import triton
     import triton.language as tl
 
@@ -40,6 +42,19 @@ def compile_kernels() -> tuple[Any, Any, Any, Any]:
         inside = places < size
         values = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
         quotient = tl.math.div_rn(values, tl.broadcast_to(tl.load(scale), (BLOCK,)))
+        held = tl.minimum(tl.maximum(quotient, -448.0), 448.0)
+        tl.store(codes + places, held.to(tl.float8e4nv), mask=inside)
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def divide_by_amax(x, codes, amax, scale, size, BLOCK: tl.constexpr):  # type: ignore
+        magnitude = tl.load(amax)
+        magnitude = tl.where(magnitude > 0, magnitude, 448.0)
+        step = tl.math.div_rn(magnitude, tl.full((), 448.0, tl.float32))
+        tl.store(scale, step, mask=tl.program_id(0) == 0)
+        places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = places < size
+        values = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+        quotient = tl.math.div_rn(values, tl.broadcast_to(step, (BLOCK,)))
         held = tl.minimum(tl.maximum(quotient, -448.0), 448.0)
         tl.store(codes + places, held.to(tl.float8e4nv), mask=inside)
 
@@ -81,7 +96,7 @@ def compile_kernels() -> tuple[Any, Any, Any, Any]:
         held = tl.minimum(tl.maximum(quotient, -448.0), 448.0)
         tl.store(codes + places, held.to(tl.float8e4nv), mask=inside[:, None])
 
-    return divide, quantize_tokens, find_amax, quantize_groups
+    return divide, divide_by_amax, quantize_tokens, find_amax, quantize_groups
 
 
 def launch_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -89,20 +104,20 @@ def launch_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     divide, *_ = compile_kernels()
-    divide[(-(-x.numel() // BLOCK),)](x, codes, scale, x.numel(), BLOCK, num_warps=8)
+    grid = (-(-x.numel() // BLOCK),)
+    launch(divide, grid, (x, codes, scale), (x.numel(),), (BLOCK,), num_warps=8)
     return codes
 
 
 def launch_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes e4m3 [M, K], scales float32 [M, 1]) of x [M, K]."""
-    import triton
-
     x = x.contiguous()
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scales = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
-    _, tokens, *_ = compile_kernels()
-    block = triton.next_power_of_2(x.shape[1])
-    tokens[(x.shape[0],)](x, codes, scales, x.shape[1], block, num_warps=8)
+    _, _, tokens, *_ = compile_kernels()
+    rows, width = x.shape
+    block = 1 << (width - 1).bit_length()
+    launch(tokens, (rows,), (x, codes, scales), (width,), (block,), num_warps=8)
     return codes, scales
 
 
@@ -110,12 +125,12 @@ def launch_tensor(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes e4m3 [M, K], scale float32 []) of x [M, K]; the largest magnitude is found first."""
     x = x.contiguous()
     amax = torch.zeros((), dtype=torch.float32, device=x.device)
-    divide, _, find_amax, _ = compile_kernels()
-    blocks = (-(-x.numel() // BLOCK),)
-    find_amax[blocks](x, amax, x.numel(), BLOCK, num_warps=8)
-    scale = torch.where(amax > 0, amax, LARGEST) / LARGEST
+    scale = torch.empty_like(amax)
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    divide[blocks](x, codes, scale, x.numel(), BLOCK, num_warps=8)
+    _, divide, _, find_amax, _ = compile_kernels()
+    blocks = (-(-x.numel() // BLOCK),)
+    launch(find_amax, blocks, (x, amax), (x.numel(),), (BLOCK,), num_warps=8)
+    launch(divide, blocks, (x, codes, amax, scale), (x.numel(),), (BLOCK,), num_warps=8)
     return codes, scale
 
 
@@ -127,7 +142,8 @@ def launch_groups(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tens
     scales = torch.empty(width // group, rows, dtype=torch.float32, device=x.device)
     *_, kernel = compile_kernels()
     groups = width // group
-    kernel[(rows, -(-groups // GROUPS))](x, codes, scales, rows, groups, group, GROUPS, num_warps=4)
+    grid = (rows, -(-groups // GROUPS))
+    launch(kernel, grid, (x, codes, scales), (rows,), (groups, group, GROUPS), num_warps=4)
     return codes, scales.t()
 
 

@@ -16,10 +16,14 @@ from typing import Any
 
 import torch
 
+from quantmatrix.kernels.launching import launch
+
 Tile = tuple[int, int, int, int, int]
 """Rows, columns, depth, warps, stages."""
 USUAL: Tile = (128, 128, 128, 4, 3)
 FEW_ROWS: Tile = (64, 128, 128, 4, 4)
+BLOCK = 4096
+"""Elements that a program of `quantize_static` works on."""
 GROUP = 8
 """Rows of tiles that are worked on together, so that they share columns in the cache."""
 
@@ -107,13 +111,13 @@ def make_multiply(triton: Any, tl: Any) -> Any:
 
 def quantize_tokens(x: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes int8 [M, K], scales float32 [M, 1]) of a contiguous x [M, K], K <= 16384."""
-    import triton
-
+    rows, width = x.shape
     codes = torch.empty_like(x, dtype=torch.int8)
-    scales = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(x.shape[1])
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    block = 1 << (width - 1).bit_length()
     kernel, _, _ = compile_kernels()
-    kernel[(x.shape[0],)](x, codes, scales, x.shape[1], float(largest), block, num_warps=8)
+    constants = (float(largest), block)
+    launch(kernel, (rows,), (x, codes, scales), (width,), constants, num_warps=8)
     return codes, scales
 
 
@@ -121,7 +125,8 @@ def quantize_static(x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) 
     """Codes int8 [M, K] of a contiguous x [M, K]; scale and offset are float32 []."""
     codes = torch.empty_like(x, dtype=torch.int8)
     _, kernel, _ = compile_kernels()
-    kernel[(-(-x.numel() // 4096),)](x, codes, scale, offset, x.numel(), 4096)
+    grid = (-(-x.numel() // BLOCK),)
+    launch(kernel, grid, (x, codes, scale, offset), (x.numel(),), (BLOCK,))
     return codes
 
 
@@ -142,12 +147,17 @@ def multiply(
     out = torch.empty(m, n, dtype=dtype, device=codes.device)
     _, _, kernel = compile_kernels()
     rows, columns, depth, warps, stages = USUAL if m > 64 else FEW_ROWS
-    static = row_scale is None
-    kernel[(-(-m // rows) * -(-n // columns),)](
-        codes, weight, out, column_scale, column_scale if static else row_scale,
-        column_scale if bias is None else bias, m, n, k, static, bias is not None,
-        rows, columns, depth, GROUP, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    scale = column_scale if row_scale is None else row_scale
+    added = column_scale if bias is None else bias
+    launch(
+        kernel,
+        (-(-m // rows) * -(-n // columns),),
+        (codes, weight, out, column_scale, scale, added),
+        (m, n),
+        (k, row_scale is None, bias is not None, rows, columns, depth, GROUP),
+        num_warps=warps,
+        num_stages=stages,
+    )
     return out
 
 

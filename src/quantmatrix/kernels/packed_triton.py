@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from quantmatrix.kernels.launching import launch
+
 BLOCK = 4096
 """Bytes of codes per program."""
 TILE = (4, 512)
@@ -93,13 +95,16 @@ def decode(
     `whole` is a float32 [] scale; None recodes to e4m3, which then takes 6 * the scale of the whole.
     """
     rows, half = codes.shape
-    recode = whole is None
     out = torch.empty(rows, 2 * half, dtype=dtype, device=codes.device)
     kernel, _ = compile_kernels()
-    kernel[(-(-codes.numel() // BLOCK),)](
-        codes, scales, scales if recode else whole, out, codes.numel(),
-        half // scales.shape[1], recode, BLOCK, num_warps=8,
-    )  # fmt: skip
+    launch(
+        kernel,
+        (-(-codes.numel() // BLOCK),),
+        (codes, scales, scales if whole is None else whole, out),
+        (codes.numel(),),
+        (half // scales.shape[1], whole is None, BLOCK),
+        num_warps=8,
+    )
     return out
 
 
@@ -119,8 +124,12 @@ def decode_smoothed(
     rows, half = codes.shape
     out = torch.empty(rows, 2 * half, dtype=dtype, device=codes.device)
     _, kernel = compile_kernels()
-    kernel[(-(-rows // TILE[0]), -(-half // TILE[1]))](
-        codes, scales, row_scale, unsmooth, out, rows,
-        half, half // scales.shape[1], int4, *TILE, num_warps=4,
-    )  # fmt: skip
+    launch(
+        kernel,
+        (-(-rows // TILE[0]), -(-half // TILE[1])),
+        (codes, scales, row_scale, unsmooth, out),
+        (rows,),
+        (half, half // scales.shape[1], int4, *TILE),
+        num_warps=4,
+    )
     return out
