@@ -28,6 +28,9 @@ from quantmatrix.pipeline import build_pipeline
 from quantmatrix.planning import Plan, Refusal, plan
 from quantmatrix.request import Request
 
+STAGE = "stage|"
+"""What the names of stages begin with in a profiler's trace."""
+
 
 @dataclass
 class Run:
@@ -181,7 +184,8 @@ def timed_stages(pipeline: Any, seconds: dict[str, float]) -> Iterator[None]:
         def call(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
-                return function(*args, **kwargs)
+                with torch.profiler.record_function(f"{STAGE}{stage}"):
+                    return function(*args, **kwargs)
             finally:
                 seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 

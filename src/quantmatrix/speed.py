@@ -56,11 +56,14 @@ def time_calls(way: Callable[[], Any], device: str, burst: int) -> float:
 
 
 def prepare_forward(
-    module: nn.Module, inputs: Mapping[str, Any], *, compiled: bool = False, graph: bool = False
+    module: nn.Module, inputs: Mapping[str, Any], *, compiled: str = "", graph: bool = False
 ) -> Callable[[], Any]:
-    """A call of a transformer on fixed inputs: as it is, with compiled blocks, as a CUDA graph."""
+    """A call of a transformer on fixed inputs: as it is, as a CUDA graph, or with compiled blocks.
+
+    `compiled` is a word of `--compile`, none for no compilation.
+    """
     if compiled:
-        acceleration.compile_blocks(module)
+        acceleration.compile_blocks(module, **acceleration.MODES[compiled])
     if graph:
         acceleration.graph_forward(module)
     return lambda: module(**inputs)
@@ -87,7 +90,7 @@ def compare_forms(
     scheme: str,
     backend: str | None = None,
     size: str = "full",
-    compiled: bool = False,
+    compiled: str = "",
     graph: bool = False,
     repeats: int = 10,
 ) -> dict[str, Any]:

@@ -16,6 +16,7 @@ PAIRS = [
     ("modelopt-nvfp4", "NVFP4", "packed-fp8", "fp8-recode"),
     ("nunchaku-svdq", "int4_r32", "packed", "merged"),
     ("nunchaku-svdq", "nvfp4_r32", "packed", "merged"),
+    ("nunchaku-svdq", "awq", "packed", "decode"),
 ]
 
 

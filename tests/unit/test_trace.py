@@ -1,4 +1,4 @@
-"""A trace names every quantized layer with the kernel that ran."""
+"""`quantmatrix trace`: of a command or of rows of the matrix, as files and as a verdict."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import pytest
 
 from quantmatrix import planning
 from quantmatrix.cli import main
+from quantmatrix.commands.trace import choose_cells
+from quantmatrix.matrix import read
 from quantmatrix.planning import Plan
 from quantmatrix.request import Request
-from quantmatrix.trace import judge
 
 FP8 = "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"
 WORDS = ("--tiny", "--model-path", "black-forest-labs/FLUX.1-dev", "--transformer-path", FP8,
          "--num-inference-steps", "2", "--device", "cpu", "--backend", "reference")  # fmt: skip
+CELL = "modelopt-fp8-flux-1@cpu+decode"
 
 
 def test_every_planned_layer_ran(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,17 +32,62 @@ def test_every_planned_layer_ran(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert set(layers) == {f"transformer.{name}" for name in made.components["transformer"].layers}
     assert {layer["backend"] for layer in layers.values()} == {"reference"}
     assert {layer["calls"] for layer in layers.values()} == {2}
-    assert all(any("mm" in op for op in layer["operations"]) for layer in layers.values())
+    assert all("aten::linear" in layer["operations"] for layer in layers.values())
+    assert {name: stage["calls"] for name, stage in found["stages"].items()} == {
+        "encode": 1, "transformer": 2, "decode": 1,
+    }  # fmt: skip
+    assert 0 < found["quantize_and_scale_share"] < 1
     with gzip.open(path) as stream:
-        names = {event.get("name", "") for event in json.load(stream)["traceEvents"]}
-    assert sum(name.startswith("quantized|") for name in names) == len(layers)
+        names = [event.get("name", "") for event in json.load(stream)["traceEvents"]]
+    assert sum(name.startswith("quantized|") for name in names) == 2 * len(layers)
+    assert {name for name in names if name.startswith("stage|")} == {
+        "stage|encode", "stage|transformer", "stage|decode",
+    }  # fmt: skip
     assert [entry.name for entry in tmp_path.iterdir()] == ["trace.json.gz"]
-    name = min(layers)
-    layers[name]["backend"] = "decode"
-    assert judge(made, layers) == [f"{name} ran by decode, not reference"]
-    del layers[name]
-    assert judge(made, layers) == [f"{name} is planned and did not run"]
 
 
-def test_the_file_is_a_gzipped_trace(tmp_path: Path) -> None:
-    assert main(["trace", *WORDS, "--output-path", str(tmp_path / "trace.json")]) == 2
+def test_a_row_leaves_a_trace_and_a_census(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = "modelopt-fp8-flux-1-native@h200"
+    words = ["trace", "--row", CELL, "--row", other, "--tiny", "--output-path", str(tmp_path)]
+    capsys.readouterr()
+    assert main([*words, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["cells"][CELL]["problems"] == []
+    [problem] = found["cells"][other]["problems"]
+    assert "cannot be tested here" in problem
+    assert {path.name for path in tmp_path.iterdir()} == {f"{CELL}.json", f"{CELL}.json.gz"}
+    told = json.loads((tmp_path / f"{CELL}.json").read_text())
+    assert told["backends"]["decode"]["matmuls"] == {"aten::linear": 4 * len(told["layers"])}
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ([*WORDS, "--output-path", "trace.json"], "ending in .json.gz"),
+        ([*WORDS, "--compile"], "--compile: a trace names the layers"),
+        ([*WORDS, "--row", CELL], "one of --model-path, --row and --hardware"),
+        ([], "one of --model-path, --row and --hardware"),
+        (["--row", "nothing@cpu"], "no such cell"),
+        (["--hardware", "abacus"], "not in the tables"),
+        (["--row", CELL, "--strange"], "unrecognized arguments"),
+    ],
+)
+def test_wrong_usage_is_told(
+    words: list[str], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main(["trace", *words]) == 2
+    assert why in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hardware_is_traced_once_for_each_kind() -> None:
+    tables = read()
+    cells = choose_cells(tables, "h200")
+    kinds = [(cell.family, cell.model, cell.backend) for cell in cells]
+    assert len(set(kinds)) == len(kinds)
+    claimed = [c for c in tables.cells if c.hardware == "h200" and "latents" in c.checks]
+    assert set(kinds) == {(cell.family, cell.model, cell.backend) for cell in claimed}

@@ -145,6 +145,10 @@ class Kernel:
         | None
     ) = None
     """(encoded, x, buffers, bias, scheme) to [..., out]; only shape and dtype of x are used."""
+    matmul: tuple[str, ...] = ("aten::linear",)
+    """What multiplies the weight, as a profiler names it: operations or kernels, of which at least
+    one runs in a call. A kernel that names no plain matmul takes codes, never a decoded weight;
+    empty: codes, too, by a matmul whose name nobody has seen yet."""
 
 
 class NoKernel(LookupError):

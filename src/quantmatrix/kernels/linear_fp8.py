@@ -280,6 +280,7 @@ KERNELS = (
         count_bytes,
         encode=encode_torch,
         multiply=multiply_torch,
+        matmul=("aten::_scaled_mm",),
     ),
     Kernel(
         "linear.fp8",
@@ -299,6 +300,7 @@ KERNELS = (
         prepare_blocks,
         run_blocks,
         count_bytes,
+        matmul=("aten::_scaled_mm",),
     ),
 )
 

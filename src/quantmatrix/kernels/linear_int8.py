@@ -367,8 +367,11 @@ KERNELS = (
         "linear.int8", "decode", "W8A16", Needs(rule="int8-decode"),
         prepare_decode, run_decode, count_decoded,
     ),
-    Kernel("linear.int8", "int8", "W8A8", INT8, prepare_int8, run_int8, count_codes),
-    Kernel("linear.int8", "npu", "W8A8", NPU, prepare_npu, run_npu, count_npu),
+    Kernel(
+        "linear.int8", "int8", "W8A8", INT8, prepare_int8, run_int8, count_codes,
+        matmul=("aten::_int_mm", "multiply"),
+    ),
+    Kernel("linear.int8", "npu", "W8A8", NPU, prepare_npu, run_npu, count_npu, matmul=()),
 )  # fmt: skip
 ORDER: Mapping[str, tuple[str, ...]] = {
     "cpu": ("int8", "decode", "reference"),

@@ -287,6 +287,7 @@ KERNELS = (
         footprint=measure_recoded,
         encode=encode_recoded,
         multiply=multiply_recoded,
+        matmul=("aten::_scaled_mm",),
     ),
     Kernel(
         op=OP,
@@ -317,6 +318,7 @@ KERNELS = (
         footprint=measure_stored,
         encode=encode_packed,
         multiply=multiply_packed,
+        matmul=("aten::_scaled_mm",),
     ),
     *(
         Kernel(
@@ -327,6 +329,7 @@ KERNELS = (
             prepare=nvfp4_flashinfer.PREPARE[name],
             run=nvfp4_flashinfer.RUN[name],
             footprint=measure_stored,
+            matmul=(),
         )
         for name, needs in nvfp4_flashinfer.NEEDS.items()
     ),

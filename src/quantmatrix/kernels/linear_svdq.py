@@ -225,6 +225,7 @@ KERNELS = (
         prepare=svdq_engines.prepare_nunchaku,
         run=svdq_engines.run_nunchaku,
         footprint=measure_stored,
+        matmul=(),
     ),
     Kernel(
         op=OP,
@@ -234,6 +235,7 @@ KERNELS = (
         prepare=svdq_engines.prepare_comfy,
         run=svdq_engines.run_comfy,
         footprint=measure_stored,
+        matmul=(),
     ),
 )
 

@@ -10,7 +10,8 @@
     weight[n, k] = code * weight_scale[n, k // 64] + weight_zero[n, k // 64]
 
 These are modulation layers: one row per picture, so a decoded weight is as fast as any kernel.
-`merged` is `decode` under the name that SVDQuant layers use; there is nothing to merge here.
+`packed` keeps the codes and decodes them for every call, in one pass. `merged` is `decode` under the
+name that SVDQuant layers use; there is nothing to merge here.
 """
 
 from __future__ import annotations
@@ -78,6 +79,18 @@ def run_decode(
     return functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
+def run_packed(
+    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """As `decode`, the weight being made for the call in x's dtype."""
+    from quantmatrix.kernels import packed_triton
+
+    weight = packed_triton.decode_zeros(
+        buffers["weight"], buffers["weight_scale"], buffers["weight_zero"], x.dtype
+    )
+    return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
 def measure_stored(scheme: Scheme, out_features: int, in_features: int, item: int) -> int:
     """Bytes of the canonical tensors, a bias included."""
     groups = in_features // scheme.group_size
@@ -103,6 +116,20 @@ KERNELS = (
     replace(DECODE, backend="merged"),
     Kernel(
         op=OP,
+        backend="packed",
+        numerics="W4A16",
+        needs=Needs(
+            rule="w4a16-packed",
+            vendors=("nvidia",),
+            package="triton",
+            remedy="--backend merged or --backend decode run anywhere",
+        ),
+        prepare=keep_tensors,
+        run=run_packed,
+        footprint=measure_stored,
+    ),
+    Kernel(
+        op=OP,
         backend="reference",
         numerics="W4A16",
         needs=Needs(rule="w4a16-reference"),
@@ -118,6 +145,7 @@ KERNELS = (
         prepare=svdq_engines.prepare_nunchaku_awq,
         run=svdq_engines.run_nunchaku_awq,
         footprint=measure_stored,
+        matmul=(),
     ),
     Kernel(
         op=OP,
@@ -127,6 +155,7 @@ KERNELS = (
         prepare=svdq_engines.prepare_comfy_awq,
         run=svdq_engines.run_comfy_awq,
         footprint=measure_stored,
+        matmul=(),
     ),
 )
 

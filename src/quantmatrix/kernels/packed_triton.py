@@ -8,10 +8,12 @@ into memory that the next layer uses again. Beside a matmul of thousands of rows
 | ---- | ------ |
 | e2m1 | its three low bits, placed as exponent and mantissa of a float16, times 2^14; bit 3 is the sign |
 | int4 | two's complement |
+| uint4 | the code itself |
 
     decode          code * (scale of its group * scale of the whole)    bfloat16, as `decode`
                     code * (scale of its group / 6)                      e4m3, as `fp8-recode`
     decode_smoothed code * (scale of its group * row_scale[n]) * unsmooth[k]   bfloat16
+    decode_zeros    code * scale of its group + zero of its group              bfloat16, as `decode`
 
 Products are formed in float32 in this order and rounded once.
 """
@@ -32,8 +34,8 @@ TILE = (4, 512)
 
 
 @cache
-def compile_kernels() -> tuple[Any, Any]:
-    """(decode, decode_smoothed), defined where triton is."""
+def compile_kernels() -> tuple[Any, Any, Any]:
+    """(decode, decode_smoothed, decode_zeros), defined where triton is."""
     import triton
     import triton.language as tl
 
@@ -84,7 +86,21 @@ def compile_kernels() -> tuple[Any, Any]:
         place = out + wide * (2 * HALF) + columns[None, :]
         tl.store(place, both.to(out.dtype.element_ty), mask=in_n[:, None] & in_columns[None, :])
 
-    return decode, decode_smoothed
+    @triton.jit  # type: ignore[untyped-decorator]
+    def decode_zeros(codes, scales, zeros, out, size, GROUP: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        places = start + tl.arange(0, BLOCK)
+        inside = places < size
+        byte = tl.load(codes + places, mask=inside, other=0).to(tl.int32)
+        scale = tl.load(scales + places // GROUP, mask=inside, other=0.0).to(tl.float32)
+        zero = tl.load(zeros + places // GROUP, mask=inside, other=0.0).to(tl.float32)
+        low = (byte & 15).to(tl.float32) * scale + zero
+        high = (byte >> 4).to(tl.float32) * scale + zero
+        targets = 2 * start + tl.arange(0, 2 * BLOCK)
+        both = tl.interleave(low, high)
+        tl.store(out + targets, both.to(out.dtype.element_ty), mask=targets < 2 * size)
+
+    return decode, decode_smoothed, decode_zeros
 
 
 def decode(
@@ -96,7 +112,7 @@ def decode(
     """
     rows, half = codes.shape
     out = torch.empty(rows, 2 * half, dtype=dtype, device=codes.device)
-    kernel, _ = compile_kernels()
+    kernel, *_ = compile_kernels()
     launch(
         kernel,
         (-(-codes.numel() // BLOCK),),
@@ -123,7 +139,7 @@ def decode_smoothed(
     """
     rows, half = codes.shape
     out = torch.empty(rows, 2 * half, dtype=dtype, device=codes.device)
-    _, kernel = compile_kernels()
+    _, kernel, _ = compile_kernels()
     launch(
         kernel,
         (-(-rows // TILE[0]), -(-half // TILE[1])),
@@ -131,5 +147,23 @@ def decode_smoothed(
         (rows,),
         (half, half // scales.shape[1], int4, *TILE),
         num_warps=4,
+    )
+    return out
+
+
+def decode_zeros(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Numbers [N, K] of uint4 codes [N, K/2] with a scale and a zero [N, groups] per group."""
+    rows, half = codes.shape
+    out = torch.empty(rows, 2 * half, dtype=dtype, device=codes.device)
+    *_, kernel = compile_kernels()
+    launch(
+        kernel,
+        (-(-codes.numel() // BLOCK),),
+        (codes, scales, zeros, out),
+        (codes.numel(),),
+        (half // scales.shape[1], BLOCK),
+        num_warps=8,
     )
     return out

@@ -1,0 +1,160 @@
+"""What a profiler saw in the quantized layers is held against the plan: each way to cheat is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from quantmatrix.families import fp8, modelopt_nvfp4
+from quantmatrix.families.protocol import Calibration
+from quantmatrix.kernels import Kernel, kernels_of, linear_fp8
+from quantmatrix.layers import QuantizedLinear
+from quantmatrix.trace import named_ranges
+from quantmatrix.trace_census import Census, take_census
+
+WIDE, NARROW = 96, 64
+SCHEME = fp8.SCHEMES["tensor-dynamic"]
+
+
+def find_kernel(op: str, backend: str) -> Kernel:
+    return next(kernel for kernel in kernels_of(op) if kernel.backend == backend)
+
+
+def make_layer(kernel: Kernel, family: Any = fp8, scheme: Any = SCHEME) -> QuantizedLinear:
+    weight = torch.randn(NARROW, WIDE, generator=torch.Generator().manual_seed(0)).bfloat16()
+    limit = torch.full((WIDE,), 4.0)
+    made = family.quantize(weight, scheme, calibration=Calibration(-limit, limit))
+    canonical = family.canonical(made, scheme)
+    return QuantizedLinear(WIDE, NARROW, kernel, scheme, canonical, torch.bfloat16)
+
+
+def trace_layer(layer: QuantizedLinear, backend: str, *, calls: int = 2) -> Census:
+    """The census of a model with one layer, which is planned to run by a backend."""
+    piece = SimpleNamespace(
+        scheme=layer.scheme, backend=backend, in_features=WIDE, out_features=NARROW
+    )
+    part = SimpleNamespace(layers={"block.to_q": [piece]})
+    made: Any = SimpleNamespace(components={"transformer": part})
+    model = torch.nn.Module()
+    model.block = torch.nn.Module()
+    model.block.to_q = layer
+    model.forward = lambda x: model.block.to_q(x)  # type: ignore[method-assign]
+    pipeline = SimpleNamespace(transformer=model)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        torch.no_grad(),
+        named_ranges(pipeline, made),
+        torch.profiler.profile(activities=activities, record_shapes=True) as profiler,
+    ):
+        for _ in range(calls):
+            model(torch.ones(32, WIDE, dtype=torch.bfloat16))
+    return take_census(profiler.events(), made)
+
+
+@pytest.mark.parametrize("backend", ["torch", "decode", "reference"])
+def test_a_layer_that_ran_as_planned(backend: str) -> None:
+    census = trace_layer(make_layer(find_kernel("linear.fp8", backend)), backend, calls=3)
+    assert census.problems == []
+    [layer] = census.layers.values()
+    assert layer.calls == 3
+    matmul = "aten::_scaled_mm" if backend == "torch" else "aten::linear"
+    assert layer.matmuls == {matmul: 3}
+    assert census.stages["transformer"]["calls"] == 3
+    assert 0 < layer.matmul_seconds < layer.seconds
+    assert 0 < census.overhead < 1
+
+
+def test_a_weight_that_is_decoded_under_a_native_name() -> None:
+    kernel = replace(
+        find_kernel("linear.fp8", "torch"),
+        prepare=linear_fp8.prepare_decode, run=linear_fp8.run_decode, encode=None, multiply=None,
+    )  # fmt: skip
+    [missing, decoded] = trace_layer(make_layer(kernel), "torch").problems
+    assert "ran none of aten::_scaled_mm, but aten::" in missing
+    assert "multiplied plain numbers by a weight of 64 x 96" in decoded
+
+
+def test_a_decoded_weight_beside_the_native_matmul() -> None:
+    torch_kernel = find_kernel("linear.fp8", "torch")
+
+    def run(x: Any, tensors: Any, bias: Any, scheme: Any) -> torch.Tensor:
+        plain = tensors["columns"].float().bfloat16()
+        return torch_kernel.run(x, tensors, bias, scheme) + 0 * (x @ plain)
+
+    kernel = replace(torch_kernel, run=run, encode=None, multiply=None)
+    [problem] = trace_layer(make_layer(kernel), "torch").problems
+    assert "the weight was decoded" in problem
+
+
+def test_the_small_matmuls_of_a_low_rank_branch_are_no_decoding() -> None:
+    torch_kernel = find_kernel("linear.fp8", "torch")
+
+    def run(x: Any, tensors: Any, bias: Any, scheme: Any) -> torch.Tensor:
+        low = torch.nn.functional.linear(x, torch.ones(16, WIDE, dtype=x.dtype))
+        low = torch.nn.functional.linear(low, torch.ones(NARROW, 16, dtype=x.dtype))
+        return torch_kernel.run(x, tensors, bias, scheme) + low
+
+    kernel = replace(torch_kernel, run=run, encode=None, multiply=None)
+    census = trace_layer(make_layer(kernel), "torch")
+    assert census.problems == []
+    assert census.layers["transformer.block.to_q"].matmuls["aten::linear"] == 4
+
+
+def test_another_backend_than_planned_and_a_layer_that_did_not_run() -> None:
+    layer = make_layer(find_kernel("linear.fp8", "decode"))
+    name = "transformer.block.to_q"
+    assert trace_layer(layer, "reference").problems == [f"{name} ran by decode, not reference"]
+    assert trace_layer(layer, "decode", calls=0).problems == [f"{name} is planned and did not run"]
+
+
+def test_a_layer_that_nobody_planned() -> None:
+    layer = make_layer(find_kernel("linear.fp8", "decode"))
+    events = SimpleNamespace(
+        device_type=SimpleNamespace(name="CPU"), name="quantized|transformer|extra|decode",
+        cpu_children=[], kernels=[], cpu_time_total=5.0, input_shapes=[],
+    )  # fmt: skip
+    empty: Any = SimpleNamespace(components={"transformer": SimpleNamespace(layers={})})
+    census = take_census([events], empty)
+    assert census.problems == ["transformer.extra ran quantized and is not planned"]
+    assert layer.kernel.backend == "decode"
+
+
+def test_kernels_of_a_device_are_counted_and_timed() -> None:
+    """Durations of kernels are microseconds; ranges that the device repeats are no kernels."""
+
+    def make_event(name: str, kernels: list[tuple[str, float]], *children: Any) -> Any:
+        return SimpleNamespace(
+            device_type=SimpleNamespace(name="CPU"), name=name, cpu_children=list(children),
+            kernels=[SimpleNamespace(name=n, duration=us) for n, us in kernels],
+            cpu_time_total=9999.0, input_shapes=[],
+        )  # fmt: skip
+
+    label = "quantized|transformer|to_q|torch"
+    multiply = make_event("aten::_scaled_mm", [("nvjet_qqtst", 30.0)])
+    event = make_event(label, [("divide", 10.0), (label, 40.0)], multiply)
+    piece = SimpleNamespace(scheme=SCHEME, backend="torch", in_features=WIDE, out_features=NARROW)
+    made: Any = SimpleNamespace(
+        components={"transformer": SimpleNamespace(layers={"to_q": [piece]})}
+    )
+    census = take_census([event], made)
+    assert census.problems == []
+    [layer] = census.layers.values()
+    assert layer.kernels == {"divide": 1, "nvjet_qqtst": 1}
+    assert layer.seconds == pytest.approx(40e-6)
+    assert layer.matmul_seconds == pytest.approx(30e-6)
+    assert census.overhead == pytest.approx(0.25)
+
+
+def test_every_kernel_says_what_multiplies() -> None:
+    """Kernels of 16-bit inputs decode and say so; what takes codes names no plain matmul."""
+    for op in ("linear.fp8", "linear.nvfp4", "linear.svdq", "linear.w4a16", "linear.int8"):
+        for kernel in kernels_of(op):
+            plain = "aten::linear" in kernel.matmul
+            engine = kernel.backend in ("nunchaku", "comfy-kitchen")
+            wide = kernel.numerics.endswith("A16") or kernel.backend == "reference"
+            assert plain == (wide and not engine), f"{op} {kernel.backend}"
+    assert modelopt_nvfp4.SCHEMES
