@@ -72,14 +72,18 @@ class Machine:
 
 
 def from_row(row: HardwareRow) -> Machine:
-    """A machine as a row of hardware.csv describes it."""
+    """A machine as a row of hardware.csv describes it.
+
+    Triton is no package of a row: torch's own builds for NVIDIA and AMD bring it.
+    """
+    brought = frozenset({"triton"} if row.vendor in ("nvidia", "amd") else ())
     device = {"nvidia": "cuda", "amd": "cuda", "ascend": "npu"}.get(row.vendor, "cpu")
     return Machine(
         name=row.name,
         vendor=row.vendor,
         arch=row.arch,
         memory_bytes=int(row.memory_gib * 2**30),
-        packages=frozenset(row.packages),
+        packages=frozenset(row.packages) | brought,
         device=device,
     )
 

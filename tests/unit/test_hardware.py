@@ -52,7 +52,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 ROWS = {
     "cpu": ("cpu", "cpu", 24.0, (), "cpu"),
-    "h100": ("nvidia", "sm90", 80.0, ("triton",), "cuda"),
+    "h100": ("nvidia", "sm90", 80.0, ("flashinfer",), "cuda"),
     "mi300x": ("amd", "gfx942", 192.0, (), "cuda"),
     "ascend-910b": ("ascend", "910b", 64.0, ("torch_npu",), "npu"),
 }
@@ -64,8 +64,9 @@ def test_a_row_is_a_machine(name: str) -> None:
     row: Any = SimpleNamespace(
         name=name, vendor=vendor, arch=arch, memory_gib=gib, packages=packages
     )
+    brought = {"triton"} if device == "cuda" else set()
     assert hardware.from_row(row) == Machine(
-        name, vendor, arch, int(gib * 2**30), frozenset(packages), device
+        name, vendor, arch, int(gib * 2**30), frozenset({*packages, *brought}), device
     )
 
 
