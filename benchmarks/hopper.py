@@ -249,7 +249,7 @@ def time_step(
 ) -> dict[str, Any]:
     """One transformer forward: diffusers in BF16 beside each quantized form, in pairs.
 
-    `mode` is `eager`, `compiled` or `tuned` (the repeated blocks), `graph` (one CUDA graph) or both; `bf16` is
+    `mode` is `eager`, `compiled` (the repeated blocks), `graph` (one CUDA graph) or both; `bf16` is
     always eager; for `graph` and `compiled`, `bf16 MODE` is the same model in that mode.
     """
     size = "tiny" if bench.tiny else "full"
@@ -323,9 +323,8 @@ def run_eagerly(module: torch.nn.Module, inputs: dict[str, Any]) -> Callable[[],
 
 
 def prepare_mode(module: torch.nn.Module, inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
-    """A forward in a mode: `eager`, `graph`, or `compiled`, `tuned` with or without `-graph`."""
-    compiled = "tuned" if "tuned" in mode else "default" if "compiled" in mode else ""
-    return speed.prepare_forward(module, inputs, compiled=compiled, graph="graph" in mode)
+    """A forward in a mode: `eager`, `compiled`, `graph` or `compiled-graph`."""
+    return speed.prepare_forward(module, inputs, compiled="compiled" in mode, graph="graph" in mode)
 
 
 def name_kernels(bench: Bench, run: Callable[[], Any]) -> dict[str, list[float]]:
@@ -398,7 +397,6 @@ def main() -> None:
         ("step flux-1", "flux-1", [*steps, BFL], "eager", repeats, 60),
         ("step flux-1 compiled", "flux-1", fp8, "compiled", repeats, 60),
         ("step flux-1 compiled-graph", "flux-1", light, "compiled-graph", repeats, 60),
-        ("step flux-1 tuned-graph", "flux-1", fp8, "tuned-graph", repeats, 120),
         ("step flux-2", "flux-2", fp8, "eager", 5, 40),
         ("step flux-2 compiled", "flux-2", fp8, "compiled", 5, 60),
         ("step wan-2-2", "wan-2-2", fp8, "eager", 3, 60),

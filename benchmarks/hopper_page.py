@@ -3,8 +3,7 @@
     python benchmarks/hopper_page.py reports/evidence/h200/measurements/hopper.json
 
 writes README.md beside the file. Ratios are medians of one process, quantized over BF16; `graph`
-means replayed from a CUDA graph, `compiled` diffusers' regional compilation, `tuned`
-the same with tuned tiles.
+means replayed from a CUDA graph, `compiled` diffusers' regional compilation.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 FP8, RECODED = "modelopt-fp8 FP8 torch", "modelopt-nvfp4 NVFP4 fp8-recode"
 PACKED, BFL = "modelopt-nvfp4 NVFP4 packed", "diffusers nvfp4 bfl"
 MERGED, INT8 = "nunchaku-svdq int4_r32 merged", "msmodelslim W8A8 int8"
-FLUX, TUNED = "step flux-1", "tuned-graph"
+FLUX = "step flux-1"
 LINEAR_TFLOP, ATTENTION_TFLOP = 59.5, 14.9
 """One forward of FLUX.1-dev at 1024 pixels and 512 tokens of text."""
 Goal = tuple[str, float | None, float, str]
@@ -37,13 +36,12 @@ def compare(stages: dict[str, Any], stage: str, form: str, other: str) -> float 
 
 def share_roof(stages: dict[str, Any]) -> float | None:
     """Ideal time of FLUX.1 at the matmul rates measured in the run, over the best measured time."""
-    modes = [stages.get(f"{FLUX} {mode}", {}).get(FP8, {}) for mode in ("compiled-graph", TUNED)]
-    times = [found["ms"]["quantized"] for found in modes if "ms" in found]
-    if not times:
+    found = stages.get(f"{FLUX} compiled-graph", {}).get(FP8, {})
+    if "ms" not in found:
         return None
     rates = stages["rates"]
     ideal = LINEAR_TFLOP / rates["fp8_tflops"] + ATTENTION_TFLOP / rates["bf16_tflops"]
-    return float(1e3 * ideal / min(times))
+    return float(1e3 * ideal / found["ms"]["quantized"])
 
 
 def list_goals(stages: dict[str, Any]) -> list[Goal]:
@@ -69,7 +67,6 @@ def list_goals(stages: dict[str, Any]) -> list[Goal]:
             0.78,
             most,
         ),
-        ("FLUX.1 fp8 step, tuned graph", ratio(stages, f"{FLUX} {TUNED}", FP8), 0.55, most),
         ("share of the measured fp8 roof, compiled graph", share_roof(stages), 0.65, least),
         ("NVFP4 recoded over fp8, eager", compare(stages, FLUX, RECODED, FP8), 1.02, most),
         ("NVFP4 packed, eager", ratio(stages, FLUX, PACKED), 1.10, most),

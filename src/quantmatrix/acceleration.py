@@ -1,9 +1,7 @@
 """Acceleration: the same forward with less waiting, by compiled blocks or by a CUDA graph.
 
 *Compiled blocks* (`--compile`): diffusers' regional compilation of the repeated blocks, for fixed
-shapes. The compiler fuses the quantization of an input into whatever made the input. With `tuned` it
-searches the tiles of what it fused, by coordinate descent; on an H100 that took 58 s where the
-default took 22 s, and made FLUX.1's fp8 step 1.8 % shorter.
+shapes. The compiler fuses the quantization of an input into whatever made the input.
 
 *A CUDA graph* (`--cuda-graph`): a transformer's forward is captured once for every set of input
 shapes, and replayed: Python no longer launches kernels, which is what a step waits for when its
@@ -21,11 +19,6 @@ from torch.utils import _pytree as pytree
 
 from quantmatrix.errors import UsageError
 
-MODES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "tuned": {"options": {"coordinate_descent_tuning": True}},
-}
-"""What torch is told for each word of `--compile`."""
 VARIANTS = 64
 """Shapes and kinds of block for which code may be compiled; dynamo's own limit is 8."""
 

@@ -19,6 +19,9 @@ from torch import nn
 from quantmatrix.kernels import Kernel, Tensors
 from quantmatrix.scheme import Scheme
 
+STEPS = ("q_input_scale", "q_input_offset")
+"""Buffers that say how a layer's input is quantized."""
+
 
 class SharedInput:
     """Codes of one input for the layers that read it (q, k and v): made once, gone with the input.
@@ -58,9 +61,9 @@ def share_inputs(model: nn.Module) -> int:
         if not isinstance(layer, QuantizedLinear) or layer.kernel.encode is None:
             continue
         block = re.match(r"(.*?\.\d+)\.", name)
-        scale = getattr(layer, "q_input_scale", None)
-        value = None if scale is None else float(scale)
-        key = (block and block[1], layer.in_features, layer.scheme, layer.kernel.backend, value)
+        steps = [float(layer._buffers[name]) for name in STEPS if name in layer._buffers]  # type: ignore[arg-type]
+        kind = (layer.in_features, layer.scheme, layer.kernel.backend)
+        key = (block and block[1], *kind, *steps)
         groups.setdefault(key, []).append(layer)
     shared = 0
     for layers in groups.values():
@@ -68,8 +71,9 @@ def share_inputs(model: nn.Module) -> int:
             one = SharedInput()
             for layer in layers:
                 layer.shared = one
-                if "q_input_scale" in layer._buffers:  # one tensor: a compiler sees equal codes
-                    layer.q_input_scale = layers[0].q_input_scale
+                for name in STEPS:  # one tensor: a compiler sees equal codes
+                    if name in layer._buffers:
+                        setattr(layer, name, getattr(layers[0], name))
             shared += len(layers)
     return shared
 
@@ -126,6 +130,8 @@ class QuantizedLinear(nn.Module):
         encoded = self.shared.find(x)
         if encoded is None:
             encoded = kernel.encode(x, tensors, self.scheme)
+            if encoded is None:
+                return kernel.run(x, tensors, self.bias, self.scheme)
             self.shared.keep(x, encoded)
         return kernel.multiply(encoded, x, tensors, self.bias, self.scheme)
 

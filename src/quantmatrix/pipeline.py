@@ -132,9 +132,7 @@ def accelerate(pipeline: Any, made: Plan) -> None:
         raise UsageError(f"--cuda-graph needs an NVIDIA GPU, the device is {device}: leave it out")
     for name in made.components:
         if request.compile:
-            acceleration.compile_blocks(
-                getattr(pipeline, name), **acceleration.MODES[str(request.compile)]
-            )
+            acceleration.compile_blocks(getattr(pipeline, name))
         if request.cuda_graph:
             acceleration.graph_forward(getattr(pipeline, name))
 

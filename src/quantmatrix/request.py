@@ -27,9 +27,6 @@ FP4_BACKEND_VARIABLE = "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND"
 WEIGHTS_ALIASES = ("transformer_weights_path", "transformer_quantized_path", "quantized_model_path")
 """Older names of the weights override in config files and keyword arguments, best first."""
 
-COMPILE_MODES = ("default", "tuned")
-"""How the repeated blocks can be compiled."""
-
 
 @dataclass(frozen=True)
 class Request:
@@ -46,8 +43,8 @@ class Request:
     quantization_ignored_layers: tuple[str, ...] = ()
     dit_layerwise_offload: bool | None = None
     dit_cpu_offload: bool | None = None
-    compile: str | bool = ""
-    """Compile the repeated blocks of the transformers: a word of COMPILE_MODES, True is `default`."""
+    compile: bool = False
+    """Compile the repeated blocks of the transformers."""
     cuda_graph: bool = False
     """Capture each transformer's forward in a CUDA graph."""
     backend: str | None = None
@@ -71,10 +68,6 @@ class Request:
         """Check what can be checked without reading a file."""
         if self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
-        if isinstance(self.compile, bool):
-            object.__setattr__(self, "compile", COMPILE_MODES[0] if self.compile else "")
-        if self.compile and self.compile not in COMPILE_MODES:
-            raise UsageError(f"--compile {self.compile}: expected {' or '.join(COMPILE_MODES)}")
         object.__setattr__(self, "component_paths", dict(self.component_paths))
         object.__setattr__(self, "weights_paths", dict(self.weights_paths))
         offloaded = self.dit_layerwise_offload or self.dit_cpu_offload
@@ -189,14 +182,6 @@ def _add_bool(group: argparse._ArgumentGroup, flag: str, text: str) -> None:
     )
 
 
-def add_compile_flag(group: Any) -> None:
-    """`--compile`, alone or with the word `tuned`."""
-    text = "compile the repeated blocks; `tuned` takes longer to compile and runs a little faster"
-    group.add_argument(
-        "--compile", nargs="?", const=COMPILE_MODES[0], choices=COMPILE_MODES, default="", help=text
-    )
-
-
 def add_request_flags(parser: argparse.ArgumentParser, *, needed: bool = True) -> None:
     """The flags that describe a checkpoint, a machine and a generation.
 
@@ -224,7 +209,7 @@ def add_request_flags(parser: argparse.ArgumentParser, *, needed: bool = True) -
     where.add_argument("--backend", help="kernel backend; nothing else is tried")
     _add_bool(where, "--dit-layerwise-offload", "keep transformer blocks in host memory")
     _add_bool(where, "--dit-cpu-offload", "keep the whole transformer in host memory")
-    add_compile_flag(where)
+    where.add_argument("--compile", action="store_true", help="compile the repeated blocks")
     where.add_argument(
         "--cuda-graph", action="store_true", help="replay each forward from a CUDA graph"
     )

@@ -56,14 +56,11 @@ def time_calls(way: Callable[[], Any], device: str, burst: int) -> float:
 
 
 def prepare_forward(
-    module: nn.Module, inputs: Mapping[str, Any], *, compiled: str = "", graph: bool = False
+    module: nn.Module, inputs: Mapping[str, Any], *, compiled: bool = False, graph: bool = False
 ) -> Callable[[], Any]:
-    """A call of a transformer on fixed inputs: as it is, as a CUDA graph, or with compiled blocks.
-
-    `compiled` is a word of `--compile`, none for no compilation.
-    """
+    """A call of a transformer on fixed inputs: as it is, with compiled blocks, as a CUDA graph."""
     if compiled:
-        acceleration.compile_blocks(module, **acceleration.MODES[compiled])
+        acceleration.compile_blocks(module)
     if graph:
         acceleration.graph_forward(module)
     return lambda: module(**inputs)
@@ -90,7 +87,7 @@ def compare_forms(
     scheme: str,
     backend: str | None = None,
     size: str = "full",
-    compiled: str = "",
+    compiled: bool = False,
     graph: bool = False,
     repeats: int = 10,
 ) -> dict[str, Any]:

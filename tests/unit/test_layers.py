@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from quantmatrix.families import fp8, modelopt_fp8
+from quantmatrix.families import fp8, modelopt_fp8, msmodelslim
 from quantmatrix.families.protocol import Calibration
-from quantmatrix.kernels import kernels_of
+from quantmatrix.kernels import kernels_of, linear_int8
 from quantmatrix.layers import QuantizedLinear, SharedInput, SplitInputLinear, share_inputs
 from quantmatrix.scheme import Scheme
 
@@ -118,3 +118,33 @@ def test_split_input_adds_its_parts() -> None:
     x = torch.randn(3, 64)
     got = SplitInputLinear(parts)(x)
     assert torch.allclose(got, parts[0](x[:, :32]) + parts[1](x[:, 32:]))
+
+
+def make_int8(low: float, high: float, seed: int = 0) -> QuantizedLinear:
+    scheme = msmodelslim.SCHEMES["W8A8"]
+    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(seed))
+    ranges = Calibration(torch.full((32,), low), torch.full((32,), high))
+    tensors = msmodelslim.canonical(
+        msmodelslim.quantize(weight, scheme, bias=torch.zeros(64), calibration=ranges), scheme
+    )
+    kernel = next(k for k in linear_int8.KERNELS if k.backend == "int8")
+    return QuantizedLinear(32, 64, kernel, scheme, tensors, torch.float32)
+
+
+def test_integer_layers_share_where_scale_and_zero_point_agree() -> None:
+    layers = [make_int8(-3, 3), make_int8(-3, 3, seed=1), make_int8(-2, 4)]
+    assert float(layers[0].q_input_scale) == float(layers[2].q_input_scale)
+    assert float(layers[0].q_input_offset) != float(layers[2].q_input_offset)
+    assert share_inputs(Block(*layers)) == 2
+    assert layers[2].shared is None
+
+
+def test_a_cpu_has_no_integer_codes_to_share() -> None:
+    """It quantizes while it multiplies: layers that could share give what they give alone."""
+    layers = [make_int8(-3, 3), make_int8(-3, 3, seed=1)]
+    share_inputs(Block(*layers))
+    x = torch.randn(5, 32)
+    for layer, seed in zip(layers, (0, 1), strict=True):
+        assert torch.equal(layer(x), make_int8(-3, 3, seed=seed)(x))
+    assert layers[0].shared is not None
+    assert layers[0].shared.find(x) is None

@@ -11,7 +11,6 @@ from quantmatrix.errors import UsageError
 def add_to(commands: Any) -> None:
     """Add the parser."""
     from quantmatrix.cli import add_command
-    from quantmatrix.request import add_compile_flag
 
     text = "time one transformer forward with random weights, quantized beside BF16; no download"
     parser = add_command(commands, "speed", text, run_speed)
@@ -21,7 +20,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--scheme", help="of the family (default: its first)")
     parser.add_argument("--backend", help="kernel backend; nothing else is tried")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the best there is)")
-    add_compile_flag(parser)
+    parser.add_argument("--compile", action="store_true", help="compile the repeated blocks")
     parser.add_argument("--cuda-graph", action="store_true", help="replay from a CUDA graph")
     parser.add_argument("--repeats", type=int, default=10, help="timings of each form")
     parser.add_argument("--json", action="store_true")

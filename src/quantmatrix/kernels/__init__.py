@@ -134,9 +134,9 @@ class Kernel:
     run: Callable[[torch.Tensor, Tensors, torch.Tensor | None, Scheme], torch.Tensor]
     footprint: Callable[[Scheme, int, int, int], int]
     """Bytes kept for a layer: (scheme, out_features, in_features, bytes of the compute dtype)."""
-    encode: Callable[[torch.Tensor, Tensors, Scheme], tuple[torch.Tensor, ...]] | None = None
+    encode: Callable[[torch.Tensor, Tensors, Scheme], tuple[torch.Tensor, ...] | None] | None = None
     """x [..., in] to codes and scales, where `run` is `multiply` after `encode`: layers that read
-    one input may then share its codes."""
+    one input may then share its codes. None from it: not here, call `run`."""
     multiply: (
         Callable[
             [tuple[torch.Tensor, ...], torch.Tensor, Tensors, torch.Tensor | None, Scheme],

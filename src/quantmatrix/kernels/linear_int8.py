@@ -199,32 +199,63 @@ def multiply_on_cuda(
     x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
     """x [M, K] -> [M, N]: one kernel quantizes, one multiplies and scales; without Triton, more."""
-    static, dtype = scheme.activation == "tensor-static", x.dtype
-    scale = None
-    if not can_fuse(x):
-        if static:
-            codes = quantize_static(x, buffers["input_scale"], buffers["input_offset"])
-            totals = multiply_padded(codes, buffers["weight"], buffers["deq_scale"].shape[0])
-            return ((totals + buffers["quant_bias"]).float() * buffers["deq_scale"]).to(dtype)
-        codes, scale = quantize_tokens(x, LARGEST[scheme.weight])
-        totals = multiply_padded(codes, buffers["weight"], buffers["weight_scale"].shape[0])
-        y = totals.float() * buffers["weight_scale"] * scale
-        return (y if bias is None else y + bias.float()).to(dtype)
+    if can_fuse(x):
+        return multiply_codes(quantize_fused(x, buffers, scheme), x, buffers, bias, scheme)
+    dtype = x.dtype
+    if scheme.activation == "tensor-static":
+        codes = quantize_static(x, buffers["input_scale"], buffers["input_offset"])
+        totals = multiply_padded(codes, buffers["weight"], buffers["deq_scale"].shape[0])
+        return ((totals + buffers["quant_bias"]).float() * buffers["deq_scale"]).to(dtype)
+    codes, scale = quantize_tokens(x, LARGEST[scheme.weight])
+    totals = multiply_padded(codes, buffers["weight"], buffers["weight_scale"].shape[0])
+    y = totals.float() * buffers["weight_scale"] * scale
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def encode_int8(
+    x: torch.Tensor, buffers: Tensors, scheme: Scheme
+) -> tuple[torch.Tensor, ...] | None:
+    """Codes [M, K] (and scales [M, 1]) of x [..., K] for every layer that reads it.
+
+    None where nothing can be shared: a CPU quantizes block of rows by block of rows, and a smoothed
+    layer has an input of its own.
+    """
+    if scheme.smoothed or not x.is_cuda or not can_fuse(x):
+        return None
+    return quantize_fused(x.reshape(-1, x.shape[-1]), buffers, scheme)
+
+
+def quantize_fused(x: torch.Tensor, buffers: Tensors, scheme: Scheme) -> tuple[torch.Tensor, ...]:
+    """Codes (and scales) of x [M, K] in one kernel; a compiler fuses it into what made x."""
     from quantmatrix.kernels import int8_triton
 
-    x = x.contiguous()
-    compiling = torch.compiler.is_compiling()  # then quantizing is fused into what made x
-    if static:
+    x, compiling = x.contiguous(), torch.compiler.is_compiling()
+    if scheme.activation == "tensor-static":
         quantize = quantize_static if compiling else int8_triton.quantize_static
-        codes = quantize(x, buffers["input_scale"], buffers["input_offset"])
+        return (quantize(x, buffers["input_scale"], buffers["input_offset"]),)
+    by_token = quantize_tokens if compiling else int8_triton.quantize_tokens
+    return by_token(x, LARGEST[scheme.weight])
+
+
+def multiply_codes(
+    encoded: tuple[torch.Tensor, ...],
+    x: torch.Tensor,
+    buffers: Tensors,
+    bias: torch.Tensor | None,
+    scheme: Scheme,
+) -> torch.Tensor:
+    """Codes times the weight, scaled in the same kernel; only shape and dtype of x are used."""
+    from quantmatrix.kernels import int8_triton
+
+    codes, scale = encoded[0], encoded[1] if len(encoded) == 2 else None
+    if scheme.activation == "tensor-static":
         outputs, bias = buffers["deq_scale"], buffers["quant_bias"]
     else:
-        by_token = quantize_tokens if compiling else int8_triton.quantize_tokens
-        codes, scale = by_token(x, LARGEST[scheme.weight])
         outputs = buffers["weight_scale"]
+    compiling = torch.compiler.is_compiling()
     multiply = int8_triton.multiply_op if compiling else int8_triton.multiply
-    out: torch.Tensor = multiply(codes, buffers["weight"], outputs, scale, bias, dtype)
-    return out
+    y: torch.Tensor = multiply(codes, buffers["weight"], outputs, scale, bias, x.dtype)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def multiply_padded(codes: torch.Tensor, weight: torch.Tensor, width: int) -> torch.Tensor:
@@ -369,7 +400,7 @@ KERNELS = (
     ),
     Kernel(
         "linear.int8", "int8", "W8A8", INT8, prepare_int8, run_int8, count_codes,
-        matmul=("aten::_int_mm", "multiply"),
+        encode=encode_int8, multiply=multiply_codes, matmul=("aten::_int_mm", "multiply"),
     ),
     Kernel("linear.int8", "npu", "W8A8", NPU, prepare_npu, run_npu, count_npu, matmul=()),
 )  # fmt: skip
