@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 DRY_RUN = "--dry-run"
 """Says what a session would run, without its hardware."""
+FULL_SIZE = "--full-size"
+"""Takes the real checkpoints instead of tiny stand-ins."""
 ELSEWHERE: Mapping[str, str] = {"nunchaku": "NUNCHAKU_WHEEL"}
 """Packages that no public index has, and the variable that names their wheel (a path or address)."""
 TORCH_INDEX = "TORCH_INDEX_URL"
@@ -51,7 +53,7 @@ class Session:
         """The line of `nox -l`."""
         packages = f", with {' and '.join(self.row.packages)}" if self.row.packages else ""
         return (
-            f"On one {self.row.name}{packages}: suites, benchmarks, an archive of the evidence; "
+            f"On one {self.row.name}{packages}: suites, benchmarks, traces, an archive of it all; "
             f"`-- {DRY_RUN}` anywhere."
         )
 
@@ -107,6 +109,18 @@ def bench_command(folder: Path) -> list[str]:
     return [*command, f"--benchmark-json={folder / 'bench.json'}"]
 
 
+def trace_command(row: HardwareRow, folder: Path, words: Sequence[str]) -> list[str]:
+    """The trace of one cell of each family and model, at the size that the suites have."""
+    tiny = [] if FULL_SIZE in words else ["--tiny"]
+    place = ["--hardware", row.id, "--output-path", str(folder / "traces")]
+    return ["quantmatrix", "trace", *place, *tiny]
+
+
+def asks_for_json(words: Sequence[str]) -> bool:
+    """Whether a command line of nox is `nox -l --json`; what follows `--` is not nox's."""
+    return "--json" in words[: words.index("--") if "--" in words else None]
+
+
 def explain_code(code: int) -> str:
     """An exit code in words."""
     return f"exit code {code} ({MEANINGS.get(code, 'a test failed or could not run')})"
@@ -120,6 +134,8 @@ def list_gaps(folder: Path) -> list[str]:
     bench = folder / "bench.json"
     if not bench.is_file() or bench.stat().st_size == 0:
         gaps.append(f"{bench} is missing or empty")
+    if not any((folder / "traces").glob("*.gz")):
+        gaps.append(f"{folder / 'traces'} has no trace")
     return gaps
 
 
