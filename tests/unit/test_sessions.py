@@ -163,7 +163,10 @@ def test_traces_have_the_size_of_the_suites(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def noxfile() -> dict[str, Any]:
     """What the noxfile defines."""
-    with mock.patch.dict(nox.registry._REGISTRY, clear=True), mock.patch.object(sys, "argv", []):
+    with (
+        mock.patch.dict(nox.registry._REGISTRY, clear=True),
+        mock.patch.object(sys, "argv", ["nox"]),
+    ):
         return runpy.run_path(str(ROOT / "noxfile.py"))
 
 
