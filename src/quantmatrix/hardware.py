@@ -69,6 +69,7 @@ class Machine:
     device: str = "cpu"
     """torch's name of the device."""
     count: int = 1
+    """Devices of this kind."""
 
 
 def from_row(row: HardwareRow) -> Machine:
@@ -81,6 +82,7 @@ def from_row(row: HardwareRow) -> Machine:
         memory_bytes=int(row.memory_gib * 2**30),
         packages=frozenset(row.packages),
         device=device,
+        count=row.devices,
     )
 
 

@@ -53,7 +53,7 @@ class Session:
         """The line of `nox -l`."""
         packages = f", with {' and '.join(self.row.packages)}" if self.row.packages else ""
         return (
-            f"On one {self.row.name}{packages}: suites, benchmarks, traces, an archive of it all; "
+            f"On {self.row.wanted}{packages}: suites, benchmarks, traces, an archive of it all; "
             f"`-- {DRY_RUN}` anywhere."
         )
 

@@ -62,10 +62,10 @@ ROWS = {
 def test_a_row_is_a_machine(name: str) -> None:
     vendor, arch, gib, packages, device = ROWS[name]
     row: Any = SimpleNamespace(
-        name=name, vendor=vendor, arch=arch, memory_gib=gib, packages=packages
+        name=name, vendor=vendor, arch=arch, memory_gib=gib, packages=packages, devices=4
     )
     assert hardware.from_row(row) == Machine(
-        name, vendor, arch, int(gib * 2**30), frozenset(packages), device
+        name, vendor, arch, int(gib * 2**30), frozenset(packages), device, 4
     )
 
 
