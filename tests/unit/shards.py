@@ -130,7 +130,7 @@ def run(
 ) -> tuple[int, str]:
     """(exit code, output) of a run that is waited for."""
     process = start(project, evidence, *words, fault=fault, **environment)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=120)
     return process.returncode, output
 
 

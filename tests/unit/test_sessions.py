@@ -86,7 +86,7 @@ def test_without_a_driver_a_session_wants_its_hardware_in_one_line(
         identify.require_driver(job.row)
     line = str(raised.value)
     assert "\n" not in line
-    assert line.startswith(f"{job.name} wants one {job.row.name} ({job.row.arch}")
+    assert line.startswith(f"{job.name} wants {job.row.wanted} ({job.row.arch}")
 
 
 def has_driver(vendor: str) -> bool:
