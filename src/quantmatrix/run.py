@@ -200,13 +200,13 @@ def timed_stages(pipeline: Any, seconds: dict[str, float]) -> Iterator[None]:
 def reset_peak(device: str) -> None:
     """Start a new peak-memory measurement where the device has a counter."""
     if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def read_peak(device: str) -> int:
     """Peak memory in bytes (accelerator counter, else the process's largest resident size)."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tables import CASES, write_tables
 
 from quantmatrix import hardware, matrix, workbench
@@ -51,6 +52,18 @@ def test_each_worker_has_its_own_device(bench: Workbench, monkeypatch) -> None:
     bench.worker = 2
     with pytest.raises(UsageError, match=r"worker 2 has no device .* use -n 2"):
         bench.find_device(row)
+
+
+def test_a_worker_computes_with_one_thread(bench: Workbench) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        Workbench(bench.tables)
+        assert torch.get_num_threads() == 2
+        Workbench(bench.tables, worker=3)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_several_devices_belong_to_one_worker(bench: Workbench, monkeypatch) -> None:
