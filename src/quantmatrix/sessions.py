@@ -31,6 +31,10 @@ DRY_RUN = "--dry-run"
 """Says what a session would run, without its hardware."""
 FULL_SIZE = "--full-size"
 """Takes the real checkpoints instead of tiny stand-ins."""
+LIMITS = {False: 900, True: 3600}
+"""Seconds that one check may take, with tiny stand-ins and with real checkpoints."""
+GRACE = 60
+"""Seconds after which a check that did not stop at its limit ends the run."""
 ELSEWHERE: Mapping[str, str] = {"nunchaku": "NUNCHAKU_WHEEL"}
 """Packages that no public index has, and the variable that names their wheel (a path or address)."""
 TORCH_INDEX = "TORCH_INDEX_URL"
@@ -92,10 +96,17 @@ def list_requirements(
 
 
 def suites_command(row: HardwareRow, folder: Path, words: Sequence[str]) -> list[str]:
-    """The run of the suites; `words` are the caller's (`--shard 1/3`, `--full-size`)."""
+    """The run of the suites; `words` are the caller's (`--shard 1/3`, `--full-size`).
+
+    A check that is not done at its limit is stopped, and the run goes on; one that hangs in a driver,
+    where no signal reaches it, ends the run a little later. What was finished is kept.
+    """
+    limit = LIMITS[FULL_SIZE in words]
     command = ["pytest", "tests/suites", "-q", "-p", "no:cacheprovider", "--hardware", row.id]
     return [
         *command,
+        f"--timeout={limit}",
+        *("-o", f"faulthandler_timeout={limit + GRACE}", "-o", "faulthandler_exit_on_timeout=true"),
         "--evidence-dir",
         str(folder / "evidence"),
         f"--junitxml={folder / 'junit.xml'}",

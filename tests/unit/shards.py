@@ -78,6 +78,9 @@ def test_latents(cell, proof):
         os.kill(os.getpid(), signal.SIGKILL)
     if cell.id == WHERE and FAULT == "hang":
         time.sleep(30)
+    if cell.id == WHERE and FAULT == "stuck":  # as in a driver: no signal gets through
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+        time.sleep(30)
     if cell.id == WHERE and FAULT == "media":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if cell.id == WHERE and FAULT == "skip":

@@ -18,6 +18,7 @@ from quantmatrix.matrix import Matrix
 
 PARTS = 3
 BASE = ("-p", "no:xdist")
+STUCK = ["--timeout=1", "-o", "faulthandler_timeout=2", "-o", "faulthandler_exit_on_timeout=true"]
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,7 @@ def test_any_shards_in_any_order_give_the_bytes_of_one_machine(
         ("kill", [], -9),
         ("hang", ["--timeout", "2"], NOT_EXECUTED),
         ("hang", ["--timeout", "2", "--timeout-method", "thread"], 1),
+        ("stuck", STUCK, 1),
         ("disk", [], ENVIRONMENT_UNUSABLE),
         ("media", [], ENVIRONMENT_UNUSABLE),
     ],

@@ -153,6 +153,16 @@ def test_commands_are_taken_by_the_programs(tmp_path: Path) -> None:
     assert "--evidence-dir" in suites
 
 
+def test_a_check_that_hangs_is_stopped_and_one_that_cannot_be_ends_the_run(tmp_path: Path) -> None:
+    for words, limit in (([], 900), (["--full-size"], 3600)):
+        command = sessions.suites_command(ROWS["h200"], tmp_path, words)
+        assert f"--timeout={limit}" in command
+        assert f"faulthandler_timeout={limit + 60}" in command
+        assert "faulthandler_exit_on_timeout=true" in command
+    # what the caller says comes last
+    assert sessions.suites_command(ROWS["h200"], tmp_path, ["--timeout=9"])[-1] == "--timeout=9"
+
+
 def test_traces_have_the_size_of_the_suites(tmp_path: Path) -> None:
     row, target = ROWS["h200"], str(tmp_path / "traces")
     command = ["quantmatrix", "trace", "--hardware", "h200", "--output-path", target]
