@@ -183,15 +183,15 @@ def run_on_hardware(session: nox.Session, job: sessions.Session) -> None:
     folder = ROOT / "packets" / job.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    commands = (
-        sessions.suites_command(job.row, folder, words),
-        sessions.bench_command(folder),
-        sessions.trace_command(job.row, folder, words),
-    )
+    first = sessions.is_first(words)
+    commands = [sessions.suites_command(job.row, folder, words)]
+    if first:
+        commands.append(sessions.bench_command(folder))
+        commands.append(sessions.trace_command(job.row, folder, words))
     marks = [run_marked(session, command) for command in commands]
     archive = sessions.pack(folder, folder.with_name(f"{job.name}.tar.gz"))
     session.log(f"evidence: {archive}")
-    problems = [mark for mark in marks if mark] + sessions.list_gaps(folder)
+    problems = [mark for mark in marks if mark] + sessions.list_gaps(folder, first=first)
     if problems:
         session.error("; ".join(problems))
 

@@ -1,10 +1,12 @@
 """Sessions: what `nox -s gpu-h200` and its like do, from the rows of hardware.csv.
 
 A session of a hardware looks for the driver before anything is installed, installs what the row
-needs, looks again through torch, runs the suites and the benchmarks, and packs what they left into
-one archive, failures included:
+needs, looks again through torch, runs the suites and the benchmarks, traces one cell of each family
+and model, and packs what they left into one archive, failures included:
 
-    identify --drivers -> install -> identify -> tests/suites -> benchmarks -> <job>.tar.gz
+    identify --drivers -> install -> identify -> tests/suites -> benchmarks -> trace -> <job>.tar.gz
+
+Of several parts of the rows (`--shard 2/3`) the first alone has benchmarks and traces.
 
 The noxfile reads this module from `src/` before the package is installed, so that only the standard
 library is needed.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -127,6 +130,12 @@ def trace_command(row: HardwareRow, folder: Path, words: Sequence[str]) -> list[
     return ["quantmatrix", "trace", *place, *tiny]
 
 
+def is_first(words: Sequence[str]) -> bool:
+    """Whether benchmarks and traces belong to this part of the rows: the first, or the only one."""
+    found = re.search(r"--shard[ =](\d+)/", " ".join(words))
+    return found is None or int(found[1]) == 1
+
+
 def asks_for_json(words: Sequence[str]) -> bool:
     """Whether a command line of nox is `nox -l --json`; what follows `--` is not nox's."""
     return "--json" in words[: words.index("--") if "--" in words else None]
@@ -137,11 +146,13 @@ def explain_code(code: int) -> str:
     return f"exit code {code} ({MEANINGS.get(code, 'a test failed or could not run')})"
 
 
-def list_gaps(folder: Path) -> list[str]:
+def list_gaps(folder: Path, *, first: bool = True) -> list[str]:
     """What a finished session should have left in its folder, and did not."""
     gaps = []
     if not any((folder / "evidence").rglob("*.json")):
         gaps.append(f"{folder / 'evidence'} has no record")
+    if not first:
+        return gaps
     bench = folder / "bench.json"
     if not bench.is_file() or bench.stat().st_size == 0:
         gaps.append(f"{bench} is missing or empty")

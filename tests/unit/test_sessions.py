@@ -186,7 +186,7 @@ STEPS = ["pytest tests/suites", "pytest benchmarks", "quantmatrix trace"]
 class FakeSession:
     """What a hardware's session asks nox for, on a machine that is that hardware."""
 
-    posargs = ("--shard", "1/3")
+    posargs: tuple[str, ...] = ("--shard", "1/3")
     virtualenv = None
 
     def __init__(self, row: str, failing: str = "") -> None:
@@ -246,6 +246,24 @@ def test_every_step_runs_and_a_failure_is_told_at_the_end(
         "traces/row@h200.json.gz",
         "SHA256SUMS",
     ]
+
+
+@pytest.mark.parametrize("words", [("--shard", "2/3"), ("--shard=2/3", "--full-size")])
+def test_only_the_first_part_has_benchmarks_and_traces(
+    words: tuple[str, ...],
+    noxfile: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_on_hardware = noxfile["run_on_hardware"]
+    monkeypatch.setitem(run_on_hardware.__globals__, "ROOT", tmp_path)
+    session = FakeSession("h200")
+    session.posargs = words
+    run_on_hardware(session, next(job for job in JOBS if job.row.id == "h200"))
+    assert [name for name in session.ran if name != "install"] == STEPS[:1]
+    assert sessions.is_first(["--full-size"])
+    assert sessions.is_first(["--shard", "1/12"])
+    assert not sessions.is_first(["--shard", "11/12"])
 
 
 def test_archive_holds_every_file_with_its_digest(tmp_path: Path) -> None:
