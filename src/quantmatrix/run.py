@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
 from quantmatrix import models
 from quantmatrix.errors import RefusedError, UsageError
@@ -96,6 +97,11 @@ def generate_all(
         if isinstance(planned, Refusal):
             raise RefusedError(planned.rule, planned.message)
         made = planned
+    if made.processes > 1 and not distributed.is_initialized():
+        raise UsageError(
+            f"the plan has {made.processes} processes, this is one of none: "
+            "see `quantmatrix.parallel.generate_together`"
+        )
     models.load(made.model).call_arguments(request)  # a wrong flag is an error before the loading
     seconds = {}
     if pipeline is None:

@@ -112,7 +112,8 @@ class Workbench:
 
     def run_alone(self, request: Request, made: Plan) -> Run:
         """Generate in this process with the pipeline of a request."""
-        return generate(request, made=made, pipeline=self.pipeline(request, made))
+        alone = replace(made, processes=1)
+        return generate(request, made=alone, pipeline=self.pipeline(request, made))
 
     def run_watched(self, cell: Cell, request: Request, made: Plan) -> tuple[Run, LayerErrors]:
         """Generate here, and measure every quantized layer against the base model's on the way."""

@@ -19,6 +19,7 @@ from quantmatrix.errors import QuantmatrixError, RefusedError, UsageError
 from quantmatrix.pipeline import build_pipeline
 from quantmatrix.planning import Plan
 from quantmatrix.request import Request
+from quantmatrix.run import generate
 
 FLUX = (
     *("--model-path", "black-forest-labs/FLUX.1-dev"),
@@ -134,6 +135,8 @@ def test_a_run_together_is_a_run_and_a_failure_says_why(monkeypatch: pytest.Monk
     words = [*FLUX, "--tiny", "--device", "cpu", "--height", "32", "--width", "32"]
     request = Request.from_words([*words, "--num-inference-steps", "1", "--nproc-per-node", "2"])
     made = parallel.find_plan(request)
+    with pytest.raises(UsageError, match=r"2 processes, this is one of none: see .*together"):
+        generate(request)
     run = parallel.generate_together(request, made)
     assert run.plan is made
     assert (len(run.latents), run.media[0].size, run.calls) == (1, (32, 32), {"transformer": 1})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,7 +129,7 @@ def test_pipelines_and_bf16_runs_are_made_once(bench: Workbench, monkeypatch) ->
     monkeypatch.setattr(
         workbench, "generate", lambda request, **_: ran.append(request) or SimpleNamespace()
     )
-    cell, made = bench.tables.cells[0], SimpleNamespace(processes=1)
+    cell, made = bench.tables.cells[0], make_dataclass("Made", [("processes", int)])(1)
     request = bench.request(cell)
     assert bench.baseline(cell, request) is bench.baseline(cell, request)
     assert len(ran) == 1
