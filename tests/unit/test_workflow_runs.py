@@ -37,7 +37,7 @@ def test_cpu_job_runs_what_lets_a_change_land_and_shows_the_agreement(runner: Ru
     assert {"lint", "types", "report", "tests"} <= set(names)
     assert all(f"\ndef {name.replace('-', '_')}(" in text for name in names)
     shown = runner.summary.read_text()
-    assert shown.startswith("```\nall claims ")
+    assert shown.startswith("~~~\nall claims ")
     assert "## quantmatrix: 12 cells, 0 changed" in shown
     assert f"`{FAILING}`" in shown
 
