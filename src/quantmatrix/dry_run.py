@@ -51,6 +51,7 @@ def describe(tables: Matrix, cell: Cell) -> dict[str, Any]:
         "checkpoint": checkpoint.reference,
         "command": cell.shell(tables),
         "ok": made.ok,
+        "devices": tables.hardware[cell.hardware].devices,
     }
     if not isinstance(made, Plan):
         return {**told, "refusal": {"rule": made.rule, "message": made.message}}

@@ -69,6 +69,7 @@ class Machine:
     device: str = "cpu"
     """torch's name of the device."""
     count: int = 1
+    """Devices of this kind."""
 
 
 def from_row(row: HardwareRow) -> Machine:
@@ -85,6 +86,7 @@ def from_row(row: HardwareRow) -> Machine:
         memory_bytes=int(row.memory_gib * 2**30),
         packages=frozenset(row.packages) | brought,
         device=device,
+        count=row.devices,
     )
 
 

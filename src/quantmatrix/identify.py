@@ -50,11 +50,16 @@ def find_difference(machine: Machine, row: HardwareRow) -> str | None:
     gib = machine.memory_bytes / 2**30
     if row.memory_gib and abs(gib - row.memory_gib) > MEMORY_SLACK * row.memory_gib:
         return f"{machine.name} has {gib:.0f} GiB of memory, {row.name} has {row.memory_gib:.0f}"
+    if machine.count < row.devices:
+        return f"{machine.count} x {machine.name}, of which {row.devices} are wanted"
     return None
 
 
 def find_row(machine: Machine, rows: Iterable[HardwareRow]) -> HardwareRow:
-    """The row of a machine, the nearest in memory of those that fit; MachineError when none does."""
+    """The row of a machine, the nearest in memory of those that fit; MachineError when none does.
+
+    A row of several devices is taken only where no row of one fits: it must be asked for by name.
+    """
     fitting = [row for row in rows if find_difference(machine, row) is None]
     if not fitting:
         gib = machine.memory_bytes / 2**30
@@ -62,7 +67,11 @@ def find_row(machine: Machine, rows: Iterable[HardwareRow]) -> HardwareRow:
             f"{machine.name} ({machine.vendor} {machine.arch}, {gib:.0f} GiB) is no row of "
             "matrix/hardware.csv: add a line for it, or name a row with --hardware"
         )
-    return min(fitting, key=lambda row: abs(row.memory_gib * 2**30 - machine.memory_bytes))
+
+    def rank(row: HardwareRow) -> tuple[int, float]:
+        return row.devices, abs(row.memory_gib * 2**30 - machine.memory_bytes)
+
+    return min(fitting, key=rank)
 
 
 def resolve(word: str, rows: Mapping[str, HardwareRow]) -> str:
@@ -114,7 +123,7 @@ def describe(row: HardwareRow) -> str:
     """What a row wants, in words."""
     memory = f", {row.memory_gib:.0f} GiB" if row.memory_gib else ""
     packages = f", with {' and '.join(row.packages)}" if row.packages else ""
-    return f"{row.job or row.id} wants one {row.name} ({row.arch}{memory}){packages}"
+    return f"{row.job or row.id} wants {row.wanted} ({row.arch}{memory}){packages}"
 
 
 def main(words: Sequence[str]) -> int:

@@ -37,7 +37,7 @@ ID = re.compile(r"[a-z0-9][a-z0-9._-]*")
 REVISION = re.compile(r"([0-9a-f]{40})?")
 OPTIONAL = {
     "models": ("notes",),
-    "hardware": ("memory_gib", "group", "packages"),
+    "hardware": ("memory_gib", "devices", "group", "packages"),
     "checkpoints": ("revision", "kept", "algo", "cli", "scope", "notes"),
     "cases": ("backend", "flags", "rule", "notes"),
 }
@@ -186,6 +186,12 @@ def choose_builder(
             table.note(line, f'{column}: "{text}" is not a number of GiB')
         return number
 
+    def read_count(line: int, column: str, text: str) -> int:
+        if text and not re.fullmatch("[1-9][0-9]*", text):
+            table.note(line, f'{column}: "{text}" is not a number from 1')
+            return 1
+        return int(text or 1)
+
     def read_flags(line: int, column: str, text: str) -> tuple[str, ...]:
         try:
             return split_flags(text)
@@ -202,6 +208,8 @@ def choose_builder(
             readers[column.name] = read_flags
         elif column.name == "memory_gib":
             readers[column.name] = read_number
+        elif column.name == "devices":
+            readers[column.name] = read_count
         elif column.type == "tuple[str, ...]":
             readers[column.name] = read_words
     columns = [(c.name, c.name not in optional, readers.get(c.name)) for c in fields(kind)]
@@ -283,6 +291,7 @@ def expand_cases(table: Table[CaseRow], tables: Matrix) -> Iterator[Cell]:
         for place in {p for p in listed if listed.count(p) > 1}:
             table.note(line, f"hardware: {place} is named twice, once by a group")
         for hardware in dict.fromkeys(listed):
+            check_sharing(table, line, row, tables.hardware[hardware])
             for backend in row.backend or ("",):
                 check_twin(table, line, row, hardware, backend, seen)
                 suffix = f"+{backend}" if len(row.backend) > 1 else ""
@@ -359,6 +368,17 @@ def check_flags(
             table.note(line, f"flags: {name} is for --quantization, not a {checkpoint.form}")
     if all(name in names for name in OFFLOADS):
         table.note(line, f"flags: {' and '.join(OFFLOADS)} exclude each other")
+
+
+def check_sharing(table: Table[CaseRow], line: int, row: CaseRow, place: HardwareRow) -> None:
+    """`--nproc-per-node` is the number of devices of the hardware; processes of a CPU share it."""
+    text = " ".join(row.flags).replace("_", "-").replace("=", " ")
+    found = re.search(r"--nproc-per-node (\S+)", text)
+    given = found[1] if found else "1"
+    if place.vendor != "cpu" and given != str(place.devices):
+        table.note(
+            line, f"flags: --nproc-per-node {given}, but {place.id} has devices: {place.devices}"
+        )
 
 
 def check_twin(

@@ -4,7 +4,7 @@
 | ----------------- | ----------- |
 | `families.csv`    | a quant family, in the words of the quantization guide |
 | `models.csv`      | a base model and its transformer components |
-| `hardware.csv`    | a machine: vendor, architecture, memory, its groups, packages assumed there |
+| `hardware.csv`    | a machine: vendor, architecture, memory, devices, groups, packages there |
 | `checkpoints.csv` | a quantized checkpoint: how a user names it, and what is in it |
 | `cases.csv`       | a claim: this checkpoint, there, with these flags, passes these checks |
 
@@ -99,6 +99,8 @@ class HardwareRow:
     arch: str
     memory_gib: float
     """Memory of one device in GiB; 0 where the row does not limit it."""
+    devices: int
+    """Devices that work together on each generation."""
     group: tuple[str, ...]
     packages: tuple[str, ...]
     """Import names of optional packages that are assumed there."""
@@ -106,6 +108,11 @@ class HardwareRow:
     """Name of the CI job that tests it."""
     label: str
     """Label of the runner of that job."""
+
+    @property
+    def wanted(self) -> str:
+        """What its job wants, in words."""
+        return f"one {self.name}" if self.devices == 1 else self.name
 
 
 @dataclass(frozen=True)

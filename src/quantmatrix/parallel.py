@@ -11,25 +11,31 @@ it 1 there, and everything else works over gloo.
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import distributed
 
-from quantmatrix import hardware
-from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix.errors import QuantmatrixError, RefusedError, UsageError
 from quantmatrix.library_logs import quiet
 from quantmatrix.pipeline import build_pipeline
 from quantmatrix.planning import Plan, Refusal, plan
 from quantmatrix.request import Request
+from quantmatrix.run import Run, generate
 
-RULE = "context-parallel-plan"
+SHOWN = 2000
+"""Characters of what failed processes said that are shown."""
+PROBLEM = "problem"
+"""File in which one of them says what went wrong."""
 TRANSPORTS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 """How processes talk, by torch's name of their device."""
 
@@ -39,12 +45,48 @@ def is_worker() -> bool:
     return bool(distributed.is_torchelastic_launched())
 
 
-def launch(request: Request, count: int, words: Sequence[str]) -> int:
-    """Run a quantmatrix command in `count` processes, after what can be checked; its exit code."""
-    check(find_plan(request), count)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node", str(count), "-m", "quantmatrix", *words]
+def launch(request: Request, words: Sequence[str]) -> int:
+    """Run a quantmatrix command in the processes of its plan; its exit code."""
+    command = [*name_launcher(find_plan(request).processes), "-m", "quantmatrix", *words]
     return subprocess.run(command, check=False).returncode
+
+
+def generate_together(request: Request, made: Plan) -> Run:
+    """The run of a request's first prompt and seed in the processes of its plan.
+
+    Raises QuantmatrixError with what they said when they fail.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answer = Path(folder, "request"), Path(folder, "run")
+        asked.write_bytes(pickle.dumps(request))
+        command = [*name_launcher(made.processes), "-m", "quantmatrix.parallel", folder]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode or not answer.is_file():
+            told = Path(folder, PROBLEM)
+            said = told.read_text() if told.is_file() else done.stderr.strip()[-SHOWN:]
+            raise QuantmatrixError(f"{made.processes} processes gave no run: {said}")
+        return Run(**{**pickle.loads(answer.read_bytes()), "plan": made})
+
+
+def answer_request(folder: Path) -> None:
+    """What each process of `generate_together` does: the run of the first, or what went wrong."""
+    request: Request = pickle.loads((folder / "request").read_bytes())
+    try:
+        with join(request) as (rank, made, pipeline):
+            run = generate(request, made=made, pipeline=pipeline)
+            if rank == 0:
+                temporary = folder / "half"
+                temporary.write_bytes(pickle.dumps({**vars(run), "plan": None}))
+                temporary.replace(folder / "run")
+    except Exception as error:
+        (folder / PROBLEM).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+        raise
+
+
+def name_launcher(processes: int) -> list[str]:
+    """Words that start a module or file in several processes of this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc-per-node", str(processes)]
 
 
 def find_plan(request: Request) -> Plan:
@@ -55,39 +97,6 @@ def find_plan(request: Request) -> Plan:
     return made
 
 
-def check(made: Plan, count: int) -> None:
-    """Raise UsageError or RefusedError for a plan that `count` processes cannot share."""
-    flag = f"--nproc-per-node {count}"
-    kind = made.machine.device.partition(":")[0]
-    if count < 1:
-        raise UsageError(f"{flag}: expected 1 or more")
-    if ":" in made.machine.device:
-        raise UsageError(f"{flag} takes the first devices: give --device {kind} without a number")
-    if kind != "cpu" and hardware.count_devices(kind) < count:
-        raise UsageError(f"{flag}: {hardware.count_devices(kind)} {kind} devices here")
-    if made.layerwise_offload or made.cpu_offload:
-        raise UsageError(f"{flag} needs the transformer on its device: leave out the offload")
-    if made.request.cuda_graph:
-        raise UsageError(f"{flag}: processes that wait for each other cannot replay --cuda-graph")
-    for name, component in made.components.items():
-        require_plan(made.model, name, component.class_name)
-        heads = component.config.get("num_attention_heads")
-        if heads is None or heads % count:
-            raise UsageError(f"{flag}: {name} has {heads} attention heads, which it must divide")
-
-
-def require_plan(model: str, component: str, class_name: str) -> None:
-    """RefusedError for a transformer that diffusers cannot split."""
-    import diffusers
-
-    if getattr(getattr(diffusers, class_name), "_cp_plan", None) is None:
-        raise RefusedError(
-            RULE,
-            f"{model}: {component} is a {class_name}, for which diffusers {diffusers.__version__} "
-            "has no context-parallel plan: leave out --nproc-per-node",
-        )
-
-
 @contextmanager
 def join(request: Request) -> Iterator[tuple[int, Plan, Any]]:
     """(rank, plan, pipeline) of this process among those that torchrun started."""
@@ -96,10 +105,12 @@ def join(request: Request) -> Iterator[tuple[int, Plan, Any]]:
     distributed.init_process_group(TRANSPORTS[kind])
     try:
         rank, count = distributed.get_rank(), distributed.get_world_size()
-        check(found, count)
+        if count != found.processes:
+            raise UsageError(f"{count} processes were started, the plan has {found.processes}")
         if kind != "cpu":
             getattr(torch, kind).set_device(rank)
-            found = find_plan(replace(request, device=f"{kind}:{rank}"))
+            alone = replace(request, device=f"{kind}:{rank}", nproc_per_node=1)
+            found = replace(find_plan(alone), processes=count)
         pipeline = build_pipeline(found)
         if count > 1:
             split(pipeline, found, count)
@@ -123,3 +134,7 @@ def split(pipeline: Any, made: Plan, count: int) -> None:
 def count_processor() -> Any:
     """A context in which torch counts the processor as one accelerator."""
     return mock.patch.object(torch.accelerator, "device_count", return_value=1)
+
+
+if __name__ == "__main__":
+    answer_request(Path(sys.argv[1]))

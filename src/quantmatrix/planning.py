@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from quantmatrix import families, kernels, models
+from quantmatrix import families, kernels, models, sharing
 from quantmatrix.checkpoint import Checkpoint
-from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.hardware import Machine
 from quantmatrix.models import Dialect, Target
 from quantmatrix.request import Request
@@ -127,6 +127,8 @@ class Plan:
     components: Mapping[str, ComponentPlan]
     layerwise_offload: bool
     cpu_offload: bool
+    processes: int = 1
+    """Processes that share each generation, on a device each."""
     warnings: tuple[str, ...] = ()
     ok: bool = field(default=True, init=False)
 
@@ -144,6 +146,7 @@ class Plan:
             },
             "dtype": self.request.dtype,
             "offload": {"layerwise": self.layerwise_offload, "cpu": self.cpu_offload},
+            "processes": self.processes,
             "bytes": sum(c.bytes for c in self.components.values()),
             "warnings": list(self.warnings),
             "components": {name: c.to_json() for name, c in self.components.items()},
@@ -182,7 +185,7 @@ def plan(request: Request | None = None, /, **fields: Any) -> Plan | Refusal:
     primary = next(iter(components.values()))
     check_memory(components, machine, warnings)
     layerwise, cpu = decide_offload(request, primary.family, warnings)
-    return Plan(
+    made = Plan(
         request=request,
         model=found.model,
         machine=machine,
@@ -193,6 +196,10 @@ def plan(request: Request | None = None, /, **fields: Any) -> Plan | Refusal:
         cpu_offload=cpu,
         warnings=tuple(warnings),
     )
+    try:
+        return sharing.share(made)
+    except RefusedError as error:
+        return Refusal(error.rule, str(error))
 
 
 def find_machine(request: Request) -> Machine:

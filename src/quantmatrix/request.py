@@ -50,6 +50,8 @@ class Request:
     backend: str | None = None
     fp4_gemm_backend: str | None = None
     device: str | None = None
+    nproc_per_node: int = 1
+    """Devices of the machine that share each generation, one process on each."""
     dtype: str = "bfloat16"
     hardware: str | None = None
     """A row of matrix/hardware.csv to plan for, instead of this machine."""
@@ -97,6 +99,7 @@ class Request:
         """The request of command-line words (without `quantmatrix generate`)."""
         parser = argparse.ArgumentParser(prog="quantmatrix generate", exit_on_error=False)
         add_request_flags(parser)
+        add_sharing_flag(parser)
         add_output_flags(parser)
         arguments, rest = parser.parse_known_args(normalize_words(words))
         return cls.from_arguments(arguments, rest, **extra)
@@ -231,6 +234,12 @@ def _document_overrides(group: argparse._ArgumentGroup) -> None:
         "--transformer-weights-path X only its weights; --<component>-path and "
         "--<component>-weights-path do the same for any other (--transformer-2-path)."
     )
+
+
+def add_sharing_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of the commands that can share a generation between devices."""
+    text = "devices of this machine that share each generation (context parallelism)"
+    parser.add_argument("--nproc-per-node", type=int, metavar="N", help=text)
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
 from quantmatrix import models
 from quantmatrix.errors import RefusedError, UsageError
@@ -99,6 +100,11 @@ def generate_all(
         if isinstance(planned, Refusal):
             raise RefusedError(planned.rule, planned.message)
         made = planned
+    if made.processes > 1 and not distributed.is_initialized():
+        raise UsageError(
+            f"the plan has {made.processes} processes, this is one of none: "
+            "see `quantmatrix.parallel.generate_together`"
+        )
     models.load(made.model).call_arguments(request)  # a wrong flag is an error before the loading
     seconds = {}
     if pipeline is None:
@@ -204,13 +210,13 @@ def timed_stages(pipeline: Any, seconds: dict[str, float]) -> Iterator[None]:
 def reset_peak(device: str) -> None:
     """Start a new peak-memory measurement where the device has a counter."""
     if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def read_peak(device: str) -> int:
     """Peak memory in bytes (accelerator counter, else the process's largest resident size)."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -1,10 +1,12 @@
 """Sessions: what `nox -s gpu-h200` and its like do, from the rows of hardware.csv.
 
 A session of a hardware looks for the driver before anything is installed, installs what the row
-needs, looks again through torch, runs the suites and the benchmarks, and packs what they left into
-one archive, failures included:
+needs, looks again through torch, runs the suites and the benchmarks, traces one cell of each family
+and model, and packs what they left into one archive, failures included:
 
-    identify --drivers -> install -> identify -> tests/suites -> benchmarks -> <job>.tar.gz
+    identify --drivers -> install -> identify -> tests/suites -> benchmarks -> trace -> <job>.tar.gz
+
+Of several parts of the rows (`--shard 2/3`) the first alone has benchmarks and traces.
 
 The noxfile reads this module from `src/` before the package is installed, so that only the standard
 library is needed.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +32,12 @@ if TYPE_CHECKING:
 
 DRY_RUN = "--dry-run"
 """Says what a session would run, without its hardware."""
+FULL_SIZE = "--full-size"
+"""Takes the real checkpoints instead of tiny stand-ins."""
+LIMITS = {False: 900, True: 3600}
+"""Seconds that one check may take, with tiny stand-ins and with real checkpoints."""
+GRACE = 60
+"""Seconds after which a check that did not stop at its limit ends the run."""
 ELSEWHERE: Mapping[str, str] = {"nunchaku": "NUNCHAKU_WHEEL"}
 """Packages that no public index has, and the variable that names their wheel (a path or address)."""
 TORCH_INDEX = "TORCH_INDEX_URL"
@@ -51,7 +60,7 @@ class Session:
         """The line of `nox -l`."""
         packages = f", with {' and '.join(self.row.packages)}" if self.row.packages else ""
         return (
-            f"On one {self.row.name}{packages}: suites, benchmarks, an archive of the evidence; "
+            f"On {self.row.wanted}{packages}: suites, benchmarks, traces, an archive of it all; "
             f"`-- {DRY_RUN}` anywhere."
         )
 
@@ -90,10 +99,17 @@ def list_requirements(
 
 
 def suites_command(row: HardwareRow, folder: Path, words: Sequence[str]) -> list[str]:
-    """The run of the suites; `words` are the caller's (`--shard 1/3`, `--full-size`)."""
+    """The run of the suites; `words` are the caller's (`--shard 1/3`, `--full-size`).
+
+    A check that is not done at its limit is stopped, and the run goes on; one that hangs in a driver,
+    where no signal reaches it, ends the run a little later. What was finished is kept.
+    """
+    limit = LIMITS[FULL_SIZE in words]
     command = ["pytest", "tests/suites", "-q", "-p", "no:cacheprovider", "--hardware", row.id]
     return [
         *command,
+        f"--timeout={limit}",
+        *("-o", f"faulthandler_timeout={limit + GRACE}", "-o", "faulthandler_exit_on_timeout=true"),
         "--evidence-dir",
         str(folder / "evidence"),
         f"--junitxml={folder / 'junit.xml'}",
@@ -107,19 +123,41 @@ def bench_command(folder: Path) -> list[str]:
     return [*command, f"--benchmark-json={folder / 'bench.json'}"]
 
 
+def trace_command(row: HardwareRow, folder: Path, words: Sequence[str]) -> list[str]:
+    """The trace of one cell of each family and model, at the size that the suites have."""
+    tiny = [] if FULL_SIZE in words else ["--tiny"]
+    place = ["--hardware", row.id, "--output-path", str(folder / "traces")]
+    return ["quantmatrix", "trace", *place, *tiny]
+
+
+def is_first(words: Sequence[str]) -> bool:
+    """Whether benchmarks and traces belong to this part of the rows: the first, or the only one."""
+    found = re.search(r"--shard[ =](\d+)/", " ".join(words))
+    return found is None or int(found[1]) == 1
+
+
+def asks_for_json(words: Sequence[str]) -> bool:
+    """Whether a command line of nox is `nox -l --json`; what follows `--` is not nox's."""
+    return "--json" in words[: words.index("--") if "--" in words else None]
+
+
 def explain_code(code: int) -> str:
     """An exit code in words."""
     return f"exit code {code} ({MEANINGS.get(code, 'a test failed or could not run')})"
 
 
-def list_gaps(folder: Path) -> list[str]:
+def list_gaps(folder: Path, *, first: bool = True) -> list[str]:
     """What a finished session should have left in its folder, and did not."""
     gaps = []
     if not any((folder / "evidence").rglob("*.json")):
         gaps.append(f"{folder / 'evidence'} has no record")
+    if not first:
+        return gaps
     bench = folder / "bench.json"
     if not bench.is_file() or bench.stat().st_size == 0:
         gaps.append(f"{bench} is missing or empty")
+    if not any((folder / "traces").glob("*.gz")):
+        gaps.append(f"{folder / 'traces'} has no trace")
     return gaps
 
 

@@ -16,6 +16,7 @@ matmuls is quantizing, scaling and copying.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -103,7 +104,8 @@ class Census:
 
 def take_census(events: Iterable[Any], made: Plan) -> Census:
     """The census of a profiler's events (`torch.profiler.profile(...).events()`)."""
-    pieces = dict(list_pieces(made))
+    events = list(events)
+    pieces, timeline = dict(list_pieces(made)), Timeline(events)
     stages: dict[str, dict[str, float]] = {}
     layers: dict[str, LayerTrace] = {}
     for event in events:
@@ -112,12 +114,13 @@ def take_census(events: Iterable[Any], made: Plan) -> Census:
         if event.name.startswith(STAGE):
             stage = stages.setdefault(event.name.removeprefix(STAGE), {"calls": 0, "seconds": 0.0})
             stage["calls"] += 1
-            stage["seconds"] += measure(event)
+            stage["seconds"] += timeline.measure(event)
         elif event.name.startswith(LAYER):
             _, component, module, backend = event.name.split("|")
             name = f"{component}.{module}"
             layer = layers.setdefault(name, LayerTrace(backend))
-            read_call(event, layer, matmuls_of(pieces[name]) if name in pieces else ())
+            matmuls = matmuls_of(pieces[name]) if name in pieces else ()
+            read_call(event, layer, matmuls, timeline)
     return Census(stages, layers, judge(pieces, layers))
 
 
@@ -136,14 +139,55 @@ def matmuls_of(piece: Piece) -> tuple[str, ...]:
     return found[piece.backend].matmul
 
 
-def read_call(event: Any, layer: LayerTrace, matmuls: tuple[str, ...]) -> None:
+class Timeline:
+    """The kernels of the device by the moment at which the processor launched them.
+
+    Kernels that no operation of torch started (Triton's) belong to no operation in a profile, so a
+    range has those that were launched while it was open. A launch and its kernel have one number.
+    """
+
+    def __init__(self, events: list[Any]) -> None:
+        """Sort the launches of a profiler's events."""
+        kernels = {
+            event.id: event
+            for event in events
+            if event.device_type.name != "CPU" and not event.name.startswith((LAYER, STAGE))
+        }
+        launched = sorted(
+            (event.time_range.start, event.id)
+            for event in events
+            if event.device_type.name == "CPU"
+            and event.id in kernels
+            and event.name.startswith(("cu", "hip"))
+        )
+        self.starts = [start for start, _ in launched]
+        self.kernels = [kernels[number] for _, number in launched]
+
+    def within(self, event: Any) -> list[Any]:
+        """Kernels that were launched while a range was open."""
+        first = bisect_left(self.starts, event.time_range.start)
+        return self.kernels[first : bisect_right(self.starts, event.time_range.end)]
+
+    def measure(self, event: Any) -> float:
+        """Seconds of the kernels launched in a range; without any, of the processor."""
+        found = self.within(event)
+        if not found:
+            return float(event.cpu_time_total) / 1e6
+        return float(sum(kernel.time_range.elapsed_us() for kernel in found)) / 1e6
+
+
+def read_call(event: Any, layer: LayerTrace, matmuls: tuple[str, ...], timeline: Timeline) -> None:
     """Add what ran inside one call of a layer."""
     layer.calls += 1
-    layer.seconds += measure(event)
-    layer.kernels.update(kernel.name for kernel in list_kernels(event))
-    for name, seconds in find_matmuls(event, {*matmuls, *PLAIN}):
-        layer.matmuls[name] += 1
-        layer.matmul_seconds += seconds
+    layer.seconds += timeline.measure(event)
+    for kernel in timeline.within(event):
+        layer.kernels[kernel.name] += 1
+        if kernel.name in matmuls:
+            layer.matmuls[kernel.name] += 1
+            layer.matmul_seconds += kernel.time_range.elapsed_us() / 1e6
+    for operation in find_operations(event, {*matmuls, *PLAIN}):
+        layer.matmuls[operation.name] += 1
+        layer.matmul_seconds += timeline.measure(operation)
     layer.operations.update(child.name for child in list_operations(event))
     for child in list_operations(event, closed=matmuls):
         shapes = child.input_shapes or []
@@ -160,30 +204,13 @@ def list_operations(event: Any, closed: tuple[str, ...] = ()) -> Iterator[Any]:
             yield from list_operations(child, closed)
 
 
-def list_kernels(event: Any) -> Iterator[Any]:
-    """The device's kernels that an event and everything inside it started."""
-    for inside in (event, *list_operations(event)):
-        for kernel in inside.kernels:
-            if not kernel.name.startswith((LAYER, STAGE)):
-                yield kernel
-
-
-def measure(event: Any) -> float:
-    """Seconds of an event: of its kernels on the device if it started any, else of the processor."""
-    durations = [kernel.duration for kernel in list_kernels(event)]
-    return (sum(durations) if durations else float(event.cpu_time_total)) / 1e6
-
-
-def find_matmuls(event: Any, names: set[str]) -> Iterator[tuple[str, float]]:
-    """(name, seconds) of the outermost operations, and of the kernels, that bear one of the names."""
-    for kernel in event.kernels:
-        if kernel.name in names:
-            yield kernel.name, kernel.duration / 1e6
+def find_operations(event: Any, names: set[str]) -> Iterator[Any]:
+    """The outermost operations inside an event that bear one of the names."""
     for child in event.cpu_children:
         if child.name in names:
-            yield child.name, measure(child)
+            yield child
         else:
-            yield from find_matmuls(child, names)
+            yield from find_operations(child, names)
 
 
 def judge(pieces: dict[str, Piece], layers: dict[str, LayerTrace]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantmatrix import hardware
+from quantmatrix import hardware, parallel
 from quantmatrix.errors import MachineError, RefusedError
 from quantmatrix.identify import find_difference
 from quantmatrix.layer_errors import LayerErrors, watch_layers
@@ -67,13 +67,20 @@ class Workbench:
         return Request.from_words(self.words(cell)[2:], fp4_gemm_backend=backend, **extra)
 
     def find_device(self, row: HardwareRow) -> str:
-        """The torch device of a hardware row on this machine; one worker, one device."""
+        """The torch device of a hardware row on this machine; one worker, one device.
+
+        Of a row of several devices it is their kind alone: one worker has them all.
+        """
         if row.vendor == "cpu":
             return "cpu"
         machine = hardware.probe()
         if why := find_difference(machine, row):
             raise MachineError(f"cells of {row.id} cannot be tested here: {why}")
         slot = self.worker or 0
+        if row.devices > 1:
+            if slot:
+                raise MachineError(f"cells of {row.id} take all devices: run without workers")
+            return machine.device.partition(":")[0]
         if slot >= machine.count:
             raise MachineError(
                 f"worker {slot} has no device of its own: {machine.count} of them are here; "
@@ -97,14 +104,22 @@ class Workbench:
         return self._pipeline[1]
 
     def run(self, request: Request, made: Plan) -> Run:
-        """Generate with the pipeline of a request."""
-        return generate(request, made=made, pipeline=self.pipeline(request, made))
+        """Generate with the pipeline of a request, or in the processes that its plan has."""
+        if made.processes > 1:
+            self.release()
+            return parallel.generate_together(request, made)
+        return self.run_alone(request, made)
+
+    def run_alone(self, request: Request, made: Plan) -> Run:
+        """Generate in this process with the pipeline of a request."""
+        alone = replace(made, processes=1)
+        return generate(request, made=alone, pipeline=self.pipeline(request, made))
 
     def run_watched(self, cell: Cell, request: Request, made: Plan) -> tuple[Run, LayerErrors]:
-        """Generate, and measure every quantized layer against the base model's on the way."""
+        """Generate here, and measure every quantized layer against the base model's on the way."""
         base = self.plan(self.base_request(cell, request))
         with watch_layers(self.pipeline(request, made), made, base) as errors:
-            return self.run(request, made), errors
+            return self.run_alone(request, made), errors
 
     def base_request(self, cell: Cell, request: Request) -> Request:
         """The same request of the base model in full precision."""
@@ -170,6 +185,7 @@ def strip_quantization(request: Request, base: str) -> Request:
         quantization_rank=None,
         quantization=None,
         quantization_ignored_layers=(),
+        nproc_per_node=1,
         backend=None,
         fp4_gemm_backend=None,
     )

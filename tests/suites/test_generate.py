@@ -25,7 +25,7 @@ def test_generate(
     proof: Proof,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     from quantmatrix import cli, compare
 
@@ -35,7 +35,7 @@ def test_generate(
     start = time.perf_counter()
     code = cli.main([*words, "--output-path", str(tmp_path), "--json"])
     proof.timings["command"] = time.perf_counter() - start
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     proof.places[str(tmp_path)] = "$OUTPUT"
     assert code == 0, err
     [run] = json.loads(out)["runs"]

@@ -78,6 +78,9 @@ def test_latents(cell, proof):
         os.kill(os.getpid(), signal.SIGKILL)
     if cell.id == WHERE and FAULT == "hang":
         time.sleep(30)
+    if cell.id == WHERE and FAULT == "stuck":  # as in a driver: no signal gets through
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+        time.sleep(30)
     if cell.id == WHERE and FAULT == "media":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if cell.id == WHERE and FAULT == "skip":
@@ -130,7 +133,7 @@ def run(
 ) -> tuple[int, str]:
     """(exit code, output) of a run that is waited for."""
     process = start(project, evidence, *words, fault=fault, **environment)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=120)
     return process.returncode, output
 
 

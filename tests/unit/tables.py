@@ -106,7 +106,7 @@ CASES = [
 COLUMNS = {
     "families": "id checkpoint_form canonical_cli supported_models extra_dependency notes models",
     "models": "id name repo transformers notes",
-    "hardware": "id name vendor arch memory_gib group packages job label",
+    "hardware": "id name vendor arch memory_gib devices group packages job label",
     "checkpoints": "id family model form selector reference base revision scheme kept components "
     "algo cli scope notes",
     "cases": "id family model checkpoint hardware backend flags checks claim rule notes",

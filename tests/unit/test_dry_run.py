@@ -42,6 +42,14 @@ def test_b200_job_is_the_six_checkpoints_of_the_guide(capsys: pytest.CaptureFixt
     assert "GEMM_BACKEND=cudnn quantmatrix" in cells[list(GUIDE)[-1]]["command"]
 
 
+def test_four_cards_share_the_guides_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["matrix", "dry-run", "--hardware", "rtx-5090-x4"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("gpu-rtx-5090-x4: 1 checkpoint of the guide on 4x NVIDIA GeForce")
+    assert "--nproc-per-node 4" in text
+    assert "16.4 GiB of weights at true size on each of 4 devices" in text
+
+
 def test_true_sizes_lie_between_all_and_nothing_quantized() -> None:
     for checkpoint in (row for row in TABLES.checkpoints.values() if row.algo):
         plain = dry_run.estimate_bytes(TABLES, replace(checkpoint, components=()))

@@ -62,11 +62,11 @@ ROWS = {
 def test_a_row_is_a_machine(name: str) -> None:
     vendor, arch, gib, packages, device = ROWS[name]
     row: Any = SimpleNamespace(
-        name=name, vendor=vendor, arch=arch, memory_gib=gib, packages=packages
+        name=name, vendor=vendor, arch=arch, memory_gib=gib, packages=packages, devices=4
     )
     brought = {"triton"} if device == "cuda" else set()
     assert hardware.from_row(row) == Machine(
-        name, vendor, arch, int(gib * 2**30), frozenset({*packages, *brought}), device
+        name, vendor, arch, int(gib * 2**30), frozenset({*packages, *brought}), device, 4
     )
 
 

@@ -55,6 +55,20 @@ def test_the_nearest_memory_decides_between_rows_that_fit() -> None:
     assert identify.find_row(FOUND["h100"], rows).id == "m80.0"
 
 
+def test_several_devices_must_be_there_and_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = ROWS["rtx-5090-x4"]
+    for count, name in ((1, "rtx-5090"), (4, "rtx-5090")):
+        machine = replace(FOUND["rtx-5090"], count=count, packages=frozenset({"flashinfer"}))
+        monkeypatch.setattr(hardware, "probe", lambda device=None, found=machine: found)
+        for rows in (list(ROWS.values()), list(ROWS.values())[::-1]):
+            assert identify.find_row(machine, rows).id == name
+        if count == 4:
+            assert identify.require(row) is machine
+            continue
+        with pytest.raises(MachineError, match=r"gpu-rtx-5090-x4 wants 4x NVIDIA .* 1 x NVIDIA"):
+            identify.require(row)
+
+
 def test_a_wrong_machine_or_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "probe", lambda device=None: FOUND["h100"])
     with pytest.raises(MachineError, match=r"wants one NVIDIA B200 .*; here: architecture sm90"):

@@ -202,6 +202,7 @@ ONE_EDIT = [
     ("hardware", 2, "vendor", "nvdia", 'vendor: "nvdia" is not one of cpu, nvidia, amd, ascend'),
     ("hardware", 2, "memory_gib", "80 GB", 'memory_gib: "80 GB" is not a number of GiB'),
     ("hardware", 2, "memory_gib", "-1", 'memory_gib: "-1" is not a number of GiB'),
+    ("hardware", 2, "devices", "0", 'devices: "0" is not a number from 1'),
     ("hardware", 2, "group", "h100", 'group: "h100" is the id of a hardware'),
 ]
 
@@ -320,3 +321,28 @@ def test_ten_thousand_rows_are_read_in_a_second(tmp_path: Path) -> None:
     start = time.process_time()
     assert len(matrix.read(folder).cells) == 10_000
     assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "devices", "problem"),
+    [
+        ("", "", None),
+        ("--nproc-per-node 4", "4", None),
+        ("--nproc_per_node=4", "4", None),
+        ("--nproc-per-node 2", "4", "flags: --nproc-per-node 2, but h100 has devices: 4"),
+        ("", "4", "flags: --nproc-per-node 1, but h100 has devices: 4"),
+        ("--nproc-per-node 2", "", "flags: --nproc-per-node 2, but h100 has devices: 1"),
+    ],
+)
+def test_processes_are_the_devices_of_the_hardware(
+    flags: str, devices: str, problem: str | None, tmp_path: Path
+) -> None:
+    case = {**CASES[0], "hardware": "cpu h100", "flags": flags}
+    folder = write_tables(tmp_path / "matrix", [case])
+    set_cell(folder, "hardware", 3, "devices", devices)
+    if problem is None:
+        assert {row.devices for row in matrix.read(folder).hardware.values()} <= {1, 4}
+        return
+    with pytest.raises(MatrixError) as raised:
+        matrix.read(folder)
+    assert raised.value.problems == (f"matrix/cases.csv:2: {problem}",)

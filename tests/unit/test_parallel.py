@@ -14,10 +14,12 @@ import context_parallel
 import pytest
 import torch
 
-from quantmatrix import cli, parallel
-from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix import cli, parallel, sharing
+from quantmatrix.errors import QuantmatrixError, RefusedError, UsageError
 from quantmatrix.pipeline import build_pipeline
+from quantmatrix.planning import Plan
 from quantmatrix.request import Request
+from quantmatrix.run import generate
 
 FLUX = (
     *("--model-path", "black-forest-labs/FLUX.1-dev"),
@@ -38,9 +40,9 @@ ROUNDING = 2.0**-7
 
 def run_together(target: Path, words: tuple[str, ...]) -> dict[str, Any]:
     """What rank 0 of two processes saw."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = parallel.name_launcher(2)
     done = subprocess.run(
-        [sys.executable, *launcher, context_parallel.__file__, str(target), *words],
+        [*launcher, context_parallel.__file__, str(target), *words, "--nproc-per-node", "2"],
         capture_output=True,
         text=True,
         check=False,
@@ -88,17 +90,56 @@ def test_model_without_a_plan_is_refused_by_name(capfd: pytest.CaptureFixture[st
 def test_what_cannot_be_shared_is_said_before_anything_starts() -> None:
     request = Request.from_words([*FLUX, "--tiny", "--device", "cpu"])
     made = parallel.find_plan(request)
-    parallel.check(made, 2)
-    for count, message in ((0, "expected 1 or more"), (3, "2 attention heads")):
+
+    def share(count: int, **changes: Any) -> Plan:
+        asked = replace(request, nproc_per_node=count, **changes.pop("request", {}))
+        return sharing.share(replace(made, request=asked, **changes))
+
+    assert (share(1), share(2).processes) == (replace(made, request=request), 2)
+    gpus = replace(made.machine, device="cuda", count=3)
+    for count, changes, message in (
+        (0, {}, "expected 1 or more"),
+        (3, {}, "transformer has 2 attention heads"),
+        (4, {"request": {"tiny": False}}, "transformer has 2 attention heads"),
+        (2, {"layerwise_offload": True}, "leave out the offload"),
+        (2, {"request": {"cuda_graph": True}}, "cannot replay --cuda-graph"),
+        (4, {"machine": gpus}, "has 3 cuda devices"),
+        (2, {"machine": replace(gpus, device="cuda:1")}, "without a number"),
+    ):
         with pytest.raises(UsageError, match=message):
-            parallel.check(made, count)
-    with pytest.raises(UsageError, match="leave out the offload"):
-        parallel.check(replace(made, layerwise_offload=True), 2)
-    on_gpus = replace(made.machine, device="cuda")
-    if torch.cuda.device_count() < 64:
-        with pytest.raises(UsageError, match="cuda devices here"):
-            parallel.check(replace(made, machine=on_gpus), 64)
-    with pytest.raises(UsageError, match="without a number"):
-        parallel.check(replace(made, machine=replace(on_gpus, device="cuda:1")), 2)
+            share(count, **changes)
+    assert share(2, machine=gpus).processes == 2
     with pytest.raises(RefusedError, match="z-image: transformer is a ZImage"):
-        parallel.require_plan("z-image", "transformer", "ZImageTransformer2DModel")
+        sharing.require_plan("z-image", "transformer", "ZImageTransformer2DModel")
+
+
+def test_a_stand_in_with_few_heads_says_that_it_takes_fewer_processes() -> None:
+    made = parallel.find_plan(
+        Request.from_words([*FLUX, "--tiny", "--nproc-per-node", "4"], hardware="rtx-5090-x4")
+    )
+    assert made.processes == made.to_json()["processes"] == 2
+    assert "--nproc-per-node 4: 2 processes share the heads of the tiny stand-in" in made.warnings
+
+
+def test_plan_refuses_what_cannot_be_shared(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--tiny", "--nproc-per-node", "4", "--hardware"]
+    assert cli.main([*words, "rtx-5090-x4", *FLUX]) == 0
+    assert "of weights in each of 2 processes" in capsys.readouterr().out
+    assert cli.main([*words, "rtx-5090", *FLUX]) == cli.EXIT_USAGE
+    assert "NVIDIA GeForce RTX 5090 has 1 cuda devices" in capsys.readouterr().err
+    assert cli.main([*words, "rtx-5090-x4", *Z_IMAGE]) == cli.EXIT_REFUSED
+    assert f"refused [{sharing.RULE}]: z-image: transformer is" in capsys.readouterr().out
+
+
+def test_a_run_together_is_a_run_and_a_failure_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*FLUX, "--tiny", "--device", "cpu", "--height", "32", "--width", "32"]
+    request = Request.from_words([*words, "--num-inference-steps", "1", "--nproc-per-node", "2"])
+    made = parallel.find_plan(request)
+    with pytest.raises(UsageError, match=r"2 processes, this is one of none: see .*together"):
+        generate(request)
+    run = parallel.generate_together(request, made)
+    assert run.plan is made
+    assert (len(run.latents), run.media[0].size, run.calls) == (1, (32, 32), {"transformer": 1})
+    monkeypatch.setattr(parallel, "name_launcher", lambda processes: [sys.executable])
+    with pytest.raises(QuantmatrixError, match=r"2 processes gave no run: \w*Error: .*RANK"):
+        parallel.generate_together(request, made)

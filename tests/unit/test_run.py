@@ -6,12 +6,21 @@ import errno
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from quantmatrix.cli import main
 from quantmatrix.errors import UsageError
 from quantmatrix.request import Request
-from quantmatrix.run import Run, generate, generate_all, name_output, save_media
+from quantmatrix.run import (
+    Run,
+    generate,
+    generate_all,
+    name_output,
+    read_peak,
+    reset_peak,
+    save_media,
+)
 
 FLUX = ["--tiny", "--model-path", "black-forest-labs/FLUX.1-dev", "--transformer-path"]
 FLUX += ["BBuf/flux1-dev-modelopt-fp8-sglang-transformer", "--num-inference-steps", "2"]
@@ -103,3 +112,12 @@ def test_no_save_output_writes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     assert main(["generate", *FLUX, "--prompt", "x", "--no-save-output"]) == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_peak_memory_is_that_of_the_runs_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: len(device))
+    reset_peak("cuda:3")
+    assert asked == ["cuda:3"]
+    assert read_peak("cuda:3") == len("cuda:3")

@@ -5,13 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import nox.registry
 import pytest
+from nox.command import CommandFailed
 
 from quantmatrix import identify, matrix, sessions
 from quantmatrix.errors import MachineError, UsageError
@@ -41,11 +48,32 @@ def test_every_hardware_but_the_cpu_has_a_session() -> None:
     assert {"gpu-h200", "multimodal-gen-test-1-b200", "ascend-910b"} <= set(names)
 
 
-def test_nox_lists_the_sessions_of_the_table_with_a_line_each() -> None:
-    named = ["-s", *(job.name for job in JOBS)]
-    listed = run_nox("-l", "--json", *named)
-    told = {entry["name"]: entry["description"] for entry in json.loads(listed.stdout)}
-    assert told == {job.name: job.description for job in JOBS}
+def list_json(*words: str) -> dict[str, str]:
+    """Description of each session that `nox -l --json` names."""
+    told = json.loads(run_nox("-l", "--json", *words).stdout)
+    return {entry["name"]: entry["description"] for entry in told}
+
+
+def test_nox_lists_every_session_with_a_line_each() -> None:
+    text = (ROOT / "noxfile.py").read_text()
+    written = set(re.findall(r"^@nox\.session.*\ndef (\w+)\(", text, re.MULTILINE))
+    own = {"matrix", "tests", "lint", "types", "bench", "report", "browser", "producers"}
+    told = list_json()
+    assert {job.name: told[job.name] for job in JOBS} == {job.name: job.description for job in JOBS}
+    assert own <= written
+    rest = {name.replace("-", "_") for name in told} - {job.name.replace("-", "_") for job in JOBS}
+    assert rest == written
+    assert all("\n" not in line and len(line) > 20 for line in told.values())
+
+
+def test_a_tag_gives_the_hardware_sessions_alone() -> None:
+    assert list(list_json("-t", "hardware")) == [job.name for job in JOBS]
+
+
+def test_nox_without_words_runs_the_tests_only() -> None:
+    lines = run_nox("-l").stdout.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("* ")] == ["tests"]
+    assert not sessions.asks_for_json(["nox", "--", "-l", "--json"])  # pytest's words, not nox's
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
@@ -58,7 +86,7 @@ def test_without_a_driver_a_session_wants_its_hardware_in_one_line(
         identify.require_driver(job.row)
     line = str(raised.value)
     assert "\n" not in line
-    assert line.startswith(f"{job.name} wants one {job.row.name} ({job.row.arch}")
+    assert line.startswith(f"{job.name} wants {job.row.wanted} ({job.row.arch}")
 
 
 def has_driver(vendor: str) -> bool:
@@ -125,6 +153,119 @@ def test_commands_are_taken_by_the_programs(tmp_path: Path) -> None:
     assert "--evidence-dir" in suites
 
 
+def test_a_check_that_hangs_is_stopped_and_one_that_cannot_be_ends_the_run(tmp_path: Path) -> None:
+    for words, limit in (([], 900), (["--full-size"], 3600)):
+        command = sessions.suites_command(ROWS["h200"], tmp_path, words)
+        assert f"--timeout={limit}" in command
+        assert f"faulthandler_timeout={limit + 60}" in command
+        assert "faulthandler_exit_on_timeout=true" in command
+    # what the caller says comes last
+    assert sessions.suites_command(ROWS["h200"], tmp_path, ["--timeout=9"])[-1] == "--timeout=9"
+
+
+def test_traces_have_the_size_of_the_suites(tmp_path: Path) -> None:
+    row, target = ROWS["h200"], str(tmp_path / "traces")
+    command = ["quantmatrix", "trace", "--hardware", "h200", "--output-path", target]
+    assert sessions.trace_command(row, tmp_path, ["--shard", "1/3"]) == [*command, "--tiny"]
+    assert sessions.trace_command(row, tmp_path, ["--full-size"]) == command
+
+
+@pytest.fixture(scope="module")
+def noxfile() -> dict[str, Any]:
+    """What the noxfile defines."""
+    with (
+        mock.patch.dict(nox.registry._REGISTRY, clear=True),
+        mock.patch.object(sys, "argv", ["nox"]),
+    ):
+        return runpy.run_path(str(ROOT / "noxfile.py"))
+
+
+STEPS = ["pytest tests/suites", "pytest benchmarks", "quantmatrix trace"]
+
+
+class FakeSession:
+    """What a hardware's session asks nox for, on a machine that is that hardware."""
+
+    posargs: tuple[str, ...] = ("--shard", "1/3")
+    virtualenv = None
+
+    def __init__(self, row: str, failing: str = "") -> None:
+        self.row, self.failing = row, failing
+        self.env: dict[str, str] = {}
+        self.ran: list[str] = []
+
+    def install(self, *words: str) -> None:
+        self.ran.append("install")
+
+    def log(self, line: str) -> None:
+        pass
+
+    def error(self, line: str) -> None:
+        raise AssertionError(line)
+
+    def run(self, *words: str, **options: object) -> str:
+        name = " ".join(words[:2])
+        if "quantmatrix.identify" in words:
+            return self.row
+        self.ran.append(name)
+        files = {
+            "pytest tests/suites": ("--evidence-dir", "h200/row.json"),
+            "quantmatrix trace": ("--output-path", "row@h200.json.gz"),
+        }
+        if name in files:
+            option, file = files[name]
+            path = Path(words[words.index(option) + 1], file)
+            path.parent.mkdir(parents=True)
+            path.write_text("{}")
+        else:
+            Path(words[-1].partition("=")[2]).write_text("{}")
+        if name == self.failing:
+            raise CommandFailed(f"Command {name} failed with exit code 11")
+        return ""
+
+
+@pytest.mark.parametrize("failing", ["", *STEPS])
+def test_every_step_runs_and_a_failure_is_told_at_the_end(
+    failing: str, noxfile: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_on_hardware = noxfile["run_on_hardware"]
+    monkeypatch.setitem(run_on_hardware.__globals__, "ROOT", tmp_path)
+    session = FakeSession("h200", failing)
+    job = next(job for job in JOBS if job.row.id == "h200")
+    context = pytest.raises(AssertionError, match=failing) if failing else nullcontext()
+    with context as raised:
+        run_on_hardware(session, job)
+    if failing:
+        assert str(raised.value) == f"{failing}: exit code 11 (claim violated)"
+    assert [name for name in session.ran if name != "install"] == STEPS
+    with tarfile.open(tmp_path / "packets" / "gpu-h200.tar.gz") as packed:
+        names = [name.removeprefix("gpu-h200/") for name in packed.getnames()]
+    assert names == [
+        "bench.json",
+        "evidence/h200/row.json",
+        "traces/row@h200.json.gz",
+        "SHA256SUMS",
+    ]
+
+
+@pytest.mark.parametrize("words", [("--shard", "2/3"), ("--shard=2/3", "--full-size")])
+def test_only_the_first_part_has_benchmarks_and_traces(
+    words: tuple[str, ...],
+    noxfile: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_on_hardware = noxfile["run_on_hardware"]
+    monkeypatch.setitem(run_on_hardware.__globals__, "ROOT", tmp_path)
+    session = FakeSession("h200")
+    session.posargs = words
+    run_on_hardware(session, next(job for job in JOBS if job.row.id == "h200"))
+    assert [name for name in session.ran if name != "install"] == STEPS[:1]
+    assert sessions.is_first(["--full-size"])
+    assert sessions.is_first(["--shard", "1/12"])
+    assert not sessions.is_first(["--shard", "11/12"])
+
+
 def test_archive_holds_every_file_with_its_digest(tmp_path: Path) -> None:
     folder = tmp_path / "gpu-h200"
     (folder / "evidence" / "h200").mkdir(parents=True)
@@ -154,7 +295,13 @@ def test_nothing_to_pack_is_an_error(tmp_path: Path) -> None:
 def test_gaps_are_named(tmp_path: Path) -> None:
     (tmp_path / "bench.json").touch()  # what pytest-benchmark leaves when it measured nothing
     gaps = sessions.list_gaps(tmp_path)
-    assert len(gaps) == 2
+    assert [gap.rpartition("/")[2] for gap in gaps] == [
+        "evidence has no record",
+        "bench.json is missing or empty",
+        "traces has no trace",
+    ]
+    (tmp_path / "traces").mkdir()
+    (tmp_path / "traces" / "row@h200.json.gz").write_text("{}")
     (tmp_path / "evidence").mkdir()
     (tmp_path / "evidence" / "row.json").write_text("{}")
     (tmp_path / "bench.json").write_text("{}")

@@ -119,6 +119,7 @@ HARDWARE = {
     "h200": "sm90",
     "b200": "sm100",
     "rtx-5090": "sm120",
+    "rtx-5090-x4": "sm120",
     "ascend-910b": "910b",
     "mi300x": "gfx942",
 }
@@ -201,6 +202,16 @@ def test_hardware() -> None:
     assert set(TABLES.groups["all"]) == set(HARDWARE)
     jobs = [row.job for row in TABLES.hardware.values()]
     assert len(set(jobs)) == len(jobs)
+
+
+def test_four_cards_of_the_guides_benchmark_have_a_cell() -> None:
+    row = TABLES.hardware["rtx-5090-x4"]
+    assert (row.devices, row.memory_gib) == (4, TABLES.hardware["rtx-5090"].memory_gib)
+    [cell] = TABLES.select(hardware=["rtx-5090-x4"])
+    assert "4x RTX 5090 benchmark" in TABLES.checkpoints[cell.checkpoint].scope
+    request = Request.from_words(cell.command(TABLES)[2:])
+    assert (request.nproc_per_node, cell.claim) == (4, "validated")
+    assert {row.devices for row in TABLES.hardware.values()} == {1, 4}
 
 
 def test_fp8_covers_every_model_form_and_scheme_on_cpu() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantmatrix.families import fp8, modelopt_nvfp4
+from quantmatrix.families import fp8, msmodelslim
 from quantmatrix.families.protocol import Calibration
 from quantmatrix.kernels import Kernel, kernels_of, linear_fp8
 from quantmatrix.layers import QuantizedLinear
@@ -111,42 +111,69 @@ def test_another_backend_than_planned_and_a_layer_that_did_not_run() -> None:
     assert trace_layer(layer, "decode", calls=0).problems == [f"{name} is planned and did not run"]
 
 
-def test_a_layer_that_nobody_planned() -> None:
-    layer = make_layer(find_kernel("linear.fp8", "decode"))
-    events = SimpleNamespace(
-        device_type=SimpleNamespace(name="CPU"), name="quantized|transformer|extra|decode",
-        cpu_children=[], kernels=[], cpu_time_total=5.0, input_shapes=[],
+def make_event(
+    name: str, start: float, end: float, *children: Any, number: int = 0, device: str = "CPU"
+) -> Any:
+    """An event as a profiler tells it; times are microseconds."""
+    span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+    return SimpleNamespace(
+        device_type=SimpleNamespace(name=device), name=name, cpu_children=list(children),
+        cpu_time_total=end - start, time_range=span, id=number, input_shapes=[],
     )  # fmt: skip
-    empty: Any = SimpleNamespace(components={"transformer": SimpleNamespace(layers={})})
-    census = take_census([events], empty)
-    assert census.problems == ["transformer.extra ran quantized and is not planned"]
-    assert layer.kernel.backend == "decode"
 
 
-def test_kernels_of_a_device_are_counted_and_timed() -> None:
-    """Durations of kernels are microseconds; ranges that the device repeats are no kernels."""
-
-    def make_event(name: str, kernels: list[tuple[str, float]], *children: Any) -> Any:
-        return SimpleNamespace(
-            device_type=SimpleNamespace(name="CPU"), name=name, cpu_children=list(children),
-            kernels=[SimpleNamespace(name=n, duration=us) for n, us in kernels],
-            cpu_time_total=9999.0, input_shapes=[],
-        )  # fmt: skip
-
-    label = "quantized|transformer|to_q|torch"
-    multiply = make_event("aten::_scaled_mm", [("nvjet_qqtst", 30.0)])
-    event = make_event(label, [("divide", 10.0), (label, 40.0)], multiply)
+def plan_layer() -> Any:
     piece = SimpleNamespace(scheme=SCHEME, backend="torch", in_features=WIDE, out_features=NARROW)
-    made: Any = SimpleNamespace(
-        components={"transformer": SimpleNamespace(layers={"to_q": [piece]})}
-    )
-    census = take_census([event], made)
+    return SimpleNamespace(components={"transformer": SimpleNamespace(layers={"to_q": [piece]})})
+
+
+def test_a_layer_that_nobody_planned() -> None:
+    empty: Any = SimpleNamespace(components={"transformer": SimpleNamespace(layers={})})
+    census = take_census([make_event("quantized|transformer|extra|decode", 0, 5)], empty)
+    assert census.problems == ["transformer.extra ran quantized and is not planned"]
+
+
+def test_kernels_of_a_device_are_those_launched_meanwhile() -> None:
+    """Triton's kernels belong to no operation; a kernel outside of the range is another layer's."""
+    label = "quantized|transformer|to_q|torch"
+    launches = [
+        make_event("cuLaunchKernelEx", 12, 14, number=1),
+        make_event("cudaLaunchKernelExC", 22, 24, number=2),
+        make_event("cudaLaunchKernel", 90, 92, number=3),
+        make_event("aten::view", 13, 14, number=3),
+    ]
+    kernels = [
+        make_event("divide", 100, 110, number=1, device="CUDA"),
+        make_event("nvjet_qqtst", 110, 140, number=2, device="CUDA"),
+        make_event("other", 140, 990, number=3, device="CUDA"),
+        make_event(label, 100, 140, number=7, device="CUDA"),
+    ]
+    event = make_event(label, 10, 30, make_event("aten::_scaled_mm", 20, 28))
+    census = take_census([event, *launches, *kernels], plan_layer())
     assert census.problems == []
     [layer] = census.layers.values()
     assert layer.kernels == {"divide": 1, "nvjet_qqtst": 1}
+    assert layer.matmuls == {"aten::_scaled_mm": 1}
     assert layer.seconds == pytest.approx(40e-6)
     assert layer.matmul_seconds == pytest.approx(30e-6)
     assert census.overhead == pytest.approx(0.25)
+
+
+def test_a_kernel_of_the_device_can_be_the_matmul() -> None:
+    """`int8` on a GPU multiplies by a Triton kernel of our own, which no operation starts."""
+    label = "quantized|transformer|to_q|int8"
+    scheme = msmodelslim.SCHEMES["W8A8"]
+    piece = SimpleNamespace(scheme=scheme, backend="int8", in_features=WIDE, out_features=NARROW)
+    made: Any = SimpleNamespace(
+        components={"transformer": SimpleNamespace(layers={"to_q": [piece]})}
+    )
+    events = [make_event(label, 10, 30)]
+    assert "ran none of aten::_int_mm, multiply" in take_census(events, made).problems[0]
+    events.append(make_event("cuLaunchKernelEx", 12, 14, number=1))
+    events.append(make_event("multiply", 100, 130, number=1, device="CUDA"))
+    census = take_census(events, made)
+    assert census.problems == []
+    assert census.overhead == 0
 
 
 def test_every_kernel_says_what_multiplies() -> None:
@@ -157,4 +184,3 @@ def test_every_kernel_says_what_multiplies() -> None:
             engine = kernel.backend in ("nunchaku", "comfy-kitchen")
             wide = kernel.numerics.endswith("A16") or kernel.backend == "reference"
             assert plain == (wide and not engine), f"{op} {kernel.backend}"
-    assert modelopt_nvfp4.SCHEMES

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tables import CASES, write_tables
 
 from quantmatrix import hardware, matrix, workbench
@@ -53,6 +54,43 @@ def test_each_worker_has_its_own_device(bench: Workbench, monkeypatch) -> None:
         bench.find_device(row)
 
 
+def test_a_worker_computes_with_one_thread(bench: Workbench) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        Workbench(bench.tables)
+        assert torch.get_num_threads() == 2
+        Workbench(bench.tables, worker=3)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_several_devices_belong_to_one_worker(bench: Workbench, monkeypatch) -> None:
+    monkeypatch.setattr(hardware, "probe", lambda: H100)
+    row = replace(bench.tables.hardware["h100"], memory_gib=80.0, devices=2)
+    assert bench.find_device(row) == "cuda"
+    bench.worker = 0
+    assert bench.find_device(row) == "cuda"
+    bench.worker = 1
+    with pytest.raises(UsageError, match="cells of h100 take all devices: run without workers"):
+        bench.find_device(row)
+    with pytest.raises(UsageError, match=r"2 x NVIDIA H100.*, of which 3 are wanted"):
+        bench.find_device(replace(row, devices=3))
+
+
+def test_a_shared_run_is_made_in_processes_of_its_own(bench: Workbench, monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(
+        workbench.parallel, "generate_together", lambda request, made: calls.append(made) or made
+    )
+    request = replace(bench.request(bench.tables.cells[0]), nproc_per_node=2)
+    made = SimpleNamespace(processes=2)
+    assert bench.run(request, made) is made
+    assert calls == [made]
+    assert workbench.strip_quantization(request, "some/base").nproc_per_node == 1
+
+
 @pytest.mark.parametrize(
     ("row", "why"),
     [
@@ -91,7 +129,7 @@ def test_pipelines_and_bf16_runs_are_made_once(bench: Workbench, monkeypatch) ->
     monkeypatch.setattr(
         workbench, "generate", lambda request, **_: ran.append(request) or SimpleNamespace()
     )
-    cell, made = bench.tables.cells[0], SimpleNamespace()
+    cell, made = bench.tables.cells[0], make_dataclass("Made", [("processes", int)])(1)
     request = bench.request(cell)
     assert bench.baseline(cell, request) is bench.baseline(cell, request)
     assert len(ran) == 1

@@ -6,22 +6,16 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from runner import FILES, WORKFLOWS
 
 from quantmatrix import cli, matrix, sessions
 
-ROOT = Path(__file__).parents[2]
-FILES = {path.stem: path for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))}
-WORKFLOWS: dict[str, dict[str, Any]] = {
-    name: yaml.safe_load(path.read_text()) for name, path in FILES.items()
-}
 STEPS = [
     (f"{name}-{job}-{number}", step)
     for name, workflow in WORKFLOWS.items()
@@ -103,34 +97,6 @@ def test_misspelt_hardware_fails_the_plan_step(tmp_path: Path) -> None:
     done = run_step(script, tmp_path, HARDWARE="h300", GITHUB_OUTPUT=str(tmp_path / "output"))
     assert done.returncode != 0
     assert "h300" in done.stderr
-
-
-def test_empty_matrix_is_guarded_by_what_is_printed_for_one() -> None:
-    printed = json.dumps({"include": []}, sort_keys=True)
-    for job in ("shard", "executed", "propose"):
-        assert f"!= '{printed}'" in WORKFLOWS["hardware"]["jobs"][job]["if"]
-
-
-@pytest.mark.parametrize("missing", [False, True])
-def test_executed_step_fails_on_a_row_without_a_record(missing: bool, tmp_path: Path) -> None:
-    source = ROOT / "reports" / "evidence"
-    rows = [c for c in TABLES.cells if c.hardware == "b200" and c.claim == "refused"]
-    rows = [c for c in rows if (source / "b200" / f"{c.id}.json").is_file()] or rows
-    planned = {"include": [{"hardware": "b200", "rows": [cell.id for cell in rows]}]}
-    from quantmatrix.evidence import path_of
-
-    for cell in rows[: len(rows) - missing]:
-        target = tmp_path / "packets" / "packet-b200-1" / "job" / "evidence" / path_of(cell.id)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source / path_of(cell.id), target)
-    script = find_step("hardware", "executed", "evidence check")
-    summary = tmp_path / "summary.md"
-    variables = {"JOBS": json.dumps(planned), "GITHUB_STEP_SUMMARY": str(summary)}
-    done = run_step(script, tmp_path, **variables)
-    assert (done.returncode != 0) == missing, done.stdout + done.stderr
-    assert summary.stat().st_size > 0
-    if missing:
-        assert rows[-1].id in done.stdout + done.stderr
 
 
 GH = """#!/bin/sh

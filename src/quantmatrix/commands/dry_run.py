@@ -34,7 +34,8 @@ def run_dry(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.json:
         print_json({"ok": ok, "hardware": row.id, "job": row.job, "cells": found})
     else:
-        print(f"{row.job}: {len(found)} checkpoints of the guide on {row.name}, planned only")
+        many = "checkpoint" if len(found) == 1 else "checkpoints"
+        print(f"{row.job}: {len(found)} {many} of the guide on {row.name}, planned only")
         print("\n".join(line for told in found for line in to_lines(told)))
     if not found:
         return NOTHING_COLLECTED
@@ -50,5 +51,6 @@ def to_lines(told: dict[str, Any]) -> list[str]:
         kernels = ", ".join(f"{count} x {kernel}" for kernel, count in counts.items())
         lines.append(f"  kernels  {name}: {kernels or 'full precision'} (tiny stand-in)")
     true, tiny = told["true_bytes"] / 2**30, told["tiny_bytes"] / 2**20
-    lines.append(f"  memory   {true:.1f} GiB of weights at true size ({tiny:.1f} MiB tiny)")
+    each = f" on each of {told['devices']} devices" if told["devices"] > 1 else ""
+    lines.append(f"  memory   {true:.1f} GiB of weights at true size{each} ({tiny:.1f} MiB tiny)")
     return [*lines, *(f"  warning: {warning}" for warning in told["warnings"])]
