@@ -24,17 +24,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from quantmatrix.bench_results import describe_sizes
+from quantmatrix.bench_results import describe_sizes, summarize
 from quantmatrix.errors import CheckpointError
 from quantmatrix.layers import QuantizedLinear, SplitInputLinear
-from quantmatrix.ratios import FEWEST, compare_pairs
+from quantmatrix.ratios import FEWEST
 from quantmatrix.speed import WARM_UP, count_bytes, flatten_output, time_calls
 from quantmatrix.working_memory import measure_working
 
@@ -140,7 +140,7 @@ def take_turns(time_one: Callable[[str], float], repeats: int) -> dict[str, list
 
 def describe_pairs(times: Mapping[str, list[float]]) -> dict[str, Any]:
     """Samples in milliseconds and what follows from them."""
-    return {**asdict(compare_pairs(times["bf16"], times["quantized"])), "milliseconds": dict(times)}
+    return {**summarize(times), "milliseconds": dict(times)}
 
 
 def measure_layers(part: Part, repeats: int) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -29,7 +30,7 @@ from typing import Any
 
 from quantmatrix.errors import UsageError
 from quantmatrix.evidence import path_of
-from quantmatrix.ratios import Ratio, compare_pairs, name_size
+from quantmatrix.ratios import compare_pairs, name_size
 
 SCHEMA = 1
 BENCHMARKS = "benchmarks"
@@ -46,6 +47,7 @@ KEYS: Mapping[str, type] = {
     "commit": str,
     "made": str,
 }
+FORMS = ("bf16", "quantized")
 MEMORY_KEYS = ("weights", "working", "peak")
 Result = Mapping[str, Any]
 Key = tuple[str, str]
@@ -105,12 +107,12 @@ def check_part(name: str, found: Mapping[str, Any]) -> Iterator[str]:
         yield f"components.{name}.layers: empty; no quantized layer was measured"
     if "step" not in found:
         yield f"components.{name}.step: missing"
-    for form in ("bf16", "quantized"):
+    for form in FORMS:
         for key in MEMORY_KEYS:
             if not isinstance(found["memory"][form][key], int):
                 yield f"components.{name}.memory.{form}.{key}: not a number of bytes"
     for what in ("weights", "peak"):
-        sizes = [found["memory"][form][what] for form in ("bf16", "quantized")]
+        sizes = [found["memory"][form][what] for form in FORMS]
         told = found["memory"][f"{what}_ratio"], found["memory"][f"{what}_verdict"]
         if told != describe_sizes(*sizes):
             yield f"components.{name}.memory.{what}: {sizes} bytes are not {told}"
@@ -121,24 +123,29 @@ def describe_sizes(bf16: int, quantized: int) -> tuple[float, str]:
     return float(f"{quantized / bf16:.6g}"), name_size(bf16, quantized)
 
 
+def summarize(samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """What follows from the samples of a comparison: the ratio, and the median of each form."""
+    medians = {form: float(f"{statistics.median(samples[form]):.5g}") for form in FORMS}
+    return {**asdict(compare_pairs(samples["bf16"], samples["quantized"])), "median": medians}
+
+
 def check_samples(result: Result) -> list[str]:
     """Comparisons that say something else than their samples."""
     problems = []
     for label, timing in list_comparisons(result):
-        samples = timing["milliseconds"]
         try:
-            told = compare_pairs(samples["bf16"], samples["quantized"])
+            told = summarize(timing["milliseconds"])
         except UsageError as error:
             problems.append(f"{label}: {error}")
             continue
-        if {key: timing[key] for key in asdict(told)} != asdict(told):
+        if {key: timing[key] for key in told} != told:
             problems.append(f"{label}: its samples give {show_ratio(told)}, it says otherwise")
     return problems
 
 
-def show_ratio(ratio: Ratio) -> str:
-    """`0.71 (0.7 to 0.73): faster`."""
-    return f"{ratio.ratio:g} ({ratio.low:g} to {ratio.high:g}): {ratio.verdict}"
+def show_ratio(timing: Mapping[str, Any]) -> str:
+    """`0.710 (0.700 to 0.730)`."""
+    return f"{timing['ratio']:.3f} ({timing['low']:.3f} to {timing['high']:.3f})"
 
 
 def encode(results: Sequence[Result], planned: Iterable[str]) -> bytes:
