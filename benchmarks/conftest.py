@@ -7,6 +7,7 @@ by default those of the cpu), thinned by `quantmatrix.bench_rows`, and keeps one
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,10 @@ def keep_result(request: pytest.FixtureRequest) -> Any:
     return keep
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[None, None, None]:
+    """Judge last: the harness, too, sets the exit code here, and knows only its own cells."""
+    yield
     benchmarks = getattr(session.config, "_benchmarksession", None)
     measured = [b for b in benchmarks.benchmarks if b.stats] if benchmarks else []
     ran = exitstatus == 0 and session.testscollected and not session.config.option.collectonly
