@@ -43,7 +43,7 @@ def test_who_begins_changes_from_round_to_round() -> None:
         return float(len(calls))
 
     found = bench.take_turns(time_one, 4)
-    assert "".join(calls) == "bq" "qb" "bq" "qb"
+    assert "".join(calls) == "bqqbbqqb"
     assert found == {"bf16": [1.0, 4.0, 5.0, 8.0], "quantized": [2.0, 3.0, 6.0, 7.0]}
 
 
@@ -171,8 +171,8 @@ def test_every_page_is_touched() -> None:
     model.weight.data = torch.ones(64, 128).t()  # as FP8 weights are kept for their matmul
     model.register_buffer("codes", torch.full((3 * 4096,), 2, dtype=torch.uint8))
     assert bench.touch(model) == 3 * 2 + 8 * 0  # 1.0 in float32 begins with a zero byte
-    model.weight.data = torch.full((8, 1024), 1.0).view(torch.int32).bitwise_or(1).view(
-        torch.float32
+    model.weight.data = (
+        torch.full((8, 1024), 1.0).view(torch.int32).bitwise_or(1).view(torch.float32)
     )  # and with a one
     assert bench.touch(model) == 3 * 2 + 8 * 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from benched import DEVICE, make_result
+from benched import DEVICE, make_result, make_timing
 
 from quantmatrix.bench_gate import BETTER, EQUAL, WORSE, compare_results, judge
 from quantmatrix.bench_results import BenchmarkError
@@ -13,7 +13,7 @@ from quantmatrix.bench_results import BenchmarkError
 KEY = ("some-row@cpu", DEVICE)
 
 
-def verdicts(kept: list[Any], found: list[Any], tolerance: float = 1.1) -> dict[str, str]:
+def verdicts(kept: list[Any], found: list[Any], tolerance: float | None = None) -> dict[str, str]:
     return {f.name: f.verdict for f in compare_results(kept, found, tolerance)}
 
 
@@ -63,8 +63,18 @@ def test_intervals(kept: Any, found: Any, word: str) -> None:
 def test_a_tolerance_is_stated_and_no_less_than_one() -> None:
     assert verdicts([make_result()], [make_result(step=0.95)], 1.5)["transformer step"] == EQUAL
     assert verdicts([make_result()], [make_result(step=0.83)], 1.0)["transformer step"] == WORSE
-    with pytest.raises(BenchmarkError, match="--tolerance 0.9"):
+    with pytest.raises(BenchmarkError, match=r"--tolerance 0\.9"):
         verdicts([make_result()], [make_result()], 0.9)
+
+
+def test_a_layer_alone_is_allowed_more_than_a_step() -> None:
+    whole = make_result()
+    for ratio, word in ((1.1, EQUAL), (1.3, WORSE)):
+        found = make_result()
+        found["components"]["transformer"]["layers"][0] |= make_timing(ratio)
+        assert verdicts([whole], [found])["transformer layer 16x256->512 FP8 decode"] == word
+    found["components"]["transformer"]["layers"][0] |= make_timing(1.1)
+    assert verdicts([whole], [found], 1.1)["transformer layer 16x256->512 FP8 decode"] == WORSE
 
 
 def test_another_device_is_an_error() -> None:
@@ -75,7 +85,7 @@ def test_another_device_is_an_error() -> None:
 
 
 def test_a_key_that_is_not_kept_is_an_error() -> None:
-    with pytest.raises(BenchmarkError, match="new@cpu on .*: the kept results do not have it"):
+    with pytest.raises(BenchmarkError, match=r"new@cpu on .*: the kept results do not have it"):
         compare_results([make_result()], [make_result(), make_result("new@cpu")])
 
 

@@ -38,7 +38,8 @@ def add_to(commands: Any) -> None:
     how = parser.add_argument_group("measurement")
     how.add_argument("--repeats", type=int, default=ROUNDS, help="rounds of each comparison")
     how.add_argument("--baseline", metavar="FILE", help="kept results: 1 when a ratio got worse")
-    how.add_argument("--tolerance", type=float, help="how much worse is allowed (default 1.1)")
+    text = "how much worse is allowed (default 1.1, of a layer alone 1.35)"
+    how.add_argument("--tolerance", type=float, help=text)
     how.add_argument("--output-path", metavar="FILE", help="keep the results")
     how.add_argument("--json", action="store_true")
     parser.set_defaults(takes_overrides=True)
@@ -50,7 +51,6 @@ def run_bench(arguments: argparse.Namespace, rest: list[str]) -> int:
     from quantmatrix.cli import EXIT_PROBLEM
 
     check_words(arguments)
-    tolerance = arguments.tolerance or bench_gate.TOLERANCE
     kept = None
     if arguments.compare:
         kept, results = (bench_results.read(Path(file)) for file in arguments.compare)
@@ -64,7 +64,9 @@ def run_bench(arguments: argparse.Namespace, rest: list[str]) -> int:
         )
         if arguments.output_path:
             bench_results.write(results, planned, Path(arguments.output_path))
-    findings = None if kept is None else bench_gate.compare_results(kept, results, tolerance)
+    findings = None
+    if kept is not None:
+        findings = bench_gate.compare_results(kept, results, arguments.tolerance)
     show(arguments, results, findings)
     worse = [finding for finding in findings or () if finding.verdict == bench_gate.WORSE]
     for finding in worse:
