@@ -1,4 +1,5 @@
-"""Bench gate: a new measurement held against a kept one, of the same thing on the same device.
+"""Bench gate: a new measurement held against a kept one, of the same thing, at the same size, on
+the same device.
 
 Absolute times of two days differ by more than any change worth finding; the ratio to BF16, taken in
 one process, does not. A timing is *worse* when its whole interval lies beyond

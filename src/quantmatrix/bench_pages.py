@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from quantmatrix.matrix import Cell, Matrix
 
 HEAD = (
-    "cell", "device", "component", "step, of BF16", "noticed from", "verdict", "load, of BF16",
+    "cell", "size", "device", "component", "step, of BF16", "noticed from", "verdict", "load, of BF16",
     "weights, of BF16", "peak, of BF16", "made",
 )  # fmt: skip
 LEGEND = (
@@ -45,6 +45,7 @@ def describe_result(result: Result, cell: Cell, old: str) -> dict[str, Any]:
     first = next(iter(result["components"].values()))
     return {
         "file": f"{BENCHMARKS}/{records.path_of(cell.id)}",
+        "size": result["size"],
         "device": result["device"],
         "clock": result["settings"]["clock"],
         "counted": first["memory"]["counted_by"],
@@ -86,7 +87,7 @@ def list_lines(
             load = show_ratio(part["load"]) if "load" in part else "not measured"
             lines.append(
                 [
-                    *(link, result["device"], component, show_ratio(step)),
+                    *(link, result["size"], result["device"], component, show_ratio(step)),
                     *(f"{step['detectable']:.1%}", step["verdict"], load, *sizes, made),
                 ]
             )

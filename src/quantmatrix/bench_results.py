@@ -2,11 +2,12 @@
 
 A file holds `{"schema": 1, "planned": [...], "results": [...]}`. `planned` names everything that was
 to be measured; a file that lacks one of them is partial, and an error. A result is keyed by `what`
-(a cell's id, or a request in words) and `device`, and holds:
+(a cell's id, or a request in words), `size` and `device`, and holds:
 
 | key          | content |
 | ------------ | ------- |
 | `components` | per transformer component `layers`, `step`, `load`, `memory` (see `quantmatrix.bench`) |
+| `size`       | `tiny`: a stand-in of small shapes; `full`: the real ones. Their ratios have nothing in common |
 | `backends`   | quantized layers by kernel, per component |
 | `settings`   | rounds of each comparison, confidence, power |
 | `cell`, `command`, `machine`, `commit`, `made` | the row as it was then (cells only), and where from |
@@ -38,6 +39,7 @@ BENCHMARKS = "benchmarks"
 KEYS: Mapping[str, type] = {
     "schema": int,
     "what": str,
+    "size": str,
     "device": str,
     "command": str,
     "components": dict,
@@ -58,8 +60,8 @@ class BenchmarkError(UsageError):
 
 
 def key_of(result: Result) -> Key:
-    """What was measured, and on which device."""
-    return result["what"], result["device"]
+    """What was measured, at which size, and on which device."""
+    return f"{result['what']} ({result['size']})", result["device"]
 
 
 def list_comparisons(result: Result) -> Iterator[tuple[str, Mapping[str, Any]]]:

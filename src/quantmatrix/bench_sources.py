@@ -22,7 +22,7 @@ from quantmatrix import acceleration, hardware
 from quantmatrix import evidence as records
 from quantmatrix.bench import Part, Say, choose_clock, measure_part
 from quantmatrix.bench_results import SCHEMA
-from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix.errors import MachineError, RefusedError, UsageError
 from quantmatrix.load import load_component
 from quantmatrix.pipeline import build_pipeline
 from quantmatrix.planning import ComponentPlan, Plan, Refusal, plan
@@ -86,14 +86,21 @@ def bench_request(
     args, kwargs = capture_inputs(plain)
     release()
     measured = {}
-    for part in open_parts(made, plain, args, kwargs):
-        measured[part.name] = measure_part(part, repeats, say)
-        if watch is not None:
-            watch(part)
-        del part
-        release()
+    try:
+        for part in open_parts(made, plain, args, kwargs):
+            measured[part.name] = measure_part(part, repeats, say)
+            if watch is not None:
+                watch(part)
+            del part
+            release()
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            f"{made.machine.name} cannot hold BF16 and the quantized form together, which timing them "
+            f"in turn needs: {str(error).partition('.')[0]}; try a smaller --height and --width"
+        ) from error
     backends = {name: made.components[name].backends for name in measured}
-    return {"backends": backends, **describe(measured, made.machine, repeats)}
+    size = "tiny" if request.tiny else "full"
+    return {"size": size, "backends": backends, **describe(measured, made.machine, repeats)}
 
 
 def decide(request: Request) -> Plan:
@@ -191,6 +198,7 @@ def bench_synthetic(
     part = Part("transformer", machine.device, plain, quantized, (), inputs)
     measured = {part.name: measure_part(part, repeats, say)}
     return {
+        "size": size,
         "backends": {part.name: count_backends(quantized)},
         **describe(measured, machine, repeats),
     }

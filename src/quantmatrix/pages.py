@@ -42,12 +42,11 @@ class Joined:
     ) -> None:
         """Join; `explained` holds state and reason of every cell. Stray records are left out."""
         self.tables = tables
-        timed = benchmarks or {}
-        self.benchmarks = {c.id: timed[c.id] for c in tables.cells if c.id in timed}
+        self.benchmarks = dict(benchmarks or {})
         self.changes = {
-            c.id: bench_pages.find_change(timed[c.id], c, tables)
+            c.id: bench_pages.find_change(self.benchmarks[c.id], c, tables)
             for c in tables.cells
-            if c.id in timed
+            if c.id in self.benchmarks
         }
         self.evidence = {c.id: evidence[c.id] for c in tables.cells if c.id in evidence}
         self.states = {name: state for name, (state, _) in explained.items()}

@@ -50,6 +50,7 @@ def make_result(
     return {
         "schema": 1,
         "what": what,
+        "size": "tiny",
         "device": device,
         "command": f"quantmatrix bench --row {what} --tiny",
         "components": {"transformer": part},

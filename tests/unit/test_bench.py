@@ -13,7 +13,7 @@ from torch import nn
 
 from quantmatrix import bench, bench_sources, hardware, speed
 from quantmatrix.bench import Part
-from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.errors import CheckpointError, MachineError, UsageError
 from quantmatrix.layers import QuantizedLinear, SharedInput
 from quantmatrix.ratios import FEWEST
 from quantmatrix.request import Request
@@ -156,11 +156,13 @@ def test_live_tensors_are_counted_while_they_live() -> None:
     kept = torch.zeros(1000)  # 4000 bytes that were there before
 
     def call() -> torch.Tensor:
+        shadow = torch.empty(1000, 1000, device="meta")  # no bytes
+        part = kept.view(10, 100)[:5]  # none of its own
         first = kept + 1  # 4000 bytes
         second = first * 2  # 4000 more
         del first
         third = second.view(10, 100)[:5] + 0  # 2000 more; the view is none
-        return third.sum() + torch.empty(7, device="meta").shape[0]
+        return third.sum() + part.sum() + shadow.shape[0]
 
     gc.collect()
     assert measure_working(call, "cpu") == (8000, LIVE_TENSORS)
@@ -210,6 +212,19 @@ def test_requests_that_cannot_be_measured(fields: Any, said: str) -> None:
     base = "black-forest-labs/FLUX.1-dev"
     request = Request(model_path=base, tiny=True, device="cpu", **fields)
     with pytest.raises(UsageError, match=said):
+        bench_sources.bench_request(request, base, FEWEST)
+
+
+def test_two_forms_that_do_not_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(bench_sources, "measure_part", fill)
+    base = "black-forest-labs/FLUX.1-dev"
+    request = Request(
+        model_path=base, component_paths={"transformer": FP8}, tiny=True, device="cpu"
+    )
+    with pytest.raises(MachineError, match="cannot hold BF16 and the quantized form together"):
         bench_sources.bench_request(request, base, FEWEST)
 
 

@@ -27,7 +27,7 @@ def test_a_tiny_checkpoint_from_end_to_end(
     assert cli.main([*WORDS, "--output-path", str(file)]) == 0
     shown = capsys.readouterr().out
     [result] = bench_results.read(file)
-    assert shown.startswith(f"{result['what']} on {result['device']}")
+    assert shown.startswith(f"{result['what']}, tiny, on {result['device']}")
     assert FP8 in result["what"]
     assert "tiny=True" in result["what"]
     part = result["components"]["transformer"]
@@ -86,7 +86,9 @@ def test_the_gate(
     assert cli.main([*ANY, "--baseline", kept, *words]) == code
     told = capsys.readouterr()
     if code == 1:
-        assert "quantmatrix: some-row@cpu: transformer step: ratio to BF16 was 0.8" in told.err
+        assert (
+            "quantmatrix: some-row@cpu (tiny): transformer step: ratio to BF16 was 0.8" in told.err
+        )
         assert "1 worse; 0 better; 4 no measurable change" in told.out
     if code == 0:
         assert "0 worse" in told.out
@@ -137,6 +139,7 @@ def test_nothing_is_kept_of_an_empty_measurement(
     measured()
     assert cli.main([*ANY, "--output-path", str(tmp_path / "kept.json")]) == 2
     assert list(tmp_path.iterdir()) == []
+    assert cli.main(ANY) == 2
 
 
 def test_two_saved_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

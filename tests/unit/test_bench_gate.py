@@ -84,14 +84,21 @@ def test_another_device_is_an_error() -> None:
     assert compare_results([make_result(), other], [make_result()])  # each device has its own
 
 
+def test_another_size_is_another_key() -> None:
+    with pytest.raises(BenchmarkError, match=r"some-row@cpu \(full\) .*do not have it"):
+        compare_results([make_result()], [{**make_result(), "size": "full"}])
+
+
 def test_a_key_that_is_not_kept_is_an_error() -> None:
-    with pytest.raises(BenchmarkError, match=r"new@cpu on .*: the kept results do not have it"):
+    with pytest.raises(
+        BenchmarkError, match=r"new@cpu \(tiny\) on .*: the kept results do not have it"
+    ):
         compare_results([make_result()], [make_result(), make_result("new@cpu")])
 
 
 def test_a_kept_row_that_was_not_measured_is_an_error() -> None:
     kept = [make_result(), make_result("gone@cpu")]
-    with pytest.raises(BenchmarkError, match=r"gone@cpu: .* not measured now: partial"):
+    with pytest.raises(BenchmarkError, match=r"gone@cpu \(tiny\): .* not measured now: partial"):
         compare_results(kept, [make_result()])
 
 
@@ -113,5 +120,7 @@ def test_findings_say_all_numbers() -> None:
     found = next(
         f for f in compare_results([make_result()], [make_result(step=1.6)]) if f.verdict == WORSE
     )
-    assert found.tell().startswith("some-row@cpu: transformer step: ratio to BF16 was 0.8, is 1.6")
+    assert found.tell().startswith(
+        "some-row@cpu (tiny): transformer step: ratio to BF16 was 0.8, is 1.6"
+    )
     assert "allowed 0.88: worse" in found.tell()

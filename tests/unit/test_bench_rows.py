@@ -30,6 +30,8 @@ def test_a_cpu_has_one_cell_per_family_model_and_backend() -> None:
         if cell.claim in bench_rows.CLAIMED and cell.backend
     }
     assert {kind for kind in kinds if kind[2]} == named
+    blank = {kind[:2] for kind in kinds if not kind[2]}
+    assert not blank & {kind[:2] for kind in named}
     assert {family for family, _, _ in kinds} == set(TABLES.families)
     assert all(not bench_rows.why_not(cell) for cell in chosen)
     assert chosen == sorted(chosen, key=TABLES.cells.index)

@@ -220,7 +220,9 @@ def print_result(result: Mapping[str, Any]) -> None:
     """A result as a table: what took how long, the ratio with its interval, the verdict."""
     from quantmatrix.bench_results import list_comparisons
 
-    print(f"{result['what']} on {result['device']} ({result['settings']['clock']})")
+    print(
+        f"{result['what']}, {result['size']}, on {result['device']} ({result['settings']['clock']})"
+    )
     head = ("", "BF16 ms", "quantized ms", "ratio", "95 % interval", "noticed from", "verdict")
     lines = [head]
     for name, timing in list_comparisons(result):

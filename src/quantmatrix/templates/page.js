@@ -319,7 +319,8 @@ function describeBenchmark(bench) {
   const whole = bench.timings.filter(([name]) => / (step|load)$/.test(name)); // layers: in the table
   const of = (kind) => whole.filter(([name]) => name.endsWith(kind)).flatMap(both);
   const show = (value) => `${value.toPrecision(3)} ms`;
-  const told = `${bench.device}; ${bench.clock}; made ${bench.made}${bench.old ? `; ${bench.old}` : ""}`;
+  const size = bench.size === "tiny" ? "a tiny stand-in" : "full size";
+  const told = `${size} on ${bench.device}; ${bench.clock}; made ${bench.made}${bench.old ? `; ${bench.old}` : ""}`;
   return [
     make("h3", {}, "Beside BF16"), make("p", {}, told),
     ...bars("Latency of a step beside BF16", of("step"), show),
