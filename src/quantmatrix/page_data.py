@@ -9,6 +9,7 @@ A matrix of thousands of cells repeats itself: machines, versions, limits and pl
 | `rows`        | rows of cases.csv: id, family, model, checkpoint |
 | `cells`       | row, hardware, backend, state, claim, rule, reason, command, record (or null) |
 | `records`     | evidence of a cell: see `describe_record` |
+| `benchmarks`  | by the cell's place in `cells`: see `bench_pages.describe_result` |
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix import evidence as records
+from quantmatrix.bench_pages import describe_result
 from quantmatrix.states import STATES
 
 if TYPE_CHECKING:
@@ -109,6 +111,11 @@ def collect(joined: Joined) -> dict[str, Any]:
         ],
         "cells": cells,
         "records": observed,
+        "benchmarks": {
+            str(number): describe_result(joined.benchmarks[cell.id], cell, joined.changes[cell.id])
+            for number, cell in enumerate(tables.cells)
+            if cell.id in joined.benchmarks
+        },
         "shared": shared.values,
     }
 

@@ -14,10 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantmatrix import bench_pages
 from quantmatrix import evidence as records
 from quantmatrix.states import AGREEING, STATES
 
 if TYPE_CHECKING:
+    from quantmatrix.bench_results import Result
     from quantmatrix.evidence import Evidence
     from quantmatrix.matrix import Cell, CheckpointRow, FamilyRow, Matrix
 
@@ -36,9 +38,16 @@ class Joined:
         tables: Matrix,
         evidence: Mapping[str, Evidence],
         explained: Mapping[str, tuple[str, str]],
+        benchmarks: Mapping[str, Result] | None = None,
     ) -> None:
         """Join; `explained` holds state and reason of every cell. Stray records are left out."""
         self.tables = tables
+        self.benchmarks = dict(benchmarks or {})
+        self.changes = {
+            c.id: bench_pages.find_change(self.benchmarks[c.id], c, tables)
+            for c in tables.cells
+            if c.id in self.benchmarks
+        }
         self.evidence = {c.id: evidence[c.id] for c in tables.cells if c.id in evidence}
         self.states = {name: state for name, (state, _) in explained.items()}
         self.reasons = {name: reason for name, (_, reason) in explained.items()}
@@ -189,6 +198,9 @@ def write_family(joined: Joined, family: FamilyRow) -> str:
     measured = [cell for cell in cells if joined.states[cell.id] == "proven"]
     if measured:
         parts += ["## What was measured", write_measurements(joined, measured)]
+    if timed := bench_pages.list_lines(joined.benchmarks, joined.changes, cells):
+        table = write_table(bench_pages.HEAD, timed)
+        parts += ["## Speed and memory beside BF16", bench_pages.LEGEND, table]
     open_cells = [c for c in cells if joined.states[c.id] in ("failing", "stale")]
     if open_cells:
         lines = [(joined.link(c, c.id, "../"), joined.reasons[c.id]) for c in open_cells]

@@ -103,6 +103,14 @@ class CellItem(pytest.Function):
     proof: Proof
 
 
+def takes_cells(item: pytest.Item) -> bool:
+    """Whether a test has a cell among its ordinary parameters, as benchmarks do."""
+    from quantmatrix.matrix import Cell
+
+    spec = getattr(item, "callspec", None)
+    return spec is not None and any(isinstance(value, Cell) for value in spec.params.values())
+
+
 class Harness:
     """Hooks and fixtures of one pytest session."""
 
@@ -249,7 +257,8 @@ class Harness:
         """Bring the tests of one checkpoint together, so that it is loaded once."""
         found = [item for item in items if isinstance(item, CellItem)]
         if not found:
-            if self.narrowed and self.worker is None:
+            others_use = any(takes_cells(item) for item in items)
+            if self.narrowed and self.worker is None and not others_use:
                 chosen = selection.show_options(self.wanted) or "this selection"
                 message = f"{chosen}: no test was collected for these cells"
                 pytest.exit(message, returncode=NOTHING_COLLECTED)

@@ -16,8 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantmatrix import bench_results
 from quantmatrix import evidence as records
 from quantmatrix.agreement import write_badge
+from quantmatrix.bench_results import BENCHMARKS
 from quantmatrix.page_html import write_page
 from quantmatrix.pages import (
     EVIDENCE,
@@ -35,6 +37,7 @@ from quantmatrix.states import state_of as state_of
 if TYPE_CHECKING:
     import pandas
 
+    from quantmatrix.bench_results import Result
     from quantmatrix.evidence import Evidence
     from quantmatrix.matrix import Cell, Matrix
 
@@ -109,7 +112,8 @@ def _prepare(reports: str | os.PathLike[str] | None) -> tuple[Path, dict[str, by
 
     folder = Path(reports) if reports is not None else default_folder()
     with keep_everything():
-        return folder, render(matrix.read(), records.read_folder(folder / EVIDENCE))
+        evidence, timed = records.read_folder(folder / EVIDENCE), bench_results.read_reports(folder)
+        return folder, render(matrix.read(), evidence, timed)
 
 
 @contextmanager
@@ -125,21 +129,30 @@ def keep_everything() -> Iterator[None]:
 
 
 def find_orphans(folder: Path) -> list[str]:
-    """Records of cells that are no longer in the tables."""
+    """Records and benchmarks of cells that are no longer in the tables.
+
+    Benchmarks are read with their samples: BenchmarkError where these do not give what is told.
+    """
     from quantmatrix import matrix
 
     known = {cell.id for cell in matrix.read().cells}
+    found = [(EVIDENCE, name) for name in records.read_folder(folder / EVIDENCE)]
+    found += [(BENCHMARKS, name) for name in bench_results.read_reports(folder, deep=True)]
     return [
-        f"{folder / EVIDENCE / records.path_of(name)}: no cell {name} in the tables; delete it"
-        for name in records.read_folder(folder / EVIDENCE)
+        f"{folder / kind / records.path_of(name)}: no cell {name} in the tables; delete it"
+        for kind, name in found
         if name not in known
     ]
 
 
-def render(tables: Matrix, evidence: Mapping[str, Evidence]) -> dict[str, bytes]:
+def render(
+    tables: Matrix,
+    evidence: Mapping[str, Evidence],
+    benchmarks: Mapping[str, Result] | None = None,
+) -> dict[str, bytes]:
     """Every file of the report, by its path below the reports folder."""
     explained = {c.id: explain_state(c, evidence.get(c.id), tables) for c in tables.cells}
-    joined = Joined(tables, evidence, explained)
+    joined = Joined(tables, evidence, explained, benchmarks)
     pages = {
         "support-matrix.md": write_overview(joined).encode(),
         "support-matrix.csv": write_csv(joined).encode(),

@@ -120,6 +120,7 @@ def suites_command(row: HardwareRow, folder: Path, words: Sequence[str]) -> list
 def bench_command(folder: Path) -> list[str]:
     """The run of the benchmarks; never with workers, which would leave an empty file."""
     command = ["pytest", "benchmarks", "-q", "-p", "no:xdist", "--benchmark-only"]
+    command += ["--hardware", "auto", f"--bench-dir={folder / 'benchmarks'}"]
     return [*command, f"--benchmark-json={folder / 'bench.json'}"]
 
 

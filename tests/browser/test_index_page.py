@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benched import DEVICE, bench_cell
 from observed import PROVEN, REFUSED, find, make_large, observe, observe_run
 from tables import write_tables
 
@@ -33,7 +34,9 @@ def make_records(tables: Matrix) -> dict[str, Evidence]:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     tables = matrix.read(write_tables(folder / "matrix"))
-    (folder / "index.html").write_bytes(report.render(tables, make_records(tables))["index.html"])
+    timed = {PROVEN: bench_cell(tables, PROVEN)}
+    pages = report.render(tables, make_records(tables), timed)
+    (folder / "index.html").write_bytes(pages["index.html"])
     return folder / "index.html"
 
 
@@ -134,6 +137,45 @@ def test_a_cell_opens_its_evidence(page: Any) -> None:
         "difference",
     ]
     assert all(run(page, "return arguments[0].naturalWidth", picture) == 1 for picture in pictures)
+
+
+def test_a_cell_shows_speed_and_memory_beside_bf16(page: Any) -> None:
+    text = open_cell(page, PROVEN)
+    assert f"a tiny stand-in on {DEVICE}" in text
+    assert "wall clock" in text
+    titles = ["Latency of a step beside BF16", "Loading beside BF16", "Memory beside BF16"]
+    pictures = {
+        picture.get_attribute("aria-label").partition(":")[0]: picture
+        for picture in page.find_elements("css selector", "#cell svg[role=img]")
+    }
+    assert set(titles) <= set(pictures)
+    steps = pictures[titles[0]]
+    told = "transformer step, BF16 10.0 ms, transformer step, quantized 8.00 ms"
+    assert steps.get_attribute("aria-label").endswith(told)
+    widths = [
+        float(bar.get_attribute("width")) for bar in steps.find_elements("css selector", "rect")
+    ]
+    assert widths[1] / widths[0] == pytest.approx(0.8)
+    assert "transformer weights, quantized 16.0 MiB" in pictures[titles[2]].get_attribute(
+        "aria-label"
+    )
+    for box in page.find_elements("css selector", "#cell svg[role=img]"):  # nothing overlaps
+        names = box.find_elements("css selector", "text")
+        bars = box.find_elements("css selector", "rect")
+        for name, bar in zip(names[::2], bars, strict=False):
+            assert name.rect["x"] + name.rect["width"] <= bar.rect["x"], name.text
+    [table] = [
+        found
+        for found in page.find_elements("css selector", "#cell table")
+        if "faster than BF16" in found.accessible_name
+    ]
+    lines = [row.text for row in table.find_elements("css selector", "tbody tr")]
+    assert lines[1].startswith("transformer step 10 8 0.800 0.792 to 0.808 1.4 % faster")
+    link = page.find_element("link text", "The benchmark as JSON")
+    assert link.get_attribute("href").endswith("/benchmarks/cpu/fp8-flux-1+decode.json")
+    page.find_element("id", "close").click()
+    open_cell(page, REFUSED)
+    assert not page.find_elements("css selector", "#cell svg")
 
 
 def test_a_command_can_be_copied(page: Any) -> None:

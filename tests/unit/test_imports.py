@@ -16,6 +16,7 @@ PACKAGE = Path(quantmatrix.__file__).parent
 LIGHT = (
     *("matrix", "hardware", "checkpoint", "references", "evidence", "errors", "scheme", "commands"),
     *("report", "states", "pages", "page_data", "page_html", "picture", "matrix_changes"),
+    *("ratios", "bench_results", "bench_gate", "bench_pages", "bench_rows"),
     *("explain", "lifecycle", "agreement", "code_path", "census", "packets", "validation_page"),
 )
 HEAVY = {"torch", "diffusers", "transformers", "pandas", "accelerate", "numpy", "safetensors"}
@@ -104,6 +105,7 @@ def test_only_the_command_line_reads_the_environment(module: str) -> None:
         ["matrix", "diff", "HEAD..HEAD"],
         ["report", "--check"],
         ["agreement"],
+        ["bench", "--compare", "kept.json", "new.json"],
         ["explain", "--checkpoint", "fp8-guide", "--hardware", "cpu"],
     ],
 )

@@ -21,6 +21,7 @@ NAMES: tuple[str, ...] = (
     "mutate",
     "thresholds",
     "trace",
+    "bench",
 )
 # fmt: on
 """The modules, in the order of `quantmatrix --help`. One name a line, so that changes merge."""

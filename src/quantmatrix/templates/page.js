@@ -160,6 +160,7 @@ function openCell(cell) {
   find("cell-body").replaceChildren(
     ...describeClaim(cell, record),
     ...(record ? describeRecord(record) : [make("p", {}, "There is no evidence yet.")]),
+    ...describeBenchmark(DATA.benchmarks[DATA.cells.indexOf(cell)]),
   );
   if (!find("cell").open) find("cell").showModal();
   find("cell").scrollTop = 0;
@@ -288,7 +289,7 @@ function describeBars(record) {
   const bytes = [...plan, ...numbers].filter(([name]) => /(^|[._ ])bytes$/.test(name));
   return [
     ...bars("Latency", seconds, (value) => `${value.toPrecision(3)} s`),
-    ...bars("Memory", bytes, (value) => `${(value / 2 ** 20).toFixed(1)} MiB`),
+    ...bars("Memory", bytes, mebibytes),
   ];
 }
 
@@ -307,6 +308,46 @@ function bars(title, facts, show) {
       draw("text", { x: 221 + width, y: n * 18 + 14 }, show(value)));
   });
   return [make("h3", {}, title), picture];
+}
+
+/* Quantized beside BF16: bars of steps, loads and memory, and every comparison as a table. */
+const TIMING_HEAD = ["", "BF16 ms", "quantized ms", "ratio", "95 % interval", "noticed from", "verdict"];
+
+function describeBenchmark(bench) {
+  if (!bench) return [];
+  const both = ([name, bf16, quantized]) => [[`${name}, BF16`, bf16], [`${name}, quantized`, quantized]];
+  const whole = bench.timings.filter(([name]) => / (step|load)$/.test(name)); // layers: in the table
+  const of = (kind) => whole.filter(([name]) => name.endsWith(kind)).flatMap(both);
+  const show = (value) => `${value.toPrecision(3)} ms`;
+  const size = bench.size === "tiny" ? "a tiny stand-in" : "full size";
+  const told = `${size} on ${bench.device}; ${bench.clock}; made ${bench.made}${bench.old ? `; ${bench.old}` : ""}`;
+  return [
+    make("h3", {}, "Beside BF16"), make("p", {}, told),
+    ...bars("Latency of a step beside BF16", of("step"), show),
+    ...bars("Loading beside BF16", of("load"), show),
+    ...bars("Memory beside BF16", bench.memory.flatMap(both), mebibytes),
+    make("p", {}, `Step memory is what a step holds beyond the weights, counted by ${bench.counted}.`),
+    timingTable(bench.timings),
+    ...commandBox(bench.command),
+    make("p", {}, make("a", { href: bench.file }, "The benchmark as JSON")),
+  ];
+}
+
+function timingTable(timings) {
+  const rows = timings.map(([name, bf16, quantized, ratio, low, high, detectable, verdict]) => {
+    const cells = [bf16, quantized, ratio.toFixed(3), `${low.toFixed(3)} to ${high.toFixed(3)}`,
+      `${(100 * detectable).toFixed(1)} %`, verdict];
+    return make("tr", {}, make("th", { scope: "row" }, name),
+      ...cells.map((value) => make("td", {}, String(value))));
+  });
+  const head = make("tr", {}, ...TIMING_HEAD.map((n) => make("th", { scope: "col" }, n)));
+  return make("details", { open: "" }, make("summary", {}, "Numbers beside BF16"),
+    make("table", {}, make("caption", {}, "Below 1 the quantized form is faster than BF16"),
+      make("thead", {}, head), make("tbody", {}, ...rows)));
+}
+
+function mebibytes(value) {
+  return `${(value / 2 ** 20).toFixed(1)} MiB`;
 }
 
 function fill(id, names) {
