@@ -314,7 +314,8 @@ def run_inspect(arguments: argparse.Namespace, rest: list[str]) -> int:
         print_json(found)
         return 0
     for name, part in found["components"].items():
-        print(f"{name}: {part['family'] or 'full precision'} ({part['why']})")
+        plain = "unknown quantization" if part["unknown"] else "full precision"
+        print(f"{name}: {part['family'] or plain} ({part['why']})")
         for file in part["files"]:
             print(f"  file         {file}")
         print(f"  size         {part['bytes'] / 2**20:,.1f} MiB in {part['tensors']} tensors")

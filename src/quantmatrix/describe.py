@@ -44,7 +44,8 @@ def open_any(path: str, hub: Hub) -> dict[str, Checkpoint]:
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """One checkpoint as plain data."""
     detected = families.detect(checkpoint)
-    family, why = detected or (None, "nothing in it is quantized")
+    unknown = None if detected else families.explain_unknown(checkpoint)
+    family, why = detected or (None, unknown or "nothing in it is quantized")
     schemes = families.load(family).schemes(checkpoint) if family else {}
     dtypes: Counter[str] = Counter()
     for header in checkpoint.tensors.values():
@@ -52,6 +53,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "family": family,
         "why": why,
+        "unknown": unknown is not None,
         "files": list(checkpoint.files),
         "bytes": checkpoint.nbytes,
         "tensors": len(checkpoint.tensors),

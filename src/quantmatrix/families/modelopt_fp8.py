@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.families.modelopt_layers import read_block, read_words
 from quantmatrix.families.protocol import Calibration, Declaration
 from quantmatrix.formats import E4M3_MAX
 from quantmatrix.kernels import linear_fp8
@@ -37,15 +38,13 @@ if TYPE_CHECKING:
 ID = "modelopt-fp8"
 FP8 = Scheme("linear.fp8", "FP8", "e4m3", "tensor", "tensor-static")
 SCHEMES: Mapping[str, Scheme] = {"FP8": FP8}
-METHODS = ("modelopt", "modelopt_fp8")
+ALGORITHMS = ("FP8",)
 
 
 def detect(checkpoint: Checkpoint) -> str | None:
     """The reason why a checkpoint is ModelOpt FP8; contradictions are errors."""
-    block = checkpoint.quantization or {}
-    method = block.get("quant_method")
-    algorithm = block.get("quant_algo")
-    if method == "modelopt_fp8" and algorithm not in (None, "FP8"):
+    method, algorithm = read_words(read_block(checkpoint))
+    if method == "modelopt_fp8" and algorithm not in ("", "FP8"):
         raise CheckpointError(
             f"{checkpoint.quantization_from}: quant_method {method} and quant_algo {algorithm} "
             "contradict each other: expected FP8"
@@ -62,7 +61,7 @@ def ignored(name: str) -> str | None:
 
 def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     """FP8 for each layer with a `weight_scale`; what does not fit together is an error."""
-    excluded = read_ignore(checkpoint.quantization or {})
+    excluded = read_ignore(read_block(checkpoint))
     found: dict[str, Scheme] = {}
     for layer, suffixes in checkpoint.layers().items():
         if "_quantizer" in layer:

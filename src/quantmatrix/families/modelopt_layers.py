@@ -7,8 +7,9 @@ decode without an error. `modelopt_nvfp4` describes the tensors.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import CheckpointError
 from quantmatrix.kernels.nvfp4_arithmetic import GROUP
@@ -54,6 +55,22 @@ class StoredLayer:
         first = self.header(min(self.suffixes))
         file = first.file if first else self.checkpoint.reference
         return CheckpointError(f"{file}: layer {self.name} {what}")
+
+
+def read_block(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The quantization block, a nested one (as in hf_quant_config.json) made flat."""
+    block = dict(checkpoint.quantization or {})
+    nested = block.pop("quantization", None)
+    if isinstance(nested, Mapping):
+        block = {"quant_method": "modelopt", **block, **nested}
+    if "exclude_modules" in block:
+        block["ignore"] = block.pop("exclude_modules")
+    return block
+
+
+def read_words(block: Mapping[str, Any]) -> tuple[str, str]:
+    """(quant_method in lower case, quant_algo in upper case); empty when not given."""
+    return str(block.get("quant_method") or "").lower(), str(block.get("quant_algo") or "").upper()
 
 
 def is_nvfp4(layer: StoredLayer) -> bool:

@@ -45,6 +45,8 @@ from quantmatrix.families.modelopt_layers import (
     is_nvfp4,
     judge_layer,
     list_tensors,
+    read_block,
+    read_words,
 )
 from quantmatrix.families.protocol import Calibration, Declaration
 from quantmatrix.formats import E2M1_MAX, E4M3_MAX, round_e4m3, swap_nibbles
@@ -83,18 +85,6 @@ def detect(checkpoint: Checkpoint) -> str | None:
         if "weight_scale" in suffixes and is_nvfp4(StoredLayer(checkpoint, name, suffixes)):
             return f"{name} holds U8 codes with one F8_E4M3 scale per {GROUP} columns"
     return None
-
-
-def read_block(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The quantization block, a nested one (as in hf_quant_config.json) made flat."""
-    block = dict(checkpoint.quantization or {})
-    nested = block.get("quantization")
-    return {"quant_method": "modelopt", **block, **nested} if isinstance(nested, dict) else block
-
-
-def read_words(block: Mapping[str, Any]) -> tuple[str, str]:
-    """(quant_method in lower case, quant_algo in upper case); empty when not given."""
-    return str(block.get("quant_method") or "").lower(), str(block.get("quant_algo") or "").upper()
 
 
 def judge_declaration(checkpoint: Checkpoint, method: str, algorithm: str) -> str | None:
