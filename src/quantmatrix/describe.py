@@ -9,7 +9,13 @@ from typing import Any
 from quantmatrix import families
 from quantmatrix.checkpoint import Checkpoint, Hub
 from quantmatrix.errors import CheckpointError
-from quantmatrix.references import open_compat, open_component, open_pipeline, open_weights
+from quantmatrix.references import (
+    is_whole,
+    open_compat,
+    open_component,
+    open_pipeline,
+    open_weights,
+)
 from quantmatrix.sources import COMPATIBLE_BASES
 
 
@@ -27,7 +33,8 @@ def inspect(path: str, hub: Hub | None = None) -> dict[str, Any]:
 
 def open_any(path: str, hub: Hub) -> dict[str, Checkpoint]:
     """The checkpoints that a path holds: transformer components, or one set of weights."""
-    if any(marker in path for marker in COMPATIBLE_BASES) and not path.endswith(".safetensors"):
+    named = any(marker in path for marker in COMPATIBLE_BASES)
+    if named and not path.endswith(".safetensors") and not is_whole(path, hub):
         return {"transformer": open_compat(path, hub)}
     if path.endswith((".safetensors", ".safetensors.index.json")):
         return {"transformer": open_weights(path, hub)}

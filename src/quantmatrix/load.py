@@ -211,6 +211,11 @@ def build_piece(
     if rows is not None:
         canonical = kernels.take_rows(piece.scheme, canonical, rows)
     bias = canonical.get("bias")
+    if bias is not None and bias.shape != (piece.out_features,):
+        raise CheckpointError(
+            f"{component.checkpoint.reference}: layer {piece.layer} has a bias of shape "
+            f"{list(bias.shape)}: expected [{piece.out_features}]"
+        )
     if piece.target.plus_one and bias is not None:
         width = piece.out_features // piece.target.interleave
         chunks = bias.float().clone().view(-1, width)
@@ -232,15 +237,20 @@ def read_layer(checkpoint: Checkpoint, layer: str, reader: TensorReader) -> dict
 
 
 def check_scales(checkpoint: Checkpoint, layer: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """A scale that is not a finite number would turn the whole image to nothing, silently."""
+    """Scales that are no finite numbers, or inputs' that are not positive, would void the image."""
     for suffix, tensor in tensors.items():
         if "scale" not in suffix or not tensor.is_floating_point():
             continue
+        what, expected = "", "finite"
         if not torch.isfinite(tensor.float()).all():
+            what = "NaN or infinite"
+        elif suffix == "input_scale" and not (tensor > 0).all():
+            what, expected = "zero or negative", "positive"
+        if what:
             name = f"{layer}.{suffix}"
             raise CheckpointError(
-                f"{checkpoint.tensors[name].file}: tensor {name} holds NaN or infinite scales: "
-                "expected finite numbers; the checkpoint is damaged or was exported wrongly"
+                f"{checkpoint.tensors[name].file}: tensor {name} holds {what} scales: "
+                f"expected {expected} numbers; the checkpoint is damaged or was exported wrongly"
             )
 
 

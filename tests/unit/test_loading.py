@@ -135,6 +135,18 @@ def test_aliases_of_the_weights_override(copy: Path, flux: Path) -> None:
             lambda t: t.pop("transformer_blocks.0.attn.to_q.bias"),
             r"transformer_blocks\.0\.attn\.to_q has no bias",
         ),
+        (
+            lambda t: t.update({"transformer_blocks.0.attn.to_q.bias": torch.ones(1).bfloat16()}),
+            r"transformer_blocks\.0\.attn\.to_q has a bias of shape \[1\]",
+        ),
+        (
+            lambda t: t.update({"transformer_blocks.0.attn.to_q.input_scale": torch.zeros(1)}),
+            r"transformer_blocks\.0\.attn\.to_q\.input_scale holds zero or negative scales",
+        ),
+        (
+            lambda t: t.update({"transformer_blocks.0.attn.to_q.pre_quant_scale": torch.ones(256)}),
+            r"transformer_blocks\.0\.attn\.to_q has pre_quant_scale beside .*: no such layer",
+        ),
     ],
 )
 def test_damaged_checkpoints_are_named(

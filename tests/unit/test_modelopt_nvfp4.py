@@ -117,6 +117,12 @@ def test_fp8_layers_use_the_fp8_arithmetic() -> None:
     assert torch.equal(modelopt_nvfp4.reference(x, stored, modelopt_layers.FP8), expected)
 
 
+def test_an_fp8_layer_with_smoothing_is_refused() -> None:
+    smoothed = {**quantize_fp8(), "pre_quant_scale": torch.ones(K)}
+    with pytest.raises(CheckpointError, match="layer b has pre_quant_scale beside input_scale"):
+        read({"a": quantize(), "b": smoothed}, BLOCK)
+
+
 def test_fp8_without_a_calibration_is_dynamic() -> None:
     stored = {k: v for k, v in quantize_fp8().items() if k != "input_scale"}
     found = read({"a": quantize(), "b": stored}, BLOCK)
@@ -278,6 +284,37 @@ def test_svd() -> None:
         read({"a": stored}, {**BLOCK, "quant_algo": "NVFP4_SVD"})
 
 
+@pytest.mark.parametrize(
+    ("word", "missing", "message"),
+    [
+        ("NVFP4_SVD", ["svdquant_lora_a", "svdquant_lora_b"], "has no svdquant_lora_a"),
+        ("NVFP4_SVD", ["svdquant_lora_b"], "has no svdquant_lora_b"),
+        ("NVFP4_SVD", ["pre_quant_scale"], "has no pre_quant_scale"),
+        (
+            "NVFP4_SVD",
+            ["pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b"],
+            "has no pre_quant_scale",
+        ),
+        ("NVFP4_AWQ", ["pre_quant_scale"], "has no pre_quant_scale"),
+    ],
+)
+@pytest.mark.parametrize("listed", [False, True])
+def test_what_the_algorithm_promises_must_be_there(
+    word: str, missing: list[str], message: str, listed: bool
+) -> None:
+    """Without its smoothing or its branch a layer would still decode, to other numbers."""
+    scheme = {**WORDS, "NVFP4_AWQ": replace(NVFP4, name="NVFP4_AWQ", smoothed=True)}[word]
+    block = {**BLOCK, "quant_algo": word}
+    if listed:
+        layers = {"a": {"quant_algo": word}, "b": {"quant_algo": word}}
+        block |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    whole = quantize(scheme)
+    assert read({"a": whole, "b": whole}, block) == {"a": scheme, "b": scheme}
+    damaged = {k: v for k, v in whole.items() if k not in missing}
+    with pytest.raises(CheckpointError, match=f"layer a {message}: the checkpoint is incomplete"):
+        read({"a": damaged, "b": whole}, block)
+
+
 def test_svd_gives_the_same_bytes_on_any_number_of_threads() -> None:
     scheme, threads = WORDS["NVFP4_SVD"], torch.get_num_threads()
     found = []
@@ -319,6 +356,7 @@ def test_mixed_precision_must_agree_with_the_tensors() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"output_scale": torch.ones(())}, "layer a has output_scale beside input_scale, weight,"),
         ({"weight_scale_2": None}, "layer a has no weight_scale_2"),
         ({"weight_scale": None}, "layer a has no weight_scale"),
         ({"weight": None}, "layer a has weight_scale, weight_scale_2 but no weight"),

@@ -26,7 +26,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantmatrix.errors import CheckpointError, UsageError
-from quantmatrix.families.modelopt_layers import read_block, read_words
+from quantmatrix.families.modelopt_layers import (
+    StoredLayer,
+    read_block,
+    read_words,
+    refuse_others,
+)
 from quantmatrix.families.protocol import Calibration, Declaration
 from quantmatrix.formats import E4M3_MAX
 from quantmatrix.kernels import linear_fp8
@@ -93,7 +98,9 @@ def check_layer(checkpoint: Checkpoint, layer: str, suffixes: frozenset[str]) ->
     header = checkpoint.tensors.get(f"{layer}.weight")
     if header is None or len(header.shape) != 2:
         raise CheckpointError(f"{checkpoint.reference}: layer {layer} has scales but no 2-D weight")
-    for suffix, spec in tensors(FP8, *header.shape).items():
+    specs = tensors(FP8, *header.shape)
+    refuse_others(StoredLayer(checkpoint, layer, suffixes), specs)
+    for suffix, spec in specs.items():
         name = f"{layer}.{suffix}"
         found = checkpoint.tensors.get(name)
         if found is None:
