@@ -320,7 +320,10 @@ def run_inspect(arguments: argparse.Namespace, rest: list[str]) -> int:
             print(f"  file         {file}")
         print(f"  size         {part['bytes'] / 2**20:,.1f} MiB in {part['tensors']} tensors")
         print(f"  declared in  {part['quantization_from'] or part['description_file'] or '-'}")
+        print(f"  names        {', '.join(part['names'])}")
         print(f"  schemes      {backends_text(part['schemes'])}")
+        for layout, count in part["layouts"].items():
+            print(f"  layout       {count} layers: {layout}")
         for layer, scheme in part["layers"].items() if arguments.layers else ():
             print(f"    {layer}: {', '.join(f'{k}={v}' for k, v in scheme.items())}")
     return 0

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from quantmatrix import families
+from quantmatrix import families, models
 from quantmatrix.checkpoint import Checkpoint, Hub
 from quantmatrix.errors import CheckpointError
 from quantmatrix.references import (
@@ -16,6 +16,7 @@ from quantmatrix.references import (
     open_pipeline,
     open_weights,
 )
+from quantmatrix.scheme import Scheme
 from quantmatrix.sources import COMPATIBLE_BASES
 
 
@@ -72,8 +73,30 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "metadata": dict(checkpoint.metadata),
         "quantized_layers": len(schemes),
         "schemes": dict(Counter(scheme.name for scheme in schemes.values())),
+        "layouts": dict(Counter(filter(None, map(describe_layout, schemes.values())))),
+        "names": find_names(checkpoint),
         "layers": {
             layer: {k: v for k, v in asdict(scheme).items() if v not in (0, "", False, (0, 0))}
             for layer, scheme in schemes.items()
         },
     }
+
+
+def describe_layout(scheme: Scheme) -> str:
+    """Where NVFP4 codes and block scales lie, in words; empty for other codes."""
+    if scheme.op != "linear.nvfp4":
+        return ""
+    nibble = "high" if scheme.swap_nibbles else "low"
+    order = "128 x 4 tiles" if scheme.tiled_scales else "rows"
+    return f"even column in the {nibble} nibble, block scales in {order}"
+
+
+def find_names(checkpoint: Checkpoint) -> list[str]:
+    """The name spaces that the tensors are in, as `dialect (model)`; `diffusers` for its own."""
+    found = [
+        f"{dialect.name} ({model})"
+        for model in models.IDS
+        for dialect in models.load(model).DIALECTS
+        if dialect.name != "diffusers" and dialect.matches(checkpoint.tensors)
+    ]
+    return found or ["diffusers"]

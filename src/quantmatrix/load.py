@@ -8,6 +8,7 @@ counts the quantized layers that stand in the model against the plan.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -73,7 +74,8 @@ def load_transformer(
 
     `model_path` is a hub id, a pipeline folder or a bare component folder; only its `config.json`
     is needed where the override holds every tensor. Further keyword arguments are Request's
-    fields. Raises CheckpointError for a bad checkpoint and RefusedError where no kernel fits.
+    fields. What the plan warns of is a Python warning here. Raises CheckpointError for a bad
+    checkpoint and RefusedError where no kernel fits.
     """
     aliased = [fields.pop(name) for name in WEIGHTS_ALIASES if fields.get(name)]
     weights = next((path for path in (transformer_weights_path, *aliased) if path), None)
@@ -89,6 +91,8 @@ def load_transformer(
     made = plan(request)
     if isinstance(made, Refusal):
         raise RefusedError(made.rule, made.message)
+    for text in made.warnings:
+        warnings.warn(text, stacklevel=2)
     if component not in made.components:
         raise UsageError(
             f"{model_path} has no transformer component {component!r}; "

@@ -216,6 +216,8 @@ def plan_component(
     """Plan one transformer component; raises NoKernel when a layer has none."""
     checkpoint = source.checkpoint
     family, why, schemes, online = find_schemes(source, model, request)
+    if family and (note := families.find_caveat(family, checkpoint)):
+        warnings.append(note)
     dialect = models.dialect_of(model, checkpoint.tensors)
     pieces, plain = sort_layers(checkpoint, schemes, dialect, family)
     item = ITEM_BYTES[request.dtype]

@@ -270,6 +270,25 @@ def test_weight_only() -> None:
         read({"a": quantize()}, block)
 
 
+def test_a_header_that_may_hide_tiled_scales_is_told() -> None:
+    """ModelOpt's enable_swizzle_layout shows in no shape; headers hint at it."""
+    exported = {**BLOCK, "producer": {"name": "modelopt", "version": "0.47.0"}}
+    built = {**exported, "swap_weight_nibbles": False}
+
+    def warn(layer: str, header: Mapping[str, Any] | None) -> str | None:
+        metadata = {} if header is None else {"quantization_config": json.dumps(header)}
+        checkpoint = make_checkpoint({layer: quantize()}, exported, metadata)
+        return families.find_caveat("modelopt-nvfp4", checkpoint)
+
+    told = warn("a", exported)
+    assert told is not None
+    assert "0.safetensors" in told
+    assert "enable_swizzle_layout" in told
+    assert warn("a", None) is None
+    assert warn("a", built) is None
+    assert warn("single_blocks.0.linear1", exported) is None
+
+
 def test_svd() -> None:
     scheme = WORDS["NVFP4_SVD"]
     stored = quantize(scheme)

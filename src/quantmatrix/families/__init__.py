@@ -45,6 +45,12 @@ def detect(checkpoint: Checkpoint) -> tuple[str, str] | None:
     return next(iter(found.items()), None)
 
 
+def find_caveat(family: str, checkpoint: Checkpoint) -> str | None:
+    """A warning that a family has about a checkpoint that it takes, or None."""
+    caveat = getattr(load(family), "caveat", None)
+    return None if caveat is None else cast("str | None", caveat(checkpoint))
+
+
 def explain_unknown(checkpoint: Checkpoint) -> str | None:
     """Why a checkpoint that no family takes is not one in full precision; None: it is one.
 

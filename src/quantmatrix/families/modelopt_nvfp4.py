@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quantmatrix.checkpoint import parse_block
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families.modelopt_layers import (
     WEIGHT_ONLY,
@@ -109,7 +110,7 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     block = read_block(checkpoint)
     whole = read_words(block)[1]
     declared = read_layer_words(block)
-    raw = any(RAW_LAYOUT.search(name) for name in checkpoint.tensors)
+    raw = is_raw(checkpoint)
     swap = block.get("swap_weight_nibbles")
     layout = replace(NVFP4, swap_nibbles=raw if swap is None else bool(swap), tiled_scales=raw)
     found = {}
@@ -123,6 +124,31 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
             raise layer.wrong(f"is {scheme.name}, but {source} declares it {declared[name]}")
         found[name] = scheme
     return found
+
+
+def is_raw(checkpoint: Checkpoint) -> bool:
+    """Whether packed names or Comfy's markers show the raw layout."""
+    return any(RAW_LAYOUT.search(name) for name in checkpoint.tensors)
+
+
+def caveat(checkpoint: Checkpoint) -> str | None:
+    """What a file leaves open: whether ModelOpt was told to put its block scales into tiles.
+
+    Neither shapes nor config.json tell (`enable_swizzle_layout`), but only exports with this option
+    or one of its neighbours repeat the configuration in the header. Our builders write it, too, and
+    with it the nibble order.
+    """
+    header = parse_block(checkpoint.metadata.get("quantization_config", ""))
+    producer = header.get("producer")
+    by_modelopt = isinstance(producer, Mapping) and producer.get("name") == "modelopt"
+    if not by_modelopt or "swap_weight_nibbles" in header or is_raw(checkpoint):
+        return None
+    return (
+        f"{checkpoint.files[0]}: ModelOpt repeats the quantization_config in a header when it "
+        "exports for single-file runtimes. Block scales are read as rows; if the export was made "
+        "with enable_swizzle_layout they are not, which no header or shape shows, and the result "
+        "is noise: export again without it"
+    )
 
 
 def read_layer_words(block: Mapping[str, Any]) -> dict[str, str]:
