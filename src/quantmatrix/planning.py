@@ -222,7 +222,7 @@ def plan_component(
     pieces, plain = sort_layers(checkpoint, schemes, dialect, family)
     item = ITEM_BYTES[request.dtype]
     layers: dict[str, tuple[Piece, ...]] = {}
-    wanted, rows = wanted_backend(request), count_rows(model, request)
+    wanted, rows = wanted_backend(request, warnings), count_rows(model, request)
     for module, parts in pieces.items():
         chosen = []
         for layer, target, scheme, (out, into) in parts:
@@ -248,8 +248,11 @@ def plan_component(
     )
 
 
-def wanted_backend(request: Request) -> str | None:
-    """The NVFP4 backend that the environment variable of the guide asks for, by our name."""
+def wanted_backend(request: Request, warnings: list[str]) -> str | None:
+    """The NVFP4 backend that the environment variable of the guide asks for, by our name.
+
+    A value that it does not have is a warning, and the order of the architecture decides.
+    """
     value = request.fp4_gemm_backend
     if not value:
         return None
@@ -257,8 +260,11 @@ def wanted_backend(request: Request) -> str | None:
 
     try:
         return backend_alias(value)
-    except KeyError:
-        return f"unknown value {value!r}"
+    except KeyError as error:
+        note = f"{FP4_BACKEND}={value} is not used: {error.args[0]}"
+        if note not in warnings:
+            warnings.append(note)
+        return None
 
 
 def choose_kernel(

@@ -123,6 +123,16 @@ def test_a_whole_model_of_a_compatible_name_is_itself(tmp_path: Path) -> None:
     assert inspect(str(folder), hub)["components"]["transformer"]["family"] is None
 
 
+def test_an_unknown_fp4_backend_is_told_with_the_known_values() -> None:
+    words = ["--transformer-path", "BBuf/flux1-dev-modelopt-nvfp4-sglang-transformer"]
+    made = decide(*words, hardware="b200", fp4_gemm_backend="packed")
+    assert isinstance(made, Plan)
+    assert set(made.components["transformer"].backends) == {"flashinfer-trtllm"}
+    (told,) = made.warnings
+    assert "FP4_GEMM_BACKEND=packed is not used: no such FP4 GEMM backend" in told
+    assert "known: cudnn, flashinfer_cudnn, cutlass, flashinfer_cutlass, trtllm" in told
+
+
 def test_unknown_model_id_is_a_warning() -> None:
     made = decide(*FP8, "--model-id", "no-such-model")
     assert isinstance(made, Plan)
