@@ -250,6 +250,8 @@ def check_scales(checkpoint: Checkpoint, layer: str, tensors: Mapping[str, torch
             what = "NaN or infinite"
         elif suffix == "input_scale" and not (tensor > 0).all():
             what, expected = "zero or negative", "positive"
+        elif suffix.startswith("weight_scale") and (tensor.float() < 0).any():
+            what, expected = "negative", "positive"
         if what:
             name = f"{layer}.{suffix}"
             raise CheckpointError(

@@ -144,6 +144,10 @@ def test_aliases_of_the_weights_override(copy: Path, flux: Path) -> None:
             r"transformer_blocks\.0\.attn\.to_q\.input_scale holds zero or negative scales",
         ),
         (
+            lambda t: t.update({"transformer_blocks.0.attn.to_q.weight_scale": -torch.ones(1)}),
+            r"transformer_blocks\.0\.attn\.to_q\.weight_scale holds negative scales",
+        ),
+        (
             lambda t: t.update({"transformer_blocks.0.attn.to_q.pre_quant_scale": torch.ones(256)}),
             r"transformer_blocks\.0\.attn\.to_q has pre_quant_scale beside .*: no such layer",
         ),

@@ -117,6 +117,19 @@ def test_fp8_layers_use_the_fp8_arithmetic() -> None:
     assert torch.equal(modelopt_nvfp4.reference(x, stored, modelopt_layers.FP8), expected)
 
 
+@pytest.mark.parametrize("word", ["false", 1])
+def test_the_nibble_order_is_a_yes_or_no(word: Any) -> None:
+    """The text "false" is true to Python, and swapped nibbles decode without an error."""
+    with pytest.raises(CheckpointError, match=r"swap_weight_nibbles is .*: expected true or"):
+        read({"a": quantize()}, {**BLOCK, "swap_weight_nibbles": word})
+    assert read({"a": quantize()}, {**BLOCK, "swap_weight_nibbles": None}) == {"a": NVFP4}
+
+
+def test_nvfp4_without_a_layer_of_it_is_a_contradiction() -> None:
+    with pytest.raises(CheckpointError, match="quant_algo is NVFP4, but all 1 quantized layers"):
+        read({"a": quantize_fp8(), "b": PLAIN}, BLOCK)
+
+
 def test_an_fp8_layer_with_smoothing_is_refused() -> None:
     smoothed = {**quantize_fp8(), "pre_quant_scale": torch.ones(K)}
     with pytest.raises(CheckpointError, match="layer b has pre_quant_scale beside input_scale"):

@@ -99,7 +99,6 @@ def check_layer(checkpoint: Checkpoint, layer: str, suffixes: frozenset[str]) ->
     if header is None or len(header.shape) != 2:
         raise CheckpointError(f"{checkpoint.reference}: layer {layer} has scales but no 2-D weight")
     specs = tensors(FP8, *header.shape)
-    refuse_others(StoredLayer(checkpoint, layer, suffixes), specs)
     for suffix, spec in specs.items():
         name = f"{layer}.{suffix}"
         found = checkpoint.tensors.get(name)
@@ -115,6 +114,7 @@ def check_layer(checkpoint: Checkpoint, layer: str, suffixes: frozenset[str]) ->
                 f"{found.file}: tensor {name} is {found.dtype} {list(found.shape)}, "
                 f"expected {' or '.join(spec.dtypes)} {expected}"
             )
+    refuse_others(StoredLayer(checkpoint, layer, suffixes), specs)
 
 
 def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:

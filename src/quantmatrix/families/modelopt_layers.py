@@ -158,7 +158,6 @@ def check_nvfp4(layer: StoredLayer, scheme: Scheme, algorithm: str) -> None:
         )
     rows, columns = weight.shape[0], 2 * weight.shape[1]
     specs = list_tensors(scheme, rows, columns)
-    refuse_others(layer, specs)
     for suffix, spec in specs.items():
         header = layer.header(suffix)
         if header is None and not spec.optional:
@@ -173,6 +172,7 @@ def check_nvfp4(layer: StoredLayer, scheme: Scheme, algorithm: str) -> None:
                 "enable_swizzle_layout"
             )
         raise layer.wrong(text)
+    refuse_others(layer, specs)
 
 
 def explain_missing(suffix: str, algorithm: str) -> str:

@@ -112,7 +112,13 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     declared = read_layer_words(block)
     raw = is_raw(checkpoint)
     swap = block.get("swap_weight_nibbles")
-    layout = replace(NVFP4, swap_nibbles=raw if swap is None else bool(swap), tiled_scales=raw)
+    swap = raw if swap is None else swap
+    if not isinstance(swap, bool):
+        raise CheckpointError(
+            f"{checkpoint.quantization_from}: swap_weight_nibbles is {json.dumps(swap)}: expected "
+            "true or false; the wrong one gives noise"
+        )
+    layout = replace(NVFP4, swap_nibbles=swap, tiled_scales=raw)
     found = {}
     for name, suffixes in checkpoint.layers().items():
         layer = StoredLayer(checkpoint, name, suffixes)
@@ -123,6 +129,11 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
             source = checkpoint.quantization_from or checkpoint.reference
             raise layer.wrong(f"is {scheme.name}, but {source} declares it {declared[name]}")
         found[name] = scheme
+    if "NVFP4" in whole and found and all(s.op != NVFP4.op for s in found.values()):
+        raise CheckpointError(
+            f"{checkpoint.quantization_from}: quant_algo is {whole}, but all {len(found)} quantized "
+            "layers are FP8: one of the two is wrong; FP8 exports declare FP8"
+        )
     return found
 
 
