@@ -30,7 +30,7 @@ from quantmatrix.request import Request
 from quantmatrix.run import generate
 
 BOTH = pytest.mark.parametrize(("backend", "limit"), [("decode", 1e-5), ("reference", 1e-3)])
-WORDS = ("NVFP4_AWQ", "W4A16_NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "NVFP4_AWQ")
+WORDS = ("W4A16_NVFP4", "NVFP4_AWQ", "NVFP4_AWQ", "W4A16_NVFP4", "W4A16_NVFP4")
 OTHERS = {
     "FP8_PER_CHANNEL_PER_TOKEN": mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG,
     "fp8_pb_wo": mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
