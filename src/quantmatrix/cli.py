@@ -316,12 +316,16 @@ def run_inspect(arguments: argparse.Namespace, rest: list[str]) -> int:
         print_json(found)
         return 0
     for name, part in found["components"].items():
-        print(f"{name}: {part['family'] or 'full precision'} ({part['why']})")
+        plain = "unknown quantization" if part["unknown"] else "full precision"
+        print(f"{name}: {part['family'] or plain} ({part['why']})")
         for file in part["files"]:
             print(f"  file         {file}")
         print(f"  size         {part['bytes'] / 2**20:,.1f} MiB in {part['tensors']} tensors")
         print(f"  declared in  {part['quantization_from'] or part['description_file'] or '-'}")
+        print(f"  names        {', '.join(part['names'])}")
         print(f"  schemes      {backends_text(part['schemes'])}")
+        for layout, count in part["layouts"].items():
+            print(f"  layout       {count} layers: {layout}")
         for layer, scheme in part["layers"].items() if arguments.layers else ():
             print(f"    {layer}: {', '.join(f'{k}={v}' for k, v in scheme.items())}")
     return 0

@@ -6,10 +6,17 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from quantmatrix import families
+from quantmatrix import families, models
 from quantmatrix.checkpoint import Checkpoint, Hub
 from quantmatrix.errors import CheckpointError
-from quantmatrix.references import open_compat, open_component, open_pipeline, open_weights
+from quantmatrix.references import (
+    is_whole,
+    open_compat,
+    open_component,
+    open_pipeline,
+    open_weights,
+)
+from quantmatrix.scheme import Scheme
 from quantmatrix.sources import COMPATIBLE_BASES
 
 
@@ -27,7 +34,8 @@ def inspect(path: str, hub: Hub | None = None) -> dict[str, Any]:
 
 def open_any(path: str, hub: Hub) -> dict[str, Checkpoint]:
     """The checkpoints that a path holds: transformer components, or one set of weights."""
-    if any(marker in path for marker in COMPATIBLE_BASES) and not path.endswith(".safetensors"):
+    named = any(marker in path for marker in COMPATIBLE_BASES)
+    if named and not path.endswith(".safetensors") and not is_whole(path, hub):
         return {"transformer": open_compat(path, hub)}
     if path.endswith((".safetensors", ".safetensors.index.json")):
         return {"transformer": open_weights(path, hub)}
@@ -44,7 +52,8 @@ def open_any(path: str, hub: Hub) -> dict[str, Checkpoint]:
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """One checkpoint as plain data."""
     detected = families.detect(checkpoint)
-    family, why = detected or (None, "nothing in it is quantized")
+    unknown = None if detected else families.explain_unknown(checkpoint)
+    family, why = detected or (None, unknown or "nothing in it is quantized")
     schemes = families.load(family).schemes(checkpoint) if family else {}
     dtypes: Counter[str] = Counter()
     for header in checkpoint.tensors.values():
@@ -52,6 +61,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "family": family,
         "why": why,
+        "unknown": unknown is not None,
         "files": list(checkpoint.files),
         "bytes": checkpoint.nbytes,
         "tensors": len(checkpoint.tensors),
@@ -63,8 +73,30 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "metadata": dict(checkpoint.metadata),
         "quantized_layers": len(schemes),
         "schemes": dict(Counter(scheme.name for scheme in schemes.values())),
+        "layouts": dict(Counter(filter(None, map(describe_layout, schemes.values())))),
+        "names": find_names(checkpoint),
         "layers": {
             layer: {k: v for k, v in asdict(scheme).items() if v not in (0, "", False, (0, 0))}
             for layer, scheme in schemes.items()
         },
     }
+
+
+def describe_layout(scheme: Scheme) -> str:
+    """Where NVFP4 codes and block scales lie, in words; empty for other codes."""
+    if scheme.op != "linear.nvfp4":
+        return ""
+    nibble = "high" if scheme.swap_nibbles else "low"
+    order = "128 x 4 tiles" if scheme.tiled_scales else "rows"
+    return f"even column in the {nibble} nibble, block scales in {order}"
+
+
+def find_names(checkpoint: Checkpoint) -> list[str]:
+    """The name spaces that the tensors are in, as `dialect (model)`; `diffusers` for its own."""
+    found = [
+        f"{dialect.name} ({model})"
+        for model in models.IDS
+        for dialect in models.load(model).DIALECTS
+        if dialect.name != "diffusers" and dialect.matches(checkpoint.tensors)
+    ]
+    return found or ["diffusers"]

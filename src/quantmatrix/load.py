@@ -8,6 +8,7 @@ counts the quantized layers that stand in the model against the plan.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -73,7 +74,8 @@ def load_transformer(
 
     `model_path` is a hub id, a pipeline folder or a bare component folder; only its `config.json`
     is needed where the override holds every tensor. Further keyword arguments are Request's
-    fields. Raises CheckpointError for a bad checkpoint and RefusedError where no kernel fits.
+    fields. What the plan warns of is a Python warning here. Raises CheckpointError for a bad
+    checkpoint and RefusedError where no kernel fits.
     """
     aliased = [fields.pop(name) for name in WEIGHTS_ALIASES if fields.get(name)]
     weights = next((path for path in (transformer_weights_path, *aliased) if path), None)
@@ -89,6 +91,8 @@ def load_transformer(
     made = plan(request)
     if isinstance(made, Refusal):
         raise RefusedError(made.rule, made.message)
+    for text in made.warnings:
+        warnings.warn(text, stacklevel=2)
     if component not in made.components:
         raise UsageError(
             f"{model_path} has no transformer component {component!r}; "
@@ -211,6 +215,11 @@ def build_piece(
     if rows is not None:
         canonical = kernels.take_rows(piece.scheme, canonical, rows)
     bias = canonical.get("bias")
+    if bias is not None and bias.shape != (piece.out_features,):
+        raise CheckpointError(
+            f"{component.checkpoint.reference}: layer {piece.layer} has a bias of shape "
+            f"{list(bias.shape)}: expected [{piece.out_features}]"
+        )
     if piece.target.plus_one and bias is not None:
         width = piece.out_features // piece.target.interleave
         chunks = bias.float().clone().view(-1, width)
@@ -232,15 +241,22 @@ def read_layer(checkpoint: Checkpoint, layer: str, reader: TensorReader) -> dict
 
 
 def check_scales(checkpoint: Checkpoint, layer: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """A scale that is not a finite number would turn the whole image to nothing, silently."""
+    """Scales that are no finite numbers, or inputs' that are not positive, would void the image."""
     for suffix, tensor in tensors.items():
         if "scale" not in suffix or not tensor.is_floating_point():
             continue
+        what, expected = "", "finite"
         if not torch.isfinite(tensor.float()).all():
+            what = "NaN or infinite"
+        elif suffix == "input_scale" and not (tensor > 0).all():
+            what, expected = "zero or negative", "positive"
+        elif suffix.startswith("weight_scale") and (tensor.float() < 0).any():
+            what, expected = "negative", "positive"
+        if what:
             name = f"{layer}.{suffix}"
             raise CheckpointError(
-                f"{checkpoint.tensors[name].file}: tensor {name} holds NaN or infinite scales: "
-                "expected finite numbers; the checkpoint is damaged or was exported wrongly"
+                f"{checkpoint.tensors[name].file}: tensor {name} holds {what} scales: "
+                f"expected {expected} numbers; the checkpoint is damaged or was exported wrongly"
             )
 
 

@@ -9,7 +9,6 @@ raises. Nothing is decided later.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +28,6 @@ ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 CODE_LEAVES = ("weight", "qweight", "linear.weight")
 """Where the codes of a layer lie; msmodelslim wraps smoothed layers in a `linear` level."""
 FP4_BACKEND = "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND"
-PLAIN_DTYPES = ("BF16", "F16", "F32", "F64", "I64", "I32", "BOOL")
 
 
 PATCH, FRAMES = 16, 4
@@ -225,11 +223,13 @@ def plan_component(
     """Plan one transformer component; raises NoKernel when a layer has none."""
     checkpoint = source.checkpoint
     family, why, schemes, online = find_schemes(source, model, request)
+    if family and (note := families.find_caveat(family, checkpoint)):
+        warnings.append(note)
     dialect = models.dialect_of(model, checkpoint.tensors)
     pieces, plain = sort_layers(checkpoint, schemes, dialect, family)
     item = ITEM_BYTES[request.dtype]
     layers: dict[str, tuple[Piece, ...]] = {}
-    wanted, rows = wanted_backend(request), count_rows(model, request)
+    wanted, rows = wanted_backend(request, warnings), count_rows(model, request)
     for module, parts in pieces.items():
         chosen = []
         for layer, target, scheme, (out, into) in parts:
@@ -255,8 +255,11 @@ def plan_component(
     )
 
 
-def wanted_backend(request: Request) -> str | None:
-    """The NVFP4 backend that the environment variable of the guide asks for, by our name."""
+def wanted_backend(request: Request, warnings: list[str]) -> str | None:
+    """The NVFP4 backend that the environment variable of the guide asks for, by our name.
+
+    A value that it does not have is a warning, and the order of the architecture decides.
+    """
     value = request.fp4_gemm_backend
     if not value:
         return None
@@ -264,8 +267,11 @@ def wanted_backend(request: Request) -> str | None:
 
     try:
         return backend_alias(value)
-    except KeyError:
-        return f"unknown value {value!r}"
+    except KeyError as error:
+        note = f"{FP4_BACKEND}={value} is not used: {error.args[0]}"
+        if note not in warnings:
+            warnings.append(note)
+        return None
 
 
 def choose_kernel(
@@ -336,23 +342,12 @@ def find_schemes(
                 f"{', '.join(checkpoint.files)} is quantized"
             )
         return family, why, schemes, False
-    refuse_undeclared(checkpoint)
+    if unknown := families.explain_unknown(checkpoint):
+        raise CheckpointError(unknown)
     if request.quantization and source.primary:
         schemes = online_schemes(checkpoint, model, request)
         return request.quantization, f"--quantization {request.quantization}", schemes, True
     return None, "nothing in it is quantized", {}, False
-
-
-def refuse_undeclared(checkpoint: Checkpoint) -> None:
-    """Fail closed: quantized tensors that no family recognised are never read as plain ones."""
-    for name, header in checkpoint.tensors.items():
-        suspicious = header.dtype not in PLAIN_DTYPES and name.endswith("weight")
-        if suspicious or re.search(r"\.(weight_scale|input_scale|comfy_quant|qweight)$", name):
-            raise CheckpointError(
-                f"{header.file}: tensor {name} ({header.dtype} {list(header.shape)}) is quantized, "
-                "but nothing declares how: expected a quantization_config in config.json or in the "
-                "file's header, or a quant_model_description.json; see `quantmatrix inspect`"
-            )
 
 
 def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict[str, Scheme]:

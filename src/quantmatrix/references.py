@@ -116,6 +116,12 @@ def open_compat(reference: str, hub: Hub) -> Checkpoint:
     return build_checkpoint(reference, folder, {mixed: frozenset()})
 
 
+def is_whole(reference: str, hub: Hub) -> bool:
+    """Whether a reference is a model folder with an index and a transformer of its own."""
+    folder, name = open_folder(reference, hub)
+    return not name and folder.has("model_index.json") and folder.has("transformer/config.json")
+
+
 def find_mixed(folder: Folder) -> str | None:
     """The first mixed checkpoint at the top level of a folder."""
     return next((name for name in folder.top if name.endswith("-mixed.safetensors")), None)

@@ -17,6 +17,7 @@ from quantmatrix.checkpoint import Checkpoint, Hub
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.references import (
     PipelineFolder,
+    is_whole,
     open_compat,
     open_component,
     open_pipeline,
@@ -92,13 +93,18 @@ def find_sources(request: Request) -> Sources:
 
 
 def find_base(request: Request) -> tuple[str, dict[str, str]]:
-    """(base model, weights overrides), the compatibility use of `--model-path` resolved."""
+    """(base model, weights overrides), the compatibility use of `--model-path` resolved.
+
+    There `--model-path` stands for the base and, unless a flag names another transformer, for its
+    weights. A folder of that name that is a whole model, with a transformer of its own, is one.
+    """
     if not request.model_path:
         raise UsageError("--model-path is missing: name the base model, a folder or a hub id")
     weights = dict(request.weights_paths)
     for marker, base in COMPATIBLE_BASES.items():
-        if marker in request.model_path:
-            weights.setdefault("transformer", f"compat:{request.model_path}")
+        if marker in request.model_path and not is_whole(request.model_path, request.hub):
+            if "transformer" not in request.component_paths:
+                weights.setdefault("transformer", f"compat:{request.model_path}")
             return base, weights
     return request.model_path, weights
 

@@ -32,7 +32,10 @@ CONFIGS = {
     "FP8": mtq.FP8_DEFAULT_CFG,
     "NVFP4": mtq.NVFP4_DEFAULT_CFG,
     "NVFP4_SVD": mtq.NVFP4_SVDQUANT_DEFAULT_CFG,
+    "NVFP4_AWQ": mtq.NVFP4_AWQ_LITE_CFG,
+    "W4A16_NVFP4": mtq.W4A16_NVFP4_CFG,
 }
+"""Presets, by the quant_algo that their exports declare."""
 BLOCK = 16
 
 
@@ -134,24 +137,27 @@ def export(
     shards: int = 1,
     dtype: torch.dtype = torch.float32,
     prepare: Callable[[nn.Module], object] = id,
+    config: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Quantize a tiny transformer with ModelOpt, export it; returns the simulated model.
 
-    `prepare` may switch quantizers off before the export.
+    `prepare` may switch quantizers off before the export; `config` takes the place of the preset
+    that `word` names; `options` are those of ModelOpt's export.
     """
     made = make_transformer(model, dtype)
-    config: dict[str, Any] = {**CONFIGS[word]}
+    chosen = {**(config or CONFIGS[word])}
 
     def calibrate(module: nn.Module) -> None:
         for seed in (1, 2):
             run_model(module, make_inputs(model, seed, dtype))
 
     with simulate_on_cpu(), torch.no_grad():
-        simulated = mtq.quantize(made, config, calibrate)
+        simulated = mtq.quantize(made, chosen, calibrate)
         prepare(simulated)
         total = sum(t.numel() * t.element_size() for t in make_transformer(model).parameters())
         limit = {} if shards == 1 else {"max_shard_size": math.ceil(0.14 * total / (shards - 0.5))}
-        export_hf_checkpoint(simulated, export_dir=folder, **limit)
+        export_hf_checkpoint(simulated, export_dir=folder, **limit, **options)
     return simulated
 
 
@@ -164,27 +170,38 @@ def read_export(folder: Path) -> dict[str, torch.Tensor]:
 
 
 class FileLinear(nn.Module):
-    """A layer of the file, computed by ModelOpt's functions alone."""
+    """A layer of the file, computed by ModelOpt's functions alone (FP8: by the format's formula)."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], coded: bool) -> None:
         super().__init__()
-        self.tensors, self.coded = dict(tensors), coded
-        packed = tensors["weight"]
+        self.tensors, self.coded = dict(tensors), coded and "input_scale" in tensors
+        self.fp8 = tensors["weight"].dtype == torch.float8_e4m3fn
+        decoded = self.decode()
+        self.weight = nn.Parameter(decoded, requires_grad=False)
+
+    def decode(self) -> torch.Tensor:
+        packed, scale = self.tensors["weight"], self.tensors["weight_scale"]
+        if self.fp8:
+            return packed.float() * scale
         shape = (packed.shape[0], 2 * packed.shape[1])
-        decoded = NVFP4QTensor(torch.Size(shape), torch.float32, packed).dequantize(
+        return NVFP4QTensor(torch.Size(shape), torch.float32, packed).dequantize(
             dtype=torch.float32,
-            scale=tensors["weight_scale"],
-            double_scale=tensors["weight_scale_2"],
+            scale=scale,
+            double_scale=self.tensors["weight_scale_2"],
             block_sizes={-1: BLOCK},
         )
-        self.weight = nn.Parameter(decoded, requires_grad=False)
+
+    def round_inputs(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.tensors["input_scale"]
+        if not self.fp8:
+            return round_blocks(x, scale)
+        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tensors = self.tensors
         if "pre_quant_scale" in tensors:
             x = x * tensors["pre_quant_scale"].float()
-        inputs = round_blocks(x, tensors["input_scale"]) if self.coded else x
-        y = functional.linear(inputs, self.weight)
+        y = functional.linear(self.round_inputs(x) if self.coded else x, self.weight)
         if "svdquant_lora_a" in tensors:
             low = functional.linear(x, tensors["svdquant_lora_a"].float())
             y = y + functional.linear(low, tensors["svdquant_lora_b"].float())

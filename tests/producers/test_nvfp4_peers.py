@@ -19,10 +19,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers.quantizers.bfl import utils as bfl
+from safetensors.torch import save_file
 
 from quantmatrix.families.modelopt_nvfp4 import NVFP4
 from quantmatrix.formats import swap_nibbles
 from quantmatrix.kernels import linear_nvfp4, nvfp4_arithmetic, nvfp4_flashinfer, scale_layouts
+from quantmatrix.load import load_transformer
+from quantmatrix.models import flux_2
+from quantmatrix.tiny_packing import pack_tensors
+from quantmatrix.tiny_weights import fill
 
 SHAPES = [(128, 64), (256, 128), (130, 80), (5, 16), (200, 1008), (384, 96)]
 EACH = pytest.mark.parametrize(("rows", "columns"), SHAPES)
@@ -92,6 +97,55 @@ def test_comfy_kitchen_codes_and_decodes_alike(rows: int, columns: int, high_fir
     assert same(linear_nvfp4.decode(layer, NVFP4), theirs)
     other = comfy.dequantize_nvfp4(packed, whole, tiled, torch.float32, hi_first=not high_first)
     assert not torch.equal(other, theirs)
+
+
+LAYERS = {
+    "double_blocks.0.img_attn.qkv": [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"],
+    "double_blocks.0.img_attn.proj": ["transformer_blocks.0.attn.to_out.0"],
+    "double_blocks.0.img_mlp.0": ["transformer_blocks.0.ff.linear_in"],
+    "single_blocks.0.linear1": ["single_transformer_blocks.0.attn.to_qkv_mlp_proj"],
+    "single_blocks.0.linear2": ["single_transformer_blocks.0.attn.to_out"],
+}
+
+
+def test_a_ragged_raw_file_that_comfy_kitchen_coded(tmp_path: Path) -> None:
+    """A FLUX.2 whose layers fill no tile: padded scales, packed q, k and v cut inside a tile."""
+    pytest.importorskip("comfy_kitchen")
+    from comfy_kitchen.backends.eager import quantization as comfy
+    from diffusers import Flux2Transformer2DModel
+
+    config = {"num_attention_heads": 2, "attention_head_dim": 48, "axes_dims_rope": [12] * 4}
+    config |= {"num_layers": 1, "num_single_layers": 1, "in_channels": 16}
+    made = Flux2Transformer2DModel(**config, joint_attention_dim=80, timestep_guidance_channels=32)
+    fill(made, "ragged")
+    made.save_pretrained(tmp_path / "base")
+    plain = {name: t.clone() for name, t in made.state_dict().items()}
+    raw = pack_tensors(plain, flux_2.BFL)
+    for layer, modules in LAYERS.items():
+        weight = torch.cat([plain[f"{module}.weight"] for module in modules])
+        assert weight.shape[0] % 128
+        whole = weight.abs().amax() / (6 * 448)
+        codes, tiled = comfy.quantize_nvfp4(weight, whole, hi_first=True)
+        rows, columns = weight.shape
+        decoded = comfy.dequantize_nvfp4(codes, whole, tiled, torch.float32, hi_first=True)
+        parts = decoded[:rows, :columns].chunk(len(modules))
+        for module, part in zip(modules, parts, strict=True):
+            plain[f"{module}.weight"] = part
+        raw |= {f"{layer}.weight": codes, f"{layer}.weight_scale_2": whole}
+        raw[f"{layer}.weight_scale"] = tiled.view(torch.float8_e4m3fn)
+    save_file({n: t.contiguous() for n, t in raw.items()}, tmp_path / "raw.safetensors")
+    loaded = load_transformer(
+        str(tmp_path / "base"),
+        transformer_weights_path=str(tmp_path / "raw.safetensors"),
+        backend="decode",
+        dtype=torch.float32,
+    )
+    found = {m.removesuffix(".q_weight"): t for m, t in loaded.state_dict().items()}
+    modules = [module for group in LAYERS.values() for module in group]
+    for module in modules:
+        assert torch.equal(found.pop(module), plain.pop(f"{module}.weight")), module
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in plain.items())
 
 
 WHEEL = "flashinfer_python-0.7.2.post1"

@@ -17,6 +17,8 @@ from quantmatrix import models
 from quantmatrix.checkpoint import Hub
 from quantmatrix.families import modelopt_fp8, modelopt_nvfp4
 from quantmatrix.families.protocol import Calibration
+from quantmatrix.formats import round_e4m3
+from quantmatrix.kernels import nvfp4_arithmetic
 from quantmatrix.references import open_component
 from quantmatrix.tools import build_modelopt_fp8_transformer as fp8
 from quantmatrix.tools import build_modelopt_nvfp4_transformer as nvfp4
@@ -324,6 +326,39 @@ def test_profiles(class_name: str, model_type: str, count: int) -> None:
 def test_every_profile_is_declared_by_its_model(profile: str) -> None:
     model = models.load(fp8.PROFILES[profile])
     assert fp8.find_profile("auto", model.TRANSFORMER) == model.FALLBACKS[profile]
+
+
+def test_fp8_weights_are_coded_a_few_rows_at_a_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No float32 copy of a whole weight: that of FLUX.2's largest would be 1.4 GB."""
+    sizes = []
+
+    def round_and_count(x: torch.Tensor) -> torch.Tensor:
+        sizes.append(x.numel())
+        return round_e4m3(x)
+
+    case = Fp8Case(tmp_path, coded=False)
+    run(fp8.main, case.words("--model-type", "none"), capsys)
+    whole, _ = read_all(case.output)
+    monkeypatch.setattr(nvfp4_arithmetic, "CHUNK", 5 * K)
+    monkeypatch.setattr(fp8, "round_e4m3", round_and_count)
+    run(fp8.main, case.words("--model-type", "none", "--overwrite"), capsys)
+    cut, _ = read_all(case.output)
+    assert max(sizes) == 5 * K < N * K
+    assert all(same(cut[name], tensor) for name, tensor in whole.items())
+
+
+def test_fp8_refuses_codes_of_another_format(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Packed codes divided by a scale would be written as if they were numbers."""
+    case = Fp8Case(tmp_path)
+    tensors = {**case.export_tensors, f"{CODED[0]}.weight": torch.ones(N, K // 2).byte()}
+    save_file(tensors, case.export / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    assert fp8.main(case.words()) == 1
+    assert f"{CODED[0]}.weight is U8: expected FP8 codes" in capsys.readouterr().err
+    assert not case.output.exists()
 
 
 @pytest.mark.parametrize("tool", ["fp8", "nvfp4"])

@@ -33,6 +33,33 @@ def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["bytes"] == sum(found["bytes_per_dtype"].values())
 
 
+@pytest.mark.parametrize(
+    ("reference", "names", "layout"),
+    [
+        (
+            "black-forest-labs/FLUX.2-dev-NVFP4",
+            "bfl (flux-2)",
+            "even column in the high nibble, block scales in 128 x 4 tiles",
+        ),
+        (
+            "BBuf/flux1-dev-modelopt-nvfp4-sglang-transformer",
+            "diffusers",
+            "even column in the low nibble, block scales in rows",
+        ),
+    ],
+)
+def test_inspect_shows_how_a_file_is_laid_out(
+    capsys: pytest.CaptureFixture[str], reference: str, names: str, layout: str
+) -> None:
+    found = run_json(capsys, "inspect", "--tiny", reference)["components"]["transformer"]
+    assert found["names"] == [names]
+    assert found["layouts"] == {layout: found["quantized_layers"]}
+    assert main(["inspect", "--tiny", reference]) == 0
+    told = capsys.readouterr().out
+    assert f"  names        {names}\n" in told
+    assert f" layers: {layout}\n" in told
+
+
 def test_inspect_a_whole_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
     found = run_json(capsys, "inspect", "--tiny", "Eco-Tech/Wan2.2-T2V-A14B-Diffusers-w8a8")
     families = {name: part["family"] for name, part in found["components"].items()}

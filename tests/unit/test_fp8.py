@@ -260,6 +260,27 @@ def test_method_and_algorithm_that_contradict(tmp_path: Path) -> None:
         modelopt_fp8.detect(checkpoint)
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"quant_method": "modelopt", "quantization": {"quant_algo": "FP8"}},
+        {"quantization": {"quant_algo": "FP8", "exclude_modules": ["b"]}},
+        {"quant_method": "ModelOpt", "quant_algo": "fp8"},
+        {"quant_method": "modelopt_fp8"},
+    ],
+)
+def test_other_spellings_of_a_modelopt_declaration(tmp_path: Path, block: dict) -> None:
+    weight, _, _, calibration = make_layer()
+    made = modelopt_fp8.quantize(weight, modelopt_fp8.FP8, calibration=calibration)
+    checkpoint = write(tmp_path / "c", {f"a.{k}": v for k, v in made.items()}, block)
+    assert families.detect(checkpoint)[0] == "modelopt-fp8"
+    assert modelopt_fp8.schemes(checkpoint) == {"a": modelopt_fp8.FP8}
+    if "exclude_modules" in block.get("quantization", {}):
+        wrong = write(tmp_path / "d", {f"b.{k}": v for k, v in made.items()}, block)
+        with pytest.raises(CheckpointError, match="`ignore` lists b"):
+            modelopt_fp8.schemes(wrong)
+
+
 def test_rowwise_header_form(tmp_path: Path) -> None:
     weight, _, _, calibration = make_layer()
     made = fp8.quantize(weight, fp8.CHANNEL, calibration=calibration)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantmatrix
-from quantmatrix import tiny
+from quantmatrix import cli, tiny
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.layers import QuantizedLinear
 from quantmatrix.load import count_quantized, load_transformer
@@ -135,6 +135,22 @@ def test_aliases_of_the_weights_override(copy: Path, flux: Path) -> None:
             lambda t: t.pop("transformer_blocks.0.attn.to_q.bias"),
             r"transformer_blocks\.0\.attn\.to_q has no bias",
         ),
+        (
+            lambda t: t.update({"transformer_blocks.0.attn.to_q.bias": torch.ones(1).bfloat16()}),
+            r"transformer_blocks\.0\.attn\.to_q has a bias of shape \[1\]",
+        ),
+        (
+            lambda t: t.update({"transformer_blocks.0.attn.to_q.input_scale": torch.zeros(1)}),
+            r"transformer_blocks\.0\.attn\.to_q\.input_scale holds zero or negative scales",
+        ),
+        (
+            lambda t: t.update({"transformer_blocks.0.attn.to_q.weight_scale": -torch.ones(1)}),
+            r"transformer_blocks\.0\.attn\.to_q\.weight_scale holds negative scales",
+        ),
+        (
+            lambda t: t.update({"transformer_blocks.0.attn.to_q.pre_quant_scale": torch.ones(256)}),
+            r"transformer_blocks\.0\.attn\.to_q has pre_quant_scale beside .*: no such layer",
+        ),
     ],
 )
 def test_damaged_checkpoints_are_named(
@@ -176,16 +192,40 @@ def test_unknown_quant_method(copy: Path, flux: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "frobnicate"}
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"frobnicate|nothing declares how"):
+    with pytest.raises(CheckpointError, match="declares quant_method frobnicate, which no"):
         load_transformer(str(flux), transformer_path=str(copy))
 
 
-def test_quantized_tensors_without_a_declaration(copy: Path, flux: Path) -> None:
+@pytest.mark.parametrize("algorithm", ["MXFP8", "fp8_pb_wo", "W8A8_SQ_PER_CHANNEL", "NVFP5"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_algorithms_that_no_family_takes_are_refused_by_name(
+    copy: Path, flux: Path, algorithm: str, plain: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where every tensor is in full precision: it would run as BF16 under a quantized label."""
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"]["quant_algo"] = algorithm
+    if plain:
+        shutil.copy(flux / "transformer" / WEIGHTS, copy)
+    (copy / "config.json").write_text(json.dumps(config))
+    message = rf"config\.json.* declares quant_method modelopt, quant_algo {algorithm}, which no"
+    with pytest.raises(CheckpointError, match=message):
+        load_transformer(str(flux), transformer_path=str(copy))
+    assert cli.main(["inspect", str(copy)]) == 0
+    told = capsys.readouterr().out
+    assert f"transformer: unknown quantization ({copy}" in told
+    assert algorithm in told
+
+
+def test_quantized_tensors_without_a_declaration(
+    copy: Path, flux: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = json.loads((copy / "config.json").read_text())
     del config["quantization_config"]
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="nothing declares how"):
         load_transformer(str(flux), transformer_path=str(copy))
+    assert cli.main(["inspect", str(copy)]) == 0
+    assert "unknown quantization" in capsys.readouterr().out
 
 
 def test_declaration_without_quantized_layers(flux: Path, tmp_path: Path) -> None:

@@ -117,6 +117,25 @@ def test_fp8_layers_use_the_fp8_arithmetic() -> None:
     assert torch.equal(modelopt_nvfp4.reference(x, stored, modelopt_layers.FP8), expected)
 
 
+@pytest.mark.parametrize("word", ["false", 1])
+def test_the_nibble_order_is_a_yes_or_no(word: Any) -> None:
+    """The text "false" is true to Python, and swapped nibbles decode without an error."""
+    with pytest.raises(CheckpointError, match=r"swap_weight_nibbles is .*: expected true or"):
+        read({"a": quantize()}, {**BLOCK, "swap_weight_nibbles": word})
+    assert read({"a": quantize()}, {**BLOCK, "swap_weight_nibbles": None}) == {"a": NVFP4}
+
+
+def test_nvfp4_without_a_layer_of_it_is_a_contradiction() -> None:
+    with pytest.raises(CheckpointError, match="quant_algo is NVFP4, but all 1 quantized layers"):
+        read({"a": quantize_fp8(), "b": PLAIN}, BLOCK)
+
+
+def test_an_fp8_layer_with_smoothing_is_refused() -> None:
+    smoothed = {**quantize_fp8(), "pre_quant_scale": torch.ones(K)}
+    with pytest.raises(CheckpointError, match="layer b has pre_quant_scale beside input_scale"):
+        read({"a": quantize(), "b": smoothed}, BLOCK)
+
+
 def test_fp8_without_a_calibration_is_dynamic() -> None:
     stored = {k: v for k, v in quantize_fp8().items() if k != "input_scale"}
     found = read({"a": quantize(), "b": stored}, BLOCK)
@@ -264,6 +283,25 @@ def test_weight_only() -> None:
         read({"a": quantize()}, block)
 
 
+def test_a_header_that_may_hide_tiled_scales_is_told() -> None:
+    """ModelOpt's enable_swizzle_layout shows in no shape; headers hint at it."""
+    exported = {**BLOCK, "producer": {"name": "modelopt", "version": "0.47.0"}}
+    built = {**exported, "swap_weight_nibbles": False}
+
+    def warn(layer: str, header: Mapping[str, Any] | None) -> str | None:
+        metadata = {} if header is None else {"quantization_config": json.dumps(header)}
+        checkpoint = make_checkpoint({layer: quantize()}, exported, metadata)
+        return families.find_caveat("modelopt-nvfp4", checkpoint)
+
+    told = warn("a", exported)
+    assert told is not None
+    assert "0.safetensors" in told
+    assert "enable_swizzle_layout" in told
+    assert warn("a", None) is None
+    assert warn("a", built) is None
+    assert warn("single_blocks.0.linear1", exported) is None
+
+
 def test_svd() -> None:
     scheme = WORDS["NVFP4_SVD"]
     stored = quantize(scheme)
@@ -276,6 +314,37 @@ def test_svd() -> None:
     del stored["svdquant_lora_a"]
     with pytest.raises(CheckpointError, match="has no svdquant_lora_a"):
         read({"a": stored}, {**BLOCK, "quant_algo": "NVFP4_SVD"})
+
+
+@pytest.mark.parametrize(
+    ("word", "missing", "message"),
+    [
+        ("NVFP4_SVD", ["svdquant_lora_a", "svdquant_lora_b"], "has no svdquant_lora_a"),
+        ("NVFP4_SVD", ["svdquant_lora_b"], "has no svdquant_lora_b"),
+        ("NVFP4_SVD", ["pre_quant_scale"], "has no pre_quant_scale"),
+        (
+            "NVFP4_SVD",
+            ["pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b"],
+            "has no pre_quant_scale",
+        ),
+        ("NVFP4_AWQ", ["pre_quant_scale"], "has no pre_quant_scale"),
+    ],
+)
+@pytest.mark.parametrize("listed", [False, True])
+def test_what_the_algorithm_promises_must_be_there(
+    word: str, missing: list[str], message: str, listed: bool
+) -> None:
+    """Without its smoothing or its branch a layer would still decode, to other numbers."""
+    scheme = {**WORDS, "NVFP4_AWQ": replace(NVFP4, name="NVFP4_AWQ", smoothed=True)}[word]
+    block = {**BLOCK, "quant_algo": word}
+    if listed:
+        layers = {"a": {"quant_algo": word}, "b": {"quant_algo": word}}
+        block |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    whole = quantize(scheme)
+    assert read({"a": whole, "b": whole}, block) == {"a": scheme, "b": scheme}
+    damaged = {k: v for k, v in whole.items() if k not in missing}
+    with pytest.raises(CheckpointError, match=f"layer a {message}: the checkpoint is incomplete"):
+        read({"a": damaged, "b": whole}, block)
 
 
 def test_svd_gives_the_same_bytes_on_any_number_of_threads() -> None:
@@ -319,6 +388,7 @@ def test_mixed_precision_must_agree_with_the_tensors() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"output_scale": torch.ones(())}, "layer a has output_scale beside input_scale, weight,"),
         ({"weight_scale_2": None}, "layer a has no weight_scale_2"),
         ({"weight_scale": None}, "layer a has no weight_scale"),
         ({"weight": None}, "layer a has weight_scale, weight_scale_2 but no weight"),

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path, PurePath
 
 import pytest
 
+from quantmatrix import sources
+from quantmatrix.describe import inspect
 from quantmatrix.errors import UsageError
 from quantmatrix.planning import Plan, Refusal, plan
+from quantmatrix.references import fetch_pipeline
 from quantmatrix.request import Request
 
 FLUX = ["--tiny", "--model-path", "black-forest-labs/FLUX.1-dev"]
@@ -77,6 +82,55 @@ def test_weights_override_beats_component_override() -> None:
     assert isinstance(made, Plan)
     assert made.components["transformer"].family == "fp8"
     assert "modelopt-fp8" in made.components["transformer"].config_from
+
+
+BASE_2, RAW = "black-forest-labs/FLUX.2-dev", "black-forest-labs/FLUX.2-dev-NVFP4"
+FLUX_2_FP8 = "BBuf/flux2-dev-modelopt-fp8-sglang-transformer"
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "family"),
+    [
+        ([], "flux2-dev-nvfp4-mixed.safetensors", "modelopt-nvfp4"),
+        (
+            ["--transformer-weights-path", f"{RAW}/flux2-dev-nvfp4.safetensors"],
+            "flux2-dev-nvfp4.safetensors",
+            "modelopt-nvfp4",
+        ),
+        (["--transformer-path", FLUX_2_FP8], "diffusion_pytorch_model.safetensors", "modelopt-fp8"),
+    ],
+)
+def test_the_compatibility_use_of_model_path_gives_way_to_a_flag(
+    words: list[str], file: str, family: str
+) -> None:
+    made = plan(Request.from_words(["--tiny", "--model-path", RAW, *words]))
+    assert isinstance(made, Plan)
+    assert made.base == "black-forest-labs/FLUX.2-dev"
+    found = made.components["transformer"]
+    assert [PurePath(path).name for path in found.checkpoint.files] == [file]
+    assert found.family == family
+
+
+def test_a_whole_model_of_a_compatible_name_is_itself(tmp_path: Path) -> None:
+    """A saved pipeline in a folder that is called like the weights-only repository."""
+    hub = sources.open_tiny_hub([BASE_2, FLUX_2_FP8])
+    folder = tmp_path / "FLUX.2-dev-NVFP4"
+    shutil.copytree(fetch_pipeline(BASE_2, hub), folder)
+    made = plan(Request(model_path=str(folder), device="cpu", hub=hub))
+    assert isinstance(made, Plan)
+    assert made.base == str(folder)
+    assert made.components["transformer"].family is None
+    assert inspect(str(folder), hub)["components"]["transformer"]["family"] is None
+
+
+def test_an_unknown_fp4_backend_is_told_with_the_known_values() -> None:
+    words = ["--transformer-path", "BBuf/flux1-dev-modelopt-nvfp4-sglang-transformer"]
+    made = decide(*words, hardware="b200", fp4_gemm_backend="packed")
+    assert isinstance(made, Plan)
+    assert set(made.components["transformer"].backends) == {"flashinfer-trtllm"}
+    (told,) = made.warnings
+    assert "FP4_GEMM_BACKEND=packed is not used: no such FP4 GEMM backend" in told
+    assert "known: cudnn, flashinfer_cudnn, cutlass, flashinfer_cutlass, trtllm" in told
 
 
 def test_unknown_model_id_is_a_warning() -> None:

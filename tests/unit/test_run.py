@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from quantmatrix import matrix
 from quantmatrix.cli import main
 from quantmatrix.errors import UsageError
+from quantmatrix.pipeline import build_pipeline, enable_layerwise
+from quantmatrix.planning import Plan, plan
 from quantmatrix.request import Request
 from quantmatrix.run import (
     Run,
@@ -50,6 +55,29 @@ def test_same_seed_same_bits_other_seed_other_picture() -> None:
     assert all(a.equal(b) for a, b in zip(first.latents, again.latents, strict=True))
     assert first.media[0].tobytes() == again.media[0].tobytes()
     assert not first.latents[-1].equal(other.latents[-1])
+
+
+@pytest.mark.parametrize("family", ["fp8", "nvfp4"])
+def test_latents_show_which_wan_expert_is_quantized(family: str) -> None:
+    """The primary expert takes the first steps, the second the others, each from its own place."""
+    quantized = f"BBuf/wan22-t2v-a14b-modelopt-{family}-sglang-transformer"
+    first, second = ["--transformer-path", quantized], ["--transformer-2-path", quantized]
+
+    def run(*words: str) -> Run:
+        return generate(Request.from_words([*WAN, "--prompt", "a fox walking", *words]))
+
+    base, one, two, both = run(), run(*first), run(*second), run(*first, *second)
+    switch = base.calls["transformer"] // 2  # each step has a pass with and one without the prompt
+    steps = len(base.latents)
+    assert 0 < switch < steps
+    assert base.calls["transformer_2"] == 2 * (steps - switch)
+
+    def differ(a: Run, b: Run) -> list[bool]:
+        return [not x.equal(y) for x, y in zip(a.latents, b.latents, strict=True)]
+
+    assert differ(one, base) == [True] * steps
+    assert differ(two, base) == [False] * switch + [True] * (steps - switch)
+    assert differ(both, one) == [False] * switch + [True] * (steps - switch)
 
 
 def test_both_wan_experts_run_and_a_video_is_written(tmp_path: Path) -> None:
@@ -99,6 +127,42 @@ def test_guidance_and_size_reach_the_pipeline() -> None:
         Request.from_words([*FLUX, "--height", "32", "--width", "48", "--guidance-scale", "2"])
     )
     assert run.media[0].size == (48, 32)
+
+
+MODELOPT = [
+    row.id for row in matrix.read().checkpoints.values() if row.family.startswith("modelopt")
+]
+
+
+@pytest.mark.parametrize("checkpoint", MODELOPT)
+def test_layerwise_offload_of_every_modelopt_checkpoint(checkpoint: str) -> None:
+    """Blocks that come and go give the same bits, and keep the strides of their weights."""
+    row = matrix.read().checkpoints[checkpoint]
+    words = ["--tiny", "--model-path", row.base, "--num-inference-steps", "2"]
+    if row.selector != "--model-path":
+        words += [row.selector, row.reference]
+    else:
+        words[2] = row.reference
+    made = plan(Request.from_words([*words, "--dit-layerwise-offload"]))
+    assert isinstance(made, Plan)
+    assert made.layerwise_offload
+    pipeline = build_pipeline(replace(made, layerwise_offload=False))
+    resident = generate(made.request, made=made, pipeline=pipeline)
+    assert any(resident.to_json()["quantized_layers"].values())
+    strides = read_strides(pipeline, made)
+    enable_layerwise(pipeline, made, "cpu")
+    streamed = generate(made.request, made=made, pipeline=pipeline)
+    assert read_strides(pipeline, made) == strides
+    assert all(a.equal(b) for a, b in zip(streamed.latents, resident.latents, strict=True))
+
+
+def read_strides(pipeline: Any, made: Plan) -> dict[str, tuple[int, ...]]:
+    """Strides of everything that the transformers keep."""
+    return {
+        f"{component}.{name}": tensor.stride()
+        for component in made.components
+        for name, tensor in getattr(pipeline, component).state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("flag", ["--dit-layerwise-offload", "--dit-cpu-offload"])

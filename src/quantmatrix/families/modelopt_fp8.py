@@ -26,6 +26,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.families.modelopt_layers import (
+    StoredLayer,
+    read_block,
+    read_words,
+    refuse_others,
+)
 from quantmatrix.families.protocol import Calibration, Declaration
 from quantmatrix.formats import E4M3_MAX
 from quantmatrix.kernels import linear_fp8
@@ -37,15 +43,13 @@ if TYPE_CHECKING:
 ID = "modelopt-fp8"
 FP8 = Scheme("linear.fp8", "FP8", "e4m3", "tensor", "tensor-static")
 SCHEMES: Mapping[str, Scheme] = {"FP8": FP8}
-METHODS = ("modelopt", "modelopt_fp8")
+ALGORITHMS = ("FP8",)
 
 
 def detect(checkpoint: Checkpoint) -> str | None:
     """The reason why a checkpoint is ModelOpt FP8; contradictions are errors."""
-    block = checkpoint.quantization or {}
-    method = block.get("quant_method")
-    algorithm = block.get("quant_algo")
-    if method == "modelopt_fp8" and algorithm not in (None, "FP8"):
+    method, algorithm = read_words(read_block(checkpoint))
+    if method == "modelopt_fp8" and algorithm not in ("", "FP8"):
         raise CheckpointError(
             f"{checkpoint.quantization_from}: quant_method {method} and quant_algo {algorithm} "
             "contradict each other: expected FP8"
@@ -62,7 +66,7 @@ def ignored(name: str) -> str | None:
 
 def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     """FP8 for each layer with a `weight_scale`; what does not fit together is an error."""
-    excluded = read_ignore(checkpoint.quantization or {})
+    excluded = read_ignore(read_block(checkpoint))
     found: dict[str, Scheme] = {}
     for layer, suffixes in checkpoint.layers().items():
         if "_quantizer" in layer:
@@ -94,7 +98,8 @@ def check_layer(checkpoint: Checkpoint, layer: str, suffixes: frozenset[str]) ->
     header = checkpoint.tensors.get(f"{layer}.weight")
     if header is None or len(header.shape) != 2:
         raise CheckpointError(f"{checkpoint.reference}: layer {layer} has scales but no 2-D weight")
-    for suffix, spec in tensors(FP8, *header.shape).items():
+    specs = tensors(FP8, *header.shape)
+    for suffix, spec in specs.items():
         name = f"{layer}.{suffix}"
         found = checkpoint.tensors.get(name)
         if found is None:
@@ -109,6 +114,7 @@ def check_layer(checkpoint: Checkpoint, layer: str, suffixes: frozenset[str]) ->
                 f"{found.file}: tensor {name} is {found.dtype} {list(found.shape)}, "
                 f"expected {' or '.join(spec.dtypes)} {expected}"
             )
+    refuse_others(StoredLayer(checkpoint, layer, suffixes), specs)
 
 
 def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:

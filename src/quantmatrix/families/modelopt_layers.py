@@ -7,8 +7,9 @@ decode without an error. `modelopt_nvfp4` describes the tensors.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import CheckpointError
 from quantmatrix.kernels.nvfp4_arithmetic import GROUP
@@ -25,6 +26,8 @@ SCALES = frozenset(
     ("weight_scale", "weight_scale_2", "pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
 )
 """Suffixes that mean nothing beside a weight in full precision."""
+BESIDE = frozenset(("bias", "comfy_quant"))
+"""Suffixes that may stand in any layer."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,32 @@ class StoredLayer:
         first = self.header(min(self.suffixes))
         file = first.file if first else self.checkpoint.reference
         return CheckpointError(f"{file}: layer {self.name} {what}")
+
+
+def refuse_others(layer: StoredLayer, known: Iterable[str]) -> None:
+    """A tensor of a quantized layer that nothing would use changes its numbers in unknown ways."""
+    others = sorted(layer.suffixes - {*known, *BESIDE})
+    if others:
+        raise layer.wrong(
+            f"has {', '.join(others)} beside {', '.join(sorted(known))}: no such layer is known, "
+            "and leaving a tensor out would give other numbers without an error"
+        )
+
+
+def read_block(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The quantization block, a nested one (as in hf_quant_config.json) made flat."""
+    block = dict(checkpoint.quantization or {})
+    nested = block.pop("quantization", None)
+    if isinstance(nested, Mapping):
+        block = {"quant_method": "modelopt", **block, **nested}
+    if "exclude_modules" in block:
+        block["ignore"] = block.pop("exclude_modules")
+    return block
+
+
+def read_words(block: Mapping[str, Any]) -> tuple[str, str]:
+    """(quant_method in lower case, quant_algo in upper case); empty when not given."""
+    return str(block.get("quant_method") or "").lower(), str(block.get("quant_algo") or "").upper()
 
 
 def is_nvfp4(layer: StoredLayer) -> bool:
@@ -88,7 +117,9 @@ def judge_fp8(layer: StoredLayer) -> Scheme:
     """Scheme of a layer of e4m3 codes with one scale."""
     if layer.fits("weight_scale", TensorSpec(("F32",), ((), (1,)))):
         static = "input_scale" in layer.suffixes
-        return FP8 if static else replace(FP8, activation="tensor-dynamic")
+        scheme = FP8 if static else replace(FP8, activation="tensor-dynamic")
+        refuse_others(layer, list_tensors(scheme, 0, 0))
+        return scheme
     scale = layer.header("weight_scale")
     kind = "" if scale is None else "MXFP8: " if scale.dtype == "U8" else "per-channel FP8: "
     raise layer.wrong(
@@ -98,14 +129,18 @@ def judge_fp8(layer: StoredLayer) -> Scheme:
 
 
 def judge_nvfp4(layer: StoredLayer, layout: Scheme, algorithm: str) -> Scheme:
-    """Scheme of a layer of e2m1 codes, every tensor that it needs checked."""
+    """Scheme of a layer of e2m1 codes, every tensor that it needs checked.
+
+    What the algorithm promises must be there: a smoothed layer without its multipliers decodes to
+    other numbers.
+    """
     scheme = layout
-    if {"svdquant_lora_a", "svdquant_lora_b"} & layer.suffixes:
+    if algorithm == "NVFP4_SVD" or {"svdquant_lora_a", "svdquant_lora_b"} & layer.suffixes:
         branch = layer.header("svdquant_lora_a")
-        scheme = replace(scheme, name="NVFP4_SVD", rank=branch.shape[0] if branch else 1)
-    if "pre_quant_scale" in layer.suffixes:
-        name = scheme.name if scheme.rank else "NVFP4_AWQ"
-        scheme = replace(scheme, name=name, smoothed=True)
+        rank = branch.shape[0] if branch else 1
+        scheme = replace(scheme, name="NVFP4_SVD", rank=rank, smoothed=True)
+    elif algorithm == "NVFP4_AWQ" or "pre_quant_scale" in layer.suffixes:
+        scheme = replace(scheme, name="NVFP4_AWQ", smoothed=True)
     if algorithm == WEIGHT_ONLY:
         if "input_scale" in layer.suffixes:
             raise layer.wrong(f"has an input_scale, but its quant_algo is {WEIGHT_ONLY}")
@@ -122,7 +157,8 @@ def check_nvfp4(layer: StoredLayer, scheme: Scheme, algorithm: str) -> None:
             f"has weight {layer.describe('weight')}: expected U8 [N, K/2], K a multiple of {GROUP}"
         )
     rows, columns = weight.shape[0], 2 * weight.shape[1]
-    for suffix, spec in list_tensors(scheme, rows, columns).items():
+    specs = list_tensors(scheme, rows, columns)
+    for suffix, spec in specs.items():
         header = layer.header(suffix)
         if header is None and not spec.optional:
             raise layer.wrong(f"has no {suffix}{explain_missing(suffix, algorithm)}")
@@ -131,8 +167,12 @@ def check_nvfp4(layer: StoredLayer, scheme: Scheme, algorithm: str) -> None:
         expected = " or ".join(str(list(shape)) for shape in spec.shapes)
         text = f"has {suffix} {layer.describe(suffix)}: expected {'/'.join(spec.dtypes)} {expected}"
         if suffix == "weight_scale" and header.dtype == "F8_E4M3" and is_larger(header, spec):
-            text += ". These scales are padded: export again without padding_strategy"
+            text += (
+                ". These scales are padded: export again without padding_strategy and without "
+                "enable_swizzle_layout"
+            )
         raise layer.wrong(text)
+    refuse_others(layer, specs)
 
 
 def explain_missing(suffix: str, algorithm: str) -> str:

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quantmatrix.checkpoint import parse_block
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families.modelopt_layers import (
     WEIGHT_ONLY,
@@ -45,6 +46,8 @@ from quantmatrix.families.modelopt_layers import (
     is_nvfp4,
     judge_layer,
     list_tensors,
+    read_block,
+    read_words,
 )
 from quantmatrix.families.protocol import Calibration, Declaration
 from quantmatrix.formats import E2M1_MAX, E4M3_MAX, round_e4m3, swap_nibbles
@@ -85,18 +88,6 @@ def detect(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def read_block(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The quantization block, a nested one (as in hf_quant_config.json) made flat."""
-    block = dict(checkpoint.quantization or {})
-    nested = block.get("quantization")
-    return {"quant_method": "modelopt", **block, **nested} if isinstance(nested, dict) else block
-
-
-def read_words(block: Mapping[str, Any]) -> tuple[str, str]:
-    """(quant_method in lower case, quant_algo in upper case); empty when not given."""
-    return str(block.get("quant_method") or "").lower(), str(block.get("quant_algo") or "").upper()
-
-
 def judge_declaration(checkpoint: Checkpoint, method: str, algorithm: str) -> str | None:
     """The reason in words when method and algorithm mean this family; contradictions raise."""
     source = checkpoint.quantization_from or checkpoint.reference
@@ -119,9 +110,15 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     block = read_block(checkpoint)
     whole = read_words(block)[1]
     declared = read_layer_words(block)
-    raw = any(RAW_LAYOUT.search(name) for name in checkpoint.tensors)
+    raw = is_raw(checkpoint)
     swap = block.get("swap_weight_nibbles")
-    layout = replace(NVFP4, swap_nibbles=raw if swap is None else bool(swap), tiled_scales=raw)
+    swap = raw if swap is None else swap
+    if not isinstance(swap, bool):
+        raise CheckpointError(
+            f"{checkpoint.quantization_from}: swap_weight_nibbles is {json.dumps(swap)}: expected "
+            "true or false; the wrong one gives noise"
+        )
+    layout = replace(NVFP4, swap_nibbles=swap, tiled_scales=raw)
     found = {}
     for name, suffixes in checkpoint.layers().items():
         layer = StoredLayer(checkpoint, name, suffixes)
@@ -132,7 +129,37 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
             source = checkpoint.quantization_from or checkpoint.reference
             raise layer.wrong(f"is {scheme.name}, but {source} declares it {declared[name]}")
         found[name] = scheme
+    if "NVFP4" in whole and found and all(s.op != NVFP4.op for s in found.values()):
+        raise CheckpointError(
+            f"{checkpoint.quantization_from}: quant_algo is {whole}, but all {len(found)} quantized "
+            "layers are FP8: one of the two is wrong; FP8 exports declare FP8"
+        )
     return found
+
+
+def is_raw(checkpoint: Checkpoint) -> bool:
+    """Whether packed names or Comfy's markers show the raw layout."""
+    return any(RAW_LAYOUT.search(name) for name in checkpoint.tensors)
+
+
+def caveat(checkpoint: Checkpoint) -> str | None:
+    """What a file leaves open: whether ModelOpt was told to put its block scales into tiles.
+
+    Neither shapes nor config.json tell (`enable_swizzle_layout`), but only exports with this option
+    or one of its neighbours repeat the configuration in the header. Our builders write it, too, and
+    with it the nibble order.
+    """
+    header = parse_block(checkpoint.metadata.get("quantization_config", ""))
+    producer = header.get("producer")
+    by_modelopt = isinstance(producer, Mapping) and producer.get("name") == "modelopt"
+    if not by_modelopt or "swap_weight_nibbles" in header or is_raw(checkpoint):
+        return None
+    return (
+        f"{checkpoint.files[0]}: ModelOpt repeats the quantization_config in a header when it "
+        "exports for single-file runtimes. Block scales are read as rows; if the export was made "
+        "with enable_swizzle_layout they are not, which no header or shape shows, and the result "
+        "is noise: export again without it"
+    )
 
 
 def read_layer_words(block: Mapping[str, Any]) -> dict[str, str]:
