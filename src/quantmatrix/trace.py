@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,16 @@ def refuse_acceleration(request: Request) -> None:
 
 
 def trace_pipeline(request: Request, made: Plan, pipeline: Any, path: Path | None = None) -> Census:
-    """Profile one generation with the pipeline of a plan; the trace is written where `path` is."""
+    """Profile one generation with the pipeline of a plan; the trace is written where `path` is.
+
+    Of a plan for several processes only this one is there: it generates alone.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if made.machine.device.startswith("cuda"):
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     profiler = torch.profiler.profile(activities=activities, record_shapes=True)
     with named_ranges(pipeline, made), profiler:
-        generate(request, made=made, pipeline=pipeline)
+        generate(request, made=replace(made, processes=1), pipeline=pipeline)
     census = take_census(profiler.events() or [], made)
     if path is not None:
         write_trace(profiler, path)

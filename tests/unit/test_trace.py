@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from quantmatrix import planning
-from quantmatrix.cli import main
+from quantmatrix import planning, sessions
+from quantmatrix.cli import build_parser, main
 from quantmatrix.commands.trace import choose_cells
 from quantmatrix.matrix import read
 from quantmatrix.planning import Plan
@@ -91,3 +91,11 @@ def test_a_hardware_is_traced_once_for_each_kind() -> None:
     assert len(set(kinds)) == len(kinds)
     claimed = [c for c in tables.cells if c.hardware == "h200" and "latents" in c.checks]
     assert set(kinds) == {(cell.family, cell.model, cell.backend) for cell in claimed}
+
+
+def test_the_command_of_a_hardware_session_is_ours(tmp_path: Path) -> None:
+    row = read().hardware["h200"]
+    words = sessions.trace_command(row, tmp_path, [])
+    arguments, rest = build_parser().parse_known_args(words[1:])
+    assert rest == []
+    assert (arguments.hardware, arguments.tiny) == ("h200", True)

@@ -23,10 +23,7 @@ def add_to(commands: Any) -> None:
 
     text = "time a checkpoint beside BF16: layers, step, load, memory, each with its interval"
     parser = add_command(commands, "bench", text, run_bench)
-    add_request_flags(parser)
-    for action in parser._actions:
-        if action.dest == "model_path":
-            action.required = False
+    add_request_flags(parser, needed=False)
     what = parser.add_argument_group("what to measure, instead of --model-path")
     what.add_argument("--row", nargs="+", metavar="CELL", help="cells of the matrix (row@hardware)")
     what.add_argument("--synthetic", choices=("full", "tiny"), help="random weights, of this size")

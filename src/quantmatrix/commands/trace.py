@@ -30,8 +30,8 @@ def add_to(commands: Any) -> None:
     parser = add_command(commands, "trace", text, run_trace)
     add_request_flags(parser, needed=False)
     parser.add_argument("--hardware", metavar="ROW", help="cells that this row is claimed to run")
-    what = "a cell of the matrix, such as modelopt-fp8-flux-1@cpu+decode; may be given again"
-    parser.add_argument("--row", action="append", default=[], metavar="CELL", help=what)
+    what = "cells of the matrix, such as modelopt-fp8-flux-1@cpu+decode"
+    parser.add_argument("--row", action="extend", nargs="+", default=[], metavar="CELL", help=what)
     what = f"{FILE}; with --row or --hardware alone a folder ({FOLDER})"
     parser.add_argument("--output-path", metavar="PATH", help=what)
     parser.add_argument("--json", action="store_true")
