@@ -1,9 +1,11 @@
 """The page of a Hopper measurement: every goal beside the number that was measured for it.
 
-    python benchmarks/hopper_page.py reports/evidence/h200/measurements/hopper.json
+    python benchmarks/hopper_page.py reports/evidence/h200/measurements
 
-writes README.md beside the file. Ratios are medians of one process, quantized over BF16; `graph`
-means replayed from a CUDA graph, `compiled` diffusers' regional compilation.
+writes README.md into the folder. `hopper.json` holds the whole run; `hopper-again.json`, where it is,
+a later run of some forms, whose numbers take the place of the earlier ones. Ratios are medians of one
+process, quantized over BF16; `graph` means replayed from a CUDA graph, `compiled` diffusers' regional
+compilation.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ MERGED, INT8 = "nunchaku-svdq int4_r32 merged", "msmodelslim W8A8 int8"
 FLUX = "step flux-1"
 LINEAR_TFLOP, ATTENTION_TFLOP = 59.5, 14.9
 """One forward of FLUX.1-dev at 1024 pixels and 512 tokens of text."""
+AGAIN = "hopper-again.json"
 Goal = tuple[str, float | None, float, str]
 
 
@@ -113,7 +116,24 @@ def show_steps(stages: dict[str, Any]) -> list[str]:
     return rows
 
 
-def render(results: dict[str, Any]) -> str:
+def read_folder(folder: Path) -> tuple[dict[str, Any], set[tuple[str, str]]]:
+    """(results, what of them was measured again): a form keeps the BF16 run of its own process."""
+    results = json.loads((folder / "hopper.json").read_text(encoding="utf-8"))
+    later = folder / AGAIN
+    again = set()
+    if later.is_file():
+        newer = json.loads(later.read_text(encoding="utf-8"))
+        if newer["machine"]["name"] != results["machine"]["name"]:
+            raise SystemExit(f"{later}: measured on another machine than hopper.json")
+        for name, stage in newer["stages"].items():
+            for form, found in stage.items() if name.startswith("step ") else ():
+                if isinstance(found, dict) and "ms" in found:
+                    results["stages"].setdefault(name, {})[form] = found
+                    again.add((name, form))
+    return results, again
+
+
+def render(results: dict[str, Any], again: set[tuple[str, str]] = frozenset()) -> str:
     """The whole page."""
     machine, stages = results["machine"], results["stages"]
     checks = {name[6:]: found for name, found in stages.items() if name.startswith("check ")}
@@ -132,6 +152,16 @@ def render(results: dict[str, Any]) -> str:
         "",
         f"Repeated forwards that were bit-identical: {repeats} of {len(steps)}.",
         "",
+        *(
+            [
+                "Measured again later, each beside BF16 in that process: "
+                + ", ".join(f"{form} ({name[5:]})" for name, form in sorted(again))
+                + ".",
+                "",
+            ]
+            if again
+            else ()
+        ),
         "An eager step is missed where Python's launches take longer than the GPU's work: the same "
         "step replayed from a CUDA graph shows what the kernels take.",
         "",
@@ -153,10 +183,10 @@ def render(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path)
-    path = parser.parse_args().results
-    page = path.with_name("README.md")
-    page.write_text(render(json.loads(path.read_text())), encoding="utf-8")
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    page = folder / "README.md"
+    page.write_text(render(*read_folder(folder)), encoding="utf-8")
     print(page)
 
 

@@ -16,8 +16,24 @@ PAGE: dict[str, Any] = runpy.run_path(str(ROOT / "benchmarks" / "hopper_page.py"
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.parent.name)
 def test_the_page_is_what_the_results_give(folder: Path) -> None:
-    results = json.loads((folder / "hopper.json").read_text())
-    assert (folder / "README.md").read_text() == PAGE["render"](results)
+    assert (folder / "README.md").read_text() == PAGE["render"](*PAGE["read_folder"](folder))
+
+
+def test_a_later_run_replaces_forms_with_their_own_baselines(tmp_path: Path) -> None:
+    results = json.loads((FOLDERS[0] / "hopper.json").read_text())
+    stage, form = "step flux-1", "msmodelslim W8A8 int8"
+    found = dict(results["stages"][stage][form], ms={"bf16": 100.0, "quantized": 50.0})
+    later = {"machine": results["machine"], "stages": {stage: {form: found}}}
+    (tmp_path / "hopper.json").write_text(json.dumps(results))
+    (tmp_path / "hopper-again.json").write_text(json.dumps(later))
+    joined, again = PAGE["read_folder"](tmp_path)
+    assert again == {(stage, form)}
+    assert f"{form} (flux-1)" in PAGE["render"](joined, again)
+    assert "| 50.0 | 100.0 | 0.500 |" in PAGE["render"](joined, again)
+    later["machine"] = {**results["machine"], "name": "another"}
+    (tmp_path / "hopper-again.json").write_text(json.dumps(later))
+    with pytest.raises(SystemExit, match="another machine"):
+        PAGE["read_folder"](tmp_path)
 
 
 def test_there_are_results() -> None:
