@@ -14,7 +14,8 @@ either. A record holds:
 | `commit`         | commit of this project's code, with `+changes` when files differed |
 | `checkpoint`     | `digest` over names and contents of the weight files, `files`, `bytes` |
 | `plan`           | the plan as `quantmatrix plan --json` prints it, or its refusal |
-| `checks`         | per check: `verdict`, `metrics`, the `limits` they were held to, `message` |
+| `checks`         | per check: `verdict`, `metrics` (with `thumbnails`, see that module, where there are |
+|                  | pictures), the `limits` they were held to, `message` |
 | `timings`        | seconds per stage |
 | `latents_digest` | digest of the latents of every step |
 | `made`           | UTC time, seconds |
@@ -40,6 +41,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from quantmatrix import thumbnails
 from quantmatrix.code_path import digest_code
 from quantmatrix.errors import QuantmatrixError
 
@@ -269,6 +271,9 @@ def _check_problems(where: str, check: Any) -> list[str]:
         problems.append(f"{where}.verdict: {check['verdict']!r} is not pass or fail")
     if check["verdict"] == "fail" and not check["message"]:
         problems.append(f"{where}.message: empty, although the check failed")
+    if isinstance(check["metrics"], dict) and "thumbnails" in check["metrics"]:
+        found = thumbnails.list_problems(check["metrics"]["thumbnails"])
+        problems += [f"{where}.metrics.thumbnails: {problem}" for problem in found]
     return problems
 
 
