@@ -239,6 +239,12 @@ def merge(older: Evidence, newer: Evidence) -> Evidence:
 
 def list_problems(record: Any) -> list[str]:
     """What is wrong with plain data that should be a record; empty when nothing is."""
+    problems = _form_problems(record)
+    return problems if _is_json(record) else problems + _number_problems("", record)
+
+
+def _form_problems(record: Any) -> list[str]:
+    """The same, numbers left out."""
     if not isinstance(record, dict):
         return ["not a JSON object"]
     if record.get("schema") != SCHEMA:
@@ -259,7 +265,7 @@ def list_problems(record: Any) -> list[str]:
         problems.append("checks: empty; a record shows the result of at least one check")
     for name, check in record["checks"].items():
         problems += _check_problems(f"checks.{name}", check)
-    return problems if _is_json(record) else problems + _number_problems("", record)
+    return problems
 
 
 def _check_problems(where: str, check: Any) -> list[str]:
@@ -316,13 +322,29 @@ def _list(what: object, problems: Iterable[str]) -> str:
     return "\n".join(f"{what}: {problem}" for problem in problems)
 
 
+def _read_finite(text: str) -> float:
+    """A number of JSON; OverflowError for one that is not finite, by its name or by its size."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise OverflowError(text)
+    return value
+
+
+FINITE = json.JSONDecoder(parse_float=_read_finite, parse_constant=_read_finite)
+"""Reads a record and looks at its numbers in one go."""
+
+
 def decode(data: bytes, where: object = "evidence") -> Evidence:
     """The record in a file's bytes; raises EvidenceError naming `where` and every problem."""
     try:
+        record = FINITE.decode(data.decode())
+        problems = _form_problems(record)
+    except OverflowError:
         record = json.loads(data)
+        problems = list_problems(record)
     except ValueError as error:
         raise EvidenceError(f"{where}: not JSON: {error}") from error
-    if problems := list_problems(record):
+    if problems:
         raise EvidenceError(_list(where, problems))
     del record["schema"]
     record["checks"] = {name: CheckResult(**check) for name, check in record["checks"].items()}

@@ -52,6 +52,7 @@ class Shared:
     def __init__(self) -> None:
         self.values: list[Any] = []
         self._places: dict[str, int] = {}
+        self._pictures: dict[str, int] = {}
         self._room = PICTURE_BYTES
 
     def put(self, value: Any) -> int:
@@ -64,11 +65,15 @@ class Shared:
 
     def put_pictures(self, pictures: Sequence[str]) -> list[int]:
         """The places of pictures, or none of them where the page has no room for all."""
-        cost = sum(len(new) for new in {*pictures} if repr(new) not in self._places)
+        new = [p for p in dict.fromkeys(pictures) if p not in self._pictures]
+        cost = sum(map(len, new))
         if cost > self._room:
             return []
         self._room -= cost
-        return [self.put(picture) for picture in pictures]
+        for picture in new:
+            self._pictures[picture] = len(self.values)
+            self.values.append(picture)
+        return [self._pictures[picture] for picture in pictures]
 
 
 def collect(joined: Joined) -> dict[str, Any]:

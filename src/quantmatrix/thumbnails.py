@@ -17,7 +17,7 @@ zlib, so nothing in this project takes a digest of them.
 from __future__ import annotations
 
 import base64
-import binascii
+import string
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -30,6 +30,9 @@ PICTURES = ("baseline", "quantized", "difference")
 KEYS = {*PICTURES, "gain", "shown"}
 PNG = "data:image/png;base64,"
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+START = base64.b64encode(SIGNATURE + b"\0")
+"""Of every PNG as base64: its signature, and the first zero of a length."""
+BASE64 = (string.ascii_letters + string.digits + "+/").encode()
 LARGEST = 96
 """Pixels of the longer side of a picture."""
 LARGEST_FRAME = 64
@@ -129,8 +132,7 @@ def find_problem(picture: Any) -> str | None:
         return f"{picture!r:.40} does not start with {PNG}"
     if len(picture) > MOST_BYTES:
         return f"takes {len(picture)} bytes, at most {MOST_BYTES} are kept"
-    try:
-        data = base64.b64decode(picture.removeprefix(PNG), validate=True)
-    except binascii.Error as error:
-        return f"is not base64: {error}"
-    return None if data.startswith(SIGNATURE) else "is not a PNG"
+    text = picture[len(PNG) :].encode()
+    if len(text) % 4 or text.rstrip(b"=").translate(None, BASE64):
+        return "is not base64"
+    return None if text.startswith(START) else "is not a PNG"

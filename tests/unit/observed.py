@@ -96,7 +96,7 @@ def fake_pictures(name: str) -> dict[str, Any]:
     sizes = {"baseline": ("", 4400), "quantized": (name, 4400), "difference": (f"{name}-", 900)}
     found: dict[str, Any] = {"gain": 8, "shown": "the picture"}
     for kind, (seed, size) in sizes.items():
-        data = thumbnails.SIGNATURE + random.Random(seed).randbytes(size)
+        data = thumbnails.SIGNATURE + b"\0" + random.Random(seed).randbytes(size)
         found[kind] = thumbnails.PNG + base64.b64encode(data).decode()
     return found
 
