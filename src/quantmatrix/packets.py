@@ -11,6 +11,7 @@ A packet is one folder:
 So a packet is an evidence folder, too: what `check` finds sound, `quantmatrix evidence merge` takes.
 `check` believes nothing that it can compute: digests of files, metrics of every step (within one
 unit of the sixth digit), the digest of the latents, and the verdict under this project's limits.
+Pictures, and the distances of media, are not in the latents: of those only the form is checked.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix import evidence as records
-from quantmatrix.states import AGREEING, STATES
+from quantmatrix.states import AGREEING, STATES, fails_as_claimed
 
 if TYPE_CHECKING:
     from quantmatrix.evidence import Evidence
@@ -47,6 +47,13 @@ class Joined:
         """Cells per state, in the order of STATES."""
         found = Counter(self.states[cell.id] for cell in cells)
         return {state: found[state] for state in STATES if found[state]}
+
+    def agrees(self, cell: Cell) -> bool:
+        """Whether claim and record say the same, a failure that is claimed included."""
+        state = self.states[cell.id]
+        return state in AGREEING or (
+            state == "failing" and fails_as_claimed(self.evidence[cell.id])
+        )
 
     def link(self, cell: Cell, text: str, base: str) -> str:
         """Markdown link to the cell's record, or the text alone when there is none."""
@@ -81,7 +88,7 @@ def write_overview(joined: Joined) -> str:
     """support-matrix.md: the picture, the counts, and the guide's two tables with our proof."""
     tables = joined.tables
     claims = [cell for cell in tables.cells if cell.claim != "planned"]
-    agreeing = sum(joined.states[cell.id] in AGREEING for cell in claims)
+    agreeing = sum(joined.agrees(cell) for cell in claims)
     share = f"{100 * agreeing / len(claims):.1f} %" if claims else "no"
     counts = joined.count(tables.cells)
     picture = "![Support matrix: quant family by hardware](support-matrix.svg)"
