@@ -104,7 +104,7 @@ def collect(joined: Joined) -> dict[str, Any]:
                 cell.claim,
                 cell.rule,
                 joined.reasons[cell.id] or cell.notes,
-                cell.shell(tables),
+                joined.commands[cell.id],
                 place,
             ]
         )

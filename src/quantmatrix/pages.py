@@ -42,6 +42,7 @@ class Joined:
         self.evidence = {c.id: evidence[c.id] for c in tables.cells if c.id in evidence}
         self.states = {name: state for name, (state, _) in explained.items()}
         self.reasons = {name: reason for name, (_, reason) in explained.items()}
+        self.commands = {cell.id: cell.shell(tables) for cell in tables.cells}
 
     def count(self, cells: Iterable[Cell]) -> dict[str, int]:
         """Cells per state, in the order of STATES."""

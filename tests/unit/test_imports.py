@@ -17,6 +17,7 @@ LIGHT = (
     *("matrix", "hardware", "checkpoint", "references", "evidence", "errors", "scheme", "commands"),
     *("report", "states", "pages", "page_data", "page_html", "picture", "matrix_changes"),
     *("explain", "lifecycle", "agreement", "code_path", "census", "packets", "validation_page"),
+    *("limits", "limit_samples", "rounding_model", "thumbnails"),
 )
 HEAVY = {"torch", "diffusers", "transformers", "pandas", "accelerate", "numpy", "safetensors"}
 VENDOR = {"flashinfer", "nunchaku", "torch_npu", "triton", "humming", "comfy_kitchen", "modelopt"}
@@ -104,6 +105,7 @@ def test_only_the_command_line_reads_the_environment(module: str) -> None:
         ["matrix", "diff", "HEAD..HEAD"],
         ["report", "--check"],
         ["agreement"],
+        ["thresholds"],
         ["explain", "--checkpoint", "fp8-guide", "--hardware", "cpu"],
     ],
 )
