@@ -381,7 +381,7 @@ def read(path: Path) -> Evidence:
     """One record; raises EvidenceError when it is damaged or lies under a wrong name."""
     evidence = decode(path.read_bytes(), path)
     expected = path_of(evidence.cell["id"])
-    if path.parts[-2:] != expected.parts:
+    if not f"/{path.as_posix()}".endswith(f"/{expected}"):
         raise EvidenceError(f"{path}: holds the record of {evidence.cell['id']}, see {expected}")
     return evidence
 

@@ -185,7 +185,9 @@ def flatten(
         item = value[name]
         if name in without or item is None or item == "":
             continue
-        if isinstance(item, dict):
+        if isinstance(item, (str, float, int)):  # most are
+            found.append((f"{base}{name}", item))
+        elif isinstance(item, dict):
             found += flatten(item, (), f"{base}{name}.")
         elif isinstance(item, (list, tuple)):
             if item:
