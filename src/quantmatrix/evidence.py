@@ -46,7 +46,7 @@ from quantmatrix.code_path import digest_code
 from quantmatrix.errors import QuantmatrixError
 
 if TYPE_CHECKING:
-    from quantmatrix.matrix import Cell, Matrix
+    from quantmatrix.matrix import Cell, CheckpointRow, Matrix
 
 SCHEMA = 1
 VERDICTS = ("pass", "fail")
@@ -133,14 +133,18 @@ def describe_cell(cell: Cell, tables: Matrix) -> dict[str, Any]:
     `code_digest` is that of the code path; it is no part of the row.
     """
     described = {key: _plain(getattr(cell, key)) for key in CELL_KEYS if key != "row_digest"}
-    row = vars(tables.checkpoints[cell.checkpoint])
-    told = {key: _plain(value) for key, value in row.items() if key not in UNTOLD}
+    told = _describe_checkpoint(tables.checkpoints[cell.checkpoint])
     claimed = {key: value for key, value in described.items() if key != "checks"}
     return {
         **described,
         "row_digest": digest_json({"cell": claimed, "checkpoint": told}),
         "code_digest": digest_code(cell.family, cell.model),
     }
+
+
+@lru_cache(maxsize=1 << 12)
+def _describe_checkpoint(row: CheckpointRow) -> Mapping[str, Any]:
+    return {key: _plain(value) for key, value in vars(row).items() if key not in UNTOLD}
 
 
 def _plain(value: Any) -> Any:
