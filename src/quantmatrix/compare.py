@@ -198,11 +198,6 @@ def digest_latents(latents: Sequence[torch.Tensor]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def compare_media(reference: Sequence[Any], candidate: Sequence[Any]) -> dict[str, Any]:
-    """Distance of two lists of PIL images or of [height, width, 3] arrays in 0..1 or 0..255."""
-    return compare_frames(stack_frames(reference), stack_frames(candidate))
-
-
 def stack_frames(media: Sequence[Any]) -> torch.Tensor:
     """uint8 [frames, height, width, 3] of PIL images, or of arrays in 0..1 or 0..255."""
     import numpy as np

@@ -14,7 +14,8 @@ either. A record holds:
 | `commit`         | commit of this project's code, with `+changes` when files differed |
 | `checkpoint`     | `digest` over names and contents of the weight files, `files`, `bytes` |
 | `plan`           | the plan as `quantmatrix plan --json` prints it, or its refusal |
-| `checks`         | per check: `verdict`, `metrics`, the `limits` they were held to, `message` |
+| `checks`         | per check: `verdict`, `metrics` (with `thumbnails`, see that module, where there are |
+|                  | pictures), the `limits` they were held to, `message` |
 | `timings`        | seconds per stage |
 | `latents_digest` | digest of the latents of every step |
 | `made`           | UTC time, seconds |
@@ -40,11 +41,12 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from quantmatrix import thumbnails
 from quantmatrix.code_path import digest_code
 from quantmatrix.errors import QuantmatrixError
 
 if TYPE_CHECKING:
-    from quantmatrix.matrix import Cell, Matrix
+    from quantmatrix.matrix import Cell, CheckpointRow, Matrix
 
 SCHEMA = 1
 VERDICTS = ("pass", "fail")
@@ -131,14 +133,18 @@ def describe_cell(cell: Cell, tables: Matrix) -> dict[str, Any]:
     `code_digest` is that of the code path; it is no part of the row.
     """
     described = {key: _plain(getattr(cell, key)) for key in CELL_KEYS if key != "row_digest"}
-    row = vars(tables.checkpoints[cell.checkpoint])
-    told = {key: _plain(value) for key, value in row.items() if key not in UNTOLD}
+    told = _describe_checkpoint(tables.checkpoints[cell.checkpoint])
     claimed = {key: value for key, value in described.items() if key != "checks"}
     return {
         **described,
         "row_digest": digest_json({"cell": claimed, "checkpoint": told}),
         "code_digest": digest_code(cell.family, cell.model),
     }
+
+
+@lru_cache(maxsize=1 << 12)
+def _describe_checkpoint(row: CheckpointRow) -> Mapping[str, Any]:
+    return {key: _plain(value) for key, value in vars(row).items() if key not in UNTOLD}
 
 
 def _plain(value: Any) -> Any:
@@ -237,6 +243,12 @@ def merge(older: Evidence, newer: Evidence) -> Evidence:
 
 def list_problems(record: Any) -> list[str]:
     """What is wrong with plain data that should be a record; empty when nothing is."""
+    problems = _form_problems(record)
+    return problems if _is_json(record) else problems + _number_problems("", record)
+
+
+def _form_problems(record: Any) -> list[str]:
+    """The same, numbers left out."""
     if not isinstance(record, dict):
         return ["not a JSON object"]
     if record.get("schema") != SCHEMA:
@@ -257,7 +269,7 @@ def list_problems(record: Any) -> list[str]:
         problems.append("checks: empty; a record shows the result of at least one check")
     for name, check in record["checks"].items():
         problems += _check_problems(f"checks.{name}", check)
-    return problems if _is_json(record) else problems + _number_problems("", record)
+    return problems
 
 
 def _check_problems(where: str, check: Any) -> list[str]:
@@ -269,6 +281,9 @@ def _check_problems(where: str, check: Any) -> list[str]:
         problems.append(f"{where}.verdict: {check['verdict']!r} is not pass or fail")
     if check["verdict"] == "fail" and not check["message"]:
         problems.append(f"{where}.message: empty, although the check failed")
+    if isinstance(check["metrics"], dict) and "thumbnails" in check["metrics"]:
+        found = thumbnails.list_problems(check["metrics"]["thumbnails"])
+        problems += [f"{where}.metrics.thumbnails: {problem}" for problem in found]
     return problems
 
 
@@ -311,13 +326,29 @@ def _list(what: object, problems: Iterable[str]) -> str:
     return "\n".join(f"{what}: {problem}" for problem in problems)
 
 
+def _read_finite(text: str) -> float:
+    """A number of JSON; OverflowError for one that is not finite, by its name or by its size."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise OverflowError(text)
+    return value
+
+
+FINITE = json.JSONDecoder(parse_float=_read_finite, parse_constant=_read_finite)
+"""Reads a record and looks at its numbers in one go."""
+
+
 def decode(data: bytes, where: object = "evidence") -> Evidence:
     """The record in a file's bytes; raises EvidenceError naming `where` and every problem."""
     try:
+        record = FINITE.decode(data.decode())
+        problems = _form_problems(record)
+    except OverflowError:
         record = json.loads(data)
+        problems = list_problems(record)
     except ValueError as error:
         raise EvidenceError(f"{where}: not JSON: {error}") from error
-    if problems := list_problems(record):
+    if problems:
         raise EvidenceError(_list(where, problems))
     del record["schema"]
     record["checks"] = {name: CheckResult(**check) for name, check in record["checks"].items()}
@@ -354,7 +385,7 @@ def read(path: Path) -> Evidence:
     """One record; raises EvidenceError when it is damaged or lies under a wrong name."""
     evidence = decode(path.read_bytes(), path)
     expected = path_of(evidence.cell["id"])
-    if path.parts[-2:] != expected.parts:
+    if not f"/{path.as_posix()}".endswith(f"/{expected}"):
         raise EvidenceError(f"{path}: holds the record of {evidence.cell['id']}, see {expected}")
     return evidence
 

@@ -213,7 +213,7 @@ class Explainer:
             (WORKING.index(self.explained[cell.id][0]), not is_near(cell), number, cell)
             for number, cell in enumerate(cells)
             if self.explained[cell.id][0] in WORKING
-            and cell.claim != "refused"
+            and cell.claim not in ("refused", "failing")
             and not self.tables.checkpoints[cell.checkpoint].reference.startswith("/")
         ]
         return min(ranked, key=lambda rank: rank[:3])[3] if ranked else None

@@ -77,14 +77,19 @@ def watch_layers(pipeline: Any, made: Plan, base: Plan) -> Iterator[LayerErrors]
             transformer = getattr(pipeline, name)
             for module in part.layers:
                 layer = transformer.get_submodule(module)
-                hook = _make_hook(module, reader, checkpoint.tensors, layers)
+                hook = make_hook(module, reader, checkpoint.tensors, layers)
                 stack.callback(layer.register_forward_hook(hook).remove)
         yield errors
 
 
-def _make_hook(
+def make_hook(
     module: str, reader: TensorReader, known: Mapping[str, object], errors: dict[str, float]
 ) -> Any:
+    """A forward hook that puts the error of a layer's first call into `errors[module]`.
+
+    Weight and bias are read from the base checkpoint, whose tensors are `known` by name.
+    """
+
     def compare(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         if module in errors:
             return

@@ -2,12 +2,14 @@
 
 | life            | meaning |
 | --------------- | ------- |
-| `fresh`         | every check of the claim passed, and nothing below has changed since |
+| `fresh`         | every check of the claim passed (of a `failing` one: its check failed), and nothing below |
+|                 | has changed since |
 | `contradicting` | fresh, and a check failed: claim and run differ, in whichever direction |
 | `stale`         | the row, the code path, a library or the calendar went on: to be run again |
 | `missing`       | no record, or not every check was run |
 
-A claimed refusal that starts to work contradicts as much as a working row that gets worse. Old
+A claimed refusal or failure that starts to work contradicts as much as a working row that gets
+worse. Old
 failures are stale, not contradicting: nobody knows whether they still hold.
 
 Everything is a function of its arguments. `Now` carries what changes by itself, so whoever renders
@@ -22,7 +24,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import TYPE_CHECKING
 
-from quantmatrix.states import explain_state
+from quantmatrix.states import explain_state, fails_as_claimed
 
 if TYPE_CHECKING:
     from quantmatrix.evidence import Evidence
@@ -72,7 +74,7 @@ def judge_explained(explained: tuple[str, str], evidence: Evidence | None, now: 
     changes += list_changes(evidence, now)
     if changes:
         return Judgement("stale", tuple(changes))
-    if state == "failing":
+    if state == "failing" and not fails_as_claimed(evidence):
         return Judgement("contradicting", (reason,))
     if state == "unproven":
         return Judgement("missing", (reason,))

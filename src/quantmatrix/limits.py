@@ -1,40 +1,54 @@
-"""Limits: how far a quantized run may be from the BF16 run, and the measurement behind each number.
+"""Limits: how far a quantized run may be from the BF16 run, and the measurements behind each number.
 
-`reports/limits.csv` holds one sample per class of arithmetic and model: the worst step of the worst
-cell that was measured, with the cell's id. A run may have `MARGIN` times the error of its sample:
-1.5 times the amplitude is 3.5 dB of PSNR, 1.5 times the relative L2 and 2.25 times `1 - cosine`.
-The margin is for other instruction sets, whose BF16 runs differ by 50 to 64 dB among themselves.
+Every limit is the loosest of three sources, metric by metric, and says which of them decided:
+
+| source     | psnr, cosine, relative L2 of the worst step | relative L2 of a layer on its own input |
+| ---------- | ------------------------------------------- | --------------------------------------- |
+| `rounding` | no bound that says anything                 | what the number format alone may give   |
+| `spread`   | the model's BF16 run against its FP32 run   | the worst BF16 layer against FP32       |
+| `measured` | `MARGIN` times the error of the sample      | the same                                |
+
+`rounding_model` derives the first, `spread` measures the second: a quantized run is not asked to be
+nearer to BF16 than rounding lets it, nor than BF16 is to the exact run. The sample is the worst
+step of the worst cell that was measured, with the cell's id: 1.5 times the amplitude is 3.5 dB of
+PSNR, 1.5 times the relative L2 and 2.25 times `1 - cosine`. The margin is for other instruction
+sets, whose BF16 runs differ by 50 to 64 dB among themselves.
 
 The *class* of a run names the weight format and the arithmetic of its layers (`e4m3 W8A8`; several
 are joined by ` + `). A class that was measured on other models only borrows the worst of those
 samples, and says so; a class that was never measured has no limit, and its cells fail until
 somebody measures it from their evidence: `python -m quantmatrix.limits reports/evidence
 reports/limits.csv`. Where stand-ins or arithmetic changed on purpose, `--anew` takes what failed,
-too. What is loosened is printed, and the file is reviewed like any other claim.
+too. What is loosened is printed, and the files (see `limit_samples`) are reviewed like any claim.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from quantmatrix import evidence as records
-from quantmatrix.errors import QuantmatrixError
 from quantmatrix.evidence import Evidence
+from quantmatrix.limit_samples import (
+    SPREADS,
+    LimitsError,
+    Sample,
+    Spread,
+    read_samples,
+    read_spreads,
+    write_rows,
+)
+from quantmatrix.rounding_model import bound_class
 
 MARGIN = 1.5
 """Accepted error, as a multiple of the sample's."""
-
-
-class LimitsError(QuantmatrixError, LookupError):
-    """No limit is known, or the file of samples is damaged."""
+SIGNS = {"psnr_db": -1, "cosine": -1, "relative_l2": 1, "layer_error": 1}
+"""Metrics, and whether a larger value is looser (1) or tighter (-1)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,9 @@ class Limits:
     layer_error: float = math.inf
     """Largest accepted relative L2 error of one layer on its own input."""
     source: str = ""
-    """Where the numbers come from."""
+    """Where the numbers come from: the three sources, and which of them decided."""
+    decided: str = ""
+    """`measured`, and what else decided which metric."""
 
     def to_json(self) -> dict[str, Any]:
         """The bounds as evidence keeps them."""
@@ -61,87 +77,112 @@ class Limits:
             "layer_error": {"at_most": round(self.layer_error, 6)},
             "identical": False,
             "source": self.source,
+            "decided": self.decided,
         }
 
 
 @dataclass(frozen=True)
-class Sample:
-    """The worst values that were measured for one class on one model."""
+class Ledger:
+    """Every sample and spread of a project; what limits are found in."""
 
-    kind: str
-    """The class of arithmetic."""
-    model: str
-    psnr_db: float
-    cosine: float
-    relative_l2: float
-    layer_error: float
-    cell: str
-    """Id of the cell with the lowest PSNR."""
-    cells: int
-    """How many cells were looked at."""
-    torch: str
+    samples: Sequence[Sample]
+    spreads: Mapping[str, Spread] = field(default_factory=dict)
 
-    def to_limits(self, note: str = "") -> Limits:
-        """The limits that follow from the sample."""
-        return Limits(
-            psnr_db=self.psnr_db - 20.0 * math.log10(MARGIN),
-            cosine=1.0 - MARGIN**2 * (1.0 - self.cosine),
-            relative_l2=self.relative_l2 * MARGIN,
-            layer_error=self.layer_error * MARGIN,
-            source=f"{MARGIN:g} x the error of {self.cell} (torch {self.torch}){note}",
+    def find(self, kind: str, model: str) -> Limits:
+        """The limits of a class on a model; LimitsError when the class was never measured."""
+        of_kind = [sample for sample in self.samples if sample.kind == kind]
+        if not of_kind:
+            raise LimitsError(
+                f"no limits for {kind or 'a run without quantized layers'} on {model}: measure "
+                "first, `python -m quantmatrix.limits reports/evidence reports/limits.csv`"
+            )
+        own = next((sample for sample in of_kind if sample.model == model), None)
+        spread = self.spreads.get(model)
+        if own is not None:
+            return join_sources(own, spread)
+        worst = min(of_kind, key=lambda sample: sample.psnr_db)
+        return join_sources(worst, spread, f", borrowed from {worst.model}")
+
+    def list_limits(self) -> list[tuple[Sample, Limits]]:
+        """Every sample with the limits that follow from it."""
+        return [(s, join_sources(s, self.spreads.get(s.model))) for s in self.samples]
+
+    def settle(self) -> Ledger:
+        """The same with the columns that follow: the margin and `rounding`, then `decided`."""
+        known = [
+            replace(s, margin=MARGIN, rounding=float(f"{bound_class(s.kind):.6g}"))
+            for s in self.samples
+        ]
+        joined = replace(self, samples=known).list_limits()
+        return replace(self, samples=[replace(s, decided=found.decided) for s, found in joined])
+
+
+def read(path: Path) -> Ledger:
+    """The ledger of a limits.csv and the spread.csv beside it; empty when there is neither.
+
+    LimitsError for a damaged line, for one that was edited by hand (what follows from the sample no
+    longer does), and for a model whose spread nobody measured.
+    """
+    ledger = Ledger(read_samples(path), read_spreads(path.with_name(SPREADS)))
+    remedy = "measure with `quantmatrix thresholds --measure-spread` and `python -m "
+    remedy += "quantmatrix.limits reports/evidence reports/limits.csv`"
+    for told, due in zip(ledger.samples, ledger.settle().samples, strict=True):
+        if told.model not in ledger.spreads:
+            raise LimitsError(f"{path}: no spread of {told.model} in {SPREADS}; {remedy}")
+        if told != due:
+            names = [name for name in vars(due) if getattr(told, name) != getattr(due, name)]
+            wrong = [f"{n} is {getattr(told, n)!r}, not {getattr(due, n)!r}" for n in names]
+            raise LimitsError(f"{path}: {told.kind} on {told.model}: {', '.join(wrong)}; {remedy}")
+    return ledger
+
+
+def list_sources(sample: Sample, spread: Spread | None) -> dict[str, dict[str, float]]:
+    """What each source gives for each metric, by the source's name; `measured` comes first."""
+    sources = {
+        "measured": {
+            "psnr_db": sample.psnr_db - 20.0 * math.log10(sample.margin),
+            "cosine": 1.0 - sample.margin**2 * (1.0 - sample.cosine),
+            "relative_l2": sample.relative_l2 * sample.margin,
+            "layer_error": sample.layer_error * sample.margin,
+        }
+    }
+    if spread is not None:
+        sources["spread"] = {name: getattr(spread, name) for name in SIGNS}
+    if sample.rounding:
+        sources["rounding"] = {"layer_error": sample.rounding}
+    return sources
+
+
+def join_sources(sample: Sample, spread: Spread | None, note: str = "") -> Limits:
+    """The loosest of the sources, metric by metric; the first named of equal ones decides."""
+    sources = list_sources(sample, spread)
+    decided = {}
+    for metric, sign in SIGNS.items():
+        known = [source for source, values in sources.items() if metric in values]
+        decided[metric] = max(known, key=lambda name: sign * sources[name][metric])
+    others = [f"{metric} by {name}" for metric, name in decided.items() if name != "measured"]
+    words = ", ".join(["measured", *others] if len(others) < len(decided) else others)
+    told = [
+        f"measured: {sample.margin:g} x the error of {sample.cell} (torch {sample.torch}){note}"
+    ]
+    if spread is not None:
+        told.append(
+            f"spread: BF16 is {spread.psnr_db:g} dB, cosine {spread.cosine:g}, relative L2 "
+            f"{spread.relative_l2:g} and in a layer {spread.layer_error:g} away from FP32 "
+            f"(torch {spread.torch}, {spread.made[:10]})"
         )
+    if sample.rounding:
+        told.append(f"rounding: {sample.rounding:g} in a layer")
+    return Limits(
+        **{metric: sources[name][metric] for metric, name in decided.items()},
+        source="; ".join(told),
+        decided=words,
+    )
 
 
 def name_class(layers: Iterable[tuple[str, str]]) -> str:
     """The class of a run whose quantized layers have these (weight format, arithmetic)."""
     return " + ".join(sorted({f"{weight} {numerics}" for weight, numerics in layers}))
-
-
-def find_limits(samples: Sequence[Sample], kind: str, model: str) -> Limits:
-    """The limits of a class on a model; LimitsError when the class was never measured."""
-    of_kind = [sample for sample in samples if sample.kind == kind]
-    if not of_kind:
-        raise LimitsError(
-            f"no limits for {kind or 'a run without quantized layers'} on {model}: measure first, "
-            "`python -m quantmatrix.limits reports/evidence reports/limits.csv`"
-        )
-    own = next((sample for sample in of_kind if sample.model == model), None)
-    if own is not None:
-        return own.to_limits()
-    worst = min(of_kind, key=lambda sample: sample.psnr_db)
-    return worst.to_limits(f", borrowed from {worst.model}")
-
-
-def read_samples(path: Path) -> list[Sample]:
-    """The samples of a file, none when there is no file; LimitsError names a damaged line."""
-    return parse_samples(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else []
-
-
-def parse_samples(text: str, name: str) -> list[Sample]:
-    """The samples of a file's text; LimitsError names a damaged line of `name`."""
-    kinds = {"float": float, "int": int, "str": str}
-    columns = {column.name: kinds[str(column.type)] for column in fields(Sample)}
-    found = []
-    rows = csv.DictReader(io.StringIO(text))
-    if rows.fieldnames != list(columns):
-        raise LimitsError(f"{name}:1: expected the columns {','.join(columns)}")
-    for row in rows:
-        try:
-            found.append(Sample(**{key: kind(row[key]) for key, kind in columns.items()}))
-        except (TypeError, ValueError) as error:
-            raise LimitsError(f"{name}:{rows.line_num}: {error}") from error
-    return found
-
-
-def write_samples(samples: Iterable[Sample]) -> str:
-    """The text of a file of samples, sorted."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    names = [column.name for column in fields(Sample)]
-    writer.writerow(names)
-    for sample in sorted(samples, key=lambda s: (s.kind, s.model)):
-        writer.writerow([getattr(sample, name) for name in names])
-    return stream.getvalue()
 
 
 def collect_samples(evidence: Mapping[str, Evidence], *, anew: bool = False) -> list[Sample]:
@@ -181,29 +222,37 @@ def collect_samples(evidence: Mapping[str, Evidence], *, anew: bool = False) -> 
     return samples
 
 
-def list_loosened(older: Iterable[Sample], newer: Iterable[Sample]) -> list[str]:
-    """Limits that became wider or vanished, in words."""
-    now = {(sample.kind, sample.model): sample for sample in newer}
+def list_loosened(older: Ledger, newer: Ledger) -> list[str]:
+    """Limits that became wider or vanished, from whichever source, in words."""
+    now = {(sample.kind, sample.model): found for sample, found in newer.list_limits()}
     lines = []
-    for old in older:
-        new = now.get((old.kind, old.model))
+    for sample, old in older.list_limits():
+        where = f"{sample.kind} on {sample.model}"
+        new = now.get((sample.kind, sample.model))
         if new is None:
-            lines.append(f"{old.kind} on {old.model}: no longer measured")
+            lines.append(f"{where}: no longer measured")
             continue
-        changes = []
-        if new.psnr_db < old.psnr_db:
-            changes.append(
-                f"{old.psnr_db:.2f} dB ({old.cell}) -> {new.psnr_db:.2f} dB ({new.cell})"
-            )
-        if new.cosine < old.cosine:
-            changes.append(f"cosine {old.cosine:g} -> {new.cosine:g}")
-        for name in ("relative_l2", "layer_error"):
-            before, after = getattr(old, name), getattr(new, name)
-            if after > before:
-                changes.append(f"{name} {before:g} -> {after:g}")
+        changes = [
+            f"{metric} {getattr(old, metric):.6g} -> {getattr(new, metric):.6g}"
+            for metric, sign in SIGNS.items()
+            if sign * (getattr(new, metric) - getattr(old, metric)) > 0
+        ]
         if changes:
-            lines.append(f"{old.kind} on {old.model}: {', '.join(changes)}")
+            lines.append(f"{where}: {', '.join(changes)} (was {old.source}; is {new.source})")
     return lines
+
+
+def write(ledger: Ledger, path: Path) -> list[str]:
+    """Settle a ledger and write limits.csv and spread.csv; returns what is looser than before."""
+    before = Ledger(read_samples(path), read_spreads(path.with_name(SPREADS)))
+    settled = ledger.settle()
+    texts = {path: write_rows(Sample, settled.samples)}
+    texts[path.with_name(SPREADS)] = write_rows(Spread, settled.spreads.values())
+    for place, text in texts.items():
+        temporary = place.with_name(f".{place.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(place)
+    return list_loosened(before, settled)
 
 
 def main(words: Sequence[str]) -> int:
@@ -214,9 +263,9 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--anew", action="store_true", help="count cells that failed, too")
     given = parser.parse_args(words)
     samples = collect_samples(records.read_folder(given.evidence), anew=given.anew)
-    for line in list_loosened(read_samples(given.samples), samples):
+    ledger = Ledger(samples, read_spreads(given.samples.with_name(SPREADS)))
+    for line in write(ledger, given.samples):
         print(f"loosened: {line}")
-    given.samples.write_text(write_samples(samples), encoding="utf-8")
     print(f"{given.samples}: {len(samples)} samples")
     return 0
 

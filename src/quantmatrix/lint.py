@@ -337,7 +337,10 @@ def check_claim(table: Table[CaseRow], line: int, row: CaseRow, tables: Matrix) 
         if row.checks != ("refuse",):
             table.note(line, f"checks: a refused row has the check refuse, not {row.checks}")
         return
-    if row.rule:
+    if row.claim == "failing":
+        if row.rule not in row.checks or not row.notes:
+            table.note(line, "a failing row needs one of its checks as rule, the reason in notes")
+    elif row.rule:
         table.note(line, f"rule: {row.rule}, but the row is not refused")
     if "refuse" in row.checks:
         table.note(line, "checks: refuse, but the row is not refused")

@@ -17,6 +17,7 @@ more than one. A blank backend is the one that the hardware runs by default. Cla
 | `validated` | the quantization guide says that it works |
 | `expected`  | we say so, beyond the guide |
 | `refused`   | it must end in the refusal `rule`; `notes` tell why |
+| `failing`   | it is known not to work: the check that `rule` names fails; `notes` tell why |
 | `planned`   | nobody says so yet; `notes` tell what is missing |
 
 Nothing here writes into the tables. Only the standard library is needed, so that commands and test
@@ -35,7 +36,7 @@ from typing import Any
 
 from quantmatrix.errors import QuantmatrixError
 
-CLAIMS = ("validated", "expected", "refused", "planned")
+CLAIMS = ("validated", "expected", "refused", "failing", "planned")
 CHECKS = ("load", "latents", "generate", "refuse", "bench", "trace")
 VENDORS = ("cpu", "nvidia", "amd", "ascend")
 SELECTORS: Mapping[str, tuple[str, ...]] = {

@@ -92,7 +92,7 @@ class Mutator:
 
     def __init__(self, tables: Matrix, samples: Path) -> None:
         self.tables = tables
-        self.samples = limits.read_samples(samples)
+        self.limits = limits.read(samples)
         self.bench = Workbench(tables)
 
     def run(self, cells: Sequence[Cell], faults: Sequence[Fault], say: Callable[[str], None]) -> (
@@ -193,7 +193,7 @@ class Mutator:
         """What the gates that look at a run say."""
         pieces = [piece for part in made.components.values() for piece in part.pieces()]
         kind = limits.name_class((piece.scheme.weight, piece.numerics) for piece in pieces)
-        allowed = limits.find_limits(self.samples, kind, cell.model)
+        allowed = self.limits.find(kind, cell.model)
         found = {}
         if why := compare.find_degeneration(compare.stack_frames(run.media)):
             found["generate"] = why

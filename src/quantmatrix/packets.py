@@ -11,6 +11,7 @@ A packet is one folder:
 So a packet is an evidence folder, too: what `check` finds sound, `quantmatrix evidence merge` takes.
 `check` believes nothing that it can compute: digests of files, metrics of every step (within one
 unit of the sixth digit), the digest of the latents, and the verdict under this project's limits.
+Pictures, and the distances of media, are not in the latents: of those only the form is checked.
 """
 
 from __future__ import annotations
@@ -81,12 +82,18 @@ def make(tables: Matrix, cell: Cell, folder: Path, *, tiny: bool = False) -> Pat
 
 def measure(cell: Cell, baseline: Run, run: Run) -> CheckResult:
     """The latents check of a run: metrics, this project's limits, and the verdict."""
-    from quantmatrix import compare, limits
+    from quantmatrix import compare, image_metrics, limits, thumbnails
 
     steps = compare.compare_trajectories(baseline.latents, run.latents)
     pieces = [piece for part in run.plan.components.values() for piece in part.pieces()]
     kind = limits.name_class((piece.scheme.weight, piece.numerics) for piece in pieces)
-    metrics = {**compare.summarize(steps), "class": kind}
+    frames = [compare.stack_frames(one.media) for one in (baseline, run)]
+    metrics = {
+        **compare.summarize(steps),
+        "class": kind,
+        "media": image_metrics.measure_frames(*frames),
+        "thumbnails": thumbnails.draw(*frames),
+    }
     allowed = find_limits(kind, cell.model)
     if allowed is None:
         why = f"no limits for {kind} on {cell.model}: measured, not judged"
@@ -97,13 +104,17 @@ def measure(cell: Cell, baseline: Run, run: Run) -> CheckResult:
 
 
 def find_limits(kind: str, model: str) -> Limits | None:
-    """This project's limits of a class of arithmetic, or None when it was never measured."""
-    from quantmatrix import limits, report
+    """This project's limits of a class of arithmetic, or None when it was never measured.
 
+    LimitsError when the file of samples is damaged.
+    """
+    from quantmatrix import limits, report
+    from quantmatrix.limit_samples import LimitsError
+
+    ledger = limits.read(report.default_folder() / "limits.csv")
     try:
-        samples = limits.read_samples(report.default_folder() / "limits.csv")
-        return limits.find_limits(samples, kind, model)
-    except limits.LimitsError:
+        return ledger.find(kind, model)
+    except LimitsError:
         return None
 
 

@@ -1,6 +1,6 @@
 """Page data: what `reports/index.html` knows, as plain data that is small and in a fixed order.
 
-A matrix of thousands of cells repeats itself: machines, versions, limits and plans are put in
+A matrix of thousands of cells repeats itself: machines, versions, limits, plans and pictures are in
 `shared` once, and a record refers to them by their place in that list.
 
 | key           | content |
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from quantmatrix import evidence as records
 from quantmatrix.bench_pages import describe_result
 from quantmatrix.states import STATES
+from quantmatrix.thumbnails import KEYS, PICTURES
 
 if TYPE_CHECKING:
     from quantmatrix.evidence import CheckResult, Evidence
@@ -41,9 +42,10 @@ COMPONENT_FACTS = (
 """What of a planned component is shown; paths are not."""
 UNTOLD_METRICS = ("steps", "thumbnails", "final")
 """Metrics that have a form of their own on the page, or that others repeat."""
-THUMBNAILS = ("baseline", "quantized", "difference")
-"""Pictures that a record may hold, each a PNG as a data URI, below `metrics.thumbnails`."""
-PNG = "data:image/png;base64,"
+
+
+PICTURE_BYTES = 4 * 2**20
+"""Pictures that the page holds, as text, in the order of cells; the rest stays in the records."""
 
 
 class Shared:
@@ -52,6 +54,8 @@ class Shared:
     def __init__(self) -> None:
         self.values: list[Any] = []
         self._places: dict[str, int] = {}
+        self._pictures: dict[str, int] = {}
+        self._room = PICTURE_BYTES
 
     def put(self, value: Any) -> int:
         """The place of a value in the list."""
@@ -60,6 +64,18 @@ class Shared:
             self._places[key] = len(self.values)
             self.values.append(value)
         return self._places[key]
+
+    def put_pictures(self, pictures: Sequence[str]) -> list[int]:
+        """The places of pictures, or none of them where the page has no room for all."""
+        new = [p for p in dict.fromkeys(pictures) if p not in self._pictures]
+        cost = sum(map(len, new))
+        if cost > self._room:
+            return []
+        self._room -= cost
+        for picture in new:
+            self._pictures[picture] = len(self.values)
+            self.values.append(picture)
+        return [self._pictures[picture] for picture in pictures]
 
 
 def collect(joined: Joined) -> dict[str, Any]:
@@ -90,7 +106,7 @@ def collect(joined: Joined) -> dict[str, Any]:
                 cell.claim,
                 cell.rule,
                 joined.reasons[cell.id] or cell.notes,
-                cell.shell(tables),
+                joined.commands[cell.id],
                 place,
             ]
         )
@@ -145,7 +161,11 @@ def describe_record(record: Evidence, shared: Shared) -> dict[str, Any]:
 
 
 def describe_check(name: str, check: CheckResult, shared: Shared) -> dict[str, Any]:
-    """A check: verdict, message, metrics and limits as pairs, steps, and pictures if there are."""
+    """A check: verdict, message, metrics and limits as pairs, steps, and pictures if there are.
+
+    Limits and pictures are places in `shared`: rows of one model have one BF16 picture. A list
+    without pictures means that there are some, in the record only.
+    """
     told: dict[str, Any] = {
         "name": name,
         "verdict": check.verdict,
@@ -157,10 +177,9 @@ def describe_check(name: str, check: CheckResult, shared: Shared) -> dict[str, A
     if isinstance(steps, Sequence) and steps:
         told["steps"] = [[step.get(metric) for metric in STEP_METRICS] for step in steps]
     pictures = check.metrics.get("thumbnails")
-    if isinstance(pictures, Mapping):
-        found = [str(pictures.get(kind, "")) for kind in THUMBNAILS]
-        if all(picture.startswith(PNG) for picture in found):
-            told["pictures"] = found
+    if isinstance(pictures, Mapping) and set(pictures) == KEYS:
+        told["pictures"] = shared.put_pictures([pictures[kind] for kind in PICTURES])
+        told["gain"], told["shown"] = pictures["gain"], pictures["shown"]
     return told
 
 
@@ -173,7 +192,9 @@ def flatten(
         item = value[name]
         if name in without or item is None or item == "":
             continue
-        if isinstance(item, dict):
+        if isinstance(item, (str, float, int)):  # most are
+            found.append((f"{base}{name}", item))
+        elif isinstance(item, dict):
             found += flatten(item, (), f"{base}{name}.")
         elif isinstance(item, (list, tuple)):
             if item:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix import bench_pages
 from quantmatrix import evidence as records
-from quantmatrix.states import AGREEING, STATES
+from quantmatrix.states import AGREEING, STATES, fails_as_claimed
 
 if TYPE_CHECKING:
     from quantmatrix.bench_results import Result
@@ -51,11 +51,19 @@ class Joined:
         self.evidence = {c.id: evidence[c.id] for c in tables.cells if c.id in evidence}
         self.states = {name: state for name, (state, _) in explained.items()}
         self.reasons = {name: reason for name, (_, reason) in explained.items()}
+        self.commands = {cell.id: cell.shell(tables) for cell in tables.cells}
 
     def count(self, cells: Iterable[Cell]) -> dict[str, int]:
         """Cells per state, in the order of STATES."""
         found = Counter(self.states[cell.id] for cell in cells)
         return {state: found[state] for state in STATES if found[state]}
+
+    def agrees(self, cell: Cell) -> bool:
+        """Whether claim and record say the same, a failure that is claimed included."""
+        state = self.states[cell.id]
+        return state in AGREEING or (
+            state == "failing" and fails_as_claimed(self.evidence[cell.id])
+        )
 
     def link(self, cell: Cell, text: str, base: str) -> str:
         """Markdown link to the cell's record, or the text alone when there is none."""
@@ -90,7 +98,7 @@ def write_overview(joined: Joined) -> str:
     """support-matrix.md: the picture, the counts, and the guide's two tables with our proof."""
     tables = joined.tables
     claims = [cell for cell in tables.cells if cell.claim != "planned"]
-    agreeing = sum(joined.states[cell.id] in AGREEING for cell in claims)
+    agreeing = sum(joined.agrees(cell) for cell in claims)
     share = f"{100 * agreeing / len(claims):.1f} %" if claims else "no"
     counts = joined.count(tables.cells)
     picture = "![Support matrix: quant family by hardware](support-matrix.svg)"

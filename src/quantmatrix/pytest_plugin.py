@@ -36,7 +36,13 @@ from quantmatrix.device_scheduling import CELLS, Workers, read_worker
 from quantmatrix.errors import MachineError, UsageError
 from quantmatrix.evidence import path_of, remove_leftovers
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, GATE_LOOSENED, NOTHING_COLLECTED
-from quantmatrix.outcomes import Outcomes, classify, find_loosened, mark_problem
+from quantmatrix.outcomes import (
+    Outcomes,
+    classify,
+    expect_failure,
+    find_loosened,
+    mark_problem,
+)
 from quantmatrix.recorder import Proof, Recorder
 from quantmatrix.selection import FILTERS, EmptySelection
 
@@ -318,7 +324,9 @@ class Harness:
         message = call.excinfo.exconly(tryshort=True)[:2000] if call.excinfo else ""
         verdict = "pass" if report.passed else "fail"
         self.recorder.add(item.cell, item.check, verdict, message, item.proof)
-        if verdict == "pass":
+        if item.cell.claim == "failing" and item.cell.rule == item.check and call.when == "call":
+            expect_failure(item, report)
+        elif verdict == "pass":
             self.compare_with_committed(item, report)
 
     def compare_with_committed(self, item: CellItem, report: pytest.TestReport) -> None:

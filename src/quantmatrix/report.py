@@ -206,7 +206,7 @@ def write_csv(joined: Joined) -> str:
                 show_number(worst.get("psnr_db")),
                 show_number(worst.get("cosine")),
                 record.made if record else "",
-                cell.shell(joined.tables),
+                joined.commands[cell.id],
             ]
         )
     return stream.getvalue()

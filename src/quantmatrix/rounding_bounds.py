@@ -28,10 +28,15 @@ from quantmatrix.kernels import Tensors
 from quantmatrix.load import TensorReader, read_layer, select_rows
 from quantmatrix.planning import ComponentPlan, Piece, Plan
 from quantmatrix.references import fetch
+from quantmatrix.rounding_model import LARGEST_CODE, TOP_GAP
 from quantmatrix.scheme import Scheme
 
-BOUNDS = {"e4m3": 1 / 28, "e2m1": 1 / 6 + 1 / 16, "int8": 1 / 254, "int4": 1 / 14}
-LARGEST_CODE = {"e2m1": 6.0, "int4": 7.0}
+SCALE_ERRORS = {"e2m1": 1 / 16}
+"""Error of the scale itself, where it is kept in 8 bits."""
+BOUNDS = {
+    name: gap / (2 * LARGEST_CODE[name]) + SCALE_ERRORS.get(name, 0.0)
+    for name, gap in TOP_GAP.items()
+}
 MARGIN = 1.25
 
 

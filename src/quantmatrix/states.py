@@ -4,7 +4,7 @@
 | ---------- | ------- |
 | `proven`   | every check of the row passed, in a run of the row as it stands |
 | `refused`  | the row claims a refusal, and the plan was seen to refuse by that rule |
-| `failing`  | a check of the row failed |
+| `failing`  | a check of the row failed, or one that is claimed to fail passed |
 | `stale`    | there is a record, but the row or its checkpoint's row changed since |
 | `unproven` | claimed, and not every check was run |
 | `planned`  | nobody claims that it works yet |
@@ -45,6 +45,8 @@ def explain_state(cell: Cell, evidence: Evidence | None, tables: Matrix) -> tupl
         ]
         return "stale", "; ".join(changed) or f"the row of checkpoint {cell.checkpoint} changed"
     wanted = {name: evidence.checks[name] for name in cell.checks if name in evidence.checks}
+    if cell.claim == "failing" and cell.rule in wanted and wanted[cell.rule].verdict == "pass":
+        return "failing", f"{cell.rule}: claimed to fail, and it passes: change the claim"
     failed = [f"{name}: {r.message}" for name, r in wanted.items() if r.verdict != "pass"]
     if failed:
         return "failing", "; ".join(failed)
@@ -52,3 +54,10 @@ def explain_state(cell: Cell, evidence: Evidence | None, tables: Matrix) -> tupl
     if missing or not cell.checks:
         return "unproven", f"not run: {', '.join(missing) or 'the row names no check'}"
     return ("refused" if cell.claim == "refused" else "proven"), ""
+
+
+def fails_as_claimed(evidence: Evidence) -> bool:
+    """Whether a record shows what a `failing` row claims: its check failed, and no other."""
+    verdicts = {name: check.verdict for name, check in evidence.checks.items()}
+    failed = [name for name in evidence.cell["checks"] if verdicts.get(name) == "fail"]
+    return evidence.cell["claim"] == "failing" and failed == [evidence.cell["rule"]]

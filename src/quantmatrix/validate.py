@@ -33,8 +33,9 @@ import torch
 from quantmatrix import evidence as records
 from quantmatrix import hardware
 from quantmatrix.census import find_differences, find_undeclared
-from quantmatrix.compare import compare_media, compare_trajectories, find_worst, summarize
+from quantmatrix.compare import compare_trajectories, find_worst, summarize
 from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix.image_metrics import measure_media
 from quantmatrix.layer_errors import LayerErrors, watch_layers
 from quantmatrix.pipeline import build_pipeline
 from quantmatrix.planning import Plan, Refusal, plan
@@ -200,7 +201,7 @@ def describe_pair(pair: tuple[Run, Run]) -> dict[str, Any]:
         "prompt": run.prompt,
         "seed": run.seed,
         "latents": steps,
-        "media": compare_media(base.media, run.media),
+        "media": measure_media(base.media, run.media),
         "seconds": {"bf16": base.seconds, "quantized": run.seconds},
     }
 

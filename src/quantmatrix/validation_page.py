@@ -87,7 +87,7 @@ def list_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     """The findings in short lines: what a reader of a model card wants."""
     finals = [run["latents"]["final"] for run in report["runs"]]
     worst = [run["latents"]["worst"] for run in report["runs"]]
-    media = [run["media"]["psnr_db"] for run in report["runs"]]
+    media, ssim = ([run["media"][name] for run in report["runs"]] for name in ("psnr_db", "ssim"))
     speed, memory = report["speed"], report["memory"]
     layers = [
         f"{name}: {part['quantized']} of {part['linear_layers']} linear layers, {part['precision']}"
@@ -105,6 +105,7 @@ def list_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("latents, PSNR", f"{show_worst(finals, 'psnr_db')} dB after the last step"),
         ("latents, cosine", f"{show_worst(worst, 'cosine')} at the worst step"),
         ("pictures, PSNR", f"{show_least(media)} dB"),
+        ("pictures, SSIM", show_least(ssim)),
         ("files", f"{report['checkpoint']['bytes'] / MIB:,.1f} MiB"),
         ("weights in memory", f"{weights[0]:,.1f} MiB in BF16, {weights[1]:,.1f} MiB quantized"),
         ("seconds per run", f"{seconds[0]:.3g} in BF16, {seconds[1]:.3g} quantized"),

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from benched import DEVICE, bench_cell
 from observed import PROVEN, REFUSED, find, make_large, observe, observe_run
 from tables import write_tables
 
-from quantmatrix import matrix, report
+from quantmatrix import evidence as records
+from quantmatrix import matrix, page_data, report, thumbnails
 from quantmatrix.evidence import CheckResult, Evidence
 from quantmatrix.matrix import Matrix
 
 FAILING = "fp8-flux-2@cpu"
-PIXEL = (
-    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGA"
-    "WjR9awAAAABJRU5ErkJggg=="
-)
+FRAMES, HEIGHT, WIDTH = 5, 30, 41
+"""Of the clip whose pictures the proven cell shows."""
 
 
 def make_records(tables: Matrix) -> dict[str, Evidence]:
-    pictures = dict.fromkeys(("baseline", "quantized", "difference"), PIXEL)
+    noise = torch.Generator().manual_seed(0)
+    clip = torch.randint(0, 256, (FRAMES, HEIGHT, WIDTH, 3), generator=noise, dtype=torch.uint8)
     proven = observe_run(tables, find(tables, PROVEN))
-    shown = CheckResult("pass", {"thumbnails": pictures, "bf16_peak_bytes": 2**30})
-    proven = type(proven)(**{**vars(proven), "checks": {**proven.checks, "load": shown}})
+    latents = proven.checks["latents"]
+    pictures = thumbnails.draw(clip, clip.flip(0))
+    latents = replace(latents, metrics={**latents.metrics, "thumbnails": pictures})
+    loaded = CheckResult("pass", {"bf16_peak_bytes": 2**30})
+    proven = replace(proven, checks={**proven.checks, "load": loaded, "latents": latents})
+    proven = records.decode(records.encode(proven))  # a record as it lies on disk
     failing = observe(tables, FAILING, fails="generate", commit="<b>bold</b>")
     return {PROVEN: proven, FAILING: failing, REFUSED: observe(tables, REFUSED)}
 
@@ -110,6 +116,17 @@ def test_filters(page: Any, values: dict[str, str], count: int) -> None:
     assert len(choose(page)) == 8
 
 
+SIZE = "return [arguments[0].naturalWidth, arguments[0].naturalHeight]"
+COLOURS = """
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [arguments[0].naturalWidth, arguments[0].naturalHeight];
+  const context = canvas.getContext("2d");
+  context.drawImage(arguments[0], 0, 0);
+  const { data } = context.getImageData(0, 0, canvas.width, canvas.height);
+  return new Set(new Uint32Array(data.buffer)).size;
+"""
+
+
 def test_a_cell_opens_its_evidence(page: Any) -> None:
     text = open_cell(page, PROVEN)
     assert f"{PROVEN}: proven" in text
@@ -131,12 +148,22 @@ def test_a_cell_opens_its_evidence(page: Any) -> None:
     assert "limit 40.5" in curves[0].get_attribute("aria-label")
     assert len(curves[0].find_elements("css selector", "circle")) == 4
     pictures = page.find_elements("css selector", "#cell figure img")
-    assert [picture.get_attribute("alt").split()[0] for picture in pictures] == [
-        "BF16",
-        "quantized",
-        "difference",
+    shown = "frames 1, 3, 5 of 5"
+    names = [
+        f"BF16: {shown}",
+        f"quantized: {shown}",
+        f"difference, 8 times as strong, black is equal: {shown}",
     ]
-    assert all(run(page, "return arguments[0].naturalWidth", picture) == 1 for picture in pictures)
+    assert [picture.get_attribute("alt") for picture in pictures] == names
+    assert [picture.accessible_name for picture in pictures] == names
+    captions = page.find_elements("css selector", "#cell figure:has(img) figcaption")
+    assert [caption.text for caption in captions] == names
+    sizes = [run(page, SIZE, picture) for picture in pictures]
+    assert sizes == [[3 * WIDTH, HEIGHT]] * 3
+    colours = [run(page, COLOURS, picture) for picture in pictures]
+    assert colours[0] > 50
+    assert colours[1] > 50
+    assert 1 < colours[2] <= 16
 
 
 def test_a_cell_shows_speed_and_memory_beside_bf16(page: Any) -> None:
@@ -281,6 +308,18 @@ def test_light_and_dark_are_readable(page: Any, scheme: str) -> None:
         assert min(run(page, CONTRAST))[0] >= 4.5
     finally:
         page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_pictures_without_room_are_told_of(
+    browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_data, "PICTURE_BYTES", 0)
+    tables = matrix.read(write_tables(tmp_path / "matrix"))
+    (tmp_path / "index.html").write_bytes(report.render(tables, make_records(tables))["index.html"])
+    browser.get((tmp_path / "index.html").as_uri())
+    text = open_cell(browser, PROVEN)
+    assert "Its pictures are in the record" in text
+    assert not browser.find_elements("css selector", "#cell img")
 
 
 def test_the_committed_page_opens(browser: Any) -> None:

@@ -23,13 +23,14 @@ SAMPLES = Path(__file__).parents[2] / "reports" / "limits.csv"
 
 @pytest.mark.check("latents")
 def test_latents(cell: Cell, job: Job, workbench: Workbench, proof: Proof) -> None:
-    from quantmatrix import compare, limits, rounding_bounds
+    from quantmatrix import compare, image_metrics, limits, rounding_bounds, thumbnails
 
     baseline = workbench.baseline(cell, job.request)
     run = workbench.run(job.request, job.plan)
     alone, errors = workbench.run_watched(cell, job.request, job.plan)
     again = workbench.run(job.request, job.plan) if job.plan.processes > 1 else alone
     steps = compare.compare_trajectories(baseline.latents, run.latents)
+    frames = [compare.stack_frames(one.media) for one in (baseline, run)]
     pieces = [piece for part in job.quantized.values() for piece in part.pieces()]
     kind = limits.name_class((piece.scheme.weight, piece.numerics) for piece in pieces)
     proof.metrics.update(
@@ -37,7 +38,8 @@ def test_latents(cell: Cell, job: Job, workbench: Workbench, proof: Proof) -> No
             **compare.summarize(steps),
             "class": kind,
             "layers": errors.to_json(),
-            "media": compare.compare_media(baseline.media, run.media),
+            "media": image_metrics.measure_frames(*frames),
+            "thumbnails": thumbnails.draw(*frames),
             "repeats": compare.digest_latents(run.latents) == compare.digest_latents(again.latents),
             "quantized_layers": {part: sum(found.values()) for part, found in run.census.items()},
             "transformer_calls": run.calls,
@@ -49,7 +51,7 @@ def test_latents(cell: Cell, job: Job, workbench: Workbench, proof: Proof) -> No
         uncalled = set(part.layers) - set(errors.found[name])
         assert not uncalled, f"layers of {name} that no step called: {sorted(uncalled)}"
     assert proof.metrics["repeats"], "the same seed gave other bits the second time"
-    allowed = limits.find_limits(limits.read_samples(SAMPLES), kind, cell.model)
+    allowed = limits.read(SAMPLES).find(kind, cell.model)
     proof.limits.update({**allowed.to_json(), "repeats": True})
     problems = [*compare.judge(steps, allowed), *judge_layers(job, errors, allowed.layer_error)]
     if workbench.tiny:  # a real checkpoint's codes may be searched for instead of rounded

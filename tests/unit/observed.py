@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from tables import CASES, write_tables
 
 from quantmatrix import evidence as records
-from quantmatrix import matrix
+from quantmatrix import matrix, thumbnails
 from quantmatrix.evidence import CheckResult, Evidence
 from quantmatrix.matrix import Cell, Matrix
 
@@ -55,6 +57,7 @@ def observe_run(tables: Matrix, cell: Cell, steps: int = 4) -> Evidence:
         "layers": {"transformer": layers},
         "media": {"psnr_db": 39.8, "mean_abs": 1.8},
         "repeats": True,
+        "thumbnails": fake_pictures(cell.id),
     }
     limits = {"psnr_db": {"at_least": 40.5}, "relative_l2": {"at_most": 0.06}, "source": "samples"}
     plan = {
@@ -86,6 +89,16 @@ def observe_run(tables: Matrix, cell: Cell, steps: int = 4) -> Evidence:
         timings={"denoise": 0.25, "generate": 0.3, "decode": 0.05},
         made="2026-11-23T10:00:00Z",
     )
+
+
+def fake_pictures(name: str) -> dict[str, Any]:
+    """Thumbnails as large as those of a stand-in; the two that differ from cell to cell do."""
+    sizes = {"baseline": ("", 4400), "quantized": (name, 4400), "difference": (f"{name}-", 900)}
+    found: dict[str, Any] = {"gain": 8, "shown": "the picture"}
+    for kind, (seed, size) in sizes.items():
+        data = thumbnails.SIGNATURE + b"\0" + random.Random(seed).randbytes(size)
+        found[kind] = thumbnails.PNG + base64.b64encode(data).decode()
+    return found
 
 
 def make_large(folder: Path, rows: int = 1667) -> tuple[Matrix, dict[str, Evidence]]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from observed import fake_pictures
 
 from quantmatrix import evidence as records
 from quantmatrix.evidence import CheckResult, Evidence, EvidenceError
@@ -73,6 +74,34 @@ def test_only_finite_numbers(value: float, tmp_path: Path) -> None:
     ):
         records.write(make(checks={"load": check}), tmp_path)
     assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_a_file_with_other_numbers_is_refused(word: str, tmp_path: Path) -> None:
+    path = records.write(make(), tmp_path)
+    path.write_text(path.read_text().replace("0.25", word))
+    with pytest.raises(EvidenceError, match=r"decode\.json: timings\.load: .*not a finite number"):
+        records.read(path)
+
+
+def test_pictures_of_a_record_are_exactly_thumbnails(tmp_path: Path) -> None:
+    def hold(pictures: object) -> Evidence:
+        return make(checks={"latents": CheckResult("pass", {"thumbnails": pictures})})
+
+    whole = fake_pictures("a")
+    path = records.write(hold(whole), tmp_path)
+    assert records.read(path).checks["latents"].metrics["thumbnails"] == whole
+    where = r"checks\.latents\.metrics\.thumbnails: "
+    for wrong, why in (
+        ({**whole, "quantized": "https://example.org/x.png"}, "quantized: 'https"),
+        ({**whole, "trace": whole["baseline"]}, "expected an object with baseline"),
+        (None, "expected an object with baseline"),
+    ):
+        with pytest.raises(EvidenceError, match=where + why):
+            records.write(hold(wrong), tmp_path)
+    path.write_text(path.read_text().replace('"gain": 8', '"gain": "8"'))
+    with pytest.raises(EvidenceError, match=where + "gain: '8'"):
+        records.read(path)
 
 
 def test_only_plain_data() -> None:

@@ -18,6 +18,7 @@ LIGHT = (
     *("report", "states", "pages", "page_data", "page_html", "picture", "matrix_changes"),
     *("ratios", "bench_results", "bench_gate", "bench_pages", "bench_rows"),
     *("explain", "lifecycle", "agreement", "code_path", "census", "packets", "validation_page"),
+    *("limits", "limit_samples", "rounding_model", "thumbnails"),
 )
 HEAVY = {"torch", "diffusers", "transformers", "pandas", "accelerate", "numpy", "safetensors"}
 VENDOR = {"flashinfer", "nunchaku", "torch_npu", "triton", "humming", "comfy_kitchen", "modelopt"}
@@ -106,6 +107,7 @@ def test_only_the_command_line_reads_the_environment(module: str) -> None:
         ["report", "--check"],
         ["agreement"],
         ["bench", "--compare", "kept.json", "new.json"],
+        ["thresholds"],
         ["explain", "--checkpoint", "fp8-guide", "--hardware", "cpu"],
     ],
 )

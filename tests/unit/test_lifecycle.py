@@ -12,6 +12,7 @@ from observed import PROVEN, REFUSED, find, observe
 from tables import CASES, write_tables
 
 from quantmatrix import code_path, matrix
+from quantmatrix.evidence import CheckResult
 from quantmatrix.lifecycle import Now, judge, newest_date, shorten_version
 from quantmatrix.matrix import Matrix
 
@@ -40,6 +41,22 @@ def test_fresh_missing_and_contradicting(tables: Matrix) -> None:
     less = replace(record, checks={"load": record.checks["load"]})
     found = judge(find(tables, PROVEN), less, tables, now)
     assert (found.life, found.reason) == ("missing", "not run: latents")
+
+
+def test_a_claimed_failure_agrees_until_it_works(tmp_path: Path) -> None:
+    words = {"claim": "failing", "rule": "latents", "notes": "codes are read wrongly"}
+    tables = matrix.read(write_tables(tmp_path / "failing", [{**CASES[0], **words}]))
+    now = Now(TODAY)
+    assert life(tables, PROVEN, now, fails="latents") == ("fresh", "")
+    outdated = "latents: claimed to fail, and it passes: change the claim"
+    assert life(tables, PROVEN, now) == ("contradicting", outdated)
+    assert life(tables, PROVEN, now, fails="load") == ("contradicting", outdated)
+    record = observe(tables, PROVEN, fails="latents")
+    both = replace(record, checks={**record.checks, "load": CheckResult("fail", message="torn")})
+    found = judge(find(tables, PROVEN), both, tables, now)
+    assert (found.life, found.reason) == ("contradicting", "load: torn; latents: too far")
+    less = replace(record, checks={"load": record.checks["load"]})
+    assert judge(find(tables, PROVEN), less, tables, now).life == "missing"
 
 
 @pytest.mark.parametrize(

@@ -9,34 +9,40 @@ from pathlib import Path
 import pytest
 
 from quantmatrix import evidence as records
-from quantmatrix import limits
+from quantmatrix import limits, matrix
 from quantmatrix.evidence import CheckResult, Evidence
-from quantmatrix.limits import LimitsError, Sample
+from quantmatrix.limit_samples import LimitsError, Sample, Spread, read_samples
+from quantmatrix.limits import Ledger
 
 FLUX = Sample("e4m3 W8A8", "flux-1", 47.5, 0.9996, 0.03, 0.04, "a@cpu", 3, "2.13.0")
 WAN = replace(FLUX, model="wan-2-2", psnr_db=40.0, cell="b@cpu")
+MADE = {"processor": "some", "commit": "0" * 40, "made": "2026-11-26T20:00:00Z"}
+SPREAD = Spread("flux-1", 60.0, 0.9999, 0.01, 0.002, "a.b", 50, 4, "1x64x64", "2.13.0", **MADE)
+SPREADS = {"flux-1": SPREAD, "wan-2-2": replace(SPREAD, model="wan-2-2")}
+REPORTS = Path(__file__).parents[2] / "reports"
 
 
 def test_one_and_a_half_times_the_error_is_allowed() -> None:
-    found = limits.find_limits([FLUX, WAN], "e4m3 W8A8", "flux-1")
+    found = Ledger([FLUX, WAN]).find("e4m3 W8A8", "flux-1")
     assert found.psnr_db == pytest.approx(47.5 - 20 * math.log10(1.5))
     assert found.cosine == pytest.approx(1 - 2.25 * 0.0004)
     assert found.relative_l2 == pytest.approx(0.045)
     assert found.layer_error == pytest.approx(0.06)
-    assert found.source == "1.5 x the error of a@cpu (torch 2.13.0)"
+    assert found.source == "measured: 1.5 x the error of a@cpu (torch 2.13.0)"
+    assert found.decided == "measured"
     assert found.to_json()["psnr_db"] == {"at_least": round(found.psnr_db, 4)}
 
 
 def test_another_model_lends_its_worst_sample_and_is_named() -> None:
-    found = limits.find_limits([FLUX, WAN], "e4m3 W8A8", "z-image")
-    assert found.psnr_db == WAN.to_limits().psnr_db
+    found = Ledger([FLUX, WAN]).find("e4m3 W8A8", "z-image")
+    assert found.psnr_db == limits.join_sources(WAN, None).psnr_db
     assert found.source.endswith("borrowed from wan-2-2")
 
 
 @pytest.mark.parametrize("kind", ["e2m1 W4A4", ""])
 def test_a_class_that_was_never_measured_has_no_limit(kind: str) -> None:
     with pytest.raises(LimitsError, match="measure first"):
-        limits.find_limits([FLUX, WAN], kind, "flux-1")
+        Ledger([FLUX, WAN]).find(kind, "flux-1")
 
 
 def test_classes_are_named_by_their_layers() -> None:
@@ -77,45 +83,157 @@ def test_a_record_without_measured_layers_is_no_sample() -> None:
     assert limits.collect_samples({"a@cpu": record}) == []
 
 
+@pytest.mark.parametrize(
+    ("metric", "wide"),
+    [("psnr_db", 30.0), ("cosine", 0.9), ("relative_l2", 0.2), ("layer_error", 0.3)],
+)
+def test_a_wider_spread_decides(metric: str, wide: float) -> None:
+    """No run is asked to be nearer to BF16 than BF16 is to FP32; the spread has no margin."""
+    alone = Ledger([FLUX]).find("e4m3 W8A8", "flux-1")
+    tight = Ledger([FLUX], SPREADS).find("e4m3 W8A8", "flux-1")
+    found = Ledger([FLUX], {"flux-1": replace(SPREAD, **{metric: wide})}).find(
+        "e4m3 W8A8", "flux-1"
+    )
+    for name in limits.SIGNS:
+        assert getattr(tight, name) == getattr(alone, name)
+        assert getattr(found, name) == (wide if name == metric else getattr(alone, name))
+    assert tight.decided == "measured"
+    assert found.decided == f"measured, {metric} by spread"
+    assert "spread: BF16 is" in found.source
+    assert "(torch 2.13.0, 2026-11-26)" in found.source
+
+
+def test_rounding_decides_where_the_sample_is_nearer() -> None:
+    near = replace(FLUX, layer_error=0.03, rounding=0.051)
+    found = Ledger([near], SPREADS).find("e4m3 W8A8", "flux-1")
+    assert found.layer_error == 0.051
+    assert found.decided == "measured, layer_error by rounding"
+    assert found.source.endswith("rounding: 0.051 in a layer")
+    far = replace(near, layer_error=0.04)
+    assert Ledger([far], SPREADS).find("e4m3 W8A8", "flux-1").layer_error == pytest.approx(0.06)
+
+
+def test_a_borrowed_limit_has_the_spread_of_its_own_model() -> None:
+    spreads = {**SPREADS, "z-image": replace(SPREAD, model="z-image", psnr_db=20.0)}
+    assert Ledger([FLUX, WAN], spreads).find("e4m3 W8A8", "z-image").psnr_db == 20.0
+
+
 def test_samples_read_back(tmp_path: Path) -> None:
     path = tmp_path / "limits.csv"
-    path.write_text(limits.write_samples([WAN, FLUX]))
-    assert limits.read_samples(path) == [FLUX, WAN]
+    assert limits.write(Ledger([WAN, FLUX], SPREADS), path) == []
+    found = limits.read(path)
+    assert [sample.model for sample in found.samples] == ["flux-1", "wan-2-2"]
+    assert {sample.decided for sample in found.samples} == {"measured"}
+    assert {sample.rounding for sample in found.samples} == {0.051031}
+    assert found.spreads == SPREADS
     path.write_text(path.read_text().replace("47.5", "many"))
     with pytest.raises(LimitsError, match=r"limits\.csv:2: .*many"):
-        limits.read_samples(path)
+        limits.read(path)
     path.write_text("kind,model\n")
     with pytest.raises(LimitsError, match=r"limits\.csv:1: expected the columns"):
-        limits.read_samples(path)
+        limits.read(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        (",a@cpu,3,", ",,3,", "a limit without its sample: cell"),
+        (",a@cpu,3,", ",a@cpu,0,", "a limit without its sample: cells"),
+        (",2.13.0,1.5", ",,1.5", "a limit without its sample: torch"),
+        ("47.5,", "-inf,", "psnr_db: not a finite number"),
+        (",1.5,", ",3.0,", "margin is 3.0, not 1.5"),
+        (",0.051031,", ",0.5,", "rounding is 0.5, not 0.051031"),
+        (",measured", ",spread", "decided is 'spread', not 'measured'"),
+    ],
+)
+def test_a_bare_number_is_no_limit(tmp_path: Path, old: str, new: str, why: str) -> None:
+    path = tmp_path / "limits.csv"
+    limits.write(Ledger([FLUX], SPREADS), path)
+    limits.read(path)
+    assert path.read_text().count(old) == 1
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(LimitsError, match=why):
+        limits.read(path)
+
+
+def test_a_model_without_spread_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "limits.csv"
+    limits.write(Ledger([FLUX, WAN], {"flux-1": SPREAD}), path)
+    with pytest.raises(LimitsError, match=r"no spread of wan-2-2 in spread\.csv"):
+        limits.read(path)
+    spreads = tmp_path / "spread.csv"
+    spreads.write_text(spreads.read_text().replace("2026-11-26T20:00:00Z", ""))
+    with pytest.raises(LimitsError, match=r"spread\.csv:2: a limit without its sample: made"):
+        limits.read(path)
+
+
+def test_files_of_earlier_revisions_are_read(tmp_path: Path) -> None:
+    """Nine columns: measured alone, times 1.5."""
+    limits.write(Ledger([FLUX], SPREADS), tmp_path / "limits.csv")
+    lines = (tmp_path / "limits.csv").read_text().splitlines()
+    older = tmp_path / "older.csv"
+    older.write_text("".join(f"{line.rsplit(',', 3)[0]}\n" for line in lines))
+    assert older.read_text().startswith("kind,model,psnr_db,cosine,relative_l2,layer_error,cell,")
+    assert read_samples(older) == [FLUX]
 
 
 def test_loosening_is_named() -> None:
     tighter, looser = replace(FLUX, psnr_db=48.0), replace(WAN, psnr_db=39.0)
-    assert limits.list_loosened([FLUX, WAN], [tighter, WAN]) == []
-    [first, second] = limits.list_loosened([FLUX, WAN], [looser])
+    before = Ledger([FLUX, WAN], SPREADS)
+    assert limits.list_loosened(before, Ledger([tighter, WAN], SPREADS)) == []
+    [first, second] = limits.list_loosened(before, Ledger([looser], SPREADS))
     assert "flux-1: no longer measured" in first
-    assert "40.00 dB (b@cpu) -> 39.00 dB (b@cpu)" in second
+    assert "on wan-2-2: psnr_db 36.4782 -> 35.4782 (was measured: 1.5 x the error of b@" in second
+
+
+@pytest.mark.parametrize(
+    ("sample", "spread", "metric"),
+    [
+        (replace(FLUX, margin=2.0), SPREAD, "layer_error 0.06 -> 0.08"),
+        (replace(FLUX, rounding=0.07), SPREAD, "layer_error 0.06 -> 0.07"),
+        (FLUX, replace(SPREAD, relative_l2=0.5), "relative_l2 0.045 -> 0.5"),
+    ],
+)
+def test_every_source_can_loosen(sample: Sample, spread: Spread, metric: str) -> None:
+    [line] = limits.list_loosened(Ledger([FLUX], SPREADS), Ledger([sample], {"flux-1": spread}))
+    assert metric in line
+    assert limits.list_loosened(Ledger([sample], {"flux-1": spread}), Ledger([FLUX], SPREADS)) == []
 
 
 def test_measuring_writes_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "limits.csv"
+    (tmp_path / "spread.csv").write_text(limits.write_rows(Spread, [SPREAD]))
     records.write(make("a@cpu", 50.0), tmp_path / "evidence")
     assert limits.main([str(tmp_path / "evidence"), str(path)]) == 0
     records.write(make("b@cpu", 40.0), tmp_path / "evidence")
     assert limits.main([str(tmp_path / "evidence"), str(path)]) == 0
-    assert "loosened: e4m3 W8A8 on flux-1: 50.00 dB" in capsys.readouterr().out
-    assert [sample.cell for sample in limits.read_samples(path)] == ["b@cpu"]
+    assert "loosened: e4m3 W8A8 on flux-1: psnr_db 46.4782" in capsys.readouterr().out
+    assert [sample.cell for sample in limits.read(path).samples] == ["b@cpu"]
     records.write(make("c@cpu", 5.0, verdict="fail"), tmp_path / "evidence")
     assert limits.main(["--anew", str(tmp_path / "evidence"), str(path)]) == 0
-    assert [sample.cell for sample in limits.read_samples(path)] == ["c@cpu"]
+    assert [sample.cell for sample in limits.read(path).samples] == ["c@cpu"]
+    assert list(limits.read(path).spreads) == ["flux-1"]
 
 
 def test_the_samples_of_this_project_are_sound() -> None:
-    path = Path(__file__).parents[2] / "reports" / "limits.csv"
-    samples = limits.read_samples(path)
-    assert path.read_text() == limits.write_samples(samples)
+    path = REPORTS / "limits.csv"
+    ledger = limits.read(path)
+    samples = ledger.samples
+    assert path.read_text() == limits.write_rows(Sample, samples)
     assert len({(sample.kind, sample.model) for sample in samples}) == len(samples)
-    for sample in samples:
+    evidence = records.read_folder(REPORTS / "evidence")
+    for sample, allowed in ledger.list_limits():
         assert 0 < sample.psnr_db < 100
-        assert sample.to_limits().cosine > 0.7, sample  # else the limit proves nothing
-        assert 0 < sample.to_limits().layer_error < 0.7, sample
+        assert allowed.cosine > 0.7, sample  # else the limit proves nothing
+        assert 0 < allowed.layer_error < 0.7, sample
+        record = evidence[sample.cell]  # what was measured can be looked up
+        assert record.cell["model"] == sample.model
+        assert record.checks["latents"].metrics["class"] == sample.kind
+
+
+def test_every_model_of_this_project_has_a_spread() -> None:
+    spreads = limits.read(REPORTS / "limits.csv").spreads
+    assert set(spreads) == set(matrix.read().models)
+    for spread in spreads.values():
+        assert 30 < spread.psnr_db < 90, spread
+        assert 0 < spread.layer_error < 0.01, spread  # half a unit of BF16 is 2^-9

@@ -151,6 +151,7 @@ ONE_EDIT = [
     ("cases", 2, "rule", "some-rule", "rule: some-rule, but the row is not refused"),
     ("cases", 4, "rule", "", "a refused row needs a rule, and the reason in notes"),
     ("cases", 4, "notes", "", "a refused row needs a rule, and the reason in notes"),
+    ("cases", 2, "claim", "failing", "a failing row needs one of its checks as rule"),
     ("cases", 4, "checks", "load", "checks: a refused row has the check refuse"),
     ("cases", 5, "notes", "", "notes: blank; a planned row says what is missing"),
     ("cases", 2, "flags", "--prompt 'open", "flags: No closing quotation: --prompt 'open"),
@@ -234,7 +235,7 @@ def test_all_problems_are_named_at_once(folder: Path) -> None:
 
 def test_one_mistake_is_one_problem(folder: Path) -> None:
     set_cell(folder, "cases", 2, "claim", "suported")
-    words = "validated, expected, refused, planned"
+    words = "validated, expected, refused, failing, planned"
     assert problems_of(folder) == [f'matrix/cases.csv:2: claim: "suported" is not one of {words}']
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tables import CASES, write_tables
 
 from quantmatrix import evidence as records
-from quantmatrix import matrix, packets
+from quantmatrix import matrix, packets, thumbnails
 from quantmatrix.cli import main
 from quantmatrix.evidence import CheckResult, Evidence
 from quantmatrix.limits import Limits
@@ -215,6 +215,10 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert (made["verdict"], made["cell"]) == ("pass", cell)
+    [record] = records.read_folder(folder).values()
+    metrics = record.checks["latents"].metrics
+    assert thumbnails.list_problems(metrics["thumbnails"]) == []
+    assert 0.9 < metrics["media"]["ssim"] < 1
     assert main(words) == 2  # never over what is there
     assert main(["packet", "make", "nothing@cpu", "--output-path", str(tmp_path / "x")]) == 2
     capsys.readouterr()

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from observed import PROVEN, REFUSED, find, make_large, observe, observe_run
+from observed import PROVEN, REFUSED, fake_pictures, find, make_large, observe, observe_run
 from tables import CASES, write_tables
 
 from quantmatrix import evidence as records
-from quantmatrix import matrix, report
+from quantmatrix import matrix, page_data, report
 from quantmatrix.evidence import CheckResult, Evidence
 from quantmatrix.matrix import Matrix
-from quantmatrix.page_data import PNG, flatten
+from quantmatrix.page_data import flatten
 from quantmatrix.page_html import encode_data
+from quantmatrix.thumbnails import PICTURES
 
 
 class Elements(HTMLParser):
@@ -111,19 +112,43 @@ def test_a_record_keeps_what_a_reader_wants(tables: Matrix) -> None:
     assert told["file"] == "evidence/cpu/fp8-flux-1+decode.json"
 
 
-def test_pictures_are_shown_only_where_all_three_are_pngs(tables: Matrix) -> None:
-    def pictures(**found: str) -> Any:
-        check = CheckResult("pass", {"thumbnails": found})
-        record = observe(tables, PROVEN, checks={"load": check, "latents": check})
-        return read_data(render(tables, {PROVEN: record}))["records"][0]["checks"][0].get(
-            "pictures"
-        )
+def observe_pictures(tables: Matrix, name: str, found: Any) -> Evidence:
+    check = CheckResult("pass", {"thumbnails": found})
+    return observe(tables, name, checks={"load": check})
 
-    whole = {name: f"{PNG}{name}" for name in ("baseline", "quantized", "difference")}
-    assert pictures(**whole) == list(whole.values())
-    assert pictures(baseline=f"{PNG}x", quantized=f"{PNG}x") is None
-    assert pictures(**{**whole, "quantized": "https://example.org/x.png"}) is None
-    assert pictures() is None
+
+def test_pictures_stand_in_the_page_once(tables: Matrix) -> None:
+    names = [PROVEN, "fp8-flux-1@cpu+reference"]
+    found = {name: fake_pictures(name) for name in names}
+    page = render(tables, {name: observe_pictures(tables, name, found[name]) for name in names})
+    data = read_data(page)
+    checks = [record["checks"][0] for record in data["records"]]
+    shown = [[data["shared"][place] for place in check["pictures"]] for check in checks]
+    files = [f"evidence/{records.path_of(name)}" for name in names]
+    assert {r["file"]: s for r, s in zip(data["records"], shown, strict=True)} == {
+        file: [found[name][kind] for kind in PICTURES]
+        for file, name in zip(files, names, strict=True)
+    }
+    assert page.decode().count(found[PROVEN]["baseline"]) == 1  # both rows have the same BF16 run
+    assert all((check["gain"], check["shown"]) == (8, "the picture") for check in checks)
+    assert not any("thumbnails" in name for check in checks for name, _ in check["metrics"])
+
+
+def test_a_record_of_another_form_shows_no_pictures(tables: Matrix) -> None:
+    for found in ({}, {"baseline": "x"}, {**fake_pictures("a"), "more": "x"}):
+        data = read_data(render(tables, {PROVEN: observe_pictures(tables, PROVEN, found)}))
+        assert "pictures" not in data["records"][0]["checks"][0]
+
+
+def test_pictures_that_the_page_has_no_room_for(
+    tables: Matrix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = fake_pictures(PROVEN)
+    size = sum(len(pictures[kind]) for kind in PICTURES)
+    for room, count in ((size, 3), (size - 1, 0)):
+        monkeypatch.setattr(page_data, "PICTURE_BYTES", room)
+        data = read_data(render(tables, {PROVEN: observe_pictures(tables, PROVEN, pictures)}))
+        assert len(data["records"][0]["checks"][0]["pictures"]) == count
 
 
 def test_words_cannot_leave_the_data(tables: Matrix, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from tables import CASES, write_tables
 
-from quantmatrix.exit_codes import NOTHING_COLLECTED
+from quantmatrix import evidence as records
+from quantmatrix.exit_codes import CLAIM_VIOLATED, NOTHING_COLLECTED
 
 pytest_plugins = ["pytester"]
 
@@ -205,6 +206,44 @@ def test_verdicts_must_be_those_that_are_committed(project: pytest.Pytester) -> 
     # a row that changed since is no longer held to its old verdict
     write_tables(project.path / "matrix", [{**CASES[0], "flags": "--seed 3"}])
     project.runpytest().assert_outcomes(passed=4)
+
+
+def claim_failing(project: pytest.Pytester, suite: str) -> pytest.RunResult:
+    """One cell, run on a suite, whose row says that its latents check fails."""
+    words = {"claim": "failing", "rule": "latents", "notes": "codes are read wrongly"}
+    row = {**CASES[0], "hardware": "cpu", "backend": "decode", **words}
+    write_tables(project.path / "matrix", [row])
+    project.makepyfile(test_suites=suite)
+    return project.runpytest("--evidence-dir", "evidence")
+
+
+def test_a_row_that_is_claimed_to_fail_must_fail(project: pytest.Pytester) -> None:
+    result = claim_failing(project, SUITE)
+    result.assert_outcomes(passed=2)
+    assert result.ret == 0
+    [path] = (project.path / "evidence").rglob("*.json")
+    checks = records.read(path).checks
+    assert {name: check.verdict for name, check in checks.items()} == {
+        "load": "pass",
+        "latents": "fail",
+    }
+    assert "too far away" in checks["latents"].message
+
+
+def test_a_row_that_is_claimed_to_fail_and_works_fails(project: pytest.Pytester) -> None:
+    result = claim_failing(project, SUITE.replace('!= "decode"', "is not None"))
+    result.assert_outcomes(passed=1, failed=1)
+    assert result.ret == CLAIM_VIOLATED
+    result.stdout.fnmatch_lines(["*claimed to fail, and it passes: change the claim*"])
+    [path] = (project.path / "evidence").rglob("*.json")
+    assert records.read(path).checks["latents"].verdict == "pass"
+
+
+def test_another_check_of_a_failing_row_must_pass(project: pytest.Pytester) -> None:
+    broken = SUITE.replace('proof.timings["load"] = 0.5', "raise OSError")
+    claim_failing(project, broken).assert_outcomes(passed=1, failed=1)
+    unable = SUITE.replace("def test_latents(cell, proof):", "def test_latents(cell, nothing):")
+    claim_failing(project, unable).assert_outcomes(passed=1, errors=1)
 
 
 def test_a_test_id_selects_one_cell(project: pytest.Pytester) -> None:

@@ -142,6 +142,16 @@ def test_overview(tables: Matrix, observed: dict[str, Evidence]) -> None:
     assert "| proven | 1 |" in rows
 
 
+def test_a_claimed_failure_counts_as_agreement(tmp_path: Path) -> None:
+    words = {"claim": "failing", "rule": "latents", "notes": "codes are read wrongly"}
+    row = {**CASES[0], "hardware": "cpu", "backend": "decode", **words}
+    tables = matrix.read(write_tables(tmp_path / "failing", [row]))
+    [cell] = tables.cells
+    for fails, count in (("latents", 1), ("", 0), ("load", 0)):
+        page = report.render(tables, {cell.id: observe(tables, cell.id, fails=fails)})
+        assert f"{count} of 1 claims" in page["support-matrix.md"].decode(), fails
+
+
 def test_family_page(tables: Matrix, observed: dict[str, Evidence]) -> None:
     pages = report.render(tables, observed)
     text = pages["families/fp8.md"].decode()

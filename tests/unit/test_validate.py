@@ -70,6 +70,7 @@ def test_a_sound_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for one in report["runs"]:
         assert len(one["latents"]["steps"]) == 4
         assert 20 < one["latents"]["final"]["psnr_db"] < 80
+        assert 0.9 < one["media"]["ssim"] < 1
     assert report["memory"]["bf16"]["weight_bytes"] >= report["memory"]["quantized"]["weight_bytes"]
     assert report["speed"]["times_as_fast"] > 0
     assert report["checkpoint"]["digest"].startswith("sha256:")
@@ -87,6 +88,7 @@ def test_a_sound_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "| verdict | as declared |" in card
     assert "\n\n```bash\nquantmatrix validate --model-path" in card
     assert "| latents, PSNR | at least " in card
+    assert "| pictures, SSIM | at least 0.9" in card
     run(*words, code=2)  # nothing is written over
 
 

@@ -1,15 +1,17 @@
-"""`quantmatrix thresholds`: every limit with the measurement behind it, and what loosens them."""
+"""`quantmatrix thresholds`: every limit with the measurements behind it, and what loosens them."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import UsageError
 
 if TYPE_CHECKING:
-    from quantmatrix.limits import Sample
+    from quantmatrix.limit_samples import Sample
+    from quantmatrix.limits import Ledger, Limits
 
 FILE = "limits.csv"
 
@@ -22,6 +24,8 @@ def add_to(commands: Any) -> None:
     parser = add_command(commands, "thresholds", text, run_thresholds)
     what = "a git revision, or another limits.csv, that the limits are compared with"
     parser.add_argument("--diff", metavar="REV|FILE", help=what)
+    what = "run every base model in BF16 and in FP32, and write spread.csv; 1 when that loosens"
+    parser.add_argument("--measure-spread", action="store_true", help=what)
     parser.add_argument("--reports", type=Path, metavar="DIR", help="folder of the reports")
     parser.add_argument("--json", action="store_true")
 
@@ -29,50 +33,77 @@ def add_to(commands: Any) -> None:
 def run_thresholds(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Print limits or loosenings."""
     from quantmatrix import limits, matrix
-    from quantmatrix.cli import EXIT_PROBLEM, print_json
+    from quantmatrix.cli import print_json
 
     root = matrix.tables_folder().parent
     path = (arguments.reports or root / "reports") / FILE
     if not path.is_file():
         raise UsageError(f"{path}: no such file; name the folder of the reports with --reports")
-    samples = limits.read_samples(path)
+    if arguments.measure_spread:
+        return tell_loosened(measure_spread(path), str(path), arguments.json)
+    ledger = limits.read(path)
     if arguments.diff:
-        loosened = limits.list_loosened(read_older(arguments.diff, root), samples)
-        if arguments.json:
-            print_json({"ok": not loosened, "loosened": loosened, "against": arguments.diff})
-        else:
-            print("\n".join(loosened) or f"no limit is wider than in {arguments.diff}")
-        return EXIT_PROBLEM if loosened else 0
-    found = [{"class": s.kind, "model": s.model, **s.to_limits().to_json()} for s in samples]
+        loosened = limits.list_loosened(read_older(arguments.diff, root), ledger)
+        return tell_loosened(loosened, arguments.diff, arguments.json)
+    found = ledger.list_limits()
     if arguments.json:
-        print_json({"ok": True, "margin": limits.MARGIN, "limits": found})
+        rows = [{"class": s.kind, "model": s.model, **allowed.to_json()} for s, allowed in found]
+        spreads = {name: vars(spread) for name, spread in ledger.spreads.items()}
+        print_json({"ok": True, "margin": limits.MARGIN, "limits": rows, "spreads": spreads})
     else:
-        for sample in samples:
-            print_limit(sample)
+        for sample, allowed in found:
+            print_limit(sample, allowed)
     return 0
 
 
-def print_limit(sample: Sample) -> None:
+def measure_spread(path: Path) -> list[str]:
+    """Measure, write the files, and say what is looser than it was."""
+    from quantmatrix import limits, matrix
+    from quantmatrix.limit_samples import read_samples
+    from quantmatrix.spread import measure_all
+
+    tables = matrix.read()
+    found = measure_all(tables, lambda text: print(text, file=sys.stderr, flush=True))
+    return limits.write(limits.Ledger(read_samples(path), found), path)
+
+
+def tell_loosened(loosened: list[str], against: str, as_json: bool) -> int:
+    """Print what is looser than it was; exit code 1 when anything is."""
+    from quantmatrix.cli import EXIT_PROBLEM, print_json
+
+    if as_json:
+        print_json({"ok": not loosened, "loosened": loosened, "against": against})
+    else:
+        print("\n".join(loosened) or f"no limit is wider than in {against}")
+    return EXIT_PROBLEM if loosened else 0
+
+
+def print_limit(sample: Sample, allowed: Limits) -> None:
     """One class on one model."""
-    allowed = sample.to_limits()
     print(
         f"{sample.kind:26} {sample.model:11} {allowed.psnr_db:6.2f} dB  "
         f"rel L2 {allowed.relative_l2:.4f}  cosine {allowed.cosine:.5f}  "
-        f"layer {allowed.layer_error:.4f}  ({allowed.source})"
+        f"layer {allowed.layer_error:.4f}  decided by: {allowed.decided}  ({allowed.source})"
     )
 
 
-def read_older(word: str, root: Path) -> list[Sample]:
-    """The samples of a file, or of a revision of the project."""
-    from quantmatrix import limits
+def read_older(word: str, root: Path) -> Ledger:
+    """The ledger of a file and the spread.csv beside it, or of a revision of the project."""
+    from quantmatrix import limit_samples, limits
     from quantmatrix.matrix_changes import ask_git
 
     if Path(word).is_file():
-        return limits.read_samples(Path(word))
-    place = f"{word}:reports/{FILE}"
-    done = ask_git(root, "show", place)
-    if done.returncode:
+        spreads = limit_samples.read_spreads(Path(word).with_name(limit_samples.SPREADS))
+        return limits.Ledger(limit_samples.read_samples(Path(word)), spreads)
+    texts = []
+    for name in (FILE, limit_samples.SPREADS):
+        done = ask_git(root, "show", f"{word}:reports/{name}")
+        texts.append("" if done.returncode else done.stdout.decode())
+    if not texts[0]:
         raise UsageError(
             f"--diff {word}: neither a file nor a revision that has reports/{FILE}; see `git log`"
         )
-    return limits.parse_samples(done.stdout.decode(), place)
+    samples = limit_samples.parse_samples(texts[0], f"{word}:reports/{FILE}")
+    place = f"{word}:reports/{limit_samples.SPREADS}"
+    spreads = limit_samples.parse_spreads(texts[1], place) if texts[1] else {}
+    return limits.Ledger(samples, spreads)  # revisions before spreads were kept have none

@@ -213,10 +213,10 @@ function describeCheck(check) {
   const parts = [make("h3", {}, `Check ${check.name}: ${check.verdict}`)];
   if (check.message) parts.push(make("p", {}, check.message));
   if (check.pictures) {
-    const names = ["BF16", "quantized", "difference"];
-    parts.push(...check.pictures.map((source, n) => make("figure", {},
-      make("img", { src: source, alt: `${names[n]} output of this cell` }),
-      make("figcaption", {}, names[n]))));
+    parts.push(...check.pictures.map((place, n) => drawPicture(DATA.shared[place], n, check)));
+    if (!check.pictures.length) {
+      parts.push(make("p", {}, "Its pictures are in the record: there are too many for one page."));
+    }
   }
   if (check.steps) {
     parts.push(curve(check.steps.map(([psnr]) => psnr), limits.get("psnr_db.at_least"), "PSNR dB"));
@@ -225,6 +225,14 @@ function describeCheck(check) {
   }
   parts.push(folded("Metrics", check.metrics), folded("Limits", [...limits]));
   return parts;
+}
+
+/* BF16, quantized or difference; the words under it are also its name. */
+function drawPicture(source, n, check) {
+  const kind = ["BF16", "quantized", `difference, ${check.gain} times as strong, black is equal`][n];
+  const name = `${kind}: ${check.shown}`;
+  return make("figure", {},
+    make("img", { src: source, alt: name }), make("figcaption", {}, name));
 }
 
 function folded(title, facts) {

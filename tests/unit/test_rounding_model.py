@@ -1,0 +1,113 @@
+"""The analytic bounds against real rounding: never passed, and not far above it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantmatrix import formats, limits
+from quantmatrix.rounding_bounds import BOUNDS
+from quantmatrix.rounding_model import bound_class, bound_format, bound_layer, find_crest
+
+GROUPS = 4096
+
+
+def draw(kind: str, size: int, seed: int = 3) -> torch.Tensor:
+    """Groups of magnitudes of several shapes, [groups, size] in float64."""
+    noise = torch.Generator().manual_seed(seed)
+    normal = torch.randn(GROUPS, size, generator=noise, dtype=torch.float64)
+    uniform = torch.rand(GROUPS, size, generator=noise, dtype=torch.float64)
+    if kind == "normal":
+        return normal
+    if kind == "uniform":
+        return 2 * uniform - 1
+    if kind == "wide":
+        return normal.exp() * normal.sign()
+    if kind == "one outlier":
+        outliers = 0.2 * normal
+        outliers[:, 0] = 6.0
+        return outliers
+    low = 4.0 + 0.5 * uniform  # just below the widest gap of e2m1
+    low[:, 0] = 6.0
+    return low
+
+
+def round_to(name: str, groups: torch.Tensor) -> torch.Tensor:
+    """Groups as the format gives them back, each with its largest magnitude as the scale."""
+    largest = groups.abs().amax(dim=1, keepdim=True)
+    if name == "e4m3":
+        scale = largest / 448.0
+        return formats.round_e4m3((groups / scale).float()).double() * scale
+    if name == "e2m1":
+        scale = formats.round_e4m3((largest / 6.0).float()).double()
+        return formats.decode_e2m1(formats.encode_e2m1((groups / scale).float())).double() * scale
+    steps = {"int8": 127.0, "int4": 7.0}[name]
+    scale = largest / steps
+    return (groups / scale).round().clamp(-steps, steps) * scale
+
+
+def measure(name: str, kind: str, size: int) -> float:
+    groups = draw(kind, size)
+    return float((round_to(name, groups) - groups).norm() / groups.norm())
+
+
+SHAPES = ("normal", "uniform", "wide", "one outlier", "low")
+
+
+@pytest.mark.parametrize(("name", "size"), [("e4m3", 64), ("e4m3", 1024), ("e2m1", 16)])
+def test_no_magnitudes_round_worse_than_the_bound(name: str, size: int) -> None:
+    bound = bound_format(name)
+    assert bound is not None
+    found = {kind: measure(name, kind, size) for kind in SHAPES}
+    assert max(found.values()) <= bound, found
+    assert max(found.values()) > 0.7 * bound, found  # a bound far above says nothing
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_normal_values_round_as_the_crest_says(name: str) -> None:
+    bound = bound_format(name)
+    assert bound is not None
+    assert measure(name, "normal", 64) == pytest.approx(bound, rel=0.05)
+    assert measure(name, "normal", 1024) > bound  # wider groups cost more
+    assert measure(name, "one outlier", 64) > 2 * bound  # why there is no bound without magnitudes
+
+
+def test_weights_and_inputs_add_in_quadrature() -> None:
+    """A product of rounded factors is as far away as the model says."""
+    weight = draw("normal", 64)[:1024].reshape(-1, 512)
+    x = draw("wide", 64, seed=4)[:1024].reshape(-1, 512)
+    exact = x @ weight.T
+    rounded = [round_to("e4m3", t.reshape(-1, 64)).reshape(t.shape) for t in (x, weight)]
+    parts = [float((r - t).norm() / t.norm()) for r, t in zip(rounded, (x, weight), strict=True)]
+    both = float((rounded[0] @ rounded[1].T - exact).norm() / exact.norm())
+    assert both == pytest.approx(math.hypot(*parts), rel=0.1)
+    assert both <= (bound_layer("e4m3", "W8A8") or 0.0)
+    assert float((x @ rounded[1].T - exact).norm() / exact.norm()) <= (bound_format("e4m3") or 0.0)
+
+
+def test_classes() -> None:
+    assert bound_layer("e4m3", "W8A16") == pytest.approx(1 / (8 * math.sqrt(12)))
+    assert bound_layer("e4m3", "W8A8") == pytest.approx(math.sqrt(2) / (8 * math.sqrt(12)))
+    assert bound_layer("uint4", "W4A16") is None
+    assert bound_class("uint4 W4A16") == 0.0
+    assert bound_class("e2m1 W4A4 + uint4 W4A16") == bound_layer("e2m1", "W4A4")
+    assert bound_class("e4m3 W8A8 + e2m1 W4A16") == bound_layer("e2m1", "W4A16")
+    assert find_crest(1) == pytest.approx(math.sqrt(2 / math.pi), rel=1e-3)  # E|x|
+
+
+def test_elements_and_layers_follow_from_the_same_gaps() -> None:
+    assert pytest.approx({"e4m3": 1 / 28, "e2m1": 11 / 48, "int8": 1 / 254, "int4": 1 / 14}) == (
+        BOUNDS
+    )
+
+
+def test_what_was_measured_of_floating_formats_lies_below() -> None:
+    """Real layers of five models, worst of all cells: below the bound, and above a third of it."""
+    samples = limits.read(Path(__file__).parents[2] / "reports" / "limits.csv").samples
+    pure = [s for s in samples if s.kind.split()[0] in ("e4m3", "e2m1") and "+" not in s.kind]
+    assert len(pure) == 20
+    for sample in pure:
+        assert sample.rounding / 3 < sample.layer_error < sample.rounding, sample
