@@ -6,9 +6,12 @@ latents are the same bits is a unit test.
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
+from quantmatrix.offloading import stream_blocks
 from quantmatrix.synthetic import make_inputs, synthesize
 
 pytestmark = pytest.mark.skipif(
@@ -24,14 +27,11 @@ def measure_peak(family: str, scheme: str, *, offload: bool) -> tuple[int, torch
     from quantmatrix import hardware
 
     machine = hardware.probe("cuda")
+    gc.collect()  # an earlier model may still wait for it, on the device
     model = synthesize("flux-1", machine, family=family, scheme=scheme)
     inputs = make_inputs("flux-1", model, "cuda", torch.bfloat16)
     if offload:
-        model.to("cpu")
-        model.enable_group_offload(  # type: ignore[operator]
-            onload_device=torch.device("cuda"), offload_device=torch.device("cpu"),
-            offload_type="block_level", num_blocks_per_group=1, use_stream=True,
-        )  # fmt: skip
+        stream_blocks(model, "cuda")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():

@@ -15,6 +15,7 @@ from quantmatrix import acceleration
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.library_logs import quiet
 from quantmatrix.load import DTYPES, load_component, show_progress
+from quantmatrix.offloading import stream_blocks
 from quantmatrix.planning import Plan, Refusal, plan
 from quantmatrix.references import fetch_pipeline
 from quantmatrix.request import Request
@@ -144,12 +145,4 @@ def enable_layerwise(pipeline: Any, made: Plan, device: str) -> None:
     transposed FP8 weights.
     """
     for name in made.components:
-        transformer = getattr(pipeline, name)
-        transformer.to("cpu")
-        transformer.enable_group_offload(
-            onload_device=torch.device(device),
-            offload_device=torch.device("cpu"),
-            offload_type="block_level",
-            num_blocks_per_group=1,
-            use_stream=device.startswith("cuda"),
-        )
+        stream_blocks(getattr(pipeline, name), device)

@@ -117,9 +117,11 @@ def make_layer(
 def draw(
     suffix: str, spec: TensorSpec, shape: tuple[int, int], generator: torch.Generator
 ) -> torch.Tensor:
-    """Random codes, or scales that give weights of gain 1."""
+    """Random codes, or scales that give weights of gain 1; layers of one input have one zero point."""
     dtype, device = DTYPES[spec.dtypes[0]], generator.device
     size = spec.shapes[0]
+    if "offset" in suffix:
+        return torch.zeros(size, dtype=dtype, device=device)
     if "scale" in suffix or "smooth" in suffix:
         value = 1.0 / (224 * math.sqrt(shape[1])) if dtype == torch.float32 else 1.0
         return torch.full(size, value, device=device).to(dtype)

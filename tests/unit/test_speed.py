@@ -7,6 +7,7 @@ import json
 import pytest
 
 from quantmatrix import cli, families, hardware, models, speed
+from quantmatrix.synthetic import synthesize
 
 
 @pytest.mark.parametrize("model", models.IDS)
@@ -70,3 +71,12 @@ def test_wrong_words(words: list[str], said: str, capsys: pytest.CaptureFixture[
 def test_a_backend_that_does_not_run_here_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*WORDS, "--family", "modelopt-nvfp4", "--backend", "packed"]) == 3
     assert "nvidia" in capsys.readouterr().err
+
+
+def test_random_layers_of_one_input_share_its_codes() -> None:
+    """As in a real checkpoint, scale and zero point of q, k and v are equal: they were measured once."""
+    made = synthesize(
+        "flux-1", hardware.probe("cpu"), family="msmodelslim", scheme="W8A8", size="tiny"
+    )
+    block = made.get_submodule("transformer_blocks.0.attn")
+    assert block.to_q.shared is block.to_k.shared is block.to_v.shared is not None
