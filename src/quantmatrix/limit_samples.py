@@ -2,9 +2,9 @@
 
 | file         | one line is |
 | ------------ | ----------- |
-| `limits.csv` | the worst that was measured of a class of arithmetic on a model, by which `cell`, out of how |
-|              | many; `rounding`, what the format alone costs a layer (see `rounding_model`, 0: no bound); |
-|              | and which source `decided` each limit |
+| `limits.csv` | the worst that was measured of a class of arithmetic on a model, on CPUs or on accelerators |
+|              | (the hardware of the `cell`), by which `cell`, out of how many; `rounding`, what the format |
+|              | alone costs a layer (see `rounding_model`, 0: no bound); and which source `decided` |
 | `spread.csv` | how far a model's BF16 run is from its FP32 run, same seed and size (see `spread`) |
 
 A line without its measurement is refused: a number that nobody measured is no limit. Files of earlier
@@ -31,9 +31,14 @@ class LimitsError(QuantmatrixError, LookupError):
     """No limit is known, or a file of samples is damaged."""
 
 
+def name_side(hardware: str) -> str:
+    """`cpu` or `accelerator`: BF16 runs of the two differ by more than those of one of them."""
+    return "cpu" if hardware == "cpu" else "accelerator"
+
+
 @dataclass(frozen=True)
 class Sample:
-    """The worst values that were measured for one class on one model."""
+    """The worst values that were measured for one class on one model, on one side."""
 
     kind: str
     """The class of arithmetic."""
@@ -53,6 +58,11 @@ class Sample:
     """Relative L2 error of a layer that the format's rounding alone may give; 0 without a bound."""
     decided: str = ""
     """Which source decided: `measured`, and what else for which metric."""
+
+    @property
+    def side(self) -> str:
+        """Where it was measured: `cpu` or `accelerator`."""
+        return name_side(self.cell.partition("@")[2].partition("+")[0])
 
 
 @dataclass(frozen=True)
@@ -142,6 +152,8 @@ def write_rows(kind: type[Row], rows: Iterable[Row]) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     names = [column.name for column in fields(kind)]
     writer.writerow(names)
-    for row in sorted(rows, key=lambda r: (getattr(r, "kind", ""), r.model)):
+    for row in sorted(
+        rows, key=lambda r: (getattr(r, "kind", ""), r.model, getattr(r, "cell", ""))
+    ):
         writer.writerow([getattr(row, name) for name in names])
     return stream.getvalue()

@@ -15,11 +15,12 @@ PSNR, 1.5 times the relative L2 and 2.25 times `1 - cosine`. The margin is for o
 sets, whose BF16 runs differ by 50 to 64 dB among themselves.
 
 The *class* of a run names the weight format and the arithmetic of its layers (`e4m3 W8A8`; several
-are joined by ` + `). A class that was measured on other models only borrows the worst of those
-samples, and says so; a class that was never measured has no limit, and its cells fail until
-somebody measures it from their evidence: `python -m quantmatrix.limits reports/evidence
-reports/limits.csv`. Where stand-ins or arithmetic changed on purpose, `--anew` takes what failed,
-too. What is loosened is printed, and the files (see `limit_samples`) are reviewed like any claim.
+are joined by ` + `). CPUs and accelerators have samples of their own. A class that was measured on
+the other side, or on other models only, borrows the worst of those samples, and says so; a class
+that was never measured has no limit, and its cells fail until somebody measures it from their
+evidence: `python -m quantmatrix.limits reports/evidence reports/limits.csv`. Where stand-ins or
+arithmetic changed on purpose, `--anew` takes what failed, too. What is loosened is printed, and the
+files (see `limit_samples`) are reviewed like any claim.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from quantmatrix.limit_samples import (
     LimitsError,
     Sample,
     Spread,
+    name_side,
     read_samples,
     read_spreads,
     write_rows,
@@ -88,20 +90,23 @@ class Ledger:
     samples: Sequence[Sample]
     spreads: Mapping[str, Spread] = field(default_factory=dict)
 
-    def find(self, kind: str, model: str) -> Limits:
-        """The limits of a class on a model; LimitsError when the class was never measured."""
+    def find(self, kind: str, model: str, hardware: str = "cpu") -> Limits:
+        """The limits of a class on a model and a hardware; LimitsError for a class never measured."""
         of_kind = [sample for sample in self.samples if sample.kind == kind]
         if not of_kind:
             raise LimitsError(
                 f"no limits for {kind or 'a run without quantized layers'} on {model}: measure "
                 "first, `python -m quantmatrix.limits reports/evidence reports/limits.csv`"
             )
-        own = next((sample for sample in of_kind if sample.model == model), None)
-        spread = self.spreads.get(model)
-        if own is not None:
-            return join_sources(own, spread)
-        worst = min(of_kind, key=lambda sample: sample.psnr_db)
-        return join_sources(worst, spread, f", borrowed from {worst.model}")
+        side = name_side(hardware)
+        near = [sample for sample in of_kind if sample.model == model]
+        here = [sample for sample in of_kind if sample.side == side]
+        own = [sample for sample in near if sample.side == side]
+        worst = min(own or near or here or of_kind, key=lambda sample: sample.psnr_db)
+        strange = [worst.model] if worst.model != model else []
+        strange += [worst.side] if worst.side != side else []
+        note = f", borrowed from {' on '.join(strange)}" if strange else ""
+        return join_sources(worst, self.spreads.get(model), note)
 
     def list_limits(self) -> list[tuple[Sample, Limits]]:
         """Every sample with the limits that follow from it."""
@@ -186,11 +191,11 @@ def name_class(layers: Iterable[tuple[str, str]]) -> str:
 
 
 def collect_samples(evidence: Mapping[str, Evidence], *, anew: bool = False) -> list[Sample]:
-    """One sample per class and model, from records that passed or that had no limit yet.
+    """One sample per class, model and side, from records that passed or that had no limit yet.
 
     With `anew` those that failed count, too.
     """
-    groups: dict[tuple[str, str], list[tuple[Evidence, dict[str, Any]]]] = {}
+    groups: dict[tuple[str, str, str], list[tuple[Evidence, dict[str, Any]]]] = {}
     for record in evidence.values():
         check = record.checks.get("latents")
         if check is None:
@@ -201,10 +206,14 @@ def collect_samples(evidence: Mapping[str, Evidence], *, anew: bool = False) -> 
         worst = dict(check.metrics.get("worst", {}))
         if layers and worst.get("psnr_db") is not None and check.metrics.get("class"):
             worst["layer"] = max(layers)
-            place = (check.metrics["class"], record.cell["model"])
+            place = (
+                check.metrics["class"],
+                record.cell["model"],
+                name_side(record.cell["hardware"]),
+            )
             groups.setdefault(place, []).append((record, worst))
     samples = []
-    for (kind, model), found in groups.items():
+    for (kind, model, _), found in groups.items():
         record, _ = min(found, key=lambda pair: (pair[1]["psnr_db"], pair[0].cell["id"]))
         samples.append(
             Sample(
@@ -224,14 +233,17 @@ def collect_samples(evidence: Mapping[str, Evidence], *, anew: bool = False) -> 
 
 def list_loosened(older: Ledger, newer: Ledger) -> list[str]:
     """Limits that became wider or vanished, from whichever source, in words."""
-    now = {(sample.kind, sample.model): found for sample, found in newer.list_limits()}
-    lines = []
-    for sample, old in older.list_limits():
-        where = f"{sample.kind} on {sample.model}"
-        new = now.get((sample.kind, sample.model))
-        if new is None:
-            lines.append(f"{where}: no longer measured")
+    lines = [
+        f"{sample.kind} on {sample.model} ({sample.side}): no longer measured"
+        for sample in older.samples
+        if not any(same_place(sample, other) for other in newer.samples)
+    ]
+    for sample, new in newer.list_limits():
+        try:
+            old = older.find(sample.kind, sample.model, sample.side)  # what it had borrowed before
+        except LimitsError:
             continue
+        where = f"{sample.kind} on {sample.model} ({sample.side})"
         changes = [
             f"{metric} {getattr(old, metric):.6g} -> {getattr(new, metric):.6g}"
             for metric, sign in SIGNS.items()
@@ -240,6 +252,11 @@ def list_loosened(older: Ledger, newer: Ledger) -> list[str]:
         if changes:
             lines.append(f"{where}: {', '.join(changes)} (was {old.source}; is {new.source})")
     return lines
+
+
+def same_place(one: Sample, other: Sample) -> bool:
+    """Whether two samples are of one class, model and side."""
+    return (one.kind, one.model, one.side) == (other.kind, other.model, other.side)
 
 
 def write(ledger: Ledger, path: Path) -> list[str]:

@@ -193,7 +193,7 @@ class Mutator:
         """What the gates that look at a run say."""
         pieces = [piece for part in made.components.values() for piece in part.pieces()]
         kind = limits.name_class((piece.scheme.weight, piece.numerics) for piece in pieces)
-        allowed = self.limits.find(kind, cell.model)
+        allowed = self.limits.find(kind, cell.model, cell.hardware)
         found = {}
         if why := compare.find_degeneration(compare.stack_frames(run.media)):
             found["generate"] = why

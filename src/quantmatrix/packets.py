@@ -94,7 +94,7 @@ def measure(cell: Cell, baseline: Run, run: Run) -> CheckResult:
         "media": image_metrics.measure_frames(*frames),
         "thumbnails": thumbnails.draw(*frames),
     }
-    allowed = find_limits(kind, cell.model)
+    allowed = find_limits(kind, cell.model, cell.hardware)
     if allowed is None:
         why = f"no limits for {kind} on {cell.model}: measured, not judged"
         return CheckResult("fail", metrics, {}, why)
@@ -103,8 +103,8 @@ def measure(cell: Cell, baseline: Run, run: Run) -> CheckResult:
     return CheckResult(verdict, metrics, allowed.to_json(), "; ".join(problems))
 
 
-def find_limits(kind: str, model: str) -> Limits | None:
-    """This project's limits of a class of arithmetic, or None when it was never measured.
+def find_limits(kind: str, model: str, hardware: str) -> Limits | None:
+    """This project's limits of a class of arithmetic on a hardware, or None when it was never measured.
 
     LimitsError when the file of samples is damaged.
     """
@@ -113,7 +113,7 @@ def find_limits(kind: str, model: str) -> Limits | None:
 
     ledger = limits.read(report.default_folder() / "limits.csv")
     try:
-        return ledger.find(kind, model)
+        return ledger.find(kind, model, hardware)
     except LimitsError:
         return None
 
@@ -286,7 +286,8 @@ def list_verdict_problems(
     told = record.checks.get("latents")
     if told is None or told.verdict != "pass":
         return []
-    allowed = find_limits(str(told.metrics.get("class", "")), record.cell["model"])
+    kind = str(told.metrics.get("class", ""))
+    allowed = find_limits(kind, record.cell["model"], record.cell["hardware"])
     if allowed is None:
         return []
     problems = judge(compare_trajectories(*sides), allowed)

@@ -51,7 +51,7 @@ def test_latents(cell: Cell, job: Job, workbench: Workbench, proof: Proof) -> No
         uncalled = set(part.layers) - set(errors.found[name])
         assert not uncalled, f"layers of {name} that no step called: {sorted(uncalled)}"
     assert proof.metrics["repeats"], "the same seed gave other bits the second time"
-    allowed = limits.read(SAMPLES).find(kind, cell.model)
+    allowed = limits.read(SAMPLES).find(kind, cell.model, cell.hardware)
     proof.limits.update({**allowed.to_json(), "repeats": True})
     problems = [*compare.judge(steps, allowed), *judge_layers(job, errors, allowed.layer_error)]
     if workbench.tiny:  # a real checkpoint's codes may be searched for instead of rounded

@@ -39,6 +39,30 @@ def test_another_model_lends_its_worst_sample_and_is_named() -> None:
     assert found.source.endswith("borrowed from wan-2-2")
 
 
+def test_accelerators_and_cpus_have_samples_of_their_own() -> None:
+    near = replace(FLUX, psnr_db=45.0, cell="a@h200+torch")
+    ledger = Ledger([FLUX, near])
+    kind, model = FLUX.kind, FLUX.model
+    assert ledger.find(kind, model, "h100").psnr_db == limits.join_sources(near, None).psnr_db
+    assert ledger.find(kind, model, "cpu").psnr_db == limits.join_sources(FLUX, None).psnr_db
+    assert "borrowed" not in ledger.find(kind, model, "h100").source
+    lent = Ledger([FLUX]).find(kind, model, "h200")
+    assert lent.psnr_db == limits.join_sources(FLUX, None).psnr_db
+    assert lent.source.endswith("borrowed from cpu")
+    assert (
+        Ledger([near])
+        .find(kind, "wan-2-2", "cpu")
+        .source.endswith("borrowed from flux-1 on accelerator")
+    )
+
+
+def test_a_sample_of_a_new_side_is_compared_with_what_it_had_borrowed() -> None:
+    worse = replace(FLUX, psnr_db=45.0, cell="a@h200+torch")
+    before = Ledger([FLUX], SPREADS)
+    [line] = limits.list_loosened(before, Ledger([FLUX, worse], SPREADS))
+    assert line.startswith("e4m3 W8A8 on flux-1 (accelerator): psnr_db")
+
+
 @pytest.mark.parametrize("kind", ["e2m1 W4A4", ""])
 def test_a_class_that_was_never_measured_has_no_limit(kind: str) -> None:
     with pytest.raises(LimitsError, match="measure first"):
@@ -75,6 +99,10 @@ def test_samples_are_the_worst_of_what_passed_or_had_no_limit() -> None:
     [found] = limits.collect_samples(evidence)
     expected = (30.0, 1 - 1 / 30, 1 / 30, 2 / 30)
     assert found == Sample("e4m3 W8A8", "flux-1", *expected, "d@cpu", 3, "2.13.0")
+    evidence["e@h200"] = make("e@h200", 20.0)
+    found, other = limits.collect_samples(evidence)
+    assert (found.cell, found.psnr_db) == ("d@cpu", 30.0)
+    assert (other.cell, other.psnr_db, other.side) == ("e@h200", 20.0, "accelerator")
 
 
 def test_a_record_without_measured_layers_is_no_sample() -> None:
@@ -182,8 +210,11 @@ def test_loosening_is_named() -> None:
     before = Ledger([FLUX, WAN], SPREADS)
     assert limits.list_loosened(before, Ledger([tighter, WAN], SPREADS)) == []
     [first, second] = limits.list_loosened(before, Ledger([looser], SPREADS))
-    assert "flux-1: no longer measured" in first
-    assert "on wan-2-2: psnr_db 36.4782 -> 35.4782 (was measured: 1.5 x the error of b@" in second
+    assert "flux-1 (cpu): no longer measured" in first
+    assert (
+        "on wan-2-2 (cpu): psnr_db 36.4782 -> 35.4782 (was measured: 1.5 x the error of b@"
+        in second
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,7 +238,7 @@ def test_measuring_writes_the_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert limits.main([str(tmp_path / "evidence"), str(path)]) == 0
     records.write(make("b@cpu", 40.0), tmp_path / "evidence")
     assert limits.main([str(tmp_path / "evidence"), str(path)]) == 0
-    assert "loosened: e4m3 W8A8 on flux-1: psnr_db 46.4782" in capsys.readouterr().out
+    assert "loosened: e4m3 W8A8 on flux-1 (cpu): psnr_db 46.4782" in capsys.readouterr().out
     assert [sample.cell for sample in limits.read(path).samples] == ["b@cpu"]
     records.write(make("c@cpu", 5.0, verdict="fail"), tmp_path / "evidence")
     assert limits.main(["--anew", str(tmp_path / "evidence"), str(path)]) == 0
@@ -220,7 +251,7 @@ def test_the_samples_of_this_project_are_sound() -> None:
     ledger = limits.read(path)
     samples = ledger.samples
     assert path.read_text() == limits.write_rows(Sample, samples)
-    assert len({(sample.kind, sample.model) for sample in samples}) == len(samples)
+    assert len({(s.kind, s.model, s.side) for s in samples}) == len(samples)
     evidence = records.read_folder(REPORTS / "evidence")
     for sample, allowed in ledger.list_limits():
         assert 0 < sample.psnr_db < 100

@@ -178,14 +178,14 @@ def test_the_verdict_is_judged_by_limits_of_this_project(
     strict = Limits(psnr_db=99.0, cosine=0.9, relative_l2=0.9)
     asked = []
 
-    def find_strict(kind: str, model: str) -> Limits:
-        asked.append((kind, model))
+    def find_strict(kind: str, model: str, hardware: str) -> Limits:
+        asked.append((kind, model, hardware))
         return strict
 
     monkeypatch.setattr(packets, "find_limits", find_strict)
     [problem] = packets.check(packet, tables)
     assert "the record says pass, but psnr_db" in problem
-    assert asked == [("e4m3 W8A16", "flux-1")]
+    assert asked == [("e4m3 W8A16", "flux-1", "cpu")]
 
 
 def test_a_failed_write_leaves_nothing(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import re
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -167,9 +166,8 @@ def test_flatten() -> None:
     assert list(flatten(nested, ("steps",))) == [("a", "1, 2"), ("b.y", 1), ("c", 0)]
 
 
-def test_ten_thousand_cells_in_five_seconds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+# That it takes at most five seconds is held by benchmarks/test_report.py.
+def test_ten_thousand_cells_are_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables, evidence = make_large(tmp_path / "matrix")
     folder = tmp_path / "evidence"
     for record in evidence.values():
@@ -178,9 +176,7 @@ def test_ten_thousand_cells_in_five_seconds(
         path.write_text(json.dumps(record.to_json()))
     del evidence, record
     monkeypatch.setattr(matrix, "tables_folder", lambda: tmp_path / "matrix")
-    start = time.process_time()
     done = report.write(tmp_path)
-    assert time.process_time() - start < 5.0
     assert gc.isenabled()
     pages = {"index.html": (tmp_path / "index.html").read_bytes()}
     assert f"{tmp_path / 'index.html'}: written" in done

@@ -26,7 +26,7 @@ def ask(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> Any:
 def write_with(sample: Sample, folder: Path) -> Path:
     """The samples of this project with one in the place of its like, and the spreads."""
     ledger = limits.read(REPORTS / "limits.csv")
-    others = [s for s in ledger.samples if (s.kind, s.model) != (sample.kind, sample.model)]
+    others = [s for s in ledger.samples if not limits.same_place(s, sample)]
     limits.write(replace(ledger, samples=[*others, sample]), folder / "limits.csv")
     return folder / "limits.csv"
 
@@ -58,7 +58,7 @@ def test_each_bound_counts(
         replace(sample, **{name: getattr(sample, name) * factor}), make_folder(tmp_path, "tighter")
     )
     [line] = ask(capsys, "--diff", str(tighter), code=1)["loosened"]
-    assert line.startswith(f"{sample.kind} on {sample.model}: {name}")
+    assert line.startswith(f"{sample.kind} on {sample.model} ({sample.side}): {name}")
     looser = write_with(
         replace(sample, **{name: getattr(sample, name) / factor}), make_folder(tmp_path, "looser")
     )

@@ -47,7 +47,10 @@ def run_thresholds(arguments: argparse.Namespace, rest: list[str]) -> int:
         return tell_loosened(loosened, arguments.diff, arguments.json)
     found = ledger.list_limits()
     if arguments.json:
-        rows = [{"class": s.kind, "model": s.model, **allowed.to_json()} for s, allowed in found]
+        rows = [
+            {"class": s.kind, "model": s.model, "side": s.side, **allowed.to_json()}
+            for s, allowed in found
+        ]
         spreads = {name: vars(spread) for name, spread in ledger.spreads.items()}
         print_json({"ok": True, "margin": limits.MARGIN, "limits": rows, "spreads": spreads})
     else:
@@ -81,7 +84,7 @@ def tell_loosened(loosened: list[str], against: str, as_json: bool) -> int:
 def print_limit(sample: Sample, allowed: Limits) -> None:
     """One class on one model."""
     print(
-        f"{sample.kind:26} {sample.model:11} {allowed.psnr_db:6.2f} dB  "
+        f"{sample.kind:26} {sample.model:11} {sample.side:11} {allowed.psnr_db:6.2f} dB  "
         f"rel L2 {allowed.relative_l2:.4f}  cosine {allowed.cosine:.5f}  "
         f"layer {allowed.layer_error:.4f}  decided by: {allowed.decided}  ({allowed.source})"
     )
