@@ -114,7 +114,7 @@ def report(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Benchmarks: loading and kernels, without workers; an empty result is an error."""
+    """Benchmarks: kernels, loading, rendering and rows, without workers; an empty result is an error."""
     install(session, "test")
     session.run(
         "pytest", "benchmarks", "-q", "-p", "no:xdist", "--benchmark-only", *session.posargs

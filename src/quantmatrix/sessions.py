@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantmatrix.bench_results import BenchmarkError, read_pytest
 from quantmatrix.errors import UsageError
 from quantmatrix.exit_codes import MEANINGS
 from quantmatrix.hardware import DISTRIBUTIONS
@@ -154,9 +155,10 @@ def list_gaps(folder: Path, *, first: bool = True) -> list[str]:
         gaps.append(f"{folder / 'evidence'} has no record")
     if not first:
         return gaps
-    bench = folder / "bench.json"
-    if not bench.is_file() or bench.stat().st_size == 0:
-        gaps.append(f"{bench} is missing or empty")
+    try:
+        read_pytest(folder / "bench.json")
+    except BenchmarkError as error:
+        gaps += str(error).splitlines()
     if not any((folder / "traces").glob("*.gz")):
         gaps.append(f"{folder / 'traces'} has no trace")
     return gaps

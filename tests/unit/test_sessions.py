@@ -180,6 +180,7 @@ def noxfile() -> dict[str, Any]:
         return runpy.run_path(str(ROOT / "noxfile.py"))
 
 
+MEASURED = {"fullname": "a", "extra_info": {}, "stats": {"median": 1.0}}
 STEPS = ["pytest tests/suites", "pytest benchmarks", "quantmatrix trace"]
 
 
@@ -218,7 +219,7 @@ class FakeSession:
             path.parent.mkdir(parents=True)
             path.write_text("{}")
         else:
-            Path(words[-1].partition("=")[2]).write_text("{}")
+            Path(words[-1].partition("=")[2]).write_text(json.dumps({"benchmarks": [MEASURED]}))
         if name == self.failing:
             raise CommandFailed(f"Command {name} failed with exit code 11")
         return ""
@@ -297,14 +298,18 @@ def test_gaps_are_named(tmp_path: Path) -> None:
     gaps = sessions.list_gaps(tmp_path)
     assert [gap.rpartition("/")[2] for gap in gaps] == [
         "evidence has no record",
-        "bench.json is missing or empty",
+        "bench.json: missing or empty: was it run with workers (-n)?",
         "traces has no trace",
     ]
     (tmp_path / "traces").mkdir()
     (tmp_path / "traces" / "row@h200.json.gz").write_text("{}")
     (tmp_path / "evidence").mkdir()
     (tmp_path / "evidence" / "row.json").write_text("{}")
-    (tmp_path / "bench.json").write_text("{}")
+    worker = {**MEASURED, "stats": None}
+    (tmp_path / "bench.json").write_text(json.dumps({"benchmarks": [worker]}))
+    [gap] = sessions.list_gaps(tmp_path)
+    assert "a: no statistics" in gap
+    (tmp_path / "bench.json").write_text(json.dumps({"benchmarks": [MEASURED]}))
     assert sessions.list_gaps(tmp_path) == []
 
 
