@@ -105,9 +105,16 @@ def test_elements_and_layers_follow_from_the_same_gaps() -> None:
 
 
 def test_what_was_measured_of_floating_formats_lies_below() -> None:
-    """Real layers of five models, worst of all cells: below the bound, and above a third of it."""
+    """Real layers of five models, worst of all cells: below the bound, and above a third of it.
+
+    On CPUs, whose rows have the prompt that static scales were calibrated with. What a scale cuts off
+    is not rounding: with the guide's prompt a layer of FLUX.2 is 0.064 away, on a CPU as on an H200.
+    """
     samples = limits.read(Path(__file__).parents[2] / "reports" / "limits.csv").samples
-    pure = [s for s in samples if s.kind.split()[0] in ("e4m3", "e2m1") and "+" not in s.kind]
+    pure = [
+        s for s in samples
+        if s.side == "cpu" and s.kind.split()[0] in ("e4m3", "e2m1") and "+" not in s.kind
+    ]  # fmt: skip
     assert len(pure) == 20
     for sample in pure:
         assert sample.rounding / 3 < sample.layer_error < sample.rounding, sample
