@@ -166,7 +166,7 @@ def test_flatten() -> None:
     assert list(flatten(nested, ("steps",))) == [("a", "1, 2"), ("b.y", 1), ("c", 0)]
 
 
-# That it takes at most five seconds is held by benchmarks/test_report.py.
+# That it takes at most five seconds is held by benchmarks/test_rendering.py.
 def test_ten_thousand_cells_are_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables, evidence = make_large(tmp_path / "matrix")
     folder = tmp_path / "evidence"
