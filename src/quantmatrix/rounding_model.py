@@ -20,11 +20,10 @@ group that shares a scale, with its largest magnitude at the largest code `t`:
 |        |        | normal values in the smallest group that a family has, 64: 2.596. Wider ones cost more |
 
 `uint4` (AWQ) searches for a range and cuts what is outside: no bound. Nor is there one for latents.
-Where a static input scale cuts off what a prompt brings, a layer's error is larger than its bound.
 What is provable there multiplies a layer's error by the Lipschitz constants of all blocks and steps
 behind it, which says nothing: limits of latents rest on the other sources (see `limits`). The bound
-holds for the model above, not for every input: a layer whose products cancel exceeds it, which is
-what the measured source is for.
+holds for the model above, not for every input: a layer whose products cancel exceeds it, and so does
+one whose static input scale cuts off what a prompt brings, which is what the measured source is for.
 """
 
 from __future__ import annotations
