@@ -62,12 +62,16 @@ def flatten(output: Any) -> torch.Tensor:
 
 
 def time_pair(ours: Any, theirs: Any, inputs: dict[str, Any], turn: int) -> tuple[float, float]:
-    """(our, their) CPU seconds of a forward; who begins changes from round to round."""
+    """(our, their) seconds of a forward; who begins changes from round to round.
+
+    CPU time, or with a GPU, which a processor may wait for asleep, the clock's.
+    """
     seconds = {}
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     for model in (ours, theirs) if turn % 2 else (theirs, ours):
-        start = time.process_time()
+        start = clock()
         model(**inputs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        seconds[id(model)] = time.process_time() - start
+        seconds[id(model)] = clock() - start
     return seconds[id(ours)], seconds[id(theirs)]

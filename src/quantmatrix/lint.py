@@ -42,6 +42,8 @@ OPTIONAL = {
     "cases": ("backend", "flags", "rule", "notes"),
 }
 """Columns that may be blank, by table."""
+LATER = {"hardware": ("devices",)}
+"""Of these the columns that tables of earlier revisions do not have; there they count as blank."""
 ELSEWHERE = {
     **dict.fromkeys(
         ("--model-path", "--transformer-path", "--transformer-weights-path", "--quantization"),
@@ -147,15 +149,18 @@ def read_table(path: Path, kind: type[Row], problems: list[str]) -> Table[Row]:
         with path.open(encoding="utf-8", newline="") as stream:
             records = number_records(csv.reader(stream, strict=True))
             line, header = next(records, (1, []))
-            if header != columns:
+            added = [name for name in LATER.get(path.stem, ()) if name not in header]
+            if header != [name for name in columns if name not in added]:
                 table.note(line, f"expected the columns {','.join(columns)}")
                 return table
             build = choose_builder(kind, table, OPTIONAL.get(path.stem, ()))
             for line, cells in records:
-                if len(cells) != len(columns):
-                    table.note(line, f"found {len(cells)} cells, expected {len(columns)}")
+                if len(cells) != len(header):
+                    table.note(line, f"found {len(cells)} cells, expected {len(header)}")
                 else:
-                    table.rows.append((line, build(line, cells)))
+                    told = dict(zip(header, cells, strict=True))
+                    row = build(line, [told.get(name, "") for name in columns])
+                    table.rows.append((line, row))
     except FileNotFoundError:
         problems.append(f"{table.name}: no such file; the folder is {path.parent}")
     except (csv.Error, UnicodeDecodeError) as error:

@@ -41,6 +41,7 @@ def build_pipeline(made: Plan, *, progress: bool = False) -> Any:
         )
     request = made.request
     device = made.machine.device
+    make_current(device)
     offloaded = made.layerwise_offload or made.cpu_offload
     parts: dict[str, Any] = {}
     for name, component in made.components.items():
@@ -124,6 +125,16 @@ def place(pipeline: Any, made: Plan, device: str, offloaded: bool) -> None:
         for name in made.components:
             getattr(pipeline, name).to("cpu")
         pipeline.enable_model_cpu_offload(device=device)
+
+
+def make_current(device: str) -> None:
+    """Let a numbered accelerator be the current one.
+
+    Triton starts kernels on the current device, wherever the tensors lie.
+    """
+    kind, _, number = device.partition(":")
+    if number and kind != "cpu":
+        torch.get_device_module(kind).set_device(int(number))
 
 
 def accelerate(pipeline: Any, made: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 from collections.abc import Callable
@@ -49,6 +50,25 @@ def test_nothing_changed(root: Path, commit: Commit) -> None:
     found = compare(root, first, commit())
     assert found == Changes({}, {}, ())
     assert write_markdown(found, "A..B") == "## Matrix A..B: 0 gained, 0 lost, 0 changed"
+
+
+def test_an_earlier_revision_lacks_a_column_that_came_later(root: Path, commit: Commit) -> None:
+    """`devices` of hardware.csv: a review across its arrival is read, and no cell has changed."""
+    path = root / "matrix" / "hardware.csv"
+    with path.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    whole = path.read_text()
+    names = [name for name in rows[0] if name != "devices"]
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, names, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    first = commit()
+    path.write_text(whole)
+    assert compare(root, first, commit()) == Changes({}, {}, ())
+    path.write_text(whole.replace(",memory_gib,", ",memory,"))
+    with pytest.raises(QuantmatrixError, match="expected the columns"):
+        compare(root, first, commit())
 
 
 def test_gained_lost_and_changed(root: Path, commit: Commit) -> None:

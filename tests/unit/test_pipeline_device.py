@@ -1,0 +1,40 @@
+"""A pipeline on a numbered device makes it the current one, on which Triton starts its kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from quantmatrix import pipeline
+from quantmatrix.planning import Plan, plan
+from quantmatrix.request import Request
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [("cuda:1", [1]), ("npu:3", [3]), ("cuda", []), ("cpu", [])]
+)
+def test_numbered_accelerators_become_current(
+    device: str, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    module = SimpleNamespace(set_device=chosen.append)
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: module)
+    pipeline.make_current(device)
+    assert chosen == expected
+
+
+def test_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = plan(Request(model_path="black-forest-labs/FLUX.1-dev", tiny=True, device="cpu"))
+    assert isinstance(made, Plan)
+    elsewhere = replace(made, machine=replace(made.machine, device="cuda:1"))
+
+    def stop(device: str) -> None:
+        raise LookupError(device)
+
+    monkeypatch.setattr(pipeline, "make_current", stop)
+    monkeypatch.setattr(pipeline, "load_component", lambda *_, **__: pytest.fail("was loaded"))
+    with pytest.raises(LookupError, match="cuda:1"):
+        pipeline.build_pipeline(elsewhere)
