@@ -2,12 +2,12 @@
 
     python benchmarks/hopper.py --output-path results.json [--budget 540] [--tiny]
 
-Weights are random in the true formats (quantmatrix.synthetic), so nothing is downloaded. First every
-kernel that the machine has is compared with its op's `reference`; a kernel that is wrong is not
-timed. Then layers and whole transformer forwards are timed beside diffusers in BF16 in the same
-process, in turn, by CUDA events, as medians. The stages run in order of worth and stop when the time
-budget is spent; what was not reached is said. `--tiny` runs everything on a CPU with tiny models,
-to try the script.
+Weights are random in the true formats (quantmatrix.synthetic), so nothing is downloaded. First
+every kernel that the machine has is compared with its op's `reference`; a kernel that is wrong is
+not timed. Then layers and whole transformer forwards are timed beside diffusers in BF16 in the same
+process, in turn, by CUDA events, as medians. The stages run in order of worth and stop when the
+time budget is spent; what was not reached is said. The goals are printed last, as one table.
+`--tiny` runs everything on a CPU with tiny models, to try the script.
 """
 
 from __future__ import annotations
@@ -418,7 +418,9 @@ def main() -> None:
             ),
             needs,
         )
-    print(json.dumps(bench.results["stages"], indent=1))
+    from hopper_page import render
+
+    print(render(bench.results))
 
 
 if __name__ == "__main__":
