@@ -11,6 +11,7 @@ it 1 there, and everything else works over gloo.
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -102,7 +103,7 @@ def join(request: Request) -> Iterator[tuple[int, Plan, Any]]:
     """(rank, plan, pipeline) of this process among those that torchrun started."""
     found = find_plan(request)
     kind = found.machine.device.partition(":")[0]
-    distributed.init_process_group(TRANSPORTS[kind])
+    distributed.init_process_group(TRANSPORTS[kind], device_id=find_own_gpu(kind))
     try:
         rank, count = distributed.get_rank(), distributed.get_world_size()
         if count != found.processes:
@@ -118,6 +119,12 @@ def join(request: Request) -> Iterator[tuple[int, Plan, Any]]:
         distributed.barrier()
     finally:
         distributed.destroy_process_group()
+
+
+def find_own_gpu(kind: str) -> torch.device | None:
+    """The GPU of this process, which NCCL would guess otherwise; other transports need none."""
+    number = os.environ.get("LOCAL_RANK")
+    return torch.device(kind, int(number)) if kind == "cuda" and number else None
 
 
 def split(pipeline: Any, made: Plan, count: int) -> None:

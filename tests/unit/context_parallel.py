@@ -14,7 +14,7 @@ from quantmatrix.run import generate
 
 
 def read(words: list[str]) -> Request:
-    return Request.from_words([*words, "--tiny", "--device", "cpu", "--prompt", "a fox"])
+    return Request.from_words(["--device", "cpu", *words, "--tiny", "--prompt", "a fox"])
 
 
 def watch(request: Request, made: Any, pipeline: Any) -> dict[str, Any]:

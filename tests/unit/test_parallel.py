@@ -143,3 +143,11 @@ def test_a_run_together_is_a_run_and_a_failure_says_why(monkeypatch: pytest.Monk
     monkeypatch.setattr(parallel, "name_launcher", lambda processes: [sys.executable])
     with pytest.raises(QuantmatrixError, match=r"2 processes gave no run: \w*Error: .*RANK"):
         parallel.generate_together(request, made)
+
+
+def test_nccl_is_told_the_gpu_of_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert parallel.find_own_gpu("cuda") == torch.device("cuda:1")
+    assert parallel.find_own_gpu("cpu") is parallel.find_own_gpu("npu") is None
+    monkeypatch.delenv("LOCAL_RANK")
+    assert parallel.find_own_gpu("cuda") is None
