@@ -11,7 +11,6 @@ it 1 there, and everything else works over gloo.
 
 from __future__ import annotations
 
-import os
 import pickle
 import subprocess
 import sys
@@ -123,8 +122,9 @@ def join(request: Request) -> Iterator[tuple[int, Plan, Any]]:
 
 def find_own_gpu(kind: str) -> torch.device | None:
     """The GPU of this process, which NCCL would guess otherwise; other transports need none."""
-    number = os.environ.get("LOCAL_RANK")
-    return torch.device(kind, int(number)) if kind == "cuda" and number else None
+    if kind != "cuda":
+        return None
+    return torch.device(kind, distributed.get_node_local_rank(fallback_rank=0))
 
 
 def split(pipeline: Any, made: Plan, count: int) -> None:

@@ -150,4 +150,4 @@ def test_nccl_is_told_the_gpu_of_each_process(monkeypatch: pytest.MonkeyPatch) -
     assert parallel.find_own_gpu("cuda") == torch.device("cuda:1")
     assert parallel.find_own_gpu("cpu") is parallel.find_own_gpu("npu") is None
     monkeypatch.delenv("LOCAL_RANK")
-    assert parallel.find_own_gpu("cuda") is None
+    assert parallel.find_own_gpu("cuda") == torch.device("cuda:0")
