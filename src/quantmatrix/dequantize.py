@@ -22,7 +22,7 @@ from quantmatrix.hardware import Machine
 from quantmatrix.load import (
     DTYPES,
     TensorReader,
-    check_scales,
+    check_stored,
     plain_targets,
     read_layer,
     select_rows,
@@ -125,7 +125,7 @@ def decode_pieces(
         stored = read_layer(component.checkpoint, piece.layer, reader)
         if component.online:
             stored = family.quantize(stored["weight"], piece.scheme, bias=stored.get("bias"))
-        check_scales(component.checkpoint, piece.layer, stored)
+        check_stored(component.checkpoint, piece.layer, piece.scheme, stored)
         canonical = family.canonical(stored, piece.scheme)
         rows = select_rows(piece.target, piece.out_features * piece.target.part[1])
         if rows is not None:

@@ -19,14 +19,17 @@ from torch import nn
 from quantmatrix import families, kernels
 from quantmatrix.checkpoint import Checkpoint
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
+from quantmatrix.formats import expand_blocks
 from quantmatrix.layers import QuantizedLinear, SplitInputLinear, share_inputs
 from quantmatrix.models import Target
 from quantmatrix.planning import ComponentPlan, Piece, Refusal, ignored_names, plan
 from quantmatrix.references import fetch
 from quantmatrix.request import WEIGHTS_ALIASES, Request
+from quantmatrix.scheme import Scheme
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-CODE_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8)
+NUMBERS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""What a tensor in full precision may hold; anything else is codes, or damage."""
 
 
 class TensorReader:
@@ -208,7 +211,7 @@ def build_piece(
     stored = read_layer(component.checkpoint, piece.layer, reader)
     if component.online:
         stored = family.quantize(stored["weight"], piece.scheme, bias=stored.get("bias"))
-    check_scales(component.checkpoint, piece.layer, stored)
+    check_stored(component.checkpoint, piece.layer, piece.scheme, stored)
     canonical = family.canonical(stored, piece.scheme)
     kernel = next(k for k in kernels.kernels_of(piece.scheme.op) if k.backend == piece.backend)
     rows = select_rows(piece.target, piece.out_features * piece.target.part[1])
@@ -240,9 +243,18 @@ def read_layer(checkpoint: Checkpoint, layer: str, reader: TensorReader) -> dict
     }
 
 
-def check_scales(checkpoint: Checkpoint, layer: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Scales that are no finite numbers, or inputs' that are not positive, would void the image."""
+def check_stored(
+    checkpoint: Checkpoint, layer: str, scheme: Scheme, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Scales and biases of a quantized layer [N, K] that would void the image.
+
+    Scales must be finite and weights' not negative, inputs' positive; a weight's may be zero where
+    its codes are. Biases are numbers.
+    """
     for suffix, tensor in tensors.items():
+        name = f"{layer}.{suffix}"
+        if suffix == "bias":
+            check_plain(checkpoint, name, name, tensor)
         if "scale" not in suffix or not tensor.is_floating_point():
             continue
         what, expected = "", "finite"
@@ -252,12 +264,26 @@ def check_scales(checkpoint: Checkpoint, layer: str, tensors: Mapping[str, torch
             what, expected = "zero or negative", "positive"
         elif suffix.startswith("weight_scale") and (tensor.float() < 0).any():
             what, expected = "negative", "positive"
+        elif suffix.startswith("weight_scale") and voids_codes(tensor, scheme, tensors):
+            what, expected = "zero (beside codes that are not)", "positive"
         if what:
-            name = f"{layer}.{suffix}"
             raise CheckpointError(
                 f"{checkpoint.tensors[name].file}: tensor {name} holds {what} scales: "
                 f"expected {expected} numbers; the checkpoint is damaged or was exported wrongly"
             )
+
+
+def voids_codes(scales: torch.Tensor, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a scale of zero stands beside e4m3 codes [N, K] that are not zero."""
+    zero = scales == 0
+    if scheme.weight != "e4m3" or not zero.any():
+        return False
+    codes = tensors["weight"].view(torch.uint8) & 0x7F
+    if scheme.scale == "block":
+        zero = expand_blocks(zero, scheme.block, (codes.shape[0], codes.shape[1]))
+    elif scheme.scale == "channel":
+        zero = zero.reshape(-1, 1)
+    return bool((codes * zero).any())
 
 
 def select_rows(target: Target, stored_rows: int) -> torch.Tensor | slice | None:
@@ -336,11 +362,11 @@ def is_below(name: str, layers: set[str]) -> bool:
 
 def check_plain(checkpoint: Checkpoint, name: str, parameter: str, tensor: torch.Tensor) -> None:
     """Codes must never be taken as numbers."""
-    if tensor.dtype in CODE_DTYPES:
+    if tensor.dtype not in NUMBERS:
         raise CheckpointError(
             f"{checkpoint.tensors[name].file}: tensor {name} holds {tensor.dtype} codes, but the "
             f"checkpoint describes {parameter} as full precision: its scale is missing, or its "
-            "exclusion list is wrong"
+            "exclusion list is wrong; expected BF16, F16 or F32"
         )
 
 

@@ -148,6 +148,30 @@ def test_aliases_of_the_weights_override(copy: Path, flux: Path) -> None:
             r"transformer_blocks\.0\.attn\.to_q\.weight_scale holds negative scales",
         ),
         (
+            lambda t: t.update({"transformer_blocks.0.attn.to_q.weight_scale": torch.zeros(1)}),
+            r"transformer_blocks\.0\.attn\.to_q\.weight_scale holds zero .* scales",
+        ),
+        (
+            lambda t: t.update(
+                {"transformer_blocks.0.attn.to_q.bias": torch.ones(256).to(torch.float8_e4m3fn)}
+            ),
+            r"transformer_blocks\.0\.attn\.to_q\.bias holds torch\.float8_e4m3fn codes",
+        ),
+        (
+            lambda t: t.update({"transformer_blocks.0.attn.to_q.bias": torch.ones(256).int()}),
+            r"transformer_blocks\.0\.attn\.to_q\.bias holds torch\.int32 codes",
+        ),
+        (
+            lambda t: t.update({"x_embedder.weight": t["x_embedder.weight"].to(torch.int16)}),
+            r"x_embedder\.weight holds torch\.int16 codes",
+        ),
+        (
+            lambda t: t.update(
+                {"x_embedder.weight": t["x_embedder.weight"].to(torch.float8_e4m3fnuz)}
+            ),
+            r"x_embedder\.weight holds torch\.float8_e4m3fnuz codes",
+        ),
+        (
             lambda t: t.update({"transformer_blocks.0.attn.to_q.pre_quant_scale": torch.ones(256)}),
             r"transformer_blocks\.0\.attn\.to_q has pre_quant_scale beside .*: no such layer",
         ),
@@ -159,6 +183,39 @@ def test_damaged_checkpoints_are_named(
     change(copy, edit)
     with pytest.raises(CheckpointError, match=message):
         load_transformer(str(flux), transformer_path=str(copy))
+
+
+def test_a_scale_of_zero_may_stand_beside_codes_of_zero(copy: Path, flux: Path) -> None:
+    name = "transformer_blocks.0.attn.to_q"
+
+    def clear(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{name}.weight"] = torch.zeros(256, 256).to(torch.float8_e4m3fn)
+        tensors[f"{name}.weight_scale"] = torch.zeros(1)
+
+    change(copy, clear)
+    model = load_transformer(str(flux), transformer_path=str(copy), backend="decode")
+    assert not model.get_submodule(name).q_decoded.any()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "place"), [("channel-dynamic", (3,)), ("block-dynamic", (1, 0))]
+)
+def test_one_scale_of_zero_among_many(
+    flux: Path, tmp_path: Path, scheme: str, place: tuple[int, ...]
+) -> None:
+    from quantmatrix.families import fp8
+
+    tensors = load_file(flux / "transformer" / WEIGHTS)
+    name = "transformer_blocks.0.attn.to_q"
+    made = fp8.quantize(tensors.pop(f"{name}.weight"), fp8.SCHEMES[scheme])
+    suffix = next(suffix for suffix in made if suffix != "weight")
+    made[suffix][place] = 0
+    tensors |= {f"{name}.{key}": value for key, value in made.items()}
+    block = fp8.declare({name: fp8.SCHEMES[scheme]}, []).config
+    path = tmp_path / "one.safetensors"
+    save_file(tensors, path, metadata={"quantization_config": json.dumps(block)})
+    with pytest.raises(CheckpointError, match=rf"to_q\.{suffix} holds zero"):
+        load_transformer(str(flux), transformer_weights_path=str(path))
 
 
 def test_truncated_file(copy: Path, flux: Path) -> None:
