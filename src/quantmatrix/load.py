@@ -22,7 +22,7 @@ from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.formats import expand_blocks
 from quantmatrix.layers import QuantizedLinear, SplitInputLinear, share_inputs
 from quantmatrix.models import Target
-from quantmatrix.planning import ComponentPlan, Piece, Refusal, ignored_names, plan
+from quantmatrix.planning import ComponentPlan, Piece, Refusal, ignored_names, is_below, plan
 from quantmatrix.references import fetch
 from quantmatrix.request import WEIGHTS_ALIASES, Request
 from quantmatrix.scheme import Scheme
@@ -348,16 +348,6 @@ def plain_targets(component: ComponentPlan, name: str) -> Iterator[tuple[Target,
                 "rows are interleaved and 1 is added to its scale cannot be known"
             )
         yield target, f"{target.module}.{leaf}" if target.module else leaf
-
-
-def is_below(name: str, layers: set[str]) -> bool:
-    """Whether a tensor belongs to one of the layers (one or two name parts below it)."""
-    layer = name
-    for _ in range(2):
-        layer = layer.rpartition(".")[0]
-        if layer in layers:
-            return True
-    return False
 
 
 def check_plain(checkpoint: Checkpoint, name: str, parameter: str, tensor: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ raises. Nothing is decided later.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -27,6 +27,8 @@ from quantmatrix.sources import Source, find_sources, use_tiny
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 CODE_LEAVES = ("weight", "qweight", "linear.weight")
 """Where the codes of a layer lie; msmodelslim wraps smoothed layers in a `linear` level."""
+WRAPPERS = ("linear", "div")
+"""Levels below a layer's name that belong to it, as msmodelslim has them."""
 FP4_BACKEND = "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND"
 
 
@@ -401,7 +403,7 @@ def sort_layers(
             parts.setdefault(target.module, []).append((layer, target, own, (rows, into)))
     ignored = ignored_names(checkpoint, family)
     plain = [
-        name for name in checkpoint.tensors if name not in ignored and not _belongs(name, schemes)
+        name for name in checkpoint.tensors if name not in ignored and not is_below(name, schemes)
     ]
     return parts, plain
 
@@ -416,14 +418,10 @@ def ignored_names(checkpoint: Checkpoint, family: str | None) -> dict[str, str]:
     return {name: why for name in checkpoint.tensors if (why := ignored(name))}
 
 
-def _belongs(name: str, schemes: Mapping[str, Scheme]) -> bool:
-    """Whether a tensor is part of a quantized layer (one or two name parts below it)."""
-    layer = name
-    for _ in range(2):
-        layer = layer.rpartition(".")[0]
-        if layer in schemes:
-            return True
-    return False
+def is_below(name: str, layers: Collection[str]) -> bool:
+    """Whether a tensor belongs to one of the layers: it lies right below it, or in a wrapper."""
+    above, _, last = name.rpartition(".")[0].rpartition(".")
+    return name.rpartition(".")[0] in layers or (last in WRAPPERS and above in layers)
 
 
 def count_plain_linears(checkpoint: Checkpoint, plain: Sequence[str], dialect: Dialect) -> int:

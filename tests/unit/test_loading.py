@@ -172,6 +172,10 @@ def test_aliases_of_the_weights_override(copy: Path, flux: Path) -> None:
             r"x_embedder\.weight holds torch\.float8_e4m3fnuz codes",
         ),
         (
+            lambda t: t.update({"transformer_blocks.0.attn.to_q.extra.weight": torch.ones(4, 256)}),
+            r"unknown to .*transformer_blocks\.0\.attn\.to_q\.extra\.weight",
+        ),
+        (
             lambda t: t.update({"transformer_blocks.0.attn.to_q.pre_quant_scale": torch.ones(256)}),
             r"transformer_blocks\.0\.attn\.to_q has pre_quant_scale beside .*: no such layer",
         ),
