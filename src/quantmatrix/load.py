@@ -19,7 +19,7 @@ from torch import nn
 from quantmatrix import families, kernels
 from quantmatrix.checkpoint import Checkpoint
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
-from quantmatrix.formats import expand_blocks
+from quantmatrix.formats import expand_blocks, holds_nan
 from quantmatrix.layers import QuantizedLinear, SplitInputLinear, share_inputs
 from quantmatrix.models import Target
 from quantmatrix.planning import ComponentPlan, Piece, Refusal, ignored_names, is_below, plan
@@ -249,12 +249,18 @@ def check_stored(
     """Scales and biases of a quantized layer [N, K] that would void the image.
 
     Scales must be finite and weights' not negative, inputs' positive; a weight's may be zero where
-    its codes are. Biases are numbers.
+    its codes are. Biases are numbers, and so are all codes.
     """
     for suffix, tensor in tensors.items():
         name = f"{layer}.{suffix}"
         if suffix == "bias":
             check_plain(checkpoint, name, name, tensor)
+        if suffix == "weight" and scheme.weight == "e4m3" and holds_nan(tensor):
+            raise CheckpointError(
+                f"{checkpoint.tensors[name].file}: tensor {name} holds NaN codes: expected numbers "
+                "within 448; casts of older writers gave NaN beyond: hold values within 448 before "
+                "the cast, and quantize again"
+            )
         if "scale" not in suffix or not tensor.is_floating_point():
             continue
         what, expected = "", "finite"

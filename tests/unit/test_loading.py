@@ -176,6 +176,10 @@ def test_aliases_of_the_weights_override(copy: Path, flux: Path) -> None:
             r"unknown to .*transformer_blocks\.0\.attn\.to_q\.extra\.weight",
         ),
         (
+            lambda t: t["transformer_blocks.0.attn.to_q.weight"].view(torch.uint8).fill_(0xFF),
+            r"transformer_blocks\.0\.attn\.to_q\.weight holds NaN codes",
+        ),
+        (
             lambda t: t.update({"transformer_blocks.0.attn.to_q.pre_quant_scale": torch.ones(256)}),
             r"transformer_blocks\.0\.attn\.to_q has pre_quant_scale beside .*: no such layer",
         ),
