@@ -16,15 +16,14 @@ from typing import Any
 
 import torch
 
-from quantmatrix import families, kernels
+from quantmatrix import kernels
 from quantmatrix.errors import RefusedError, UsageError
 from quantmatrix.hardware import Machine
 from quantmatrix.load import (
     DTYPES,
     TensorReader,
-    check_stored,
     plain_targets,
-    read_layer,
+    read_piece,
     select_rows,
 )
 from quantmatrix.planning import ComponentPlan, Piece, Refusal, ignored_names, plan_component
@@ -118,18 +117,9 @@ def decode_pieces(
     component: ComponentPlan, pieces: tuple[Piece, ...], reader: TensorReader
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(weight, bias) of a module in plain float32 numbers, its pieces put together."""
-    assert component.family is not None
-    family = families.load(component.family)
     weights, biases = [], []
     for piece in pieces:
-        stored = read_layer(component.checkpoint, piece.layer, reader)
-        if component.online:
-            stored = family.quantize(stored["weight"], piece.scheme, bias=stored.get("bias"))
-        check_stored(component.checkpoint, piece.layer, piece.scheme, stored)
-        canonical = family.canonical(stored, piece.scheme)
-        rows = select_rows(piece.target, piece.out_features * piece.target.part[1])
-        if rows is not None:
-            canonical = kernels.take_rows(piece.scheme, canonical, rows)
+        canonical = read_piece(component, piece, reader)
         weight, bias = kernels.decode(piece.scheme, canonical)
         if bias is not None and piece.target.plus_one:
             bias = bias.clone()

@@ -206,17 +206,8 @@ def build_piece(
     component: ComponentPlan, piece: Piece, reader: TensorReader, dtype: torch.dtype
 ) -> QuantizedLinear:
     """One quantized layer, from its tensors on disk to the buffers of its kernel."""
-    assert component.family is not None
-    family = families.load(component.family)
-    stored = read_layer(component.checkpoint, piece.layer, reader)
-    if component.online:
-        stored = family.quantize(stored["weight"], piece.scheme, bias=stored.get("bias"))
-    check_stored(component.checkpoint, piece.layer, piece.scheme, stored)
-    canonical = family.canonical(stored, piece.scheme)
+    canonical = read_piece(component, piece, reader)
     kernel = next(k for k in kernels.kernels_of(piece.scheme.op) if k.backend == piece.backend)
-    rows = select_rows(piece.target, piece.out_features * piece.target.part[1])
-    if rows is not None:
-        canonical = kernels.take_rows(piece.scheme, canonical, rows)
     bias = canonical.get("bias")
     if bias is not None and bias.shape != (piece.out_features,):
         raise CheckpointError(
@@ -231,6 +222,25 @@ def build_piece(
     return QuantizedLinear(
         piece.in_features, piece.out_features, kernel, piece.scheme, canonical, dtype
     )
+
+
+def read_piece(
+    component: ComponentPlan, piece: Piece, reader: TensorReader
+) -> dict[str, torch.Tensor]:
+    """Canonical tensors of a piece, read (or quantized from what is read) and checked."""
+    assert component.family is not None
+    family = families.load(component.family)
+    stored = read_layer(component.checkpoint, piece.layer, reader)
+    if component.online:
+        name = f"{piece.layer}.weight"
+        if not torch.isfinite(stored["weight"]).all():
+            raise CheckpointError(
+                f"{component.checkpoint.tensors[name].file}: tensor {name} holds NaN or infinite "
+                "numbers: expected finite ones to quantize; the checkpoint is damaged"
+            )
+        stored = family.quantize(stored["weight"], piece.scheme, bias=stored.get("bias"))
+    check_stored(component.checkpoint, piece.layer, piece.scheme, stored)
+    return take_part(component, piece, family.canonical(stored, piece.scheme))
 
 
 def read_layer(checkpoint: Checkpoint, layer: str, reader: TensorReader) -> dict[str, torch.Tensor]:
@@ -290,6 +300,23 @@ def voids_codes(scales: torch.Tensor, scheme: Scheme, tensors: Mapping[str, torc
     elif scheme.scale == "channel":
         zero = zero.reshape(-1, 1)
     return bool((codes * zero).any())
+
+
+def take_part(
+    component: ComponentPlan, piece: Piece, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The rows of a layer's canonical tensors that a piece takes, in the module's order."""
+    rows = select_rows(piece.target, piece.out_features * piece.target.part[1])
+    if rows is None:
+        return tensors
+    try:
+        return kernels.take_rows(piece.scheme, tensors, rows)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{component.checkpoint.reference}: layer {piece.layer} holds the rows of "
+            f"{piece.target.module} in the {component.dialect.name} layout, and {error}: expected "
+            "whole blocks; quantize with one scale per channel, or with diffusers' names"
+        ) from error
 
 
 def select_rows(target: Target, stored_rows: int) -> torch.Tensor | slice | None:
