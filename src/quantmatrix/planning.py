@@ -359,16 +359,20 @@ def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict
             f"--quantization {request.quantization}: only fp8 can be made while loading"
         )
     scheme = families.load("fp8").SCHEMES["tensor-dynamic"]
-    blocks = models.load(model).BLOCKS
+    blocks, dialect = models.load(model).BLOCKS, models.dialect_of(model, checkpoint.tensors)
     ignored = request.quantization_ignored_layers
     hits: Counter[str] = Counter()
     schemes: dict[str, Scheme] = {}
     for name, header in checkpoint.tensors.items():
         layer, _, leaf = name.rpartition(".")
-        if leaf != "weight" or len(header.shape) != 2 or layer.split(".")[0] not in blocks:
+        modules = [target.module for target in dialect.layer_targets(layer)]
+        inside = any(module.split(".")[0] in blocks for module in modules)
+        if leaf != "weight" or len(header.shape) != 2 or not inside:
             continue
         matching = [
-            p for p in ignored if p in layer.split(".") or fnmatchcase(layer, p) or p == layer
+            pattern
+            for pattern in ignored
+            if any(pattern in x.split(".") or fnmatchcase(x, pattern) for x in (layer, *modules))
         ]
         hits.update(matching)
         if not matching:
@@ -378,6 +382,11 @@ def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict
         raise UsageError(
             f"--quantization-ignored-layers {' '.join(unmatched)}: matches no linear layer of "
             f"{checkpoint.reference}; a layer is named like {next(iter(schemes), 'to_q')}"
+        )
+    if not schemes:
+        raise UsageError(
+            f"--quantization fp8: no linear layer of {checkpoint.reference} is left to quantize: "
+            f"expected some in {', '.join(blocks)} that --quantization-ignored-layers leaves over"
         )
     return schemes
 

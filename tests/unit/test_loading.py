@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -330,6 +331,78 @@ def test_online_quantization_and_its_exceptions(flux: Path) -> None:
     assert set(all_layers) - set(some) == {n for n in all_layers if n.endswith(".to_q")}
     with pytest.raises(UsageError, match="matches no linear layer"):
         load_transformer(str(flux), quantization="fp8", quantization_ignored_layers=("nowhere",))
+
+
+def pack_bfl(scheme: str | None, path: Path, block: tuple[int, int] = (128, 128)) -> Path:
+    """FLUX.2 in one file under the original names, q, k and v packed; scheme None: BF16."""
+    from quantmatrix.families import fp8
+    from quantmatrix.models import flux_2
+    from quantmatrix.tiny_packing import pack_tensors
+
+    tensors = load_file(find(BASES["flux-2"]) / "transformer" / WEIGHTS)
+    packed = pack_tensors(tensors, flux_2.BFL)
+    metadata = {"format": "pt"}
+    if scheme is not None:
+        chosen = replace(fp8.SCHEMES[scheme], block=block)
+        for name in [name for name in packed if packed[name].ndim == 2]:
+            made = fp8.quantize(packed.pop(name), chosen)
+            packed |= {f"{name.removesuffix('weight')}{key}": v for key, v in made.items()}
+        metadata["quantization_config"] = json.dumps(fp8.declare({"": chosen}, []).config)
+    save_file({k: v.contiguous() for k, v in packed.items()}, path, metadata=metadata)
+    return path
+
+
+def test_block_scales_of_packed_layers(tmp_path: Path) -> None:
+    path = pack_bfl("block-dynamic", tmp_path / "packed.safetensors")
+    base = find(BASES["flux-2"])
+    model = load_transformer(str(base), transformer_weights_path=str(path), backend="decode")
+    plain = load_file(base / "transformer" / WEIGHTS)
+    for name in ("transformer_blocks.1.attn.to_k", "norm_out.linear"):
+        weight = plain[f"{name}.weight"].float()
+        got = model.get_submodule(name).q_decoded.float()
+        assert ((got - weight).norm() / weight.norm()).item() < 0.03
+    cut = pack_bfl("block-dynamic", tmp_path / "cut.safetensors", block=(96, 128))
+    with pytest.raises(
+        CheckpointError, match=r"img_attn\.qkv .* within blocks of 96 rows"
+    ) as caught:
+        load_transformer(str(base), transformer_weights_path=str(cut))
+    assert "cut.safetensors" in str(caught.value)
+
+
+def test_online_quantization_of_original_names(tmp_path: Path) -> None:
+    path = pack_bfl(None, tmp_path / "raw.safetensors")
+    base = str(find(BASES["flux-2"]))
+    model = load_transformer(base, transformer_weights_path=str(path), quantization="fp8")
+    assert count_quantized(model) == count_quantized(load_transformer(base, quantization="fp8"))
+    some = load_transformer(
+        base,
+        transformer_weights_path=str(path),
+        quantization="fp8",
+        quantization_ignored_layers=("img_attn", "single_transformer_blocks.*"),
+    )
+    names = count_quantized(some)
+    assert "transformer_blocks.0.attn.add_q_proj" in names
+    assert not any("to_q" in name or name.startswith("single") for name in names)
+
+
+def test_online_quantization_never_quantizes_nothing(flux: Path) -> None:
+    with pytest.raises(UsageError, match=r"no linear layer of .* is left to quantize"):
+        load_transformer(str(flux), quantization="fp8", quantization_ignored_layers=("*",))
+
+
+def test_online_quantization_of_damaged_weights(flux: Path, tmp_path: Path) -> None:
+    tensors = load_file(flux / "transformer" / WEIGHTS)
+    tensors["transformer_blocks.0.attn.to_q.weight"][0, 0] = torch.inf
+    save_file(tensors, tmp_path / "w.safetensors", metadata={"format": "pt"})
+    path = str(tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=r"w\.safetensors: .*to_q\.weight holds NaN or inf"):
+        load_transformer(str(flux), transformer_weights_path=path, quantization="fp8")
+
+
+def test_online_quantization_tells_of_the_expert_that_it_leaves_alone() -> None:
+    made = quantmatrix.plan(model_path=str(find(BASES["wan-2-2"])), quantization="fp8")
+    assert made.components["transformer_2"].family is None
+    assert any("transformer_2 is loaded as it is stored" in text for text in made.warnings)
 
 
 def test_online_quantization_of_a_quantized_checkpoint(copy: Path, flux: Path) -> None:
