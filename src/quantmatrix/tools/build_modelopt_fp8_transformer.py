@@ -219,7 +219,10 @@ def read_state(file: Path) -> Mapping[str, torch.Tensor]:
 def find_ignored(
     source: TransformerFolder, block: Mapping[str, Any], scales: Mapping[str, Any]
 ) -> frozenset[str]:
-    """Modules that ModelOpt left alone: listed in `ignore`, or without a pair of scales."""
+    """Modules that ModelOpt left alone: listed in `ignore`, or without a pair of scales.
+
+    A convolution may have a pair (Wan's patch_embedding): it is simulated, but not written as FP8.
+    """
     patterns = [
         re.compile(".*".join(re.escape(part) for part in str(entry).split("*")) + r"\Z")
         for entry in block.get("ignore") or ()
@@ -227,7 +230,9 @@ def find_ignored(
     return frozenset(
         module
         for module in source.modules()
-        if module not in scales or any(pattern.match(module) for pattern in patterns)
+        if module not in scales
+        or len(source.checkpoint.tensors[f"{module}.weight"].shape) != 2
+        or any(pattern.match(module) for pattern in patterns)
     )
 
 
@@ -252,6 +257,13 @@ def check_plan(plan: Build, block: Mapping[str, Any]) -> None:
                 f"{stored.file}: {stored.name} is {stored.dtype}: expected FP8 codes or plain "
                 "numbers; this is no FP8 export"
             )
+        for name, scale in plan.scales[module].items():
+            if not (torch.isfinite(scale) & (scale > 0)).all():
+                raise CheckpointError(
+                    f"{stored.file}: {module} has the {name} {scale.item():g} in the backbone "
+                    "checkpoint: expected a positive number. Calibrate with inputs that reach it, "
+                    "or keep it in BF16: --keep-bf16-pattern"
+                )
     for module in sorted(plan.kept):
         name = f"{module}.weight"
         header = plan.base.checkpoint.tensors.get(name) if plan.base else None
