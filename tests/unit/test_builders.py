@@ -450,6 +450,20 @@ def test_fp8_amaxes_are_positive_numbers(
     run(fp8.main, case.words(), capsys)
 
 
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+def test_fp8_amaxes_of_another_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: float
+) -> None:
+    """Weights in BF16 have no scale to compare with, but the codes would not fit."""
+    case = Fp8Case(tmp_path, coded=False)
+    state = make_state(case.base_tensors)
+    name = f"{CODED[0]}.weight_quantizer._amax"
+    case.save({**state, name: state[name] * factor})
+    expect_error(fp8.main, case, case.words(), f"{CODED[0]}.weight reaches .* of one model", capsys)
+    case.save({**state, name: state[name] * 0.5})
+    run(fp8.main, case.words(), capsys)
+
+
 def test_fp8_leaves_convolutions_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Wan's patch_embedding has amaxes, and ModelOpt neither writes it as FP8 nor ignores it."""
     case = Fp8Case(tmp_path)

@@ -66,6 +66,8 @@ PROFILES = {"flux1": "flux-1", "flux2": "flux-2", "qwen-image": "qwen-image"}
 MODEL_TYPES = ("auto", *PROFILES, "hunyuan-video", "none")
 QUANTIZERS = {"weight_scale": ".weight_quantizer._amax", "input_scale": ".input_quantizer._amax"}
 SCALES = tuple(QUANTIZERS)
+CALIBRATORS = 4
+"""An amax that minimizes the error may be so many times smaller or larger than the weight's own."""
 
 
 @dataclass(frozen=True)
@@ -336,8 +338,16 @@ def read_fp8(reader: TensorReader, header: TensorHeader, scale: torch.Tensor) ->
         return weight
     codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
     rows = weight.shape[0] if weight.ndim else 1
+    peak = 0.0
     for part in cut_rows(rows, weight.numel() // max(1, rows)):
-        codes[part] = round_e4m3(weight[part].float() / scale)
+        values = weight[part].float() / scale
+        peak = max(peak, values.abs().amax().item())
+        codes[part] = round_e4m3(values)
+    if not (peak == 0 or E4M3_MAX / CALIBRATORS <= peak <= E4M3_MAX * CALIBRATORS):
+        raise CheckpointError(
+            f"{header.file}: {header.name} reaches {peak:.4g} times the scale that the backbone "
+            f"checkpoint gives it: expected about {E4M3_MAX:g}; the two are not of one model"
+        )
     return codes
 
 
