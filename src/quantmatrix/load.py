@@ -151,8 +151,14 @@ def build_empty(component: ComponentPlan) -> nn.Module:
             f"{component.config_from}: _class_name {component.class_name!r} is no diffusers model"
         )
     config = {k: v for k, v in component.config.items() if k != "quantization_config"}
-    with no_init_weights(), init_empty_weights():
-        model: nn.Module = model_class.from_config(config)
+    try:
+        with no_init_weights(), init_empty_weights():
+            model: nn.Module = model_class.from_config(config)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{component.config_from}: no {component.class_name} can be built from it ({error}): a "
+            "value is of a wrong kind or missing; compare it with the base model's config.json"
+        ) from error
     return model
 
 

@@ -254,6 +254,14 @@ def test_wrong_model_for_the_checkpoint(flux: Path) -> None:
         load_transformer(str(flux), transformer_path=str(other))
 
 
+@pytest.mark.parametrize("value", ["2", None, [2]])
+def test_a_config_that_gives_no_model(copy: Path, flux: Path, value: object) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "num_layers": value}))
+    with pytest.raises(CheckpointError, match=r"config\.json: no FluxTransformer2DModel can be"):
+        load_transformer(str(flux), transformer_path=str(copy))
+
+
 def test_unknown_quant_method(copy: Path, flux: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "frobnicate"}
