@@ -240,6 +240,35 @@ def test_ignore_patterns_match_whole_names(entry: str, layer: str, expected: boo
     assert any(pattern.match(layer) for pattern in patterns) is expected
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ignore": "norm_out*"}, '`ignore` is "norm_out\\*": expected a list'),
+        ({"ignore": 5}, "`ignore` is 5: expected a list"),
+        ({"config_groups": {"g": {"weights": {"num_bits": 4, "type": "int"}}}}, r"g\.weights is"),
+        (
+            {"config_groups": {"g": {"weights": {}, "input_activations": {"dynamic": True}}}},
+            r"g\.input_activations is .*dynamic",
+        ),
+        ({"config_groups": [1]}, r"config_groups is .*: expected an object"),
+        ({"config_groups": {}, "ignore": None}, None),
+    ],
+)
+def test_a_modelopt_declaration_is_read_strictly(
+    tmp_path: Path, changes: dict[str, Any], message: str | None
+) -> None:
+    weight, _, _, calibration = make_layer()
+    made = modelopt_fp8.quantize(weight, modelopt_fp8.FP8, calibration=calibration)
+    block = {"quant_method": "modelopt", "quant_algo": "FP8", **changes}
+    checkpoint = write(tmp_path / "c", {f"a.{k}": v for k, v in made.items()}, block)
+    if message is None:
+        assert modelopt_fp8.schemes(checkpoint) == {"a": modelopt_fp8.FP8}
+        return
+    with pytest.raises(CheckpointError, match=message) as caught:
+        modelopt_fp8.schemes(checkpoint)
+    assert "config.json" in str(caught.value)
+
+
 def test_calibration_leftovers_are_never_loaded(tmp_path: Path) -> None:
     weight, _, _, calibration = make_layer()
     made = modelopt_fp8.quantize(weight, modelopt_fp8.FP8, calibration=calibration)
