@@ -350,6 +350,7 @@ def assign_plain(
     quantized = {piece.layer for piece in component.pieces()}
     ignored = ignored_names(checkpoint, component.family)
     unknown = []
+    taken: dict[str, str] = {}
     for name in checkpoint.tensors:
         if name in ignored or is_below(name, quantized):
             continue
@@ -357,6 +358,12 @@ def assign_plain(
             if parameter not in expected:
                 unknown.append(name)
                 continue
+            if parameter in taken:
+                raise CheckpointError(
+                    f"{checkpoint.tensors[name].file}: tensors {taken[parameter]} and {name} are "
+                    f"both {parameter}: expected one name for it; one of the two is left over"
+                )
+            taken[parameter] = name
             tensor = reader.read(name)
             check_plain(checkpoint, name, parameter, tensor)
             rows = select_rows(target, tensor.shape[0] if tensor.ndim else 0)

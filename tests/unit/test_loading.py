@@ -220,7 +220,8 @@ def test_one_scale_of_zero_among_many(
     suffix = next(suffix for suffix in made if suffix != "weight")
     made[suffix][place] = 0
     tensors |= {f"{name}.{key}": value for key, value in made.items()}
-    block = fp8.declare({name: fp8.SCHEMES[scheme]}, []).config
+    kept = ["transformer_blocks.1.attn.to_q"]
+    block = fp8.declare({name: fp8.SCHEMES[scheme]}, kept).config
     path = tmp_path / "one.safetensors"
     save_file(tensors, path, metadata={"quantization_config": json.dumps(block)})
     with pytest.raises(CheckpointError, match=rf"to_q\.{suffix} holds zero"):
@@ -375,6 +376,16 @@ def test_block_scales_of_packed_layers(tmp_path: Path) -> None:
     ) as caught:
         load_transformer(str(base), transformer_weights_path=str(cut))
     assert "cut.safetensors" in str(caught.value)
+
+
+def test_two_names_of_one_tensor(tmp_path: Path) -> None:
+    path = pack_bfl(None, tmp_path / "raw.safetensors")
+    tensors = load_file(path)
+    tensors["proj_out.weight"] = torch.zeros_like(tensors["final_layer.linear.weight"])
+    save_file(tensors, path, metadata={"format": "pt"})
+    base = str(find(BASES["flux-2"]))
+    with pytest.raises(CheckpointError, match=r"final_layer\.linear\.weight and proj_out\.weight"):
+        load_transformer(base, transformer_weights_path=str(path))
 
 
 def test_online_quantization_of_original_names(tmp_path: Path) -> None:
