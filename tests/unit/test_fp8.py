@@ -420,6 +420,27 @@ def test_ignored_layers_name_a_layer_a_level_or_a_fused_one(
 
 
 @pytest.mark.parametrize(
+    ("ignored", "layer", "told"),
+    [
+        ([], "blocks.1.to_q", True),
+        (["blocks.1"], "blocks.1.to_q", False),
+        ([], "blocks.1.to_k", False),
+        ([], "embedder", False),
+    ],
+)
+def test_a_layer_that_was_forgotten_is_told(
+    tmp_path: Path, ignored: list[str], layer: str, told: bool
+) -> None:
+    """A layer in BF16 that nothing leaves alone, while its like is quantized."""
+    weight, *_ = make_layer()
+    made = fp8.quantize(weight, fp8.TENSOR)
+    tensors = {f"blocks.0.to_q.{k}": v for k, v in made.items()} | {f"{layer}.weight": weight}
+    block = {"quant_method": "fp8", "ignored_layers": ignored}
+    note = families.find_caveat("fp8", write(tmp_path / "c", tensors, block))
+    assert (note is not None and f"{layer}.weight is BF16" in note) is told
+
+
+@pytest.mark.parametrize(
     "suffix", ["weight_scale_inv", "pre_quant_scale", "weight_zero_point", "extra.weight"]
 )
 def test_a_tensor_that_nothing_uses_is_refused(tmp_path: Path, suffix: str) -> None:

@@ -19,6 +19,7 @@ whose `quant_configs` name the scale recipe. Sources: vLLM's and SGLang's fp8 ch
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,8 @@ SCHEMES: Mapping[str, Scheme] = {
 SCALES = ("weight_scale", "weight_scale_inv")
 BESIDE = ("bias", "comfy_quant")
 """Suffixes that may stand in any layer."""
+NUMBERED = re.compile(r"\.\d+\.")
+"""A block's number in a layer's name."""
 
 
 def detect(checkpoint: Checkpoint) -> str | None:
@@ -168,6 +171,31 @@ def check_others(checkpoint: Checkpoint, found: Mapping[str, Scheme]) -> None:
                 f"{', '.join(known or ('weight', 'bias', *SCALES))}: leaving it out would give "
                 "other numbers without an error. Quantize with a scheme that is known"
             )
+
+
+def caveat(checkpoint: Checkpoint) -> str | None:
+    """A warning of layers that nothing leaves alone, and that still are in full precision.
+
+    That their like in other blocks is quantized tells them from layers of which none ever is.
+    """
+    declared, found = read_declaration(checkpoint), schemes(checkpoint)
+    kinds = {NUMBERED.sub(".N.", layer) for layer in found}
+    forgotten = [
+        header
+        for name, header in checkpoint.tensors.items()
+        if (layer := name.removesuffix(".weight")) != name
+        and layer not in found
+        and NUMBERED.sub(".N.", layer) in kinds
+        and not declared.is_left_alone(layer)
+    ]
+    if not forgotten:
+        return None
+    first = forgotten[0]
+    return (
+        f"{first.file}: {first.name} is {first.dtype}, while its like in other blocks is quantized "
+        f"and {declared.place} does not leave it alone; {len(forgotten)} such layers are computed "
+        "in full precision"
+    )
 
 
 def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
