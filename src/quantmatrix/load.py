@@ -196,14 +196,16 @@ def build_layer(
         raise CheckpointError(
             f"{component.checkpoint.reference}: layer {pieces[0].layer} is "
             f"{pieces[0].out_features} x {into} (out x in), {component.class_name} of "
-            f"{component.config_from} expects {linear.out_features} x {linear.in_features}"
+            f"{component.config_from} expects {linear.out_features} x {linear.in_features}: is this "
+            "checkpoint of another model, or of another size?"
         )
     parts = [build_piece(component, piece, reader, dtype) for piece in pieces]
     biased = any(part.bias is not None for part in parts)
     if biased != (linear.bias is not None):
         raise CheckpointError(
             f"{component.checkpoint.reference}: layer {pieces[0].layer} "
-            f"{'has a' if biased else 'has no'} bias, {component.class_name} expects the opposite"
+            f"{'has a' if biased else 'has no'} bias, {component.class_name} of "
+            f"{component.config_from} expects the opposite: is it of another model, or incomplete?"
         )
     return parts[0] if len(parts) == 1 else SplitInputLinear(parts)
 
@@ -218,7 +220,7 @@ def build_piece(
     if bias is not None and bias.shape != (piece.out_features,):
         raise CheckpointError(
             f"{component.checkpoint.reference}: layer {piece.layer} has a bias of shape "
-            f"{list(bias.shape)}: expected [{piece.out_features}]"
+            f"{list(bias.shape)}: expected [{piece.out_features}]; the checkpoint is damaged"
         )
     if piece.target.plus_one and bias is not None:
         width = piece.out_features // piece.target.interleave

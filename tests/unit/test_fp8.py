@@ -213,6 +213,15 @@ def test_broken_layers_are_named(
     with pytest.raises(CheckpointError, match=message) as caught:
         families.load(family).schemes(checkpoint)
     assert "model.safetensors" in str(caught.value)
+    assert any(word in str(caught.value) for word in ("again", "declare activation_scheme"))
+
+
+def test_the_scale_of_an_older_comfyui_file_is_told(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(
+        tmp_path / "c", "fp8", "tensor-dynamic", weight_scale=None, scale_weight=torch.ones(())
+    )
+    with pytest.raises(CheckpointError, match=r"a\.scale_weight is ComfyUI's older scaled fp8"):
+        fp8.schemes(checkpoint)
 
 
 def test_ignored_layer_that_is_quantized(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ SCHEMES: Mapping[str, Scheme] = {
 SCALES = ("weight_scale", "weight_scale_inv")
 BESIDE = ("bias", "comfy_quant")
 """Suffixes that may stand in any layer."""
+AGAIN = "Download the checkpoint again, or quantize it again"
 NUMBERED = re.compile(r"\.\d+\.")
 """A block's number in a layer's name."""
 
@@ -103,12 +104,12 @@ def check_plain(
     if scaled:
         raise CheckpointError(
             f"{checkpoint.tensors[f'{layer}.{scaled[0]}'].file}: tensor {layer}.{scaled[0]} "
-            f"is a scale, but {layer}.weight is {dtype}: expected F8_E4M3"
+            f"is a scale, but {layer}.weight is {dtype}: expected F8_E4M3. {AGAIN}"
         )
     if declared.is_coded(layer):
         raise CheckpointError(
             f"{declared.place}: lists {layer} as {declared.formats[layer]}, but its "
-            f"weight is {dtype}: expected F8_E4M3"
+            f"weight is {dtype}: expected F8_E4M3. {AGAIN}"
         )
 
 
@@ -130,7 +131,8 @@ def find_scheme(
         name = f"{layer}.input_scale"
         raise CheckpointError(
             f"{checkpoint.tensors[name].file}: tensor {name} is a static activation scale, but "
-            f"{declared.place} declares dynamic activations"
+            f"{declared.place} declares dynamic activations: declare activation_scheme static, or "
+            "leave the scales out"
         )
     return scheme
 
@@ -148,13 +150,24 @@ def check_tensors(checkpoint: Checkpoint, layer: str, scheme: Scheme, header: Te
         if found is None:
             raise CheckpointError(
                 f"{header.file}: tensor {layer}.{suffix} is missing beside {layer}.weight "
-                f"({header.dtype}): expected {expected}; a missing scale is never assumed to be 1"
+                f"({header.dtype}): expected {expected}; a missing scale is never assumed to be 1. "
+                f"{name_stranger(checkpoint, layer)}{AGAIN}"
             )
         if found.dtype not in spec.dtypes or found.shape not in spec.shapes:
             raise CheckpointError(
                 f"{found.file}: tensor {found.name} is {found.dtype} {list(found.shape)}, "
-                f"expected {expected}"
+                f"expected {expected}. {AGAIN}"
             )
+
+
+def name_stranger(checkpoint: Checkpoint, layer: str) -> str:
+    """A hint where a layer's scale has the name that older ComfyUI files give it."""
+    if f"{layer}.scale_weight" not in checkpoint.tensors:
+        return ""
+    return (
+        f"{layer}.scale_weight is ComfyUI's older scaled fp8, which is not taken: rename it to "
+        "weight_scale, as newer files have it. "
+    )
 
 
 def check_others(checkpoint: Checkpoint, found: Mapping[str, Scheme]) -> None:

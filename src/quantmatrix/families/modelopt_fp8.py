@@ -122,7 +122,12 @@ def check_layer(checkpoint: Checkpoint, layer: str, suffixes: frozenset[str]) ->
     """A quantized layer must have every tensor, in the right dtype and shape."""
     header = checkpoint.tensors.get(f"{layer}.weight")
     if header is None or len(header.shape) != 2:
-        raise CheckpointError(f"{checkpoint.reference}: layer {layer} has scales but no 2-D weight")
+        scale = checkpoint.tensors[f"{layer}.{min(suffixes)}"]
+        raise CheckpointError(
+            f"{scale.file}: layer {layer} has {', '.join(sorted(suffixes))}, and its weight is "
+            f"{list(header.shape) if header else 'missing'}: expected F8_E4M3 [N, K]; export the "
+            "checkpoint again"
+        )
     specs = tensors(FP8, *header.shape)
     for suffix, spec in specs.items():
         name = f"{layer}.{suffix}"
@@ -137,7 +142,7 @@ def check_layer(checkpoint: Checkpoint, layer: str, suffixes: frozenset[str]) ->
             expected = " or ".join(str(list(shape)) for shape in spec.shapes)
             raise CheckpointError(
                 f"{found.file}: tensor {name} is {found.dtype} {list(found.shape)}, "
-                f"expected {' or '.join(spec.dtypes)} {expected}"
+                f"expected {' or '.join(spec.dtypes)} {expected}; export the checkpoint again"
             )
     refuse_others(StoredLayer(checkpoint, layer, suffixes), specs)
 
