@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import quantmatrix
 from quantmatrix import cli, tiny
+from quantmatrix.dequantize import dequantize
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.layers import QuantizedLinear
 from quantmatrix.load import count_quantized, load_transformer
+from quantmatrix.request import Request
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BASES = {
@@ -192,6 +194,40 @@ def test_damaged_checkpoints_are_named(
     change(copy, edit)
     with pytest.raises(CheckpointError, match=message):
         load_transformer(str(flux), transformer_path=str(copy))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda t: t.update({"x_embedder.bias": t["x_embedder.bias"].to(torch.float8_e4m3fn)}),
+            r"x_embedder\.bias holds torch\.float8_e4m3fn codes",
+        ),
+        (lambda t: t.update({"stray.weight": torch.ones(2, 2)}), r"holds stray\.weight once too"),
+        (
+            lambda t: t.update({"transformer_blocks.0.attn.to_q.extra.weight": torch.ones(2, 2)}),
+            r"holds transformer_blocks\.0\.attn\.to_q\.extra\.weight once too often",
+        ),
+        (lambda t: t.pop("x_embedder.weight"), r"has no x_embedder\.weight"),
+        (lambda t: t.pop("transformer_blocks.0.attn.to_q.bias"), r"has no .*to_q\.bias"),
+        (
+            lambda t: t.update({"x_embedder.weight": torch.ones(3, 3)}),
+            r"x_embedder\.weight is \[3, 3\]",
+        ),
+    ],
+)
+def test_damaged_checkpoints_are_not_dequantized(
+    copy: Path,
+    flux: Path,
+    tmp_path: Path,
+    edit: Callable[[dict[str, torch.Tensor]], object],
+    message: str,
+) -> None:
+    change(copy, edit)
+    request = Request(model_path=str(flux), component_paths={"transformer": str(copy)})
+    with pytest.raises(CheckpointError, match=message):
+        dequantize(request, str(tmp_path / "plain"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["quantized"]
 
 
 def test_a_scale_of_zero_may_stand_beside_codes_of_zero(copy: Path, flux: Path) -> None:
