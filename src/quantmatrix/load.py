@@ -241,6 +241,7 @@ def read_piece(
     stored = read_layer(component.checkpoint, piece.layer, reader)
     if component.online:
         name = f"{piece.layer}.weight"
+        check_plain(component.checkpoint, name, name, stored["weight"])
         if not torch.isfinite(stored["weight"]).all():
             raise CheckpointError(
                 f"{component.checkpoint.tensors[name].file}: tensor {name} holds NaN or infinite "

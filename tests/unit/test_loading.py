@@ -454,6 +454,15 @@ def test_online_quantization_of_damaged_weights(flux: Path, tmp_path: Path) -> N
         load_transformer(str(flux), transformer_weights_path=path, quantization="fp8")
 
 
+def test_online_quantization_of_codes(flux: Path, tmp_path: Path) -> None:
+    tensors = load_file(flux / "transformer" / WEIGHTS)
+    name = "transformer_blocks.0.attn.to_q.weight"
+    path = tmp_path / "w.safetensors"
+    save_file({**tensors, name: tensors[name].int()}, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"to_q\.weight holds torch\.int32 codes"):
+        load_transformer(str(flux), transformer_weights_path=str(path), quantization="fp8")
+
+
 def test_online_quantization_tells_of_the_expert_that_it_leaves_alone() -> None:
     made = quantmatrix.plan(model_path=str(find(BASES["wan-2-2"])), quantization="fp8")
     assert made.components["transformer_2"].family is None
