@@ -485,8 +485,10 @@ def test_fp8_leaves_convolutions_alone(tmp_path: Path, capsys: pytest.CaptureFix
 def test_fp8_refuses_other_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case = Fp8Case(tmp_path)
     config = case.export / "config.json"
-    config.write_text(json.dumps(make_config("NVFP4")))
-    expect_error(fp8.main, case, case.words(), "quant_algo is NVFP4: expected FP8", capsys)
+    for other in ("NVFP4", "MXFP8", "FP8_PER_CHANNEL_PER_TOKEN"):
+        config.write_text(json.dumps(make_config(other)))
+        message = f"quant_algo is {other}: expected FP8"
+        expect_error(fp8.main, case, case.words(), message, capsys)
     config.write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
     expect_error(fp8.main, case, case.words(), "quant_method modelopt, found None", capsys)
     config.write_text(json.dumps(make_config(None)))

@@ -242,8 +242,11 @@ def check_plan(plan: Build, block: Mapping[str, Any]) -> None:
     """Refuse what would be written wrongly."""
     place = plan.source.root / "config.json"
     algorithm = str(block.get("quant_algo") or "FP8")
-    if "FP8" not in algorithm:
-        raise CheckpointError(f"{place}: quant_algo is {algorithm}: expected FP8")
+    if algorithm.upper() != "FP8":
+        raise CheckpointError(
+            f"{place}: quant_algo is {algorithm}: expected FP8, one scale per tensor; quantize with "
+            "FP8_DEFAULT_CFG"
+        )
     tensors = plan.source.checkpoint.tensors
     for module in sorted(plan.ignored):
         stored = tensors[f"{module}.weight"]
