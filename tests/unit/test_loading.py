@@ -307,6 +307,18 @@ def test_unknown_quant_method(copy: Path, flux: Path) -> None:
         load_transformer(str(flux), transformer_path=str(copy))
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_description_that_names_no_method(copy: Path, flux: Path, plain: bool) -> None:
+    """Also where every tensor is in full precision: it would run as BF16 under a quantized label."""
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"activation_scheme": "dynamic", "quant_method": None}
+    if plain:
+        shutil.copy(flux / "transformer" / WEIGHTS, copy)
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json.* by activation_scheme.*quant_method"):
+        load_transformer(str(flux), transformer_path=str(copy))
+
+
 @pytest.mark.parametrize("algorithm", ["MXFP8", "fp8_pb_wo", "W8A8_SQ_PER_CHANNEL", "NVFP5"])
 @pytest.mark.parametrize("plain", [False, True])
 def test_algorithms_that_no_family_takes_are_refused_by_name(
