@@ -50,7 +50,8 @@ def name_kind(module: str) -> str:
 
 def list_plain_layers(part: ComponentPlan) -> Iterator[tuple[str, str]]:
     """(name on disk, module) of every layer with a matrix that is stored in full precision."""
-    from quantmatrix.load import is_below, plain_targets
+    from quantmatrix.load import plain_targets
+    from quantmatrix.planning import is_below
 
     quantized = {piece.layer for piece in part.pieces()}
     for name, header in part.checkpoint.tensors.items():

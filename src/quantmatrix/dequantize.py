@@ -16,18 +16,26 @@ from typing import Any
 
 import torch
 
-from quantmatrix import families, kernels
-from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix import kernels
+from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.hardware import Machine
 from quantmatrix.load import (
     DTYPES,
     TensorReader,
-    check_scales,
+    build_empty,
+    check_plain,
     plain_targets,
-    read_layer,
+    read_piece,
     select_rows,
 )
-from quantmatrix.planning import ComponentPlan, Piece, Refusal, ignored_names, plan_component
+from quantmatrix.planning import (
+    ComponentPlan,
+    Piece,
+    Refusal,
+    ignored_names,
+    is_below,
+    plan_component,
+)
 from quantmatrix.references import fetch
 from quantmatrix.request import Request
 from quantmatrix.sources import find_sources, use_tiny
@@ -89,16 +97,39 @@ def decode_tensors(
         if any(has_bias(component, piece) for piece in pieces):
             yield f"{module}.bias", partial(decode_part, component, pieces, 1)
     for name in component.checkpoint.tensors:
-        if name in ignored or any(name.startswith(f"{layer}.") for layer in quantized):
+        if name in ignored or is_below(name, quantized):
             continue
         for rule, parameter in plain_targets(component, name):
 
-            def take(reader: TensorReader, name: str = name, rule: Any = rule) -> torch.Tensor:
+            def take(
+                reader: TensorReader, name: str = name, rule: Any = rule, parameter: str = parameter
+            ) -> torch.Tensor:
                 tensor = reader.read(name)
+                check_plain(component.checkpoint, name, parameter, tensor)
                 rows = select_rows(rule, tensor.shape[0] if tensor.ndim else 0)
                 return tensor if rows is None else tensor[rows]
 
             yield parameter, take
+
+
+def list_tensors(
+    component: ComponentPlan, request: Request
+) -> list[tuple[str, Callable[[TensorReader], torch.Tensor], torch.Size]]:
+    """(diffusers name, how to make the tensor, its shape in the model); every one accounted for."""
+    checkpoint, model = component.checkpoint, build_empty(component)
+    expected = {**dict(model.named_parameters()), **model.state_dict()}
+    made = list(decode_tensors(component, request))
+    names = [name for name, _ in made]
+    strange = sorted(set(names) - set(expected)) or [n for n in names if names.count(n) > 1]
+    missing = sorted(n for n, t in expected.items() if t.is_meta and n not in names)
+    if strange or missing:
+        what = f"holds {strange[0]} once too often" if strange else f"has no {missing[0]}"
+        raise CheckpointError(
+            f"{checkpoint.reference}: {what}: expected the {len(expected)} tensors of "
+            f"{component.class_name} ({component.config_from}), each once. Is this checkpoint of "
+            "another model, or of another size?"
+        )
+    return [(name, make, expected[name].shape) for name, make in made]
 
 
 def decode_part(
@@ -118,18 +149,9 @@ def decode_pieces(
     component: ComponentPlan, pieces: tuple[Piece, ...], reader: TensorReader
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(weight, bias) of a module in plain float32 numbers, its pieces put together."""
-    assert component.family is not None
-    family = families.load(component.family)
     weights, biases = [], []
     for piece in pieces:
-        stored = read_layer(component.checkpoint, piece.layer, reader)
-        if component.online:
-            stored = family.quantize(stored["weight"], piece.scheme, bias=stored.get("bias"))
-        check_scales(component.checkpoint, piece.layer, stored)
-        canonical = family.canonical(stored, piece.scheme)
-        rows = select_rows(piece.target, piece.out_features * piece.target.part[1])
-        if rows is not None:
-            canonical = kernels.take_rows(piece.scheme, canonical, rows)
+        canonical = read_piece(component, piece, reader)
         weight, bias = kernels.decode(piece.scheme, canonical)
         if bias is not None and piece.target.plus_one:
             bias = bias.clone()
@@ -148,7 +170,8 @@ def write_folder(
     from tqdm import tqdm
 
     checkpoint = fetch(component.checkpoint, request.hub)
-    config = {k: v for k, v in component.config.items() if k != "quantization_config"}
+    declared = ("quantization_config", "compression_config")
+    config = {k: v for k, v in component.config.items() if k not in declared}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     shards: list[dict[str, torch.Tensor]] = [{}]
     files: list[Path] = []
@@ -162,10 +185,13 @@ def write_folder(
         shards.append({})
 
     with TensorReader(checkpoint, "cpu") as reader:
-        for name, make in tqdm(list(decode_tensors(component, request)), desc="dequantizing"):
-            tensor = make(reader)
-            floating = tensor.is_floating_point()
-            tensor = (tensor.to(dtype) if floating else tensor).contiguous().clone()
+        for name, make, shape in tqdm(list_tensors(component, request), desc="dequantizing"):
+            tensor = make(reader).to(dtype).contiguous().clone()
+            if tensor.shape != shape:
+                raise CheckpointError(
+                    f"{checkpoint.reference}: {name} is {list(tensor.shape)}, {component.class_name} "
+                    f"({component.config_from}) expects {list(shape)}: is it of another model?"
+                )
             nbytes = tensor.numel() * tensor.element_size()
             if size and size + nbytes > SHARD_BYTES:
                 flush()

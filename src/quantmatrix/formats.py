@@ -30,6 +30,15 @@ def round_e4m3(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
+def holds_nan(codes: torch.Tensor) -> bool:
+    """Whether e4m3 codes of any shape hold one of the two NaNs, 0x7F and 0xFF.
+
+    Each is the largest byte in one reading, signed and unsigned, so that nothing is copied.
+    """
+    signed, unsigned = codes.view(torch.int8), codes.view(torch.uint8)
+    return bool((signed.amax() == 0x7F) | (unsigned.amax() == 0xFF))
+
+
 def encode_e2m1(x: torch.Tensor) -> torch.Tensor:
     """Codes 0..15 (uint8, x's shape) of the nearest e2m1 numbers, ties to the even code.
 

@@ -19,14 +19,17 @@ from torch import nn
 from quantmatrix import families, kernels
 from quantmatrix.checkpoint import Checkpoint
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
+from quantmatrix.formats import expand_blocks, holds_nan
 from quantmatrix.layers import QuantizedLinear, SplitInputLinear, share_inputs
 from quantmatrix.models import Target
-from quantmatrix.planning import ComponentPlan, Piece, Refusal, ignored_names, plan
+from quantmatrix.planning import ComponentPlan, Piece, Refusal, ignored_names, is_below, plan
 from quantmatrix.references import fetch
 from quantmatrix.request import WEIGHTS_ALIASES, Request
+from quantmatrix.scheme import Scheme
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-CODE_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8)
+NUMBERS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""What a tensor in full precision may hold; anything else is codes, or damage."""
 
 
 class TensorReader:
@@ -148,8 +151,14 @@ def build_empty(component: ComponentPlan) -> nn.Module:
             f"{component.config_from}: _class_name {component.class_name!r} is no diffusers model"
         )
     config = {k: v for k, v in component.config.items() if k != "quantization_config"}
-    with no_init_weights(), init_empty_weights():
-        model: nn.Module = model_class.from_config(config)
+    try:
+        with no_init_weights(), init_empty_weights():
+            model: nn.Module = model_class.from_config(config)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{component.config_from}: no {component.class_name} can be built from it ({error}): a "
+            "value is of a wrong kind or missing; compare it with the base model's config.json"
+        ) from error
     return model
 
 
@@ -187,14 +196,16 @@ def build_layer(
         raise CheckpointError(
             f"{component.checkpoint.reference}: layer {pieces[0].layer} is "
             f"{pieces[0].out_features} x {into} (out x in), {component.class_name} of "
-            f"{component.config_from} expects {linear.out_features} x {linear.in_features}"
+            f"{component.config_from} expects {linear.out_features} x {linear.in_features}: is this "
+            "checkpoint of another model, or of another size?"
         )
     parts = [build_piece(component, piece, reader, dtype) for piece in pieces]
     biased = any(part.bias is not None for part in parts)
     if biased != (linear.bias is not None):
         raise CheckpointError(
             f"{component.checkpoint.reference}: layer {pieces[0].layer} "
-            f"{'has a' if biased else 'has no'} bias, {component.class_name} expects the opposite"
+            f"{'has a' if biased else 'has no'} bias, {component.class_name} of "
+            f"{component.config_from} expects the opposite: is it of another model, or incomplete?"
         )
     return parts[0] if len(parts) == 1 else SplitInputLinear(parts)
 
@@ -203,22 +214,13 @@ def build_piece(
     component: ComponentPlan, piece: Piece, reader: TensorReader, dtype: torch.dtype
 ) -> QuantizedLinear:
     """One quantized layer, from its tensors on disk to the buffers of its kernel."""
-    assert component.family is not None
-    family = families.load(component.family)
-    stored = read_layer(component.checkpoint, piece.layer, reader)
-    if component.online:
-        stored = family.quantize(stored["weight"], piece.scheme, bias=stored.get("bias"))
-    check_scales(component.checkpoint, piece.layer, stored)
-    canonical = family.canonical(stored, piece.scheme)
+    canonical = read_piece(component, piece, reader)
     kernel = next(k for k in kernels.kernels_of(piece.scheme.op) if k.backend == piece.backend)
-    rows = select_rows(piece.target, piece.out_features * piece.target.part[1])
-    if rows is not None:
-        canonical = kernels.take_rows(piece.scheme, canonical, rows)
     bias = canonical.get("bias")
     if bias is not None and bias.shape != (piece.out_features,):
         raise CheckpointError(
             f"{component.checkpoint.reference}: layer {piece.layer} has a bias of shape "
-            f"{list(bias.shape)}: expected [{piece.out_features}]"
+            f"{list(bias.shape)}: expected [{piece.out_features}]; the checkpoint is damaged"
         )
     if piece.target.plus_one and bias is not None:
         width = piece.out_features // piece.target.interleave
@@ -228,6 +230,26 @@ def build_piece(
     return QuantizedLinear(
         piece.in_features, piece.out_features, kernel, piece.scheme, canonical, dtype
     )
+
+
+def read_piece(
+    component: ComponentPlan, piece: Piece, reader: TensorReader
+) -> dict[str, torch.Tensor]:
+    """Canonical tensors of a piece, read (or quantized from what is read) and checked."""
+    assert component.family is not None
+    family = families.load(component.family)
+    stored = read_layer(component.checkpoint, piece.layer, reader)
+    if component.online:
+        name = f"{piece.layer}.weight"
+        check_plain(component.checkpoint, name, name, stored["weight"])
+        if not torch.isfinite(stored["weight"]).all():
+            raise CheckpointError(
+                f"{component.checkpoint.tensors[name].file}: tensor {name} holds NaN or infinite "
+                "numbers: expected finite ones to quantize; the checkpoint is damaged"
+            )
+        stored = family.quantize(stored["weight"], piece.scheme, bias=stored.get("bias"))
+    check_stored(component.checkpoint, piece.layer, piece.scheme, stored)
+    return take_part(component, piece, family.canonical(stored, piece.scheme))
 
 
 def read_layer(checkpoint: Checkpoint, layer: str, reader: TensorReader) -> dict[str, torch.Tensor]:
@@ -240,9 +262,24 @@ def read_layer(checkpoint: Checkpoint, layer: str, reader: TensorReader) -> dict
     }
 
 
-def check_scales(checkpoint: Checkpoint, layer: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Scales that are no finite numbers, or inputs' that are not positive, would void the image."""
+def check_stored(
+    checkpoint: Checkpoint, layer: str, scheme: Scheme, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Scales and biases of a quantized layer [N, K] that would void the image.
+
+    Scales must be finite and weights' not negative, inputs' positive; a weight's may be zero where
+    its codes are. Biases are numbers, and so are all codes.
+    """
     for suffix, tensor in tensors.items():
+        name = f"{layer}.{suffix}"
+        if suffix == "bias":
+            check_plain(checkpoint, name, name, tensor)
+        if suffix == "weight" and scheme.weight == "e4m3" and holds_nan(tensor):
+            raise CheckpointError(
+                f"{checkpoint.tensors[name].file}: tensor {name} holds NaN codes: expected numbers "
+                "within 448; casts of older writers gave NaN beyond: hold values within 448 before "
+                "the cast, and quantize again"
+            )
         if "scale" not in suffix or not tensor.is_floating_point():
             continue
         what, expected = "", "finite"
@@ -252,12 +289,43 @@ def check_scales(checkpoint: Checkpoint, layer: str, tensors: Mapping[str, torch
             what, expected = "zero or negative", "positive"
         elif suffix.startswith("weight_scale") and (tensor.float() < 0).any():
             what, expected = "negative", "positive"
+        elif suffix.startswith("weight_scale") and voids_codes(tensor, scheme, tensors):
+            what, expected = "zero (beside codes that are not)", "positive"
         if what:
-            name = f"{layer}.{suffix}"
             raise CheckpointError(
                 f"{checkpoint.tensors[name].file}: tensor {name} holds {what} scales: "
                 f"expected {expected} numbers; the checkpoint is damaged or was exported wrongly"
             )
+
+
+def voids_codes(scales: torch.Tensor, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a scale of zero stands beside e4m3 codes [N, K] that are not zero."""
+    zero = scales == 0
+    if scheme.weight != "e4m3" or not zero.any():
+        return False
+    codes = tensors["weight"].view(torch.uint8) & 0x7F
+    if scheme.scale == "block":
+        zero = expand_blocks(zero, scheme.block, (codes.shape[0], codes.shape[1]))
+    elif scheme.scale == "channel":
+        zero = zero.reshape(-1, 1)
+    return bool((codes * zero).any())
+
+
+def take_part(
+    component: ComponentPlan, piece: Piece, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The rows of a layer's canonical tensors that a piece takes, in the module's order."""
+    rows = select_rows(piece.target, piece.out_features * piece.target.part[1])
+    if rows is None:
+        return tensors
+    try:
+        return kernels.take_rows(piece.scheme, tensors, rows)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{component.checkpoint.reference}: layer {piece.layer} holds the rows of "
+            f"{piece.target.module} in the {component.dialect.name} layout, and {error}: expected "
+            "whole blocks; quantize with one scale per channel, or with diffusers' names"
+        ) from error
 
 
 def select_rows(target: Target, stored_rows: int) -> torch.Tensor | slice | None:
@@ -285,6 +353,7 @@ def assign_plain(
     quantized = {piece.layer for piece in component.pieces()}
     ignored = ignored_names(checkpoint, component.family)
     unknown = []
+    taken: dict[str, str] = {}
     for name in checkpoint.tensors:
         if name in ignored or is_below(name, quantized):
             continue
@@ -292,6 +361,12 @@ def assign_plain(
             if parameter not in expected:
                 unknown.append(name)
                 continue
+            if parameter in taken:
+                raise CheckpointError(
+                    f"{checkpoint.tensors[name].file}: tensors {taken[parameter]} and {name} are "
+                    f"both {parameter}: expected one name for it; one of the two is left over"
+                )
+            taken[parameter] = name
             tensor = reader.read(name)
             check_plain(checkpoint, name, parameter, tensor)
             rows = select_rows(target, tensor.shape[0] if tensor.ndim else 0)
@@ -324,23 +399,13 @@ def plain_targets(component: ComponentPlan, name: str) -> Iterator[tuple[Target,
         yield target, f"{target.module}.{leaf}" if target.module else leaf
 
 
-def is_below(name: str, layers: set[str]) -> bool:
-    """Whether a tensor belongs to one of the layers (one or two name parts below it)."""
-    layer = name
-    for _ in range(2):
-        layer = layer.rpartition(".")[0]
-        if layer in layers:
-            return True
-    return False
-
-
 def check_plain(checkpoint: Checkpoint, name: str, parameter: str, tensor: torch.Tensor) -> None:
     """Codes must never be taken as numbers."""
-    if tensor.dtype in CODE_DTYPES:
+    if tensor.dtype not in NUMBERS:
         raise CheckpointError(
             f"{checkpoint.tensors[name].file}: tensor {name} holds {tensor.dtype} codes, but the "
             f"checkpoint describes {parameter} as full precision: its scale is missing, or its "
-            "exclusion list is wrong"
+            "exclusion list is wrong; expected BF16, F16 or F32"
         )
 
 

@@ -10,7 +10,7 @@ raises. Nothing is decided later.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -27,6 +27,8 @@ from quantmatrix.sources import Source, find_sources, use_tiny
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 CODE_LEAVES = ("weight", "qweight", "linear.weight")
 """Where the codes of a layer lie; msmodelslim wraps smoothed layers in a `linear` level."""
+WRAPPERS = ("linear", "div")
+"""Levels below a layer's name that belong to it, as msmodelslim has them."""
 FP4_BACKEND = "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND"
 
 
@@ -357,16 +359,20 @@ def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict
             f"--quantization {request.quantization}: only fp8 can be made while loading"
         )
     scheme = families.load("fp8").SCHEMES["tensor-dynamic"]
-    blocks = models.load(model).BLOCKS
+    blocks, dialect = models.load(model).BLOCKS, models.dialect_of(model, checkpoint.tensors)
     ignored = request.quantization_ignored_layers
     hits: Counter[str] = Counter()
     schemes: dict[str, Scheme] = {}
     for name, header in checkpoint.tensors.items():
         layer, _, leaf = name.rpartition(".")
-        if leaf != "weight" or len(header.shape) != 2 or layer.split(".")[0] not in blocks:
+        modules = [target.module for target in dialect.layer_targets(layer)]
+        inside = any(module.split(".")[0] in blocks for module in modules)
+        if leaf != "weight" or len(header.shape) != 2 or not inside:
             continue
         matching = [
-            p for p in ignored if p in layer.split(".") or fnmatchcase(layer, p) or p == layer
+            pattern
+            for pattern in ignored
+            if any(pattern in x.split(".") or fnmatchcase(x, pattern) for x in (layer, *modules))
         ]
         hits.update(matching)
         if not matching:
@@ -376,6 +382,11 @@ def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict
         raise UsageError(
             f"--quantization-ignored-layers {' '.join(unmatched)}: matches no linear layer of "
             f"{checkpoint.reference}; a layer is named like {next(iter(schemes), 'to_q')}"
+        )
+    if not schemes:
+        raise UsageError(
+            f"--quantization fp8: no linear layer of {checkpoint.reference} is left to quantize: "
+            f"expected some in {', '.join(blocks)} that --quantization-ignored-layers leaves over"
         )
     return schemes
 
@@ -401,7 +412,7 @@ def sort_layers(
             parts.setdefault(target.module, []).append((layer, target, own, (rows, into)))
     ignored = ignored_names(checkpoint, family)
     plain = [
-        name for name in checkpoint.tensors if name not in ignored and not _belongs(name, schemes)
+        name for name in checkpoint.tensors if name not in ignored and not is_below(name, schemes)
     ]
     return parts, plain
 
@@ -416,14 +427,10 @@ def ignored_names(checkpoint: Checkpoint, family: str | None) -> dict[str, str]:
     return {name: why for name in checkpoint.tensors if (why := ignored(name))}
 
 
-def _belongs(name: str, schemes: Mapping[str, Scheme]) -> bool:
-    """Whether a tensor is part of a quantized layer (one or two name parts below it)."""
-    layer = name
-    for _ in range(2):
-        layer = layer.rpartition(".")[0]
-        if layer in schemes:
-            return True
-    return False
+def is_below(name: str, layers: Collection[str]) -> bool:
+    """Whether a tensor belongs to one of the layers: it lies right below it, or in a wrapper."""
+    above, _, last = name.rpartition(".")[0].rpartition(".")
+    return name.rpartition(".")[0] in layers or (last in WRAPPERS and above in layers)
 
 
 def count_plain_linears(checkpoint: Checkpoint, plain: Sequence[str], dialect: Dialect) -> int:

@@ -88,6 +88,11 @@ def find_sources(request: Request) -> Sources:
             warnings.append(
                 f"{name} keeps the base checkpoint; the override is for {names[0]} only"
             )
+        if request.quantization:
+            warnings.append(
+                f"--quantization {request.quantization} is for {names[0]} only: {name} is loaded "
+                "as it is stored"
+            )
     warnings += check_svdquant_file(request, model, components[names[0]].checkpoint)
     return Sources(base, model, pipeline.class_name, components, warnings)
 

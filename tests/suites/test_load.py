@@ -82,8 +82,8 @@ def count_layers(part: Any, model: Any) -> dict[str, Any]:
 def count_tensors(part: Any, model: Any) -> dict[str, int]:
     """Every tensor of the checkpoint is part of a quantized layer, in the model, or left out for
     a reason that the family gives; every tensor of the model has a value."""
-    from quantmatrix.load import is_below, plain_targets
-    from quantmatrix.planning import ignored_names
+    from quantmatrix.load import plain_targets
+    from quantmatrix.planning import ignored_names, is_below
 
     layers = {piece.layer for piece in part.pieces()}
     ignored = ignored_names(part.checkpoint, part.family)

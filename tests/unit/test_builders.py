@@ -436,11 +436,59 @@ def test_fp8_checks_the_amaxes(tmp_path: Path, capsys: pytest.CaptureFixture[str
     run(fp8.main, case.words(), capsys)
 
 
+@pytest.mark.parametrize("quantizer", ["weight_quantizer", "input_quantizer"])
+@pytest.mark.parametrize("amax", [0.0, -1.0, torch.nan, torch.inf])
+def test_fp8_amaxes_are_positive_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quantizer: str, amax: float
+) -> None:
+    """Zero divided by a scale of zero would be written as NaN codes."""
+    case = Fp8Case(tmp_path, coded=False)
+    state = make_state(case.base_tensors)
+    case.save({**state, f"{CODED[0]}.{quantizer}._amax": torch.tensor(amax)})
+    expect_error(fp8.main, case, case.words(), f"{CODED[0]} has the .*_scale", capsys)
+    case.save({**state, f"{KEPT[0]}.{quantizer}._amax": torch.tensor(amax)})
+    run(fp8.main, case.words(), capsys)
+
+
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+def test_fp8_amaxes_of_another_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: float
+) -> None:
+    """Weights in BF16 have no scale to compare with, but the codes would not fit."""
+    case = Fp8Case(tmp_path, coded=False)
+    state = make_state(case.base_tensors)
+    name = f"{CODED[0]}.weight_quantizer._amax"
+    case.save({**state, name: state[name] * factor})
+    expect_error(fp8.main, case, case.words(), f"{CODED[0]}.weight reaches .* of one model", capsys)
+    case.save({**state, name: state[name] * 0.5})
+    run(fp8.main, case.words(), capsys)
+
+
+def test_fp8_leaves_convolutions_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wan's patch_embedding has amaxes, and ModelOpt neither writes it as FP8 nor ignores it."""
+    case = Fp8Case(tmp_path)
+    patch = torch.randn(N, 4, 1, 2, 2).bfloat16()
+    tensors = {**case.export_tensors, "patch_embedding.weight": patch}
+    save_file(tensors, case.export / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    state = make_state(case.base_tensors)
+    for quantizer in ("weight_quantizer", "input_quantizer"):
+        state[f"patch_embedding.{quantizer}._amax"] = torch.tensor(3.0)
+    case.save(state)
+    run(fp8.main, case.words(), capsys)
+    built, _ = read_all(case.output)
+    assert same(built["patch_embedding.weight"], patch)
+    assert "patch_embedding.weight_scale" not in built
+    config = json.loads((case.output / "config.json").read_text())
+    assert "patch_embedding" in config["quantization_config"]["ignore"]
+
+
 def test_fp8_refuses_other_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case = Fp8Case(tmp_path)
     config = case.export / "config.json"
-    config.write_text(json.dumps(make_config("NVFP4")))
-    expect_error(fp8.main, case, case.words(), "quant_algo is NVFP4: expected FP8", capsys)
+    for other in ("NVFP4", "MXFP8", "FP8_PER_CHANNEL_PER_TOKEN"):
+        config.write_text(json.dumps(make_config(other)))
+        message = f"quant_algo is {other}: expected FP8"
+        expect_error(fp8.main, case, case.words(), message, capsys)
     config.write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
     expect_error(fp8.main, case, case.words(), "quant_method modelopt, found None", capsys)
     config.write_text(json.dumps(make_config(None)))

@@ -71,3 +71,11 @@ def test_blocks_ragged_edges(shape: tuple[int, int]) -> None:
             rows = slice(row * 128, row * 128 + 128)
             columns = slice(column * 128, column * 128 + 128)
             assert (spread[rows, columns] == x[rows, columns].abs().max()).all()
+
+
+@pytest.mark.parametrize("code", range(256))
+def test_every_code_of_e4m3_is_a_nan_or_not(code: int) -> None:
+    codes = torch.zeros(2, 3, dtype=torch.uint8)
+    codes[1, 2] = code
+    codes = codes.view(torch.float8_e4m3fn)
+    assert formats.holds_nan(codes) == bool(codes.float().isnan().any())

@@ -16,7 +16,7 @@ from quantmatrix.checkpoint import Checkpoint, Hub
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families import fp8, modelopt_fp8
 from quantmatrix.families.protocol import Calibration
-from quantmatrix.kernels import kernels_of, linear_fp8
+from quantmatrix.kernels import kernels_of, linear_fp8, take_rows
 from quantmatrix.references import open_weights
 from quantmatrix.scheme import Scheme
 
@@ -180,10 +180,10 @@ def test_rows_can_be_taken(family: str, name: str) -> None:
     )
     rows = torch.tensor([5, 3, 140])
     if scheme.scale == "block":
-        with pytest.raises(ValueError, match="cannot be taken apart"):
-            linear_fp8.take_rows(made, rows)
-        return
-    taken = linear_fp8.take_rows(made, rows)
+        with pytest.raises(ValueError, match="cut within blocks of 128 rows"):
+            take_rows(scheme, made, rows)
+        rows = torch.arange(128, N)
+    taken = take_rows(scheme, made, rows)
     whole = linear_fp8.reference(x, made, scheme)
     assert torch.allclose(
         linear_fp8.reference(x, taken, scheme), whole[..., rows], rtol=1e-5, atol=1e-4
@@ -213,6 +213,15 @@ def test_broken_layers_are_named(
     with pytest.raises(CheckpointError, match=message) as caught:
         families.load(family).schemes(checkpoint)
     assert "model.safetensors" in str(caught.value)
+    assert any(word in str(caught.value) for word in ("again", "declare activation_scheme"))
+
+
+def test_the_scale_of_an_older_comfyui_file_is_told(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(
+        tmp_path / "c", "fp8", "tensor-dynamic", weight_scale=None, scale_weight=torch.ones(())
+    )
+    with pytest.raises(CheckpointError, match=r"a\.scale_weight is ComfyUI's older scaled fp8"):
+        fp8.schemes(checkpoint)
 
 
 def test_ignored_layer_that_is_quantized(tmp_path: Path) -> None:
@@ -238,6 +247,35 @@ def test_ignored_layer_that_is_quantized(tmp_path: Path) -> None:
 def test_ignore_patterns_match_whole_names(entry: str, layer: str, expected: bool) -> None:
     patterns = modelopt_fp8.read_ignore({"ignore": [entry]})
     assert any(pattern.match(layer) for pattern in patterns) is expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ignore": "norm_out*"}, '`ignore` is "norm_out\\*": expected a list'),
+        ({"ignore": 5}, "`ignore` is 5: expected a list"),
+        ({"config_groups": {"g": {"weights": {"num_bits": 4, "type": "int"}}}}, r"g\.weights is"),
+        (
+            {"config_groups": {"g": {"weights": {}, "input_activations": {"dynamic": True}}}},
+            r"g\.input_activations is .*dynamic",
+        ),
+        ({"config_groups": [1]}, r"config_groups is .*: expected an object"),
+        ({"config_groups": {}, "ignore": None}, None),
+    ],
+)
+def test_a_modelopt_declaration_is_read_strictly(
+    tmp_path: Path, changes: dict[str, Any], message: str | None
+) -> None:
+    weight, _, _, calibration = make_layer()
+    made = modelopt_fp8.quantize(weight, modelopt_fp8.FP8, calibration=calibration)
+    block = {"quant_method": "modelopt", "quant_algo": "FP8", **changes}
+    checkpoint = write(tmp_path / "c", {f"a.{k}": v for k, v in made.items()}, block)
+    if message is None:
+        assert modelopt_fp8.schemes(checkpoint) == {"a": modelopt_fp8.FP8}
+        return
+    with pytest.raises(CheckpointError, match=message) as caught:
+        modelopt_fp8.schemes(checkpoint)
+    assert "config.json" in str(caught.value)
 
 
 def test_calibration_leftovers_are_never_loaded(tmp_path: Path) -> None:
@@ -295,6 +333,132 @@ def test_rowwise_header_form(tmp_path: Path) -> None:
     checkpoint = open_weights(str(path), Hub(offline=True))
     assert families.detect(checkpoint)[0] == "fp8"
     assert fp8.schemes(checkpoint) == {"a": fp8.CHANNEL}
+
+
+ROWWISE = "rowwise-float8_e4m3fn"
+LISTED = {
+    "format_version": "1.1",
+    "layers": {"a": ROWWISE, "b": "bf16"},
+    "quant_configs": {ROWWISE: {"scale_recipe": "rowwise"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "changes", "message"),
+    [
+        ("tensor-dynamic", {}, r"a\.weight_scale is F32 \[\], expected F32 \[144\]"),
+        ("channel-dynamic", {"layers": {"a": ROWWISE, "b": "int3"}}, 'format of b is "int3"'),
+        ("channel-dynamic", {"layers": {"a": "float8_e5m2"}}, 'format of a is "float8_e5m2"'),
+        ("channel-dynamic", {"layers": {"b": "bf16", "z.a": ROWWISE}}, "that a is left alone"),
+        ("channel-dynamic", {"layers": {"a": ROWWISE, "z": ROWWISE}}, "no such layer"),
+        ("channel-dynamic", {"quant_configs": [1]}, "expected a JSON object"),
+        (
+            "channel-dynamic",
+            {"layers": {"a": {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}}},
+            "full_precision_matrix_mult",
+        ),
+    ],
+)
+def test_listed_layers_are_as_the_list_says(
+    tmp_path: Path, scheme: str, changes: dict[str, Any], message: str
+) -> None:
+    weight, *_ = make_layer()
+    made = fp8.quantize(weight, fp8.SCHEMES[scheme])
+    tensors = {f"a.{k}": v for k, v in made.items()} | {"b.weight": weight}
+    path = tmp_path / "w.safetensors"
+    text = json.dumps({**LISTED, **changes})
+    save_file(tensors, path, metadata={"_quantization_metadata": text})
+    checkpoint = open_weights(str(path), Hub(offline=True))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        fp8.schemes(checkpoint)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation_scheme": "token"}, 'activation_scheme is "token": expected dynamic or stat'),
+        ({"weight_block_size": [128]}, r"weight_block_size is \[128\]"),
+        ({"weight_block_size": [0, 0]}, r"weight_block_size is \[0, 0\]"),
+        ({"weight_block_size": 128}, "weight_block_size is 128"),
+        ({"weight_block_size": [128, 128, 1]}, r"weight_block_size is \[128, 128, 1\]"),
+        ({"ignored_layers": "b"}, 'ignored_layers is "b": expected a list'),
+        ({"modules_to_not_convert": 5}, "modules_to_not_convert is 5: expected a list"),
+        ({"quant_algo": "NVFP4"}, 'quant_algo is "NVFP4": expected FP8'),
+        ({"fmt": "e5m2"}, 'fmt is "e5m2": expected e4m3'),
+        ({"scale_fmt": "ue8m0"}, 'scale_fmt is "ue8m0"'),
+    ],
+)
+def test_unknown_values_of_a_declaration(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    made = fp8.quantize(make_layer()[0], fp8.TENSOR)
+    block = {"quant_method": "fp8", **changes}
+    checkpoint = write(tmp_path / "c", {f"a.{k}": v for k, v in made.items()}, block)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        fp8.schemes(checkpoint)
+    assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "alone"),
+    [
+        ("blocks.1.attn.to_q", True),
+        ("blocks.1", True),
+        ("blocks.*.to_q", True),
+        ("blocks.1.attn.to_qkv", True),
+        ("blocks", True),
+        ("blocks.1.attn.to_added_qkv", False),
+        ("blocks.11", False),
+        ("attn.to_q", False),
+        ("to_q", False),
+    ],
+)
+def test_ignored_layers_name_a_layer_a_level_or_a_fused_one(
+    tmp_path: Path, entry: str, alone: bool
+) -> None:
+    made = fp8.quantize(make_layer()[0], fp8.TENSOR)
+    block = {"quant_method": "fp8", "ignored_layers": [entry]}
+    tensors = {f"blocks.1.attn.to_q.{k}": v for k, v in made.items()}
+    checkpoint = write(tmp_path / "c", tensors, block)
+    if not alone:
+        assert fp8.schemes(checkpoint) == {"blocks.1.attn.to_q": fp8.TENSOR}
+        return
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.attn\.to_q is left alone"):
+        fp8.schemes(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "layer", "told"),
+    [
+        ([], "blocks.1.to_q", True),
+        (["blocks.1"], "blocks.1.to_q", False),
+        ([], "blocks.1.to_k", False),
+        ([], "embedder", False),
+    ],
+)
+def test_a_layer_that_was_forgotten_is_told(
+    tmp_path: Path, ignored: list[str], layer: str, told: bool
+) -> None:
+    """A layer in BF16 that nothing leaves alone, while its like is quantized."""
+    weight, *_ = make_layer()
+    made = fp8.quantize(weight, fp8.TENSOR)
+    tensors = {f"blocks.0.to_q.{k}": v for k, v in made.items()} | {f"{layer}.weight": weight}
+    block = {"quant_method": "fp8", "ignored_layers": ignored}
+    note = families.find_caveat("fp8", write(tmp_path / "c", tensors, block))
+    assert (note is not None and f"{layer}.weight is BF16" in note) is told
+
+
+@pytest.mark.parametrize(
+    "suffix", ["weight_scale_inv", "pre_quant_scale", "weight_zero_point", "extra.weight"]
+)
+def test_a_tensor_that_nothing_uses_is_refused(tmp_path: Path, suffix: str) -> None:
+    checkpoint = make_checkpoint(
+        tmp_path / "c", "fp8", "tensor-dynamic", **{suffix: torch.full((K,), 2.0)}
+    )
+    with pytest.raises(CheckpointError, match=rf"a\.{suffix} .* beside the codes of a") as caught:
+        fp8.schemes(checkpoint)
+    assert "model.safetensors" in str(caught.value)
 
 
 @pytest.mark.parametrize(("family", "name"), [("fp8", "tensor-static"), ("modelopt-fp8", "FP8")])

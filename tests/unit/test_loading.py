@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import quantmatrix
 from quantmatrix import cli, tiny
+from quantmatrix.dequantize import dequantize
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.layers import QuantizedLinear
 from quantmatrix.load import count_quantized, load_transformer
+from quantmatrix.request import Request
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BASES = {
@@ -148,6 +151,38 @@ def test_aliases_of_the_weights_override(copy: Path, flux: Path) -> None:
             r"transformer_blocks\.0\.attn\.to_q\.weight_scale holds negative scales",
         ),
         (
+            lambda t: t.update({"transformer_blocks.0.attn.to_q.weight_scale": torch.zeros(1)}),
+            r"transformer_blocks\.0\.attn\.to_q\.weight_scale holds zero .* scales",
+        ),
+        (
+            lambda t: t.update(
+                {"transformer_blocks.0.attn.to_q.bias": torch.ones(256).to(torch.float8_e4m3fn)}
+            ),
+            r"transformer_blocks\.0\.attn\.to_q\.bias holds torch\.float8_e4m3fn codes",
+        ),
+        (
+            lambda t: t.update({"transformer_blocks.0.attn.to_q.bias": torch.ones(256).int()}),
+            r"transformer_blocks\.0\.attn\.to_q\.bias holds torch\.int32 codes",
+        ),
+        (
+            lambda t: t.update({"x_embedder.weight": t["x_embedder.weight"].to(torch.int16)}),
+            r"x_embedder\.weight holds torch\.int16 codes",
+        ),
+        (
+            lambda t: t.update(
+                {"x_embedder.weight": t["x_embedder.weight"].to(torch.float8_e4m3fnuz)}
+            ),
+            r"x_embedder\.weight holds torch\.float8_e4m3fnuz codes",
+        ),
+        (
+            lambda t: t.update({"transformer_blocks.0.attn.to_q.extra.weight": torch.ones(4, 256)}),
+            r"unknown to .*transformer_blocks\.0\.attn\.to_q\.extra\.weight",
+        ),
+        (
+            lambda t: t["transformer_blocks.0.attn.to_q.weight"].view(torch.uint8).fill_(0xFF),
+            r"transformer_blocks\.0\.attn\.to_q\.weight holds NaN codes",
+        ),
+        (
             lambda t: t.update({"transformer_blocks.0.attn.to_q.pre_quant_scale": torch.ones(256)}),
             r"transformer_blocks\.0\.attn\.to_q has pre_quant_scale beside .*: no such layer",
         ),
@@ -159,6 +194,74 @@ def test_damaged_checkpoints_are_named(
     change(copy, edit)
     with pytest.raises(CheckpointError, match=message):
         load_transformer(str(flux), transformer_path=str(copy))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda t: t.update({"x_embedder.bias": t["x_embedder.bias"].to(torch.float8_e4m3fn)}),
+            r"x_embedder\.bias holds torch\.float8_e4m3fn codes",
+        ),
+        (lambda t: t.update({"stray.weight": torch.ones(2, 2)}), r"holds stray\.weight once too"),
+        (
+            lambda t: t.update({"transformer_blocks.0.attn.to_q.extra.weight": torch.ones(2, 2)}),
+            r"holds transformer_blocks\.0\.attn\.to_q\.extra\.weight once too often",
+        ),
+        (lambda t: t.pop("x_embedder.weight"), r"has no x_embedder\.weight"),
+        (lambda t: t.pop("transformer_blocks.0.attn.to_q.bias"), r"has no .*to_q\.bias"),
+        (
+            lambda t: t.update({"x_embedder.weight": torch.ones(3, 3)}),
+            r"x_embedder\.weight is \[3, 3\]",
+        ),
+    ],
+)
+def test_damaged_checkpoints_are_not_dequantized(
+    copy: Path,
+    flux: Path,
+    tmp_path: Path,
+    edit: Callable[[dict[str, torch.Tensor]], object],
+    message: str,
+) -> None:
+    change(copy, edit)
+    request = Request(model_path=str(flux), component_paths={"transformer": str(copy)})
+    with pytest.raises(CheckpointError, match=message):
+        dequantize(request, str(tmp_path / "plain"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["quantized"]
+
+
+def test_a_scale_of_zero_may_stand_beside_codes_of_zero(copy: Path, flux: Path) -> None:
+    name = "transformer_blocks.0.attn.to_q"
+
+    def clear(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{name}.weight"] = torch.zeros(256, 256).to(torch.float8_e4m3fn)
+        tensors[f"{name}.weight_scale"] = torch.zeros(1)
+
+    change(copy, clear)
+    model = load_transformer(str(flux), transformer_path=str(copy), backend="decode")
+    assert not model.get_submodule(name).q_decoded.any()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "place"), [("channel-dynamic", (3,)), ("block-dynamic", (1, 0))]
+)
+def test_one_scale_of_zero_among_many(
+    flux: Path, tmp_path: Path, scheme: str, place: tuple[int, ...]
+) -> None:
+    from quantmatrix.families import fp8
+
+    tensors = load_file(flux / "transformer" / WEIGHTS)
+    name = "transformer_blocks.0.attn.to_q"
+    made = fp8.quantize(tensors.pop(f"{name}.weight"), fp8.SCHEMES[scheme])
+    suffix = next(suffix for suffix in made if suffix != "weight")
+    made[suffix][place] = 0
+    tensors |= {f"{name}.{key}": value for key, value in made.items()}
+    kept = ["transformer_blocks.1.attn.to_q"]
+    block = fp8.declare({name: fp8.SCHEMES[scheme]}, kept).config
+    path = tmp_path / "one.safetensors"
+    save_file(tensors, path, metadata={"quantization_config": json.dumps(block)})
+    with pytest.raises(CheckpointError, match=rf"to_q\.{suffix} holds zero"):
+        load_transformer(str(flux), transformer_weights_path=str(path))
 
 
 def test_truncated_file(copy: Path, flux: Path) -> None:
@@ -188,11 +291,31 @@ def test_wrong_model_for_the_checkpoint(flux: Path) -> None:
         load_transformer(str(flux), transformer_path=str(other))
 
 
+@pytest.mark.parametrize("value", ["2", None, [2]])
+def test_a_config_that_gives_no_model(copy: Path, flux: Path, value: object) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "num_layers": value}))
+    with pytest.raises(CheckpointError, match=r"config\.json: no FluxTransformer2DModel can be"):
+        load_transformer(str(flux), transformer_path=str(copy))
+
+
 def test_unknown_quant_method(copy: Path, flux: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "frobnicate"}
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="declares quant_method frobnicate, which no"):
+        load_transformer(str(flux), transformer_path=str(copy))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_description_that_names_no_method(copy: Path, flux: Path, plain: bool) -> None:
+    """Also where every tensor is in full precision: it would run as BF16 under a quantized label."""
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"activation_scheme": "dynamic", "quant_method": None}
+    if plain:
+        shutil.copy(flux / "transformer" / WEIGHTS, copy)
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json.* by activation_scheme.*quant_method"):
         load_transformer(str(flux), transformer_path=str(copy))
 
 
@@ -265,6 +388,97 @@ def test_online_quantization_and_its_exceptions(flux: Path) -> None:
     assert set(all_layers) - set(some) == {n for n in all_layers if n.endswith(".to_q")}
     with pytest.raises(UsageError, match="matches no linear layer"):
         load_transformer(str(flux), quantization="fp8", quantization_ignored_layers=("nowhere",))
+
+
+def pack_bfl(scheme: str | None, path: Path, block: tuple[int, int] = (128, 128)) -> Path:
+    """FLUX.2 in one file under the original names, q, k and v packed; scheme None: BF16."""
+    from quantmatrix.families import fp8
+    from quantmatrix.models import flux_2
+    from quantmatrix.tiny_packing import pack_tensors
+
+    tensors = load_file(find(BASES["flux-2"]) / "transformer" / WEIGHTS)
+    packed = pack_tensors(tensors, flux_2.BFL)
+    metadata = {"format": "pt"}
+    if scheme is not None:
+        chosen = replace(fp8.SCHEMES[scheme], block=block)
+        for name in [name for name in packed if packed[name].ndim == 2]:
+            made = fp8.quantize(packed.pop(name), chosen)
+            packed |= {f"{name.removesuffix('weight')}{key}": v for key, v in made.items()}
+        metadata["quantization_config"] = json.dumps(fp8.declare({"": chosen}, []).config)
+    save_file({k: v.contiguous() for k, v in packed.items()}, path, metadata=metadata)
+    return path
+
+
+def test_block_scales_of_packed_layers(tmp_path: Path) -> None:
+    path = pack_bfl("block-dynamic", tmp_path / "packed.safetensors")
+    base = find(BASES["flux-2"])
+    model = load_transformer(str(base), transformer_weights_path=str(path), backend="decode")
+    plain = load_file(base / "transformer" / WEIGHTS)
+    for name in ("transformer_blocks.1.attn.to_k", "norm_out.linear"):
+        weight = plain[f"{name}.weight"].float()
+        got = model.get_submodule(name).q_decoded.float()
+        assert ((got - weight).norm() / weight.norm()).item() < 0.03
+    cut = pack_bfl("block-dynamic", tmp_path / "cut.safetensors", block=(96, 128))
+    with pytest.raises(
+        CheckpointError, match=r"img_attn\.qkv .* within blocks of 96 rows"
+    ) as caught:
+        load_transformer(str(base), transformer_weights_path=str(cut))
+    assert "cut.safetensors" in str(caught.value)
+
+
+def test_two_names_of_one_tensor(tmp_path: Path) -> None:
+    path = pack_bfl(None, tmp_path / "raw.safetensors")
+    tensors = load_file(path)
+    tensors["proj_out.weight"] = torch.zeros_like(tensors["final_layer.linear.weight"])
+    save_file(tensors, path, metadata={"format": "pt"})
+    base = str(find(BASES["flux-2"]))
+    with pytest.raises(CheckpointError, match=r"final_layer\.linear\.weight and proj_out\.weight"):
+        load_transformer(base, transformer_weights_path=str(path))
+
+
+def test_online_quantization_of_original_names(tmp_path: Path) -> None:
+    path = pack_bfl(None, tmp_path / "raw.safetensors")
+    base = str(find(BASES["flux-2"]))
+    model = load_transformer(base, transformer_weights_path=str(path), quantization="fp8")
+    assert count_quantized(model) == count_quantized(load_transformer(base, quantization="fp8"))
+    some = load_transformer(
+        base,
+        transformer_weights_path=str(path),
+        quantization="fp8",
+        quantization_ignored_layers=("img_attn", "single_transformer_blocks.*"),
+    )
+    names = count_quantized(some)
+    assert "transformer_blocks.0.attn.add_q_proj" in names
+    assert not any("to_q" in name or name.startswith("single") for name in names)
+
+
+def test_online_quantization_never_quantizes_nothing(flux: Path) -> None:
+    with pytest.raises(UsageError, match=r"no linear layer of .* is left to quantize"):
+        load_transformer(str(flux), quantization="fp8", quantization_ignored_layers=("*",))
+
+
+def test_online_quantization_of_damaged_weights(flux: Path, tmp_path: Path) -> None:
+    tensors = load_file(flux / "transformer" / WEIGHTS)
+    tensors["transformer_blocks.0.attn.to_q.weight"][0, 0] = torch.inf
+    save_file(tensors, tmp_path / "w.safetensors", metadata={"format": "pt"})
+    path = str(tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=r"w\.safetensors: .*to_q\.weight holds NaN or inf"):
+        load_transformer(str(flux), transformer_weights_path=path, quantization="fp8")
+
+
+def test_online_quantization_of_codes(flux: Path, tmp_path: Path) -> None:
+    tensors = load_file(flux / "transformer" / WEIGHTS)
+    name = "transformer_blocks.0.attn.to_q.weight"
+    path = tmp_path / "w.safetensors"
+    save_file({**tensors, name: tensors[name].int()}, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"to_q\.weight holds torch\.int32 codes"):
+        load_transformer(str(flux), transformer_weights_path=str(path), quantization="fp8")
+
+
+def test_online_quantization_tells_of_the_expert_that_it_leaves_alone() -> None:
+    made = quantmatrix.plan(model_path=str(find(BASES["wan-2-2"])), quantization="fp8")
+    assert made.components["transformer_2"].family is None
+    assert any("transformer_2 is loaded as it is stored" in text for text in made.warnings)
 
 
 def test_online_quantization_of_a_quantized_checkpoint(copy: Path, flux: Path) -> None:

@@ -69,6 +69,11 @@ def explain_unknown(checkpoint: Checkpoint) -> str | None:
             f"are {', '.join(written())}, of ModelOpt the quant_algo {known}. Quantize with one of "
             "these, or name a checkpoint in full precision"
         )
+    if block and "format_version" not in block:
+        return (
+            f"{checkpoint.quantization_from} describes a quantization by {', '.join(block)}, but "
+            "says nowhere which: expected a quant_method. Add it, or remove the description"
+        )
     for name, header in checkpoint.tensors.items():
         coded = header.dtype not in PLAIN_DTYPES and name.endswith("weight")
         if coded or SCALE.search(name):

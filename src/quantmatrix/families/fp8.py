@@ -19,6 +19,7 @@ whose `quant_configs` name the scale recipe. Sources: vLLM's and SGLang's fp8 ch
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.families.fp8_declaration import Declared, read_declaration, read_formats
 from quantmatrix.families.protocol import Calibration, Declaration
 from quantmatrix.formats import E4M3_MAX, expand_blocks, find_block_amax, round_e4m3
 from quantmatrix.kernels import linear_fp8
@@ -46,7 +48,11 @@ SCHEMES: Mapping[str, Scheme] = {
     "block-dynamic": BLOCK,
 }
 SCALES = ("weight_scale", "weight_scale_inv")
-IGNORE_KEYS = ("ignored_layers", "modules_to_not_convert")
+BESIDE = ("bias", "comfy_quant")
+"""Suffixes that may stand in any layer."""
+AGAIN = "Download the checkpoint again, or quantize it again"
+NUMBERED = re.compile(r"\.\d+\.")
+"""A block's number in a layer's name."""
 
 
 def detect(checkpoint: Checkpoint) -> str | None:
@@ -60,96 +66,74 @@ def detect(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def read_formats(block: Mapping[str, Any]) -> dict[str, str]:
-    """Format word per layer of a header's `layers`, which holds words or objects."""
-    layers = block.get("layers")
-    if not isinstance(layers, Mapping):
-        return {}
-    return {
-        str(layer): str(entry.get("format", "") if isinstance(entry, Mapping) else entry)
-        for layer, entry in layers.items()
-    }
-
-
 def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     """Scheme of every layer with e4m3 codes; what does not fit together is an error."""
-    block = checkpoint.quantization or {}
-    listed = read_formats(block)
-    check_versions(checkpoint, block, listed)
-    ignored = [str(name) for key in IGNORE_KEYS for name in block.get(key) or ()]
+    declared = read_declaration(checkpoint)
+    layers = checkpoint.layers()
     found: dict[str, Scheme] = {}
-    for layer, suffixes in checkpoint.layers().items():
+    for layer, suffixes in layers.items():
         header = checkpoint.tensors.get(f"{layer}.weight")
-        scaled = sorted(suffixes & {*SCALES, "input_scale"})
         if header is None or header.dtype != "F8_E4M3":
-            if scaled:
-                dtype = header.dtype if header else "missing"
-                raise CheckpointError(
-                    f"{checkpoint.tensors[f'{layer}.{scaled[0]}'].file}: tensor {layer}.{scaled[0]} "
-                    f"is a scale, but {layer}.weight is {dtype}: expected F8_E4M3"
-                )
-            if "float8" in listed.get(layer, ""):
-                raise CheckpointError(
-                    f"{checkpoint.quantization_from}: lists {layer} as {listed[layer]}, but its "
-                    f"weight is {header.dtype if header else 'missing'}: expected F8_E4M3"
-                )
+            check_plain(checkpoint, declared, layer, suffixes)
             continue
-        if layer in ignored or "bf16" in listed.get(layer, ""):
+        if declared.is_left_alone(layer):
             raise CheckpointError(
-                f"{checkpoint.quantization_from}: says that {layer} is left alone, but "
-                f"{header.file} stores it as F8_E4M3"
+                f"{declared.place}: says that {layer} is left alone, but {header.file} stores it "
+                "as F8_E4M3: correct the list, or quantize again"
             )
-        found[layer] = find_scheme(checkpoint, layer, suffixes, header)
+        found[layer] = find_scheme(checkpoint, declared, layer, suffixes)
+        check_tensors(checkpoint, layer, found[layer], header)
+    absent = [layer for layer in declared.formats if declared.is_coded(layer)]
+    absent = [layer for layer in absent if layer not in layers]
+    if absent:
+        raise CheckpointError(
+            f"{declared.place}: lists {absent[0]} as {declared.formats[absent[0]]}, but "
+            f"{', '.join(checkpoint.files)} have no such layer: expected the names of the tensors"
+        )
+    check_others(checkpoint, found)
     return found
 
 
-def check_versions(
-    checkpoint: Checkpoint, block: Mapping[str, Any], listed: Mapping[str, str]
+def check_plain(
+    checkpoint: Checkpoint, declared: Declared, layer: str, suffixes: frozenset[str]
 ) -> None:
-    """Header forms of an unknown version or scale recipe are refused by name."""
-    version = block.get("format_version")
-    if version is not None and str(version) not in ("1.0", "1.1"):
+    """A layer without e4m3 codes has no scales, and nothing may say that it has codes."""
+    header = checkpoint.tensors.get(f"{layer}.weight")
+    dtype = header.dtype if header else "missing"
+    scaled = sorted(suffixes & {*SCALES, "input_scale"})
+    if scaled:
         raise CheckpointError(
-            f"{checkpoint.quantization_from}: format_version {version} is unknown; known: 1.0, 1.1"
+            f"{checkpoint.tensors[f'{layer}.{scaled[0]}'].file}: tensor {layer}.{scaled[0]} "
+            f"is a scale, but {layer}.weight is {dtype}: expected F8_E4M3. {AGAIN}"
         )
-    for word, recipe in (block.get("quant_configs") or {}).items():
-        stated = recipe.get("scale_recipe") if isinstance(recipe, Mapping) else recipe
-        if word in listed.values() and stated != "rowwise":
-            raise CheckpointError(
-                f"{checkpoint.quantization_from}: scale_recipe {stated} of {word} is unknown; "
-                "known: rowwise"
-            )
+    if declared.is_coded(layer):
+        raise CheckpointError(
+            f"{declared.place}: lists {layer} as {declared.formats[layer]}, but its "
+            f"weight is {dtype}: expected F8_E4M3. {AGAIN}"
+        )
 
 
 def find_scheme(
-    checkpoint: Checkpoint, layer: str, suffixes: frozenset[str], header: TensorHeader
+    checkpoint: Checkpoint, declared: Declared, layer: str, suffixes: frozenset[str]
 ) -> Scheme:
     """Scheme of one layer, from the declaration and the shape of its scales."""
-    block = checkpoint.quantization or {}
-    size = block.get("weight_block_size")
-    static = str(block.get("activation_scheme") or "dynamic") == "static"
-    if not static and not block.get("quant_method"):
-        static = "input_scale" in suffixes
-    if size is not None:
-        if static:
-            raise CheckpointError(
-                f"{checkpoint.quantization_from}: weight_block_size with static activations: "
-                "expected activation_scheme dynamic"
-            )
-        scheme = replace(BLOCK, block=(int(size[0]), int(size[1])))
+    static = declared.static or (not declared.method and "input_scale" in suffixes)
+    if declared.block is not None:
+        scheme = replace(BLOCK, block=declared.block)
     else:
+        rows = checkpoint.tensors[f"{layer}.weight"].shape[:1]
         scale = checkpoint.tensors.get(f"{layer}.weight_scale")
-        rows = header.shape[0]
-        shapes = [(rows, 1)] if rows == 1 else [(rows,), (rows, 1)]
-        kind = "channel" if scale is not None and scale.shape in shapes else "tensor"
+        shapes = [(*rows, 1)] if rows == (1,) else [rows, (*rows, 1)]
+        rowwise = layer in declared.rowwise or (scale is not None and scale.shape in shapes)
+        kind = "channel" if rowwise else "tensor"
         scheme = SCHEMES[f"{kind}-{'static' if static else 'dynamic'}"]
     if "input_scale" in suffixes and not static:
         name = f"{layer}.input_scale"
         raise CheckpointError(
             f"{checkpoint.tensors[name].file}: tensor {name} is a static activation scale, but "
-            f"{checkpoint.quantization_from} declares dynamic activations"
+            f"{declared.place} declares dynamic activations: declare activation_scheme static, or "
+            "leave the scales out"
         )
-    check_tensors(checkpoint, layer, scheme, header)
     return scheme
 
 
@@ -157,7 +141,8 @@ def check_tensors(checkpoint: Checkpoint, layer: str, scheme: Scheme, header: Te
     """Every tensor that the scheme needs must be there, in the right dtype and shape."""
     if len(header.shape) != 2:
         raise CheckpointError(
-            f"{header.file}: tensor {header.name} is {list(header.shape)}, not 2-D"
+            f"{header.file}: tensor {header.name} is {list(header.shape)}, not 2-D: expected codes "
+            "of a linear layer; leave other layers in full precision"
         )
     for suffix, spec in tensors(scheme, *header.shape).items():
         found = checkpoint.tensors.get(f"{layer}.{suffix}")
@@ -165,13 +150,65 @@ def check_tensors(checkpoint: Checkpoint, layer: str, scheme: Scheme, header: Te
         if found is None:
             raise CheckpointError(
                 f"{header.file}: tensor {layer}.{suffix} is missing beside {layer}.weight "
-                f"({header.dtype}): expected {expected}; a missing scale is never assumed to be 1"
+                f"({header.dtype}): expected {expected}; a missing scale is never assumed to be 1. "
+                f"{name_stranger(checkpoint, layer)}{AGAIN}"
             )
         if found.dtype not in spec.dtypes or found.shape not in spec.shapes:
             raise CheckpointError(
                 f"{found.file}: tensor {found.name} is {found.dtype} {list(found.shape)}, "
-                f"expected {expected}"
+                f"expected {expected}. {AGAIN}"
             )
+
+
+def name_stranger(checkpoint: Checkpoint, layer: str) -> str:
+    """A hint where a layer's scale has the name that older ComfyUI files give it."""
+    if f"{layer}.scale_weight" not in checkpoint.tensors:
+        return ""
+    return (
+        f"{layer}.scale_weight is ComfyUI's older scaled fp8, which is not taken: rename it to "
+        "weight_scale, as newer files have it. "
+    )
+
+
+def check_others(checkpoint: Checkpoint, found: Mapping[str, Scheme]) -> None:
+    """A tensor of a quantized layer that nothing would use changes its numbers in unknown ways."""
+    for name, header in checkpoint.tensors.items():
+        layer, _, suffix = name.rpartition(".")
+        above = layer.rpartition(".")[0]
+        scheme = found.get(layer)
+        known = () if scheme is None else (*tensors(scheme, 1, 1), *BESIDE)
+        if above in found or (scheme is not None and suffix not in known):
+            raise CheckpointError(
+                f"{header.file}: tensor {name} ({header.dtype} {list(header.shape)}) stands beside "
+                f"the codes of {above if above in found else layer}, expected no more than "
+                f"{', '.join(known or ('weight', 'bias', *SCALES))}: leaving it out would give "
+                "other numbers without an error. Quantize with a scheme that is known"
+            )
+
+
+def caveat(checkpoint: Checkpoint) -> str | None:
+    """A warning of layers that nothing leaves alone, and that still are in full precision.
+
+    That their like in other blocks is quantized tells them from layers of which none ever is.
+    """
+    declared, found = read_declaration(checkpoint), schemes(checkpoint)
+    kinds = {NUMBERED.sub(".N.", layer) for layer in found}
+    forgotten = [
+        header
+        for name, header in checkpoint.tensors.items()
+        if (layer := name.removesuffix(".weight")) != name
+        and layer not in found
+        and NUMBERED.sub(".N.", layer) in kinds
+        and not declared.is_left_alone(layer)
+    ]
+    if not forgotten:
+        return None
+    first = forgotten[0]
+    return (
+        f"{first.file}: {first.name} is {first.dtype}, while its like in other blocks is quantized "
+        f"and {declared.place} does not leave it alone; {len(forgotten)} such layers are computed "
+        "in full precision"
+    )
 
 
 def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:

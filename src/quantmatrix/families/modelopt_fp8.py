@@ -19,6 +19,7 @@ leftovers of a calibration and are never loaded. Source: ModelOpt 0.47 exports.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,8 @@ ID = "modelopt-fp8"
 FP8 = Scheme("linear.fp8", "FP8", "e4m3", "tensor", "tensor-static")
 SCHEMES: Mapping[str, Scheme] = {"FP8": FP8}
 ALGORITHMS = ("FP8",)
+NUMBER: Mapping[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
+"""What `config_groups` says of weights and of inputs."""
 
 
 def detect(checkpoint: Checkpoint) -> str | None:
@@ -66,7 +69,9 @@ def ignored(name: str) -> str | None:
 
 def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     """FP8 for each layer with a `weight_scale`; what does not fit together is an error."""
-    excluded = read_ignore(read_block(checkpoint))
+    block, place = read_block(checkpoint), checkpoint.quantization_from or checkpoint.reference
+    excluded = read_ignore(block, place)
+    check_groups(block, place)
     found: dict[str, Scheme] = {}
     for layer, suffixes in checkpoint.layers().items():
         if "_quantizer" in layer:
@@ -85,19 +90,44 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     return found
 
 
-def read_ignore(block: Mapping[str, Any]) -> list[re.Pattern[str]]:
+def check_groups(block: Mapping[str, Any], place: str) -> None:
+    """`config_groups`, where there are any, must describe static FP8 of weights and inputs."""
+    groups = block.get("config_groups") or {}
+    if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) for g in groups.values()):
+        raise CheckpointError(
+            f"{place}: config_groups is {json.dumps(groups)[:120]}: expected an object of objects"
+        )
+    for name, group in groups.items():
+        for part in ("weights", "input_activations"):
+            stated = group.get(part) or {}
+            if any(stated.get(key, value) != value for key, value in NUMBER.items()):
+                raise CheckpointError(
+                    f"{place}: config_groups.{name}.{part} is {json.dumps(stated)[:120]}, while "
+                    f"quant_algo is FP8: expected {json.dumps(NUMBER)}. Correct the declaration, "
+                    "or export again"
+                )
+
+
+def read_ignore(block: Mapping[str, Any], place: str = "config.json") -> list[re.Pattern[str]]:
     """Patterns of the layers that were left alone; `*` stands for any characters."""
-    return [
-        re.compile(re.escape(str(entry)).replace(r"\*", ".*") + r"\Z")
-        for entry in block.get("ignore") or ()
-    ]
+    entries = block.get("ignore") or []
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise CheckpointError(
+            f"{place}: `ignore` is {json.dumps(entries)[:120]}: expected a list of layer names"
+        )
+    return [re.compile(re.escape(entry).replace(r"\*", ".*") + r"\Z") for entry in entries]
 
 
 def check_layer(checkpoint: Checkpoint, layer: str, suffixes: frozenset[str]) -> None:
     """A quantized layer must have every tensor, in the right dtype and shape."""
     header = checkpoint.tensors.get(f"{layer}.weight")
     if header is None or len(header.shape) != 2:
-        raise CheckpointError(f"{checkpoint.reference}: layer {layer} has scales but no 2-D weight")
+        scale = checkpoint.tensors[f"{layer}.{min(suffixes)}"]
+        raise CheckpointError(
+            f"{scale.file}: layer {layer} has {', '.join(sorted(suffixes))}, and its weight is "
+            f"{list(header.shape) if header else 'missing'}: expected F8_E4M3 [N, K]; export the "
+            "checkpoint again"
+        )
     specs = tensors(FP8, *header.shape)
     for suffix, spec in specs.items():
         name = f"{layer}.{suffix}"
@@ -112,7 +142,7 @@ def check_layer(checkpoint: Checkpoint, layer: str, suffixes: frozenset[str]) ->
             expected = " or ".join(str(list(shape)) for shape in spec.shapes)
             raise CheckpointError(
                 f"{found.file}: tensor {name} is {found.dtype} {list(found.shape)}, "
-                f"expected {' or '.join(spec.dtypes)} {expected}"
+                f"expected {' or '.join(spec.dtypes)} {expected}; export the checkpoint again"
             )
     refuse_others(StoredLayer(checkpoint, layer, suffixes), specs)
 
@@ -171,7 +201,7 @@ def reference(x: torch.Tensor, stored: Mapping[str, torch.Tensor], scheme: Schem
 
 def declare(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> Declaration:
     """The `quantization_config` of ModelOpt's export."""
-    number = {"dynamic": False, "num_bits": 8, "type": "float"}
+    number = dict(NUMBER)
     return Declaration(
         config={
             "config_groups": {

@@ -183,8 +183,12 @@ def backends_of(op: str) -> tuple[str, ...]:
 
 
 def take_rows(scheme: Scheme, tensors: Tensors, rows: torch.Tensor | slice) -> Tensors:
-    """Canonical tensors of some output rows of a layer, in the order given."""
-    found: Tensors = import_module(OPS[scheme.op]).take_rows(tensors, rows)
+    """Canonical tensors of some output rows of a layer, in the order given.
+
+    Raises ValueError where rows that share a scale would be parted.
+    """
+    height = (scheme.block[0],) if scheme.scale == "block" else ()
+    found: Tensors = import_module(OPS[scheme.op]).take_rows(tensors, rows, *height)
     return found
 
 

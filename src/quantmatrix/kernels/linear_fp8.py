@@ -49,18 +49,28 @@ def spread_scales(
     return scales
 
 
-def take_rows(tensors: Tensors, rows: torch.Tensor | slice) -> Tensors:
-    """The tensors of some output rows; block scales can be cut at block borders only."""
+def take_rows(tensors: Tensors, rows: torch.Tensor | slice, height: int = 0) -> Tensors:
+    """The tensors of some output rows; block scales, of `height` rows each, by whole blocks only."""
     taken = dict(tensors)
     taken["weight"] = tensors["weight"].view(torch.uint8)[rows].view(torch.float8_e4m3fn)
     if "bias" in tensors:
         taken["bias"] = tensors["bias"][rows]
     scales = tensors["weight_scale"]
-    if scales.ndim == 2 and scales.shape == (tensors["weight"].shape[0], 1):
-        taken["weight_scale"] = scales[rows]
+    if height:
+        taken["weight_scale"] = scales[find_blocks(rows, tensors["weight"].shape[0], height)]
     elif scales.ndim == 2:
-        raise ValueError("rows of a block-scaled FP8 layer cannot be taken apart")
+        taken["weight_scale"] = scales[rows]
     return taken
+
+
+def find_blocks(rows: torch.Tensor | slice, count: int, height: int) -> torch.Tensor:
+    """Numbers of the blocks of `height` rows that these rows, of `count`, consist of, in order."""
+    places = torch.arange(count)[rows]
+    starts = places[::height]
+    whole = (starts.unsqueeze(-1) + torch.arange(height)).flatten()[: len(places)]
+    if (starts % height).any() or not torch.equal(places, whole):
+        raise ValueError(f"its rows are cut within blocks of {height} rows that share a scale")
+    return starts // height
 
 
 def find_input_scale(

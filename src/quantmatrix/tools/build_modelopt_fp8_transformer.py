@@ -66,6 +66,8 @@ PROFILES = {"flux1": "flux-1", "flux2": "flux-2", "qwen-image": "qwen-image"}
 MODEL_TYPES = ("auto", *PROFILES, "hunyuan-video", "none")
 QUANTIZERS = {"weight_scale": ".weight_quantizer._amax", "input_scale": ".input_quantizer._amax"}
 SCALES = tuple(QUANTIZERS)
+CALIBRATORS = 4
+"""An amax that minimizes the error may be so many times smaller or larger than the weight's own."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,10 @@ def read_state(file: Path) -> Mapping[str, torch.Tensor]:
 def find_ignored(
     source: TransformerFolder, block: Mapping[str, Any], scales: Mapping[str, Any]
 ) -> frozenset[str]:
-    """Modules that ModelOpt left alone: listed in `ignore`, or without a pair of scales."""
+    """Modules that ModelOpt left alone: listed in `ignore`, or without a pair of scales.
+
+    A convolution may have a pair (Wan's patch_embedding): it is simulated, but not written as FP8.
+    """
     patterns = [
         re.compile(".*".join(re.escape(part) for part in str(entry).split("*")) + r"\Z")
         for entry in block.get("ignore") or ()
@@ -227,7 +232,9 @@ def find_ignored(
     return frozenset(
         module
         for module in source.modules()
-        if module not in scales or any(pattern.match(module) for pattern in patterns)
+        if module not in scales
+        or len(source.checkpoint.tensors[f"{module}.weight"].shape) != 2
+        or any(pattern.match(module) for pattern in patterns)
     )
 
 
@@ -235,8 +242,11 @@ def check_plan(plan: Build, block: Mapping[str, Any]) -> None:
     """Refuse what would be written wrongly."""
     place = plan.source.root / "config.json"
     algorithm = str(block.get("quant_algo") or "FP8")
-    if "FP8" not in algorithm:
-        raise CheckpointError(f"{place}: quant_algo is {algorithm}: expected FP8")
+    if algorithm.upper() != "FP8":
+        raise CheckpointError(
+            f"{place}: quant_algo is {algorithm}: expected FP8, one scale per tensor; quantize with "
+            "FP8_DEFAULT_CFG"
+        )
     tensors = plan.source.checkpoint.tensors
     for module in sorted(plan.ignored):
         stored = tensors[f"{module}.weight"]
@@ -252,6 +262,13 @@ def check_plan(plan: Build, block: Mapping[str, Any]) -> None:
                 f"{stored.file}: {stored.name} is {stored.dtype}: expected FP8 codes or plain "
                 "numbers; this is no FP8 export"
             )
+        for name, scale in plan.scales[module].items():
+            if not (torch.isfinite(scale) & (scale > 0)).all():
+                raise CheckpointError(
+                    f"{stored.file}: {module} has the {name} {scale.item():g} in the backbone "
+                    "checkpoint: expected a positive number. Calibrate with inputs that reach it, "
+                    "or keep it in BF16: --keep-bf16-pattern"
+                )
     for module in sorted(plan.kept):
         name = f"{module}.weight"
         header = plan.base.checkpoint.tensors.get(name) if plan.base else None
@@ -324,8 +341,16 @@ def read_fp8(reader: TensorReader, header: TensorHeader, scale: torch.Tensor) ->
         return weight
     codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
     rows = weight.shape[0] if weight.ndim else 1
+    peak = 0.0
     for part in cut_rows(rows, weight.numel() // max(1, rows)):
-        codes[part] = round_e4m3(weight[part].float() / scale)
+        values = weight[part].float() / scale
+        peak = max(peak, values.abs().amax().item())
+        codes[part] = round_e4m3(values)
+    if not (peak == 0 or E4M3_MAX / CALIBRATORS <= peak <= E4M3_MAX * CALIBRATORS):
+        raise CheckpointError(
+            f"{header.file}: {header.name} reaches {peak:.4g} times the scale that the backbone "
+            f"checkpoint gives it: expected about {E4M3_MAX:g}; the two are not of one model"
+        )
     return codes
 
 
