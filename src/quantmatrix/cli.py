@@ -232,6 +232,13 @@ def show_runs(
     def save(run: Run) -> None:
         for warning in run.plan.warnings:
             print(f"quantmatrix: warning: {warning}", file=sys.stderr)
+        run.require_numbers()
+        if run.degenerate is not None:
+            print(
+                f"quantmatrix: warning: the output shows nothing: {run.degenerate}. Run the base "
+                "model alone: if that shows something, the checkpoint does not work here",
+                file=sys.stderr,
+            )
         if arguments.save_output:
             path = save_media(run, arguments.output_path, several=several)
             print(f"saved {path}", file=sys.stderr)

@@ -176,13 +176,13 @@ def find_degeneration(frames: torch.Tensor) -> str | None:
     """
     if frames.numel() == 0:
         return "there is nothing in it"
-    pixels = frames.to(torch.float64)
-    if not torch.isfinite(pixels).all():
-        return f"{int((~torch.isfinite(pixels)).sum())} elements are NaN or infinite"
+    if not torch.isfinite(frames).all():
+        return f"{int((~torch.isfinite(frames)).sum())} elements are NaN or infinite"
     top = 255.0 if frames.dtype == torch.uint8 else 1.0
-    if float(pixels.max() - pixels.min()) <= 2.0 * top / 255.0:
-        return f"it is constant: every element is within 2/255 of {float(pixels.mean()):.4g}"
-    saturated = float(((pixels <= 0.0) | (pixels >= top)).to(torch.float64).mean())
+    low, high = (float(end) for end in frames.aminmax())
+    if high - low <= 2.0 * top / 255.0:
+        return f"it is constant: every element is within 2/255 of {low:.4g}"
+    saturated = float(((frames <= 0) | (frames >= top)).count_nonzero()) / frames.numel()
     if saturated > 0.9:
         return f"it is saturated: {saturated:.0%} of its elements are at an end of the range"
     return None

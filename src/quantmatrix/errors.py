@@ -4,6 +4,7 @@
 `CheckpointError`  a file on disk is not what it claims to be, or cannot be used as asked
 `RefusedError`     everything is well formed, but this hardware has no kernel for it
 `MachineError`     this machine is not the hardware that was asked for
+`BrokenRunError`   a generation went beyond numbers (NaN), so that it shows nothing
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ class MachineError(UsageError):
 
 class CheckpointError(QuantmatrixError, ValueError):
     """A checkpoint that is damaged, ambiguous, incomplete or not what was asked for."""
+
+
+class BrokenRunError(QuantmatrixError, ArithmeticError):
+    """A generation whose latents are no numbers."""
 
 
 class RefusedError(QuantmatrixError, RuntimeError):

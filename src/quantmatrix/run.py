@@ -23,7 +23,8 @@ import torch
 from torch import distributed
 
 from quantmatrix import models
-from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix.compare import find_degeneration, stack_frames
+from quantmatrix.errors import BrokenRunError, RefusedError, UsageError
 from quantmatrix.load import count_quantized
 from quantmatrix.pipeline import build_pipeline
 from quantmatrix.planning import Plan, Refusal, plan
@@ -57,6 +58,19 @@ class Run:
     output: Path | None = None
     calls: dict[str, int] = field(default_factory=dict)
     """Forward calls of each transformer component."""
+    degenerate: str | None = None
+    """Why the run shows nothing: it went beyond numbers, or its media are of one colour."""
+
+    def require_numbers(self) -> None:
+        """Raise BrokenRunError when latents are NaN or infinite: the picture would be black."""
+        for step, latents in enumerate(self.latents, 1):
+            if bad := int((~torch.isfinite(latents)).sum()):
+                raise BrokenRunError(
+                    f"step {step} of {len(self.latents)} gave {bad} of {latents.numel()} latents "
+                    f"that are NaN or infinite (prompt {self.prompt!r}, seed {self.seed}): expected "
+                    "numbers. Nothing was saved. Try --backend decode or --dtype float32, or the "
+                    "base model alone: if that works, the checkpoint is damaged"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """The performance dump, plain data."""
@@ -70,6 +84,7 @@ class Run:
             "quantized_layers": {n: sum(c.values()) for n, c in self.census.items()},
             "backends": self.census,
             "transformer_calls": self.calls,
+            "degenerate": self.degenerate,
             "transformer_bytes": {n: c.bytes for n, c in self.plan.components.items()},
             "plan": self.plan.to_json(),
         }
@@ -159,12 +174,13 @@ def generate_one(request: Request, made: Plan, pipeline: Any, prompt: str, seed:
             handle.remove()
     total = time.perf_counter() - start
     is_video = hasattr(result, "frames")
+    media = list(result.frames[0] if is_video else result.images)
     return Run(
         plan=made,
         prompt=prompt,
         seed=seed,
         latents=latents,
-        media=list(result.frames[0] if is_video else result.images),
+        media=media,
         is_video=is_video,
         fps=defaults.fps,
         seconds={
@@ -179,6 +195,7 @@ def generate_one(request: Request, made: Plan, pipeline: Any, prompt: str, seed:
             for name in made.components
         },
         calls=dict(calls),
+        degenerate=find_degeneration(stack_frames(media)),
     )
 
 

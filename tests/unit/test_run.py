@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
+import operator
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ import torch
 from PIL import Image
 
 from quantmatrix import matrix
-from quantmatrix.cli import main
+from quantmatrix.cli import EXIT_PROBLEM, main
 from quantmatrix.errors import UsageError
 from quantmatrix.pipeline import build_pipeline, enable_layerwise
 from quantmatrix.planning import Plan, plan
@@ -185,3 +189,55 @@ def test_peak_memory_is_that_of_the_runs_own_device(monkeypatch: pytest.MonkeyPa
     reset_peak("cuda:3")
     assert asked == ["cuda:3"]
     assert read_peak("cuda:3") == len("cuda:3")
+
+
+def test_a_run_beyond_numbers_is_an_error_and_saves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Such latents became a black picture and exit code 0."""
+    broken = break_pipeline(monkeypatch, "transformer", math.nan)
+    words = ["generate", *FLUX, "--prompt", "a fox", "--device", "cpu", "--json"]
+    target = ["--output-path", str(tmp_path), "--save-latents", str(tmp_path / "x.safetensors")]
+    assert main([*words, *target]) == EXIT_PROBLEM
+    out, err = capfd.readouterr()
+    assert json.loads(out)["error"]["type"] == "BrokenRunError"
+    assert re.search(r"step 1 of 2 gave (\d+) of \1 latents that are NaN or infinite", err)
+    assert "'a fox', seed 0" in err
+    assert "--backend decode" in err
+    assert broken
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_of_one_colour_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", *FLUX, "--prompt", "a fox", "--device", "cpu", "--json"]
+    words += ["--output-path", str(tmp_path)]
+    assert main(words) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out)["runs"][0]["degenerate"] is None
+    assert "warning" not in err
+    break_pipeline(monkeypatch, "vae.decoder", 1.0)
+    assert main(words) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out)["runs"][0]["degenerate"].startswith("it is constant")
+    assert "warning: the output shows nothing: it is constant" in err
+
+
+def break_pipeline(monkeypatch: pytest.MonkeyPatch, part: str, value: float) -> list[Any]:
+    """Let a part of the next pipelines give one value everywhere; the calls of the part."""
+    calls = []
+
+    def fill(module: Any, given: Any, output: Any) -> Any:
+        calls.append(module)
+        if isinstance(output, torch.Tensor):
+            return torch.full_like(output, value)
+        return tuple(torch.full_like(tensor, value) for tensor in output)
+
+    def build(*words: Any, **options: Any) -> Any:
+        pipeline = build_pipeline(*words, **options)
+        operator.attrgetter(part)(pipeline).register_forward_hook(fill)
+        return pipeline
+
+    monkeypatch.setattr("quantmatrix.run.build_pipeline", build)
+    return calls
