@@ -209,6 +209,7 @@ def build_piece(
     if component.online:
         stored = family.quantize(stored["weight"], piece.scheme, bias=stored.get("bias"))
     check_scales(component.checkpoint, piece.layer, stored)
+    check_values(component, piece, stored)
     canonical = family.canonical(stored, piece.scheme)
     kernel = next(k for k in kernels.kernels_of(piece.scheme.op) if k.backend == piece.backend)
     rows = select_rows(piece.target, piece.out_features * piece.target.part[1])
@@ -258,6 +259,23 @@ def check_scales(checkpoint: Checkpoint, layer: str, tensors: Mapping[str, torch
                 f"{checkpoint.tensors[name].file}: tensor {name} holds {what} scales: "
                 f"expected {expected} numbers; the checkpoint is damaged or was exported wrongly"
             )
+
+
+def check_values(
+    component: ComponentPlan, piece: Piece, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """What the family says can never be among a layer's values is refused."""
+    assert component.family is not None
+    find_fault = getattr(families.load(component.family), "find_fault", None)
+    fault = None if find_fault is None else find_fault(tensors, piece.scheme)
+    if fault is None:
+        return
+    suffix, what = fault
+    name = f"{piece.layer}.{suffix}"
+    raise CheckpointError(
+        f"{component.checkpoint.tensors[name].file}: tensor {name} {what}. The checkpoint is "
+        "damaged or was exported wrongly: download it again, or quantize again"
+    )
 
 
 def select_rows(target: Target, stored_rows: int) -> torch.Tensor | slice | None:

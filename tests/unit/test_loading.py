@@ -26,6 +26,7 @@ BASES = {
     "qwen-image": "Qwen/Qwen-Image",
     "z-image": "Tongyi-MAI/Z-Image-Turbo",
 }
+WAN_W8A8 = "Eco-Tech/Wan2.2-T2V-A14B-Diffusers-w8a8"
 FLUX_FP8 = "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"
 
 
@@ -290,3 +291,27 @@ def test_scales_keep_their_dtype_when_a_model_is_cast(copy: Path, flux: Path) ->
     layer.to(torch.float16)
     assert layer.q_weight_scale.dtype == torch.float32
     assert layer.q_weight.dtype == torch.float8_e4m3fn
+
+
+@pytest.fixture
+def slim(tmp_path: Path) -> Path:
+    """A copy of the W8A8 transformer of msmodelslim that a test may damage."""
+    target = tmp_path / "slim"
+    shutil.copytree(find(WAN_W8A8) / "transformer", target)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("deq_scale", -1.0, r"to_q\.deq_scale holds -1: expected positive"),
+        ("input_offset", torch.nan, r"to_q\.input_offset holds nan: expected a whole number"),
+        ("quant_bias", 1, r"to_q\.quant_bias folds a bias of"),
+    ],
+)
+def test_values_that_a_family_knows_to_be_wrong(
+    slim: Path, name: str, value: float, message: str
+) -> None:
+    change(slim, lambda t: t[f"blocks.1.attn1.to_q.{name}"].fill_(value))
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS}: tensor blocks\.1\.attn1\.{message}"):
+        load_transformer(str(find(WAN_W8A8)), transformer_path=str(slim))

@@ -379,3 +379,53 @@ def test_smoothed_mxfp8_is_refused():
     stored = quantize("W8A8_MXFP8") | {"mul_scale": torch.ones(K)}
     with pytest.raises(CheckpointError, match="smoothing of MXFP8"):
         msmodelslim.schemes(make_checkpoint({"q": ("W8A8_MXFP8", stored)}))
+
+
+@pytest.mark.parametrize(
+    ("word", "suffix", "change", "found"),
+    [
+        ("W8A8", "deq_scale", lambda t: -t, "positive"),
+        ("W8A8", "deq_scale", lambda t: t * 0, "holds 0"),
+        ("W8A8", "deq_scale", lambda t: torch.full((N,), 0x7FC00000), "holds nan"),
+        ("W8A8", "deq_scale", lambda t: torch.ones(N, dtype=torch.int64), "1.4013e-45"),
+        ("W8A8", "input_offset", lambda t: t * torch.nan, "holds nan: expected a whole number"),
+        ("W8A8", "input_offset", lambda t: t + 0.5, "whole number"),
+        ("W8A8", "input_offset", lambda t: t + 1000, "-128 to 128"),
+        ("W8A8", "quant_bias", lambda t: t.flip(0), "folds a bias of"),
+        ("W8A8", "weight_scale", lambda t: torch.rand(N, 1), "expected their product"),
+        ("W8A8_DYNAMIC", "weight_scale", lambda t: t * 0, "holds 0"),
+        ("W8A8_DYNAMIC", "linear.weight_scale", lambda t: -t, "positive"),
+        ("W8A8_DYNAMIC", "mul_scale", lambda t: torch.zeros(K), "holds 0"),
+        ("W8A8_DYNAMIC", "div.mul_scale", lambda t: -torch.ones(K), "holds -1"),
+        ("W4A4_DYNAMIC", "weight", lambda t: (t.int() * 10).to(torch.int8), "expected -8 to 7"),
+        ("W8A8_MXFP8", "weight_scale", lambda t: torch.full_like(t, 255), "exponents of 255"),
+    ],
+)
+def test_impossible_values_are_named(word, suffix, change, found):
+    stored, named = quantize(word), suffix
+    if suffix.startswith("linear."):
+        stored = {f"linear.{name}": tensor for name, tensor in stored.items()}
+    stored[suffix] = change(stored.get(suffix))
+    if suffix == "weight_scale" and word == "W8A8":
+        named = "deq_scale"
+    fault = msmodelslim.find_fault(stored, msmodelslim.SCHEMES[word])
+    assert fault is not None
+    assert fault[0] == named
+    assert found in fault[1]
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_what_writers_round_is_no_fault(word, dtype):
+    """The writer computes in the model's dtype; a row of zeros may have any scale."""
+    stored = quantize(word)
+    if word == "W8A8":
+        scale = (stored["deq_scale"] / stored["input_scale"]).to(dtype)
+        stored["input_scale"] = stored["input_scale"].to(dtype).float()
+        deq_scale, bias = stored["input_scale"].to(dtype) * scale, stored["bias"].to(dtype)
+        rows = stored["weight"].float().sum(dim=1) * stored["input_offset"]
+        stored["quant_bias"] = torch.round(bias / deq_scale - rows).int()
+        stored |= {"deq_scale": deq_scale.float(), "weight_scale": scale.float()[:, None]}
+    elif word != "W8A8_MXFP8":
+        stored["weight"][3], stored["weight_scale"][3] = 0, 0
+    assert msmodelslim.find_fault(stored, msmodelslim.SCHEMES[word]) is None

@@ -41,6 +41,8 @@ import torch
 
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families import mx_blocks
+from quantmatrix.families.msmodelslim_values import WRAPPERS, decode_deq_scale, plain_suffix
+from quantmatrix.families.msmodelslim_values import find_fault as find_fault
 from quantmatrix.families.protocol import Calibration, Declaration
 from quantmatrix.kernels import linear_fp8, linear_int8
 from quantmatrix.scheme import Scheme, TensorSpec
@@ -59,8 +61,6 @@ SCHEMES: Mapping[str, Scheme] = {
         "linear.fp8", "W8A8_MXFP8", "e4m3", "block", "group-power", (1, mx_blocks.BLOCK)
     ),
 }
-WRAPPERS = ("linear.", "div.")
-"""Levels that smoothing adds to names, and `wan_repack` removes."""
 ROTATING_SETTINGS = ("metadata", "optional")
 """Keys of a description that are empty unless activations are rotated (QuaRot)."""
 ROTATION = re.compile(r"\.(to_)?[qk]_rot$")
@@ -180,7 +180,7 @@ def quantize(
 
 def canonical(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
     """On-disk tensors of one layer as canonical tensors of linear.int8 (MXFP8: linear.fp8)."""
-    stored = {_plain_suffix(suffix): tensor for suffix, tensor in tensors.items()}
+    stored = {plain_suffix(suffix): tensor for suffix, tensor in tensors.items()}
     scales = ("deq_scale", "input_scale", "input_offset", "quant_bias")
     needed = scales if scheme.activation == "tensor-static" else ("weight_scale",)
     if missing := [name for name in needed if name not in stored]:
@@ -211,13 +211,6 @@ def canonical(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, 
     }
     found["bias"] = stored["bias"] if "bias" in stored else _unfold_bias(found)
     return found
-
-
-def decode_deq_scale(stored: torch.Tensor) -> torch.Tensor:
-    """float32 [N] from either encoding: plain float32, or its bits widened to int64."""
-    if stored.dtype == torch.int64:
-        return stored.to(torch.int32).view(torch.float32)
-    return stored.float().flatten()
 
 
 def dequantize(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
@@ -351,13 +344,6 @@ def _code_shape(layer: str, checkpoint: Checkpoint) -> tuple[int, ...]:
     shape: tuple[int, ...]
     shape = checkpoint.tensors[plain if plain in checkpoint.tensors else wrapped].shape
     return shape
-
-
-def _plain_suffix(suffix: str) -> str:
-    """A suffix without the level that smoothing adds."""
-    for wrapper in WRAPPERS:
-        suffix = suffix.removeprefix(wrapper)
-    return suffix
 
 
 def _quantize_input(
