@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -265,8 +266,12 @@ def test_quantized_embeddings_are_refused(layer):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"blocks.0.attn1.quant_type": "FP8_DYNAMIC"}, {"fa_quant_type": "FAKQuant"}],
-    ids=["layer", "model"],
+    [
+        {"blocks.0.attn1.quant_type": "FP8_DYNAMIC"},
+        {"fa_quant_type": "FAKQuant"},
+        {"kv_quant_type": "C8"},
+    ],
+    ids=["layer", "model", "cache"],
 )
 def test_quantized_attention_is_refused(setting):
     checkpoint = make_checkpoint({"a": ("W8A8", quantize("W8A8"))}, **setting)
@@ -280,6 +285,8 @@ def test_rotated_activations_are_refused(key):
     assert msmodelslim.schemes(make_checkpoint(layers, **{key: {}}))
     with pytest.raises(CheckpointError, match=f"{key} holds quarot"):
         msmodelslim.schemes(make_checkpoint(layers, **{key: {"quarot": {}}}))
+    with pytest.raises(CheckpointError, match=f"{key} holds {{'quarot': 1}}"):
+        msmodelslim.schemes(make_checkpoint(layers, **{key: [{"quarot": 1}]}))
 
 
 def test_rotations_are_left_aside_with_a_reason():
@@ -379,6 +386,86 @@ def test_smoothed_mxfp8_is_refused():
     stored = quantize("W8A8_MXFP8") | {"mul_scale": torch.ones(K)}
     with pytest.raises(CheckpointError, match="smoothing of MXFP8"):
         msmodelslim.schemes(make_checkpoint({"q": ("W8A8_MXFP8", stored)}))
+
+
+@pytest.mark.parametrize(
+    ("word", "suffix", "change", "found"),
+    [
+        ("W8A8", "deq_scale", None, "q.deq_scale is missing: expected F32 or I64"),
+        ("W8A8", "quant_bias", None, "q.quant_bias is missing: expected I32"),
+        ("W8A8_DYNAMIC", "weight_scale", None, "q.weight_scale is missing"),
+        ("W8A8_MXFP8", "weight_scale", None, "q.weight_scale is missing: expected U8"),
+        ("W8A8", "deq_scale", lambda t: t.view(torch.int32), "is I32 [24]: expected F32 or I64"),
+        ("W8A8", "deq_scale", lambda t: t[:1], "is F32 [1]: expected F32 or I64 [24]"),
+        ("W8A8", "input_scale", lambda t: t.repeat(K), "is F32 [96]: expected"),
+        ("W8A8", "quant_bias", lambda t: t.float(), "is F32 [24]: expected I32 [24]"),
+        ("W8A8", "weight", lambda t: t.bfloat16(), "is BF16 [24, 96]: expected I8 [24, 96]"),
+        ("W8A8_DYNAMIC", "weight_scale", lambda t: t.view(torch.int32), "is I32 [24, 1]"),
+        ("W8A8_DYNAMIC", "weight_offset", lambda t: t[:3], "is F32 [3, 1]: expected"),
+        ("W8A8_DYNAMIC", "bias", lambda t: t[:3], "is F32 [3]: expected"),
+        ("W8A8_MXFP8", "weight_scale", lambda t: t.float(), "is F32 [24, 3]: expected U8"),
+        ("W8A8_DYNAMIC", "weight", lambda t: t[0], "has shape [96]"),
+    ],
+)
+def test_tensors_that_are_not_of_the_format_are_named(word, suffix, change, found):
+    stored = quantize(word)
+    if change is None:
+        del stored[suffix]
+    else:
+        stored[suffix] = change(stored[suffix])
+    with pytest.raises(CheckpointError, match=rf"w\.st: tensor .*{re.escape(found)}"):
+        msmodelslim.schemes(make_checkpoint({"blocks.0.q": (word, stored)}))
+
+
+def test_scales_in_the_dtype_of_the_model_are_read():
+    stored = {
+        suffix: tensor.bfloat16() if suffix.startswith("input_") else tensor
+        for suffix, tensor in quantize("W8A8").items()
+    }
+    assert set(msmodelslim.schemes(make_checkpoint({"q": ("W8A8", stored)}))) == {"q"}
+
+
+@pytest.mark.parametrize("suffix", ["weight_scale", "mul_scale"])
+def test_two_tensors_of_one_meaning_are_refused(suffix):
+    stored = {f"linear.{name}": tensor for name, tensor in quantize("W8A8_DYNAMIC").items()}
+    stored |= {"div.mul_scale": torch.ones(K)}
+    stored[suffix] = torch.ones(K) if suffix == "mul_scale" else torch.ones(N, 1)
+    with pytest.raises(CheckpointError, match=f"both the {suffix} of q"):
+        msmodelslim.schemes(make_checkpoint({"q": ("W8A8_DYNAMIC", stored)}))
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["repacked", "as-written"])
+def test_lost_smoothing_is_refused(wrapped):
+    stored = quantize("W8A8_DYNAMIC")
+    if wrapped:
+        stored = {f"linear.{suffix}": tensor for suffix, tensor in stored.items()}
+    checkpoint = make_checkpoint({"q": ("W8A8_DYNAMIC", stored)})
+    if not wrapped:
+        assert msmodelslim.schemes(checkpoint)
+        checkpoint.description["q.mul_scale"] = "FLOAT"
+    with pytest.raises(CheckpointError, match=r"q\.(div\.)?mul_scale .*other numbers"):
+        msmodelslim.schemes(checkpoint)
+
+
+def test_entries_for_a_bias_that_is_not_stored_are_harmless():
+    stored = quantize("W8A8")
+    del stored["bias"]
+    checkpoint = make_checkpoint({"q": ("W8A8", stored)})
+    checkpoint.description.update({"q.bias": "FLOAT", "q.weight_scale": "W8A8"})
+    assert set(msmodelslim.schemes(checkpoint)) == {"q"}
+
+
+def test_one_layer_has_one_scheme():
+    checkpoint = make_checkpoint({"q": ("W8A8_DYNAMIC", quantize("W8A8_DYNAMIC"))})
+    checkpoint.description["q.weight"] = "W4A4_DYNAMIC"
+    with pytest.raises(CheckpointError, match=r"q\.weight_scale is W8A8_DYNAMIC, but the weight"):
+        msmodelslim.schemes(checkpoint)
+
+
+def test_unknown_words_are_said_before_embeddings():
+    checkpoint = make_checkpoint({"patch_embedding": plain("float")})
+    with pytest.raises(CheckpointError, match=r"patch_embedding\.weight is float \(unknown\)"):
+        msmodelslim.schemes(checkpoint)
 
 
 @pytest.mark.parametrize(

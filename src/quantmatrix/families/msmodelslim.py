@@ -48,11 +48,13 @@ from quantmatrix.kernels import linear_fp8, linear_int8
 from quantmatrix.scheme import Scheme, TensorSpec
 
 if TYPE_CHECKING:
-    from quantmatrix.checkpoint import Checkpoint
+    from quantmatrix.checkpoint import Checkpoint, TensorHeader
 
 ID = "msmodelslim"
 DESCRIPTION = "quant_model_description.json"
 FLOAT = "FLOAT"
+FLOATS = ("F32", "BF16", "F16")
+"""Dtypes of scales: float32, or the model's own from older writers."""
 SCHEMES: Mapping[str, Scheme] = {
     "W8A8": Scheme("linear.int8", "W8A8", "int8", "channel", "tensor-static"),
     "W8A8_DYNAMIC": Scheme("linear.int8", "W8A8_DYNAMIC", "int8", "channel", "token-dynamic"),
@@ -61,6 +63,8 @@ SCHEMES: Mapping[str, Scheme] = {
         "linear.fp8", "W8A8_MXFP8", "e4m3", "block", "group-power", (1, mx_blocks.BLOCK)
     ),
 }
+CACHE_SETTINGS = ("fa_quant_type", "kv_cache_type", "kv_quant_type")
+"""Keys of a description that say how attention is quantized."""
 ROTATING_SETTINGS = ("metadata", "optional")
 """Keys of a description that are empty unless activations are rotated (QuaRot)."""
 ROTATION = re.compile(r"\.(to_)?[qk]_rot$")
@@ -110,12 +114,13 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
                 f"{checkpoint.description_file}: {name}.weight is {word}, but no such tensor is in "
                 f"{', '.join(checkpoint.files)}: is the description of another folder?"
             )
+        scheme = _find_scheme(name, word, checkpoint)
         if EMBEDDING.match(name):
             raise CheckpointError(
                 f"{checkpoint.description_file}: {name} is {word}, but quantized embeddings are "
                 "not supported: quantize again without them (they must be FLOAT)"
             )
-        found[name.removesuffix(".linear")] = _find_scheme(name, word, checkpoint)
+        found[name.removesuffix(".linear")] = scheme
     _check_tensors(found, checkpoint)
     return found
 
@@ -139,16 +144,16 @@ def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, Te
         }
     specs = {
         "weight": TensorSpec(("I8",), ((out_features, in_features),)),
-        "weight_scale": TensorSpec(("F32",), (column,), optional=static),
-        "weight_offset": TensorSpec(("F32",), (column,), optional=True),
+        "weight_scale": TensorSpec(FLOATS, (column,), optional=static),
+        "weight_offset": TensorSpec(FLOATS, (column,), optional=True),
     }
     if static:
-        specs["input_scale"] = TensorSpec(("F32",), ((1,), ()))
-        specs["input_offset"] = TensorSpec(("F32",), ((1,), ()))
+        specs["input_scale"] = TensorSpec(FLOATS, ((1,), ()))
+        specs["input_offset"] = TensorSpec(FLOATS, ((1,), ()))
         specs["deq_scale"] = TensorSpec(("F32", "I64"), (rows,))
         specs["quant_bias"] = TensorSpec(("I32",), (rows,))
     if scheme.smoothed:
-        specs["mul_scale"] = TensorSpec(("F32", "BF16", "F16"), ((in_features,),))
+        specs["mul_scale"] = TensorSpec(FLOATS, ((in_features,),))
     return specs
 
 
@@ -282,7 +287,7 @@ def _find_scheme(name: str, word: str, checkpoint: Checkpoint) -> Scheme:
 def _refuse_settings(described: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Quantized attention and rotated activations are computations that nobody here does."""
     for key, value in described.items():
-        attention = key.endswith(".quant_type") or key in ("fa_quant_type", "kv_cache_type")
+        attention = key.endswith(".quant_type") or key in CACHE_SETTINGS
         if attention and value and value != FLOAT:
             raise CheckpointError(
                 f"{checkpoint.description_file}: {key} is {value}: quantized attention is not "
@@ -290,9 +295,10 @@ def _refuse_settings(described: Mapping[str, Any], checkpoint: Checkpoint) -> No
                 "fa3_quant"
             )
     for key in ROTATING_SETTINGS:
-        if described.get(key):
+        if value := described.get(key):
+            held = ", ".join(map(str, value)) if isinstance(value, (dict, list)) else value
             raise CheckpointError(
-                f"{checkpoint.description_file}: {key} holds {', '.join(described[key])}: rotated "
+                f"{checkpoint.description_file}: {key} holds {held}: rotated "
                 "activations (QuaRot) are not supported; quantize again without them"
             )
 
@@ -300,30 +306,103 @@ def _refuse_settings(described: Mapping[str, Any], checkpoint: Checkpoint) -> No
 def _check_tensors(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> None:
     """Every tensor must be described, and be one that the arithmetic knows."""
     described = checkpoint.description or {}
+    layers: dict[str, dict[str, TensorHeader]] = {layer: {} for layer in found}
     for name, header in checkpoint.tensors.items():
-        leaf = name.rpartition(".")[2]
         layer, suffix = _split(name, found)
-        what = REFUSED_SUFFIXES.get(leaf)
-        if layer is None and leaf == "mul_scale":
+        what = REFUSED_SUFFIXES.get(name.rpartition(".")[2])
+        if layer is None and suffix == "mul_scale":
             what = "smoothing of a FLOAT layer"
-        if layer is not None and what is None:
-            shape = _code_shape(layer, checkpoint)
-            specs = tensors(found[layer], shape[0], shape[1])
-            if suffix not in (*specs, "bias"):
+        if layer is not None:
+            if what is None and suffix not in (*tensors(found[layer], 1, 1), "bias"):
                 smoothing = suffix == "mul_scale"
                 what = "smoothing of MXFP8" if smoothing else "an unknown attachment"
-            elif suffix == "weight_scale" and header.shape not in specs[suffix].shapes:
-                what = f"scales {list(header.shape)} per group of columns"
+            if twin := layers[layer].get(suffix):
+                raise CheckpointError(
+                    f"{header.file}: tensors {twin.name} and {name} are both the {suffix} of "
+                    f"{layer}: expected one of them; write the checkpoint again"
+                )
+            layers[layer][suffix] = header
         if what is not None:
             raise CheckpointError(
                 f"{header.file}: tensor {name} belongs to {what}, which is not supported: quantize "
                 "again without it, per channel, as one of " + ", ".join(SCHEMES)
             )
-        if header.dtype in ("I8", "F8_E4M3") and described.get(name, FLOAT) == FLOAT:
+        word = described.get(name, FLOAT)
+        if header.dtype in ("I8", "F8_E4M3") and word == FLOAT:
             raise CheckpointError(
                 f"{header.file}: tensor {name} holds {header.dtype} codes, but "
                 f"{checkpoint.description_file} calls it {described.get(name, 'nothing')}: "
                 "expected the name of its scheme there"
+            )
+    for layer, own in layers.items():
+        _check_layer(layer, found[layer], own, checkpoint)
+    _check_description(found, checkpoint)
+
+
+def _check_layer(
+    layer: str, scheme: Scheme, own: Mapping[str, TensorHeader], checkpoint: Checkpoint
+) -> None:
+    """A layer must have every tensor of its scheme, in the dtype and shape of the format."""
+    weight = own["weight"]
+    if len(weight.shape) != 2:
+        raise CheckpointError(
+            f"{weight.file}: tensor {weight.name} has shape {list(weight.shape)}, but "
+            f"{checkpoint.description_file} calls it {scheme.name}: only linear layers, whose "
+            "weights have two dimensions, are quantized; it should be FLOAT"
+        )
+    if weight.name == f"{layer}.linear.weight" and not scheme.smoothed:
+        raise CheckpointError(
+            f"{weight.file}: tensor {weight.name} lies in a level that only smoothing makes, but "
+            f"{layer}.div.mul_scale is missing: without it the layer would give other numbers; "
+            "download the weights again"
+        )
+    out, into = weight.shape
+    bias = TensorSpec(FLOATS, ((out,),), optional=True)
+    for suffix, spec in {**tensors(scheme, out, into), "bias": bias}.items():
+        header = own.get(suffix)
+        if header is None and spec.optional:
+            continue
+        if header is not None and header.dtype in spec.dtypes and header.shape in spec.shapes:
+            continue
+        if header is None:
+            problem = f"{weight.file}: tensor {layer}.{suffix} is missing"
+        else:
+            problem = f"{header.file}: tensor {header.name} is {header.dtype} {list(header.shape)}"
+            grouped = suffix == "weight_scale" and scheme.scale == "channel"
+            if grouped and header.shape[:1] == (out,) and header.shape[1:] > (1,):
+                problem += " per group of columns"
+        raise CheckpointError(
+            f"{problem}: expected {' or '.join(spec.dtypes)} "
+            f"{' or '.join(str(list(shape)) for shape in spec.shapes)} in a layer that "
+            f"{checkpoint.description_file} calls {scheme.name}, with a weight of "
+            f"{list(weight.shape)}; the two are not of one checkpoint, or it is damaged: download "
+            "both again, or quantize again per channel"
+        )
+
+
+def _check_description(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> None:
+    """What is described of a quantized layer must be there, under the layer's own scheme.
+
+    Entries for what a layer may do without are harmless: its bias, and the weight scales that only
+    older writers store beside `deq_scale`.
+    """
+    for name, word in (checkpoint.description or {}).items():
+        layer, suffix = _split(name, found)
+        if layer is None:
+            continue
+        static = found[layer].activation == "tensor-static"
+        spare = ("bias", "weight_scale", "weight_offset") if static else ("bias",)
+        if name not in checkpoint.tensors and suffix not in spare:
+            raise CheckpointError(
+                f"{checkpoint.description_file}: describes {name} ({word}) of the quantized layer "
+                f"{layer}, but no such tensor is in {', '.join(checkpoint.files)}: without it the "
+                "layer would give other numbers; download the weights again"
+            )
+        if word not in (FLOAT, found[layer].name):
+            raise CheckpointError(
+                f"{checkpoint.description_file}: {name} is {word}, but the weight of {layer} is "
+                f"{found[layer].name}: expected one scheme per layer; the description is of "
+                "another checkpoint, or was edited"
             )
 
 
@@ -336,14 +415,6 @@ def _split(name: str, found: Mapping[str, Scheme]) -> tuple[str | None, str]:
     if outer in found and f"{wrapper}." in WRAPPERS:
         return outer, leaf
     return None, leaf
-
-
-def _code_shape(layer: str, checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Shape of a layer's codes."""
-    plain, wrapped = f"{layer}.weight", f"{layer}.linear.weight"
-    shape: tuple[int, ...]
-    shape = checkpoint.tensors[plain if plain in checkpoint.tensors else wrapped].shape
-    return shape
 
 
 def _quantize_input(
