@@ -88,6 +88,14 @@ def test_detection_names_the_file_and_the_schemes():
     assert msmodelslim.detect(make_checkpoint({"b": plain()})) is None
 
 
+def test_a_description_without_layers_is_not_full_precision():
+    checkpoint = make_checkpoint({})
+    assert "describes no layer" in (msmodelslim.detect(checkpoint) or "")
+    assert msmodelslim.schemes(checkpoint) == {}
+    checkpoint.description.clear()
+    assert msmodelslim.detect(checkpoint)
+
+
 def test_schemes_are_per_layer():
     words = [*WORDS, "W8A8_MXFP8"]
     layers = {f"blocks.0.{word}": (word, quantize(word)) for word in words}

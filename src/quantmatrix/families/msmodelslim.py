@@ -90,13 +90,18 @@ EPSILON = torch.finfo(torch.float32).eps
 
 
 def detect(checkpoint: Checkpoint) -> str | None:
-    """The description file's name and schemes, or None when it quantizes nothing."""
-    described = checkpoint.description or {}
-    words = sorted({word for key, word in _layer_words(described) if word != FLOAT})
-    if not words:
+    """The description file's name and schemes, or None when it quantizes nothing.
+
+    A description without layers is ours, too: to load what stands beside it in full precision would
+    hide that it is damaged, or of another kind.
+    """
+    if checkpoint.description is None:
         return None
     name = PurePath(checkpoint.description_file or DESCRIPTION).name
-    return f"{name} describes layers as {', '.join(words)}"
+    words = {word for _, word in _layer_words(checkpoint.description)}
+    if quantized := sorted(words - {FLOAT}):
+        return f"{name} describes layers as {', '.join(quantized)}"
+    return None if words else f"{name} describes no layer at all"
 
 
 def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
