@@ -303,6 +303,7 @@ def assign_plain(
     quantized = {piece.layer for piece in component.pieces()}
     ignored = ignored_names(checkpoint, component.family)
     unknown = []
+    assigned: dict[str, str] = {}
     for name in checkpoint.tensors:
         if name in ignored or is_below(name, quantized):
             continue
@@ -310,6 +311,13 @@ def assign_plain(
             if parameter not in expected:
                 unknown.append(name)
                 continue
+            if parameter in assigned:
+                raise CheckpointError(
+                    f"{checkpoint.tensors[name].file}: tensors {assigned[parameter]} and {name} are "
+                    f"both {parameter} of {component.class_name}: expected one of them; names of "
+                    "two layouts are mixed, write the checkpoint again"
+                )
+            assigned[parameter] = name
             tensor = reader.read(name)
             check_plain(checkpoint, name, parameter, tensor)
             rows = select_rows(target, tensor.shape[0] if tensor.ndim else 0)

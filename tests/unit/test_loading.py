@@ -315,3 +315,17 @@ def test_values_that_a_family_knows_to_be_wrong(
     change(slim, lambda t: t[f"blocks.1.attn1.to_q.{name}"].fill_(value))
     with pytest.raises(CheckpointError, match=rf"{WEIGHTS}: tensor blocks\.1\.attn1\.{message}"):
         load_transformer(str(find(WAN_W8A8)), transformer_path=str(slim))
+
+
+def test_two_names_of_one_parameter_are_refused(slim: Path) -> None:
+    """Names of both layouts in one file: whichever came last would win."""
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["blocks.0.self_attn.norm_q.weight"] = tensors.pop("blocks.0.attn1.norm_q.weight")
+        tensors["head.head.weight"] = tensors["proj_out.weight"] * 2
+
+    change(slim, rename)
+    with pytest.raises(
+        CheckpointError, match=r"head\.head\.weight and proj_out\.weight are both proj_out\.weight"
+    ):
+        load_transformer(str(find(WAN_W8A8)), transformer_path=str(slim))
