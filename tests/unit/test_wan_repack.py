@@ -106,7 +106,8 @@ def make_quantized(seed: int, image: bool = False) -> Quantized:
     """Tensors and description as msmodelslim writes them: ffn.2 kept, one layer smoothed."""
     torch.manual_seed(seed)
     scheme = msmodelslim.SCHEMES["W8A8_DYNAMIC"]
-    found = make_float(image) | {"blocks.1.self_attn.q_rot": torch.eye(8).bfloat16()}
+    rotated = ("self_attn.q_rot", "self_attn.k_rot", "cross_attn.q_rot", "cross_attn.k_rot")
+    found = make_float(image) | {f"blocks.1.{name}": torch.eye(8).bfloat16() for name in rotated}
     words = dict.fromkeys(found, "FLOAT")
     for name in list(found):
         layer, _, leaf = name.rpartition(".")
@@ -189,7 +190,7 @@ def check_component(folder: Path, seed: int, image: bool = False) -> None:
     described = json.loads((folder / "quant_model_description.json").read_text())
     assert {name: described[replace_all(name)] for name in words} == words
     assert described["model_quant_type"] == "W8A8_DYNAMIC"
-    assert not any(".linear." in key or "self_attn" in key for key in described)
+    assert not any(".linear." in key or re.search("(self|cross)_attn", key) for key in described)
 
 
 def test_two_flags_write_both_transformers(quantized, tmp_path, capsys):
