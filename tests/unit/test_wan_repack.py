@@ -257,8 +257,24 @@ def drop(tensors: dict, words: dict, name: str) -> None:
             lambda t, w: t.update({"blocks.1.attn1.to_q.bias": torch.zeros(D)}),
             "both become blocks.1.attn1.to_q.bias",
         ),
+        (
+            lambda t, w: drop(t, w, "blocks.1.self_attn.q.weight_scale"),
+            "self_attn.q.weight_scale is missing",
+        ),
+        (
+            lambda t, w: t.update({"blocks.1.self_attn.q.weight": torch.zeros(D, D).bfloat16()}),
+            "self_attn.q.weight is BF16",
+        ),
+        (
+            lambda t, w: drop(t, w, "blocks.0.self_attn.q.div.mul_scale"),
+            "self_attn.q.div.mul_scale is missing",
+        ),
+        (
+            lambda t, w: t.update({"blocks.x.self_attn.q.bias": torch.zeros(D)}),
+            "does not know, blocks.x.self_attn.q.bias",
+        ),
     ],
-    ids=["missing", "unknown", "size", "twice"],
+    ids=["missing", "unknown", "size", "twice", "scale", "codes", "smoothing", "no-number"],
 )
 def test_nothing_is_written_when_something_is_wrong(quantized, tmp_path, change, named, capsys):
     tensors, words = make_quantized(1)
@@ -273,6 +289,28 @@ def test_nothing_is_written_when_something_is_wrong(quantized, tmp_path, change,
     message = capsys.readouterr().err
     assert re.search(named, message)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "no readable JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"_class_name": "FluxTransformer2DModel"}', "expected WanTransformer3DModel"),
+    ],
+)
+def test_configuration_of_the_original_is_checked(
+    quantized, original, tmp_path, capsys, text, named
+):
+    config = original / "transformer_2" / "config.json"
+    config.write_text(text)
+    words = ["--model-type", "Wan2.2-T2V-A14B", "--original-model-path", str(original)]
+    words += ["--quant-path", str(quantized), "--output-path", str(tmp_path / "out")]
+    assert wan_repack.main(words) == 1
+    message = capsys.readouterr().err
+    assert f"{config}: " in message
+    assert named in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_existing_output_is_never_overwritten(quantized, original, tmp_path, capsys):

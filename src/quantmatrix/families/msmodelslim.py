@@ -111,14 +111,10 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     """
     described = checkpoint.description or {}
     _refuse_settings(described, checkpoint)
-    words = {layer: word for layer, word in _layer_words(described) if word != FLOAT}
     found: dict[str, Scheme] = {}
-    for name, word in words.items():
-        if f"{name}.weight" not in checkpoint.tensors:
-            raise CheckpointError(
-                f"{checkpoint.description_file}: {name}.weight is {word}, but no such tensor is in "
-                f"{', '.join(checkpoint.files)}: is the description of another folder?"
-            )
+    for name, word in _layer_words(described):
+        if word == FLOAT:
+            continue
         scheme = _find_scheme(name, word, checkpoint)
         if EMBEDDING.match(name):
             raise CheckpointError(
@@ -126,8 +122,22 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
                 "not supported: quantize again without them (they must be FLOAT)"
             )
         found[name.removesuffix(".linear")] = scheme
-    _check_tensors(found, checkpoint)
+    _refuse_strangers(found, checkpoint)
+    _check_layers(found, checkpoint)
     return found
+
+
+def check_known(checkpoint: Checkpoint) -> None:
+    """Refuse what is wrong with layers of the schemes served here, for tools that copy all schemes."""
+    words = _layer_words(checkpoint.description or {})
+    _check_layers(
+        {
+            name.removesuffix(".linear"): _find_scheme(name, word, checkpoint)
+            for name, word in words
+            if word in SCHEMES
+        },
+        checkpoint,
+    )
 
 
 def ignored(name: str) -> str | None:
@@ -282,6 +292,11 @@ def _find_scheme(name: str, word: str, checkpoint: Checkpoint) -> Scheme:
             f"{checkpoint.description_file}: {name}.weight is {word} ({why}), which is not "
             f"supported; supported are FLOAT, {', '.join(SCHEMES)}"
         )
+    if f"{name}.weight" not in checkpoint.tensors:
+        raise CheckpointError(
+            f"{checkpoint.description_file}: {name}.weight is {word}, but no such tensor is in "
+            f"{', '.join(checkpoint.files)}: is the description of another folder?"
+        )
     known = SCHEMES[word]
     layer = name.removesuffix(".linear")
     if not {f"{layer}.mul_scale", f"{layer}.div.mul_scale"} & set(checkpoint.tensors):
@@ -308,37 +323,43 @@ def _refuse_settings(described: Mapping[str, Any], checkpoint: Checkpoint) -> No
             )
 
 
-def _check_tensors(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> None:
+def _refuse_strangers(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> None:
     """Every tensor must be described, and be one that the arithmetic knows."""
     described = checkpoint.description or {}
-    layers: dict[str, dict[str, TensorHeader]] = {layer: {} for layer in found}
     for name, header in checkpoint.tensors.items():
         layer, suffix = _split(name, found)
         what = REFUSED_SUFFIXES.get(name.rpartition(".")[2])
         if layer is None and suffix == "mul_scale":
             what = "smoothing of a FLOAT layer"
-        if layer is not None:
-            if what is None and suffix not in (*tensors(found[layer], 1, 1), "bias"):
-                smoothing = suffix == "mul_scale"
-                what = "smoothing of MXFP8" if smoothing else "an unknown attachment"
-            if twin := layers[layer].get(suffix):
-                raise CheckpointError(
-                    f"{header.file}: tensors {twin.name} and {name} are both the {suffix} of "
-                    f"{layer}: expected one of them; write the checkpoint again"
-                )
-            layers[layer][suffix] = header
+        known = (*tensors(found[layer], 1, 1), "bias") if layer is not None else (suffix,)
+        if what is None and suffix not in known:
+            what = "smoothing of MXFP8" if suffix == "mul_scale" else "an unknown attachment"
         if what is not None:
             raise CheckpointError(
                 f"{header.file}: tensor {name} belongs to {what}, which is not supported: quantize "
                 "again without it, per channel, as one of " + ", ".join(SCHEMES)
             )
-        word = described.get(name, FLOAT)
-        if header.dtype in ("I8", "F8_E4M3") and word == FLOAT:
+        if header.dtype in ("I8", "F8_E4M3") and described.get(name, FLOAT) == FLOAT:
             raise CheckpointError(
                 f"{header.file}: tensor {name} holds {header.dtype} codes, but "
                 f"{checkpoint.description_file} calls it {described.get(name, 'nothing')}: "
                 "expected the name of its scheme there"
             )
+
+
+def _check_layers(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> None:
+    """Each layer's tensors must be there once, in the form and under the word of its scheme."""
+    layers: dict[str, dict[str, TensorHeader]] = {layer: {} for layer in found}
+    for name, header in checkpoint.tensors.items():
+        layer, suffix = _split(name, found)
+        if layer is None:
+            continue
+        if twin := layers[layer].get(suffix):
+            raise CheckpointError(
+                f"{header.file}: tensors {twin.name} and {name} are both the {suffix} of "
+                f"{layer}: expected one of them; write the checkpoint again"
+            )
+        layers[layer][suffix] = header
     for layer, own in layers.items():
         _check_layer(layer, found[layer], own, checkpoint)
     _check_description(found, checkpoint)
