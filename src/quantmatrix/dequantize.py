@@ -23,6 +23,7 @@ from quantmatrix.load import (
     DTYPES,
     TensorReader,
     check_scales,
+    check_values,
     plain_targets,
     read_layer,
     select_rows,
@@ -126,6 +127,7 @@ def decode_pieces(
         if component.online:
             stored = family.quantize(stored["weight"], piece.scheme, bias=stored.get("bias"))
         check_scales(component.checkpoint, piece.layer, stored)
+        check_values(component, piece, stored)
         canonical = family.canonical(stored, piece.scheme)
         rows = select_rows(piece.target, piece.out_features * piece.target.part[1])
         if rows is not None:
