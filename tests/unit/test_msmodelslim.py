@@ -448,11 +448,21 @@ def test_lost_smoothing_is_refused(wrapped):
     if wrapped:
         stored = {f"linear.{suffix}": tensor for suffix, tensor in stored.items()}
     checkpoint = make_checkpoint({"q": ("W8A8_DYNAMIC", stored)})
-    if not wrapped:
-        assert msmodelslim.schemes(checkpoint)
-        checkpoint.description["q.mul_scale"] = "FLOAT"
+    assert msmodelslim.schemes(checkpoint)
+    checkpoint.description["q.div.mul_scale" if wrapped else "q.mul_scale"] = "FLOAT"
     with pytest.raises(CheckpointError, match=r"q\.(div\.)?mul_scale .*other numbers"):
         msmodelslim.schemes(checkpoint)
+
+
+def test_a_layer_may_be_called_linear():
+    """As in FLUX.1, `transformer_blocks.0.norm1.linear`; smoothing makes a level of that name, too."""
+    layers = {f"norm{i}.linear": ("W8A8_DYNAMIC", quantize("W8A8_DYNAMIC")) for i in (1, 2)}
+    layers["norm2.div"] = ("FLOAT", {"mul_scale": torch.ones(K)})
+    found = msmodelslim.schemes(make_checkpoint(layers))
+    assert {name: scheme.smoothed for name, scheme in found.items()} == {
+        "norm1.linear": False,
+        "norm2": True,
+    }
 
 
 def test_entries_for_a_bias_that_is_not_stored_are_harmless():

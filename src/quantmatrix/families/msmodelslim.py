@@ -121,7 +121,7 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
                 f"{checkpoint.description_file}: {name} is {word}, but quantized embeddings are "
                 "not supported: quantize again without them (they must be FLOAT)"
             )
-        found[name.removesuffix(".linear")] = scheme
+        found[_find_layer(name, checkpoint)] = scheme
     _refuse_strangers(found, checkpoint)
     _check_layers(found, checkpoint)
     return found
@@ -132,7 +132,7 @@ def check_known(checkpoint: Checkpoint) -> None:
     words = _layer_words(checkpoint.description or {})
     _check_layers(
         {
-            name.removesuffix(".linear"): _find_scheme(name, word, checkpoint)
+            _find_layer(name, checkpoint): _find_scheme(name, word, checkpoint)
             for name, word in words
             if word in SCHEMES
         },
@@ -297,11 +297,25 @@ def _find_scheme(name: str, word: str, checkpoint: Checkpoint) -> Scheme:
             f"{checkpoint.description_file}: {name}.weight is {word}, but no such tensor is in "
             f"{', '.join(checkpoint.files)}: is the description of another folder?"
         )
-    known = SCHEMES[word]
-    layer = name.removesuffix(".linear")
-    if not {f"{layer}.mul_scale", f"{layer}.div.mul_scale"} & set(checkpoint.tensors):
-        return known
-    return replace(known, smoothed=True)
+    smoothings = _name_smoothings(_find_layer(name, checkpoint))
+    smoothed = any(smoothing in checkpoint.tensors for smoothing in smoothings)
+    return replace(SCHEMES[word], smoothed=smoothed)
+
+
+def _find_layer(name: str, checkpoint: Checkpoint) -> str:
+    """The layer of a description's name: without the `linear` level, where smoothing made it.
+
+    FLUX.1 has layers that are called `linear` themselves.
+    """
+    outer = name.removesuffix(".linear")
+    known = (checkpoint.tensors, checkpoint.description or {})
+    smoothed = any(smoothing in names for smoothing in _name_smoothings(outer) for names in known)
+    return outer if smoothed else name
+
+
+def _name_smoothings(layer: str) -> tuple[str, str]:
+    """Names that a layer's smoothing may have: after `wan_repack`, and before."""
+    return f"{layer}.mul_scale", f"{layer}.div.mul_scale"
 
 
 def _refuse_settings(described: Mapping[str, Any], checkpoint: Checkpoint) -> None:

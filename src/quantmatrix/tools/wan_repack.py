@@ -174,6 +174,7 @@ def convert(source: Checkpoint, target: Path, config_file: Path | None = None) -
     described = {renamed.get(key, key): word for key, word in (source.description or {}).items()}
     config = read_config(source, config_file)
     msmodelslim.check_known(source)
+    check_smoothing(source)
     verify(source, found, described, config or infer_config(source, found))
     target.mkdir(parents=True)
     write_weights(source, renamed, target / WEIGHTS)
@@ -203,6 +204,17 @@ def rename_headers(source: Checkpoint, renamed: Mapping[str, str]) -> dict[str, 
             )
         found[new] = source.tensors[old]
     return found
+
+
+def check_smoothing(source: Checkpoint) -> None:
+    """Without the level that smoothing added, nothing would tell that its factors are missing."""
+    for name, header in source.tensors.items():
+        layer, _, leaf = name.partition(".linear.")
+        if leaf and f"{layer}.div.mul_scale" not in source.tensors:
+            raise CheckpointError(
+                f"{header.file}: tensor {name} belongs to a smoothed layer, but tensor "
+                f"{layer}.div.mul_scale is missing: was the folder written completely?"
+            )
 
 
 def read_config(source: Checkpoint, config_file: Path | None) -> dict[str, Any] | None:
