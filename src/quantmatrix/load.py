@@ -190,8 +190,12 @@ def build_layer(
             f"{component.config_from} expects {linear.out_features} x {linear.in_features}"
         )
     parts = [build_piece(component, piece, reader, dtype) for piece in pieces]
+    bare = linear._parameters.get("bias") is None
+    for part in parts:
+        if bare and part.bias is not None and not part.bias.any():
+            part.bias = None  # where a bias is stored folded, zeros say that there is none
     biased = any(part.bias is not None for part in parts)
-    if biased != (linear.bias is not None):
+    if biased == bare:
         raise CheckpointError(
             f"{component.checkpoint.reference}: layer {pieces[0].layer} "
             f"{'has a' if biased else 'has no'} bias, {component.class_name} expects the opposite"

@@ -329,3 +329,33 @@ def test_two_names_of_one_parameter_are_refused(slim: Path) -> None:
         CheckpointError, match=r"head\.head\.weight and proj_out\.weight are both proj_out\.weight"
     ):
         load_transformer(str(find(WAN_W8A8)), transformer_path=str(slim))
+
+
+def test_a_folded_bias_of_zeros_is_none(tmp_path: Path) -> None:
+    """W8A8 of msmodelslim folds the zero point of every layer, FLUX.2's layers have no bias."""
+    base = find(BASES["flux-2"])
+    folder = tmp_path / "folded"
+    shutil.copytree(base / "transformer", folder)
+    layer = "transformer_blocks.0.attn.to_q"
+    codes = torch.randint(-127, 128, (256, 256), dtype=torch.int8)
+    assert load_file(folder / WEIGHTS)[f"{layer}.weight"].shape == codes.shape
+    stored = {
+        "weight": codes,
+        "input_scale": torch.tensor([0.01]),
+        "input_offset": torch.tensor([7.0]),
+        "deq_scale": torch.full((256,), 1e-5),
+        "quant_bias": -7 * codes.sum(dim=1, dtype=torch.int32),
+    }
+    change(folder, lambda t: t.update({f"{layer}.{name}": x for name, x in stored.items()}))
+    words = dict.fromkeys(load_file(folder / WEIGHTS), "FLOAT")
+    words |= {f"{layer}.{name}": "W8A8" for name in stored}
+    (folder / "quant_model_description.json").write_text(json.dumps(words))
+    for backend in ("int8", "reference", "decode"):
+        model = load_transformer(
+            str(base), transformer_path=str(folder), backend=backend, dtype=torch.float32
+        )
+        linear = model.get_submodule(layer)
+        assert linear.bias is None
+        x = (torch.randint(-100, 100, (3, 256)) * 0.01).float()
+        exact = x.double() @ (codes.double() * 1e-3).T
+        torch.testing.assert_close(linear(x).double(), exact, rtol=1e-4, atol=1e-4)

@@ -197,6 +197,24 @@ def test_static_bias_survives_without_its_copy():
     assert ((unfolded - bias).abs() <= stored["deq_scale"] * 0.51).all()
 
 
+def test_a_layer_without_bias_unfolds_to_zeros():
+    """The writer folds the zero point in float32, which cannot hold every large whole number."""
+    weight = torch.full((2, 13824), 127, dtype=torch.int8)
+    weight[0, 0], weight[1, ::2] = 126, -126
+    folded = torch.round(-weight.float().sum(dim=1) * 127).to(torch.int32)
+    stored = {
+        "weight": weight,
+        "input_scale": torch.tensor([0.1]),
+        "input_offset": torch.tensor([127.0]),
+        "deq_scale": torch.ones(2),
+        "quant_bias": folded,
+    }
+    assert folded[0] != -weight[0].sum() * 127
+    assert not msmodelslim.canonical(stored, msmodelslim.SCHEMES["W8A8"])["bias"].any()
+    stored["quant_bias"] = folded + 100
+    assert msmodelslim.canonical(stored, msmodelslim.SCHEMES["W8A8"])["bias"].all()
+
+
 def test_static_weight_scale_of_older_writers_is_preferred():
     scheme, stored = msmodelslim.SCHEMES["W8A8"], quantize("W8A8")
     exact = torch.rand(N, 1)

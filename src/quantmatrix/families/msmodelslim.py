@@ -496,6 +496,11 @@ def _quantize_blocks(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _unfold_bias(found: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The bias float32 [N] that `quant_bias` holds, for arithmetic on plain activations."""
-    correction = found["input_offset"].double() * found["weight"].double().sum(dim=1)
-    return ((found["quant_bias"] + correction) * found["deq_scale"]).float()
+    """The bias float32 [N] that `quant_bias` holds, for arithmetic on plain activations.
+
+    Zeros when the layer has none: `quant_bias` does not tell the two apart.
+    """
+    correction = found["input_offset"].double() * found["weight"].sum(dim=1)
+    folded = found["quant_bias"] + correction
+    folded[folded.abs() <= correction.abs() * 2**-22] = 0  # what the writer's float32 loses
+    return (folded * found["deq_scale"]).float()
