@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantmatrix.errors import CheckpointError
 from quantmatrix.families import msmodelslim
+from quantmatrix.planning import plan
 from quantmatrix.tools import wan_repack
 
 D, FFN, TEXT, FREQ, BLOCKS = 24, 40, 16, 8, 2
@@ -340,3 +342,20 @@ def test_half_a_set_of_flags_is_refused(capsys):
     with pytest.raises(SystemExit):
         wan_repack.main(["--quant-path", "a", "--output-path", "b"])
     assert "--original-model-path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["", "high_noise_model"])
+def test_a_folder_that_was_not_converted_is_told_so(quantized, place):
+    """The folder that msmodelslim wrote, in place of the one that this tool makes of it."""
+    (quantized / "high_noise_model" / "config.json").write_text('{"_class_name": "WanModel"}')
+    with pytest.raises(CheckpointError, match=r"convert it with .*wan_repack"):
+        plan(model_path=str(quantized / place))
+
+
+def test_an_expert_that_was_not_converted_is_told_so(quantized, original):
+    (quantized / "high_noise_model" / "config.json").write_text('{"_class_name": "WanModel"}')
+    index = {name: ["diffusers", "WanTransformer3DModel"] for name in wan_repack.EXPERTS}
+    (original / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", **index}))
+    expert = {"transformer": str(quantized / "high_noise_model")}
+    with pytest.raises(CheckpointError, match=r"WanModel, .*convert it with .*wan_repack"):
+        plan(model_path=str(original), component_paths=expert)
