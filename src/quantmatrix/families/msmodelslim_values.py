@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 import torch
 
-from quantmatrix.kernels import linear_int8
 from quantmatrix.scheme import Scheme
 
 WRAPPERS = ("linear.", "div.")
@@ -25,6 +24,7 @@ def find_fault(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[str
     """(suffix, what it holds and what was expected) of a tensor on disk with impossible values."""
     names = {plain_suffix(suffix): suffix for suffix in tensors}
     stored = {plain: tensors[suffix] for plain, suffix in names.items()}
+    stored |= {plain: tensor.cpu() for plain, tensor in stored.items() if plain != "weight"}
     if scheme.weight == "e4m3":
         if not bool((stored["weight_scale"] == 255).any()):
             return None
@@ -37,18 +37,17 @@ def find_fault(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[str
             scales = decode_deq_scale(stored[plain])
         wrong = ~(torch.isfinite(scales) & (scales >= torch.finfo(torch.float32).tiny))
         if plain == "weight_scale" and bool(wrong.any()):  # a row of zeros may have any scale
-            wrong &= (scales != 0) | stored["weight"].any(dim=1, keepdim=True)
+            wrong &= (scales != 0) | stored["weight"].cpu().any(dim=1, keepdim=True)
         if bool(wrong.any()):
             value = scales[wrong][0].item()
             return names[plain], f"holds {value:g}: expected positive, finite numbers"
-    codes, largest = stored["weight"], linear_int8.LARGEST[scheme.weight]
-    low, high = (int(end) for end in codes.aminmax())
-    if low < -largest - 1 or high > largest:
-        return names["weight"], (
-            f"holds codes from {low} to {high}: expected {-largest - 1} to {largest}, one "
-            f"{scheme.weight} code per byte; the description is of another checkpoint, or eight "
-            "bits were meant"
-        )
+    if scheme.weight == "int4":
+        low, high = (int(end) for end in stored["weight"].cpu().aminmax())
+        if low < -8 or high > 7:
+            return names["weight"], (
+                f"holds codes from {low} to {high}: expected -8 to 7, one int4 code per byte; the "
+                "description is of another checkpoint, or eight bits were meant"
+            )
     fault = _find_static_fault(stored) if scheme.activation == "tensor-static" else None
     return None if fault is None else (names[fault[0]], fault[1])
 
@@ -71,7 +70,7 @@ def _find_static_fault(stored: Mapping[str, torch.Tensor]) -> tuple[str, str] | 
                 f"{scale[wrong][0].item():g}: expected their product"
             )
     if "bias" in stored:
-        zero_point = offset * stored["weight"].sum(dim=1)
+        zero_point = offset * sum_rows(stored["weight"].cpu())
         folded, bias = stored["quant_bias"] + zero_point, stored["bias"].double()
         allowed = 2 + zero_point.abs() * 2**-20 + CONTRADICTION * bias.abs() / deq_scale
         wrong = ~((folded - bias / deq_scale).abs() <= allowed)
@@ -82,6 +81,11 @@ def _find_static_fault(stored: Mapping[str, torch.Tensor]) -> tuple[str, str] | 
                 "sum of weight)"
             )
     return None
+
+
+def sum_rows(codes: torch.Tensor) -> torch.Tensor:
+    """Sums int32 [N] of int8 codes [N, K] on a CPU, where the matmul is 40 times faster than `sum`."""
+    return torch._int_mm(codes, torch.ones(codes.shape[1], 1, dtype=torch.int8)).flatten()
 
 
 def decode_deq_scale(stored: torch.Tensor) -> torch.Tensor:
