@@ -520,6 +520,7 @@ def test_unknown_words_are_said_before_embeddings():
         ("W8A8_DYNAMIC", "linear.weight_scale", lambda t: -t, "positive"),
         ("W8A8_DYNAMIC", "mul_scale", lambda t: torch.zeros(K), "holds 0"),
         ("W8A8_DYNAMIC", "div.mul_scale", lambda t: -torch.ones(K), "holds -1"),
+        ("W4A4_DYNAMIC", "weight_offset", lambda t: t + 2, "holds 2: expected zeros"),
         ("W4A4_DYNAMIC", "weight", lambda t: (t.int() * 10).to(torch.int8), "expected -8 to 7"),
         ("W8A8_MXFP8", "weight_scale", lambda t: torch.full_like(t, 255), "exponents of 255"),
     ],

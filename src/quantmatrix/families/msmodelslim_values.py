@@ -41,6 +41,12 @@ def find_fault(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[str
         if bool(wrong.any()):
             value = scales[wrong][0].item()
             return names[plain], f"holds {value:g}: expected positive, finite numbers"
+    if "weight_offset" in stored and bool(stored["weight_offset"].any()):
+        value = stored["weight_offset"].abs().max().item()
+        return names["weight_offset"], (
+            f"holds {value:g}: expected zeros (symmetric weights); quantize again with symmetric: "
+            "true"
+        )
     if scheme.weight == "int4":
         low, high = (int(end) for end in stored["weight"].cpu().aminmax())
         if low < -8 or high > 7:
