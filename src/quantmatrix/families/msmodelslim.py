@@ -23,6 +23,7 @@ Tensors of a quantized linear layer with N outputs and K inputs:
 
 Before `wan_repack` a smoothed layer is two: `<layer>.linear.weight` and `<layer>.div.mul_scale`.
 An int64 `deq_scale` is decided by its stored dtype: the writer's choice does not follow the model.
+Other scales of older writers may have the model's own dtype.
 Both writers (MindIE and AscendV1) are read; `quantize` writes what AscendV1 writes, with F32
 `deq_scale`. Rotations `q_rot` and `k_rot` cancel out in attention scores and are left aside;
 anything else beside these tensors (FlatQuant, SVD residuals, quantized attention, MXFP4,
