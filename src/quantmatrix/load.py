@@ -200,8 +200,12 @@ def build_layer(
             "checkpoint of another model, or of another size?"
         )
     parts = [build_piece(component, piece, reader, dtype) for piece in pieces]
+    bare = linear._parameters.get("bias") is None
+    for part in parts:
+        if bare and part.bias is not None and not part.bias.any():
+            part.bias = None  # where a bias is stored folded, zeros say that there is none
     biased = any(part.bias is not None for part in parts)
-    if biased != (linear.bias is not None):
+    if biased == bare:
         raise CheckpointError(
             f"{component.checkpoint.reference}: layer {pieces[0].layer} "
             f"{'has a' if biased else 'has no'} bias, {component.class_name} of "
@@ -249,6 +253,7 @@ def read_piece(
             )
         stored = family.quantize(stored["weight"], piece.scheme, bias=stored.get("bias"))
     check_stored(component.checkpoint, piece.layer, piece.scheme, stored)
+    check_values(component, piece, stored)
     return take_part(component, piece, family.canonical(stored, piece.scheme))
 
 
@@ -328,6 +333,23 @@ def take_part(
         ) from error
 
 
+def check_values(
+    component: ComponentPlan, piece: Piece, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """What the family says can never be among a layer's values is refused."""
+    assert component.family is not None
+    find_fault = getattr(families.load(component.family), "find_fault", None)
+    fault = None if find_fault is None else find_fault(tensors, piece.scheme)
+    if fault is None:
+        return
+    suffix, what = fault
+    name = f"{piece.layer}.{suffix}"
+    raise CheckpointError(
+        f"{component.checkpoint.tensors[name].file}: tensor {name} {what}. The checkpoint is "
+        "damaged or was exported wrongly: download it again, or quantize again"
+    )
+
+
 def select_rows(target: Target, stored_rows: int) -> torch.Tensor | slice | None:
     """Rows of the layer on disk that a module takes, in the module's order; None: all of them."""
     index, count = target.part
@@ -364,7 +386,8 @@ def assign_plain(
             if parameter in taken:
                 raise CheckpointError(
                     f"{checkpoint.tensors[name].file}: tensors {taken[parameter]} and {name} are "
-                    f"both {parameter}: expected one name for it; one of the two is left over"
+                    f"both {parameter} of {component.class_name}: expected one of them; names of "
+                    "two layouts are mixed, write the checkpoint again"
                 )
             taken[parameter] = name
             tensor = reader.read(name)

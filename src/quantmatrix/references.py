@@ -54,6 +54,8 @@ PRECISION = re.compile(r"\.(fp16|bf16|fp32)(?=[.-])")
 SVDQUANT_PAIR = ["transformer_blocks.safetensors", "unquantized_layers.safetensors"]
 """An SVDQuant checkpoint of the older form: a folder with these two, which are one."""
 DESCRIPTION = "quant_model_description"
+ORIGINAL_WAN = ("WanModel", "high_noise_model")
+"""Class and first folder of Wan2.2 as its authors, and msmodelslim, lay it out."""
 
 Selection = Mapping[str, frozenset[str]]
 
@@ -146,7 +148,18 @@ def open_pipeline(reference: str, hub: Hub) -> PipelineFolder:
     raise CheckpointError(
         f"{reference}: neither model_index.json nor config.json in it: expected a diffusers model "
         "folder. Weights alone go to --transformer-weights-path, beside a base --model-path"
+        f"{explain_original([n for n in ORIGINAL_WAN if folder.enter(n).top])}"
         f"{explain_partial(folder)}"
+    )
+
+
+def explain_original(found: Iterable[str]) -> str:
+    """A hint for the end of an error about a folder with these entries, or of this class."""
+    if not set(ORIGINAL_WAN) & set(found):
+        return ""
+    return (
+        "; this is Wan2.2 in its original layout, as msmodelslim writes it: convert it with "
+        "`python -m quantmatrix.tools.wan_repack` first"
     )
 
 

@@ -17,6 +17,7 @@ from quantmatrix.checkpoint import Checkpoint, Hub
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.references import (
     PipelineFolder,
+    explain_original,
     is_whole,
     open_compat,
     open_component,
@@ -132,6 +133,7 @@ def find_model(request: Request, pipeline: PipelineFolder) -> tuple[str, list[st
         raise CheckpointError(
             f"{pipeline.reference}: {pipeline.class_name} is none of the base models ({known}); "
             "pass --model-id if this is a mirror of one of them"
+            f"{explain_original([pipeline.class_name or ''])}"
         )
     return found, warnings
 
@@ -209,6 +211,7 @@ def check_class(
         raise CheckpointError(
             f"{config_from}: this is a {class_name or 'component without _class_name'}, "
             f"{name} of {pipeline.reference} is a {expected}: wrong model for the checkpoint"
+            f"{explain_original([class_name])}"
         )
     header = checkpoint.metadata.get("config")
     if not header:

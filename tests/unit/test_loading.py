@@ -29,6 +29,7 @@ BASES = {
     "qwen-image": "Qwen/Qwen-Image",
     "z-image": "Tongyi-MAI/Z-Image-Turbo",
 }
+WAN_W8A8 = "Eco-Tech/Wan2.2-T2V-A14B-Diffusers-w8a8"
 FLUX_FP8 = "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"
 
 
@@ -504,3 +505,71 @@ def test_scales_keep_their_dtype_when_a_model_is_cast(copy: Path, flux: Path) ->
     layer.to(torch.float16)
     assert layer.q_weight_scale.dtype == torch.float32
     assert layer.q_weight.dtype == torch.float8_e4m3fn
+
+
+@pytest.fixture
+def slim(tmp_path: Path) -> Path:
+    """A copy of the W8A8 transformer of msmodelslim that a test may damage."""
+    target = tmp_path / "slim"
+    shutil.copytree(find(WAN_W8A8) / "transformer", target)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("deq_scale", -1.0, r"to_q\.deq_scale holds -1: expected positive"),
+        ("input_offset", torch.nan, r"to_q\.input_offset holds nan: expected a whole number"),
+        ("quant_bias", 1, r"to_q\.quant_bias folds a bias of"),
+    ],
+)
+def test_values_that_a_family_knows_to_be_wrong(
+    slim: Path, name: str, value: float, message: str
+) -> None:
+    change(slim, lambda t: t[f"blocks.1.attn1.to_q.{name}"].fill_(value))
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS}: tensor blocks\.1\.attn1\.{message}"):
+        load_transformer(str(find(WAN_W8A8)), transformer_path=str(slim))
+
+
+def test_two_names_of_one_parameter_are_refused(slim: Path) -> None:
+    """Names of both layouts in one file: whichever came last would win."""
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["blocks.0.self_attn.norm_q.weight"] = tensors.pop("blocks.0.attn1.norm_q.weight")
+        tensors["head.head.weight"] = tensors["proj_out.weight"] * 2
+
+    change(slim, rename)
+    with pytest.raises(
+        CheckpointError, match=r"head\.head\.weight and proj_out\.weight are both proj_out\.weight"
+    ):
+        load_transformer(str(find(WAN_W8A8)), transformer_path=str(slim))
+
+
+def test_a_folded_bias_of_zeros_is_none(tmp_path: Path) -> None:
+    """W8A8 of msmodelslim folds the zero point of every layer, FLUX.2's layers have no bias."""
+    base = find(BASES["flux-2"])
+    folder = tmp_path / "folded"
+    shutil.copytree(base / "transformer", folder)
+    layer = "transformer_blocks.0.attn.to_q"
+    codes = torch.randint(-127, 128, (256, 256), dtype=torch.int8)
+    assert load_file(folder / WEIGHTS)[f"{layer}.weight"].shape == codes.shape
+    stored = {
+        "weight": codes,
+        "input_scale": torch.tensor([0.01]),
+        "input_offset": torch.tensor([7.0]),
+        "deq_scale": torch.full((256,), 1e-5),
+        "quant_bias": -7 * codes.sum(dim=1, dtype=torch.int32),
+    }
+    change(folder, lambda t: t.update({f"{layer}.{name}": x for name, x in stored.items()}))
+    words = dict.fromkeys(load_file(folder / WEIGHTS), "FLOAT")
+    words |= {f"{layer}.{name}": "W8A8" for name in stored}
+    (folder / "quant_model_description.json").write_text(json.dumps(words))
+    for backend in ("int8", "reference", "decode"):
+        model = load_transformer(
+            str(base), transformer_path=str(folder), backend=backend, dtype=torch.float32
+        )
+        linear = model.get_submodule(layer)
+        assert linear.bias is None
+        x = (torch.randint(-100, 100, (3, 256)) * 0.01).float()
+        exact = x.double() @ (codes.double() * 1e-3).T
+        torch.testing.assert_close(linear(x).double(), exact, rtol=1e-4, atol=1e-4)

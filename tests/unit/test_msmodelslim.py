@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -85,6 +86,14 @@ def test_detection_names_the_file_and_the_schemes():
     why = msmodelslim.detect(checkpoint)
     assert why == "quant_model_description.json describes layers as W8A8"
     assert msmodelslim.detect(make_checkpoint({"b": plain()})) is None
+
+
+def test_a_description_without_layers_is_not_full_precision():
+    checkpoint = make_checkpoint({})
+    assert "describes no layer" in (msmodelslim.detect(checkpoint) or "")
+    assert msmodelslim.schemes(checkpoint) == {}
+    checkpoint.description.clear()
+    assert msmodelslim.detect(checkpoint)
 
 
 def test_schemes_are_per_layer():
@@ -188,6 +197,24 @@ def test_static_bias_survives_without_its_copy():
     assert ((unfolded - bias).abs() <= stored["deq_scale"] * 0.51).all()
 
 
+def test_a_layer_without_bias_unfolds_to_zeros():
+    """The writer folds the zero point in float32, which cannot hold every large whole number."""
+    weight = torch.full((2, 13824), 127, dtype=torch.int8)
+    weight[0, 0], weight[1, ::2] = 126, -126
+    folded = torch.round(-weight.float().sum(dim=1) * 127).to(torch.int32)
+    stored = {
+        "weight": weight,
+        "input_scale": torch.tensor([0.1]),
+        "input_offset": torch.tensor([127.0]),
+        "deq_scale": torch.ones(2),
+        "quant_bias": folded,
+    }
+    assert folded[0] != -weight[0].sum() * 127
+    assert not msmodelslim.canonical(stored, msmodelslim.SCHEMES["W8A8"])["bias"].any()
+    stored["quant_bias"] = folded + 100
+    assert msmodelslim.canonical(stored, msmodelslim.SCHEMES["W8A8"])["bias"].all()
+
+
 def test_static_weight_scale_of_older_writers_is_preferred():
     scheme, stored = msmodelslim.SCHEMES["W8A8"], quantize("W8A8")
     exact = torch.rand(N, 1)
@@ -265,8 +292,12 @@ def test_quantized_embeddings_are_refused(layer):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"blocks.0.attn1.quant_type": "FP8_DYNAMIC"}, {"fa_quant_type": "FAKQuant"}],
-    ids=["layer", "model"],
+    [
+        {"blocks.0.attn1.quant_type": "FP8_DYNAMIC"},
+        {"fa_quant_type": "FAKQuant"},
+        {"kv_quant_type": "C8"},
+    ],
+    ids=["layer", "model", "cache"],
 )
 def test_quantized_attention_is_refused(setting):
     checkpoint = make_checkpoint({"a": ("W8A8", quantize("W8A8"))}, **setting)
@@ -280,6 +311,8 @@ def test_rotated_activations_are_refused(key):
     assert msmodelslim.schemes(make_checkpoint(layers, **{key: {}}))
     with pytest.raises(CheckpointError, match=f"{key} holds quarot"):
         msmodelslim.schemes(make_checkpoint(layers, **{key: {"quarot": {}}}))
+    with pytest.raises(CheckpointError, match=f"{key} holds {{'quarot': 1}}"):
+        msmodelslim.schemes(make_checkpoint(layers, **{key: [{"quarot": 1}]}))
 
 
 def test_rotations_are_left_aside_with_a_reason():
@@ -379,3 +412,144 @@ def test_smoothed_mxfp8_is_refused():
     stored = quantize("W8A8_MXFP8") | {"mul_scale": torch.ones(K)}
     with pytest.raises(CheckpointError, match="smoothing of MXFP8"):
         msmodelslim.schemes(make_checkpoint({"q": ("W8A8_MXFP8", stored)}))
+
+
+@pytest.mark.parametrize(
+    ("word", "suffix", "change", "found"),
+    [
+        ("W8A8", "deq_scale", None, "q.deq_scale is missing: expected F32 or I64"),
+        ("W8A8", "quant_bias", None, "q.quant_bias is missing: expected I32"),
+        ("W8A8_DYNAMIC", "weight_scale", None, "q.weight_scale is missing"),
+        ("W8A8_MXFP8", "weight_scale", None, "q.weight_scale is missing: expected U8"),
+        ("W8A8", "deq_scale", lambda t: t.view(torch.int32), "is I32 [24]: expected F32 or I64"),
+        ("W8A8", "deq_scale", lambda t: t[:1], "is F32 [1]: expected F32 or I64 [24]"),
+        ("W8A8", "input_scale", lambda t: t.repeat(K), "is F32 [96]: expected"),
+        ("W8A8", "quant_bias", lambda t: t.float(), "is F32 [24]: expected I32 [24]"),
+        ("W8A8", "weight", lambda t: t.bfloat16(), "is BF16 [24, 96]: expected I8 [24, 96]"),
+        ("W8A8_DYNAMIC", "weight_scale", lambda t: t.view(torch.int32), "is I32 [24, 1]"),
+        ("W8A8_DYNAMIC", "weight_offset", lambda t: t[:3], "is F32 [3, 1]: expected"),
+        ("W8A8_DYNAMIC", "bias", lambda t: t[:3], "is F32 [3]: expected"),
+        ("W8A8_MXFP8", "weight_scale", lambda t: t.float(), "is F32 [24, 3]: expected U8"),
+        ("W8A8_DYNAMIC", "weight", lambda t: t[0], "has shape [96]"),
+    ],
+)
+def test_tensors_that_are_not_of_the_format_are_named(word, suffix, change, found):
+    stored = quantize(word)
+    if change is None:
+        del stored[suffix]
+    else:
+        stored[suffix] = change(stored[suffix])
+    with pytest.raises(CheckpointError, match=rf"w\.st: tensor .*{re.escape(found)}"):
+        msmodelslim.schemes(make_checkpoint({"blocks.0.q": (word, stored)}))
+
+
+def test_scales_in_the_dtype_of_the_model_are_read():
+    stored = {
+        suffix: tensor.bfloat16() if suffix.startswith("input_") else tensor
+        for suffix, tensor in quantize("W8A8").items()
+    }
+    assert set(msmodelslim.schemes(make_checkpoint({"q": ("W8A8", stored)}))) == {"q"}
+
+
+@pytest.mark.parametrize("suffix", ["weight_scale", "mul_scale"])
+def test_two_tensors_of_one_meaning_are_refused(suffix):
+    stored = {f"linear.{name}": tensor for name, tensor in quantize("W8A8_DYNAMIC").items()}
+    stored |= {"div.mul_scale": torch.ones(K)}
+    stored[suffix] = torch.ones(K) if suffix == "mul_scale" else torch.ones(N, 1)
+    with pytest.raises(CheckpointError, match=f"both the {suffix} of q"):
+        msmodelslim.schemes(make_checkpoint({"q": ("W8A8_DYNAMIC", stored)}))
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["repacked", "as-written"])
+def test_lost_smoothing_is_refused(wrapped):
+    stored = quantize("W8A8_DYNAMIC")
+    if wrapped:
+        stored = {f"linear.{suffix}": tensor for suffix, tensor in stored.items()}
+    checkpoint = make_checkpoint({"q": ("W8A8_DYNAMIC", stored)})
+    assert msmodelslim.schemes(checkpoint)
+    checkpoint.description["q.div.mul_scale" if wrapped else "q.mul_scale"] = "FLOAT"
+    with pytest.raises(CheckpointError, match=r"q\.(div\.)?mul_scale .*other numbers"):
+        msmodelslim.schemes(checkpoint)
+
+
+def test_a_layer_may_be_called_linear():
+    """As in FLUX.1, `transformer_blocks.0.norm1.linear`; smoothing makes a level of that name, too."""
+    layers = {f"norm{i}.linear": ("W8A8_DYNAMIC", quantize("W8A8_DYNAMIC")) for i in (1, 2)}
+    layers["norm2.div"] = ("FLOAT", {"mul_scale": torch.ones(K)})
+    found = msmodelslim.schemes(make_checkpoint(layers))
+    assert {name: scheme.smoothed for name, scheme in found.items()} == {
+        "norm1.linear": False,
+        "norm2": True,
+    }
+
+
+def test_entries_for_a_bias_that_is_not_stored_are_harmless():
+    stored = quantize("W8A8")
+    del stored["bias"]
+    checkpoint = make_checkpoint({"q": ("W8A8", stored)})
+    checkpoint.description.update({"q.bias": "FLOAT", "q.weight_scale": "W8A8"})
+    assert set(msmodelslim.schemes(checkpoint)) == {"q"}
+
+
+def test_one_layer_has_one_scheme():
+    checkpoint = make_checkpoint({"q": ("W8A8_DYNAMIC", quantize("W8A8_DYNAMIC"))})
+    checkpoint.description["q.weight"] = "W4A4_DYNAMIC"
+    with pytest.raises(CheckpointError, match=r"q\.weight_scale is W8A8_DYNAMIC, but the weight"):
+        msmodelslim.schemes(checkpoint)
+
+
+def test_unknown_words_are_said_before_embeddings():
+    checkpoint = make_checkpoint({"patch_embedding": plain("float")})
+    with pytest.raises(CheckpointError, match=r"patch_embedding\.weight is float \(unknown\)"):
+        msmodelslim.schemes(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("word", "suffix", "change", "found"),
+    [
+        ("W8A8", "deq_scale", lambda t: -t, "positive"),
+        ("W8A8", "deq_scale", lambda t: t * 0, "holds 0"),
+        ("W8A8", "deq_scale", lambda t: torch.full((N,), 0x7FC00000), "holds nan"),
+        ("W8A8", "deq_scale", lambda t: torch.ones(N, dtype=torch.int64), "1.4013e-45"),
+        ("W8A8", "input_offset", lambda t: t * torch.nan, "holds nan: expected a whole number"),
+        ("W8A8", "input_offset", lambda t: t + 0.5, "whole number"),
+        ("W8A8", "input_offset", lambda t: t + 1000, "-128 to 128"),
+        ("W8A8", "quant_bias", lambda t: t.flip(0), "folds a bias of"),
+        ("W8A8", "weight_scale", lambda t: torch.rand(N, 1), "expected their product"),
+        ("W8A8_DYNAMIC", "weight_scale", lambda t: t * 0, "holds 0"),
+        ("W8A8_DYNAMIC", "linear.weight_scale", lambda t: -t, "positive"),
+        ("W8A8_DYNAMIC", "mul_scale", lambda t: torch.zeros(K), "holds 0"),
+        ("W8A8_DYNAMIC", "div.mul_scale", lambda t: -torch.ones(K), "holds -1"),
+        ("W4A4_DYNAMIC", "weight_offset", lambda t: t + 2, "holds 2: expected zeros"),
+        ("W4A4_DYNAMIC", "weight", lambda t: (t.int() * 10).to(torch.int8), "expected -8 to 7"),
+        ("W8A8_MXFP8", "weight_scale", lambda t: torch.full_like(t, 255), "exponents of 255"),
+    ],
+)
+def test_impossible_values_are_named(word, suffix, change, found):
+    stored, named = quantize(word), suffix
+    if suffix.startswith("linear."):
+        stored = {f"linear.{name}": tensor for name, tensor in stored.items()}
+    stored[suffix] = change(stored.get(suffix))
+    if suffix == "weight_scale" and word == "W8A8":
+        named = "deq_scale"
+    fault = msmodelslim.find_fault(stored, msmodelslim.SCHEMES[word])
+    assert fault is not None
+    assert fault[0] == named
+    assert found in fault[1]
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_what_writers_round_is_no_fault(word, dtype):
+    """The writer computes in the model's dtype; a row of zeros may have any scale."""
+    stored = quantize(word)
+    if word == "W8A8":
+        scale = (stored["deq_scale"] / stored["input_scale"]).to(dtype)
+        stored["input_scale"] = stored["input_scale"].to(dtype).float()
+        deq_scale, bias = stored["input_scale"].to(dtype) * scale, stored["bias"].to(dtype)
+        rows = stored["weight"].float().sum(dim=1) * stored["input_offset"]
+        stored["quant_bias"] = torch.round(bias / deq_scale - rows).int()
+        stored |= {"deq_scale": deq_scale.float(), "weight_scale": scale.float()[:, None]}
+    elif word != "W8A8_MXFP8":
+        stored["weight"][3], stored["weight_scale"][3] = 0, 0
+    assert msmodelslim.find_fault(stored, msmodelslim.SCHEMES[word]) is None

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantmatrix.errors import CheckpointError
 from quantmatrix.families import msmodelslim
+from quantmatrix.planning import plan
 from quantmatrix.tools import wan_repack
 
 D, FFN, TEXT, FREQ, BLOCKS = 24, 40, 16, 8, 2
@@ -106,7 +108,8 @@ def make_quantized(seed: int, image: bool = False) -> Quantized:
     """Tensors and description as msmodelslim writes them: ffn.2 kept, one layer smoothed."""
     torch.manual_seed(seed)
     scheme = msmodelslim.SCHEMES["W8A8_DYNAMIC"]
-    found = make_float(image) | {"blocks.1.self_attn.q_rot": torch.eye(8).bfloat16()}
+    rotated = ("self_attn.q_rot", "self_attn.k_rot", "cross_attn.q_rot", "cross_attn.k_rot")
+    found = make_float(image) | {f"blocks.1.{name}": torch.eye(8).bfloat16() for name in rotated}
     words = dict.fromkeys(found, "FLOAT")
     for name in list(found):
         layer, _, leaf = name.rpartition(".")
@@ -189,7 +192,7 @@ def check_component(folder: Path, seed: int, image: bool = False) -> None:
     described = json.loads((folder / "quant_model_description.json").read_text())
     assert {name: described[replace_all(name)] for name in words} == words
     assert described["model_quant_type"] == "W8A8_DYNAMIC"
-    assert not any(".linear." in key or "self_attn" in key for key in described)
+    assert not any(".linear." in key or re.search("(self|cross)_attn", key) for key in described)
 
 
 def test_two_flags_write_both_transformers(quantized, tmp_path, capsys):
@@ -256,8 +259,24 @@ def drop(tensors: dict, words: dict, name: str) -> None:
             lambda t, w: t.update({"blocks.1.attn1.to_q.bias": torch.zeros(D)}),
             "both become blocks.1.attn1.to_q.bias",
         ),
+        (
+            lambda t, w: drop(t, w, "blocks.1.self_attn.q.weight_scale"),
+            "self_attn.q.weight_scale is missing",
+        ),
+        (
+            lambda t, w: t.update({"blocks.1.self_attn.q.weight": torch.zeros(D, D).bfloat16()}),
+            "self_attn.q.weight is BF16",
+        ),
+        (
+            lambda t, w: drop(t, w, "blocks.0.self_attn.q.div.mul_scale"),
+            "self_attn.q.div.mul_scale is missing",
+        ),
+        (
+            lambda t, w: t.update({"blocks.x.self_attn.q.bias": torch.zeros(D)}),
+            "does not know, blocks.x.self_attn.q.bias",
+        ),
     ],
-    ids=["missing", "unknown", "size", "twice"],
+    ids=["missing", "unknown", "size", "twice", "scale", "codes", "smoothing", "no-number"],
 )
 def test_nothing_is_written_when_something_is_wrong(quantized, tmp_path, change, named, capsys):
     tensors, words = make_quantized(1)
@@ -272,6 +291,28 @@ def test_nothing_is_written_when_something_is_wrong(quantized, tmp_path, change,
     message = capsys.readouterr().err
     assert re.search(named, message)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "no readable JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"_class_name": "FluxTransformer2DModel"}', "expected WanTransformer3DModel"),
+    ],
+)
+def test_configuration_of_the_original_is_checked(
+    quantized, original, tmp_path, capsys, text, named
+):
+    config = original / "transformer_2" / "config.json"
+    config.write_text(text)
+    words = ["--model-type", "Wan2.2-T2V-A14B", "--original-model-path", str(original)]
+    words += ["--quant-path", str(quantized), "--output-path", str(tmp_path / "out")]
+    assert wan_repack.main(words) == 1
+    message = capsys.readouterr().err
+    assert f"{config}: " in message
+    assert named in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_existing_output_is_never_overwritten(quantized, original, tmp_path, capsys):
@@ -301,3 +342,20 @@ def test_half_a_set_of_flags_is_refused(capsys):
     with pytest.raises(SystemExit):
         wan_repack.main(["--quant-path", "a", "--output-path", "b"])
     assert "--original-model-path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["", "high_noise_model"])
+def test_a_folder_that_was_not_converted_is_told_so(quantized, place):
+    """The folder that msmodelslim wrote, in place of the one that this tool makes of it."""
+    (quantized / "high_noise_model" / "config.json").write_text('{"_class_name": "WanModel"}')
+    with pytest.raises(CheckpointError, match=r"convert it with .*wan_repack"):
+        plan(model_path=str(quantized / place))
+
+
+def test_an_expert_that_was_not_converted_is_told_so(quantized, original):
+    (quantized / "high_noise_model" / "config.json").write_text('{"_class_name": "WanModel"}')
+    index = {name: ["diffusers", "WanTransformer3DModel"] for name in wan_repack.EXPERTS}
+    (original / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", **index}))
+    expert = {"transformer": str(quantized / "high_noise_model")}
+    with pytest.raises(CheckpointError, match=r"WanModel, .*convert it with .*wan_repack"):
+        plan(model_path=str(original), component_paths=expert)

@@ -23,6 +23,7 @@ Tensors of a quantized linear layer with N outputs and K inputs:
 
 Before `wan_repack` a smoothed layer is two: `<layer>.linear.weight` and `<layer>.div.mul_scale`.
 An int64 `deq_scale` is decided by its stored dtype: the writer's choice does not follow the model.
+Other scales of older writers may have the model's own dtype.
 Both writers (MindIE and AscendV1) are read; `quantize` writes what AscendV1 writes, with F32
 `deq_scale`. Rotations `q_rot` and `k_rot` cancel out in attention scores and are left aside;
 anything else beside these tensors (FlatQuant, SVD residuals, quantized attention, MXFP4,
@@ -41,16 +42,20 @@ import torch
 
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families import mx_blocks
+from quantmatrix.families.msmodelslim_values import WRAPPERS, decode_deq_scale, plain_suffix
+from quantmatrix.families.msmodelslim_values import find_fault as find_fault
 from quantmatrix.families.protocol import Calibration, Declaration
 from quantmatrix.kernels import linear_fp8, linear_int8
 from quantmatrix.scheme import Scheme, TensorSpec
 
 if TYPE_CHECKING:
-    from quantmatrix.checkpoint import Checkpoint
+    from quantmatrix.checkpoint import Checkpoint, TensorHeader
 
 ID = "msmodelslim"
 DESCRIPTION = "quant_model_description.json"
 FLOAT = "FLOAT"
+FLOATS = ("F32", "BF16", "F16")
+"""Dtypes of scales: float32, or the model's own from older writers."""
 SCHEMES: Mapping[str, Scheme] = {
     "W8A8": Scheme("linear.int8", "W8A8", "int8", "channel", "tensor-static"),
     "W8A8_DYNAMIC": Scheme("linear.int8", "W8A8_DYNAMIC", "int8", "channel", "token-dynamic"),
@@ -59,8 +64,8 @@ SCHEMES: Mapping[str, Scheme] = {
         "linear.fp8", "W8A8_MXFP8", "e4m3", "block", "group-power", (1, mx_blocks.BLOCK)
     ),
 }
-WRAPPERS = ("linear.", "div.")
-"""Levels that smoothing adds to names, and `wan_repack` removes."""
+CACHE_SETTINGS = ("fa_quant_type", "kv_cache_type", "kv_quant_type")
+"""Keys of a description that say how attention is quantized."""
 ROTATING_SETTINGS = ("metadata", "optional")
 """Keys of a description that are empty unless activations are rotated (QuaRot)."""
 ROTATION = re.compile(r"\.(to_)?[qk]_rot$")
@@ -86,13 +91,18 @@ EPSILON = torch.finfo(torch.float32).eps
 
 
 def detect(checkpoint: Checkpoint) -> str | None:
-    """The description file's name and schemes, or None when it quantizes nothing."""
-    described = checkpoint.description or {}
-    words = sorted({word for key, word in _layer_words(described) if word != FLOAT})
-    if not words:
+    """The description file's name and schemes, or None when it quantizes nothing.
+
+    A description without layers is ours, too: to load what stands beside it in full precision would
+    hide that it is damaged, or of another kind.
+    """
+    if checkpoint.description is None:
         return None
     name = PurePath(checkpoint.description_file or DESCRIPTION).name
-    return f"{name} describes layers as {', '.join(words)}"
+    words = {word for _, word in _layer_words(checkpoint.description)}
+    if quantized := sorted(words - {FLOAT}):
+        return f"{name} describes layers as {', '.join(quantized)}"
+    return None if words else f"{name} describes no layer at all"
 
 
 def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
@@ -102,22 +112,33 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     """
     described = checkpoint.description or {}
     _refuse_settings(described, checkpoint)
-    words = {layer: word for layer, word in _layer_words(described) if word != FLOAT}
     found: dict[str, Scheme] = {}
-    for name, word in words.items():
-        if f"{name}.weight" not in checkpoint.tensors:
-            raise CheckpointError(
-                f"{checkpoint.description_file}: {name}.weight is {word}, but no such tensor is in "
-                f"{', '.join(checkpoint.files)}: is the description of another folder?"
-            )
+    for name, word in _layer_words(described):
+        if word == FLOAT:
+            continue
+        scheme = _find_scheme(name, word, checkpoint)
         if EMBEDDING.match(name):
             raise CheckpointError(
                 f"{checkpoint.description_file}: {name} is {word}, but quantized embeddings are "
                 "not supported: quantize again without them (they must be FLOAT)"
             )
-        found[name.removesuffix(".linear")] = _find_scheme(name, word, checkpoint)
-    _check_tensors(found, checkpoint)
+        found[_find_layer(name, checkpoint)] = scheme
+    _refuse_strangers(found, checkpoint)
+    _check_layers(found, checkpoint)
     return found
+
+
+def check_known(checkpoint: Checkpoint) -> None:
+    """Refuse what is wrong with layers of the schemes served here, for tools that copy all schemes."""
+    words = _layer_words(checkpoint.description or {})
+    _check_layers(
+        {
+            _find_layer(name, checkpoint): _find_scheme(name, word, checkpoint)
+            for name, word in words
+            if word in SCHEMES
+        },
+        checkpoint,
+    )
 
 
 def ignored(name: str) -> str | None:
@@ -139,16 +160,16 @@ def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, Te
         }
     specs = {
         "weight": TensorSpec(("I8",), ((out_features, in_features),)),
-        "weight_scale": TensorSpec(("F32",), (column,), optional=static),
-        "weight_offset": TensorSpec(("F32",), (column,), optional=True),
+        "weight_scale": TensorSpec(FLOATS, (column,), optional=static),
+        "weight_offset": TensorSpec(FLOATS, (column,), optional=True),
     }
     if static:
-        specs["input_scale"] = TensorSpec(("F32",), ((1,), ()))
-        specs["input_offset"] = TensorSpec(("F32",), ((1,), ()))
+        specs["input_scale"] = TensorSpec(FLOATS, ((1,), ()))
+        specs["input_offset"] = TensorSpec(FLOATS, ((1,), ()))
         specs["deq_scale"] = TensorSpec(("F32", "I64"), (rows,))
         specs["quant_bias"] = TensorSpec(("I32",), (rows,))
     if scheme.smoothed:
-        specs["mul_scale"] = TensorSpec(("F32", "BF16", "F16"), ((in_features,),))
+        specs["mul_scale"] = TensorSpec(FLOATS, ((in_features,),))
     return specs
 
 
@@ -180,7 +201,7 @@ def quantize(
 
 def canonical(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
     """On-disk tensors of one layer as canonical tensors of linear.int8 (MXFP8: linear.fp8)."""
-    stored = {_plain_suffix(suffix): tensor for suffix, tensor in tensors.items()}
+    stored = {plain_suffix(suffix): tensor for suffix, tensor in tensors.items()}
     scales = ("deq_scale", "input_scale", "input_offset", "quant_bias")
     needed = scales if scheme.activation == "tensor-static" else ("weight_scale",)
     if missing := [name for name in needed if name not in stored]:
@@ -211,13 +232,6 @@ def canonical(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, 
     }
     found["bias"] = stored["bias"] if "bias" in stored else _unfold_bias(found)
     return found
-
-
-def decode_deq_scale(stored: torch.Tensor) -> torch.Tensor:
-    """float32 [N] from either encoding: plain float32, or its bits widened to int64."""
-    if stored.dtype == torch.int64:
-        return stored.to(torch.int32).view(torch.float32)
-    return stored.float().flatten()
 
 
 def dequantize(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
@@ -279,17 +293,36 @@ def _find_scheme(name: str, word: str, checkpoint: Checkpoint) -> Scheme:
             f"{checkpoint.description_file}: {name}.weight is {word} ({why}), which is not "
             f"supported; supported are FLOAT, {', '.join(SCHEMES)}"
         )
-    known = SCHEMES[word]
-    layer = name.removesuffix(".linear")
-    if not {f"{layer}.mul_scale", f"{layer}.div.mul_scale"} & set(checkpoint.tensors):
-        return known
-    return replace(known, smoothed=True)
+    if f"{name}.weight" not in checkpoint.tensors:
+        raise CheckpointError(
+            f"{checkpoint.description_file}: {name}.weight is {word}, but no such tensor is in "
+            f"{', '.join(checkpoint.files)}: is the description of another folder?"
+        )
+    smoothings = _name_smoothings(_find_layer(name, checkpoint))
+    smoothed = any(smoothing in checkpoint.tensors for smoothing in smoothings)
+    return replace(SCHEMES[word], smoothed=smoothed)
+
+
+def _find_layer(name: str, checkpoint: Checkpoint) -> str:
+    """The layer of a description's name: without the `linear` level, where smoothing made it.
+
+    FLUX.1 has layers that are called `linear` themselves.
+    """
+    outer = name.removesuffix(".linear")
+    known = (checkpoint.tensors, checkpoint.description or {})
+    smoothed = any(smoothing in names for smoothing in _name_smoothings(outer) for names in known)
+    return outer if smoothed else name
+
+
+def _name_smoothings(layer: str) -> tuple[str, str]:
+    """Names that a layer's smoothing may have: after `wan_repack`, and before."""
+    return f"{layer}.mul_scale", f"{layer}.div.mul_scale"
 
 
 def _refuse_settings(described: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Quantized attention and rotated activations are computations that nobody here does."""
     for key, value in described.items():
-        attention = key.endswith(".quant_type") or key in ("fa_quant_type", "kv_cache_type")
+        attention = key.endswith(".quant_type") or key in CACHE_SETTINGS
         if attention and value and value != FLOAT:
             raise CheckpointError(
                 f"{checkpoint.description_file}: {key} is {value}: quantized attention is not "
@@ -297,30 +330,25 @@ def _refuse_settings(described: Mapping[str, Any], checkpoint: Checkpoint) -> No
                 "fa3_quant"
             )
     for key in ROTATING_SETTINGS:
-        if described.get(key):
+        if value := described.get(key):
+            held = ", ".join(map(str, value)) if isinstance(value, (dict, list)) else value
             raise CheckpointError(
-                f"{checkpoint.description_file}: {key} holds {', '.join(described[key])}: rotated "
+                f"{checkpoint.description_file}: {key} holds {held}: rotated "
                 "activations (QuaRot) are not supported; quantize again without them"
             )
 
 
-def _check_tensors(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> None:
+def _refuse_strangers(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> None:
     """Every tensor must be described, and be one that the arithmetic knows."""
     described = checkpoint.description or {}
     for name, header in checkpoint.tensors.items():
-        leaf = name.rpartition(".")[2]
         layer, suffix = _split(name, found)
-        what = REFUSED_SUFFIXES.get(leaf)
-        if layer is None and leaf == "mul_scale":
+        what = REFUSED_SUFFIXES.get(name.rpartition(".")[2])
+        if layer is None and suffix == "mul_scale":
             what = "smoothing of a FLOAT layer"
-        if layer is not None and what is None:
-            shape = _code_shape(layer, checkpoint)
-            specs = tensors(found[layer], shape[0], shape[1])
-            if suffix not in (*specs, "bias"):
-                smoothing = suffix == "mul_scale"
-                what = "smoothing of MXFP8" if smoothing else "an unknown attachment"
-            elif suffix == "weight_scale" and header.shape not in specs[suffix].shapes:
-                what = f"scales {list(header.shape)} per group of columns"
+        known = (*tensors(found[layer], 1, 1), "bias") if layer is not None else (suffix,)
+        if what is None and suffix not in known:
+            what = "smoothing of MXFP8" if suffix == "mul_scale" else "an unknown attachment"
         if what is not None:
             raise CheckpointError(
                 f"{header.file}: tensor {name} belongs to {what}, which is not supported: quantize "
@@ -334,6 +362,91 @@ def _check_tensors(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> None:
             )
 
 
+def _check_layers(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> None:
+    """Each layer's tensors must be there once, in the form and under the word of its scheme."""
+    layers: dict[str, dict[str, TensorHeader]] = {layer: {} for layer in found}
+    for name, header in checkpoint.tensors.items():
+        layer, suffix = _split(name, found)
+        if layer is None:
+            continue
+        if twin := layers[layer].get(suffix):
+            raise CheckpointError(
+                f"{header.file}: tensors {twin.name} and {name} are both the {suffix} of "
+                f"{layer}: expected one of them; write the checkpoint again"
+            )
+        layers[layer][suffix] = header
+    for layer, own in layers.items():
+        _check_layer(layer, found[layer], own, checkpoint)
+    _check_description(found, checkpoint)
+
+
+def _check_layer(
+    layer: str, scheme: Scheme, own: Mapping[str, TensorHeader], checkpoint: Checkpoint
+) -> None:
+    """A layer must have every tensor of its scheme, in the dtype and shape of the format."""
+    weight = own["weight"]
+    if len(weight.shape) != 2:
+        raise CheckpointError(
+            f"{weight.file}: tensor {weight.name} has shape {list(weight.shape)}, but "
+            f"{checkpoint.description_file} calls it {scheme.name}: only linear layers, whose "
+            "weights have two dimensions, are quantized; it should be FLOAT"
+        )
+    if weight.name == f"{layer}.linear.weight" and not scheme.smoothed:
+        raise CheckpointError(
+            f"{weight.file}: tensor {weight.name} lies in a level that only smoothing makes, but "
+            f"{layer}.div.mul_scale is missing: without it the layer would give other numbers; "
+            "download the weights again"
+        )
+    out, into = weight.shape
+    bias = TensorSpec(FLOATS, ((out,),), optional=True)
+    for suffix, spec in {**tensors(scheme, out, into), "bias": bias}.items():
+        header = own.get(suffix)
+        if header is None and spec.optional:
+            continue
+        if header is not None and header.dtype in spec.dtypes and header.shape in spec.shapes:
+            continue
+        if header is None:
+            problem = f"{weight.file}: tensor {layer}.{suffix} is missing"
+        else:
+            problem = f"{header.file}: tensor {header.name} is {header.dtype} {list(header.shape)}"
+            grouped = suffix == "weight_scale" and scheme.scale == "channel"
+            if grouped and header.shape[:1] == (out,) and header.shape[1:] > (1,):
+                problem += " per group of columns"
+        raise CheckpointError(
+            f"{problem}: expected {' or '.join(spec.dtypes)} "
+            f"{' or '.join(str(list(shape)) for shape in spec.shapes)} in a layer that "
+            f"{checkpoint.description_file} calls {scheme.name}, with a weight of "
+            f"{list(weight.shape)}; the two are not of one checkpoint, or it is damaged: download "
+            "both again, or quantize again per channel"
+        )
+
+
+def _check_description(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> None:
+    """What is described of a quantized layer must be there, under the layer's own scheme.
+
+    Entries for what a layer may do without are harmless: its bias, and the weight scales that only
+    older writers store beside `deq_scale`.
+    """
+    for name, word in (checkpoint.description or {}).items():
+        layer, suffix = _split(name, found)
+        if layer is None:
+            continue
+        static = found[layer].activation == "tensor-static"
+        spare = ("bias", "weight_scale", "weight_offset") if static else ("bias",)
+        if name not in checkpoint.tensors and suffix not in spare:
+            raise CheckpointError(
+                f"{checkpoint.description_file}: describes {name} ({word}) of the quantized layer "
+                f"{layer}, but no such tensor is in {', '.join(checkpoint.files)}: without it the "
+                "layer would give other numbers; download the weights again"
+            )
+        if word not in (FLOAT, found[layer].name):
+            raise CheckpointError(
+                f"{checkpoint.description_file}: {name} is {word}, but the weight of {layer} is "
+                f"{found[layer].name}: expected one scheme per layer; the description is of "
+                "another checkpoint, or was edited"
+            )
+
+
 def _split(name: str, found: Mapping[str, Scheme]) -> tuple[str | None, str]:
     """(quantized layer, suffix without wrapper) of a tensor name; (None, leaf) for others."""
     layer, _, leaf = name.rpartition(".")
@@ -343,21 +456,6 @@ def _split(name: str, found: Mapping[str, Scheme]) -> tuple[str | None, str]:
     if outer in found and f"{wrapper}." in WRAPPERS:
         return outer, leaf
     return None, leaf
-
-
-def _code_shape(layer: str, checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Shape of a layer's codes."""
-    plain, wrapped = f"{layer}.weight", f"{layer}.linear.weight"
-    shape: tuple[int, ...]
-    shape = checkpoint.tensors[plain if plain in checkpoint.tensors else wrapped].shape
-    return shape
-
-
-def _plain_suffix(suffix: str) -> str:
-    """A suffix without the level that smoothing adds."""
-    for wrapper in WRAPPERS:
-        suffix = suffix.removeprefix(wrapper)
-    return suffix
 
 
 def _quantize_input(
@@ -399,6 +497,11 @@ def _quantize_blocks(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _unfold_bias(found: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The bias float32 [N] that `quant_bias` holds, for arithmetic on plain activations."""
-    correction = found["input_offset"].double() * found["weight"].double().sum(dim=1)
-    return ((found["quant_bias"] + correction) * found["deq_scale"]).float()
+    """The bias float32 [N] that `quant_bias` holds, for arithmetic on plain activations.
+
+    Zeros when the layer has none: `quant_bias` does not tell the two apart.
+    """
+    correction = found["input_offset"].double() * found["weight"].sum(dim=1)
+    folded = found["quant_bias"] + correction
+    folded[folded.abs() <= correction.abs() * 2**-22] = 0  # what the writer's float32 loses
+    return (folded * found["deq_scale"]).float()

@@ -72,8 +72,11 @@ ORIGINAL = Dialect(
         _rename(f"{_BLOCK}.modulation", f"{_BLOCK}.scale_shift_table"),
         _rename("head.modulation", "scale_shift_table"),
         _rename("img_emb.emb_pos", f"{_IMAGE}.pos_embed"),
-        _rename(f"{_BLOCK}.self_attn.q_rot", f"{_BLOCK}.attn1.to_q_rot"),
-        _rename(f"{_BLOCK}.self_attn.k_rot", f"{_BLOCK}.attn1.to_k_rot"),
+        *(
+            _rename(f"{_BLOCK}.{old}_attn.{x}_rot", f"{_BLOCK}.{new}.to_{x}_rot")
+            for old, new in (("self", "attn1"), ("cross", "attn2"))
+            for x in "qk"
+        ),
     ),
 )
 DIALECTS = (DIFFUSERS, ORIGINAL)

@@ -14,7 +14,8 @@ and the `config.json` of each transformer into its folder. With
 the tool copies all of that itself. Either way a transformer becomes one
 `diffusion_pytorch_model.safetensors` and a `quant_model_description.json` whose keys are renamed
 alike. Only names change: no tensor is recast, and one at a time is in memory. Names and shapes are
-compared with diffusers' own WanTransformer3DModel before anything is moved into place.
+compared with diffusers' own WanTransformer3DModel, and the tensors of quantized layers with their
+schemes, before anything is moved into place.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ from pathlib import Path
 from typing import Any
 
 from quantmatrix import models
-from quantmatrix.checkpoint import Checkpoint, Hub, TensorHeader
+from quantmatrix.checkpoint import Checkpoint, Hub, TensorHeader, read_json
 from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
+from quantmatrix.families import msmodelslim
 from quantmatrix.models import Dialect
 from quantmatrix.references import open_component
 from quantmatrix.request import normalize_words
 
 MODEL = "wan-2-2"
+TRANSFORMER = "WanTransformer3DModel"
 EXPERTS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
 """Component in Diffusers' layout, and the folder that msmodelslim writes for it."""
 MODEL_TYPES: Mapping[str, tuple[str, ...]] = {
@@ -49,6 +52,7 @@ MODEL_TYPES: Mapping[str, tuple[str, ...]] = {
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DESCRIPTION = "quant_model_description.json"
+BLOCK = re.compile(r"blocks\.(\d+)\.")
 WRAPPER = re.compile(r"\.(linear|div)(?=\.[^.]+$)")
 """The level that smoothing adds above a layer's tensors."""
 
@@ -169,6 +173,8 @@ def convert(source: Checkpoint, target: Path, config_file: Path | None = None) -
     found = rename_headers(source, renamed)
     described = {renamed.get(key, key): word for key, word in (source.description or {}).items()}
     config = read_config(source, config_file)
+    msmodelslim.check_known(source)
+    check_smoothing(source)
     verify(source, found, described, config or infer_config(source, found))
     target.mkdir(parents=True)
     write_weights(source, renamed, target / WEIGHTS)
@@ -200,11 +206,28 @@ def rename_headers(source: Checkpoint, renamed: Mapping[str, str]) -> dict[str, 
     return found
 
 
+def check_smoothing(source: Checkpoint) -> None:
+    """Without the level that smoothing added, nothing would tell that its factors are missing."""
+    for name, header in source.tensors.items():
+        layer, _, leaf = name.partition(".linear.")
+        if leaf and f"{layer}.div.mul_scale" not in source.tensors:
+            raise CheckpointError(
+                f"{header.file}: tensor {name} belongs to a smoothed layer, but tensor "
+                f"{layer}.div.mul_scale is missing: was the folder written completely?"
+            )
+
+
 def read_config(source: Checkpoint, config_file: Path | None) -> dict[str, Any] | None:
     """Diffusers' configuration of the transformer, if there is one."""
     if config_file is not None:
-        return dict(json.loads(config_file.read_text()))
-    if (source.config or {}).get("_class_name") == "WanTransformer3DModel":
+        config = read_json(config_file)
+        if config.get("_class_name") != TRANSFORMER:
+            raise CheckpointError(
+                f"{config_file}: _class_name is {config.get('_class_name')}, expected {TRANSFORMER}: "
+                "is the original another model?"
+            )
+        return config
+    if (source.config or {}).get("_class_name") == TRANSFORMER:
         return dict(source.config or {})
     return None
 
@@ -236,7 +259,7 @@ def infer_config(source: Checkpoint, found: Mapping[str, TensorHeader]) -> dict[
         "text_dim": shape("condition_embedder.text_embedder.linear_1.weight")[1],
         "freq_dim": shape("condition_embedder.time_embedder.linear_1.weight")[1],
         "ffn_dim": shape("blocks.0.ffn.net.0.proj.weight")[0],
-        "num_layers": 1 + max(int(n.split(".")[1]) for n in found if n.startswith("blocks.")),
+        "num_layers": 1 + max(int(match[1]) for name in found if (match := BLOCK.match(name))),
         "cross_attn_norm": "blocks.0.norm2.weight" in found,
         "image_dim": optional(f"{image}.norm1.weight", 0),
         "pos_embed_seq_len": optional(f"{image}.pos_embed", 1),
