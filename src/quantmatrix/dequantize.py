@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ from quantmatrix.request import Request
 from quantmatrix.sources import find_sources, use_tiny
 
 SHARD_BYTES = 2 * 1000**3
+BIASES = ("bias", "linear.bias", "quant_bias", "linear.quant_bias")
+"""Names of a layer's bias on disk; the last two hold a folded zero point, too."""
 
 
 def dequantize(
@@ -87,15 +89,22 @@ def plan_decode(request: Request, component: str) -> ComponentPlan:
 
 
 def decode_tensors(
-    component: ComponentPlan, request: Request
+    component: ComponentPlan, expected: Collection[str]
 ) -> Iterator[tuple[str, Callable[[TensorReader], torch.Tensor]]]:
-    """(diffusers name, how to make the float tensor) of every tensor of a component."""
+    """(diffusers name, how to make the float tensor) of every tensor of a component.
+
+    A layer that folds a bias away tells of one that the model may not have.
+    """
     quantized = {piece.layer for piece in component.pieces()}
     ignored = ignored_names(component.checkpoint, component.family)
     for module, pieces in component.layers.items():
-        yield f"{module}.weight", partial(decode_part, component, pieces, 0)
-        if any(has_bias(component, piece) for piece in pieces):
-            yield f"{module}.bias", partial(decode_part, component, pieces, 1)
+        bias = f"{module}.bias"
+        kinds = BIASES if bias in expected else BIASES[:2]
+        if any(has_bias(component, piece, kinds) for piece in pieces):
+            yield f"{module}.weight", partial(decode_part, component, pieces, 0)
+            yield bias, partial(decode_part, component, pieces, 1)
+        else:
+            yield f"{module}.weight", partial(decode_bare, component, pieces)
     for name in component.checkpoint.tensors:
         if name in ignored or is_below(name, quantized):
             continue
@@ -113,12 +122,12 @@ def decode_tensors(
 
 
 def list_tensors(
-    component: ComponentPlan, request: Request
+    component: ComponentPlan,
 ) -> list[tuple[str, Callable[[TensorReader], torch.Tensor], torch.Size]]:
     """(diffusers name, how to make the tensor, its shape in the model); every one accounted for."""
     checkpoint, model = component.checkpoint, build_empty(component)
     expected = {**dict(model.named_parameters()), **model.state_dict()}
-    made = list(decode_tensors(component, request))
+    made = list(decode_tensors(component, expected))
     names = [name for name, _ in made]
     strange = sorted(set(names) - set(expected)) or [n for n in names if names.count(n) > 1]
     missing = sorted(n for n, t in expected.items() if t.is_meta and n not in names)
@@ -139,9 +148,21 @@ def decode_part(
     return decode_pieces(component, pieces, reader)[which]
 
 
-def has_bias(component: ComponentPlan, piece: Piece) -> bool:
-    """Whether a layer on disk has a bias tensor."""
-    kinds = ("bias", "linear.bias", "quant_bias", "linear.quant_bias")
+def decode_bare(
+    component: ComponentPlan, pieces: tuple[Piece, ...], reader: TensorReader
+) -> torch.Tensor:
+    """The weight of a module without a bias; one that is folded must be zero."""
+    weight, bias = decode_pieces(component, pieces, reader)
+    if bias.any():
+        raise CheckpointError(
+            f"{component.checkpoint.reference}: layer {pieces[0].layer} has a bias, "
+            f"{component.class_name} of {component.config_from} expects none: is it of another model?"
+        )
+    return weight
+
+
+def has_bias(component: ComponentPlan, piece: Piece, kinds: Sequence[str]) -> bool:
+    """Whether a layer on disk has a bias tensor of these kinds."""
     return any(f"{piece.layer}.{kind}" in component.checkpoint.tensors for kind in kinds)
 
 
@@ -185,7 +206,7 @@ def write_folder(
         shards.append({})
 
     with TensorReader(checkpoint, "cpu") as reader:
-        for name, make, shape in tqdm(list_tensors(component, request), desc="dequantizing"):
+        for name, make, shape in tqdm(list_tensors(component), desc="dequantizing"):
             tensor = make(reader).to(dtype).contiguous().clone()
             if tensor.shape != shape:
                 raise CheckpointError(
