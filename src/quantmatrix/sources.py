@@ -119,7 +119,15 @@ def find_model(request: Request, pipeline: PipelineFolder) -> tuple[str, list[st
     """(model id, warnings): by `--model-id`, else by the class the base model names."""
     warnings: list[str] = []
     if request.model_id:
-        named = models.by_short_name(request.model_id)
+        named, stated = (
+            models.by_short_name(request.model_id),
+            models.by_class(pipeline.class_name or ""),
+        )
+        if named and stated and named != stated:
+            raise UsageError(
+                f"--model-id {request.model_id}, but {pipeline.reference} is a {pipeline.class_name}: "
+                f"expected {models.load(stated).NAME}, or a mirror of {models.load(named).NAME}"
+            )
         if named:
             return named, warnings
         known = ", ".join(models.load(name).NAME for name in models.IDS)

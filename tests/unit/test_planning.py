@@ -199,3 +199,12 @@ def test_memory_that_does_not_suffice_is_a_warning() -> None:
     warnings: list[str] = []
     check_memory(made.components, Machine("small", "nvidia", "sm90", 1000), warnings)
     assert "--dit-layerwise-offload" in warnings[0]
+
+
+def test_a_model_id_of_another_model_is_refused() -> None:
+    """It made FLUX.1's defaults those of a Wan folder, without a word."""
+    words = ["--tiny", "--model-path", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "--model-id"]
+    with pytest.raises(UsageError, match=r"FLUX\.1-dev, but .* is a WanPipeline: expected Wan2\.2"):
+        plan(Request.from_words([*words, "FLUX.1-dev"]))
+    made = plan(Request.from_words([*words, "wan2.2-t2v-a14b-diffusers"]))
+    assert isinstance(made, Plan)
