@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from quantmatrix.checkpoint import Checkpoint
 
 ID = "nunchaku-svdq"
+DIALECT = "nunchaku"
+"""A model's dialect of that name says what the layers of its files stand for; others have none."""
 INT4 = Scheme("linear.svdq", "svdq-int4", "int4", "group", "group-dynamic", group_size=64)
 NVFP4 = Scheme("linear.svdq", "svdq-nvfp4", "e2m1", "group", "group-dynamic", group_size=16)
 AWQ = Scheme("linear.w4a16", "awq-int4", "uint4", "group", "none", group_size=64)
