@@ -170,6 +170,25 @@ DAMAGE: dict[str, tuple[Headers, Headers, str]] = {
     "sizes": (NEW, {"qweight": ("I8", (64, 128))}, "multiples of 128"),
     "rank": (NEW, {"proj_up": ("BF16", (256, 16))}, r"expected BF16 or F16 \[256, 32\]"),
     "awq": (AWQ, {"wzeros": ("BF16", (5, 256))}, r"\[4, 256\] or \[16, 256\]"),
+    "no zeros": (AWQ, {"wzeros": ("", ())}, r"a\.wzeros is missing .*an AWQ layer"),
+    "no codes": (NEW, {"qweight": ("", ())}, r"a\.qweight is missing beside a\."),
+    "no awq codes": (AWQ, {"qweight": ("", ())}, r"a\.qweight is missing beside a\."),
+    "rank 24": (NEW, {"proj_down": ("BF16", (256, 24))}, r"a\.proj_down .*multiple of 16"),
+    "rank 0": (NEW, {"proj_down": ("BF16", (256, 0))}, r"a\.proj_down .*multiple of 16"),
+    "long bias": (NEW, {"bias": ("BF16", (512,))}, r"a\.bias is BF16 \[512\], expected"),
+    "odd bias": (NEW, {"bias": ("BF16", (13,))}, r"a\.bias is BF16 \[13\], expected"),
+    "bias of codes": (NEW, {"bias": ("I8", (256,))}, r"a\.bias is I8 .*BF16 or F16 or F32"),
+    "awq bias": (AWQ, {"bias": ("BF16", (13,))}, r"a\.bias is BF16 \[13\], expected"),
+    "two names": (NEW, {"smooth": ("BF16", (256,))}, r"a\.smooth.* and a\.smooth.* are two names"),
+    "more": (NEW, {"pre_quant_scale": ("BF16", (256,))}, r"a\.pre_quant_scale is no part of"),
+    "dense": (NEW, {"weight": ("BF16", (256, 256))}, r"a\.weight is no part of"),
+    "adapter": (NEW, {"lora_A.weight": ("BF16", (8, 256))}, r"a\.lora_A\.weight is no part of"),
+    "int4 scale": (NEW, {"wtscale": ("BF16", (1,))}, r"a\.wtscale is no part of .*\(int4\)"),
+    "awq smooth": (
+        AWQ,
+        {"smooth_factor": ("BF16", (256,))},
+        r"a\.smooth_factor is no part of an AWQ",
+    ),
 }
 
 
@@ -179,6 +198,14 @@ def test_damaged_layers_are_named(kind: str) -> None:
     changed = {name: header for name, header in {**layer, **change}.items() if header[0]}
     with pytest.raises(CheckpointError, match=message):
         svdq.schemes(make_checkpoint({"a": changed}))
+
+
+@pytest.mark.parametrize("other", ["rank", "precision"])
+def test_layers_of_two_checkpoints_are_refused(other: str) -> None:
+    ranks = dict.fromkeys(("proj_down", "proj_up"), ("BF16", (256, 64)))
+    second: Headers = FP4 if other == "precision" else {**NEW, **ranks}
+    with pytest.raises(CheckpointError, match=r"layer a is int4 of rank 32, layer b is"):
+        svdq.schemes(make_checkpoint({"a": NEW, "b": second, "c": AWQ}))
 
 
 @pytest.mark.parametrize(

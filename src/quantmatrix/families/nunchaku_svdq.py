@@ -33,7 +33,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -45,7 +45,7 @@ from quantmatrix.kernels import linear_svdq, linear_w4a16
 from quantmatrix.scheme import Scheme, TensorSpec
 
 if TYPE_CHECKING:
-    from quantmatrix.checkpoint import Checkpoint
+    from quantmatrix.checkpoint import Checkpoint, TensorHeader
 
 ID = "nunchaku-svdq"
 DIALECT = "nunchaku"
@@ -60,6 +60,7 @@ SCHEMES: Mapping[str, Scheme] = {
     "awq": AWQ,
 }
 FLOATS = ("BF16", "F16")
+NUMBERS = (*FLOATS, "F32")
 OLDER_NAMES = {
     "smooth": "smooth_factor",
     "smooth_orig": "smooth_factor_orig",
@@ -67,6 +68,10 @@ OLDER_NAMES = {
     "lora_up": "proj_up",
 }
 """Suffixes of older files (FLUX.1), and what they are called now."""
+CODE_PARTS = frozenset(
+    ("wscales", "wzeros", "wcscales", "wtscale", *OLDER_NAMES.values(), "smooth", "smooth_orig")
+)
+"""Suffixes that stand beside a qweight only; `lora_down` and `lora_up` are those of a LoRA, too."""
 FILE_NAME = re.compile(r"svdq-(int4|fp4)_r(\d+)")
 LORA = re.compile(r"(^|[._])lora_(down|up|A|B)(\.|$)")
 LIGHTNING = re.compile(r"lightning.*?(\d+)-?steps?", re.IGNORECASE)
@@ -116,10 +121,22 @@ def refuse_lora(checkpoint: Checkpoint) -> None:
 
 def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     """Scheme of each layer that holds codes; a header that says otherwise raises."""
-    found = {}
-    for name, suffixes in checkpoint.layers().items():
+    found: dict[str, Scheme] = {}
+    layers = checkpoint.layers()
+    for name, suffixes in layers.items():
         if "qweight" in suffixes:
             found[name] = judge_layer(checkpoint, name, suffixes)
+        elif own := suffixes & CODE_PARTS:
+            other = checkpoint.tensors[f"{name}.{min(own)}"]
+            raise CheckpointError(
+                f"{other.file}: tensor {name}.qweight is missing beside {other.name}: expected the "
+                "codes of the layer; the file is incomplete"
+            )
+    for name, suffixes in layers.items():
+        above = name.rpartition(".")[0]
+        if above in found:
+            refuse_extra(checkpoint, f"{name}.{min(suffixes)}", above)
+    check_alike(checkpoint, found)
     for name, scheme in found.items():
         if scheme.op == "linear.svdq":
             check_header(checkpoint, name, scheme)
@@ -128,13 +145,27 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
 
 def judge_layer(checkpoint: Checkpoint, name: str, suffixes: frozenset[str]) -> Scheme:
     """Scheme of one layer from its tensors' headers; what cannot be right raises."""
-    own = {OLDER_NAMES.get(s, s): checkpoint.tensors[f"{name}.{s}"] for s in suffixes}
+    own: dict[str, TensorHeader] = {}
+    for suffix in sorted(suffixes):
+        part, today = checkpoint.tensors[f"{name}.{suffix}"], OLDER_NAMES.get(suffix, suffix)
+        if today in own:
+            raise CheckpointError(
+                f"{part.file}: tensors {own[today].name} and {part.name} are two names of one "
+                "thing, of which a layer has one: remove the one that is not meant"
+            )
+        own[today] = part
     scheme = AWQ
-    if "wzeros" not in own:
+    if own["qweight"].dtype != "I32" and "wzeros" not in own:
         wscales, down = own.get("wscales"), own.get("proj_down")
         scheme = NVFP4 if wscales is not None and wscales.dtype == "F8_E4M3" else INT4
         rank = down.shape[1] if down is not None and len(down.shape) == 2 else 0
         scheme = replace(scheme, rank=rank)
+        if down is not None and (rank == 0 or rank % packing.RANK_TILE):
+            raise CheckpointError(
+                f"{down.file}: tensor {down.name} has shape {list(down.shape)}: expected [K, rank] "
+                f"with a rank that is a multiple of {packing.RANK_TILE}; the file is damaged or of "
+                "another format"
+            )
     shape = own["qweight"].shape
     rows, columns = (4, 2) if scheme is AWQ else (1, 2)
     out, into = (shape[0] * rows, shape[1] * columns) if len(shape) == 2 else (0, 0)
@@ -144,12 +175,14 @@ def judge_layer(checkpoint: Checkpoint, name: str, suffixes: frozenset[str]) -> 
             f"{own['qweight'].file}: tensor {name}.qweight has shape {list(shape)}, which is no "
             f"layer whose sizes are multiples of {tile}: the file is damaged or of another format"
         )
-    for suffix, spec in tensors(scheme, out, into).items():
-        header = own.get(suffix)
+    specs = {**tensors(scheme, out, into), "bias": TensorSpec(NUMBERS, ((out,),), optional=True)}
+    for suffix, spec in specs.items():
+        header = own.pop(suffix, None)
         if header is None and not spec.optional:
             raise CheckpointError(
-                f"{own['qweight'].file}: tensor {name}.{suffix} is missing beside {name}.qweight: "
-                "expected the tensors of an SVDQuant layer; the file is incomplete"
+                f"{checkpoint.tensors[f'{name}.qweight'].file}: tensor {name}.{suffix} is missing "
+                f"beside {name}.qweight: expected the tensors of {describe(scheme)}; the file is "
+                "incomplete"
             )
         if header is None:
             continue
@@ -160,7 +193,41 @@ def judge_layer(checkpoint: Checkpoint, name: str, suffixes: frozenset[str]) -> 
                 f"{' or '.join(str(list(s)) for s in spec.shapes)} beside a qweight of "
                 f"{list(shape)}: the file is damaged or of another format"
             )
+    for part in own.values():
+        refuse_extra(checkpoint, part.name, name, scheme)
     return scheme
+
+
+def describe(scheme: Scheme) -> str:
+    """A kind of layer in words."""
+    return "an AWQ layer" if scheme is AWQ else f"an SVDQuant layer ({PRECISIONS[scheme.weight]})"
+
+
+def refuse_extra(
+    checkpoint: Checkpoint, name: str, layer: str, scheme: Scheme | None = None
+) -> NoReturn:
+    """A tensor that nothing would use: it may change what the layer means (a LoRA, a scale)."""
+    kind = "a quantized layer" if scheme is None else describe(scheme)
+    raise CheckpointError(
+        f"{checkpoint.tensors[name].file}: tensor {name} is no part of {kind} as the engine reads "
+        f"it, and {layer} is one: leaving it out could change the result. Take it out of the file "
+        "if it means nothing (a LoRA must be merged before a model is quantized)"
+    )
+
+
+def check_alike(checkpoint: Checkpoint, found: Mapping[str, Scheme]) -> None:
+    """A file has one precision and one rank: layers of two come from two checkpoints."""
+    first: dict[tuple[str, int], str] = {}
+    for name, scheme in found.items():
+        if scheme.op == "linear.svdq":
+            first.setdefault((PRECISIONS[scheme.weight], scheme.rank), name)
+    if len(first) > 1:
+        (one, a), (two, b) = list(first.items())[:2]
+        raise CheckpointError(
+            f"{checkpoint.tensors[f'{b}.qweight'].file}: layer {a} is {one[0]} of rank {one[1]}, "
+            f"layer {b} is {two[0]} of rank {two[1]}: expected one of each throughout a file; it "
+            "was put together from two checkpoints"
+        )
 
 
 def check_header(checkpoint: Checkpoint, name: str, scheme: Scheme) -> None:
@@ -261,16 +328,18 @@ def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, Te
         codes = TensorSpec(("I32",), ((out_features // 4, in_features // 2),))
         return {"qweight": codes, "wscales": scales, "wzeros": scales}
     numbers = FLOATS if scheme.weight == "int4" else ("F8_E4M3",)
-    return {
+    found = {
         "qweight": TensorSpec(("I8",), ((out_features, in_features // 2),)),
         "wscales": TensorSpec(numbers, ((groups, out_features),)),
         "smooth_factor": TensorSpec(FLOATS, ((in_features,),)),
         "smooth_factor_orig": TensorSpec(FLOATS, ((in_features,),), optional=True),
         "proj_down": TensorSpec(FLOATS, ((in_features, scheme.rank),)),
         "proj_up": TensorSpec(FLOATS, ((out_features, scheme.rank),)),
-        "wcscales": TensorSpec((*FLOATS, "F32"), ((out_features,),), optional=True),
-        "wtscale": TensorSpec((*FLOATS, "F32"), ((1,), ()), optional=True),
     }
+    if scheme.weight == "e2m1":
+        found["wcscales"] = TensorSpec(NUMBERS, ((out_features,),), optional=True)
+        found["wtscale"] = TensorSpec(NUMBERS, ((1,), ()), optional=True)
+    return found
 
 
 def quantize(
