@@ -146,14 +146,48 @@ def test_half_precision_layers() -> None:
     ("change", "message"),
     [
         ({"rank": 64}, "rank is 64, but the tensors of a say 32"),
-        ({"weight": {"dtype": "fp4_e2m1_all"}}, "weight.dtype is nvfp4, but .* say int4"),
+        (
+            {"weight": {"dtype": "fp4_e2m1_all"}},
+            'weight.dtype is "fp4_e2m1_all", but .* say "int4"',
+        ),
+        ({"weight": {"dtype": "int8"}}, 'weight.dtype is "int8", but .* say "int4"'),
+        ({"activation": {"dtype": "int8"}}, 'activation.dtype is "int8", but .* say "int4"'),
         ({"weight": {"group_size": 16}}, "weight.group_size is 16, but .* say 64"),
+        ({"activation": {"group_size": 16}}, "activation.group_size is 16, but .* say 64"),
+        ({"method": None, "rank": 64}, "rank is 64, but the tensors of a say 32"),
     ],
 )
 def test_header_against_tensors(change: dict[str, Any], message: str) -> None:
     checkpoint = make_checkpoint({"a": NEW}, block={**make_block(), **change})
     with pytest.raises(CheckpointError, match=f"{message}.*another file"):
         svdq.schemes(checkpoint)
+
+
+def test_a_header_that_is_no_table_of_words() -> None:
+    checkpoint = make_checkpoint({"a": NEW}, block={**make_block(), "weight": "int4"})
+    with pytest.raises(CheckpointError, match='weight is "int4": expected a JSON object'):
+        svdq.schemes(checkpoint)
+
+
+def test_refiners_are_skipped_or_not() -> None:
+    block = {**make_block(), "skip_refiners": True}
+    good = make_checkpoint({"layers.0.a": NEW, "noise_refiner.0.a": PLAIN}, block=block)
+    assert svdq.schemes(good) == {"layers.0.a": INT4}
+    with pytest.raises(CheckpointError, match=r"skip_refiners is true, but noise_refiner\.0\.a is"):
+        svdq.schemes(make_checkpoint({"layers.0.a": NEW, "noise_refiner.0.a": NEW}, block=block))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [{"quant_method": "nunchaku_lite"}, {"method": "awq"}, {"quant_method": "fp8"}],
+    ids=str,
+)
+def test_another_declaration_is_refused(block: dict[str, Any]) -> None:
+    """`nunchaku_lite` has the same tensors, its modulation in another order."""
+    [(key, word)] = block.items()
+    with pytest.raises(CheckpointError, match=f"declares {key} {word}, but a holds .*svdquant"):
+        svdq.detect(make_checkpoint({"a": NEW}, block=block))
+    assert svdq.detect(make_checkpoint({"a": PLAIN}, block=block)) is None
 
 
 def test_a_header_without_quantized_layers() -> None:

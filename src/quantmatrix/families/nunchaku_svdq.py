@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from quantmatrix import svdq_packing as packing
+from quantmatrix.checkpoint import METHOD_KEYS
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families import svdq_writer
 from quantmatrix.families.protocol import Calibration, Declaration
@@ -72,6 +73,8 @@ CODE_PARTS = frozenset(
     ("wscales", "wzeros", "wcscales", "wtscale", *OLDER_NAMES.values(), "smooth", "smooth_orig")
 )
 """Suffixes that stand beside a qweight only; `lora_down` and `lora_up` are those of a LoRA, too."""
+METHODS = ("svdquant", "nunchaku")
+"""Words that declare the engine's layout; diffusers' `nunchaku_lite` is another one."""
 FILE_NAME = re.compile(r"svdq-(int4|fp4)_r(\d+)")
 LORA = re.compile(r"(^|[._])lora_(down|up|A|B)(\.|$)")
 LIGHTNING = re.compile(r"lightning.*?(\d+)-?steps?", re.IGNORECASE)
@@ -98,8 +101,16 @@ def detect(checkpoint: Checkpoint) -> str | None:
     coded = next((n for n, s in checkpoint.layers().items() if {"qweight", "wscales"} <= s), None)
     if coded is None:
         refuse_lora(checkpoint)
-    if str((checkpoint.quantization or {}).get("method", "")).lower() == "svdquant":
-        source = checkpoint.quantization_from or checkpoint.reference
+    block, source = checkpoint.quantization or {}, checkpoint.quantization_from
+    source = source or checkpoint.reference
+    for key in METHOD_KEYS if coded else ():
+        if block.get(key) and str(block[key]).lower() not in METHODS:
+            raise CheckpointError(
+                f"{source} declares {key} {block[key]}, but {coded} holds qweight and wscales, "
+                f"which are SVDQuant's: expected {' or '.join(METHODS)}. Of layouts with these "
+                "tensors only the engine's is read; name a file that was made for it"
+            )
+    if str(block.get("method", "")).lower() in METHODS:
         if coded is None:
             raise CheckpointError(
                 f"{source} says svdquant, but no layer of {checkpoint.reference} has qweight and "
@@ -231,26 +242,36 @@ def check_alike(checkpoint: Checkpoint, found: Mapping[str, Scheme]) -> None:
 
 
 def check_header(checkpoint: Checkpoint, name: str, scheme: Scheme) -> None:
-    """The header's words about rank, number format and groups must be those of the tensors."""
+    """The header's words about rank, number formats and groups must be those of the tensors."""
     block = checkpoint.quantization or {}
-    if str(block.get("method", "")).lower() != "svdquant":
-        return
-    weight = block.get("weight") or {}
-    dtype = str(weight.get("dtype") or "")
-    stated = {
-        "rank": block.get("rank"),
-        "weight.dtype": PRECISIONS["e2m1" if dtype.startswith("fp4") else "int4"]
-        if dtype
-        else None,
-        "weight.group_size": weight.get("group_size"),
-    }
-    actual = (scheme.rank, PRECISIONS[scheme.weight], scheme.group_size)
-    for (key, said), is_ in zip(stated.items(), actual, strict=True):
-        if said is not None and said != is_:
+    place = checkpoint.quantization_from or checkpoint.reference
+    stated = {"rank": block.get("rank")}
+    for side in ("weight", "activation"):
+        part = block.get(side) or {}
+        if not isinstance(part, Mapping):
             raise CheckpointError(
-                f"{checkpoint.quantization_from or checkpoint.reference}: {key} is {said}, but the "
-                f"tensors of {name} say {is_}: the header belongs to another file"
+                f"{place}: {side} is {json.dumps(part)[:120]}: expected a JSON object with dtype "
+                "and group_size"
             )
+        stated[f"{side}.dtype"] = part.get("dtype")
+        stated[f"{side}.group_size"] = part.get("group_size")
+    number = "int4" if scheme.weight == "int4" else "fp4_e2m1_all"
+    for key, said in stated.items():
+        actual = {"rank": scheme.rank, "dtype": number}.get(
+            key.rpartition(".")[2], scheme.group_size
+        )
+        if key.endswith("dtype") and str(said).startswith("fp4"):
+            said = "fp4_e2m1_all"
+        if said is not None and said != actual:
+            raise CheckpointError(
+                f"{place}: {key} is {json.dumps(said)}, but the tensors of {name} say "
+                f"{json.dumps(actual)}: the header belongs to another file"
+            )
+    if block.get("skip_refiners") and "_refiner." in name:
+        raise CheckpointError(
+            f"{place}: skip_refiners is true, but {name} is quantized: the header belongs to "
+            "another file"
+        )
 
 
 def check_request(
