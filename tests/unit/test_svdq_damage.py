@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import svdq_oracle as oracle
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 from test_nunchaku_models import (
     ALIKE,
     FILES,
@@ -24,7 +25,9 @@ from test_nunchaku_models import (
 )
 
 from quantmatrix import plan
+from quantmatrix.dequantize import dequantize
 from quantmatrix.errors import CheckpointError
+from quantmatrix.request import Request
 
 Edit = Callable[[Tensors], object]
 QKV = "transformer_blocks.0.attn.to_qkv"
@@ -132,3 +135,82 @@ def test_models_without_a_layout_of_their_own_are_refused(
     path = write(tmp_path / "custom.safetensors", "qwen-image int4", rename(LAST, layer), {})
     with pytest.raises(CheckpointError, match=r"known of FLUX.1-dev, Qwen-Image, Z-Image-Turbo"):
         plan(model_path=str(find(base)), weights_paths={"transformer": str(path)})
+
+
+# --- numbers that cannot be meant ------------------------------------------------------------
+
+
+def fill(name: str, value: float, *, whole: bool = False) -> Edit:
+    """Put a number in one place of a tensor, or everywhere."""
+
+    def edit(tensors: Tensors) -> None:
+        numbers = tensors[name].float()
+        numbers.flatten()[slice(None) if whole else slice(3, 4)] = value
+        tensors[name] = numbers.to(tensors[name].dtype)
+
+    return edit
+
+
+NUMBERS: list[tuple[str, str, Edit, str]] = [
+    *(
+        ("qwen-image int4", f"{layer}.{suffix}", fill(f"{layer}.{suffix}", float(word)), word)
+        for layer, suffix, word in (
+            (QKV, "smooth_factor", "0"),
+            (QKV, "smooth_factor", "-1"),
+            (QKV, "smooth_factor", "nan"),
+            (QKV, "wscales", "0"),
+            (QKV, "wscales", "-1"),
+            (QKV, "wscales", "inf"),
+            (QKV, "bias", "nan"),
+            (QKV, "proj_down", "inf"),
+            (QKV, "proj_up", "nan"),
+            (MODULATION, "wscales", "-1"),
+            (MODULATION, "wzeros", "nan"),
+        )
+    ),
+    *(
+        (file, f"{layer}.wscales", fill(f"{layer}.wscales", 0, whole=True), "zero scales")
+        for file, layer in (("qwen-image int4", MODULATION), ("qwen-image nvfp4", LAST))
+    ),
+    ("qwen-image nvfp4", f"{QKV}.wcscales", fill(f"{QKV}.wcscales", 0), "0"),
+    ("qwen-image nvfp4", f"{LAST}.wtscale", fill(f"{LAST}.wtscale", -1, whole=True), "-1"),
+    ("qwen-image nvfp4", f"{QKV}.wscales", lambda t: t.pop(f"{QKV}.wcscales"), "neither wtscale"),
+    ("qwen-image nvfp4", f"{LAST}.wscales", lambda t: t.pop(f"{LAST}.wtscale"), "neither wtscale"),
+]
+WORDS = {"0": "zero ", "-1": "negative", "nan": "NaN", "inf": "infinite"}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "edit", "word"), NUMBERS, ids=[f"{t}-{w}" for _, t, _, w in NUMBERS]
+)
+def test_numbers_that_cannot_be_meant(
+    name: str, tensor: str, edit: Edit, word: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "custom.safetensors", name, edit)
+    message = rf"custom\.safetensors: tensor {tensor} holds .*{WORDS.get(word, word)}.*: expected"
+    with pytest.raises(CheckpointError, match=message):
+        load("qwen-image", path)
+    output = tmp_path / "plain"
+    with pytest.raises(CheckpointError, match=message):
+        dequantize(
+            Request(
+                model_path=str(find("Qwen/Qwen-Image")), weights_paths={"transformer": str(path)}
+            ),
+            str(output),
+        )
+    assert not output.exists()
+
+
+def test_scales_that_stand_alone_are_whole(tmp_path: Path) -> None:
+    """A missing wtscale is 1, and what is not used may be anything."""
+
+    def edit(tensors: Tensors) -> None:
+        scales = tensors[f"{LAST}.wscales"].float() * tensors.pop(f"{LAST}.wtscale").float() * 64
+        tensors[f"{LAST}.wscales"] = scales.to(torch.float8_e4m3fn)
+        fill(f"{LAST}.smooth_factor_orig", 0)(tensors)
+
+    path = write(tmp_path / "custom.safetensors", "qwen-image nvfp4", edit)
+    expected = forward(
+        "qwen-image", build_plain("qwen-image", READERS["qwen-image"](load_file(path)))
+    )
+    assert oracle.relative_error(forward("qwen-image", load("qwen-image", path)), expected) < ALIKE

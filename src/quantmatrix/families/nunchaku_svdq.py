@@ -73,6 +73,10 @@ CODE_PARTS = frozenset(
     ("wscales", "wzeros", "wcscales", "wtscale", *OLDER_NAMES.values(), "smooth", "smooth_orig")
 )
 """Suffixes that stand beside a qweight only; `lora_down` and `lora_up` are those of a LoRA, too."""
+POSITIVE = ("smooth_factor", "wcscales", "wtscale")
+"""What inputs are divided by, and outputs multiplied; a single group's scale may be zero."""
+BARE_SCALE = 16.0
+"""Group scales above this belong under a scale of the layer: alone they make weights above 96."""
 METHODS = ("svdquant", "nunchaku")
 """Words that declare the engine's layout; diffusers' `nunchaku_lite` is another one."""
 FILE_NAME = re.compile(r"svdq-(int4|fp4)_r(\d+)")
@@ -361,6 +365,46 @@ def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, Te
         found["wcscales"] = TensorSpec(NUMBERS, ((out_features,),), optional=True)
         found["wtscale"] = TensorSpec(NUMBERS, ((1,), ()), optional=True)
     return found
+
+
+def loses_codes(scales: torch.Tensor, codes: torch.Tensor, scheme: Scheme) -> bool:
+    """Whether scales of zero stand beside codes that are not: of int4 in any group of them.
+
+    Small groups of nvfp4 round to a scale of zero, AWQ pads with zeros and has no code for a zero:
+    there only a scale tensor without any other number is a fault.
+    """
+    if scheme.op != "linear.svdq" or scheme.weight != "int4":
+        return not scales.float().any() and bool(codes.any())
+    empty = packing.unpack_scales(scales) == 0
+    if not empty.any():
+        return False
+    groups = packing.unpack_codes(codes).unflatten(1, (empty.shape[1], -1))
+    return bool((groups.any(dim=-1) & empty).any())
+
+
+def find_fault(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[str, str] | None:
+    """(suffix, what it holds and what was expected) of numbers that cannot be meant."""
+    own = {OLDER_NAMES.get(suffix, suffix): suffix for suffix in tensors}
+    for today, suffix in own.items():
+        if today == "smooth_factor_orig" or not tensors[suffix].is_floating_point():
+            continue
+        numbers = tensors[suffix].float()
+        if not torch.isfinite(numbers).all():
+            return suffix, "holds NaN or infinite numbers: expected finite ones"
+        if today in POSITIVE and not (numbers > 0).all():
+            return suffix, "holds zero or negative numbers: expected positive ones"
+        if today == "wscales" and (numbers < 0).any():
+            return suffix, "holds negative scales: expected positive ones"
+        if today == "wscales" and loses_codes(tensors[suffix], tensors["qweight"], scheme):
+            return suffix, "holds zero scales beside codes that are not 0: expected positive ones"
+    if scheme.weight == "e2m1" and not own.keys() & {"wtscale", "wcscales"}:
+        largest = tensors["wscales"].float().amax().item()
+        if largest > BARE_SCALE:
+            return "wscales", (
+                f"holds scales of up to {largest:g} with neither wtscale nor wcscales beside it: "
+                "expected the scale of the layer, or of its outputs, that they go with"
+            )
+    return None
 
 
 def quantize(
