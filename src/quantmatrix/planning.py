@@ -435,6 +435,47 @@ def check_packing(checkpoint: Checkpoint, schemes: Mapping[str, Scheme], dialect
                 f"as the {dialect.name} layout has it: this is another format; name a file that "
                 "was made for the engine"
             )
+    for layer in schemes:
+        for target in dialect.layer_targets(layer):
+            if target.columns[2] > 1:
+                check_split(checkpoint, schemes, dialect, layer, target.module)
+
+
+def check_split(
+    checkpoint: Checkpoint,
+    schemes: Mapping[str, Scheme],
+    dialect: Dialect,
+    layer: str,
+    module: str,
+) -> None:
+    """Layers that share a module's input columns: all are there, in proportion, each with its bias.
+
+    The loader adds their biases up, so it could not tell that one of them is missing.
+    """
+    file = checkpoint.tensors[f"{layer}.qweight"].file
+    units = {}
+    for other in models.find_sources(dialect.layers, module):
+        if other not in schemes:
+            raise CheckpointError(
+                f"{file}: layer {layer} holds a part of the input columns of {module}, and {other}, "
+                "which holds the rest, is not quantized or not there: expected both; the file is "
+                "incomplete"
+            )
+        if f"{other}.bias" not in checkpoint.tensors:
+            raise CheckpointError(
+                f"{file}: tensor {other}.bias is missing: expected one in each layer that holds a "
+                f"part of {module} (zeros in all but one); the file is incomplete"
+            )
+        [target] = dialect.layer_targets(other)
+        start, stop, _ = target.columns
+        code = checkpoint.tensors[f"{other}.qweight"]
+        units[other] = measure_features(schemes[other], code.shape)[1] / (stop - start)
+    if len(set(units.values())) > 1:
+        widths = " and ".join(f"{name} {width:g}" for name, width in units.items())
+        raise CheckpointError(
+            f"{file}: per share of the input columns of {module} there are, in {widths} columns: "
+            "expected the same number; the layers are of two models, or exchanged"
+        )
 
 
 Part = tuple[str, Target, Scheme, tuple[int, int]]

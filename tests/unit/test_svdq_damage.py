@@ -137,6 +137,46 @@ def test_models_without_a_layout_of_their_own_are_refused(
         plan(model_path=str(find(base)), weights_paths={"transformer": str(path)})
 
 
+SINGLE = "single_transformer_blocks.0"
+
+
+def exchange(tensors: Tensors) -> None:
+    """Give `out_proj` the shapes of `mlp_fc2`, and the other way round."""
+    left, right = (drop(tensors, f"{SINGLE}.{layer}") for layer in ("out_proj", "mlp_fc2"))
+    tensors.update({f"{SINGLE}.mlp_fc2.{suffix}": t for suffix, t in left.items()})
+    tensors.update({f"{SINGLE}.out_proj.{suffix}": t for suffix, t in right.items()})
+
+
+SPLIT: dict[str, tuple[Edit, str]] = {
+    "bias": (lambda t: t.pop(f"{SINGLE}.mlp_fc2.bias"), rf"{SINGLE}.mlp_fc2.bias is missing"),
+    "zero bias": (
+        lambda t: t.pop(f"{SINGLE}.out_proj.bias"),
+        rf"{SINGLE}.out_proj.bias is missing",
+    ),
+    "one half": (lambda t: drop(t, f"{SINGLE}.out_proj"), rf"{SINGLE}.out_proj.*not there"),
+    "exchanged": (exchange, "out_proj 1024 and .*mlp_fc2 64 columns"),
+}
+
+
+@pytest.mark.parametrize("kind", SPLIT)
+def test_halves_of_a_layer_belong_together(kind: str, tmp_path: Path) -> None:
+    edit, message = SPLIT[kind]
+    path = write(tmp_path / "custom.safetensors", "flux-1 int4", edit)
+    with pytest.raises(CheckpointError, match=f"custom.safetensors: .*{message}"):
+        load("flux-1", path)
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    """`norm_q` and `attn.norm_q` are one parameter: which of them would win is nobody's choice."""
+    name = "transformer_blocks.0.norm_q.weight"
+    other = name.replace("norm_q", "attn.norm_q")
+    path = write(
+        tmp_path / "a.safetensors", "flux-1 int4", lambda t: t.update({other: t[name] * 2})
+    )
+    with pytest.raises(CheckpointError, match=rf"{name}.* are both {other}"):
+        load("flux-1", path)
+
+
 # --- numbers that cannot be meant ------------------------------------------------------------
 
 
