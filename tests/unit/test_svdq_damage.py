@@ -5,8 +5,10 @@ Each test takes a good tiny file, changes a few tensors or a word of the header,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import svdq_oracle as oracle
@@ -18,6 +20,7 @@ from test_nunchaku_models import (
     READERS,
     Tensors,
     build_plain,
+    expect,
     find,
     forward,
     load,
@@ -175,6 +178,38 @@ def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match=rf"{name}.* are both {other}"):
         load("flux-1", path)
+
+
+# --- the model that a header was made for ----------------------------------------------------
+
+
+def change_config(**words: Any) -> dict[str, str]:
+    """The header of the Qwen-Image file with some words of its model's configuration changed."""
+    _, header = read_file(find(FILES["qwen-image int4"]))
+    return {**header, "config": json.dumps({**json.loads(header["config"]), **words})}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [{"attention_head_dim": 64, "num_attention_heads": 4}, {"axes_dims_rope": [32, 48, 48]}],
+    ids=["heads", "positions"],
+)
+def test_a_header_of_another_shape_is_refused(words: dict[str, Any], tmp_path: Path) -> None:
+    """All tensors fit, and the picture would be another one."""
+    path = tmp_path / "custom.safetensors"
+    write(path, "qwen-image int4", metadata=change_config(**words))
+    key = next(iter(words))
+    with pytest.raises(CheckpointError, match=rf"header's config says {key} .*config\.json says"):
+        load("qwen-image", path)
+
+
+def test_words_that_one_config_leaves_out_are_not_compared(tmp_path: Path) -> None:
+    header = change_config(
+        _diffusers_version="0.1", pooled_projection_dim=None, sample_size=64, quantization_config={}
+    )
+    path = write(tmp_path / "custom.safetensors", "qwen-image int4", metadata=header)
+    found = forward("qwen-image", load("qwen-image", path))
+    assert oracle.relative_error(found, expect("qwen-image int4")) < ALIKE
 
 
 # --- numbers that cannot be meant ------------------------------------------------------------
