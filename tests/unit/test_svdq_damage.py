@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_nunchaku_models import (
     ALIKE,
+    BASES,
     FILES,
     READERS,
     Tensors,
@@ -26,6 +27,7 @@ from test_nunchaku_models import (
     load,
     read_file,
 )
+from weight_files import write_json
 
 from quantmatrix import plan
 from quantmatrix.dequantize import dequantize
@@ -201,6 +203,28 @@ def test_a_header_of_another_shape_is_refused(words: dict[str, Any], tmp_path: P
     key = next(iter(words))
     with pytest.raises(CheckpointError, match=rf"header's config says {key} .*config\.json says"):
         load("qwen-image", path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [({"axes_dims_rope": [32, 48, 48]}, "axes_dims_rope"), ({"_class_name": "Other"}, "of Other")],
+    ids=["positions", "class"],
+)
+def test_an_older_folder_of_another_shape_is_refused(
+    words: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """There the configuration is a file beside the two that hold the weights."""
+    tensors, _ = read_file(find(FILES["flux-1 int4"]))
+    blocks = {n: t for n, t in tensors.items() if "transformer_blocks." in n}
+    rest = {n: t for n, t in tensors.items() if n not in blocks}
+    save_file(blocks, tmp_path / "transformer_blocks.safetensors")
+    save_file(rest, tmp_path / "unquantized_layers.safetensors")
+    config = json.loads((find(BASES["flux-1"]) / "transformer" / "config.json").read_text())
+    write_json(tmp_path / "config.json", config)
+    assert load("flux-1", tmp_path)
+    write_json(tmp_path / "config.json", {**config, **words})
+    with pytest.raises(CheckpointError, match=rf"config\.json: this config says .*{message}"):
+        load("flux-1", tmp_path)
 
 
 def test_words_that_one_config_leaves_out_are_not_compared(tmp_path: Path) -> None:
