@@ -307,6 +307,26 @@ def test_flags_for_a_file_that_is_not_svdquant() -> None:
             svdq.check_request(enable, None, None, checkpoint)
 
 
+def test_the_only_file_of_a_folder_is_named_too() -> None:
+    """A folder without a telling name: the file in it counts."""
+    file = "/m/qwen/svdq-fp4_r64-qwen-image-lightningv1.0-4steps.safetensors"
+    checkpoint = replace(make_checkpoint({"a": NEW}, "/m/qwen"), files=(file,))
+    with pytest.raises(CheckpointError, match="file name says nvfp4, but its tensors are of int4"):
+        svdq.check_request(None, None, None, checkpoint)
+    [warning] = svdq.check_request(None, "int4", 32, checkpoint, steps=50)
+    assert "pass --num-inference-steps 4" in warning
+    plain = replace(make_checkpoint({"a": PLAIN}, "/m/qwen"), files=(file,))
+    with pytest.raises(CheckpointError, match="named like an SVDQuant file"):
+        svdq.check_request(None, None, None, plain)
+    two = replace(checkpoint, files=(file, "/m/qwen/b.safetensors"))
+    assert svdq.check_request(None, None, None, two) == []
+
+
+def test_a_rank_is_asked_of_a_file_that_has_none() -> None:
+    with pytest.raises(CheckpointError, match="rank 32, but its tensors are of AWQ layers only"):
+        svdq.check_request(True, None, 32, make_checkpoint({"a": AWQ}, "custom.safetensors"))
+
+
 def test_lightning_steps_are_compared() -> None:
     name = "svdq-int4_r32-qwen-image-lightningv1.0-4steps.safetensors"
     checkpoint = make_checkpoint({"a": NEW}, name)

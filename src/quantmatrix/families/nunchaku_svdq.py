@@ -299,7 +299,8 @@ def check_request(
                 f"({why}): leave the flag out, or name full-precision weights"
             )
         return []
-    named = infer_from_name(checkpoint.reference)
+    names = (checkpoint.reference, *(checkpoint.files if len(checkpoint.files) == 1 else ()))
+    named = next(filter(None, map(infer_from_name, names)), None)
     if why is None:
         return refuse_plain(checkpoint, bool(enable), named, (precision, rank))
     layers = [s for s in schemes(checkpoint).values() if s.op == "linear.svdq"]
@@ -312,12 +313,12 @@ def check_request(
         wanted = of_name if given is None else given
         if wanted is not None and wanted not in held:
             source = f"{flag} {given}" if given is not None else f"the file name says {of_name}"
+            words = " and ".join(map(str, sorted(held))) or "AWQ layers only, which have neither"
             raise CheckpointError(
-                f"{checkpoint.reference}: {source}, but its tensors are of "
-                f"{' and '.join(map(str, sorted(held)))}: correct the "
+                f"{checkpoint.files[0]}: {source}, but its tensors are of {words}: correct the "
                 f"{'flag' if given is not None else f'name, or overrule it with {flag}'}"
             )
-    expected = lightning_steps(checkpoint.reference)
+    expected = next(filter(None, map(lightning_steps, names)), None)
     if expected is not None and steps is not None and steps != expected:
         return [
             f"{checkpoint.reference} is a Lightning checkpoint for {expected} steps, this run "
