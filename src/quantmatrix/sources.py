@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import Any
 
 from quantmatrix import models
-from quantmatrix.checkpoint import Checkpoint, Hub
+from quantmatrix.checkpoint import Checkpoint, Hub, parse_block
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.references import (
+    SVDQUANT_PAIR,
     PipelineFolder,
     explain_original,
     is_whole,
@@ -202,6 +204,7 @@ def find_source(
         )
     class_name = str(config.get("_class_name") or "")
     check_class(name, class_name, config_from, pipeline, checkpoint)
+    check_stated_config(class_name, config, config_from, checkpoint)
     return Source(checkpoint, class_name, config, config_from, primary)
 
 
@@ -213,7 +216,7 @@ def subfolder_of(name: str, pipeline: PipelineFolder) -> str:
 def check_class(
     name: str, class_name: str, config_from: str, pipeline: PipelineFolder, checkpoint: Checkpoint
 ) -> None:
-    """The base model, the override's config and the weights' header must name one class."""
+    """The base model and the override's config must name one class."""
     expected = pipeline.components[name][1] if name in pipeline.components else class_name
     if class_name != expected:
         raise CheckpointError(
@@ -221,17 +224,36 @@ def check_class(
             f"{name} of {pipeline.reference} is a {expected}: wrong model for the checkpoint"
             f"{explain_original([class_name])}"
         )
-    header = checkpoint.metadata.get("config")
-    if not header:
-        return
-    try:
-        stated = json.loads(header).get("_class_name")
-    except (ValueError, AttributeError):
-        return
-    if stated and stated != class_name:
+
+
+def check_stated_config(
+    class_name: str, config: Mapping[str, Any], config_from: str, checkpoint: Checkpoint
+) -> None:
+    """Weights that bring a configuration of the model must agree with the one that is used.
+
+    It stands in the header, or beside an SVDQuant folder of two files. Numbers of heads or of
+    positions shape no tensor, so that nothing else would tell of them. What one of the two leaves
+    out, or leaves empty, is not compared.
+    """
+    stated: Mapping[str, Any] = parse_block(checkpoint.metadata.get("config", ""))
+    place = f"{checkpoint.files[0]}: the header's config"
+    if not stated and sorted(PurePath(file).name for file in checkpoint.files) == SVDQUANT_PAIR:
+        stated, place = checkpoint.config or {}, f"{checkpoint.config_file}: this config"
+    named = stated.get("_class_name")
+    if named and named != class_name:
         raise CheckpointError(
-            f"{checkpoint.files[0]}: the header says these are weights of {stated}, "
-            f"{config_from} says {class_name}: wrong model for the checkpoint"
+            f"{place} says these are weights of {named}, {config_from} says {class_name}: wrong "
+            "model for the checkpoint"
+        )
+    for key, value in stated.items():
+        here = config.get(key)
+        same = value is None or here is None or value == here
+        if same or key.startswith("_") or key == "quantization_config":
+            continue
+        raise CheckpointError(
+            f"{place} says {key} {json.dumps(value)[:120]}, {config_from} says "
+            f"{json.dumps(here)[:120]}: these are weights of another model, or of another size; "
+            "name the base model that they were made from"
         )
 
 

@@ -7,13 +7,11 @@ their halves swapped, and a 1 is folded into a bias, so that loading gives the m
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
 
 import torch
 
-from quantmatrix.models import Dialect, Rule, Target
+from quantmatrix.models import Dialect, Target, find_sources
 
 Tensors = dict[str, torch.Tensor]
 
@@ -83,21 +81,6 @@ def pack_part(target: Target, suffix: str, tensor: torch.Tensor) -> torch.Tensor
             chunks[list(target.plus_one)] += 1
         tensor = chunks.transpose(0, 1).flatten(0, 1)
     return tensor.contiguous()
-
-
-def find_sources(rules: Iterable[Rule], name: str) -> list[str]:
-    """Names on disk whose rules lead to a module (or tensor), block number filled in."""
-    found = []
-    for rule in rules:
-        for target in rule.targets:
-            if match := _pattern(target.module).match(name):
-                found.append(rule.source.replace("{i}", match.groupdict().get("i") or ""))
-    return found
-
-
-@cache
-def _pattern(module: str) -> re.Pattern[str]:
-    return re.compile(re.escape(module).replace(r"\{i\}", r"(?P<i>\d+)") + r"\Z")
 
 
 def split(name: str) -> tuple[str, str]:

@@ -146,14 +146,48 @@ def test_half_precision_layers() -> None:
     ("change", "message"),
     [
         ({"rank": 64}, "rank is 64, but the tensors of a say 32"),
-        ({"weight": {"dtype": "fp4_e2m1_all"}}, "weight.dtype is nvfp4, but .* say int4"),
+        (
+            {"weight": {"dtype": "fp4_e2m1_all"}},
+            'weight.dtype is "fp4_e2m1_all", but .* say "int4"',
+        ),
+        ({"weight": {"dtype": "int8"}}, 'weight.dtype is "int8", but .* say "int4"'),
+        ({"activation": {"dtype": "int8"}}, 'activation.dtype is "int8", but .* say "int4"'),
         ({"weight": {"group_size": 16}}, "weight.group_size is 16, but .* say 64"),
+        ({"activation": {"group_size": 16}}, "activation.group_size is 16, but .* say 64"),
+        ({"method": None, "rank": 64}, "rank is 64, but the tensors of a say 32"),
     ],
 )
 def test_header_against_tensors(change: dict[str, Any], message: str) -> None:
     checkpoint = make_checkpoint({"a": NEW}, block={**make_block(), **change})
     with pytest.raises(CheckpointError, match=f"{message}.*another file"):
         svdq.schemes(checkpoint)
+
+
+def test_a_header_that_is_no_table_of_words() -> None:
+    checkpoint = make_checkpoint({"a": NEW}, block={**make_block(), "weight": "int4"})
+    with pytest.raises(CheckpointError, match='weight is "int4": expected a JSON object'):
+        svdq.schemes(checkpoint)
+
+
+def test_refiners_are_skipped_or_not() -> None:
+    block = {**make_block(), "skip_refiners": True}
+    good = make_checkpoint({"layers.0.a": NEW, "noise_refiner.0.a": PLAIN}, block=block)
+    assert svdq.schemes(good) == {"layers.0.a": INT4}
+    with pytest.raises(CheckpointError, match=r"skip_refiners is true, but noise_refiner\.0\.a is"):
+        svdq.schemes(make_checkpoint({"layers.0.a": NEW, "noise_refiner.0.a": NEW}, block=block))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [{"quant_method": "nunchaku_lite"}, {"method": "awq"}, {"quant_method": "fp8"}],
+    ids=str,
+)
+def test_another_declaration_is_refused(block: dict[str, Any]) -> None:
+    """`nunchaku_lite` has the same tensors, its modulation in another order."""
+    [(key, word)] = block.items()
+    with pytest.raises(CheckpointError, match=f"declares {key} {word}, but a holds .*svdquant"):
+        svdq.detect(make_checkpoint({"a": NEW}, block=block))
+    assert svdq.detect(make_checkpoint({"a": PLAIN}, block=block)) is None
 
 
 def test_a_header_without_quantized_layers() -> None:
@@ -170,6 +204,25 @@ DAMAGE: dict[str, tuple[Headers, Headers, str]] = {
     "sizes": (NEW, {"qweight": ("I8", (64, 128))}, "multiples of 128"),
     "rank": (NEW, {"proj_up": ("BF16", (256, 16))}, r"expected BF16 or F16 \[256, 32\]"),
     "awq": (AWQ, {"wzeros": ("BF16", (5, 256))}, r"\[4, 256\] or \[16, 256\]"),
+    "no zeros": (AWQ, {"wzeros": ("", ())}, r"a\.wzeros is missing .*an AWQ layer"),
+    "no codes": (NEW, {"qweight": ("", ())}, r"a\.qweight is missing beside a\."),
+    "no awq codes": (AWQ, {"qweight": ("", ())}, r"a\.qweight is missing beside a\."),
+    "rank 24": (NEW, {"proj_down": ("BF16", (256, 24))}, r"a\.proj_down .*multiple of 16"),
+    "rank 0": (NEW, {"proj_down": ("BF16", (256, 0))}, r"a\.proj_down .*multiple of 16"),
+    "long bias": (NEW, {"bias": ("BF16", (512,))}, r"a\.bias is BF16 \[512\], expected"),
+    "odd bias": (NEW, {"bias": ("BF16", (13,))}, r"a\.bias is BF16 \[13\], expected"),
+    "bias of codes": (NEW, {"bias": ("I8", (256,))}, r"a\.bias is I8 .*BF16 or F16 or F32"),
+    "awq bias": (AWQ, {"bias": ("BF16", (13,))}, r"a\.bias is BF16 \[13\], expected"),
+    "two names": (NEW, {"smooth": ("BF16", (256,))}, r"a\.smooth.* and a\.smooth.* are two names"),
+    "more": (NEW, {"pre_quant_scale": ("BF16", (256,))}, r"a\.pre_quant_scale is no part of"),
+    "dense": (NEW, {"weight": ("BF16", (256, 256))}, r"a\.weight is no part of"),
+    "adapter": (NEW, {"lora_A.weight": ("BF16", (8, 256))}, r"a\.lora_A\.weight is no part of"),
+    "int4 scale": (NEW, {"wtscale": ("BF16", (1,))}, r"a\.wtscale is no part of .*\(int4\)"),
+    "awq smooth": (
+        AWQ,
+        {"smooth_factor": ("BF16", (256,))},
+        r"a\.smooth_factor is no part of an AWQ",
+    ),
 }
 
 
@@ -179,6 +232,14 @@ def test_damaged_layers_are_named(kind: str) -> None:
     changed = {name: header for name, header in {**layer, **change}.items() if header[0]}
     with pytest.raises(CheckpointError, match=message):
         svdq.schemes(make_checkpoint({"a": changed}))
+
+
+@pytest.mark.parametrize("other", ["rank", "precision"])
+def test_layers_of_two_checkpoints_are_refused(other: str) -> None:
+    ranks = dict.fromkeys(("proj_down", "proj_up"), ("BF16", (256, 64)))
+    second: Headers = FP4 if other == "precision" else {**NEW, **ranks}
+    with pytest.raises(CheckpointError, match=r"layer a is int4 of rank 32, layer b is"):
+        svdq.schemes(make_checkpoint({"a": NEW, "b": second, "c": AWQ}))
 
 
 @pytest.mark.parametrize(
@@ -244,6 +305,26 @@ def test_flags_for_a_file_that_is_not_svdquant() -> None:
     for enable, checkpoint, why in ((True, plain, "was given"), (None, named, "is named like")):
         with pytest.raises(CheckpointError, match=f"{why}.*--enable-svdquant false"):
             svdq.check_request(enable, None, None, checkpoint)
+
+
+def test_the_only_file_of_a_folder_is_named_too() -> None:
+    """A folder without a telling name: the file in it counts."""
+    file = "/m/qwen/svdq-fp4_r64-qwen-image-lightningv1.0-4steps.safetensors"
+    checkpoint = replace(make_checkpoint({"a": NEW}, "/m/qwen"), files=(file,))
+    with pytest.raises(CheckpointError, match="file name says nvfp4, but its tensors are of int4"):
+        svdq.check_request(None, None, None, checkpoint)
+    [warning] = svdq.check_request(None, "int4", 32, checkpoint, steps=50)
+    assert "pass --num-inference-steps 4" in warning
+    plain = replace(make_checkpoint({"a": PLAIN}, "/m/qwen"), files=(file,))
+    with pytest.raises(CheckpointError, match="named like an SVDQuant file"):
+        svdq.check_request(None, None, None, plain)
+    two = replace(checkpoint, files=(file, "/m/qwen/b.safetensors"))
+    assert svdq.check_request(None, None, None, two) == []
+
+
+def test_a_rank_is_asked_of_a_file_that_has_none() -> None:
+    with pytest.raises(CheckpointError, match="rank 32, but its tensors are of AWQ layers only"):
+        svdq.check_request(True, None, 32, make_checkpoint({"a": AWQ}, "custom.safetensors"))
 
 
 def test_lightning_steps_are_compared() -> None:

@@ -93,6 +93,16 @@ def _apply(rules: tuple[Rule, ...], name: str) -> tuple[Target, ...]:
     return (Target(name),)
 
 
+def find_sources(rules: Iterable[Rule], name: str) -> list[str]:
+    """Names on disk whose rules lead to a module (or tensor), block number filled in."""
+    found = []
+    for rule in rules:
+        for target in rule.targets:
+            if match := _pattern(target.module).match(name):
+                found.append(rule.source.replace("{i}", match.groupdict().get("i") or ""))
+    return found
+
+
 @dataclass(frozen=True)
 class Defaults:
     """What a request takes when the user says nothing; sizes in pixels, frames in frames."""
