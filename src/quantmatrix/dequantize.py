@@ -23,7 +23,6 @@ from quantmatrix.load import (
     DTYPES,
     TensorReader,
     build_empty,
-    check_plain,
     plain_targets,
     read_piece,
     select_rows,
@@ -39,6 +38,7 @@ from quantmatrix.planning import (
 from quantmatrix.references import fetch
 from quantmatrix.request import Request
 from quantmatrix.sources import find_sources, use_tiny
+from quantmatrix.stored_values import check_plain
 
 SHARD_BYTES = 2 * 1000**3
 BIASES = ("bias", "linear.bias", "quant_bias", "linear.quant_bias")

@@ -9,7 +9,7 @@ counts the quantized layers that stand in the model against the plan.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,17 +19,14 @@ from torch import nn
 from quantmatrix import families, kernels
 from quantmatrix.checkpoint import Checkpoint
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
-from quantmatrix.formats import expand_blocks, holds_nan
 from quantmatrix.layers import QuantizedLinear, SplitInputLinear, share_inputs
 from quantmatrix.models import Target
 from quantmatrix.planning import ComponentPlan, Piece, Refusal, ignored_names, is_below, plan
 from quantmatrix.references import fetch
 from quantmatrix.request import WEIGHTS_ALIASES, Request
-from quantmatrix.scheme import Scheme
+from quantmatrix.stored_values import check_plain, check_stored, check_values
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-NUMBERS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-"""What a tensor in full precision may hold; anything else is codes, or damage."""
 
 
 class TensorReader:
@@ -267,55 +264,6 @@ def read_layer(checkpoint: Checkpoint, layer: str, reader: TensorReader) -> dict
     }
 
 
-def check_stored(
-    checkpoint: Checkpoint, layer: str, scheme: Scheme, tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Scales and biases of a quantized layer [N, K] that would void the image.
-
-    Scales must be finite and weights' not negative, inputs' positive; a weight's may be zero where
-    its codes are. Biases are numbers, and so are all codes.
-    """
-    for suffix, tensor in tensors.items():
-        name = f"{layer}.{suffix}"
-        if suffix == "bias":
-            check_plain(checkpoint, name, name, tensor)
-        if suffix == "weight" and scheme.weight == "e4m3" and holds_nan(tensor):
-            raise CheckpointError(
-                f"{checkpoint.tensors[name].file}: tensor {name} holds NaN codes: expected numbers "
-                "within 448; casts of older writers gave NaN beyond: hold values within 448 before "
-                "the cast, and quantize again"
-            )
-        if "scale" not in suffix or not tensor.is_floating_point():
-            continue
-        what, expected = "", "finite"
-        if not torch.isfinite(tensor.float()).all():
-            what = "NaN or infinite"
-        elif suffix == "input_scale" and not (tensor > 0).all():
-            what, expected = "zero or negative", "positive"
-        elif suffix.startswith("weight_scale") and (tensor.float() < 0).any():
-            what, expected = "negative", "positive"
-        elif suffix.startswith("weight_scale") and voids_codes(tensor, scheme, tensors):
-            what, expected = "zero (beside codes that are not)", "positive"
-        if what:
-            raise CheckpointError(
-                f"{checkpoint.tensors[name].file}: tensor {name} holds {what} scales: "
-                f"expected {expected} numbers; the checkpoint is damaged or was exported wrongly"
-            )
-
-
-def voids_codes(scales: torch.Tensor, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a scale of zero stands beside e4m3 codes [N, K] that are not zero."""
-    zero = scales == 0
-    if scheme.weight != "e4m3" or not zero.any():
-        return False
-    codes = tensors["weight"].view(torch.uint8) & 0x7F
-    if scheme.scale == "block":
-        zero = expand_blocks(zero, scheme.block, (codes.shape[0], codes.shape[1]))
-    elif scheme.scale == "channel":
-        zero = zero.reshape(-1, 1)
-    return bool((codes * zero).any())
-
-
 def take_part(
     component: ComponentPlan, piece: Piece, tensors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
@@ -331,23 +279,6 @@ def take_part(
             f"{piece.target.module} in the {component.dialect.name} layout, and {error}: expected "
             "whole blocks; quantize with one scale per channel, or with diffusers' names"
         ) from error
-
-
-def check_values(
-    component: ComponentPlan, piece: Piece, tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """What the family says can never be among a layer's values is refused."""
-    assert component.family is not None
-    find_fault = getattr(families.load(component.family), "find_fault", None)
-    fault = None if find_fault is None else find_fault(tensors, piece.scheme)
-    if fault is None:
-        return
-    suffix, what = fault
-    name = f"{piece.layer}.{suffix}"
-    raise CheckpointError(
-        f"{component.checkpoint.tensors[name].file}: tensor {name} {what}. The checkpoint is "
-        "damaged or was exported wrongly: download it again, or quantize again"
-    )
 
 
 def select_rows(target: Target, stored_rows: int) -> torch.Tensor | slice | None:
@@ -420,16 +351,6 @@ def plain_targets(component: ComponentPlan, name: str) -> Iterator[tuple[Target,
                 "rows are interleaved and 1 is added to its scale cannot be known"
             )
         yield target, f"{target.module}.{leaf}" if target.module else leaf
-
-
-def check_plain(checkpoint: Checkpoint, name: str, parameter: str, tensor: torch.Tensor) -> None:
-    """Codes must never be taken as numbers."""
-    if tensor.dtype not in NUMBERS:
-        raise CheckpointError(
-            f"{checkpoint.tensors[name].file}: tensor {name} holds {tensor.dtype} codes, but the "
-            f"checkpoint describes {parameter} as full precision: its scale is missing, or its "
-            "exclusion list is wrong; expected BF16, F16 or F32"
-        )
 
 
 def assign(

@@ -36,7 +36,7 @@ from typing import Any
 from quantmatrix import models
 from quantmatrix.checkpoint import Checkpoint, Hub, TensorHeader, read_json
 from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
-from quantmatrix.families import msmodelslim
+from quantmatrix.families.msmodelslim_description import check_known
 from quantmatrix.models import Dialect
 from quantmatrix.references import open_component
 from quantmatrix.request import normalize_words
@@ -173,7 +173,7 @@ def convert(source: Checkpoint, target: Path, config_file: Path | None = None) -
     found = rename_headers(source, renamed)
     described = {renamed.get(key, key): word for key, word in (source.description or {}).items()}
     config = read_config(source, config_file)
-    msmodelslim.check_known(source)
+    check_known(source)
     check_smoothing(source)
     verify(source, found, described, config or infer_config(source, found))
     target.mkdir(parents=True)

@@ -1,9 +1,9 @@
-"""Values that the tensors of a msmodelslim layer cannot hold, and how some of them are encoded.
+"""What the tensors of a msmodelslim layer are, and the values that they cannot hold.
 
 Scales are positive, codes fit their number format, and a W8A8 layer stores some numbers twice: its
 bias in `bias` and in `quant_bias`, its scales in `deq_scale` and, from older writers, one by one.
 Backends read one or the other record, so two that contradict each other would give two images.
-`msmodelslim` describes the tensors.
+`msmodelslim` has the table of the tensors.
 """
 
 from __future__ import annotations
@@ -12,12 +12,48 @@ from collections.abc import Mapping
 
 import torch
 
-from quantmatrix.scheme import Scheme
+from quantmatrix.families import mx_blocks
+from quantmatrix.scheme import Scheme, TensorSpec
 
+FLOATS = ("F32", "BF16", "F16")
+"""Dtypes of scales: float32, or the model's own from older writers."""
+SCHEMES: Mapping[str, Scheme] = {
+    "W8A8": Scheme("linear.int8", "W8A8", "int8", "channel", "tensor-static"),
+    "W8A8_DYNAMIC": Scheme("linear.int8", "W8A8_DYNAMIC", "int8", "channel", "token-dynamic"),
+    "W4A4_DYNAMIC": Scheme("linear.int8", "W4A4_DYNAMIC", "int4", "channel", "token-dynamic"),
+    "W8A8_MXFP8": Scheme(
+        "linear.fp8", "W8A8_MXFP8", "e4m3", "block", "group-power", (1, mx_blocks.BLOCK)
+    ),
+}
 WRAPPERS = ("linear.", "div.")
 """Levels that smoothing adds to names, and `wan_repack` removes."""
 CONTRADICTION = 0.02
 """Share by which two records of one number may differ; what is rounded differs by less."""
+
+
+def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+    """The tensors of a layer on disk, by suffix, `bias` left out."""
+    rows, column = (out_features,), (out_features, 1)
+    static = scheme.activation == "tensor-static"
+    if scheme.weight == "e4m3":
+        blocks = -(-in_features // mx_blocks.BLOCK)
+        return {
+            "weight": TensorSpec(("F8_E4M3",), ((out_features, in_features),)),
+            "weight_scale": TensorSpec(("U8",), ((out_features, blocks),)),
+        }
+    specs = {
+        "weight": TensorSpec(("I8",), ((out_features, in_features),)),
+        "weight_scale": TensorSpec(FLOATS, (column,), optional=static),
+        "weight_offset": TensorSpec(FLOATS, (column,), optional=True),
+    }
+    if static:
+        specs["input_scale"] = TensorSpec(FLOATS, ((1,), ()))
+        specs["input_offset"] = TensorSpec(FLOATS, ((1,), ()))
+        specs["deq_scale"] = TensorSpec(("F32", "I64"), (rows,))
+        specs["quant_bias"] = TensorSpec(("I32",), (rows,))
+    if scheme.smoothed:
+        specs["mul_scale"] = TensorSpec(FLOATS, ((in_features,),))
+    return specs
 
 
 def find_fault(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[str, str] | None:
@@ -89,11 +125,6 @@ def _find_static_fault(stored: Mapping[str, torch.Tensor]) -> tuple[str, str] | 
     return None
 
 
-def sum_rows(codes: torch.Tensor) -> torch.Tensor:
-    """Sums int32 [N] of int8 codes [N, K] on a CPU, where the matmul is 40 times faster than `sum`."""
-    return torch._int_mm(codes, torch.ones(codes.shape[1], 1, dtype=torch.int8)).flatten()
-
-
 def decode_deq_scale(stored: torch.Tensor) -> torch.Tensor:
     """float32 [N] from either encoding: plain float32, or its bits widened to int64."""
     if stored.dtype == torch.int64:
@@ -106,3 +137,8 @@ def plain_suffix(suffix: str) -> str:
     for wrapper in WRAPPERS:
         suffix = suffix.removeprefix(wrapper)
     return suffix
+
+
+def sum_rows(codes: torch.Tensor) -> torch.Tensor:
+    """Sums int32 [N] of int8 codes [N, K] on a CPU, where the matmul is 40 times faster than `sum`."""
+    return torch._int_mm(codes, torch.ones(codes.shape[1], 1, dtype=torch.int8)).flatten()
