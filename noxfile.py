@@ -128,9 +128,8 @@ def producers(session: nox.Session) -> None:
     session.install(TORCH)
     session.install("-c", "constraints.txt", "-e", ".[test]")
     session.install("-r", "tests/producers/requirements.txt")
-    session.run(
-        "pytest", "tests/producers", "-q", "--strict-producers", "-W", "ignore", *session.posargs
-    )
+    words = ["tests/producers", "-q", "-n", "2", "--strict-producers", "-W", "ignore"]
+    session.run("pytest", *words, *session.posargs)
 
 
 @nox.session(name="producers-msmodelslim")
