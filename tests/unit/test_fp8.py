@@ -354,8 +354,8 @@ LISTED = {
         ("channel-dynamic", {"quant_configs": [1]}, "expected a JSON object"),
         (
             "channel-dynamic",
-            {"layers": {"a": {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}}},
-            "full_precision_matrix_mult",
+            {"layers": {"a": {"format": "float8_e4m3fn", "convrot": True}}},
+            "convrot",
         ),
     ],
 )
@@ -372,6 +372,28 @@ def test_listed_layers_are_as_the_list_says(
     with pytest.raises(CheckpointError, match=message) as caught:
         fp8.schemes(checkpoint)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("beside", [{}, {"input_scale": torch.tensor(0.5)}])
+@pytest.mark.parametrize("name", ["tensor-dynamic", "channel-dynamic"])
+def test_inputs_that_a_list_leaves_alone(tmp_path: Path, name: str, beside: Any) -> None:
+    """ComfyUI's writers list layers whose weight alone has codes."""
+    weight, bias, x, _ = make_layer()
+    made = {**fp8.quantize(weight, fp8.SCHEMES[name], bias=bias), **beside}
+    entry = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+    text = json.dumps({"format_version": "1.0", "layers": {"a": entry}})
+    path = tmp_path / "w.safetensors"
+    tensors = {f"a.{k}": v for k, v in made.items()}
+    save_file(tensors, path, metadata={"_quantization_metadata": text})
+    found = fp8.schemes(open_weights(str(path), Hub(offline=True)))["a"]
+    assert found.activation == "none"
+    expected = functional.linear(x, decode_plainly(made), bias.float())
+    for backend in ("reference", "decode"):
+        kernel = next(k for k in kernels_of("linear.fp8") if k.backend == backend)
+        buffers = kernel.prepare(fp8.canonical(made, found), found, torch.float32)
+        buffers.pop("bias", None)
+        y = kernel.run(x, buffers, bias.float(), found)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

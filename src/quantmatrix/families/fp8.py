@@ -9,12 +9,15 @@ of a quantized linear layer with N outputs and K inputs:
 | per channel | F8_E4M3 [N, K] | `weight_scale` F32 [N] or [N, 1] | per token, or static `input_scale` |
 | block | F8_E4M3 [N, K] | `weight_scale_inv` F32 [ceil(N/bn), ceil(K/bk)] | dynamic, per token and bk columns |
 | online | any float, quantized while loading | made at load | dynamic, per tensor |
+| weights only | F8_E4M3 [N, K] | as per tensor, or per channel | not quantized |
 
 Real weight = stored value x scale in every variant; `_inv` is historical. `weight_block_size`
 declares blocks, `activation_scheme` static or dynamic inputs, `ignored_layers` (or
 `modules_to_not_convert`) the layers that were left alone. Two header forms without `quant_method`
 are known: `format_version` with `layers` of a float8 format, and the row-wise form (version 1.1)
-whose `quant_configs` name the scale recipe. Sources: vLLM's and SGLang's fp8 checkpoints, diffusers.
+whose `quant_configs` name the scale recipe. A layer that the first lists with
+`full_precision_matrix_mult` has codes for its weight only. Sources: vLLM's and SGLang's fp8
+checkpoints, diffusers, ComfyUI.
 """
 
 from __future__ import annotations
@@ -117,6 +120,7 @@ def find_scheme(
     checkpoint: Checkpoint, declared: Declared, layer: str, suffixes: frozenset[str]
 ) -> Scheme:
     """Scheme of one layer, from the declaration and the shape of its scales."""
+    whole = layer in declared.whole_inputs
     static = declared.static or (not declared.method and "input_scale" in suffixes)
     if declared.block is not None:
         scheme = replace(BLOCK, block=declared.block)
@@ -127,6 +131,8 @@ def find_scheme(
         rowwise = layer in declared.rowwise or (scale is not None and scale.shape in shapes)
         kind = "channel" if rowwise else "tensor"
         scheme = SCHEMES[f"{kind}-{'static' if static else 'dynamic'}"]
+    if whole:
+        return replace(scheme, name=f"{scheme.name}-weights", activation="none")
     if "input_scale" in suffixes and not static:
         name = f"{layer}.input_scale"
         raise CheckpointError(
@@ -177,6 +183,8 @@ def check_others(checkpoint: Checkpoint, found: Mapping[str, Scheme]) -> None:
         above = layer.rpartition(".")[0]
         scheme = found.get(layer)
         known = () if scheme is None else (*tensors(scheme, 1, 1), *BESIDE)
+        if scheme is not None and scheme.activation == "none":
+            known = (*known, "input_scale")
         if above in found or (scheme is not None and suffix not in known):
             raise CheckpointError(
                 f"{header.file}: tensor {name} ({header.dtype} {list(header.shape)}) stands beside "
