@@ -381,11 +381,13 @@ def test_inputs_that_a_list_leaves_alone(tmp_path: Path, name: str, beside: Any)
     weight, bias, x, _ = make_layer()
     made = {**fp8.quantize(weight, fp8.SCHEMES[name], bias=bias), **beside}
     entry = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
-    text = json.dumps({"format_version": "1.0", "layers": {"a": entry}})
+    text = json.dumps({"layers": {"a": entry}})
     path = tmp_path / "w.safetensors"
     tensors = {f"a.{k}": v for k, v in made.items()}
     save_file(tensors, path, metadata={"_quantization_metadata": text})
-    found = fp8.schemes(open_weights(str(path), Hub(offline=True)))["a"]
+    checkpoint = open_weights(str(path), Hub(offline=True))
+    assert families.detect(checkpoint)[0] == "fp8"
+    found = fp8.schemes(checkpoint)["a"]
     assert found.activation == "none"
     expected = functional.linear(x, decode_plainly(made), bias.float())
     for backend in ("reference", "decode"):

@@ -14,10 +14,10 @@ of a quantized linear layer with N outputs and K inputs:
 Real weight = stored value x scale in every variant; `_inv` is historical. `weight_block_size`
 declares blocks, `activation_scheme` static or dynamic inputs, `ignored_layers` (or
 `modules_to_not_convert`) the layers that were left alone. Two header forms without `quant_method`
-are known: `format_version` with `layers` of a float8 format, and the row-wise form (version 1.1)
-whose `quant_configs` name the scale recipe. A layer that the first lists with
-`full_precision_matrix_mult` has codes for its weight only. Sources: vLLM's and SGLang's fp8
-checkpoints, diffusers, ComfyUI.
+are known: `layers` of a float8 format (one of NVFP4 among them makes the file `modelopt-nvfp4`), and
+the row-wise form (version 1.1) whose `quant_configs` name the scale recipe. A layer that the first
+lists with `full_precision_matrix_mult` has codes for its weight only. Sources: vLLM's and SGLang's
+fp8 checkpoints, diffusers, ComfyUI.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ def detect(checkpoint: Checkpoint) -> str | None:
     block = checkpoint.quantization or {}
     if block.get("quant_method") == "fp8":
         return f"quant_method fp8 in {checkpoint.quantization_from}"
-    formats = {word for word in read_formats(block).values() if "float8" in word}
-    if "quant_method" not in block and formats and "format_version" in block:
+    words = set(read_formats(block).values())
+    formats = {word for word in words if "float8" in word}
+    if "quant_method" not in block and formats and "nvfp4" not in words:
         return f"layers of format {', '.join(sorted(formats))} in {checkpoint.quantization_from}"
     return None
 
