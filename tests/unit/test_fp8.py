@@ -198,7 +198,12 @@ BROKEN = [
     ("fp8", "tensor-dynamic", {"weight_scale": torch.ones(()).half()}, "is F16"),
     ("fp8", "tensor-dynamic", {"input_scale": torch.ones(())}, "declares dynamic activations"),
     ("fp8", "tensor-dynamic", {"weight": torch.ones(N, K).bfloat16()}, "a.weight is BF16"),
-    ("fp8", "block-dynamic", {"weight_scale_inv": torch.ones(1, 3)}, r"expected F32 \[2, 3\]"),
+    (
+        "fp8",
+        "block-dynamic",
+        {"weight_scale_inv": torch.ones(1, 3)},
+        r"expected F32 or BF16 or F16 \[2, 3\]",
+    ),
     ("modelopt-fp8", "FP8", {"weight_scale": None}, "never assumed to be 1"),
     ("modelopt-fp8", "FP8", {"input_scale": None}, "a.input_scale is missing"),
     ("modelopt-fp8", "FP8", {"weight_scale": torch.ones(N)}, rf"\[{N}\], expected F32"),
@@ -346,7 +351,7 @@ LISTED = {
 @pytest.mark.parametrize(
     ("scheme", "changes", "message"),
     [
-        ("tensor-dynamic", {}, r"a\.weight_scale is F32 \[\], expected F32 \[144\]"),
+        ("tensor-dynamic", {}, r"a\.weight_scale is F32 \[\], expected F32 or BF16 or F16 \[144\]"),
         ("channel-dynamic", {"layers": {"a": ROWWISE, "b": "int3"}}, 'format of b is "int3"'),
         ("channel-dynamic", {"layers": {"a": "float8_e5m2"}}, 'format of a is "float8_e5m2"'),
         ("channel-dynamic", {"layers": {"b": "bf16", "z.a": ROWWISE}}, "that a is left alone"),
@@ -372,6 +377,20 @@ def test_listed_layers_are_as_the_list_says(
     with pytest.raises(CheckpointError, match=message) as caught:
         fp8.schemes(checkpoint)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["block-dynamic", "channel-dynamic"])
+def test_scales_in_the_dtype_of_the_model(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    """As other loaders of block-wise folders take them."""
+    made = fp8.quantize(make_layer()[0], fp8.SCHEMES[name])
+    suffix = next(suffix for suffix in made if suffix.startswith("weight_scale"))
+    changes = {suffix: made[suffix].to(dtype)}
+    checkpoint = make_checkpoint(tmp_path / "c", "fp8", name, **changes)
+    assert fp8.schemes(checkpoint) == {"a": fp8.SCHEMES[name]}
+    stored = {**made, **changes}
+    expected = decode_plainly({**made, suffix: changes[suffix].float()})
+    assert torch.equal(fp8.dequantize(stored, fp8.SCHEMES[name]), expected)
 
 
 @pytest.mark.parametrize("beside", [{}, {"input_scale": torch.tensor(0.5)}])

@@ -11,13 +11,14 @@ of a quantized linear layer with N outputs and K inputs:
 | online | any float, quantized while loading | made at load | dynamic, per tensor |
 | weights only | F8_E4M3 [N, K] | as per tensor, or per channel | not quantized |
 
-Real weight = stored value x scale in every variant; `_inv` is historical. `weight_block_size`
-declares blocks, `activation_scheme` static or dynamic inputs, `ignored_layers` (or
-`modules_to_not_convert`) the layers that were left alone. Two header forms without `quant_method`
-are known: `layers` of a float8 format (one of NVFP4 among them makes the file `modelopt-nvfp4`), and
-the row-wise form (version 1.1) whose `quant_configs` name the scale recipe. A layer that the first
-lists with `full_precision_matrix_mult` has codes for its weight only. Sources: vLLM's and SGLang's
-fp8 checkpoints, diffusers, ComfyUI.
+Scales per channel and block may have the model's own dtype, too. Real weight = stored value x scale
+in every variant; `_inv` is historical. `weight_block_size` declares blocks, `activation_scheme`
+static or dynamic inputs, `ignored_layers` (or `modules_to_not_convert`) the layers that were left
+alone. Two header forms without `quant_method` are known: `layers` of a float8 format (one of NVFP4
+among them makes the file `modelopt-nvfp4`), and the row-wise form (version 1.1) whose
+`quant_configs` name the scale recipe. A layer that the first lists with
+`full_precision_matrix_mult` has codes for its weight only. Sources: vLLM's and SGLang's fp8
+checkpoints, diffusers, ComfyUI.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ SCHEMES: Mapping[str, Scheme] = {
     "block-dynamic": BLOCK,
 }
 SCALES = ("weight_scale", "weight_scale_inv")
+FLOATS = ("F32", "BF16", "F16")
+"""Dtypes of scales per block or channel: float32, or the model's own."""
 BESIDE = ("bias", "comfy_quant")
 """Suffixes that may stand in any layer."""
 AGAIN = "Download the checkpoint again, or quantize it again"
@@ -226,9 +229,9 @@ def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, Te
     specs = {"weight": TensorSpec(("F8_E4M3",), ((out_features, in_features),))}
     if scheme.scale == "block":
         blocks = (-(-out_features // scheme.block[0]), -(-in_features // scheme.block[1]))
-        specs["weight_scale_inv"] = TensorSpec(("F32",), (blocks,))
+        specs["weight_scale_inv"] = TensorSpec(FLOATS, (blocks,))
     elif scheme.scale == "channel":
-        specs["weight_scale"] = TensorSpec(("F32",), ((out_features,), (out_features, 1)))
+        specs["weight_scale"] = TensorSpec(FLOATS, ((out_features,), (out_features, 1)))
     else:
         specs["weight_scale"] = scalar
     if scheme.activation == "tensor-static":
