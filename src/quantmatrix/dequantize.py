@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,14 +93,13 @@ def decode_tensors(
 ) -> Iterator[tuple[str, Callable[[TensorReader], torch.Tensor]]]:
     """(diffusers name, how to make the float tensor) of every tensor of a component.
 
-    A layer that folds a bias away tells of one that the model may not have.
+    Where the model has no bias a layer may still store one, of zeros, or folded.
     """
     quantized = {piece.layer for piece in component.pieces()}
     ignored = ignored_names(component.checkpoint, component.family)
     for module, pieces in component.layers.items():
         bias = f"{module}.bias"
-        kinds = BIASES if bias in expected else BIASES[:2]
-        if any(has_bias(component, piece, kinds) for piece in pieces):
+        if bias in expected and any(has_bias(component, piece) for piece in pieces):
             yield f"{module}.weight", partial(decode_part, component, pieces, 0)
             yield bias, partial(decode_part, component, pieces, 1)
         else:
@@ -151,7 +150,7 @@ def decode_part(
 def decode_bare(
     component: ComponentPlan, pieces: tuple[Piece, ...], reader: TensorReader
 ) -> torch.Tensor:
-    """The weight of a module without a bias; one that is folded must be zero."""
+    """The weight of a module without a bias; one that is stored must be zero."""
     weight, bias = decode_pieces(component, pieces, reader)
     if bias.any():
         raise CheckpointError(
@@ -161,9 +160,9 @@ def decode_bare(
     return weight
 
 
-def has_bias(component: ComponentPlan, piece: Piece, kinds: Sequence[str]) -> bool:
-    """Whether a layer on disk has a bias tensor of these kinds."""
-    return any(f"{piece.layer}.{kind}" in component.checkpoint.tensors for kind in kinds)
+def has_bias(component: ComponentPlan, piece: Piece) -> bool:
+    """Whether a layer on disk has a bias tensor."""
+    return any(f"{piece.layer}.{kind}" in component.checkpoint.tensors for kind in BIASES)
 
 
 def decode_pieces(

@@ -32,6 +32,9 @@ from quantmatrix.request import PRECISIONS, Request
 COMPATIBLE_BASES = {"FLUX.2-dev-NVFP4": "black-forest-labs/FLUX.2-dev"}
 """Repositories that hold only weights and may stand in `--model-path`, with their real base."""
 
+UNCOMPARED = ("quantization_config", "axes_lens", "rope_max_seq_len", "dtype", "torch_dtype")
+"""Words of a model's configuration that change none of its numbers; two are lengths of tables."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -233,7 +236,7 @@ def check_stated_config(
 
     It stands in the header, or beside an SVDQuant folder of two files. Numbers of heads or of
     positions shape no tensor, so that nothing else would tell of them. What one of the two leaves
-    out, or leaves empty, is not compared.
+    out, or leaves empty, is not compared, nor what changes no number.
     """
     stated: Mapping[str, Any] = parse_block(checkpoint.metadata.get("config", ""))
     place = f"{checkpoint.files[0]}: the header's config"
@@ -248,7 +251,7 @@ def check_stated_config(
     for key, value in stated.items():
         here = config.get(key)
         same = value is None or here is None or value == here
-        if same or key.startswith("_") or key == "quantization_config":
+        if same or key.startswith("_") or key in UNCOMPARED:
             continue
         raise CheckpointError(
             f"{place} says {key} {json.dumps(value)[:120]}, {config_from} says "

@@ -198,7 +198,12 @@ BROKEN = [
     ("fp8", "tensor-dynamic", {"weight_scale": torch.ones(()).half()}, "is F16"),
     ("fp8", "tensor-dynamic", {"input_scale": torch.ones(())}, "declares dynamic activations"),
     ("fp8", "tensor-dynamic", {"weight": torch.ones(N, K).bfloat16()}, "a.weight is BF16"),
-    ("fp8", "block-dynamic", {"weight_scale_inv": torch.ones(1, 3)}, r"expected F32 \[2, 3\]"),
+    (
+        "fp8",
+        "block-dynamic",
+        {"weight_scale_inv": torch.ones(1, 3)},
+        r"expected F32 or BF16 or F16 \[2, 3\]",
+    ),
     ("modelopt-fp8", "FP8", {"weight_scale": None}, "never assumed to be 1"),
     ("modelopt-fp8", "FP8", {"input_scale": None}, "a.input_scale is missing"),
     ("modelopt-fp8", "FP8", {"weight_scale": torch.ones(N)}, rf"\[{N}\], expected F32"),
@@ -346,7 +351,7 @@ LISTED = {
 @pytest.mark.parametrize(
     ("scheme", "changes", "message"),
     [
-        ("tensor-dynamic", {}, r"a\.weight_scale is F32 \[\], expected F32 \[144\]"),
+        ("tensor-dynamic", {}, r"a\.weight_scale is F32 \[\], expected F32 or BF16 or F16 \[144\]"),
         ("channel-dynamic", {"layers": {"a": ROWWISE, "b": "int3"}}, 'format of b is "int3"'),
         ("channel-dynamic", {"layers": {"a": "float8_e5m2"}}, 'format of a is "float8_e5m2"'),
         ("channel-dynamic", {"layers": {"b": "bf16", "z.a": ROWWISE}}, "that a is left alone"),
@@ -354,8 +359,8 @@ LISTED = {
         ("channel-dynamic", {"quant_configs": [1]}, "expected a JSON object"),
         (
             "channel-dynamic",
-            {"layers": {"a": {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}}},
-            "full_precision_matrix_mult",
+            {"layers": {"a": {"format": "float8_e4m3fn", "convrot": True}}},
+            "convrot",
         ),
     ],
 )
@@ -372,6 +377,44 @@ def test_listed_layers_are_as_the_list_says(
     with pytest.raises(CheckpointError, match=message) as caught:
         fp8.schemes(checkpoint)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["block-dynamic", "channel-dynamic"])
+def test_scales_in_the_dtype_of_the_model(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    """As other loaders of block-wise folders take them."""
+    made = fp8.quantize(make_layer()[0], fp8.SCHEMES[name])
+    suffix = next(suffix for suffix in made if suffix.startswith("weight_scale"))
+    changes = {suffix: made[suffix].to(dtype)}
+    checkpoint = make_checkpoint(tmp_path / "c", "fp8", name, **changes)
+    assert fp8.schemes(checkpoint) == {"a": fp8.SCHEMES[name]}
+    stored = {**made, **changes}
+    expected = decode_plainly({**made, suffix: changes[suffix].float()})
+    assert torch.equal(fp8.dequantize(stored, fp8.SCHEMES[name]), expected)
+
+
+@pytest.mark.parametrize("beside", [{}, {"input_scale": torch.tensor(0.5)}])
+@pytest.mark.parametrize("name", ["tensor-dynamic", "channel-dynamic"])
+def test_inputs_that_a_list_leaves_alone(tmp_path: Path, name: str, beside: Any) -> None:
+    """ComfyUI's writers list layers whose weight alone has codes."""
+    weight, bias, x, _ = make_layer()
+    made = {**fp8.quantize(weight, fp8.SCHEMES[name], bias=bias), **beside}
+    entry = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+    text = json.dumps({"layers": {"a": entry}})
+    path = tmp_path / "w.safetensors"
+    tensors = {f"a.{k}": v for k, v in made.items()}
+    save_file(tensors, path, metadata={"_quantization_metadata": text})
+    checkpoint = open_weights(str(path), Hub(offline=True))
+    assert families.detect(checkpoint)[0] == "fp8"
+    found = fp8.schemes(checkpoint)["a"]
+    assert found.activation == "none"
+    expected = functional.linear(x, decode_plainly(made), bias.float())
+    for backend in ("reference", "decode"):
+        kernel = next(k for k in kernels_of("linear.fp8") if k.backend == backend)
+        buffers = kernel.prepare(fp8.canonical(made, found), found, torch.float32)
+        buffers.pop("bias", None)
+        y = kernel.run(x, buffers, bias.float(), found)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

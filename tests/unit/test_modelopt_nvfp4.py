@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 from quantmatrix import families
 from quantmatrix.checkpoint import Checkpoint, TensorHeader, find_block
@@ -159,6 +160,35 @@ def test_only_this_family_claims_it() -> None:
     assert families.detect(make_checkpoint({"a": quantize()}, BLOCK)) is not None
     nested = {"quantization": {"quant_algo": "NVFP4", "swap_weight_nibbles": True}}
     assert read({"a": quantize()}, nested)["a"].swap_nibbles
+
+
+@pytest.mark.parametrize("version", [{}, {"format_version": "1.0"}])
+def test_a_list_of_fp8_and_nvfp4_layers(version: dict[str, str]) -> None:
+    """ComfyUI's mixed files: the FP8 layers do not make it a file of the other family."""
+    full = {"full_precision_matrix_mult": True}
+    raw = LAYOUTS[3]
+    listed = {
+        "double_blocks.0.img_attn.qkv": {"format": "nvfp4"},
+        "double_blocks.0.img_mlp.0": {"format": "nvfp4", **full},
+        "double_blocks.0.txt_attn.qkv": {"format": "float8_e4m3fn"},
+        "double_blocks.0.txt_mlp.0": {"format": "float8_e4m3fn", **full},
+    }
+    stored = {"nvfp4": quantize(raw), "float8_e4m3fn": quantize_fp8()}
+    checkpoint = make_checkpoint(
+        {name: stored[entry["format"]] for name, entry in listed.items()},
+        metadata={"_quantization_metadata": json.dumps({**version, "layers": listed})},
+    )
+    assert families.detect(checkpoint)[0] == "modelopt-nvfp4"
+    found = modelopt_nvfp4.schemes(checkpoint)
+    activations = ["group-dynamic", "none", "tensor-static", "none"]
+    assert [scheme.activation for scheme in found.values()] == activations
+    x = make_input()
+    for name, scheme in found.items():
+        tensors = stored[listed[name]["format"]]
+        y = modelopt_nvfp4.reference(x, tensors, scheme)
+        exact = functional.linear(x, modelopt_nvfp4.dequantize(tensors, scheme))
+        error = (y - exact).norm() / exact.norm()
+        assert error < 1e-6 if scheme.activation == "none" else error > 1e-3
 
 
 @pytest.mark.parametrize(

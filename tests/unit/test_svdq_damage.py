@@ -182,6 +182,26 @@ def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
         load("flux-1", path)
 
 
+def test_biases_of_zeros_where_the_model_has_none(tmp_path: Path) -> None:
+    """As the quantizer's own converter writes them."""
+
+    def edit(tensors: Tensors) -> None:
+        for layer in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
+            rows = tensors[f"{layer}.qweight"].shape[0]
+            tensors.setdefault(f"{layer}.bias", torch.zeros(rows, dtype=torch.bfloat16))
+
+    path = write(tmp_path / "custom.safetensors", "z-image int4", edit)
+    found = forward("z-image", load("z-image", path))
+    assert oracle.relative_error(found, expect("z-image int4")) < ALIKE
+    request = Request(
+        model_path=str(find(BASES["z-image"])), weights_paths={"transformer": str(path)}
+    )
+    dequantize(request, str(tmp_path / "plain"))
+    plain = read_file(next((tmp_path / "plain").glob("*.safetensors")))[0]
+    assert "layers.0.attention.to_q.weight" in plain
+    assert "layers.0.attention.to_q.bias" not in plain
+
+
 # --- the model that a header was made for ----------------------------------------------------
 
 
@@ -234,6 +254,18 @@ def test_words_that_one_config_leaves_out_are_not_compared(tmp_path: Path) -> No
     path = write(tmp_path / "custom.safetensors", "qwen-image int4", metadata=header)
     found = forward("qwen-image", load("qwen-image", path))
     assert oracle.relative_error(found, expect("qwen-image int4")) < ALIKE
+
+
+def test_words_that_change_no_number_are_not_compared(tmp_path: Path) -> None:
+    """Lengths of position tables, of which writers have different defaults."""
+    name = "z-image int4"
+    _, header = read_file(find(FILES[name]))
+    config = json.loads(header["config"])
+    other = {"axes_lens": [2 * n for n in config["axes_lens"]], "torch_dtype": "bfloat16"}
+    changed = {"config": json.dumps({**config, **other, "t_scale": int(config["t_scale"])})}
+    path = write(tmp_path / "custom.safetensors", name, metadata={**header, **changed})
+    found = forward("z-image", load("z-image", path))
+    assert oracle.relative_error(found, expect(name)) < ALIKE
 
 
 # --- numbers that cannot be meant ------------------------------------------------------------

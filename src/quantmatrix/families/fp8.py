@@ -9,12 +9,16 @@ of a quantized linear layer with N outputs and K inputs:
 | per channel | F8_E4M3 [N, K] | `weight_scale` F32 [N] or [N, 1] | per token, or static `input_scale` |
 | block | F8_E4M3 [N, K] | `weight_scale_inv` F32 [ceil(N/bn), ceil(K/bk)] | dynamic, per token and bk columns |
 | online | any float, quantized while loading | made at load | dynamic, per tensor |
+| weights only | F8_E4M3 [N, K] | as per tensor, or per channel | not quantized |
 
-Real weight = stored value x scale in every variant; `_inv` is historical. `weight_block_size`
-declares blocks, `activation_scheme` static or dynamic inputs, `ignored_layers` (or
-`modules_to_not_convert`) the layers that were left alone. Two header forms without `quant_method`
-are known: `format_version` with `layers` of a float8 format, and the row-wise form (version 1.1)
-whose `quant_configs` name the scale recipe. Sources: vLLM's and SGLang's fp8 checkpoints, diffusers.
+Scales per channel and block may have the model's own dtype, too. Real weight = stored value x scale
+in every variant; `_inv` is historical. `weight_block_size` declares blocks, `activation_scheme`
+static or dynamic inputs, `ignored_layers` (or `modules_to_not_convert`) the layers that were left
+alone. Two header forms without `quant_method` are known: `layers` of a float8 format (one of NVFP4
+among them makes the file `modelopt-nvfp4`), and the row-wise form (version 1.1) whose
+`quant_configs` name the scale recipe. A layer that the first lists with
+`full_precision_matrix_mult` has codes for its weight only. Sources: vLLM's and SGLang's fp8
+checkpoints, diffusers, ComfyUI.
 """
 
 from __future__ import annotations
@@ -48,6 +52,8 @@ SCHEMES: Mapping[str, Scheme] = {
     "block-dynamic": BLOCK,
 }
 SCALES = ("weight_scale", "weight_scale_inv")
+FLOATS = ("F32", "BF16", "F16")
+"""Dtypes of scales per block or channel: float32, or the model's own."""
 BESIDE = ("bias", "comfy_quant")
 """Suffixes that may stand in any layer."""
 AGAIN = "Download the checkpoint again, or quantize it again"
@@ -60,8 +66,9 @@ def detect(checkpoint: Checkpoint) -> str | None:
     block = checkpoint.quantization or {}
     if block.get("quant_method") == "fp8":
         return f"quant_method fp8 in {checkpoint.quantization_from}"
-    formats = {word for word in read_formats(block).values() if "float8" in word}
-    if "quant_method" not in block and formats and "format_version" in block:
+    words = set(read_formats(block).values())
+    formats = {word for word in words if "float8" in word}
+    if "quant_method" not in block and formats and "nvfp4" not in words:
         return f"layers of format {', '.join(sorted(formats))} in {checkpoint.quantization_from}"
     return None
 
@@ -117,6 +124,7 @@ def find_scheme(
     checkpoint: Checkpoint, declared: Declared, layer: str, suffixes: frozenset[str]
 ) -> Scheme:
     """Scheme of one layer, from the declaration and the shape of its scales."""
+    whole = layer in declared.whole_inputs
     static = declared.static or (not declared.method and "input_scale" in suffixes)
     if declared.block is not None:
         scheme = replace(BLOCK, block=declared.block)
@@ -127,6 +135,8 @@ def find_scheme(
         rowwise = layer in declared.rowwise or (scale is not None and scale.shape in shapes)
         kind = "channel" if rowwise else "tensor"
         scheme = SCHEMES[f"{kind}-{'static' if static else 'dynamic'}"]
+    if whole:
+        return replace(scheme, name=f"{scheme.name}-weights", activation="none")
     if "input_scale" in suffixes and not static:
         name = f"{layer}.input_scale"
         raise CheckpointError(
@@ -177,6 +187,8 @@ def check_others(checkpoint: Checkpoint, found: Mapping[str, Scheme]) -> None:
         above = layer.rpartition(".")[0]
         scheme = found.get(layer)
         known = () if scheme is None else (*tensors(scheme, 1, 1), *BESIDE)
+        if scheme is not None and scheme.activation == "none":
+            known = (*known, "input_scale")
         if above in found or (scheme is not None and suffix not in known):
             raise CheckpointError(
                 f"{header.file}: tensor {name} ({header.dtype} {list(header.shape)}) stands beside "
@@ -217,9 +229,9 @@ def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, Te
     specs = {"weight": TensorSpec(("F8_E4M3",), ((out_features, in_features),))}
     if scheme.scale == "block":
         blocks = (-(-out_features // scheme.block[0]), -(-in_features // scheme.block[1]))
-        specs["weight_scale_inv"] = TensorSpec(("F32",), (blocks,))
+        specs["weight_scale_inv"] = TensorSpec(FLOATS, (blocks,))
     elif scheme.scale == "channel":
-        specs["weight_scale"] = TensorSpec(("F32",), ((out_features,), (out_features, 1)))
+        specs["weight_scale"] = TensorSpec(FLOATS, ((out_features,), (out_features, 1)))
     else:
         specs["weight_scale"] = scalar
     if scheme.activation == "tensor-static":

@@ -8,6 +8,7 @@
 | `fmt`, `scale_fmt` | how codes and scales are coded, where they are named at all: `e4m3`, `float` |
 | `format_version` | `1.0` or `1.1`, of a header that lists layers |
 | `layers` | format word per layer: one with `float8` in it, or one for full precision (`bf16`) |
+|          | beside it `full_precision_matrix_mult`: inputs are left alone, only weights have codes |
 | `quant_configs` | `scale_recipe` per format word: `rowwise` |
 
 An entry of an ignore list is a layer's full name, the name of a level above it, a pattern with `*`,
@@ -34,6 +35,7 @@ CODED = "float8"
 FOREIGN_CODES = ("e5m2", "fnuz", "e8m0")
 """Formats of eight bits that are not float8_e4m3fn."""
 PLAIN_WORDS = ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
+WHOLE_INPUTS = "full_precision_matrix_mult"
 ROWWISE = "rowwise"
 WORDS: Mapping[str, tuple[str | None, ...]] = {
     "activation_scheme": (None, "dynamic", "static"),
@@ -64,6 +66,8 @@ class Declared:
     """Format word per listed layer."""
     rowwise: frozenset[str]
     """Listed layers with one scale per output channel."""
+    whole_inputs: frozenset[str]
+    """Listed layers whose inputs are not quantized."""
     ignored: tuple[re.Pattern[str], ...]
 
     def is_coded(self, layer: str) -> bool:
@@ -107,6 +111,7 @@ def read_declaration(checkpoint: Checkpoint) -> Declared:
             for layer, word in formats.items()
             if word.startswith(ROWWISE) or recipes.get(word) == ROWWISE
         ),
+        whole_inputs=read_whole_inputs(block),
         ignored=tuple(read_ignored(block, place)),
     )
 
@@ -130,6 +135,17 @@ def read_formats(block: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def read_whole_inputs(block: Mapping[str, Any]) -> frozenset[str]:
+    """Layers of a header's `layers` whose inputs are not quantized, as ComfyUI's writers say it."""
+    layers = block.get("layers")
+    entries = layers.items() if isinstance(layers, Mapping) else ()
+    return frozenset(
+        str(layer)
+        for layer, entry in entries
+        if isinstance(entry, Mapping) and entry.get(WHOLE_INPUTS) is True
+    )
+
+
 def check_word(place: str, layer: str, word: str, entry: Any) -> None:
     """A format word must be known, and nothing beside it may ask for more."""
     coded = CODED in word and not any(part in word for part in FOREIGN_CODES)
@@ -137,6 +153,8 @@ def check_word(place: str, layer: str, word: str, entry: Any) -> None:
         raise wrong(place, f"the format of {layer}", word, "float8_e4m3fn or bf16")
     more = {key: value for key, value in entry.items() if value} if isinstance(entry, dict) else {}
     more.pop("format", None)
+    if more.get(WHOLE_INPUTS) is True:
+        del more[WHOLE_INPUTS]
     if coded and more:
         raise wrong(place, f"what {layer} has beside its format", more, "nothing")
 

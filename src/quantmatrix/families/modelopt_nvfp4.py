@@ -25,7 +25,8 @@ Packed QKV names (`double_blocks.0.img_attn.qkv`) or `.comfy_quant` tensors make
 `input_scale` out (FLUX.2's `-mixed` file does, for layers whose calibrated scale is far above 1):
 then the scale is found per call from the input's largest magnitude, as the runtime that the file
 was made for does. Taking 1.0 instead saturates those layers. Anywhere else a missing `input_scale`
-is an error, unless the configuration says that inputs are not quantized (W4A16_NVFP4).
+is an error, unless the configuration says that inputs are not quantized (W4A16_NVFP4). A header
+may say so of single layers (`full_precision_matrix_mult`).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ import torch
 
 from quantmatrix.checkpoint import parse_block
 from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.families.fp8_declaration import read_whole_inputs
 from quantmatrix.families.modelopt_layers import (
     WEIGHT_ONLY,
     StoredLayer,
@@ -109,7 +111,7 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     """
     block = read_block(checkpoint)
     whole = read_words(block)[1]
-    declared = read_layer_words(block)
+    declared, whole_inputs = read_layer_words(block), read_whole_inputs(block)
     raw = is_raw(checkpoint)
     swap = block.get("swap_weight_nibbles")
     swap = raw if swap is None else swap
@@ -125,6 +127,8 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
         scheme = judge_layer(layer, layout, declared.get(name, whole))
         if scheme is None:
             continue
+        if name in whole_inputs:
+            scheme = replace(scheme, activation="none")
         if declared.get(name, scheme.name) != scheme.name:
             source = checkpoint.quantization_from or checkpoint.reference
             raise layer.wrong(f"is {scheme.name}, but {source} declares it {declared[name]}")

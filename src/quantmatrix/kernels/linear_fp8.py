@@ -12,7 +12,7 @@ Canonical tensors of a layer with N outputs and K inputs:
 Real weight = code x scale. Inputs are divided by their scale, held within 448 and rounded to e4m3:
 one calibrated scale (`tensor-static`), one per call (`tensor-dynamic`), one per token
 (`token-dynamic`), or one per token and block of columns (`group-dynamic`; `group-power` when it is
-a power of two, as in MXFP8).
+a power of two, as in MXFP8). With `activation` = `none` they are left alone.
 Products are exact in float32 and summed there.
 """
 
@@ -99,6 +99,8 @@ def round_input(
     x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Scheme
 ) -> torch.Tensor:
     """x [..., K] as the numbers that its e4m3 codes stand for, float32."""
+    if scheme.activation == "none":
+        return x.float()
     scale = find_input_scale(x, tensors, scheme)
     if scheme.activation in ("group-dynamic", "group-power"):
         scale = scale.repeat_interleave(scheme.block[1], dim=-1)[..., : x.shape[-1]]
