@@ -12,12 +12,14 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from quantmatrix import __version__
 from quantmatrix.commands import NAMES
 from quantmatrix.errors import QuantmatrixError, RefusedError, UsageError
 from quantmatrix.request import (
+from quantmatrix.places import check_place, naming
     FP4_BACKEND_VARIABLE,
     Request,
     add_output_flags,
@@ -442,12 +444,12 @@ def run_matrix_show(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def run_tiny_hub(arguments: argparse.Namespace, rest: list[str]) -> int:
     """`quantmatrix tiny-hub`."""
-    from pathlib import Path
-
     from quantmatrix import tiny
 
     folder = Path(arguments.folder) if arguments.folder else tiny.default_folder()
-    made = tiny.ensure_all(folder)
+    check_place(folder / "models", "FOLDER")
+    with naming(folder):
+        made = tiny.ensure_all(folder)
     if arguments.json:
         print_json({"folder": str(folder), "repositories": made})
     else:

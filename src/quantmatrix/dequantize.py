@@ -27,6 +27,7 @@ from quantmatrix.load import (
     read_piece,
     select_rows,
 )
+from quantmatrix.places import check_place
 from quantmatrix.planning import (
     ComponentPlan,
     Piece,
@@ -37,6 +38,7 @@ from quantmatrix.planning import (
 )
 from quantmatrix.references import fetch
 from quantmatrix.request import Request
+from quantmatrix.safetensors_writer import save_tensors
 from quantmatrix.sources import find_sources, use_tiny
 from quantmatrix.stored_values import check_plain
 
@@ -55,11 +57,12 @@ def dequantize(
     target = Path(output)
     if target.exists():
         raise UsageError(f"{target} exists already: choose a new --output-path")
+    check_place(target)
     request = use_tiny(request)
     made = plan_decode(request, component)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         written = write_folder(made, request, temporary, DTYPES[dtype])
         os.replace(temporary, target)
     except OSError as error:
@@ -187,7 +190,6 @@ def write_folder(
     component: ComponentPlan, request: Request, folder: Path, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Write config, shards and (for several shards) the index into a folder."""
-    from safetensors.torch import save_file
     from tqdm import tqdm
 
     checkpoint = fetch(component.checkpoint, request.hub)
@@ -201,7 +203,7 @@ def write_folder(
 
     def flush() -> None:
         path = folder / f"shard-{len(files):05d}.safetensors"
-        save_file(shards.pop(), path, metadata={"format": "pt"})
+        save_tensors(shards.pop(), path, {"format": "pt"})
         files.append(path)
         shards.append({})
 
