@@ -226,7 +226,7 @@ def show_runs(
 ) -> int:
     """Generate; the process of rank 0 saves and prints."""
     from quantmatrix import saved_runs
-    from quantmatrix.run import Run, generate_all, save_media
+    from quantmatrix.run import Run, check_output, generate_all, require_plan, save_media
 
     several = len(request.prompt) * len(request.seed) > 1
     latents_path = saved_runs.check_target(arguments.save_latents, several=several)
@@ -242,7 +242,8 @@ def show_runs(
                 file=sys.stderr,
             )
         if arguments.save_output:
-            path = save_media(run, arguments.output_path, several=several)
+            path = save_media(run, arguments.output_path, several=several, taken=saved)
+            saved.add(path)
             print(f"saved {path}", file=sys.stderr)
         if latents_path is not None:
             print(f"saved {saved_runs.write(run, latents_path)}", file=sys.stderr)
@@ -260,8 +261,13 @@ def show_runs(
         print_json({"ok": True, "runs": [run.to_json() for run in runs]})
     else:
         for run in runs:
+    made = made or require_plan(request)
+    if arguments.save_output:
+        check_output(made, arguments.output_path)
             print_run(run.to_json())
     return 0
+
+    saved: set[Path] = set()
 
 
 def print_run(run: Mapping[str, Any]) -> None:
