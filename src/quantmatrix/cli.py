@@ -1,7 +1,7 @@
 """The command line. Every command has `--json`; nothing heavy is imported before it is needed.
 
 Exit codes: 0 done, 1 something is wrong with a file or a claim, 2 the words contradict each other,
-3 a refusal (the plan ended in a rule), 130 interrupted.
+3 a refusal (the plan ended in a rule), 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -18,8 +19,8 @@ from typing import Any, NoReturn
 from quantmatrix import __version__
 from quantmatrix.commands import NAMES
 from quantmatrix.errors import QuantmatrixError, RefusedError, UsageError
-from quantmatrix.request import (
 from quantmatrix.places import check_place, naming
+from quantmatrix.request import (
     FP4_BACKEND_VARIABLE,
     Request,
     add_output_flags,
@@ -28,42 +29,73 @@ from quantmatrix.places import check_place, naming
     normalize_words,
 )
 
-EXIT_PROBLEM, EXIT_USAGE, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_PROBLEM, EXIT_USAGE, EXIT_REFUSED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 3, 130, 143
 
 Handler = Callable[[argparse.Namespace, list[str]], int]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are errors like all others, so that `--json` has them, too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError, where argparse would print its usage and exit."""
+        raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = normalize_words(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in words
+    try:
+        code = run_command(words)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except RefusedError as error:
+        return report_error(error, EXIT_REFUSED, as_json=as_json)
+    except UsageError as error:
+        return report_error(error, EXIT_USAGE, as_json=as_json)
+    except QuantmatrixError as error:
+        return report_error(error, EXIT_PROBLEM, as_json=as_json)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output went away; what is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PROBLEM
+    except OSError as error:
+        return report_error(explain_os_error(error), EXIT_PROBLEM, as_json=as_json)
+
+
+def run_command(words: list[str]) -> int:
+    """Parse the words and run their command."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(words)
     arguments.words = words
     handler: Handler | None = getattr(arguments, "handler", None)
     if handler is None:
+        if rest:
+            raise UsageError(f"{' '.join(rest)}: which command? See `{parser.prog} --help`")
         parser.print_help()
         return EXIT_USAGE
-    try:
-        if rest and not getattr(arguments, "takes_overrides", False):
-            raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
-        return handler(arguments, rest)
-    except RefusedError as error:
-        return report_error(error, arguments, EXIT_REFUSED)
-    except UsageError as error:
-        return report_error(error, arguments, EXIT_USAGE)
-    except QuantmatrixError as error:
-        return report_error(error, arguments, EXIT_PROBLEM)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()
-        return EXIT_PROBLEM
+    if rest and not getattr(arguments, "takes_overrides", False):
+        raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
+    return handler(arguments, rest)
 
 
-def report_error(error: QuantmatrixError, arguments: argparse.Namespace, code: int) -> int:
+def explain_os_error(error: OSError) -> QuantmatrixError:
+    """What the system would not do, for people."""
+    if error.filename is None:
+        return QuantmatrixError(str(error))
+    return QuantmatrixError(
+        f"{error.filename}: {error.strerror}; look at the path, its permissions and the free space"
+    )
+
+
+def report_error(error: QuantmatrixError, code: int, *, as_json: bool) -> int:
     """Print an error: words on standard error, and the same as JSON where that was asked for."""
-    if getattr(arguments, "json", False):
+    if as_json:
         rule = getattr(error, "rule", None)
         refusal = {"rule": rule, "message": str(error)} if rule else None
         kind = type(error).__name__
@@ -81,7 +113,7 @@ def print_json(value: Any) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="quantmatrix",
         description="Which quantized diffusion checkpoint works on which hardware, with proof.",
         allow_abbrev=False,
@@ -228,8 +260,13 @@ def show_runs(
     from quantmatrix import saved_runs
     from quantmatrix.run import Run, check_output, generate_all, require_plan, save_media
 
+    made = made or require_plan(request)
+    if arguments.save_output:
+        check_output(made, arguments.output_path)
     several = len(request.prompt) * len(request.seed) > 1
     latents_path = saved_runs.check_target(arguments.save_latents, several=several)
+
+    saved: set[Path] = set()
 
     def save(run: Run) -> None:
         for warning in run.plan.warnings:
@@ -261,13 +298,8 @@ def show_runs(
         print_json({"ok": True, "runs": [run.to_json() for run in runs]})
     else:
         for run in runs:
-    made = made or require_plan(request)
-    if arguments.save_output:
-        check_output(made, arguments.output_path)
             print_run(run.to_json())
     return 0
-
-    saved: set[Path] = set()
 
 
 def print_run(run: Mapping[str, Any]) -> None:
@@ -478,8 +510,15 @@ def run_report(arguments: argparse.Namespace, rest: list[str]) -> int:
     return EXIT_PROBLEM if arguments.check and drift else 0
 
 
+def terminate(number: int, frame: Any) -> NoReturn:
+    """Leave on a signal as on any error, so that nothing half-written stays."""
+    print("terminated", file=sys.stderr)
+    sys.exit(EXIT_TERMINATED)
+
+
 def entry() -> None:
     """Console entry point."""
+    signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())
 
 

@@ -166,3 +166,73 @@ def test_fp4_backend_variable(
         assert any("abacus" in warning for warning in found["warnings"])
     on_cpu = run_json(capsys, "plan", *words, "--hardware", "cpu")
     assert set(on_cpu["components"]["transformer"]["backends"]) == {"decode"}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["generate"], "--model-path"),
+        (["generate", *FLUX, "--quantization-rank", "abc"], "invalid int value: 'abc'"),
+        (["abacus"], "invalid choice: 'abacus'"),
+        (["matrix"], "ACTION"),
+        ([], "which command"),
+    ],
+)
+def test_wrong_words_are_json_too(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run_json(capsys, *words, code=2)
+    assert told in found["error"]["message"]
+    assert "--help" in found["error"]["message"]
+
+
+def test_a_full_disk_is_json_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device", "reports/index.html")
+
+    monkeypatch.setattr("quantmatrix.report.write", fail)
+    found = run_json(capsys, "report", code=1)
+    assert found["error"]["message"].startswith("reports/index.html: No space left on device")
+
+
+def test_prompts_of_one_name_do_not_overwrite_each_other(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["generate", *FLUX, "--num-inference-steps", "1", "--output-path", str(tmp_path)]
+    runs = run_json(capsys, *words, "--prompt", "Fox!", "fox?", "fox")["runs"]
+    saved = [Path(run["output"]).name for run in runs]
+    assert saved == ["fox-0.png", "fox-0-2.png", "fox-0-3.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(saved)
+
+
+@pytest.mark.parametrize("target", ["x.mp4", "file", "file/x.png", "file/folder"])
+def test_a_place_for_the_output_is_looked_at_before_the_work(
+    target: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def work(*args: object, **kwargs: object) -> None:
+        raise AssertionError("work before the output path was looked at")
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("quantmatrix.run.build_pipeline", work)
+    words = ["generate", *FLUX, "--output-path", str(tmp_path / target)]
+    assert "--output-path" in run_json(capsys, *words, code=2)["error"]["message"]
+
+
+def test_a_place_for_latents_is_looked_at_before_the_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    words = ["generate", *FLUX, "--save-latents", str(tmp_path / "file" / "run.safetensors")]
+    assert "--save-latents" in run_json(capsys, *words, code=2)["error"]["message"]
+
+
+def test_dequantize_through_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    words = ["dequantize", *FLUX, "--transformer-path", FP8]
+    found = run_json(capsys, *words, "--output-path", str(tmp_path / "file" / "x"), code=2)
+    assert "is no folder" in found["error"]["message"]
