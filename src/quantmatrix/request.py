@@ -175,9 +175,11 @@ def parse_overrides(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]
         word = words.pop(0)
         name, equals, value = word.partition("=")
         target, component = _override_of(name, components, weights)
-        if target is None or (not equals and (not words or words[0].startswith("--"))):
+        if target is None:
             unknown.append(word)
             continue
+        if not equals and (not words or words[0].startswith("--")):
+            raise UsageError(f"{name}: expected a file, a folder or a hub id after it")
         value = value if equals else words.pop(0)
         if target.get(component, value) != value:
             raise UsageError(f"{name} is given twice: {target[component]} and {value}")

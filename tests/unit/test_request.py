@@ -94,13 +94,19 @@ def test_overrides(words: list[str], components: dict, weights: dict) -> None:
     "words",
     [
         ["--frobnicate", "1"],
-        ["--transformer-path"],
-        ["--transformer-path", "--vae-path", "x"],
         ["x"],
     ],
 )
 def test_unknown_words_are_refused(words: list[str]) -> None:
     with pytest.raises(UsageError, match="unrecognized arguments"):
+        parse_overrides(words)
+
+
+@pytest.mark.parametrize(
+    "words", [["--transformer-path"], ["--transformer-path", "--vae-path", "x"]]
+)
+def test_a_known_flag_without_its_value_is_not_unknown(words: list[str]) -> None:
+    with pytest.raises(UsageError, match=r"^--transformer-path: expected a file"):
         parse_overrides(words)
 
 
