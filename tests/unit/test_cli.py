@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 import quantmatrix
 from quantmatrix import tiny
@@ -236,3 +238,58 @@ def test_dequantize_through_a_file(capsys: pytest.CaptureFixture[str], tmp_path:
     words = ["dequantize", *FLUX, "--transformer-path", FP8]
     found = run_json(capsys, *words, "--output-path", str(tmp_path / "file" / "x"), code=2)
     assert "is no folder" in found["error"]["message"]
+
+
+@pytest.fixture
+def strange_file(tmp_path: Path) -> str:
+    """A file whose tensor belongs to no model."""
+    save_file({"alien": torch.zeros(2, 2)}, tmp_path / "strange.safetensors")
+    return str(tmp_path / "strange.safetensors")
+
+
+def test_a_plan_of_a_file_without_a_layer_is_none(
+    strange_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run_json(capsys, "plan", *FLUX, "--transformer-weights-path", strange_file, code=1)
+    assert f"{strange_file}: no linear layer in it" in found["error"]["message"]
+    assert "alien" in found["error"]["message"]
+
+
+def test_a_file_without_tensors_is_no_checkpoint(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    save_file({}, tmp_path / "none.safetensors")
+    found = run_json(capsys, "inspect", str(tmp_path / "none.safetensors"), code=1)
+    assert "no tensor in it" in found["error"]["message"]
+
+
+def test_a_pipe_is_no_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    found = run_json(capsys, "inspect", str(tmp_path / "pipe.safetensors"), code=1)
+    assert "this is a pipe" in found["error"]["message"]
+
+
+def test_a_backend_that_nothing_uses_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, "plan", *FLUX, "--backend", "abacus")
+    assert found["warnings"] == ["--backend abacus is not used: no layer is quantized"]
+
+
+def test_calibration_prompts_that_are_a_picture(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "x.png").write_bytes(b"\x89PNG")
+    words = ["quantize", *FLUX, "--family", "fp8", "--output-path", str(tmp_path / "out")]
+    found = run_json(capsys, *words, "--calibration-prompts", str(tmp_path / "x.png"), code=2)
+    assert "expected text" in found["error"]["message"]
+
+
+def test_a_stand_in_that_does_not_fit_on_the_disk(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    found = run_json(capsys, "tiny-hub", str(tmp_path), code=1)
+    assert "No space left on device" in found["error"]["message"]
+    assert list(tmp_path.iterdir()) == []
