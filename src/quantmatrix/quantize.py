@@ -89,6 +89,11 @@ def quantize(
     temporary = target.with_name(f".{target.name}.{os.getpid()}{target.suffix}")
     try:
         layers = write_all(made, recipe, ranges, target, temporary, show)
+        if target.exists() and not overwrite:
+            raise UsageError(
+                f"{target} appeared while this ran, and was left alone: choose another "
+                "--output-path, or give --overwrite"
+            )
         replace_target(temporary, target)
     except OSError as error:
         raise UsageError(
