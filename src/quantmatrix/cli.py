@@ -61,11 +61,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read the output went away; what is still buffered goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()  # whoever read it went away
         return EXIT_PROBLEM
     except OSError as error:
-        return report_error(explain_os_error(error), EXIT_PROBLEM, as_json=as_json)
+        try:
+            report_error(explain_os_error(error), EXIT_PROBLEM, as_json=as_json)
+            sys.stdout.flush()
+        except OSError:  # it was the output that could not be written
+            drop_output()
+        return EXIT_PROBLEM
+
+
+def drop_output() -> None:
+    """Send what is still buffered nowhere, or Python tries to write it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_command(words: list[str]) -> int:
@@ -95,6 +104,7 @@ def explain_os_error(error: OSError) -> QuantmatrixError:
 
 def report_error(error: QuantmatrixError, code: int, *, as_json: bool) -> int:
     """Print an error: words on standard error, and the same as JSON where that was asked for."""
+    print(f"quantmatrix: {error}", file=sys.stderr)
     if as_json:
         rule = getattr(error, "rule", None)
         refusal = {"rule": rule, "message": str(error)} if rule else None
@@ -102,7 +112,6 @@ def report_error(error: QuantmatrixError, code: int, *, as_json: bool) -> int:
         print_json(
             {"ok": False, "refusal": refusal, "error": {"type": kind, "message": str(error)}}
         )
-    print(f"quantmatrix: {error}", file=sys.stderr)
     return code
 
 

@@ -22,6 +22,8 @@ from quantmatrix.places import check_place, naming, write_whole
 from quantmatrix.report import read_evidence
 from quantmatrix.safetensors_writer import save_tensors
 
+FULL = Path("/dev/full")
+
 
 def fail_full(*args: object, **kwargs: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -145,3 +147,12 @@ def test_a_reader_that_goes_away_sees_no_traceback() -> None:
     assert run.wait(timeout=60) == 1
     assert b"Broken" not in run.stderr.read()
     run.stderr.close()
+
+
+@pytest.mark.skipif(not FULL.is_char_device(), reason="no device that is always full here")
+def test_an_output_that_is_full_sees_no_traceback() -> None:
+    with FULL.open("w") as full:
+        words = [sys.executable, "-m", "quantmatrix", "matrix", "list", "--json"]
+        run = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr == "quantmatrix: [Errno 28] No space left on device\n"
