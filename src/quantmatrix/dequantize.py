@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -208,7 +209,8 @@ def write_folder(
         shards.append({})
 
     with TensorReader(checkpoint, "cpu") as reader:
-        for name, make, shape in tqdm(list_tensors(component), desc="dequantizing"):
+        shown = tqdm(list_tensors(component), desc="dequantizing", disable=not sys.stderr.isatty())
+        for name, make, shape in shown:
             tensor = make(reader).to(dtype).contiguous().clone()
             if tensor.shape != shape:
                 raise CheckpointError(

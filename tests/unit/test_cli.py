@@ -233,6 +233,14 @@ def test_a_place_for_latents_is_looked_at_before_the_work(
     assert "--save-latents" in run_json(capsys, *words, code=2)["error"]["message"]
 
 
+def test_dequantize_is_quiet_without_a_terminal(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["dequantize", *FLUX, "--transformer-path", FP8, "--output-path", str(tmp_path / "x")]
+    assert main(words) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_dequantize_through_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     words = ["dequantize", *FLUX, "--transformer-path", FP8]
