@@ -137,7 +137,7 @@ def test_a_terminated_command_cleans_up(tmp_path: Path) -> None:
 
 def test_a_reader_that_goes_away_sees_no_traceback() -> None:
     run = subprocess.Popen(
-        [sys.executable, "-m", "quantmatrix", "matrix", "list", "--json"],
+        [sys.executable, "-m", "quantmatrix", "matrix", "check"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
