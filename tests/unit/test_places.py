@@ -140,6 +140,7 @@ def test_a_reader_that_goes_away_sees_no_traceback() -> None:
         [sys.executable, "-m", "quantmatrix", "matrix", "check"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        env={name: word for name, word in os.environ.items() if name != "PYTHONUNBUFFERED"},
     )
     assert run.stdout is not None
     assert run.stderr is not None
