@@ -131,6 +131,8 @@ def read_header(path: str | Path) -> Header:
     path = Path(path)
     refuse_pickle(path)
     try:
+        if path.is_fifo():  # it would be waited for, without an end
+            raise CheckpointError(f"{path}: expected a safetensors file, this is a pipe")
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(32)

@@ -1,7 +1,7 @@
 """The command line. Every command has `--json`; nothing heavy is imported before it is needed.
 
 Exit codes: 0 done, 1 something is wrong with a file or a claim, 2 the words contradict each other,
-3 a refusal (the plan ended in a rule), 130 interrupted.
+3 a refusal (the plan ended in a rule), 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from quantmatrix import __version__
 from quantmatrix.commands import NAMES
 from quantmatrix.errors import QuantmatrixError, RefusedError, UsageError
+from quantmatrix.places import check_place, naming
 from quantmatrix.request import (
     FP4_BACKEND_VARIABLE,
     Request,
@@ -26,49 +29,89 @@ from quantmatrix.request import (
     normalize_words,
 )
 
-EXIT_PROBLEM, EXIT_USAGE, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_PROBLEM, EXIT_USAGE, EXIT_REFUSED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 3, 130, 143
 
 Handler = Callable[[argparse.Namespace, list[str]], int]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are errors like all others, so that `--json` has them, too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError, where argparse would print its usage and exit."""
+        raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = normalize_words(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in words
+    try:
+        code = run_command(words)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except RefusedError as error:
+        return report_error(error, EXIT_REFUSED, as_json=as_json)
+    except UsageError as error:
+        return report_error(error, EXIT_USAGE, as_json=as_json)
+    except QuantmatrixError as error:
+        return report_error(error, EXIT_PROBLEM, as_json=as_json)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        drop_output()  # whoever read it went away
+        return EXIT_PROBLEM
+    except OSError as error:
+        try:
+            report_error(explain_os_error(error), EXIT_PROBLEM, as_json=as_json)
+            sys.stdout.flush()
+        except OSError:  # it was the output that could not be written
+            drop_output()
+        return EXIT_PROBLEM
+
+
+def drop_output() -> None:
+    """Send what is still buffered nowhere, or Python tries to write it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run_command(words: list[str]) -> int:
+    """Parse the words and run their command."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(words)
     arguments.words = words
     handler: Handler | None = getattr(arguments, "handler", None)
     if handler is None:
+        if rest:
+            raise UsageError(f"{' '.join(rest)}: which command? See `{parser.prog} --help`")
         parser.print_help()
         return EXIT_USAGE
-    try:
-        if rest and not getattr(arguments, "takes_overrides", False):
-            raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
-        return handler(arguments, rest)
-    except RefusedError as error:
-        return report_error(error, arguments, EXIT_REFUSED)
-    except UsageError as error:
-        return report_error(error, arguments, EXIT_USAGE)
-    except QuantmatrixError as error:
-        return report_error(error, arguments, EXIT_PROBLEM)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()
-        return EXIT_PROBLEM
+    if rest and not getattr(arguments, "takes_overrides", False):
+        raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
+    return handler(arguments, rest)
 
 
-def report_error(error: QuantmatrixError, arguments: argparse.Namespace, code: int) -> int:
+def explain_os_error(error: OSError) -> QuantmatrixError:
+    """What the system would not do, for people."""
+    if error.filename is None:
+        return QuantmatrixError(str(error))
+    return QuantmatrixError(
+        f"{error.filename}: {error.strerror}; look at the path, its permissions and the free space"
+    )
+
+
+def report_error(error: QuantmatrixError, code: int, *, as_json: bool) -> int:
     """Print an error: words on standard error, and the same as JSON where that was asked for."""
-    if getattr(arguments, "json", False):
+    print(f"quantmatrix: {error}", file=sys.stderr)
+    if as_json:
         rule = getattr(error, "rule", None)
         refusal = {"rule": rule, "message": str(error)} if rule else None
         kind = type(error).__name__
         print_json(
             {"ok": False, "refusal": refusal, "error": {"type": kind, "message": str(error)}}
         )
-    print(f"quantmatrix: {error}", file=sys.stderr)
     return code
 
 
@@ -79,7 +122,7 @@ def print_json(value: Any) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="quantmatrix",
         description="Which quantized diffusion checkpoint works on which hardware, with proof.",
         allow_abbrev=False,
@@ -224,10 +267,15 @@ def show_runs(
 ) -> int:
     """Generate; the process of rank 0 saves and prints."""
     from quantmatrix import saved_runs
-    from quantmatrix.run import Run, generate_all, save_media
+    from quantmatrix.run import Run, check_output, generate_all, require_plan, save_media
 
+    made = made or require_plan(request)
+    if arguments.save_output:
+        check_output(made, arguments.output_path)
     several = len(request.prompt) * len(request.seed) > 1
     latents_path = saved_runs.check_target(arguments.save_latents, several=several)
+
+    saved: set[Path] = set()
 
     def save(run: Run) -> None:
         for warning in run.plan.warnings:
@@ -240,7 +288,8 @@ def show_runs(
                 file=sys.stderr,
             )
         if arguments.save_output:
-            path = save_media(run, arguments.output_path, several=several)
+            path = save_media(run, arguments.output_path, several=several, taken=saved)
+            saved.add(path)
             print(f"saved {path}", file=sys.stderr)
         if latents_path is not None:
             print(f"saved {saved_runs.write(run, latents_path)}", file=sys.stderr)
@@ -442,12 +491,12 @@ def run_matrix_show(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def run_tiny_hub(arguments: argparse.Namespace, rest: list[str]) -> int:
     """`quantmatrix tiny-hub`."""
-    from pathlib import Path
-
     from quantmatrix import tiny
 
     folder = Path(arguments.folder) if arguments.folder else tiny.default_folder()
-    made = tiny.ensure_all(folder)
+    check_place(folder / "models", "FOLDER")
+    with naming(folder):
+        made = tiny.ensure_all(folder)
     if arguments.json:
         print_json({"folder": str(folder), "repositories": made})
     else:
@@ -470,8 +519,15 @@ def run_report(arguments: argparse.Namespace, rest: list[str]) -> int:
     return EXIT_PROBLEM if arguments.check and drift else 0
 
 
+def terminate(number: int, frame: Any) -> NoReturn:
+    """Leave on a signal as on any error, so that nothing half-written stays."""
+    print("terminated", file=sys.stderr)
+    sys.exit(EXIT_TERMINATED)
+
+
 def entry() -> None:
     """Console entry point."""
+    signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())
 
 

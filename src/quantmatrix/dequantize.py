@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from quantmatrix.load import (
     read_piece,
     select_rows,
 )
+from quantmatrix.places import check_place
 from quantmatrix.planning import (
     ComponentPlan,
     Piece,
@@ -37,6 +39,7 @@ from quantmatrix.planning import (
 )
 from quantmatrix.references import fetch
 from quantmatrix.request import Request
+from quantmatrix.safetensors_writer import save_tensors
 from quantmatrix.sources import find_sources, use_tiny
 from quantmatrix.stored_values import check_plain
 
@@ -55,11 +58,12 @@ def dequantize(
     target = Path(output)
     if target.exists():
         raise UsageError(f"{target} exists already: choose a new --output-path")
+    check_place(target)
     request = use_tiny(request)
     made = plan_decode(request, component)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         written = write_folder(made, request, temporary, DTYPES[dtype])
         os.replace(temporary, target)
     except OSError as error:
@@ -186,7 +190,6 @@ def write_folder(
     component: ComponentPlan, request: Request, folder: Path, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Write config, shards and (for several shards) the index into a folder."""
-    from safetensors.torch import save_file
     from tqdm import tqdm
 
     checkpoint = fetch(component.checkpoint, request.hub)
@@ -200,12 +203,13 @@ def write_folder(
 
     def flush() -> None:
         path = folder / f"shard-{len(files):05d}.safetensors"
-        save_file(shards.pop(), path, metadata={"format": "pt"})
+        save_tensors(shards.pop(), path, {"format": "pt"})
         files.append(path)
         shards.append({})
 
     with TensorReader(checkpoint, "cpu") as reader:
-        for name, make, shape in tqdm(list_tensors(component), desc="dequantizing"):
+        shown = tqdm(list_tensors(component), desc="dequantizing", disable=not sys.stderr.isatty())
+        for name, make, shape in shown:
             tensor = make(reader).to(dtype).contiguous().clone()
             if tensor.shape != shape:
                 raise CheckpointError(

@@ -26,6 +26,11 @@ def inspect(path: str, hub: Hub | None = None) -> dict[str, Any]:
     `path` is a weight file, a component folder, a whole pipeline or a hub id of one of these.
     """
     found = open_any(path, hub or Hub())
+    for checkpoint in found.values():
+        if not checkpoint.tensors:
+            raise CheckpointError(
+                f"{', '.join(checkpoint.files)}: no tensor in it, expected weights; download it again"
+            )
     return {
         "reference": path,
         "components": {name: describe(checkpoint) for name, checkpoint in found.items()},

@@ -245,7 +245,7 @@ def find_checkpoints(tables: Matrix, name: str, model: str | None = None) -> lis
         raise UsageError(f"--checkpoint {name} is of {', '.join(models)}, not of {model}")
     known = [word for row in rows for word in (row.id, row.reference)]
     near = difflib.get_close_matches(word, known, SUGGESTIONS, 0.4)
-    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    hint = f"; did you mean {', '.join(near)}?" if near else "."
     raise UsageError(
         f"--checkpoint {name}: not in checkpoints.csv{hint} "
         "A checkpoint of your own: `quantmatrix inspect`, then `quantmatrix plan`"

@@ -7,6 +7,7 @@ counted, never dropped without a word.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import UsageError
 from quantmatrix.pages import write_table
+from quantmatrix.places import naming
 from quantmatrix.states import STATES, explain_state
 
 if TYPE_CHECKING:
@@ -101,8 +103,14 @@ def append(path: Path, cells: Sequence[Shown], problems: Iterable[str]) -> int:
     data = write_summary(cells, problems, LIMIT - used).encode()
     if used + len(data) > LIMIT:
         raise UsageError(f"{path}: {used} of {LIMIT} bytes are taken, a summary does not fit")
-    with path.open("ab") as stream:
-        stream.write(data)
+    with naming(path):
+        try:
+            with path.open("ab") as stream:
+                stream.write(data)
+        except OSError:
+            if path.is_file():
+                os.truncate(path, used)
+            raise
     return len(data)
 
 

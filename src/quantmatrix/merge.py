@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix import evidence as records
 from quantmatrix.errors import QuantmatrixError, UsageError
+from quantmatrix.places import check_place, naming
 
 if TYPE_CHECKING:
     from quantmatrix.evidence import Evidence
@@ -141,11 +142,13 @@ def write(merged: Iterable[Evidence], folder: Path) -> list[Path]:
 
     All of them are written beside the folder first, so a full disk leaves it as it was.
     """
+    check_place(folder / "record")
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     changed = []
     try:
-        written = [records.write(record, staging) for record in merged]
+        with naming(folder):
+            written = [records.write(record, staging) for record in merged]
         for path in written:
             place = folder / path.relative_to(staging)
             if place.is_file() and place.read_bytes() == path.read_bytes():

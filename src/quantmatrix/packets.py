@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from quantmatrix import evidence as records
 from quantmatrix.errors import QuantmatrixError, UsageError
 from quantmatrix.evidence import CheckResult, Evidence, EvidenceError
+from quantmatrix.places import check_place
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,7 @@ def make(tables: Matrix, cell: Cell, folder: Path, *, tiny: bool = False) -> Pat
 
     if folder.exists():
         raise UsageError(f"--output-path {folder} exists; name a new folder")
+    check_place(folder)
     bench = Workbench(tables, tiny=tiny)
     request = bench.request(cell)
     made = bench.plan(request)
@@ -132,7 +134,7 @@ def write(
     folder: Path,
 ) -> None:
     """Write a packet; the folder appears whole or not at all."""
-    from safetensors.torch import save_file
+    from quantmatrix.safetensors_writer import save_tensors
 
     sides = zip(SIDES, (baseline, candidate), strict=True)
     tensors = {f"{side}.{n:03}": t.contiguous() for side, ts in sides for n, t in enumerate(ts)}
@@ -140,7 +142,7 @@ def write(
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         place = records.write(record, temporary)
-        save_file(tensors, temporary / LATENTS)
+        save_tensors(tensors, temporary / LATENTS)
         files = [place, temporary / LATENTS]
         card = {
             "schema": SCHEMA,

@@ -48,7 +48,13 @@ def is_worker() -> bool:
 def launch(request: Request, words: Sequence[str]) -> int:
     """Run a quantmatrix command in the processes of its plan; its exit code."""
     command = [*name_launcher(find_plan(request).processes), "-m", "quantmatrix", *words]
-    return subprocess.run(command, check=False).returncode
+    with subprocess.Popen(command) as launcher:
+        try:
+            return launcher.wait()
+        except BaseException:  # a signal to this process is one to all of them
+            launcher.terminate()
+            launcher.wait()
+            raise
 
 
 def generate_together(request: Request, made: Plan) -> Run:

@@ -185,6 +185,8 @@ def plan(request: Request | None = None, /, **fields: Any) -> Plan | Refusal:
             return Refusal(error.rule, f"{source.checkpoint.reference}: {error.message}")
     primary = next(iter(components.values()))
     check_memory(components, machine, warnings)
+    if request.backend is not None and not any(part.layers for part in components.values()):
+        warnings.append(f"--backend {request.backend} is not used: no layer is quantized")
     layerwise, cpu = decide_offload(request, primary.family, warnings)
     made = Plan(
         request=request,
@@ -242,6 +244,13 @@ def plan_component(
             chosen.append(Piece(layer, target, scheme, out, into, kernel.backend, numerics, size))
         layers[module] = tuple(sorted(chosen, key=lambda piece: piece.target.columns))
     kept = sum(checkpoint.tensors[n].nbytes for n in plain)
+    total = len(layers) + count_plain_linears(checkpoint, plain, dialect)
+    if not total:
+        raise CheckpointError(
+            f"{checkpoint.reference}: no linear layer in it, found the tensors "
+            f"{', '.join(sorted(checkpoint.tensors)[:4]) or 'none'}; expected the weights of "
+            f"{name}, a {source.class_name}"
+        )
     return ComponentPlan(
         name=name,
         class_name=source.class_name,
@@ -253,7 +262,7 @@ def plan_component(
         online=online,
         dialect=dialect,
         layers=layers,
-        total_layers=len(layers) + count_plain_linears(checkpoint, plain, dialect),
+        total_layers=total,
         bytes=kept + sum(piece.bytes for parts in layers.values() for piece in parts),
     )
 

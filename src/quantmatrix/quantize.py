@@ -30,6 +30,7 @@ from quantmatrix.families.protocol import Calibration
 from quantmatrix.library_logs import quiet
 from quantmatrix.load import DTYPES, TensorReader
 from quantmatrix.pipeline import build_pipeline
+from quantmatrix.places import check_place
 from quantmatrix.planning import ComponentPlan, Plan, Refusal, plan
 from quantmatrix.quantizing import (
     Recipe,
@@ -77,6 +78,7 @@ def quantize(
     """
     start, target = time.monotonic(), Path(output)
     word, chosen = find_scheme(family, scheme, precision, rank)
+    check_place(target)
     made = plan(request)
     if isinstance(made, Refusal):
         raise RefusedError(made.rule, made.message)
@@ -87,6 +89,11 @@ def quantize(
     temporary = target.with_name(f".{target.name}.{os.getpid()}{target.suffix}")
     try:
         layers = write_all(made, recipe, ranges, target, temporary, show)
+        if target.exists() and not overwrite:
+            raise UsageError(
+                f"{target} appeared while this ran, and was left alone: choose another "
+                "--output-path, or give --overwrite"
+            )
         replace_target(temporary, target)
     except OSError as error:
         raise UsageError(
@@ -332,7 +339,7 @@ def replace_target(made: Path, target: Path) -> None:
         os.replace(target, old)
     try:
         os.replace(made, target)
-    except OSError:
+    except BaseException:  # an interruption, too
         if old.exists():
             os.replace(old, target)
         raise

@@ -20,6 +20,7 @@ from quantmatrix import bench_results
 from quantmatrix import evidence as records
 from quantmatrix.agreement import write_badge
 from quantmatrix.bench_results import BENCHMARKS
+from quantmatrix.errors import UsageError
 from quantmatrix.page_html import write_page
 from quantmatrix.pages import (
     EVIDENCE,
@@ -30,6 +31,7 @@ from quantmatrix.pages import (
     write_overview,
 )
 from quantmatrix.picture import draw_matrix
+from quantmatrix.places import write_whole
 from quantmatrix.states import STATES as STATES
 from quantmatrix.states import explain_state as explain_state
 from quantmatrix.states import state_of as state_of
@@ -59,6 +61,8 @@ def read_states(tables: Matrix, reports: str | os.PathLike[str] | None = None) -
 def read_evidence(reports: str | os.PathLike[str] | None = None) -> dict[str, Evidence]:
     """Every record below a reports folder, by cell id."""
     folder = Path(reports) if reports is not None else default_folder()
+    if reports is not None and not folder.is_dir():
+        raise UsageError(f"--reports {folder}: no such folder; expected one that has {EVIDENCE}/")
     return records.read_folder(folder / EVIDENCE)
 
 
@@ -83,10 +87,7 @@ def write(reports: str | os.PathLike[str] | None = None) -> list[str]:
         if path.is_file() and path.read_bytes() == data:
             done.append(f"{path}: unchanged")
             continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        write_whole(path, data)
         done.append(f"{path}: written")
     return done
 

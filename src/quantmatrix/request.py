@@ -10,6 +10,7 @@ recognised before the shorter suffix, or `transformer_2_weights` would become a 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -70,6 +71,7 @@ class Request:
         """Check what can be checked without reading a file."""
         if self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
+        self._check_generation()
         object.__setattr__(self, "component_paths", dict(self.component_paths))
         object.__setattr__(self, "weights_paths", dict(self.weights_paths))
         offloaded = self.dit_layerwise_offload or self.dit_cpu_offload
@@ -77,6 +79,24 @@ class Request:
             flag = "--compile" if self.compile else "--cuda-graph"
             raise UsageError(f"{flag} needs the transformer on its device: leave out the offload")
         self._sort_overrides()
+
+    def _check_generation(self) -> None:
+        """Numbers that no generation can have; a pipeline would fail on them late, or ignore them."""
+        for name in ("height", "width", "num_frames", "num_inference_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{_dashed(name)} {value}: expected 1 or more")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise UsageError(f"--guidance-scale {self.guidance_scale}: expected a number")
+        for name, kind in (("prompt", str), ("seed", int)):
+            value = getattr(self, name)
+            if isinstance(value, kind):  # one alone, which for a text would be its letters
+                object.__setattr__(self, name, (value,))
+            elif not value:
+                raise UsageError(f"--{name}: none given, expected one or more")
+        for seed in self.seed:
+            if not -(2**63) <= seed < 2**64:
+                raise UsageError(f"--seed {seed}: expected a number of 64 bits")
 
     def _sort_overrides(self) -> None:
         """A `--X-path` that names one weight file is a weights override of X."""
@@ -155,9 +175,11 @@ def parse_overrides(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]
         word = words.pop(0)
         name, equals, value = word.partition("=")
         target, component = _override_of(name, components, weights)
-        if target is None or (not equals and (not words or words[0].startswith("--"))):
+        if target is None:
             unknown.append(word)
             continue
+        if not equals and (not words or words[0].startswith("--")):
+            raise UsageError(f"{name}: expected a file, a folder or a hub id after it")
         value = value if equals else words.pop(0)
         if target.get(component, value) != value:
             raise UsageError(f"{name} is given twice: {target[component]} and {value}")

@@ -12,7 +12,7 @@ import re
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,6 +27,7 @@ from quantmatrix.compare import find_degeneration, stack_frames
 from quantmatrix.errors import BrokenRunError, RefusedError, UsageError
 from quantmatrix.load import count_quantized
 from quantmatrix.pipeline import build_pipeline
+from quantmatrix.places import check_place
 from quantmatrix.planning import Plan, Refusal, plan
 from quantmatrix.request import Request
 
@@ -111,10 +112,7 @@ def generate_all(
 ) -> list[Run]:
     """Generate for every prompt and seed of a request, calling `save` after each."""
     if made is None:
-        planned = plan(request)
-        if isinstance(planned, Refusal):
-            raise RefusedError(planned.rule, planned.message)
-        made = planned
+        made = require_plan(request)
     if made.processes > 1 and not distributed.is_initialized():
         raise UsageError(
             f"the plan has {made.processes} processes, this is one of none: "
@@ -136,6 +134,14 @@ def generate_all(
                 save(run)
             runs.append(run)
     return runs
+
+
+def require_plan(request: Request) -> Plan:
+    """The plan of a request; RefusedError where it is a refusal."""
+    made = plan(request)
+    if isinstance(made, Refusal):
+        raise RefusedError(made.rule, made.message)
+    return made
 
 
 def generate_one(request: Request, made: Plan, pipeline: Any, prompt: str, seed: int) -> Run:
@@ -237,13 +243,20 @@ def read_peak(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def save_media(run: Run, output_path: str, *, several: bool = False) -> Path:
+def save_media(
+    run: Run, output_path: str, *, several: bool = False, taken: Collection[Path] = ()
+) -> Path:
     """Write the run's image (PNG) or video (MP4); nothing is left behind on failure.
 
     `output_path` is a folder, or a file whose ending fits (.png, .jpg, .webp / .mp4); with several
-    runs a number is added to a file's name.
+    runs prompt and seed are added to a file's name. A name that is `taken`, by another run of the
+    same command, gets a number.
     """
-    target = name_output(run, Path(output_path), several)
+    target = named = name_output(run, Path(output_path), several)
+    number = 1
+    while target in taken:
+        number += 1
+        target = named.with_stem(f"{named.stem}-{number}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
@@ -261,16 +274,31 @@ def save_media(run: Run, output_path: str, *, several: bool = False) -> Path:
     return target
 
 
-def name_output(run: Run, path: Path, several: bool) -> Path:
-    """The file of a run: the given one, or `<prompt>-<seed>` in the given folder."""
-    endings = (".mp4",) if run.is_video else (".png", ".jpg", ".jpeg", ".webp")
+def check_output(made: Plan, output_path: str) -> None:
+    """Raise UsageError before anything is computed when the result could not be written there."""
+    defaults = models.load(made.model).DEFAULTS
+    path = Path(output_path)
+    check_place(path if is_media_file(path, defaults.frames > 1) else path / "output")
+
+
+def is_media_file(path: Path, is_video: bool) -> bool:
+    """Whether a path names the file to write, not a folder; UsageError for one of the other kind."""
+    endings = (".mp4",) if is_video else (".png", ".jpg", ".jpeg", ".webp")
     if path.suffix.lower() in endings:
-        return path.with_stem(f"{path.stem}-{slugify(run.prompt)}-{run.seed}") if several else path
+        return True
     if path.suffix.lower() in (".mp4", ".png", ".jpg", ".jpeg", ".webp", ".gif"):
         raise UsageError(
-            f"--output-path {path}: this run makes a {'video' if run.is_video else 'picture'}; "
+            f"--output-path {path}: this run makes a {'video' if is_video else 'picture'}; "
             f"expected a folder or a file ending in {' or '.join(endings)}"
         )
+    return False
+
+
+def name_output(run: Run, path: Path, several: bool) -> Path:
+    """The file of a run: the given one, or `<prompt>-<seed>` in the given folder."""
+    endings = (".mp4",) if run.is_video else (".png",)
+    if is_media_file(path, run.is_video):
+        return path.with_stem(f"{path.stem}-{slugify(run.prompt)}-{run.seed}") if several else path
     return path / f"{slugify(run.prompt)}-{run.seed}{endings[0]}"
 
 

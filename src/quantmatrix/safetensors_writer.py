@@ -65,6 +65,19 @@ def write_file(
     return 8 + len(text) + end
 
 
+def save_tensors(
+    tensors: dict[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file; what the system refuses is an OSError, as of any other writer."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata=dict(metadata) if metadata else None)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
 def view_bytes(item: Item, path: str | Path) -> Any:
     """The bytes of an item's tensor, as the file wants them, in a numpy array."""
     tensor = item.load()

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.places import check_place
 
 if TYPE_CHECKING:
     from quantmatrix.run import Run
@@ -65,12 +66,13 @@ def check_target(path: str | None, *, several: bool) -> Path | None:
         raise UsageError("--save-latents: one file holds one run; give one prompt and one seed")
     if not path.endswith(".safetensors"):
         raise UsageError(f"--save-latents {path}: expected a file ending in .safetensors")
+    check_place(Path(path), "--save-latents")
     return Path(path)
 
 
 def write(run: Run, path: Path) -> Path:
     """Write a run; the file appears whole or not at all."""
-    from safetensors.torch import save_file
+    from quantmatrix.safetensors_writer import save_tensors
 
     saved = from_run(run, path.name)
     tensors = {f"latents.{n:03}": x.contiguous() for n, x in enumerate(saved.latents)}
@@ -79,12 +81,16 @@ def write(run: Run, path: Path) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={KEY: json.dumps(saved.about, sort_keys=True)})
-        os.replace(temporary, path)
+        try:
+            save_tensors(tensors, temporary, {KEY: json.dumps(saved.about, sort_keys=True)})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise UsageError(
+            f"cannot write {path}: {error.strerror or error}; nothing was left behind. "
+            "Free some space or choose another --save-latents"
+        ) from error
     return path
 
 

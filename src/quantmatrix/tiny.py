@@ -11,6 +11,7 @@ the guide such as /path/to/x lie under `local/path/to/x`.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -95,13 +96,24 @@ def ensure(reference: str, folder: Path, tables: Matrix | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as temporary:
         made = Path(temporary) / "content"
         made.mkdir()
-        with quiet(), one_thread():
+        with quiet(), one_thread(), errors_of_the_system(place):
             build(made)
         if repository.startswith(PLACEHOLDER):
             files = [path for path in made.iterdir() if path.name == Path(repository).name]
             move_into_place(files[0] if files and files[0].is_file() else made, place)
         else:
             move_into_place(wrap_snapshot(made, Path(temporary) / "cache"), place)
+
+
+@contextmanager
+def errors_of_the_system(place: Path) -> Iterator[None]:
+    """A disk that is full while a library writes tensors is an OSError, too."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(place)) from error
 
 
 @contextmanager

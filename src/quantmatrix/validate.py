@@ -38,6 +38,7 @@ from quantmatrix.errors import RefusedError, UsageError
 from quantmatrix.image_metrics import measure_media
 from quantmatrix.layer_errors import LayerErrors, watch_layers
 from quantmatrix.pipeline import build_pipeline
+from quantmatrix.places import check_place
 from quantmatrix.planning import Plan, Refusal, plan
 from quantmatrix.request import Request
 from quantmatrix.run import Run, generate_all
@@ -250,6 +251,7 @@ def check_output(folder: Path) -> None:
     """UsageError unless the folder can be made, or is empty: nothing is ever written over."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--output-path {folder} exists and is not an empty folder")
+    check_place(folder)
 
 
 def write_folder(found: Validation, folder: Path) -> Path:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 import quantmatrix
 from quantmatrix import tiny
@@ -166,3 +168,136 @@ def test_fp4_backend_variable(
         assert any("abacus" in warning for warning in found["warnings"])
     on_cpu = run_json(capsys, "plan", *words, "--hardware", "cpu")
     assert set(on_cpu["components"]["transformer"]["backends"]) == {"decode"}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["generate"], "--model-path"),
+        (["generate", *FLUX, "--quantization-rank", "abc"], "invalid int value: 'abc'"),
+        (["abacus"], "invalid choice: 'abacus'"),
+        (["matrix"], "ACTION"),
+        ([], "which command"),
+    ],
+)
+def test_wrong_words_are_json_too(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run_json(capsys, *words, code=2)
+    assert told in found["error"]["message"]
+    assert "--help" in found["error"]["message"]
+
+
+def test_a_full_disk_is_json_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device", "reports/index.html")
+
+    monkeypatch.setattr("quantmatrix.report.write", fail)
+    found = run_json(capsys, "report", code=1)
+    assert found["error"]["message"].startswith("reports/index.html: No space left on device")
+
+
+def test_prompts_of_one_name_do_not_overwrite_each_other(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["generate", *FLUX, "--num-inference-steps", "1", "--output-path", str(tmp_path)]
+    runs = run_json(capsys, *words, "--prompt", "Fox!", "fox?", "fox")["runs"]
+    saved = [Path(run["output"]).name for run in runs]
+    assert saved == ["fox-0.png", "fox-0-2.png", "fox-0-3.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(saved)
+
+
+@pytest.mark.parametrize("target", ["x.mp4", "file", "file/x.png", "file/folder"])
+def test_a_place_for_the_output_is_looked_at_before_the_work(
+    target: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def work(*args: object, **kwargs: object) -> None:
+        raise AssertionError("work before the output path was looked at")
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("quantmatrix.run.build_pipeline", work)
+    words = ["generate", *FLUX, "--output-path", str(tmp_path / target)]
+    assert "--output-path" in run_json(capsys, *words, code=2)["error"]["message"]
+
+
+def test_a_place_for_latents_is_looked_at_before_the_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    words = ["generate", *FLUX, "--save-latents", str(tmp_path / "file" / "run.safetensors")]
+    assert "--save-latents" in run_json(capsys, *words, code=2)["error"]["message"]
+
+
+def test_dequantize_is_quiet_without_a_terminal(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["dequantize", *FLUX, "--transformer-path", FP8, "--output-path", str(tmp_path / "x")]
+    assert main(words) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_dequantize_through_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    words = ["dequantize", *FLUX, "--transformer-path", FP8]
+    found = run_json(capsys, *words, "--output-path", str(tmp_path / "file" / "x"), code=2)
+    assert "is no folder" in found["error"]["message"]
+
+
+@pytest.fixture
+def strange_file(tmp_path: Path) -> str:
+    """A file whose tensor belongs to no model."""
+    save_file({"alien": torch.zeros(2, 2)}, tmp_path / "strange.safetensors")
+    return str(tmp_path / "strange.safetensors")
+
+
+def test_a_plan_of_a_file_without_a_layer_is_none(
+    strange_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run_json(capsys, "plan", *FLUX, "--transformer-weights-path", strange_file, code=1)
+    assert f"{strange_file}: no linear layer in it" in found["error"]["message"]
+    assert "alien" in found["error"]["message"]
+
+
+def test_a_file_without_tensors_is_no_checkpoint(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    save_file({}, tmp_path / "none.safetensors")
+    found = run_json(capsys, "inspect", str(tmp_path / "none.safetensors"), code=1)
+    assert "no tensor in it" in found["error"]["message"]
+
+
+def test_a_pipe_is_no_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    found = run_json(capsys, "inspect", str(tmp_path / "pipe.safetensors"), code=1)
+    assert "this is a pipe" in found["error"]["message"]
+
+
+def test_a_backend_that_nothing_uses_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, "plan", *FLUX, "--backend", "abacus")
+    assert found["warnings"] == ["--backend abacus is not used: no layer is quantized"]
+
+
+def test_calibration_prompts_that_are_a_picture(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "x.png").write_bytes(b"\x89PNG")
+    words = ["quantize", *FLUX, "--family", "fp8", "--output-path", str(tmp_path / "out")]
+    found = run_json(capsys, *words, "--calibration-prompts", str(tmp_path / "x.png"), code=2)
+    assert "expected text" in found["error"]["message"]
+
+
+def test_a_stand_in_that_does_not_fit_on_the_disk(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    found = run_json(capsys, "tiny-hub", str(tmp_path), code=1)
+    assert "No space left on device" in found["error"]["message"]
+    assert list(tmp_path.iterdir()) == []

@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import context_parallel
@@ -155,3 +157,33 @@ def test_nccl_is_told_the_gpu_of_each_process(monkeypatch: pytest.MonkeyPatch) -
     assert parallel.find_own_gpu("cpu") is parallel.find_own_gpu("npu") is None
     monkeypatch.delenv("LOCAL_RANK")
     assert parallel.find_own_gpu("cuda") == torch.device("cuda:0")
+
+
+def test_an_interruption_ends_the_processes_that_share_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleeper = tmp_path / "sleeper.py"
+    sleeper.write_text(
+        "import pathlib, signal, sys, time\n"
+        "def end(*_):\n"
+        "    pathlib.Path('ended').touch()\n"
+        "    sys.exit()\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "pathlib.Path('started').touch()\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(parallel, "find_plan", lambda request: SimpleNamespace(processes=2))
+    monkeypatch.setattr(parallel, "name_launcher", lambda count: [sys.executable, str(sleeper)])
+    wait = subprocess.Popen.wait
+
+    def interrupt(run: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        monkeypatch.setattr(subprocess.Popen, "wait", wait)
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        parallel.launch(Request(), [])
+    assert (tmp_path / "ended").exists()

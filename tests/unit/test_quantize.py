@@ -280,3 +280,21 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UsageError, match="No space left on device; nothing was left behind"):
         quantize.quantize(request, family="fp8", output=tmp_path / "x", prompts=["a"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_appeared_meanwhile_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    write_all = quantize.write_all
+
+    def write_beside_another(*args: Any) -> Any:
+        output.mkdir()
+        (output / "theirs").touch()
+        return write_all(*args)
+
+    monkeypatch.setattr(quantize, "write_all", write_beside_another)
+    with pytest.raises(UsageError, match="appeared while this ran"):
+        make(tmp_path, "fp8", "flux-1", {}, "out")
+    assert [path.name for path in output.iterdir()] == ["theirs"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from typing import Any
 
 import pytest
 
@@ -93,13 +94,19 @@ def test_overrides(words: list[str], components: dict, weights: dict) -> None:
     "words",
     [
         ["--frobnicate", "1"],
-        ["--transformer-path"],
-        ["--transformer-path", "--vae-path", "x"],
         ["x"],
     ],
 )
 def test_unknown_words_are_refused(words: list[str]) -> None:
     with pytest.raises(UsageError, match="unrecognized arguments"):
+        parse_overrides(words)
+
+
+@pytest.mark.parametrize(
+    "words", [["--transformer-path"], ["--transformer-path", "--vae-path", "x"]]
+)
+def test_a_known_flag_without_its_value_is_not_unknown(words: list[str]) -> None:
+    with pytest.raises(UsageError, match=r"^--transformer-path: expected a file"):
         parse_overrides(words)
 
 
@@ -135,3 +142,28 @@ def test_several_prompts_and_seeds_beside_overrides() -> None:
     assert request.prompt == ("one", "two")
     assert request.seed == (1, 2)
     assert request.component_paths == {"transformer": "a/b"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"height": 0},
+        {"width": -16},
+        {"num_frames": 0},
+        {"num_inference_steps": 0},
+        {"guidance_scale": float("nan")},
+        {"seed": (2**64,)},
+        {"seed": ()},
+        {"prompt": ()},
+    ],
+)
+def test_numbers_that_no_generation_can_have(fields: dict[str, Any]) -> None:
+    (name,) = fields
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}"):
+        Request(**fields)
+
+
+def test_one_prompt_and_one_seed_need_no_tuple() -> None:
+    request = Request(prompt="a fox", seed=7)  # type: ignore[arg-type]
+    assert request.prompt == ("a fox",)
+    assert request.seed == (7,)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantmatrix.errors import UsageError
+from quantmatrix.places import check_place
 
 ROUNDS = 20
 STAGES = {"layers": 4, "step": 2, "load": 3, "memory": 1}
@@ -52,6 +53,8 @@ def run_bench(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.compare:
         kept, results = (bench_results.read(Path(file)) for file in arguments.compare)
     else:
+        if arguments.output_path:
+            check_place(Path(arguments.output_path))
         if arguments.baseline:
             kept = bench_results.read(Path(arguments.baseline))  # before anything is measured
         results = measure(arguments, rest)

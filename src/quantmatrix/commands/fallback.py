@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantmatrix.errors import UsageError
+from quantmatrix.places import check_place
 
 
 def add_to(commands: Any) -> None:
@@ -38,6 +39,8 @@ def run_fallback(arguments: argparse.Namespace, rest: list[str]) -> int:
     folder = Path(arguments.output_path) if arguments.output_path else None
     if folder is not None and folder.exists() and not folder.is_dir():
         raise UsageError(f"--output-path {folder}: is a file, expected a folder")
+    if folder is not None:
+        check_place(folder / "files")
     found = fallback.propose(
         read_request(arguments, rest),
         target_db=arguments.target_psnr,

@@ -40,6 +40,10 @@ def read_prompts(path: str) -> list[str]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UsageError(f"--calibration-prompts {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"--calibration-prompts {path}: {error}; expected text, one prompt a line"
+        ) from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UsageError(f"--calibration-prompts {path}: holds no prompt, expected one a line")

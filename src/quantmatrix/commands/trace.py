@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import QuantmatrixError, UsageError
+from quantmatrix.places import check_place
 
 if TYPE_CHECKING:
     from quantmatrix.matrix import Cell, Matrix
@@ -49,6 +50,7 @@ def run_trace(arguments: argparse.Namespace, rest: list[str]) -> int:
     from quantmatrix.trace import trace
 
     path = Path(arguments.output_path or FILE)
+    check_place(path)
     census = trace(read_request(arguments, rest), path)
     if arguments.json:
         print_json({"ok": not census.problems, "output": str(path), **census.to_json()})
@@ -71,6 +73,7 @@ def run_cells(arguments: argparse.Namespace, rest: list[str]) -> int:
     else:
         cells = choose_cells(tables, arguments.hardware)
     folder = Path(arguments.output_path or FOLDER)
+    check_place(folder / "CELL")
     found = trace_cells(cells, tables, folder, tiny=bool(arguments.tiny), quiet=arguments.json)
     problems = [line for one in found.values() for line in one["problems"]]
     if arguments.json:
