@@ -108,7 +108,7 @@ def join(request: Request) -> Iterator[tuple[int, Plan, Any]]:
     """(rank, plan, pipeline) of this process among those that torchrun started."""
     found = find_plan(request)
     kind = found.machine.device.partition(":")[0]
-    distributed.init_process_group(TRANSPORTS[kind], device_id=find_own_gpu(kind))
+    distributed.init_process_group(TRANSPORTS[kind])
     try:
         rank, count = distributed.get_rank(), distributed.get_world_size()
         if count != found.processes:
@@ -124,13 +124,6 @@ def join(request: Request) -> Iterator[tuple[int, Plan, Any]]:
         distributed.barrier()
     finally:
         distributed.destroy_process_group()
-
-
-def find_own_gpu(kind: str) -> torch.device | None:
-    """The GPU of this process, which NCCL would guess otherwise; other transports need none."""
-    if kind != "cuda":
-        return None
-    return torch.device(kind, distributed.get_node_local_rank(fallback_rank=0))
 
 
 def split(pipeline: Any, made: Plan, count: int) -> None:

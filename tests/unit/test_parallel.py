@@ -151,14 +151,6 @@ def test_a_run_together_is_a_run_and_a_failure_says_why(monkeypatch: pytest.Monk
         parallel.generate_together(request, made)
 
 
-def test_nccl_is_told_the_gpu_of_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert parallel.find_own_gpu("cuda") == torch.device("cuda:1")
-    assert parallel.find_own_gpu("cpu") is parallel.find_own_gpu("npu") is None
-    monkeypatch.delenv("LOCAL_RANK")
-    assert parallel.find_own_gpu("cuda") == torch.device("cuda:0")
-
-
 def test_an_interruption_ends_the_processes_that_share_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
