@@ -15,7 +15,19 @@ from quantmatrix.models import Dialect
 from quantmatrix.scheme import Scheme, measure_features
 
 if TYPE_CHECKING:
-    from quantmatrix.checkpoint import Checkpoint
+    from quantmatrix.checkpoint import Checkpoint, TensorHeader
+
+CODE_LEAVES = ("weight", "qweight", "linear.weight")
+"""Where the codes of a layer lie; msmodelslim wraps smoothed layers in a `linear` level."""
+
+
+def find_code(checkpoint: Checkpoint, layer: str) -> TensorHeader:
+    """The tensor that holds the codes of a layer on disk."""
+    names = (f"{layer}.{leaf}" for leaf in CODE_LEAVES)
+    code = next((checkpoint.tensors[n] for n in names if n in checkpoint.tensors), None)
+    if code is None:
+        raise CheckpointError(f"{checkpoint.reference}: layer {layer} has scales but no weight")
+    return code
 
 
 def choose_dialect(
@@ -58,7 +70,7 @@ def check_packing(checkpoint: Checkpoint, schemes: Mapping[str, Scheme], dialect
             what = f"as {scheme.name}; expected AWQ codes (qweight I32, wscales, wzeros)"
         if what:
             raise CheckpointError(
-                f"{checkpoint.tensors[f'{layer}.qweight'].file}: layer {layer} is quantized {what}, "
+                f"{find_code(checkpoint, layer).file}: layer {layer} is quantized {what}, "
                 f"as the {dialect.name} layout has it: this is another format; name a file that "
                 "was made for the engine"
             )
@@ -79,7 +91,7 @@ def check_split(
 
     The loader adds their biases up, so it could not tell that one of them is missing.
     """
-    file = checkpoint.tensors[f"{layer}.qweight"].file
+    file = find_code(checkpoint, layer).file
     units = {}
     for other in models.find_sources(dialect.layers, module):
         if other not in schemes:
@@ -95,8 +107,8 @@ def check_split(
             )
         [target] = dialect.layer_targets(other)
         start, stop, _ = target.columns
-        code = checkpoint.tensors[f"{other}.qweight"]
-        units[other] = measure_features(schemes[other], code.shape)[1] / (stop - start)
+        into = measure_features(schemes[other], find_code(checkpoint, other).shape)[1]
+        units[other] = into / (stop - start)
     if len(set(units.values())) > 1:
         widths = " and ".join(f"{name} {width:g}" for name, width in units.items())
         raise CheckpointError(

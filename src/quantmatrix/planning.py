@@ -17,7 +17,7 @@ from typing import Any
 
 from quantmatrix import families, kernels, models, sharing
 from quantmatrix.checkpoint import Checkpoint
-from quantmatrix.dialects import choose_dialect
+from quantmatrix.dialects import choose_dialect, find_code
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.hardware import Machine
 from quantmatrix.models import Dialect, Target
@@ -26,8 +26,6 @@ from quantmatrix.scheme import Scheme, measure_features
 from quantmatrix.sources import Source, find_sources, use_tiny
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-CODE_LEAVES = ("weight", "qweight", "linear.weight")
-"""Where the codes of a layer lie; msmodelslim wraps smoothed layers in a `linear` level."""
 WRAPPERS = ("linear", "div")
 """Levels below a layer's name that belong to it, as msmodelslim has them."""
 FP4_BACKEND = "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND"
@@ -410,11 +408,7 @@ def sort_layers(
     """(parts of each quantized module, names of the tensors that are stored plainly)."""
     parts: dict[str, list[Part]] = {}
     for layer, scheme in schemes.items():
-        names = (f"{layer}.{leaf}" for leaf in CODE_LEAVES)
-        code = next((checkpoint.tensors[n] for n in names if n in checkpoint.tensors), None)
-        if code is None:
-            raise CheckpointError(f"{checkpoint.reference}: layer {layer} has scales but no weight")
-        out, into = measure_features(scheme, code.shape)
+        out, into = measure_features(scheme, find_code(checkpoint, layer).shape)
         for target in dialect.layer_targets(layer):
             unsigned = target.unsigned and scheme.op == "linear.svdq" and scheme.weight == "int4"
             own = replace(scheme, unsigned=True) if unsigned else scheme

@@ -52,3 +52,14 @@ def test_there_are_results() -> None:
 )
 def test_verdicts(goal: tuple[str, float | None, float, str], verdict: str) -> None:
     assert verdict in PAGE["show_goal"](goal)
+
+
+def test_the_page_of_offload_has_the_measured_numbers() -> None:
+    folder = ROOT / "reports" / "evidence" / "h100" / "offload"
+    results = json.loads((folder / "offload.json").read_text())
+    lines = (folder / "README.md").read_text().splitlines()
+    for form, found in results["forms"].items():
+        resident, streamed = found["resident_bytes"], found["streamed_bytes"]
+        numbers = f"{resident / 2**30:.2f} | {streamed / 2**30:.2f} | {streamed / resident:.3f}"
+        assert f"| {form} | {numbers} | {1e3 * found['streamed_seconds']:.0f} |" in lines
+        assert streamed <= 0.5 * resident

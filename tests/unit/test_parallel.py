@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +13,9 @@ from typing import Any
 
 import context_parallel
 import pytest
-import torch
 
 from quantmatrix import cli, parallel, sharing
 from quantmatrix.errors import QuantmatrixError, RefusedError, UsageError
-from quantmatrix.pipeline import build_pipeline
 from quantmatrix.planning import Plan
 from quantmatrix.request import Request
 from quantmatrix.run import generate
@@ -40,36 +36,10 @@ ROUNDING = 2.0**-7
 """Two units of BF16's eight bits, relative to the norm of the latents."""
 
 
-def run_together(target: Path, words: tuple[str, ...]) -> dict[str, Any]:
-    """What rank 0 of two processes saw."""
-    launcher = parallel.name_launcher(2)
-    done = subprocess.run(
-        [*launcher, context_parallel.__file__, str(target), *words, "--nproc-per-node", "2"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(torch.load(target))
-
-
 def test_two_processes_give_the_latents_of_one(tmp_path: Path) -> None:
-    request = context_parallel.read(list(WAN))
-    made = parallel.find_plan(request)
-    one = context_parallel.watch(request, made, build_pipeline(made))
-    two = run_together(tmp_path / "seen.pt", WAN)
-    assert two["calls"] == one["calls"] > 0
-    assert two["rows"] < 0.8 * one["rows"]  # else nothing was shared
-    assert len(one["latents"]) > 1
-    check_latents(one["latents"], two["latents"])
-
-
-def check_latents(one: Sequence[torch.Tensor], two: Sequence[torch.Tensor]) -> None:
-    for alone, shared in zip(one, two, strict=True):
-        distance = (alone.float() - shared.float()).norm() / alone.float().norm()
-        assert distance <= ROUNDING
+    one = context_parallel.run_alone(WAN)
+    two = context_parallel.run_together(tmp_path / "seen.pt", WAN)
+    context_parallel.check_shared(one, two, ROUNDING)
 
 
 def test_only_the_first_process_writes_and_prints(
@@ -145,7 +115,8 @@ def test_a_run_together_is_a_run_and_a_failure_says_why(monkeypatch: pytest.Monk
     run = parallel.generate_together(request, made)
     assert run.plan is made
     assert (len(run.latents), run.media[0].size, run.calls) == (1, (32, 32), {"transformer": 1})
-    check_latents(generate(replace(request, nproc_per_node=1)).latents, run.latents)
+    alone = generate(replace(request, nproc_per_node=1))
+    context_parallel.check_latents(alone.latents, run.latents, ROUNDING)
     monkeypatch.setattr(parallel, "name_launcher", lambda processes: [sys.executable])
     with pytest.raises(QuantmatrixError, match=r"2 processes gave no run: \w*Error: .*RANK"):
         parallel.generate_together(request, made)

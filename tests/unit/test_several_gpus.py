@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import context_parallel
 import pytest
 import torch
-
-from quantmatrix import parallel
-from quantmatrix.pipeline import build_pipeline
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="not measured: needs two CUDA devices"
@@ -38,36 +33,15 @@ for half of the heads, and codes of the inputs follow."""
 def test_the_second_gpu_gives_the_bits_of_the_first(family: str) -> None:
     seen = []
     for device in ("cuda:0", "cuda:1"):
-        request = context_parallel.read([*FAMILIES[family], "--device", device])
-        made = parallel.find_plan(request)
-        pipeline = build_pipeline(made)
-        seen.append(context_parallel.watch(request, made, pipeline)["latents"])
-        assert next(pipeline.transformer.parameters()).device == torch.device(device)
+        seen.append(context_parallel.run_alone([*FAMILIES[family], "--device", device])["latents"])
+        assert torch.cuda.current_device() == int(device[-1])
     torch.cuda.set_device(0)
-    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(*seen, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_gpus_give_the_latents_of_one(family: str, tmp_path: Path) -> None:
     words = [*FAMILIES[family], "--device", "cuda"]
-    request = context_parallel.read(words)
-    made = parallel.find_plan(request)
-    one = context_parallel.watch(request, made, build_pipeline(made))
-    target = tmp_path / "seen.pt"
-    together = [*words, "--nproc-per-node", "2"]
-    launcher = parallel.name_launcher(2)
-    done = subprocess.run(
-        [*launcher, context_parallel.__file__, str(target), *together],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = torch.load(target)
-    assert two["calls"] == one["calls"] > 0
-    assert two["rows"] < 0.8 * one["rows"]
-    for alone, shared in zip(one["latents"], two["latents"], strict=True):
-        distance = (alone.cpu().float() - shared.cpu().float()).norm() / alone.float().norm().cpu()
-        assert distance <= ROUNDING, distance
+    one = context_parallel.run_alone(words)
+    two = context_parallel.run_together(tmp_path / "seen.pt", words)
+    context_parallel.check_shared(one, two, ROUNDING)
