@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -335,23 +334,6 @@ def test_a_checkpoint_stays_on_one_worker(project: pytest.Pytester) -> None:
             workers.setdefault(checkpoint, set()).add(check["metrics"]["worker"])
     assert {len(found) for found in workers.values()} == {1}
     assert len(set.union(*workers.values())) == 2
-
-
-def test_ten_thousand_rows_are_collected_in_two_seconds(project: pytest.Pytester) -> None:
-    checks = {"hardware": "cpu", "backend": "", "checks": "load"}
-    cases = [
-        {**CASES[0], **checks, "id": f"row-{i}", "flags": f"--seed {i}"} for i in range(10_000)
-    ]
-    write_tables(project.path / "matrix", cases)
-    spent = []
-    while len(spent) < 3 and min(spent, default=9.0) > 2.0:  # the machine may be busy
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "pytest", "--collect-only", "-q"]
-        done = subprocess.run(command, cwd=project.path, capture_output=True, text=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert "10000 tests collected" in done.stdout
-        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(spent) <= 2.0, f"{spent} CPU s"
 
 
 def test_collecting_imports_no_torch(project: pytest.Pytester) -> None:

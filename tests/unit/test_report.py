@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import time
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -245,24 +244,6 @@ def test_read_states_joins(reports: Path, tables: Matrix) -> None:
     assert set(states) == {cell.id for cell in tables.cells}
     assert set(states.values()) <= set(report.STATES)
     assert states[PROVEN] == "proven"
-
-
-def test_ten_thousand_cells_render_in_five_seconds(tmp_path: Path) -> None:
-    cases = [
-        {**CASES[0], "id": f"row-{i}", "flags": f"--seed {i}", "backend": "", "hardware": "cpu"}
-        for i in range(10_000)
-    ]
-    tables = matrix.read(write_tables(tmp_path / "matrix", cases))
-    evidence = {cell.id: observe_quickly(cell, tables) for cell in tables.cells}
-    start = time.process_time()
-    report.render(tables, evidence)
-    assert time.process_time() - start < 5.0
-
-
-def observe_quickly(cell: Cell, tables: Matrix) -> Evidence:
-    checks = {name: CheckResult("pass", {"worst": WORST}) for name in cell.checks}
-    plan = {"components": {"transformer": COMPONENT}}
-    return Evidence(cell=records.describe_cell(cell, tables), checks=checks, plan=plan)
 
 
 def test_frame_holds_every_cell(reports: Path, tables: Matrix) -> None:
