@@ -1,11 +1,12 @@
-"""Checkpoint: what a set of weight files is, read from headers and JSON, never from tensors.
+"""Checkpoint: what a set of weight files is, read from headers and JSON, not from weights.
 
 A safetensors file starts with eight bytes, the little-endian length of a JSON header, then the
 header: tensor names with dtype, shape and byte range, and `__metadata__` with strings. What the
 files say about their quantization may stand in four places: config.json beside them
 (`quantization_config`), the header's metadata (`_quantization_metadata`, `quantization_config`), a
 description file (`quant_model_description*.json`), or `hf_quant_config.json`. Two places that
-disagree about one key are an error.
+disagree about one key are an error. ComfyUI's files may say it in small tensors, a fifth place
+(`quantmatrix.layer_lists`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, BinaryIO
 
 from quantmatrix.errors import CheckpointError
 
@@ -29,6 +30,9 @@ ITEM_BITS = {
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HEADER_LIMIT = 100 * 2**20
 """Largest header in bytes that the safetensors format allows."""
+
+NEAR = 2**20
+"""Bytes between two tensors that are rather read with them than asked for apart."""
 
 FOREIGN_STARTS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull` there",
@@ -144,6 +148,23 @@ def read_header(path: str | Path) -> Header:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     return parse_header(text, str(path), data_bytes=size - 8 - length)
+
+
+def read_contents(file: BinaryIO, names: Sequence[str]) -> dict[str, bytes]:
+    """Bytes of small tensors of an open safetensors file, by name; one read for those together."""
+    (length,) = struct.unpack("<Q", file.read(8))
+    header = json.loads(file.read(length))
+    spans = sorted((*header[name]["data_offsets"], name) for name in names)
+    found: dict[str, bytes] = {}
+    while spans:
+        together = [spans.pop(0)]
+        while spans and spans[0][0] - together[-1][1] <= NEAR:
+            together.append(spans.pop(0))
+        first, last = together[0][0], together[-1][1]
+        file.seek(8 + length + first)
+        content = file.read(last - first)
+        found |= {name: content[begin - first : end - first] for begin, end, name in together}
+    return found
 
 
 def refuse_pickle(path: str | PurePath) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from quantmatrix import families, models
+from quantmatrix import families, layer_lists, models
 from quantmatrix.checkpoint import Checkpoint, Hub
 from quantmatrix.errors import CheckpointError
 from quantmatrix.references import (
@@ -57,7 +57,11 @@ def open_any(path: str, hub: Hub) -> dict[str, Checkpoint]:
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """One checkpoint as plain data."""
     detected = families.detect(checkpoint)
-    unknown = None if detected else families.explain_unknown(checkpoint)
+    unknown = (
+        None
+        if detected
+        else layer_lists.explain_formats(checkpoint) or families.explain_unknown(checkpoint)
+    )
     family, why = detected or (None, unknown or "nothing in it is quantized")
     schemes = families.load(family).schemes(checkpoint) if family else {}
     dtypes: Counter[str] = Counter()

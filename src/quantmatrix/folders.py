@@ -21,7 +21,14 @@ from pathlib import Path, PurePosixPath
 from typing import cast
 from urllib.parse import unquote, urlsplit
 
-from quantmatrix.checkpoint import Header, Hub, RemoteFiles, check_ranges, read_header
+from quantmatrix.checkpoint import (
+    Header,
+    Hub,
+    RemoteFiles,
+    check_ranges,
+    read_contents,
+    read_header,
+)
 from quantmatrix.errors import CheckpointError
 
 PLACEHOLDER = "/path/to/"
@@ -63,6 +70,11 @@ class LocalFolder:
     def header(self, name: str) -> Header:
         """Header of a safetensors file."""
         return read_header(self.root / name)
+
+    def contents(self, name: str, tensors: list[str]) -> dict[str, bytes]:
+        """Bytes of small tensors of a safetensors file, by name."""
+        with (self.root / name).open("rb") as file:
+            return read_contents(file, tensors)
 
     def enter(self, sub: str) -> LocalFolder:
         """A folder below this one."""
@@ -155,6 +167,23 @@ class HubFolder:
         }
         strings = {str(key): str(value) for key, value in (found.metadata or {}).items()}
         return check_ranges(ranges, self.address(name), None), strings
+
+    def contents(self, name: str, tensors: list[str]) -> dict[str, bytes]:
+        """Bytes of small tensors of a safetensors file, by name.
+
+        Of a remote file, the ranges that hold them are transferred: those that lie together at once.
+        """
+        cached = self.cached(name)
+        if cached is not None:
+            return LocalFolder(cached.parent).contents(cached.name, tensors)
+        from huggingface_hub import HfFileSystem
+
+        full = self.full(name)
+        with translate_hub_errors(f"{self.repo}/{full}: cannot be read", self.repo):
+            place = f"{self.repo}/{full}"
+            remote = HfFileSystem().open(place, revision=self.commit, cache_type="none")
+            with remote as file:
+                return read_contents(file, tensors)
 
     def enter(self, sub: str) -> HubFolder:
         """A folder below this one."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from quantmatrix import families, kernels, models, sharing
+from quantmatrix import families, kernels, layer_lists, models, sharing
 from quantmatrix.checkpoint import Checkpoint
 from quantmatrix.dialects import choose_dialect, find_code
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
@@ -352,7 +352,7 @@ def find_schemes(
                 f"{', '.join(checkpoint.files)} is quantized"
             )
         return family, why, schemes, False
-    if unknown := families.explain_unknown(checkpoint):
+    if unknown := layer_lists.explain_formats(checkpoint) or families.explain_unknown(checkpoint):
         raise CheckpointError(unknown)
     if request.quantization and source.primary:
         schemes = online_schemes(checkpoint, model, request)

@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath, PurePosixPath
 from typing import Any
 
+from quantmatrix import layer_lists
 from quantmatrix.checkpoint import (
     PICKLES,
     Checkpoint,
@@ -256,6 +257,10 @@ def build_checkpoint(reference: str, folder: Folder, selection: Selection) -> Ch
         metadata,
         tuple(headers),
         (nested, nested_file) if nested and nested_file else None,
+    )
+    places = {folder.address(name): name for name in selection}
+    block, place = layer_lists.complete(
+        block, place, tensors, lambda file, names: folder.contents(places[file], names)
     )
     description, description_file = read_beside(beside, find_description(beside))
     return Checkpoint(

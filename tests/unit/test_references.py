@@ -784,6 +784,13 @@ class HubServer(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
+        folder = path.partition(f"/tree/{COMMIT}/")[2]
+        if folder:
+            paths = [p for p in (self.files / folder).iterdir() if p.is_file()]
+            told = [{"path": f"{folder}/{p.name}", "size": p.stat().st_size} for p in paths]
+            tree = [{"type": "file", "oid": "0", **entry} for entry in told]
+            self.answer("tree", json.dumps(tree).encode(), {})
+            return
         if path.startswith("/api/models/o/r"):
             found = sorted(p.relative_to(self.files).as_posix() for p in self.files.rglob("*.*"))
             listing = {"id": "o/r", "sha": COMMIT, "siblings": [{"rfilename": n} for n in found]}
@@ -813,29 +820,13 @@ class HubServer(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
-def test_the_real_client_transfers_headers_first_and_weights_when_fetched(tmp_path: Path) -> None:
-    class Server(HubServer):
-        files = tmp_path / "remote"
-
-    Server.sent = []
-    big = {"big.weight": ("F32", (1000, 1000))}
-    block = {"quantization_config": json.dumps({"quant_method": "fp8"})}
-    write_weights(Server.files / "t/x.safetensors", big, block)
-    write_json(Server.files / "t/config.json", {"_class_name": "X"})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+def run_client(server_class: type[HubServer], code: str, home: Path) -> list[Any]:
+    """Lines of JSON that a process printed which talks to a server with the real client."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), server_class)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = (
-        "import json\n"
-        "from quantmatrix import references\n"
-        "from quantmatrix.checkpoint import Hub\n"
-        f"hub = Hub({str(tmp_path / 'cache')!r})\n"
-        "found = references.open_weights('o/r/t', hub)\n"
-        "print(json.dumps([found.files, found.nbytes, found.quantization, found.config]))\n"
-        "print(json.dumps(references.fetch(found, hub).files), flush=True)\n"
-    )
     environment = {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "home"),
+        "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
         "NO_PROXY": "127.0.0.1",
     }
@@ -845,7 +836,28 @@ def test_the_real_client_transfers_headers_first_and_weights_when_fetched(tmp_pa
     server.shutdown()
     server.server_close()
     assert done.returncode == 0, done.stderr
-    first, second = (json.loads(line) for line in done.stdout.splitlines())
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_the_real_client_transfers_headers_first_and_weights_when_fetched(tmp_path: Path) -> None:
+    class Server(HubServer):
+        files = tmp_path / "remote"
+
+    Server.sent = []
+    big = {"big.weight": ("F32", (1000, 1000))}
+    block = {"quantization_config": json.dumps({"quant_method": "fp8"})}
+    write_weights(Server.files / "t/x.safetensors", big, block)
+    write_json(Server.files / "t/config.json", {"_class_name": "X"})
+    code = (
+        "import json\n"
+        "from quantmatrix import references\n"
+        "from quantmatrix.checkpoint import Hub\n"
+        f"hub = Hub({str(tmp_path / 'cache')!r})\n"
+        "found = references.open_weights('o/r/t', hub)\n"
+        "print(json.dumps([found.files, found.nbytes, found.quantization, found.config]))\n"
+        "print(json.dumps(references.fetch(found, hub).files), flush=True)\n"
+    )
+    first, second = run_client(Server, code, tmp_path / "home")
     address = f"hf://o/r@{COMMIT}/t/x.safetensors"
     assert first == [[address], 4_000_000, {"quant_method": "fp8"}, {"_class_name": "X"}]
     assert Path(second[0]).stat().st_size > 4_000_000
@@ -854,3 +866,34 @@ def test_the_real_client_transfers_headers_first_and_weights_when_fetched(tmp_pa
     assert sizes[0] < 200_000 < 4_000_000 < sizes[1]
     offline = Hub(str(tmp_path / "cache"), offline=True)
     assert references.open_weights("o/r/t/x.safetensors", offline).files == tuple(second)
+
+
+def test_the_real_client_reads_small_tensors_alone(tmp_path: Path) -> None:
+    class Server(HubServer):
+        files = tmp_path / "remote"
+
+    Server.sent = []
+    entry = json.dumps({"format": "float8_e4m3fn"})
+    marker = "b.comfy_quant"
+    tensors = {
+        "a.weight": ("F8_E4M3", (1000, 4000)),
+        marker: ("U8", (len(entry),)),
+        "c.weight": ("F8_E4M3", (1000, 4000)),
+    }
+    path = write_weights(Server.files / "t/x.safetensors", tensors)
+    content = path.read_bytes()
+    begin = len(content) - 4_000_000 - len(entry)
+    path.write_bytes(content[:begin] + entry.encode() + content[begin + len(entry) :])
+    code = (
+        "import json\n"
+        "from quantmatrix import references\n"
+        "from quantmatrix.checkpoint import Hub\n"
+        f"found = references.open_weights('o/r/t', Hub({str(tmp_path / 'cache')!r}))\n"
+        "print(json.dumps([found.quantization['layers'], found.quantization_from]))\n"
+    )
+    [found] = run_client(Server, code, tmp_path / "home")
+    address = f"hf://o/r@{COMMIT}/t/x.safetensors"
+    assert found == [{"b": json.loads(entry)}, f"{address}: tensors *.comfy_quant"]
+    sizes = [size for name, size in Server.sent if name == "t/x.safetensors"]
+    assert sizes[-1] == len(entry)
+    assert sum(sizes) < 200_000

@@ -17,8 +17,9 @@ static or dynamic inputs, `ignored_layers` (or `modules_to_not_convert`) the lay
 alone. Two header forms without `quant_method` are known: `layers` of a float8 format (one of NVFP4
 among them makes the file `modelopt-nvfp4`), and the row-wise form (version 1.1) whose
 `quant_configs` name the scale recipe. A layer that the first lists with
-`full_precision_matrix_mult` has codes for its weight only. Sources: vLLM's and SGLang's fp8
-checkpoints, diffusers, ComfyUI.
+`full_precision_matrix_mult` has codes for its weight only. Instead of the list, ComfyUI's files may
+have an entry in a tensor `<layer>.comfy_quant` beside each layer (`quantmatrix.layer_lists`).
+Sources: vLLM's and SGLang's fp8 checkpoints, diffusers, ComfyUI.
 """
 
 from __future__ import annotations

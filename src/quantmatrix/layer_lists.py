@@ -1,0 +1,110 @@
+"""Layer lists: what ComfyUI's writers say of each quantized layer, and where they say it.
+
+Either the header's `_quantization_metadata` has one entry per layer under `layers`, or a tensor
+`<layer>.comfy_quant` (U8 [bytes of the text]) beside the codes holds the same entry as JSON:
+
+    {"format": "float8_e4m3fn", "full_precision_matrix_mult": true, "orig_dtype": "torch.bfloat16"}
+
+Where the header lists a layer, that counts, as it does in ComfyUI; the tensors of other layers are
+read, though they are no header: no other place tells what an FP8 layer does with its inputs. Files
+whose quantization has a method (`quant_method`, `quant_algo`) need none of this. Sources: ComfyUI's
+QUANTIZATION.md, files of `convert-to-quant` and of Comfy-Org.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from quantmatrix.checkpoint import METHOD_KEYS, TensorHeader, parse_block
+from quantmatrix.errors import CheckpointError
+from quantmatrix.families.fp8_declaration import PLAIN_WORDS
+
+if TYPE_CHECKING:
+    from quantmatrix.checkpoint import Checkpoint
+
+MARKER = ".comfy_quant"
+LONGEST = 4096
+"""Bytes of the longest text that is taken for an entry; real ones have about a hundred."""
+NOTES = ("orig_dtype", "orig_shape")
+"""Keys of an entry that tell where a layer came from, and nothing about how it is stored."""
+ROTATION = "convrot"
+KNOWN = ("float8_e4m3fn", "float8_e4m3fn_rowwise", "nvfp4")
+
+ReadTensors = Callable[[str, list[str]], Mapping[str, bytes]]
+"""Contents of some tensors of a file, by name."""
+
+
+def complete(
+    block: Mapping[str, Any] | None,
+    place: str | None,
+    tensors: Mapping[str, TensorHeader],
+    read: ReadTensors,
+) -> tuple[dict[str, Any] | None, str | None]:
+    """A quantization block with an entry for every layer that has one, and where it was found.
+
+    `read` gets the name of a file and the markers in it that are needed. One that holds no JSON
+    object says nothing. Raises CheckpointError for weights that were rotated.
+    """
+    if block is not None and has_method(block):
+        return dict(block), place
+    listed = block.get("layers") if block else None
+    entries = {str(k): v for k, v in listed.items()} if isinstance(listed, Mapping) else {}
+    for file, markers in find_markers(tensors, entries).items():
+        place = place or f"{file}: tensors *{MARKER}"
+        for name, content in read(file, markers).items():
+            entry = parse_block(content.decode("utf-8", "replace"))
+            if entry:
+                entries[name.removesuffix(MARKER)] = entry
+    if not entries:
+        return (None, None) if block is None else (dict(block), place)
+    checked = {layer: read_entry(layer, entry, str(place)) for layer, entry in entries.items()}
+    return {"format_version": "1.0", **(block or {}), "layers": checked}, place
+
+
+def has_method(block: Mapping[str, Any]) -> bool:
+    """Whether a block names its quantization as a whole, so that no list decides about it."""
+    nested = block.get("quantization")
+    inner = nested if isinstance(nested, Mapping) else {}
+    return any(key in block or key in inner for key in METHOD_KEYS)
+
+
+def find_markers(
+    tensors: Mapping[str, TensorHeader], listed: Mapping[str, Any]
+) -> dict[str, list[str]]:
+    """Names of the markers of layers that are not listed, by file."""
+    found: dict[str, list[str]] = {}
+    for name, header in tensors.items():
+        layer = name.removesuffix(MARKER)
+        text = header.dtype == "U8" and header.nbytes <= LONGEST
+        if layer != name and layer not in listed and text:
+            found.setdefault(header.file, []).append(name)
+    return found
+
+
+def read_entry(layer: str, entry: Any, place: str) -> Any:
+    """An entry without its notes; a word in place of an object stays as it is."""
+    if not isinstance(entry, Mapping):
+        return entry
+    if entry.get(ROTATION):
+        raise CheckpointError(
+            f"{place}: the weight of {layer} was rotated before it was quantized ({ROTATION}), "
+            "which no quant family takes: without the same rotation of its inputs a layer gives "
+            "other numbers. Quantize without it"
+        )
+    return {key: value for key, value in entry.items() if key not in NOTES}
+
+
+def explain_formats(checkpoint: Checkpoint) -> str | None:
+    """Why no family takes a file whose list has formats that none knows; None: it has none."""
+    listed = (checkpoint.quantization or {}).get("layers")
+    if not isinstance(listed, Mapping):
+        return None
+    for layer, entry in listed.items():
+        word = entry.get("format") if isinstance(entry, Mapping) else entry
+        if word and word not in (*KNOWN, *PLAIN_WORDS):
+            return (
+                f"{checkpoint.quantization_from}: {layer} has the format {word}, which no quant "
+                f"family takes: known are {', '.join(KNOWN)}. Quantize with one of these"
+            )
+    return None

@@ -1,0 +1,204 @@
+"""What ComfyUI's writers say of each layer: in the header, or in a tensor beside the layer."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from weight_files import COMMIT, join_file, make_header
+
+from quantmatrix import families, layer_lists
+from quantmatrix.checkpoint import NEAR, Checkpoint, Hub, read_contents
+from quantmatrix.describe import describe
+from quantmatrix.errors import CheckpointError
+from quantmatrix.folders import HubFolder
+from quantmatrix.planning import find_schemes
+from quantmatrix.references import open_component, open_weights
+from quantmatrix.request import Request
+from quantmatrix.sources import Source
+
+FP8 = {"format": "float8_e4m3fn"}
+FULL = {**FP8, "full_precision_matrix_mult": True}
+NOTED = {**FP8, "orig_dtype": "torch.bfloat16", "orig_shape": [16, 16]}
+
+
+def encode(entry: Any) -> bytes:
+    return entry if isinstance(entry, bytes) else json.dumps(entry).encode()
+
+
+def write_marked(
+    path: Path, markers: Mapping[str, Any], listed: Mapping[str, Any] | None = None
+) -> Path:
+    """A file of FP8 layers, each with its entry beside it; `listed` goes into the header."""
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for layer in [*markers, *(listed or {})]:
+        tensors |= {f"{layer}.weight": ("F8_E4M3", (16, 16)), f"{layer}.weight_scale": ("F32", ())}
+    contents = {f"{layer}.comfy_quant": encode(entry) for layer, entry in markers.items()}
+    tensors |= {name: ("U8", (len(content),)) for name, content in contents.items()}
+    text = json.dumps({"format_version": "1.0", "layers": listed})
+    header = make_header(tensors, {"_quantization_metadata": text} if listed else None)
+    data = bytearray(max(entry["data_offsets"][1] for n, entry in header.items() if n[0] != "_"))
+    for name, content in contents.items():
+        begin, end = header[name]["data_offsets"]
+        data[begin:end] = content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(join_file(header, bytes(data)))
+    return path
+
+
+def open_file(path: Path) -> Checkpoint:
+    return open_weights(str(path), Hub(offline=True))
+
+
+def test_tensors_beside_the_layers_declare_them(tmp_path: Path) -> None:
+    path = write_marked(tmp_path / "w.safetensors", {"a": FP8, "b": FULL, "c": NOTED})
+    checkpoint = open_file(path)
+    assert checkpoint.quantization == {
+        "format_version": "1.0",
+        "layers": {"a": FP8, "b": FULL, "c": FP8},
+    }
+    assert checkpoint.quantization_from == f"{path}: tensors *.comfy_quant"
+    assert families.detect(checkpoint) == (
+        "fp8",
+        f"layers of format float8_e4m3fn in {path}: tensors *.comfy_quant",
+    )
+    schemes = families.load("fp8").schemes(checkpoint)
+    assert {name: s.activation for name, s in schemes.items()} == {
+        "a": "tensor-dynamic",
+        "b": "none",
+        "c": "tensor-dynamic",
+    }
+
+
+def test_the_header_counts_where_it_lists_a_layer(tmp_path: Path) -> None:
+    """As in ComfyUI, which puts its entries in the place of the tensors."""
+    path = write_marked(tmp_path / "w.safetensors", {"a": FULL, "b": FULL}, listed={"a": NOTED})
+    checkpoint = open_file(path)
+    assert checkpoint.quantization is not None
+    assert checkpoint.quantization["layers"] == {"a": FP8, "b": FULL}
+    assert checkpoint.quantization_from == f"{path}: _quantization_metadata"
+
+
+def test_shards_have_their_own(tmp_path: Path) -> None:
+    for shard, layer in (("a", "x"), ("b", "y")):
+        write_marked(tmp_path / f"{shard}.safetensors", {layer: FULL if layer == "y" else FP8})
+    index = {"x.weight": "a.safetensors", "y.weight": "b.safetensors"}
+    (tmp_path / "w.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    found = open_weights(str(tmp_path), Hub(offline=True)).quantization
+    assert found is not None
+    assert found["layers"] == {"x": FP8, "y": FULL}
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"quant_method": "fp8", "activation_scheme": "dynamic"},
+        {"quantization": {"quant_algo": "FP8"}},
+    ],
+)
+def test_a_method_needs_no_list(tmp_path: Path, block: dict[str, Any]) -> None:
+    write_marked(tmp_path / "w.safetensors", {"a": FULL})
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": block}))
+    assert open_component(str(tmp_path), Hub(offline=True)).quantization == block
+
+
+@pytest.mark.parametrize("content", [bytes(20), b"\xff\xfe{}", b"[1]", b"{", b" " * 5000])
+def test_what_is_no_entry_says_nothing(tmp_path: Path, content: bytes) -> None:
+    checkpoint = open_file(write_marked(tmp_path / "w.safetensors", {"a": content}))
+    assert checkpoint.quantization is None
+    assert "nothing declares how" in describe(checkpoint)["why"]
+
+
+@pytest.mark.parametrize("in_header", [False, True])
+def test_rotated_weights_are_refused(tmp_path: Path, in_header: bool) -> None:
+    """The NVFP4 family looks at an entry's format only, and would give noise."""
+    entry = {"a": {"format": "nvfp4", "convrot": True, "convrot_groupsize": 256}}
+    path = tmp_path / "w.safetensors"
+    write_marked(path, {} if in_header else entry, listed=entry if in_header else None)
+    with pytest.raises(CheckpointError, match=r"weight of a was rotated .*convrot"):
+        open_file(path)
+    entry["a"]["convrot"] = False
+    write_marked(path, {} if in_header else entry, listed=entry if in_header else None)
+    open_file(path)
+
+
+@pytest.mark.parametrize("word", ["int8_tensorwise", "mxfp8"])
+def test_formats_that_no_family_takes_are_named(tmp_path: Path, word: str) -> None:
+    path = write_marked(
+        tmp_path / "w.safetensors", {"a": {"format": "bf16"}, "b": {"format": word}}
+    )
+    said = f"b has the format {word}, which no quant family takes"
+    found = describe(open_file(path))
+    assert said in found["why"]
+    assert found["unknown"]
+    source = Source(open_file(path), "FluxTransformer2DModel", {}, "config.json", primary=True)
+    with pytest.raises(CheckpointError, match=said):
+        find_schemes(source, "flux-1", Request(model_path="x"))
+
+
+def test_a_list_of_plain_layers_is_no_quantization() -> None:
+    plain = {"layers": {"a": {"format": "bf16"}, "b": "float32", "c": {}}}
+    assert layer_lists.explain_formats(Checkpoint("r", (), {}, quantization=plain)) is None
+
+
+class Counted(io.BytesIO):
+    """An open remote file, and how much was asked of it."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.lengths: list[int] = []
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.lengths.append(size if size is not None else -1)
+        return super().read(size)
+
+
+def test_what_lies_together_is_read_at_once() -> None:
+    shapes = {"a": 4, "far": NEAR + 1, "b": 5, "near": NEAR, "c": 6}
+    header = make_header({name: ("U8", (size,)) for name, size in shapes.items()})
+    parts = {"a": b"aaaa", "b": b"bbbbb", "c": b"cccccc"}
+    data = b"".join(parts.get(name, bytes(size)) for name, size in shapes.items())
+    file = Counted(join_file(header, data))
+    assert read_contents(file, ["c", "a", "b"]) == parts
+    assert file.lengths[2:] == [4, 5 + NEAR + 6]
+
+
+def test_of_a_remote_file_only_the_ranges_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_marked(tmp_path / "there" / "w.safetensors", {"a": FP8, "b": FULL})
+    content = path.read_bytes()
+    opened: list[Counted] = []
+
+    class FakeFiles:
+        def open(self, place: str, *, revision: str, cache_type: str) -> Counted:
+            assert (place, revision, cache_type) == ("o/r/t/w.safetensors", COMMIT, "none")
+            opened.append(Counted(content))
+            return opened[-1]
+
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", FakeFiles)
+    folder = HubFolder("o/r", COMMIT, ("t/w.safetensors",), str(tmp_path / "cache"), prefix="t")
+    found = folder.contents("w.safetensors", ["b.comfy_quant", "a.comfy_quant"])
+    assert found == {"a.comfy_quant": encode(FP8), "b.comfy_quant": encode(FULL)}
+    header = struct.unpack("<Q", content[:8])[0]
+    assert opened[0].lengths == [8, header, len(encode(FP8)) + len(encode(FULL))]
+    assert opened[0].closed
+
+
+def test_a_remote_file_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoFiles:
+        def open(self, *_: Any, **__: Any) -> Any:
+            raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", NoFiles)
+    folder = HubFolder("o/r", COMMIT, ("w.safetensors",), str(tmp_path / "cache"))
+    with pytest.raises(CheckpointError, match=r"o/r/w.safetensors: cannot be read .*no route"):
+        folder.contents("w.safetensors", ["a.comfy_quant"])
