@@ -128,6 +128,7 @@ def producers(session: nox.Session) -> None:
     session.install(TORCH)
     session.install("-c", "constraints.txt", "-e", ".[test]")
     session.install("-r", "tests/producers/requirements.txt")
+    session.install("--no-deps", "-r", "tests/producers/requirements-alone.txt")
     words = ["tests/producers", "-q", "-n", "2", "--strict-producers", "-W", "ignore"]
     session.run("pytest", *words, *session.posargs)
 

@@ -9,7 +9,7 @@ from importlib import util
 
 import pytest
 
-REQUIRED = ("modelopt", "comfy_kitchen", "convert_to_quant")
+REQUIRED = ("modelopt", "comfy_kitchen", "convert_to_quant", "deepcompressor")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,5 +22,5 @@ def pytest_configure(config: pytest.Config) -> None:
     missing = [name for name in REQUIRED if util.find_spec(name) is None]
     if config.getoption("--strict-producers") and missing:
         raise pytest.UsageError(
-            f"not installed: {', '.join(missing)}; see tests/producers/requirements.txt"
+            f"not installed: {', '.join(missing)}; see tests/producers/requirements*.txt"
         )

@@ -373,9 +373,8 @@ def test_listed_layers_are_as_the_list_says(
     path = tmp_path / "w.safetensors"
     text = json.dumps({**LISTED, **changes})
     save_file(tensors, path, metadata={"_quantization_metadata": text})
-    checkpoint = open_weights(str(path), Hub(offline=True))
     with pytest.raises(CheckpointError, match=message) as caught:
-        fp8.schemes(checkpoint)
+        fp8.schemes(open_weights(str(path), Hub(offline=True)))
     assert str(path) in str(caught.value)
 
 

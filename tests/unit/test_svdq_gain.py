@@ -125,23 +125,30 @@ from quantmatrix.request import Request
 from quantmatrix.run import generate
 
 torch.set_num_threads(int(sys.argv[1]))
-for backend in sys.argv[4:]:
+generator = torch.Generator().manual_seed(0)
+left, right = (torch.randn(n, 1024, generator=generator) for n in (64, 256))
+print("digest", "plain", digest_latents([left @ right.T]))
+for backend in sys.argv[5:]:
     request = Request(
-        model_path=sys.argv[2], tiny=True, device="cpu", backend=backend,
-        weights_paths={"transformer": sys.argv[3]},
+        model_path=sys.argv[3], tiny=True, device="cpu", backend=backend,
+        weights_paths={"transformer": sys.argv[4]},
     )
-    for _ in range(2):
+    for _ in range(int(sys.argv[2])):
         print("digest", backend, digest_latents(generate(request).latents))
 """
 BACKENDS = ("reference", "decode", "merged")
 
 
 def test_processes_and_threads_do_not_change_bits(tmp_path: Path) -> None:
-    """Two runs in each of two processes, with one thread and with two."""
+    """Two runs in one process, one in a second, one in a third that has another thread.
+
+    On some processors torch's own float32 product depends on the number of threads (an Intel Xeon
+    with AMX splits long sums); there the third process is not compared.
+    """
     file = write_file(BASES["z-image"], tmp_path / "made")
-    found: dict[str, list[str]] = {backend: [] for backend in BACKENDS}
-    for threads in ("1", "2"):
-        words = [threads, BASES["z-image"], str(file), *BACKENDS]
+    found: list[dict[str, list[str]]] = []
+    for threads, runs in (("1", "2"), ("1", "1"), ("2", "1")):
+        words = [threads, runs, BASES["z-image"], str(file), *BACKENDS]
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM, *words],
             env={**os.environ, "OMP_NUM_THREADS": threads},
@@ -150,13 +157,16 @@ def test_processes_and_threads_do_not_change_bits(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stderr[-2000:]
+        seen: dict[str, list[str]] = {}
         for line in done.stdout.splitlines():
             if line.startswith("digest"):
-                _, backend, digest = line.split()
-                found[backend].append(digest)
-    assert {backend: (len(seen), len(set(seen))) for backend, seen in found.items()} == (
-        dict.fromkeys(BACKENDS, (4, 1))
-    )
+                seen.setdefault(line.split()[1], []).append(line.split()[2])
+        found.append(seen)
+    first, second, third = found
+    for backend in BACKENDS:
+        assert first[backend] == second[backend] * 2, backend
+    if third.pop("plain") == first["plain"]:
+        assert third == {backend: second[backend] for backend in BACKENDS}
 
 
 def test_modulation_has_no_plain_form(tmp_path: Path) -> None:
