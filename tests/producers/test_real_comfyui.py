@@ -25,7 +25,9 @@ from quantmatrix.checkpoint import Checkpoint, Hub
 from quantmatrix.errors import CheckpointError
 from quantmatrix.layer_lists import MARKER
 from quantmatrix.load import count_quantized, load_transformer
+from quantmatrix.models import flux_2
 from quantmatrix.references import open_weights
+from quantmatrix.tiny_packing import pack_tensors
 
 FORMS: Mapping[str, tuple[list[str], str, str]] = {
     "tensor": ([], "fp8", "fp8"),
@@ -38,11 +40,19 @@ FORMS: Mapping[str, tuple[list[str], str, str]] = {
 """Options of the command, family and scheme of what it writes; `listed` has a list, too."""
 
 
-def convert(model: str, folder: Path, *options: str) -> Path:
-    """A file that the real command writes of a tiny transformer, whose folder lies beside it."""
+def convert(model: str, folder: Path, *options: str, original: bool = False) -> Path:
+    """A file that the real command writes of a tiny transformer, whose folder lies beside it.
+
+    `original`: of one in the names of FLUX.2's first files.
+    """
     base = folder / "base"
-    exports.make_transformer(model, torch.bfloat16).save_pretrained(base)
+    transformer = exports.make_transformer(model, torch.bfloat16)
+    transformer.save_pretrained(base)
     [source] = base.glob("*.safetensors")
+    if original:
+        source = folder / "original.safetensors"
+        packed = pack_tensors(dict(transformer.state_dict()), flux_2.BFL)
+        save_file({name: tensor.contiguous() for name, tensor in packed.items()}, source)
     made = folder / "made.safetensors"
     words = ["-i", str(source), "-o", str(made), "--comfy_quant", "--simple", "--device", "cpu"]
     words += ["--optimizer", "original", "--manual_seed", "0", "--verbose", "MINIMAL", *options]
@@ -73,8 +83,8 @@ def decode(tensors: Mapping[str, torch.Tensor], layer: str) -> torch.Tensor:
     return codes.float() * (scale.unsqueeze(-1) if scale.ndim else scale)
 
 
-def build_plain(model: str, path: Path) -> nn.Module:
-    """A float32 diffusers model with the file's weights, decoded."""
+def decode_all(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file in float32, its codes decoded."""
     found = load_file(path)
     layers = [name.removesuffix(MARKER) for name in found if name.endswith(MARKER)]
     state = {n: t.float() for n, t in found.items() if n.rpartition(".")[0] not in layers}
@@ -82,9 +92,20 @@ def build_plain(model: str, path: Path) -> nn.Module:
         state[f"{layer}.weight"] = decode(found, layer)
         if f"{layer}.bias" in found:
             state[f"{layer}.bias"] = found[f"{layer}.bias"].float()
-    made = exports.make_transformer(model)
-    made.load_state_dict(state)
-    return made.eval()
+    return state
+
+
+def compare(model: str, found: nn.Module, expected: nn.Module) -> float:
+    """Relative distance of two models' outputs."""
+    inputs = exports.make_inputs(model, 7)
+    ours, theirs = exports.run_model(found, inputs), exports.run_model(expected, inputs)
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def load(base: Path, path: Path) -> nn.Module:
+    return load_transformer(
+        str(base), transformer_weights_path=str(path), backend="decode", dtype=torch.float32
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -102,18 +123,29 @@ def test_every_form_of_every_model(tmp_path: Path, model: str, form: str) -> Non
     assert {schemes[layer].name for layer in marked} == {scheme}
     static = {schemes[layer].activation == "tensor-static" for layer in marked}
     assert static == {form == "static"}
-    found = load_transformer(
-        str(tmp_path / "base"),
-        transformer_weights_path=str(path),
-        backend="decode",
-        device="cpu",
-        dtype=torch.float32,
-    )
+    found = load(tmp_path / "base", path)
     assert set(count_quantized(found).values()) == {"decode"}
-    inputs = exports.make_inputs(model, 7)
-    expected = exports.run_model(build_plain(model, path), inputs)
-    ours = exports.run_model(found, inputs)
-    assert ((ours - expected).norm() / expected.norm()).item() < 1e-5
+    expected = exports.make_transformer(model)
+    expected.load_state_dict(decode_all(path))
+    assert compare(model, found, expected.eval()) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_flux_2_in_its_original_names(tmp_path: Path, form: str) -> None:
+    """As ComfyUI has it: packed projections, halves that are swapped."""
+    options, family, scheme = FORMS[form]
+    path = convert("flux-2", tmp_path, "--flux2", *options, original=True)
+    checkpoint = open_file(path)
+    assert (families.detect(checkpoint) or [""])[0] == family
+    schemes = families.load(family).schemes(checkpoint)
+    assert "double_blocks.0.img_attn.qkv" in schemes
+    assert {found.name for found in schemes.values()} == {scheme}
+    plain = tmp_path / "plain.safetensors"
+    save_file(decode_all(path), plain)
+    found, expected = load(tmp_path / "base", path), load(tmp_path / "base", plain)
+    assert count_quantized(found)
+    assert not count_quantized(expected)
+    assert compare("flux-2", found, expected) < 1e-5
 
 
 def test_a_list_and_the_tensors_say_the_same(tmp_path: Path) -> None:
