@@ -44,6 +44,7 @@ SELECTORS: Mapping[str, tuple[str, ...]] = {
     "single-file": ("--transformer-weights-path",),
     "sharded": ("--transformer-path", "--transformer-weights-path"),
     "raw": ("--transformer-weights-path", "--model-path"),
+    "comfyui": ("--transformer-weights-path",),
     "pipeline": ("--model-path",),
     "online": ("--quantization",),
 }

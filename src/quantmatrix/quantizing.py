@@ -94,7 +94,7 @@ def choose_schemes(recipe: Recipe, packed: Mapping[str, torch.Tensor]) -> dict[s
                 continue
             elif any(target.unsigned for target in targets) and scheme.weight == "int4":
                 scheme = replace(scheme, unsigned=True)
-        if recipe.raw:
+        if recipe.raw and scheme.op == "linear.nvfp4":
             scheme = replace(scheme, swap_nibbles=True, tiled_scales=True)
         found[layer] = scheme
     return found

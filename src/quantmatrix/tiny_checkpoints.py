@@ -6,6 +6,7 @@ is a real pass of the tiny pipeline.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from quantmatrix import families, models
 from quantmatrix.families.protocol import Calibration, Declaration
+from quantmatrix.layer_lists import MARKER
 from quantmatrix.matrix import CheckpointRow
 from quantmatrix.models import Dialect
 from quantmatrix.quantizing import (
@@ -64,6 +66,8 @@ def make_component(row: CheckpointRow, component: str, base: Path) -> tuple[Tens
     ranges = calibrate(row.model, str(base))[component]
     family = families.load(row.family)
     tensors, declaration = quantize_layers(family, dialect, packed, chosen, ranges)
+    if row.form == "comfyui":
+        return {**tensors, **mark_layers(chosen)}, Declaration()
     if "-mixed." in row.reference:
         tensors = {n: t for n, t in tensors.items() if not n.endswith(".input_scale")}
     return tensors, declaration
@@ -72,7 +76,9 @@ def make_component(row: CheckpointRow, component: str, base: Path) -> tuple[Tens
 def find_recipe(row: CheckpointRow) -> Recipe:
     """What becomes of the layers of a row's model."""
     scheme = families.load(row.family).SCHEMES[row.scheme]
-    return Recipe(row.model, row.family, scheme, find_kept(row), raw=row.form == "raw")
+    named_anew = any(dialect.name == "bfl" for dialect in models.load(row.model).DIALECTS)
+    raw = row.form == "raw" or (row.form == "comfyui" and named_anew)
+    return Recipe(row.model, row.family, scheme, find_kept(row), raw=raw)
 
 
 def find_kept(row: CheckpointRow) -> Callable[[str], bool]:
@@ -87,6 +93,16 @@ def choose_schemes(
 ) -> dict[str, Scheme]:
     """Scheme of each layer on disk that the row quantizes."""
     return choose_by_recipe(find_recipe(row), packed)
+
+
+def mark_layers(chosen: Mapping[str, Scheme]) -> Tensors:
+    """What ComfyUI's writers put beside each FP8 layer in place of a declaration."""
+    words = {"tensor": "float8_e4m3fn", "channel": "float8_e4m3fn_rowwise"}
+    entries = {layer: {"format": words[scheme.scale]} for layer, scheme in chosen.items()}
+    return {
+        f"{layer}{MARKER}": torch.tensor(list(json.dumps(entry).encode()), dtype=torch.uint8)
+        for layer, entry in entries.items()
+    }
 
 
 @lru_cache(maxsize=8)
