@@ -264,6 +264,11 @@ def test_layers_equal_the_oracle(written):
 @EACH
 @pytest.mark.parametrize("backend", ["reference", "int8"])
 def test_the_whole_transformer_equals_the_oracle(written, backend):
+    """Layer for layer both are equal to 1e-6; whole, they add float32 numbers in another order.
+
+    Where that moves an input over the edge of its code, one step of a code shows in the output: 2.5e-5
+    on one processor, nothing on another. A layer in the wrong place gives more than 1e-2.
+    """
     loaded = load_transformer(
         str(written.repacked / "transformer"),
         model_id="Wan2.2-T2V-A14B",
@@ -273,7 +278,7 @@ def test_the_whole_transformer_equals_the_oracle(written, backend):
     for seed in (3, 4):
         expected = written.model(**make_inputs(seed))
         y = loaded(**make_inputs(seed), return_dict=False)[0]
-        assert (y - expected).norm() / expected.norm() < 1e-5
+        assert (y - expected).norm() / expected.norm() < 5e-4
 
 
 @EACH
