@@ -50,6 +50,7 @@ def examine() -> dict[str, Any]:
             "device": found.device,
             "count": found.count,
             "memory_bytes": found.memory_bytes,
+            "flaws": [f"{flaw.op}: {flaw.backend}: {flaw.why}" for flaw in found.flaws],
         }
         runs = list_kernels(found)
     return {
@@ -106,13 +107,14 @@ def examine_hub() -> dict[str, Any]:
 def list_kernels(machine: hardware.Machine) -> dict[str, dict[str, Any]]:
     """For each family and scheme: the backend that this machine would run, or why none does."""
     from quantmatrix import families, kernels
+    from quantmatrix.choosing import choose
 
     found: dict[str, dict[str, Any]] = {}
     for family in families.IDS:
         found[family] = {}
         for word, scheme in families.load(family).SCHEMES.items():
             try:
-                kernel = kernels.choose(scheme.op, machine, scheme, (FEATURES, FEATURES))
+                kernel = choose(scheme.op, machine, scheme, (FEATURES, FEATURES))
             except kernels.NoKernel as refusal:
                 found[family][word] = {"backend": None, "why": refusal.message}
             else:
@@ -151,6 +153,8 @@ def to_text(found: dict[str, Any]) -> str:
         f"system        {found['system']}, Python {found['python']}",
         f"torch         {_describe_torch(torch_found)}",
     ]
+    if machine is not None:
+        lines += [f"flaw          {flaw}" for flaw in machine["flaws"]]
     if machine is not None and machine["vendor"] != "cpu":
         memory = f"{machine['memory_bytes'] / 2**30:.1f} GiB"
         lines.append(

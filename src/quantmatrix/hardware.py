@@ -14,6 +14,7 @@ import platform
 import re
 import sys
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,17 @@ INSTRUCTION_SETS = (
 
 
 @dataclass(frozen=True)
+class Flaw:
+    """A backend that a machine computes wrongly, without an error, though it meets all its needs."""
+
+    op: str
+    backend: str
+    rule: str
+    """Id of the rule; a refusal that comes from it quotes this word."""
+    why: str
+
+
+@dataclass(frozen=True)
 class Machine:
     """A machine that a plan can be made for."""
 
@@ -70,6 +82,7 @@ class Machine:
     """torch's name of the device."""
     count: int = 1
     """Devices of this kind."""
+    flaws: tuple[Flaw, ...] = ()
 
 
 def from_row(row: HardwareRow) -> Machine:
@@ -112,7 +125,7 @@ def probe(device: str | None = None) -> Machine:
         return _probe_npu(_npu().get_device_properties(index), packages, device, count)
     if kind == "mps":
         return Machine("Apple GPU", "apple", "mps", read_memory(), packages, device)
-    return Machine("cpu", "cpu", "cpu", read_memory(), packages, device)
+    return Machine("cpu", "cpu", "cpu", read_memory(), packages, device, flaws=find_flaws())
 
 
 def count_devices(kind: str) -> int:
@@ -242,6 +255,34 @@ def fingerprint() -> dict[str, Any]:
             for index in range(count_devices(kind))
         ]
     return found
+
+
+SATURATING = Flaw(
+    "linear.int8",
+    "int8",
+    "int8-exact-cpu",
+    "torch's integer product is not exact on this processor: without VNNI instructions sums of two "
+    "products saturate at 16 bits",
+)
+
+
+def find_flaws() -> tuple[Flaw, ...]:
+    """What this CPU is known to compute wrongly."""
+    return () if multiplies_int8_exactly() else (SATURATING,)
+
+
+@cache
+def multiplies_int8_exactly() -> bool:
+    """Whether `torch._int_mm` is exact on this processor.
+
+    oneDNN adds 128 to the codes of one side and, without VNNI instructions, sums pairs of products in
+    16 bits, where large ones saturate: no error, other numbers. Asked of torch itself, because the
+    instructions that it may use can be set (`ONEDNN_MAX_CPU_ISA`).
+    """
+    import torch
+
+    codes = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(codes, codes.t()) == 64 * 127 * 127).all())
 
 
 def read_processor() -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from quantmatrix import families, kernels, layer_lists, models, sharing
 from quantmatrix.checkpoint import Checkpoint
+from quantmatrix.choosing import choose
 from quantmatrix.dialects import choose_dialect, find_code
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.hardware import Machine
@@ -296,7 +297,8 @@ def choose_kernel(
     """The kernel of a layer: `--backend` alone, else what was wished for NVFP4, else the order.
 
     `rows` is the most rows that an input will have. A wish that this machine or shape cannot meet is a
-    warning, and the order decides; so is a kernel that is passed over for the number of rows alone.
+    warning, and the order decides; so is a kernel that is passed over for the number of rows alone,
+    or because the machine computes it wrongly.
     """
     if request.backend is None and wanted and scheme.op == "linear.nvfp4":
         try:
@@ -305,8 +307,8 @@ def choose_kernel(
             note = f"{FP4_BACKEND}={request.fp4_gemm_backend} is not used: {error.message}"
             if not any(text.startswith(f"{FP4_BACKEND}=") for text in warnings):
                 warnings.append(note)
-    chosen = kernels.choose(scheme.op, machine, scheme, shape, request.backend, rows)
-    first = kernels.choose(scheme.op, machine, scheme, shape, request.backend)
+    chosen = choose(scheme.op, machine, scheme, shape, request.backend, rows, warnings)
+    first = choose(scheme.op, machine, scheme, shape, request.backend)
     if first is not chosen:
         why = first.needs.why_not(machine, scheme, shape, rows)
         note = f"{scheme.op}: {first.backend} {why}; {chosen.backend} is used"

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from quantmatrix import families, kernels, models
+from quantmatrix.choosing import choose
 from quantmatrix.errors import RefusedError, UsageError
 from quantmatrix.layers import QuantizedLinear, share_inputs
 from quantmatrix.scheme import Scheme, TensorSpec
@@ -100,7 +101,7 @@ def make_layer(
     shape = (linear.out_features, linear.in_features)
     module = families.load(family)
     try:
-        kernel = kernels.choose(scheme.op, machine, scheme, shape, backend)
+        kernel = choose(scheme.op, machine, scheme, shape, backend)
     except kernels.NoKernel as error:
         raise RefusedError(error.rule, error.message) from error
     stored = {

@@ -29,12 +29,25 @@ class Job:
         return {name: part for name, part in self.plan.components.items() if part.layers}
 
 
+def plan_or_skip(workbench: Workbench, request: Request) -> Plan:
+    """The plan; where this very machine computes the row's backend wrongly, nothing is proven."""
+    from quantmatrix.errors import RefusedError
+    from quantmatrix.hardware import SATURATING
+
+    try:
+        return workbench.plan(request)
+    except RefusedError as refusal:
+        if refusal.rule == SATURATING.rule:
+            pytest.skip(str(refusal))
+        raise
+
+
 @pytest.fixture
 def job(cell: Cell, workbench: Workbench, proof: Proof) -> Job:
     """The cell's request and plan; its checkpoint, plan and command go to the evidence."""
     proof.command = workbench.command(cell)
     request = workbench.request(cell)
-    made = workbench.plan(request)
+    made = plan_or_skip(workbench, request)
     job = Job(cell, request, made)
     proof.places = workbench.places(made.request)
     proof.plan = made.to_json()

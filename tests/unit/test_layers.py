@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from processors import skip_without_scaled_product
 from torch import nn
 
 from quantmatrix.families import fp8, modelopt_fp8, msmodelslim
@@ -50,6 +51,7 @@ def count_encodings(monkeypatch: pytest.MonkeyPatch, layers: list[QuantizedLinea
 
 
 def test_one_input_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_without_scaled_product()
     layers = [make(seed) for seed in range(3)]
     x, other = torch.randn(5, 32), torch.randn(5, 32)
     alone = [layer(x) for layer in layers]
@@ -62,6 +64,7 @@ def test_one_input_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_changed_input_is_encoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_without_scaled_product()
     layers = [make(seed) for seed in range(2)]
     share_inputs(Block(*layers))
     x = torch.randn(5, 32)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from types import ModuleType
 
 import npu_simulator
 import pytest
 import torch
+from processors import skip_without_exact_int8
 
-from quantmatrix import kernels
+from quantmatrix import hardware, kernels
+from quantmatrix.choosing import choose
 from quantmatrix.errors import RefusedError
 from quantmatrix.hardware import Machine
 from quantmatrix.kernels import linear_int8
@@ -54,6 +60,8 @@ def make_input(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def run(backend: str, x: torch.Tensor, tensors: dict[str, torch.Tensor], scheme: Scheme):
+    if backend == "int8":
+        skip_without_exact_int8()
     kernel = next(k for k in linear_int8.KERNELS if k.backend == backend)
     weights = {name: t for name, t in tensors.items() if name != "bias"}
     bias = tensors.get("bias")
@@ -76,9 +84,10 @@ def test_accumulators_match_the_integer_matmul(k):
     generator = torch.Generator().manual_seed(k)
     codes = torch.randint(-128, 128, (5, k), dtype=torch.int8, generator=generator)
     weight = torch.randint(-128, 128, (7, k), dtype=torch.int8, generator=generator)
-    assert torch.equal(
-        linear_int8.accumulate(codes, weight).to(torch.int32), torch._int_mm(codes, weight.t())
-    )
+    exact = codes.long() @ weight.long().t()
+    assert torch.equal(linear_int8.accumulate(codes, weight).long(), exact)
+    skip_without_exact_int8()
+    assert torch.equal(torch._int_mm(codes, weight.t()).long(), exact)
 
 
 @ALL
@@ -219,6 +228,7 @@ def test_padding():
 @ALL
 def test_cuda_path_equals_reference(scheme, monkeypatch):
     """The CUDA path without Triton, on a CPU, with cuBLAS's shape rules checked at the call."""
+    skip_without_exact_int8()
     monkeypatch.setattr(linear_int8, "has_compiler", lambda: False)
     plain = torch._int_mm
 
@@ -246,6 +256,59 @@ def test_choice_of_backends():
     with pytest.raises(kernels.NoKernel, match=r"needs ascend hardware.*--backend") as caught:
         kernels.choose("linear.int8", CPU, DYNAMIC, shape, "npu")
     assert caught.value.rule == "msmodelslim-npu-ascend"
+
+
+def test_a_processor_that_saturates_gets_another_backend():
+    saturating, warnings = replace(CPU, flaws=(hardware.SATURATING,)), []
+    ask = partial(choose, "linear.int8", saturating, DYNAMIC, (64, 64))
+    assert ask(warnings=warnings).backend == "decode"
+    assert ask(warnings=warnings).backend == "decode"
+    [warning] = warnings
+    assert "int8 is not used: torch's integer product is not exact" in warning
+    assert warning.endswith("; decode is")
+    assert ask("reference").backend == "reference"
+    with pytest.raises(
+        kernels.NoKernel, match=r"not exact.*--backend decode \| reference"
+    ) as caught:
+        ask("int8")
+    assert caught.value.rule == "int8-exact-cpu"
+    assert choose("linear.int8", CPU, DYNAMIC, (64, 64)).backend == "int8"
+
+
+def test_a_probed_processor_tells_its_flaw(monkeypatch):
+    for exact, flaws in ((True, ()), (False, (hardware.SATURATING,))):
+        monkeypatch.setattr(hardware, "multiplies_int8_exactly", lambda exact=exact: exact)
+        assert hardware.probe("cpu").flaws == flaws
+
+
+PROGRAM = """
+import torch
+from quantmatrix.hardware import multiplies_int8_exactly
+
+generator = torch.Generator().manual_seed(0)
+exact = True
+for m, k, n in ((1, 64, 32), (40, 256, 48), (512, 1024, 256)):
+    codes = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=generator)
+    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=generator)
+    found = torch._int_mm(codes, weight.t()).long()
+    exact = exact and torch.equal(found, codes.long() @ weight.long().t())
+print(exact, multiplies_int8_exactly())
+"""
+
+
+@pytest.mark.parametrize("instructions", ["", "AVX2", "AVX2_VNNI", "AVX512_CORE"])
+def test_what_the_probe_says_is_so(instructions):
+    """With fewer instructions than the processor has, torch's product is that of an older one."""
+    limited = {"ONEDNN_MAX_CPU_ISA": instructions} if instructions else {}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, **limited},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    exact, said = done.stdout.split()
+    assert exact == said
 
 
 def test_one_column_never_reaches_the_integer_matmul():

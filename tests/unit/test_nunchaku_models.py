@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import svdq_oracle as oracle
 import torch
+from processors import keeps_bits_with_threads
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -403,6 +404,8 @@ def test_contradictions_and_flags_reach_the_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["flux-1 nvfp4", "qwen-image int4", "z-image int4"])
 @pytest.mark.parametrize("backend", ["reference", "decode", "merged"])
 def test_threads_do_not_change_bits(name: str, backend: str) -> None:
+    if backend == "reference" and not keeps_bits_with_threads():
+        pytest.skip("torch's own product depends on the number of threads on this processor")
     model_id = name.split()[0]
     before, found = torch.get_num_threads(), []
     try:

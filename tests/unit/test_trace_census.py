@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from processors import skip_without_scaled_product
 
 from quantmatrix.families import fp8, msmodelslim
 from quantmatrix.families.protocol import Calibration
@@ -57,6 +58,8 @@ def trace_layer(layer: QuantizedLinear, backend: str, *, calls: int = 2) -> Cens
 
 @pytest.mark.parametrize("backend", ["torch", "decode", "reference"])
 def test_a_layer_that_ran_as_planned(backend: str) -> None:
+    if backend == "torch":
+        skip_without_scaled_product()
     census = trace_layer(make_layer(find_kernel("linear.fp8", backend)), backend, calls=3)
     assert census.problems == []
     [layer] = census.layers.values()
@@ -79,6 +82,7 @@ def test_a_weight_that_is_decoded_under_a_native_name() -> None:
 
 
 def test_a_decoded_weight_beside_the_native_matmul() -> None:
+    skip_without_scaled_product()
     torch_kernel = find_kernel("linear.fp8", "torch")
 
     def run(x: Any, tensors: Any, bias: Any, scheme: Any) -> torch.Tensor:
@@ -91,6 +95,7 @@ def test_a_decoded_weight_beside_the_native_matmul() -> None:
 
 
 def test_the_small_matmuls_of_a_low_rank_branch_are_no_decoding() -> None:
+    skip_without_scaled_product()
     torch_kernel = find_kernel("linear.fp8", "torch")
 
     def run(x: Any, tensors: Any, bias: Any, scheme: Any) -> torch.Tensor:
