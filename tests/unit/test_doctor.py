@@ -73,11 +73,20 @@ def test_a_gpu_in_words(found: dict[str, Any]) -> None:
         "arch": "sm90",
         "count": 2,
         "memory_bytes": 80 * 2**30,
+        "flaws": [],
     }
     torch_found = {**found["torch"], "cuda": "13.0"}
     text = doctor.to_text({**found, "machine": machine, "torch": torch_found})
     assert "2 x NVIDIA H100 (sm90), 80.0 GiB" in text
     assert "(CUDA 13.0)" in text
+
+
+def test_flaws_in_words(found: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "multiplies_int8_exactly", lambda: False)
+    text = doctor.to_text(doctor.examine())
+    assert "flaw          linear.int8: int8: torch's integer product is not exact" in text
+    monkeypatch.setattr(hardware, "multiplies_int8_exactly", lambda: True)
+    assert "flaw" not in doctor.to_text(doctor.examine())
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
