@@ -189,7 +189,7 @@ def find_source(
     elif weights:
         checkpoint = open_weights(weights, request.hub)
     elif override:
-        checkpoint = open_component(override, request.hub)
+        checkpoint = open_component(override, request.hub, name=name)
     else:
         checkpoint = open_component(pipeline.reference, request.hub, subfolder_of(name, pipeline))
     if override and not weights:
@@ -200,7 +200,7 @@ def find_source(
                 f"folder has one. For weights alone use --{name.replace('_', '-')}-weights-path"
             )
     elif override:
-        config, config_from = read_component_config(override, request.hub, "")
+        config, config_from = read_component_config(override, request.hub, name=name)
     else:
         config, config_from = read_component_config(
             pipeline.reference, request.hub, subfolder_of(name, pipeline)
