@@ -22,7 +22,7 @@ A *selection* is what these rules give: file names, each with the tensors that a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePath, PurePosixPath
 from typing import Any
@@ -367,9 +367,24 @@ def read_index(folder: Folder, name: str) -> Selection:
     if missing:
         raise CheckpointError(
             f"{folder}/{name}: lists {len(shards)} shards, {len(missing)} are not there: "
-            f"{', '.join(missing)}; download them again{explain_partial(folder)}"
+            f"{', '.join(missing)}; {explain_missing(folder, name, shards.keys() - missing)}"
         )
     return {shard: frozenset(shards[shard]) for shard in sorted(shards)}
+
+
+def explain_missing(folder: Folder, index: str, present: Collection[str]) -> str:
+    """What to do about shards that an index lists and that are not there.
+
+    Who exports a model in one file into a folder that held shards of it leaves their index behind.
+    """
+    place = PurePosixPath(index).parent
+    others = [n for n in folder.names if n.endswith(WEIGHTS) and PurePosixPath(n).parent == place]
+    if others and not present:
+        return (
+            f"there is {', '.join(others)} instead: if the index was left behind by an earlier "
+            "export into this folder, remove it"
+        )
+    return f"download them again{explain_partial(folder)}"
 
 
 def drop_precisions(names: Iterable[str]) -> list[str]:

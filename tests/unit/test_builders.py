@@ -528,7 +528,8 @@ def test_ambiguous_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     (case.export / "other.safetensors").unlink()
     index = {"weight_map": {"a": "gone.safetensors"}}
     (case.export / "z.safetensors.index.json").write_text(json.dumps(index))
-    expect_error(nvfp4.main, case, case.words(), "missing: gone.safetensors", capsys)
+    message = "missing: gone.safetensors; an index left behind"
+    expect_error(nvfp4.main, case, case.words(), message, capsys)
 
 
 def test_a_failed_write_keeps_the_old_output(

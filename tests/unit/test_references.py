@@ -242,6 +242,16 @@ def test_a_whole_pipeline_stands_for_its_component_of_the_name(tmp_path: Path) -
     assert found.files == (str(tmp_path / "transformer" / "x.safetensors"),)
 
 
+def test_an_index_that_was_left_behind(tmp_path: Path) -> None:
+    fill(tmp_path, f"{INDEX}=a.safetensors,b.safetensors d.safetensors")
+    for read in (references.open_component, references.open_weights):
+        with pytest.raises(CheckpointError, match=r"there is d\.safetensors instead.*remove it"):
+            read(str(tmp_path), Hub())
+    write_weights(tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"b\.safetensors; download them again"):
+        references.open_component(str(tmp_path), Hub())
+
+
 def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
     """JSON files count where the weights are, not where the search began."""
     write_json(tmp_path / "config.json", {"quantization_config": {"quant_method": "wrong"}})
