@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
 
-from quantmatrix import models
+from quantmatrix import models, pipeline_parts
 from quantmatrix.checkpoint import Checkpoint, Hub, parse_block
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.references import (
@@ -99,6 +99,7 @@ def find_sources(request: Request) -> Sources:
                 f"--quantization {request.quantization} is for {names[0]} only: {name} is loaded "
                 "as it is stored"
             )
+    warnings += pipeline_parts.list_warnings(pipeline, {*names, *request.component_paths})
     warnings += check_svdquant_file(request, model, components[names[0]].checkpoint)
     return Sources(base, model, pipeline.class_name, components, warnings)
 
