@@ -6,9 +6,10 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from quantmatrix import families, layer_lists, models
+from quantmatrix import export_faults, families, models
 from quantmatrix.checkpoint import Checkpoint, Hub
 from quantmatrix.errors import CheckpointError
+from quantmatrix.planning import explain_unknown
 from quantmatrix.references import (
     is_whole,
     open_compat,
@@ -57,12 +58,9 @@ def open_any(path: str, hub: Hub) -> dict[str, Checkpoint]:
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """One checkpoint as plain data."""
     detected = families.detect(checkpoint)
-    unknown = (
-        None
-        if detected
-        else layer_lists.explain_formats(checkpoint) or families.explain_unknown(checkpoint)
-    )
+    unknown = None if detected else explain_unknown(checkpoint)
     family, why = detected or (None, unknown or "nothing in it is quantized")
+    export_faults.check_export(checkpoint)
     schemes = families.load(family).schemes(checkpoint) if family else {}
     dtypes: Counter[str] = Counter()
     for header in checkpoint.tensors.values():

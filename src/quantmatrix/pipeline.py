@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from quantmatrix import acceleration
+from quantmatrix import acceleration, pipeline_parts
+from quantmatrix.checkpoint import read_json
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.library_logs import quiet
 from quantmatrix.load import DTYPES, load_component, show_progress
@@ -43,12 +44,15 @@ def build_pipeline(made: Plan, *, progress: bool = False) -> Any:
     device = made.machine.device
     make_current(device)
     offloaded = made.layerwise_offload or made.cpu_offload
+    folder = fetch_pipeline(made.base, request.hub, without=tuple(made.components))
+    pipeline_parts.check_folder(
+        Path(folder), made.pipeline_class, {*made.components, *request.component_paths}
+    )
     parts: dict[str, Any] = {}
     for name, component in made.components.items():
         with show_progress(component, progress) as report:
             parts[name] = load_component(component, request, device=device, progress=report)
-    folder = fetch_pipeline(made.base, request.hub, without=tuple(parts))
-    parts.update(load_other_overrides(made))
+    parts.update(load_other_overrides(made, read_json(Path(folder) / "model_index.json")))
     with quiet(), without_components(folder, tuple(parts)) as rest:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             rest, dtype=DTYPES[request.dtype], local_files_only=True, **parts
@@ -94,8 +98,11 @@ def check_parts(pipeline: Any, parts: Mapping[str, Any]) -> None:
             )
 
 
-def load_other_overrides(made: Plan) -> dict[str, Any]:
-    """Components other than transformers that a `--<component>-path` replaces."""
+def load_other_overrides(made: Plan, index: Mapping[str, Any]) -> dict[str, Any]:
+    """Components other than transformers that a `--<component>-path` replaces.
+
+    Each is of the class that the base model's index names for it.
+    """
     import diffusers
     import transformers
 
@@ -104,13 +111,11 @@ def load_other_overrides(made: Plan) -> dict[str, Any]:
         if name in made.components:
             continue
         folder = fetch_pipeline(reference, made.request.hub)
+        pipeline_parts.check_part(Path(folder), name)
         library = transformers if name.startswith(("text_encoder", "tokenizer")) else diffusers
-        auto = (
-            library.AutoModel
-            if library is diffusers
-            else (library.AutoTokenizer if name.startswith("tokenizer") else library.AutoModel)
-        )
-        loaded[name] = auto.from_pretrained(folder, dtype=DTYPES[made.request.dtype])
+        auto = library.AutoTokenizer if name.startswith("tokenizer") else library.AutoModel
+        chosen = pipeline_parts.find_class(index, name) or auto
+        loaded[name] = chosen.from_pretrained(folder, dtype=DTYPES[made.request.dtype])
     return loaded
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from quantmatrix import families, kernels, layer_lists, models, sharing
+from quantmatrix import export_faults, families, kernels, layer_lists, models, sharing
 from quantmatrix.checkpoint import Checkpoint
 from quantmatrix.choosing import choose
 from quantmatrix.dialects import choose_dialect, find_code
@@ -229,6 +229,7 @@ def plan_component(
     family, why, schemes, online = find_schemes(source, model, request)
     if family and (note := families.find_caveat(family, checkpoint)):
         warnings.append(note)
+    warnings += export_faults.list_doubts(checkpoint, schemes)
     dialect = choose_dialect(checkpoint, model, family, schemes)
     pieces, plain = sort_layers(checkpoint, schemes, dialect, family)
     item = ITEM_BYTES[request.dtype]
@@ -347,6 +348,7 @@ def find_schemes(
                 f"{checkpoint.reference} is quantized already ({detected[1]}): leave the flag out"
             )
         family, why = detected
+        export_faults.check_export(checkpoint)
         schemes = families.load(family).schemes(checkpoint)
         if not schemes:
             raise CheckpointError(
@@ -354,12 +356,21 @@ def find_schemes(
                 f"{', '.join(checkpoint.files)} is quantized"
             )
         return family, why, schemes, False
-    if unknown := layer_lists.explain_formats(checkpoint) or families.explain_unknown(checkpoint):
+    if unknown := explain_unknown(checkpoint):
         raise CheckpointError(unknown)
     if request.quantization and source.primary:
         schemes = online_schemes(checkpoint, model, request)
         return request.quantization, f"--quantization {request.quantization}", schemes, True
     return None, "nothing in it is quantized", {}, False
+
+
+def explain_unknown(checkpoint: Checkpoint) -> str | None:
+    """Why a checkpoint that no family takes is not one in full precision; None: it is one."""
+    return (
+        export_faults.explain_simulation(checkpoint)
+        or layer_lists.explain_formats(checkpoint)
+        or families.explain_unknown(checkpoint)
+    )
 
 
 def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict[str, Scheme]:

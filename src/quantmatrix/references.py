@@ -22,7 +22,7 @@ A *selection* is what these rules give: file names, each with the tensors that a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePath, PurePosixPath
 from typing import Any
@@ -86,25 +86,35 @@ def open_weights(reference: str, hub: Hub) -> Checkpoint:
     return build_checkpoint(reference, folder, selection)
 
 
-def open_component(reference: str, hub: Hub, subfolder: str = "") -> Checkpoint:
-    """The checkpoint of a component folder; `subfolder` is a component of a pipeline."""
-    folder, name = open_folder(reference, hub)
-    if name:
+def open_component(
+    reference: str, hub: Hub, subfolder: str = "", name: str = "transformer"
+) -> Checkpoint:
+    """The checkpoint of a component folder; `subfolder` is a component of a pipeline.
+
+    Without `subfolder` a whole pipeline may stand for its component of this `name`.
+    """
+    folder, file = open_folder(reference, hub)
+    if file:
         raise CheckpointError(
             f"{reference}: a component is a folder with a config.json; for a single file use "
             "the --<component>-weights-path flag"
         )
-    folder = enter_component(folder, subfolder)
+    folder = enter_component(folder, subfolder, name)
     return build_checkpoint(reference, folder, select_component(folder))
 
 
-def enter_component(folder: Folder, subfolder: str) -> Folder:
-    """The component folder itself, or `transformer/` in a folder that has no config.json."""
+def enter_component(folder: Folder, subfolder: str, name: str = "transformer") -> Folder:
+    """The component folder itself, or the component's own in a folder that has no config.json.
+
+    That is the folder of its name, so that a whole Wan pipeline gives `transformer_2` its second
+    expert; a folder that has none of that name may hold the component as `transformer`.
+    """
     if subfolder:
         return folder.enter(subfolder)
-    if not folder.has("config.json") and folder.has("transformer/config.json"):
-        return folder.enter("transformer")
-    return folder
+    if folder.has("config.json"):
+        return folder
+    inner = (part for part in (name, "transformer") if folder.has(f"{part}/config.json"))
+    return folder.enter(next(inner, ""))
 
 
 def open_compat(reference: str, hub: Hub) -> Checkpoint:
@@ -165,12 +175,12 @@ def explain_original(found: Iterable[str]) -> str:
 
 
 def read_component_config(
-    reference: str, hub: Hub, subfolder: str = ""
+    reference: str, hub: Hub, subfolder: str = "", name: str = "transformer"
 ) -> tuple[dict[str, Any], str]:
-    """(config, its file) of a component; weights need not be there."""
-    folder, name = open_folder(reference, hub)
-    folder = enter_component(folder, subfolder)
-    if name or not folder.has("config.json"):
+    """(config, its file) of a component, as `open_component` finds it; without its weights."""
+    folder, file = open_folder(reference, hub)
+    folder = enter_component(folder, subfolder, name)
+    if file or not folder.has("config.json"):
         raise CheckpointError(
             f"{folder}: no config.json: expected a diffusers component folder"
             f"{explain_partial(folder)}"
@@ -357,9 +367,24 @@ def read_index(folder: Folder, name: str) -> Selection:
     if missing:
         raise CheckpointError(
             f"{folder}/{name}: lists {len(shards)} shards, {len(missing)} are not there: "
-            f"{', '.join(missing)}; download them again{explain_partial(folder)}"
+            f"{', '.join(missing)}; {explain_missing(folder, name, shards.keys() - missing)}"
         )
     return {shard: frozenset(shards[shard]) for shard in sorted(shards)}
+
+
+def explain_missing(folder: Folder, index: str, present: Collection[str]) -> str:
+    """What to do about shards that an index lists and that are not there.
+
+    Who exports a model in one file into a folder that held shards of it leaves their index behind.
+    """
+    place = PurePosixPath(index).parent
+    others = [n for n in folder.names if n.endswith(WEIGHTS) and PurePosixPath(n).parent == place]
+    if others and not present:
+        return (
+            f"there is {', '.join(others)} instead: if the index was left behind by an earlier "
+            "export into this folder, remove it"
+        )
+    return f"download them again{explain_partial(folder)}"
 
 
 def drop_precisions(names: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
 
-from quantmatrix import models
+from quantmatrix import models, pipeline_parts
 from quantmatrix.checkpoint import Checkpoint, Hub, parse_block
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.references import (
@@ -99,6 +99,7 @@ def find_sources(request: Request) -> Sources:
                 f"--quantization {request.quantization} is for {names[0]} only: {name} is loaded "
                 "as it is stored"
             )
+    warnings += pipeline_parts.list_warnings(pipeline, {*names, *request.component_paths})
     warnings += check_svdquant_file(request, model, components[names[0]].checkpoint)
     return Sources(base, model, pipeline.class_name, components, warnings)
 
@@ -189,7 +190,7 @@ def find_source(
     elif weights:
         checkpoint = open_weights(weights, request.hub)
     elif override:
-        checkpoint = open_component(override, request.hub)
+        checkpoint = open_component(override, request.hub, name=name)
     else:
         checkpoint = open_component(pipeline.reference, request.hub, subfolder_of(name, pipeline))
     if override and not weights:
@@ -200,7 +201,7 @@ def find_source(
                 f"folder has one. For weights alone use --{name.replace('_', '-')}-weights-path"
             )
     elif override:
-        config, config_from = read_component_config(override, request.hub, "")
+        config, config_from = read_component_config(override, request.hub, name=name)
     else:
         config, config_from = read_component_config(
             pipeline.reference, request.hub, subfolder_of(name, pipeline)

@@ -40,7 +40,7 @@ def check_stored(
             raise CheckpointError(
                 f"{checkpoint.tensors[name].file}: tensor {name} holds NaN codes: expected numbers "
                 "within 448; casts of older writers gave NaN beyond: hold values within 448 before "
-                "the cast, and quantize again"
+                f"the cast, and quantize again{explain_zeros(tensors)}"
             )
         if "scale" not in suffix or not tensor.is_floating_point():
             continue
@@ -57,7 +57,23 @@ def check_stored(
             raise CheckpointError(
                 f"{checkpoint.tensors[name].file}: tensor {name} holds {what} scales: "
                 f"expected {expected} numbers; the checkpoint is damaged or was exported wrongly"
+                f"{explain_zeros(tensors)}"
             )
+
+
+def explain_zeros(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A hint for the end of an error about a layer whose largest scale is zero.
+
+    ModelOpt divides a weight by its own scale, so that one of zeros alone gives NaN: in the codes
+    of FP8, in the block scales of NVFP4.
+    """
+    scale = tensors.get("weight_scale_2", tensors.get("weight_scale"))
+    if scale is None or scale.numel() != 1 or scale.any():
+        return ""
+    return (
+        ". ModelOpt writes this of a layer whose weights are all zero: switch its quantizers off "
+        "and export again"
+    )
 
 
 def voids_codes(scales: torch.Tensor, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> bool:

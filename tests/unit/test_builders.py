@@ -288,6 +288,45 @@ def test_nvfp4_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert set(modelopt_nvfp4.schemes(checkpoint)) == set(CODED) - kept
 
 
+def test_nvfp4_of_an_export_that_lists_its_layers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is kept is no longer listed, neither by name nor as a target."""
+    case = Nvfp4Case(tmp_path)
+    config = make_config("MIXED_PRECISION")
+    modules = sorted((*KEPT, *CODED))
+    config["quantization_config"] |= {
+        "config_groups": {"group_0": {"weights": {"num_bits": 4}, "targets": modules}},
+        "quantized_layers": {module: {"quant_algo": "NVFP4"} for module in modules},
+    }
+    (case.export / "config.json").write_text(json.dumps(config))
+    words = case.words("--pattern-preset", "flux1-nvfp4")
+    assert run(nvfp4.main, words, capsys)["fallback_modules"] == len(KEPT) + 1
+    left = sorted(set(CODED) - {"single_transformer_blocks.0.proj_mlp"})
+    checkpoint = open_component(str(case.output), Hub())
+    block = checkpoint.quantization
+    assert sorted(block["quantized_layers"]) == left
+    assert block["config_groups"]["group_0"]["targets"] == left
+    assert sorted(modelopt_nvfp4.schemes(checkpoint)) == left
+    for entry in config["quantization_config"]["quantized_layers"].values():
+        entry["quant_algo"] = "FP8"
+    (case.export / "config.json").write_text(json.dumps(config))
+    (tmp_path / "built").rename(tmp_path / "before")
+    expect_error(nvfp4.main, case, words, "quant_algo is MIXED_PRECISION: expected NVFP4", capsys)
+
+
+def test_nvfp4_passes_on_what_an_export_leaves_open(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the export's header tells that its scales may lie in tiles."""
+    case = Nvfp4Case(tmp_path)
+    block = {**make_config("NVFP4")["quantization_config"], "producer": {"name": "modelopt"}}
+    file = case.export / "diffusion_pytorch_model.safetensors"
+    save_file(case.export_tensors, file, {"quantization_config": json.dumps(block)})
+    with pytest.warns(UserWarning, match="enable_swizzle_layout"):
+        run(nvfp4.main, case.words(), capsys)
+
+
 def test_nibbles_are_declared_but_not_touched(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -528,7 +567,8 @@ def test_ambiguous_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     (case.export / "other.safetensors").unlink()
     index = {"weight_map": {"a": "gone.safetensors"}}
     (case.export / "z.safetensors.index.json").write_text(json.dumps(index))
-    expect_error(nvfp4.main, case, case.words(), "missing: gone.safetensors", capsys)
+    message = "missing: gone.safetensors; an index left behind"
+    expect_error(nvfp4.main, case, case.words(), message, capsys)
 
 
 def test_a_failed_write_keeps_the_old_output(

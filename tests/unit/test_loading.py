@@ -232,6 +232,20 @@ def test_damaged_checkpoints_are_not_dequantized(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["quantized"]
 
 
+def test_what_modelopt_writes_of_a_weight_of_zeros(copy: Path, flux: Path) -> None:
+    """It divides the weight by its scale: 0 / 0."""
+    name = "transformer_blocks.0.attn.to_q"
+
+    def clear(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{name}.weight"] = torch.full((256, 256), torch.nan).to(torch.float8_e4m3fn)
+        tensors[f"{name}.weight_scale"] = torch.zeros(())
+
+    change(copy, clear)
+    message = rf"{name}\.weight.*ModelOpt writes this of a layer whose weights are all zero"
+    with pytest.raises(CheckpointError, match=message):
+        load_transformer(str(flux), transformer_path=str(copy), backend="decode")
+
+
 def test_a_scale_of_zero_may_stand_beside_codes_of_zero(copy: Path, flux: Path) -> None:
     name = "transformer_blocks.0.attn.to_q"
 

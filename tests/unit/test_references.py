@@ -227,6 +227,31 @@ def test_a_component_is_a_folder(tmp_path: Path) -> None:
         references.open_component(str(path), Hub())
 
 
+def test_a_whole_pipeline_stands_for_its_component_of_the_name(tmp_path: Path) -> None:
+    """ModelOpt exports both experts of Wan into one folder; each flag takes its own."""
+    for part in ("transformer", "transformer_2"):
+        fill(tmp_path / part, "config.json x.safetensors")
+    write_json(tmp_path / "model_index.json", {})
+    for part in ("transformer", "transformer_2"):
+        found = references.open_component(str(tmp_path), Hub(), name=part)
+        assert found.files == (str(tmp_path / part / "x.safetensors"),)
+        _, file = references.read_component_config(str(tmp_path), Hub(), name=part)
+        assert file == str(tmp_path / part / "config.json")
+    (tmp_path / "transformer_2").rename(tmp_path / "other")
+    found = references.open_component(str(tmp_path), Hub(), name="transformer_2")
+    assert found.files == (str(tmp_path / "transformer" / "x.safetensors"),)
+
+
+def test_an_index_that_was_left_behind(tmp_path: Path) -> None:
+    fill(tmp_path, f"{INDEX}=a.safetensors,b.safetensors d.safetensors")
+    for read in (references.open_component, references.open_weights):
+        with pytest.raises(CheckpointError, match=r"there is d\.safetensors instead.*remove it"):
+            read(str(tmp_path), Hub())
+    write_weights(tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"b\.safetensors; download them again"):
+        references.open_component(str(tmp_path), Hub())
+
+
 def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
     """JSON files count where the weights are, not where the search began."""
     write_json(tmp_path / "config.json", {"quantization_config": {"quant_method": "wrong"}})

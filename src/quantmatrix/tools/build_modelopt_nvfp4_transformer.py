@@ -18,13 +18,16 @@ import argparse
 import json
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from quantmatrix.checkpoint import TensorHeader
 from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
+from quantmatrix.families import modelopt_nvfp4
 from quantmatrix.load import TensorReader
 from quantmatrix.request import normalize_words
 from quantmatrix.safetensors_writer import Item
@@ -73,7 +76,8 @@ def build(
     check_output(output_dir, overwrite, [source.root, base.root])
     patterns = [*PRESETS[pattern_preset], *keep_bf16_patterns]
     kept = find_kept(source, base, patterns)
-    config = describe(source, patterns, swap_weight_nibbles)
+    config = describe(source, patterns, kept, swap_weight_nibbles)
+    warn_of_tiles(source)
     text = json.dumps(config["quantization_config"], sort_keys=True)
     metadata = {"quantization_config": text, "_quantization_metadata": text}
     counts = {"replaced": 0, "removed": 0}
@@ -137,12 +141,17 @@ def check_replaceable(module: str, source: TransformerFolder, base: TransformerF
 
 
 def describe(
-    source: TransformerFolder, patterns: Sequence[str], swap_weight_nibbles: bool
+    source: TransformerFolder,
+    patterns: Sequence[str],
+    kept: frozenset[str],
+    swap_weight_nibbles: bool,
 ) -> dict[str, Any]:
     """config.json of the output."""
     block = read_block(source)
     algorithm = str(block.get("quant_algo"))
-    if "FP4" not in algorithm:
+    listed = block.get("quantized_layers") or {}
+    words = {algorithm, *(str(entry.get("quant_algo")) for entry in listed.values())}
+    if not any("FP4" in word for word in words):
         raise CheckpointError(
             f"{source.root / 'config.json'}: quant_algo is {algorithm}: expected NVFP4; for FP8 "
             "exports there is build_modelopt_fp8_transformer"
@@ -150,11 +159,39 @@ def describe(
     ignore = dict.fromkeys([*map(str, block.get("ignore") or ()), *patterns])
     quantization = {
         "quant_type": algorithm.upper(),
-        **block,
+        **drop_layers(block, kept),
         "ignore": list(ignore),
         "swap_weight_nibbles": swap_weight_nibbles,
     }
     return {**source.config, "quantization_config": quantization}
+
+
+def drop_layers(block: Mapping[str, Any], kept: frozenset[str]) -> dict[str, Any]:
+    """A block without the modules that are kept in BF16.
+
+    Only a MIXED_PRECISION block names its layers, in `quantized_layers` and in the `targets` of
+    `config_groups`. Wan's exports are of this kind as soon as the inputs are smoothed (NVFP4_AWQ,
+    NVFP4_SVD), since ModelOpt counts their patch embedding apart.
+    """
+    if not block.get("quantized_layers"):
+        return dict(block)
+    layers = {n: entry for n, entry in block["quantized_layers"].items() if n not in kept}
+    groups = {
+        name: {**group, "targets": [n for n in group.get("targets") or () if n not in kept]}
+        for name, group in (block.get("config_groups") or {}).items()
+    }
+    return {**block, "quantized_layers": layers, "config_groups": groups}
+
+
+def warn_of_tiles(source: TransformerFolder) -> None:
+    """Pass on what the export leaves open about its block scales: the output no longer tells."""
+    for shard, metadata in source.metadata.items():
+        names = (str(source.root / shard),)
+        if note := modelopt_nvfp4.caveat(
+            replace(source.checkpoint, files=names, metadata=metadata)
+        ):
+            warnings.warn(note, stacklevel=2)
+            return
 
 
 def list_items(

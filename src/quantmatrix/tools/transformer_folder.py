@@ -86,9 +86,12 @@ def find_shards(root: Path) -> tuple[tuple[str, ...], str]:
         listed = sorted(set(read_json(root / index).get("weight_map", {}).values()))
         missing = [shard for shard in listed if not (root / shard).is_file()]
         if missing or not listed:
+            others = [name for name in names if name.endswith(WEIGHTS)]
+            left = others and len(missing) == len(listed)
+            hint = f"; an index left behind? Remove it to take {', '.join(others)}" if left else ""
             raise CheckpointError(
                 f"{root / index}: {len(missing)} of the {len(listed)} shards that it lists are "
-                f"missing: {', '.join(missing) or 'it lists none'}"
+                f"missing: {', '.join(missing) or 'it lists none'}{hint}"
             )
         return tuple(listed), index
     single = [name for name in names if name.endswith(WEIGHTS)]

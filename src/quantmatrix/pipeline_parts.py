@@ -1,0 +1,98 @@
+"""Pipeline parts: the components beside the transformers, which diffusers and transformers load.
+
+Neither library reads ModelOpt's exports. transformers does not know the method and takes FP8 codes
+for numbers, without a word: the pictures are of another prompt. diffusers stops at the declaration.
+A part that such a declaration stands in is refused before it is loaded, and a pipeline folder that
+holds only some parts (an export with `components`) is told from a whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantmatrix.checkpoint import find_config_block, read_json
+from quantmatrix.errors import CheckpointError
+from quantmatrix.folders import LocalFolder
+
+if TYPE_CHECKING:
+    from quantmatrix.references import PipelineFolder
+
+LIBRARIES = ("diffusers", "transformers")
+
+
+def explain_export(config: Mapping[str, Any], file: str, name: str) -> str | None:
+    """Why a part with this config.json cannot be loaded: ModelOpt quantized it; None: it can be."""
+    block, place = find_config_block(config, file)
+    method = str(block.get("quant_method") or "").lower()
+    if not method.startswith("modelopt") or "quant_algo" not in block:
+        return None
+    return (
+        f"{place}: {name} was quantized by ModelOpt (quant_algo {block['quant_algo']}), which is "
+        "read of transformers only: here its codes would be taken for numbers, without an error. "
+        f"Name one in full precision: --{name.replace('_', '-')}-path"
+    )
+
+
+def check_part(folder: Path, name: str) -> None:
+    """Refuse the folder of a part that ModelOpt quantized."""
+    file = folder / "config.json"
+    why = explain_export(read_json(file), str(file), name) if file.is_file() else None
+    if why:
+        raise CheckpointError(why)
+
+
+def check_folder(folder: Path, class_name: str, built: Collection[str]) -> None:
+    """Refuse a model folder [model_index.json, a folder per part] that cannot be put together.
+
+    `built` are the parts that do not come from it. Each other one that the pipeline class must have
+    has to be in the index, and readable.
+    """
+    import diffusers
+
+    index = read_json(folder / "model_index.json")
+    pipeline = getattr(diffusers, class_name, None)
+    if pipeline is not None:
+        expected = set(pipeline._get_signature_keys(pipeline)[0])
+        needed = expected - set(pipeline._optional_components) - set(built)
+        if missing := sorted(needed - index.keys()):
+            raise CheckpointError(explain_partial(f"{folder}/model_index.json", ", ".join(missing)))
+    for name in sorted(index.keys() - set(built)):
+        check_part(folder / name, name)
+
+
+def explain_partial(file: str, missing: str) -> str:
+    """The error about a model folder without some parts."""
+    return (
+        f"{file}: this is a part of a model, without {missing}, as ModelOpt writes it when its "
+        "export is given `components`: expected a whole model. Name one with --model-path, and "
+        "this folder with --transformer-path (Wan2.2: and --transformer-2-path)"
+    )
+
+
+def list_warnings(pipeline: PipelineFolder, built: Collection[str]) -> list[str]:
+    """What a model folder on this machine lacks for a whole run, as far as its JSON files tell."""
+    folder = pipeline.folder
+    if not pipeline.components or not isinstance(folder, LocalFolder):
+        return []
+    others = pipeline.components.keys() - set(built)
+    if not others:
+        return [explain_partial(str(folder.root / "model_index.json"), "the other components")]
+    found = []
+    for name in sorted(others):
+        file = folder.root / name / "config.json"
+        why = explain_export(read_json(file), str(file), name) if file.is_file() else None
+        found += [why] if why else []
+    return found
+
+
+def find_class(index: Mapping[str, Any], name: str) -> Any:
+    """The class that a model's index names for a part, or None when it is not one to be found.
+
+    An automatic class will not do: it makes a T5 encoder the whole T5, decoder and all.
+    """
+    entry = index.get(name)
+    library, word = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    return getattr(import_module(library), str(word), None) if library in LIBRARIES else None

@@ -1,0 +1,82 @@
+"""Parts beside the transformers: ModelOpt's are refused, half a model is told from a whole one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import transformers
+
+from quantmatrix import tiny
+from quantmatrix.errors import CheckpointError
+from quantmatrix.pipeline import build_pipeline
+from quantmatrix.planning import Plan, plan
+from quantmatrix.request import Request
+
+FLUX = "black-forest-labs/FLUX.1-dev"
+BLOCK = {"quant_method": "modelopt", "quant_algo": "FP8"}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A copy of the tiny FLUX.1 that a test may change."""
+    tiny.ensure(FLUX, tiny.default_folder())
+    target = tmp_path / "base"
+    shutil.copytree(tiny.find_snapshot(FLUX, tiny.default_folder()), target)
+    return target
+
+
+def decide(base: Path, **paths: str) -> Plan:
+    made = plan(Request(model_path=str(base), component_paths=paths, device="cpu"))
+    assert isinstance(made, Plan)
+    return made
+
+
+def declare(folder: Path) -> None:
+    """Put ModelOpt's declaration into a part's config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": BLOCK}))
+
+
+@pytest.mark.parametrize(
+    ("part", "flag"), [("text_encoder", "--text-encoder-path"), ("vae", "--vae-path")]
+)
+def test_a_part_that_modelopt_quantized_is_refused(
+    base: Path, tmp_path: Path, part: str, flag: str
+) -> None:
+    shutil.copytree(base / part, tmp_path / "plain")
+    declare(base / part)
+    made = decide(base)
+    [note] = made.warnings
+    assert f"{part} was quantized by ModelOpt (quant_algo FP8)" in note
+    with pytest.raises(CheckpointError, match=rf"{part} was quantized .*{flag}"):
+        build_pipeline(made)
+    replaced = decide(base, **{part: str(tmp_path / "plain")})
+    assert replaced.warnings == ()
+    assert build_pipeline(replaced)
+
+
+def test_a_quantized_part_is_refused_as_an_override(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base / "text_encoder", tmp_path / "coded")
+    declare(tmp_path / "coded")
+    with pytest.raises(CheckpointError, match=r"coded/config\.json.*text_encoder was quantized"):
+        build_pipeline(decide(base, text_encoder=str(tmp_path / "coded")))
+
+
+def test_an_export_of_the_transformer_alone_is_no_whole_model(base: Path) -> None:
+    index = json.loads((base / "model_index.json").read_text())
+    kept = {key: index[key] for key in ("_class_name", "transformer")}
+    (base / "model_index.json").write_text(json.dumps(kept))
+    made = decide(base)
+    [note] = made.warnings
+    assert "a part of a model, without the other components" in note
+    with pytest.raises(CheckpointError, match=r"without scheduler, text_encoder, .*--transformer-"):
+        build_pipeline(made)
+
+
+def test_an_override_is_of_the_class_that_the_base_names(base: Path) -> None:
+    """The automatic class of a T5 encoder is the whole T5, which asks for a decoder's input."""
+    made = decide(base, text_encoder_2=str(base / "text_encoder_2"))
+    assert type(build_pipeline(made).text_encoder_2) is transformers.T5EncoderModel
