@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from quantmatrix import export_faults, families, models
+from quantmatrix import export_faults, families, models, svdq_faults
 from quantmatrix.checkpoint import Checkpoint, Hub
 from quantmatrix.errors import CheckpointError
 from quantmatrix.planning import explain_unknown
@@ -61,6 +61,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     unknown = None if detected else explain_unknown(checkpoint)
     family, why = detected or (None, unknown or "nothing in it is quantized")
     export_faults.check_export(checkpoint)
+    svdq_faults.check_layers(checkpoint)
     schemes = families.load(family).schemes(checkpoint) if family else {}
     dtypes: Counter[str] = Counter()
     for header in checkpoint.tensors.values():

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from quantmatrix import families, models
 from quantmatrix.errors import CheckpointError
-from quantmatrix.models import Dialect
+from quantmatrix.kernels.svdq_arithmetic import SHIFT
+from quantmatrix.models import Dialect, Target
 from quantmatrix.scheme import Scheme, measure_features
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def choose_dialect(
             "checkpoint of another family, or the base model that this one belongs to"
         )
     check_packing(checkpoint, schemes, found[0])
+    check_plain_layers(checkpoint, schemes, found[0])
     return found[0]
 
 
@@ -74,10 +76,58 @@ def check_packing(checkpoint: Checkpoint, schemes: Mapping[str, Scheme], dialect
                 f"as the {dialect.name} layout has it: this is another format; name a file that "
                 "was made for the engine"
             )
+
+
+def check_plain_layers(
+    checkpoint: Checkpoint, schemes: Mapping[str, Scheme], dialect: Dialect
+) -> None:
+    """Layers that a file leaves in full precision must be what the model's own modules are.
+
+    A converter copies such a layer under the name that its codes would have had, whatever was done
+    to it before: half of a module's columns, or a bias without what shifted inputs add.
+    """
+    shifted = any(scheme.weight == "int4" for scheme in schemes.values())
+    for layer, suffixes in checkpoint.layers().items():
+        if "weight" not in suffixes or layer in schemes:
+            continue
+        for target in dialect.layer_targets(layer):
+            what = explain_plain(layer, target, shifted)
+            if what:
+                raise CheckpointError(
+                    f"{checkpoint.tensors[f'{layer}.weight'].file}: tensor {layer}.weight is stored "
+                    f"plainly, {what}"
+                )
     for layer in schemes:
         for target in dialect.layer_targets(layer):
             if target.columns[2] > 1:
                 check_split(checkpoint, schemes, dialect, layer, target.module)
+
+
+def explain_plain(layer: str, target: Target, shifted: bool) -> str:
+    """Why a layer in full precision cannot be taken for the module that it is named for, or ''.
+
+    `shifted`: the file is int4, so that inputs that follow a GELU were shifted before it was made.
+    """
+    if target.interleave > 1:
+        return (
+            "and this layout has the layer as AWQ codes only: whether its rows are interleaved and "
+            "1 is added to its scale cannot be known. Quantize it, too"
+        )
+    lost = ""
+    if target.unsigned and shifted and layer != target.module:
+        lost = (
+            f"converters that shift inputs for int4 leave {SHIFT} times the sum of each row of this "
+            "weight out of its bias. Add that if yours does"
+        )
+    if target.columns[2] > 1:
+        return (
+            f"and is a part of the columns of {target.module} only: expected codes in every part, "
+            "or none. Quantize them all, or join them (biases are added) as "
+            f"{target.module}.weight{lost and f'; {lost}'}"
+        )
+    if lost:
+        return f"so that its bias may not be whole: {lost}, and write the layer as {target.module}"
+    return ""
 
 
 def check_split(

@@ -3,17 +3,20 @@
 Neither library reads ModelOpt's exports. transformers does not know the method and takes FP8 codes
 for numbers, without a word: the pictures are of another prompt. diffusers stops at the declaration.
 A part that such a declaration stands in is refused before it is loaded, and a pipeline folder that
-holds only some parts (an export with `components`) is told from a whole model.
+holds only some parts (an export with `components`) is told from a whole model. So is a part that the
+SVDQuant engine quantized (its T5): nothing declares that, and where codes stand in place of a weight
+transformers draws one at random.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix.checkpoint import find_config_block, read_json
+from quantmatrix.checkpoint import find_config_block, read_header, read_json
 from quantmatrix.errors import CheckpointError
 from quantmatrix.folders import LocalFolder
 
@@ -36,11 +39,38 @@ def explain_export(config: Mapping[str, Any], file: str, name: str) -> str | Non
     )
 
 
-def check_part(folder: Path, name: str) -> None:
-    """Refuse the folder of a part that ModelOpt quantized."""
+def explain_codes(folder: Path, name: str) -> str | None:
+    """Why a part whose config.json declares no quantization cannot be loaded: it holds codes.
+
+    A file that cannot be read is left to the library that loads the part: it may not be wanted.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        names: Collection[str] = ()
+        with suppress(CheckpointError):
+            names = read_header(file)[0]
+        coded = next((n for n in names if n.endswith(".qweight")), None)
+        if coded:
+            return (
+                f"{file}: tensor {coded} holds codes, which {folder / 'config.json'} declares "
+                f"nowhere: {name} would be loaded with random numbers in their place. Name one in "
+                f"full precision: --{name.replace('_', '-')}-path"
+            )
+    return None
+
+
+def explain_part(folder: Path, name: str) -> str | None:
+    """Why the folder of a part cannot be loaded as what it is; None: it can be."""
     file = folder / "config.json"
-    why = explain_export(read_json(file), str(file), name) if file.is_file() else None
-    if why:
+    if not file.is_file():
+        return None
+    config = read_json(file)
+    declared = find_config_block(config, str(file))[0]
+    return explain_export(config, str(file), name) if declared else explain_codes(folder, name)
+
+
+def check_part(folder: Path, name: str) -> None:
+    """Refuse the folder of a part that ModelOpt, or the SVDQuant engine, quantized."""
+    if why := explain_part(folder, name):
         raise CheckpointError(why)
 
 
@@ -82,8 +112,7 @@ def list_warnings(pipeline: PipelineFolder, built: Collection[str]) -> list[str]
         return [explain_partial(str(folder.root / "model_index.json"), "the other components")]
     found = []
     for name in sorted(others):
-        file = folder.root / name / "config.json"
-        why = explain_export(read_json(file), str(file), name) if file.is_file() else None
+        why = explain_part(folder.root / name, name)
         found += [why] if why else []
     return found
 

@@ -55,6 +55,8 @@ PRECISION = re.compile(r"\.(fp16|bf16|fp32)(?=[.-])")
 SVDQUANT_PAIR = ["transformer_blocks.safetensors", "unquantized_layers.safetensors"]
 """An SVDQuant checkpoint of the older form: a folder with these two, which are one."""
 DESCRIPTION = "quant_model_description"
+ENGINE_CLASS = re.compile(r"Nunchaku(\w+?)Transformer2[dD]Model(V\d+)?")
+"""Transformer classes of the SVDQuant engine; each stands for one of diffusers."""
 ORIGINAL_WAN = ("WanModel", "high_noise_model")
 """Class and first folder of Wan2.2 as its authors, and msmodelslim, lay it out."""
 
@@ -148,20 +150,29 @@ def open_pipeline(reference: str, hub: Hub) -> PipelineFolder:
     if folder.has("model_index.json"):
         index = read_json(folder.path("model_index.json"))
         components = {
-            key: (value[0], value[1])
+            key: (value[0], plain_class(value[1]))
             for key, value in index.items()
             if not key.startswith("_") and isinstance(value, list) and len(value) == 2 and value[1]
         }
         return PipelineFolder(reference, folder, index.get("_class_name"), components)
     if folder.has("config.json"):
         config = read_json(folder.path("config.json"))
-        return PipelineFolder(reference, folder, config.get("_class_name"), {})
+        return PipelineFolder(reference, folder, plain_class(config.get("_class_name")), {})
     raise CheckpointError(
         f"{reference}: neither model_index.json nor config.json in it: expected a diffusers model "
         "folder. Weights alone go to --transformer-weights-path, beside a base --model-path"
         f"{explain_original([n for n in ORIGINAL_WAN if folder.enter(n).top])}"
         f"{explain_partial(folder)}"
     )
+
+
+def plain_class(name: Any) -> Any:
+    """The class of diffusers that a class of the SVDQuant engine stands for; others as they are.
+
+    Its `save_pretrained` writes its own names into config.json and model_index.json.
+    """
+    match = ENGINE_CLASS.fullmatch(name) if isinstance(name, str) else None
+    return f"{match[1]}Transformer2DModel" if match else name
 
 
 def explain_original(found: Iterable[str]) -> str:

@@ -25,9 +25,11 @@ from quantmatrix.references import (
     open_component,
     open_pipeline,
     open_weights,
+    plain_class,
     read_component_config,
 )
 from quantmatrix.request import PRECISIONS, Request
+from quantmatrix.svdq_faults import check_halves, check_layers
 
 COMPATIBLE_BASES = {"FLUX.2-dev-NVFP4": "black-forest-labs/FLUX.2-dev"}
 """Repositories that hold only weights and may stand in `--model-path`, with their real base."""
@@ -206,7 +208,10 @@ def find_source(
         config, config_from = read_component_config(
             pipeline.reference, request.hub, subfolder_of(name, pipeline)
         )
-    class_name = str(config.get("_class_name") or "")
+    check_halves(checkpoint)
+    check_layers(checkpoint)
+    class_name = str(plain_class(config.get("_class_name")) or "")
+    config = {**config, "_class_name": class_name}
     check_class(name, class_name, config_from, pipeline, checkpoint)
     check_stated_config(class_name, config, config_from, checkpoint)
     return Source(checkpoint, class_name, config, config_from, primary)
@@ -243,7 +248,7 @@ def check_stated_config(
     place = f"{checkpoint.files[0]}: the header's config"
     if not stated and sorted(PurePath(file).name for file in checkpoint.files) == SVDQUANT_PAIR:
         stated, place = checkpoint.config or {}, f"{checkpoint.config_file}: this config"
-    named = stated.get("_class_name")
+    named = plain_class(stated.get("_class_name"))
     if named and named != class_name:
         raise CheckpointError(
             f"{place} says these are weights of {named}, {config_from} says {class_name}: wrong "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantmatrix import families
+from quantmatrix import families, svdq_faults
 from quantmatrix.errors import CheckpointError
 from quantmatrix.formats import expand_blocks, holds_nan
 from quantmatrix.scheme import Scheme
@@ -96,6 +96,7 @@ def check_values(
     assert component.family is not None
     find_fault = getattr(families.load(component.family), "find_fault", None)
     fault = None if find_fault is None else find_fault(tensors, piece.scheme)
+    fault = fault or svdq_faults.find_lost_scale(piece.scheme, tensors)
     if fault is None:
         return
     suffix, what = fault

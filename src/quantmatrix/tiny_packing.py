@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from quantmatrix.models import Dialect, Target, find_sources
+from quantmatrix.models import Dialect, Rule, Target, find_sources
 
 Tensors = dict[str, torch.Tensor]
 
@@ -44,12 +44,21 @@ def pack_tensors(
 def list_layers(
     dialect: Dialect, modules: Iterable[str], kept: Callable[[str], bool] = keep_none
 ) -> list[str]:
-    """Names on disk of the layers that hold these modules; a module may lie in several."""
+    """Names on disk of the layers that hold these modules; a module may lie in several.
+
+    One that is kept has its own name where the dialect's would say that it is a part, or coded.
+    """
     layers: dict[str, None] = {}
     for module in sorted(modules):
-        rules = [rule for rule in dialect.layers if not (rule.quantized_only and kept(module))]
+        rules = [rule for rule in dialect.layers if not (is_coded_form(rule) and kept(module))]
         layers |= dict.fromkeys(find_sources(rules, module) or [module])
     return list(layers)
+
+
+def is_coded_form(rule: Rule) -> bool:
+    """Whether only a quantized layer is stored as the rule says."""
+    parts = any(target.columns[2] > 1 or target.unsigned for target in rule.targets)
+    return rule.quantized_only or parts
 
 
 def pack_layer(dialect: Dialect, layer: str, weights: Mapping[str, torch.Tensor]) -> Tensors:

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from quantmatrix import tiny
 from quantmatrix.errors import CheckpointError
@@ -63,6 +65,29 @@ def test_a_quantized_part_is_refused_as_an_override(base: Path, tmp_path: Path) 
     declare(tmp_path / "coded")
     with pytest.raises(CheckpointError, match=r"coded/config\.json.*text_encoder was quantized"):
         build_pipeline(decide(base, text_encoder=str(tmp_path / "coded")))
+
+
+def test_a_text_encoder_of_codes_that_nothing_declares_is_refused(
+    base: Path, tmp_path: Path
+) -> None:
+    """As the SVDQuant engine's T5 is: transformers drew the missing weights at random."""
+    plain, coded = base / "text_encoder_2", tmp_path / "coded"
+    shutil.copytree(plain, coded)
+    file = coded / "model.safetensors"
+    tensors = load_file(file)
+    name = next(n for n in tensors if n.endswith("SelfAttention.q.weight"))
+    rows, columns = tensors.pop(name).shape
+    layer = name.removesuffix(".weight")
+    tensors[f"{layer}.qweight"] = torch.zeros(rows // 4, columns // 2, dtype=torch.int32)
+    save_file(tensors, file, {"format": "pt"})
+    message = rf"tensor {layer}\.qweight holds codes.*random.*--text-encoder-2-path"
+    with pytest.raises(CheckpointError, match=message):
+        build_pipeline(decide(base, text_encoder_2=str(coded)))
+    shutil.copy(file, plain / "model.safetensors")
+    made = decide(base)
+    assert any("text_encoder_2 would be loaded with random numbers" in w for w in made.warnings)
+    with pytest.raises(CheckpointError, match=message):
+        build_pipeline(made)
 
 
 def test_an_export_of_the_transformer_alone_is_no_whole_model(base: Path) -> None:
