@@ -53,6 +53,10 @@ def choose_dialect(
         )
     check_packing(checkpoint, schemes, found[0])
     check_plain_layers(checkpoint, schemes, found[0])
+    for layer in schemes:
+        for target in found[0].layer_targets(layer):
+            if target.columns[2] > 1:
+                check_split(checkpoint, schemes, found[0], layer, target.module)
     return found[0]
 
 
@@ -97,10 +101,6 @@ def check_plain_layers(
                     f"{checkpoint.tensors[f'{layer}.weight'].file}: tensor {layer}.weight is stored "
                     f"plainly, {what}"
                 )
-    for layer in schemes:
-        for target in dialect.layer_targets(layer):
-            if target.columns[2] > 1:
-                check_split(checkpoint, schemes, dialect, layer, target.module)
 
 
 def explain_plain(layer: str, target: Target, shifted: bool) -> str:
