@@ -41,7 +41,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix import thumbnails
+from quantmatrix import record_form, thumbnails
 from quantmatrix.code_path import digest_code
 from quantmatrix.errors import QuantmatrixError
 
@@ -269,7 +269,7 @@ def _form_problems(record: Any) -> list[str]:
         problems.append("checks: empty; a record shows the result of at least one check")
     for name, check in record["checks"].items():
         problems += _check_problems(f"checks.{name}", check)
-    return problems
+    return problems or record_form.list_problems(record)
 
 
 def _check_problems(where: str, check: Any) -> list[str]:
@@ -346,6 +346,8 @@ def decode(data: bytes, where: object = "evidence") -> Evidence:
     except OverflowError:
         record = json.loads(data)
         problems = list_problems(record)
+    except RecursionError as error:
+        raise EvidenceError(f"{where}: nested too deeply to be a record") from error
     except ValueError as error:
         raise EvidenceError(f"{where}: not JSON: {error}") from error
     if problems:

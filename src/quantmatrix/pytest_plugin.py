@@ -25,6 +25,7 @@ from __future__ import annotations
 import gc
 import inspect
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ import pytest
 from quantmatrix import identify, selection
 from quantmatrix.device_scheduling import CELLS, Workers, read_worker
 from quantmatrix.errors import MachineError, UsageError
-from quantmatrix.evidence import path_of, remove_leftovers
+from quantmatrix.evidence import EvidenceError, path_of, remove_leftovers
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, GATE_LOOSENED, NOTHING_COLLECTED
 from quantmatrix.outcomes import (
     Outcomes,
@@ -115,6 +116,16 @@ def takes_cells(item: pytest.Item) -> bool:
 
     spec = getattr(item, "callspec", None)
     return spec is not None and any(isinstance(value, Cell) for value in spec.params.values())
+
+
+@contextmanager
+def fail_on_bad_record(item: CellItem, report: pytest.TestReport) -> Iterator[None]:
+    """Fail the test whose record, kept or new, is none: an error here would end the whole session."""
+    try:
+        yield
+    except EvidenceError as error:
+        report.outcome = "failed"
+        report.longrepr = f"{item.cell.id}: no evidence is kept of it: {error}"
 
 
 class Harness:
@@ -297,7 +308,8 @@ class Harness:
         """Take the outcome of a check as its verdict; write a record after a cell's last check."""
         report = yield
         if isinstance(item, CellItem):
-            self.note_outcome(item, call, report)
+            with fail_on_bad_record(item, report):
+                self.note_outcome(item, call, report)
             self.pending[item.cell.id] -= call.when == "teardown"
             if not self.pending[item.cell.id]:
                 self.write_record(item, report)
@@ -306,7 +318,8 @@ class Harness:
     def write_record(self, item: CellItem, report: pytest.TestReport) -> None:
         """Write the record of a cell; a disk that takes no more is no failure of the claim."""
         try:
-            self.recorder.finish(item.cell)
+            with fail_on_bad_record(item, report):
+                self.recorder.finish(item.cell)
         except OSError as error:
             mark_problem(item, report, ENVIRONMENT_UNUSABLE)
             report.outcome = "failed"

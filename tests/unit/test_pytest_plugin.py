@@ -359,3 +359,34 @@ def test_the_real_suites_collect_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stderr.strip() == "", done.stderr
+
+
+def test_results_that_are_no_record_fail_their_cell_alone(project: pytest.Pytester) -> None:
+    suite = SUITE.replace(
+        'proof.metrics["layers"] = 12',
+        'proof.metrics["error"] = float("nan" if cell.backend == "reference" else 1.0)',
+    ).replace('assert cell.backend != "decode", "too far away"', "pass")
+    project.makepyfile(test_suites=suite)
+    result = project.runpytest("-q", "--evidence-dir=ev")
+    assert result.ret == CLAIM_VIOLATED
+    result.stdout.fnmatch_lines(["*fp8-flux-1@cpu+reference: no evidence is kept of it:*nan*"])
+    assert set(records.read_folder(project.path / "ev")) == {
+        "fp8-flux-1@cpu+decode",
+        "fp8-flux-2@cpu",
+        "svdq-flux-1-hopper@h100",
+    }
+
+
+def test_damaged_records_end_no_session(project: pytest.Pytester) -> None:
+    place = records.path_of("fp8-flux-2@cpu")
+    for folder in ("ev", "reports/evidence"):
+        path = project.path / folder / place
+        path.parent.mkdir(parents=True)
+        path.write_text("{")
+    words = ("-q", "--check", "load,generate")
+    result = project.runpytest(*words)
+    assert result.ret == CLAIM_VIOLATED
+    result.stdout.fnmatch_lines(["*fp8-flux-2@cpu: no evidence is kept of it:*not JSON*"])
+    result = project.runpytest(*words, "--evidence-dir=ev")
+    assert result.ret == 0, result.stdout.str()
+    assert "fp8-flux-2@cpu" in records.read_folder(project.path / "ev")
