@@ -187,15 +187,21 @@ class Harness:
         timings = self.tables_folder.parent / "reports" / "evidence"
         try:
             self.resolve_hardware()
-            return selection.select_cells(
-                self.tables, self.wanted, Path(rows) if rows else None, shard, timings
-            )
+            listed = Path(rows) if rows else None
+            cells = selection.select_cells(self.tables, self.wanted, listed, shard, timings)
+            if listed is not None and not self.wanted["hardware"]:
+                selection.check_reach(self.tables.cells, listed, self.runs_here)
+            return cells
         except EmptySelection as error:
             pytest.exit(str(error), returncode=NOTHING_COLLECTED)
         except MachineError as error:
             pytest.exit(str(error), returncode=ENVIRONMENT_UNUSABLE)
         except UsageError as error:
             raise pytest.UsageError(str(error)) from error
+
+    def runs_here(self, cell: Cell) -> bool:
+        """Whether any check of a cell is run where no hardware is asked for."""
+        return cell.hardware == LOCAL or not set(cell.checks).isdisjoint(PLAN_ONLY)
 
     @cached_property
     def ids(self) -> frozenset[str]:

@@ -112,6 +112,25 @@ def test_an_empty_selection_is_an_error(
     assert message in result.stderr.str()
 
 
+@pytest.mark.parametrize(
+    ("line", "words", "code"),
+    [
+        ("fp8-flux-1@h100+decode", [], 4),
+        ("fp8-flux-1@h100+decode", ["--hardware", "h100"], 0),
+        ("fp8-flux-1", [], 0),
+        ("svdq-flux-1-hopper@h100", [], 0),
+    ],
+)
+def test_a_listed_row_is_run_or_told(
+    project: pytest.Pytester, line: str, words: list[str], code: int
+) -> None:
+    (project.path / "rows").write_text(f"{'' if words else 'fp8-flux-2@cpu'}\n{line}\n")
+    result = project.runpytest("--collect-only", "-q", "--rows=rows", *words)
+    assert result.ret == code, result.stdout.str()
+    told = f"--rows rows: {line} runs on h100 only: add --hardware h100"
+    assert (told in result.stderr.str()) == (code == 4)
+
+
 def test_a_selection_that_no_suite_runs_is_an_error(project: pytest.Pytester) -> None:
     project.makepyfile(test_other="def test_nothing(): pass")
     result = project.runpytest("--family", "fp8", "test_other.py")
