@@ -198,7 +198,7 @@ def decode(data: bytes, where: object, *, deep: bool = True) -> list[dict[str, A
         raise BenchmarkError(f"{where}: empty file: the run measured nothing (workers? an error?)")
     try:
         whole = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BenchmarkError(f"{where}: not JSON: {error}") from error
     check_file(whole, where, deep=deep)
     found: list[dict[str, Any]] = whole["results"]

@@ -204,7 +204,8 @@ def collect_samples(evidence: Mapping[str, Evidence], *, anew: bool = False) -> 
             continue
         layers = [part["worst"] for part in check.metrics.get("layers", {}).values()]
         worst = dict(check.metrics.get("worst", {}))
-        if layers and worst.get("psnr_db") is not None and check.metrics.get("class"):
+        told = all(worst.get(name) is not None for name in ("psnr_db", "cosine", "relative_l2"))
+        if layers and told and check.metrics.get("class"):
             worst["layer"] = max(layers)
             place = (
                 check.metrics["class"],

@@ -100,6 +100,8 @@ def test_command(
     assert main(["agreement", "--any-version", "--today", "2027-11-24", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["overall"]["stale"] == 2
     assert main(["agreement", "--today", "soon"]) == 2
+    for wrong in (["--fail-under", "nan"], ["--fail-under", "101"], ["--max-age-days", "-1"]):
+        assert main([*words, *wrong]) == 2, wrong
     records.write(evidence[FAILING], folder)
     capsys.readouterr()
     assert main(words) == 1

@@ -48,6 +48,7 @@ def test_a_failed_write_leaves_the_old_file(
     ("data", "said"),
     [
         (b"", "empty file"),
+        (b"[" * 100_000, "not JSON"),
         (b" \n", "empty file"),
         (b"{", "not JSON"),
         (b"[]", "no file of `quantmatrix bench`"),

@@ -13,6 +13,7 @@ from tables import CASES, CHECKPOINTS, write_tables
 
 from quantmatrix import evidence as records
 from quantmatrix import matrix, report
+from quantmatrix.errors import UsageError
 from quantmatrix.evidence import CheckResult, Evidence
 from quantmatrix.matrix import Cell, Matrix
 
@@ -211,6 +212,14 @@ def test_write_then_check(reports: Path) -> None:
     assert {line.rpartition(": ")[2] for line in report.write(reports)} == {"unchanged"}
     assert report.check(reports) == []
     assert report.check() == []  # reports/ beside the tables is the default
+
+
+def test_a_misspelt_folder_is_not_made(reports: Path) -> None:
+    missing = reports.with_name("reprots")
+    for render in (report.write, report.check):
+        with pytest.raises(UsageError, match="no such folder"):
+            render(missing)
+    assert not missing.exists()
 
 
 @pytest.mark.parametrize("name", ["support-matrix.md", "support-matrix.svg", "families/fp8.md"])
