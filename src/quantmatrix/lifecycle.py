@@ -5,7 +5,7 @@
 | `fresh`         | every check of the claim passed (of a `failing` one: its check failed), and nothing below |
 |                 | has changed since |
 | `contradicting` | fresh, and a check failed: claim and run differ, in whichever direction |
-| `stale`         | the row, the code path, a library or the calendar went on: to be run again |
+| `stale`         | the rows, the code path, a library or the calendar went on: to be run again |
 | `missing`       | no record, or not every check was run |
 
 A claimed refusal or failure that starts to work contradicts as much as a working row that gets

@@ -98,6 +98,39 @@ def test_a_changed_checkpoint_makes_evidence_stale(
     assert (state, why) == ("stale", "the row of checkpoint flux-1-fp8 changed")
 
 
+@pytest.mark.parametrize(
+    ("table", "name", "change", "state"),
+    [
+        ("hardware", "cpu", {"memory_gib": 8.0}, "stale"),
+        ("hardware", "cpu", {"packages": ("flashinfer",)}, "stale"),
+        ("hardware", "cpu", {"name": "any CPU", "label": "large"}, "proven"),
+        ("hardware", "h100", {"arch": "sm100"}, "proven"),
+        ("models", "flux-1", {"repo": "other/flux-1"}, "stale"),
+        ("models", "flux-1", {"notes": "new"}, "proven"),
+    ],
+)
+def test_a_changed_hardware_or_model_makes_its_evidence_stale(
+    tables: Matrix, table: str, name: str, change: dict[str, object], state: str
+) -> None:
+    record = observe(tables, PROVEN)
+    rows = getattr(tables, table)
+    changed = replace(tables, **{table: {**rows, name: replace(rows[name], **change)}})
+    assert report.state_of(find(changed, PROVEN), record, changed) == state
+    older = replace(record, cell={k: v for k, v in record.cell.items() if k != "place_digest"})
+    assert report.state_of(find(changed, PROVEN), older, changed) == "proven"
+
+
+def test_a_record_of_another_architecture_proves_nothing(tables: Matrix) -> None:
+    cell = find(tables, "fp8-flux-1@h100+decode")
+    for machine, state in (("nvidia sm90", "proven"), ("cpu cpu", "stale")):
+        vendor, arch = machine.split()
+        record = observe(tables, cell.id)
+        told = {**record.plan, "machine": {"vendor": vendor, "arch": arch, "name": "x"}}
+        found = report.explain_state(cell, replace(record, plan=told), tables)
+        assert found[0] == state
+    assert found[1] == "made on cpu cpu, h100 is nvidia sm90"
+
+
 def test_notes_may_change_and_checks_may_be_added(tables: Matrix, tmp_path: Path) -> None:
     record = observe(tables, PROVEN)
     rows = [{**CHECKPOINTS[0], "notes": "new", "scope": "new"}, *CHECKPOINTS[1:]]
