@@ -49,6 +49,8 @@ from quantmatrix.rounding_model import bound_class
 
 MARGIN = 1.5
 """Accepted error, as a multiple of the sample's."""
+ROUNDED = 1e-5
+"""Share by which a metric may miss a limit because both were rounded."""
 SIGNS = {"psnr_db": -1, "cosine": -1, "relative_l2": 1, "layer_error": 1}
 """Metrics, and whether a larger value is looser (1) or tighter (-1)."""
 
@@ -230,6 +232,29 @@ def collect_samples(evidence: Mapping[str, Evidence], *, anew: bool = False) -> 
             )
         )
     return samples
+
+
+def list_beyond(record: Evidence, ledger: Ledger) -> list[str]:
+    """Where a latents check that passed is beyond the limits of a ledger, in words.
+
+    Its own limits it met; those of the ledger may have been tightened since.
+    """
+    check = record.checks.get("latents")
+    kind = check.metrics.get("class") if check else None
+    if check is None or check.verdict != "pass" or not kind:
+        return []
+    try:
+        allowed = ledger.find(kind, record.cell["model"], record.cell["hardware"])
+    except LimitsError as error:
+        return [str(error)]
+    layers = [part["worst"] for part in check.metrics.get("layers", {}).values()]
+    told = {**check.metrics.get("worst", {}), "layer_error": max(layers, default=None)}
+    lines = []
+    for name, sign in SIGNS.items():
+        found, bound = told.get(name), getattr(allowed, name)
+        if found is not None and sign * (found - bound) > ROUNDED * abs(bound):
+            lines.append(f"{name} is {found:g}, the limit is {bound:g} now")
+    return lines
 
 
 def list_loosened(older: Ledger, newer: Ledger) -> list[str]:

@@ -6,6 +6,7 @@ import argparse
 from collections import Counter
 from collections.abc import Mapping
 from datetime import date, datetime, timezone
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import UsageError
@@ -40,7 +41,7 @@ def add_to(commands: Any) -> None:
 def run_agreement(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Print the shares; 1 when a record contradicts its claim or the share is too small."""
     from quantmatrix import evidence as records
-    from quantmatrix import matrix, report
+    from quantmatrix import limits, matrix, report
     from quantmatrix.agreement import measure, suggest_runs
     from quantmatrix.cli import EXIT_PROBLEM, print_json
     from quantmatrix.code_path import digest_code
@@ -49,7 +50,10 @@ def run_agreement(arguments: argparse.Namespace, rest: list[str]) -> int:
     limit = MAX_AGE_DAYS if arguments.max_age_days is None else arguments.max_age_days
     check_numbers(limit, arguments.fail_under)
     versions = {} if arguments.any_version else records.list_versions()
-    now = Now(read_today(arguments.today), versions, digest_code, limit)
+    folder = report.find_folder(arguments.reports)
+    ledger = limits.read(folder / "limits.csv")
+    beyond = partial(limits.list_beyond, ledger=ledger) if ledger.samples else None
+    now = Now(read_today(arguments.today), versions, digest_code, limit, beyond)
     evidence = report.read_evidence(arguments.reports)
     found = measure(matrix.read(), evidence, now)
     undigested = sum(not record.cell.get("code_digest") for record in evidence.values())
