@@ -61,10 +61,10 @@ def check_kinds(where: str, value: Mapping[str, Any], kinds: Mapping[str, Kinds]
 
 
 def is_kind(value: Any, kind: Kinds) -> bool:
-    """Whether a value is of a kind; `true` is no number, nor is what no float can hold."""
+    """Whether a value is of a kind; `true` is no number, nor is `nan`, nor what no float can hold."""
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         return False
-    return not isinstance(value, int) or abs(value) <= LARGEST
+    return not isinstance(value, NUMBER) or abs(value) <= LARGEST
 
 
 def name_kind(kind: Kinds) -> str:
