@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from quantmatrix import evidence as records
+from quantmatrix.errors import QuantmatrixError
 from quantmatrix.evidence import Evidence
 from quantmatrix.limit_samples import (
     SPREADS,
@@ -45,6 +46,7 @@ from quantmatrix.limit_samples import (
     read_spreads,
     write_rows,
 )
+from quantmatrix.places import write_whole
 from quantmatrix.rounding_model import bound_class
 
 MARGIN = 1.5
@@ -292,9 +294,7 @@ def write(ledger: Ledger, path: Path) -> list[str]:
     texts = {path: write_rows(Sample, settled.samples)}
     texts[path.with_name(SPREADS)] = write_rows(Spread, settled.spreads.values())
     for place, text in texts.items():
-        temporary = place.with_name(f".{place.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(place)
+        write_whole(place, text.encode())
     return list_loosened(before, settled)
 
 
@@ -305,12 +305,30 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("samples", type=Path, help="CSV file to write")
     parser.add_argument("--anew", action="store_true", help="count cells that failed, too")
     given = parser.parse_args(words)
-    samples = collect_samples(records.read_folder(given.evidence), anew=given.anew)
-    ledger = Ledger(samples, read_spreads(given.samples.with_name(SPREADS)))
-    for line in write(ledger, given.samples):
+    try:
+        ledger = measure(given.evidence, given.samples, anew=given.anew)
+        loosened = write(ledger, given.samples)
+    except (QuantmatrixError, OSError) as error:
+        print(f"quantmatrix: {error}", file=sys.stderr)
+        return 1
+    for line in loosened:
         print(f"loosened: {line}")
-    print(f"{given.samples}: {len(samples)} samples")
+    print(f"{given.samples}: {len(ledger.samples)} samples")
     return 0
+
+
+def measure(evidence: Path, path: Path, *, anew: bool = False) -> Ledger:
+    """The ledger that the records of a folder give, with the spreads beside `path`.
+
+    LimitsError where they give no sample at all: every limit would be gone.
+    """
+    samples = collect_samples(records.read_folder(evidence), anew=anew)
+    if not samples:
+        raise LimitsError(
+            f"{evidence}: no record of a latents check that passed, so {path} stays as it is; "
+            "name the folder that has one folder per hardware, such as reports/evidence"
+        )
+    return Ledger(samples, read_spreads(path.with_name(SPREADS)))
 
 
 if __name__ == "__main__":

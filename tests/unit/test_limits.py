@@ -281,3 +281,23 @@ def test_every_model_of_this_project_has_a_spread() -> None:
     for spread in spreads.values():
         assert 30 < spread.psnr_db < 90, spread
         assert 0 < spread.layer_error < 0.01, spread  # half a unit of BF16 is 2^-9
+
+
+@pytest.mark.parametrize("folder", ["none", "empty", "damaged"])
+def test_measuring_nothing_leaves_the_limits_as_they_were(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged" / "cpu").mkdir(parents=True)
+    (tmp_path / "damaged" / "cpu" / "a.json").write_text("{")
+    path = tmp_path / "limits.csv"
+    limits.write(Ledger([FLUX], SPREADS), path)
+    before = path.read_bytes()
+    capsys.readouterr()
+    assert limits.main([str(tmp_path / folder), str(path)]) == 1
+    told = "not JSON" if folder == "damaged" else "stays as it is"
+    assert told in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *("damaged", "empty", "limits.csv", "spread.csv"),
+    ]
