@@ -108,7 +108,7 @@ def check(reports: str | os.PathLike[str] | None = None) -> list[str]:
             drift.append(f"{path}: missing; {remedy}")
         elif path.read_bytes() != data:
             drift.append(f"{path}: differs from claims and evidence; {remedy}")
-    found = {path.relative_to(folder).as_posix() for path in folder.glob("families/*.md")}
+    found = {path.relative_to(folder).as_posix() for path in folder.glob("families/*")}
     drift += [f"{folder / name}: no such family; delete it" for name in sorted(found - set(wanted))]
     return drift + find_orphans(folder)
 

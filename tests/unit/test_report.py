@@ -277,8 +277,9 @@ def test_check_finds_new_evidence_and_orphans(reports: Path, tables: Matrix) -> 
     stray = replace(stray, cell={**stray.cell, "id": "gone@cpu", "row": "gone"})
     path = records.write(stray, reports / "evidence")
     assert report.check(reports) == [f"{path}: no cell gone@cpu in the tables; delete it"]
-    (reports / "families" / "old.md").write_text("x")
-    assert any("no such family" in line for line in report.check(reports))
+    for name in ("old.md", "fp8.html"):
+        (reports / "families" / name).write_text("x")
+        assert any(f"{name}: no such family" in line for line in report.check(reports))
 
 
 def test_read_states_joins(reports: Path, tables: Matrix) -> None:
