@@ -185,6 +185,12 @@ class Harness:
             return [cell for cell in self.tables.cells if cell.id in chosen]
         rows, shard = self.config.getoption("rows"), self.config.getoption("shard")
         timings = self.tables_folder.parent / "reports" / "evidence"
+        if shard and self.recorder.folder and self.recorder.folder.resolve() == timings.resolve():
+            raise pytest.UsageError(
+                f"--shard {shard} is cut by the timings in {timings}, and --evidence-dir would change "
+                "them between two parts, so that rows are in none: name another folder, and "
+                "`quantmatrix evidence merge` it"
+            )
         try:
             self.resolve_hardware()
             listed = Path(rows) if rows else None

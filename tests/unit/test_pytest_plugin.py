@@ -131,6 +131,14 @@ def test_a_listed_row_is_run_or_told(
     assert (told in result.stderr.str()) == (code == 4)
 
 
+def test_a_part_does_not_change_how_the_parts_are_cut(project: pytest.Pytester) -> None:
+    words = ("--collect-only", "-q", "--shard=1/2")
+    result = project.runpytest(*words, "--evidence-dir=reports/evidence")
+    assert result.ret == 4
+    assert "would change them between two parts" in result.stderr.str()
+    assert project.runpytest(*words, "--evidence-dir=part-1").ret == 0
+
+
 def test_a_selection_that_no_suite_runs_is_an_error(project: pytest.Pytester) -> None:
     project.makepyfile(test_other="def test_nothing(): pass")
     result = project.runpytest("--family", "fp8", "test_other.py")
