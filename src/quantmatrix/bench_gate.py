@@ -15,6 +15,7 @@ kept key that was not measured, or a timing that only one side has, is an error 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ def compare_results(
 
     Raises BenchmarkError with every reason for which the two cannot be compared.
     """
-    if tolerance is not None and tolerance < 1:
+    if tolerance is not None and not 1 <= tolerance < math.inf:
         raise BenchmarkError(f"--tolerance {tolerance}: expected 1 or more; 1.1 allows 10 % more")
     old = {key_of(result): result for result in kept}
     new = {key_of(result): result for result in measured}

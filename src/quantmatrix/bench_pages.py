@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix import evidence as records
-from quantmatrix.bench_results import BENCHMARKS, FORMS, Result, list_comparisons, show_ratio
+from quantmatrix.bench_form import FORMS
+from quantmatrix.bench_results import BENCHMARKS, Result, list_comparisons, show_ratio
 
 if TYPE_CHECKING:
     from quantmatrix.matrix import Cell, Matrix

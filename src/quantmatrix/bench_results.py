@@ -29,6 +29,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from quantmatrix.bench_form import FORMS, check_part, check_told
 from quantmatrix.errors import UsageError
 from quantmatrix.evidence import path_of
 from quantmatrix.ratios import compare_pairs, name_size
@@ -49,8 +50,6 @@ KEYS: Mapping[str, type] = {
     "commit": str,
     "made": str,
 }
-FORMS = ("bf16", "quantized")
-MEMORY_KEYS = ("weights", "working", "peak")
 Result = Mapping[str, Any]
 Key = tuple[str, str]
 
@@ -95,27 +94,20 @@ def list_problems(result: Any, *, deep: bool = True) -> list[str]:
         return [f"schema: found {result['schema']!r}, expected {SCHEMA}"]
     if not result["components"]:
         return ["components: empty; nothing was measured"]
-    try:
-        parts = result["components"]
-        problems = [problem for name, part in parts.items() for problem in check_part(name, part)]
-        return problems or (check_samples(result) if deep else [])
-    except (KeyError, TypeError, AttributeError) as error:
-        return [f"components: not as the module says: {error!r}"]
+    problems = list(check_told("settings", result["settings"], {"clock": str}))
+    if not isinstance(result.get("cell", {}), dict):
+        problems.append(f"cell: expected an object, found {result['cell']!r:.80}")
+    for name, part in result["components"].items():
+        found = list(check_part(f"components.{name}", part))
+        problems += found or check_sizes(name, part)
+    return problems or (check_samples(result) if deep else [])
 
 
-def check_part(name: str, found: Mapping[str, Any]) -> Iterator[str]:
-    """What is missing from a component."""
-    if not found["layers"]:
-        yield f"components.{name}.layers: empty; no quantized layer was measured"
-    if "step" not in found:
-        yield f"components.{name}.step: missing"
-    for form in FORMS:
-        for key in MEMORY_KEYS:
-            if not isinstance(found["memory"][form][key], int):
-                yield f"components.{name}.memory.{form}.{key}: not a number of bytes"
+def check_sizes(name: str, found: Mapping[str, Any]) -> Iterator[str]:
+    """Ratios and words that are not those of the bytes of a component."""
     for what in ("weights", "peak"):
         sizes = [found["memory"][form][what] for form in FORMS]
-        told = found["memory"][f"{what}_ratio"], found["memory"][f"{what}_verdict"]
+        told = found["memory"].get(f"{what}_ratio"), found["memory"].get(f"{what}_verdict")
         if told != describe_sizes(*sizes):
             yield f"components.{name}.memory.{what}: {sizes} bytes are not {told}"
 
@@ -173,6 +165,11 @@ def check_file(whole: Any, where: object, *, deep: bool = True) -> None:
     results, planned = whole.get("results"), whole.get("planned")
     if not results or not planned:
         raise BenchmarkError(f"{where}: empty: nothing was measured; run the benchmark again")
+    for name, listed in (("results", results), ("planned", planned)):
+        if not isinstance(listed, list):
+            raise BenchmarkError(f"{where}: {name}: expected a list, found {listed!r:.80}")
+    if strange := [name for name in planned if not isinstance(name, str)]:
+        raise BenchmarkError(f"{where}: planned: expected names, found {strange[0]!r:.80}")
     problems = [f"{where}: {p}" for result in results for p in list_problems(result, deep=deep)]
     if not problems:
         problems = list_missing(planned, [result["what"] for result in results], where)
@@ -198,7 +195,7 @@ def decode(data: bytes, where: object, *, deep: bool = True) -> list[dict[str, A
         raise BenchmarkError(f"{where}: empty file: the run measured nothing (workers? an error?)")
     try:
         whole = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BenchmarkError(f"{where}: not JSON: {error}") from error
     check_file(whole, where, deep=deep)
     found: list[dict[str, Any]] = whole["results"]

@@ -7,7 +7,8 @@ either. A record holds:
 | key              | content |
 | ---------------- | ------- |
 | `schema`         | 1; readers refuse every other number |
-| `cell`           | the row as it was then, a digest of it and of its checkpoint's row, one of its code |
+| `cell`           | the row as it was then, a digest of it and of its checkpoint's row, one of its code, |
+|                  | one of its hardware's and its model's row |
 | `command`        | the command line that a person can copy |
 | `machine`        | what was probed: processor, instruction set, system, threads, device |
 | `versions`       | versions of the packages that took part |
@@ -41,12 +42,12 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix import thumbnails
+from quantmatrix import record_form, thumbnails
 from quantmatrix.code_path import digest_code
 from quantmatrix.errors import QuantmatrixError
 
 if TYPE_CHECKING:
-    from quantmatrix.matrix import Cell, CheckpointRow, Matrix
+    from quantmatrix.matrix import Cell, CheckpointRow, HardwareRow, Matrix, ModelRow
 
 SCHEMA = 1
 VERDICTS = ("pass", "fail")
@@ -75,6 +76,8 @@ CELL_KEYS = (
     "rule",
     "row_digest",
 )
+PLACE = ("vendor", "arch", "memory_gib", "devices", "packages")
+"""Columns of hardware.csv that decide what a run there shows; names and labels do not."""
 UNTOLD = ("notes", "line", "scope")
 """Columns that may change without making evidence stale."""
 
@@ -130,7 +133,8 @@ def describe_cell(cell: Cell, tables: Matrix) -> dict[str, Any]:
     """The part of a row that evidence is about; it is stale once `row_digest` differs.
 
     A check that is added to a row leaves the results of the others as fresh as they were.
-    `code_digest` is that of the code path; it is no part of the row.
+    `code_digest` is that of the code path, `place_digest` that of what the hardware's and the model's
+    rows say; they are no part of the row, and older records do not have them.
     """
     described = {key: _plain(getattr(cell, key)) for key in CELL_KEYS if key != "row_digest"}
     told = _describe_checkpoint(tables.checkpoints[cell.checkpoint])
@@ -139,7 +143,14 @@ def describe_cell(cell: Cell, tables: Matrix) -> dict[str, Any]:
         **described,
         "row_digest": digest_json({"cell": claimed, "checkpoint": told}),
         "code_digest": digest_code(cell.family, cell.model),
+        "place_digest": _digest_place(tables.hardware[cell.hardware], tables.models[cell.model]),
     }
+
+
+@lru_cache(maxsize=1 << 12)
+def _digest_place(hardware: HardwareRow, model: ModelRow) -> str:
+    told = {name: _plain(getattr(hardware, name)) for name in PLACE}
+    return digest_json([told, model.repo, list(model.transformers)])
 
 
 @lru_cache(maxsize=1 << 12)
@@ -269,7 +280,7 @@ def _form_problems(record: Any) -> list[str]:
         problems.append("checks: empty; a record shows the result of at least one check")
     for name, check in record["checks"].items():
         problems += _check_problems(f"checks.{name}", check)
-    return problems
+    return problems or record_form.list_problems(record)
 
 
 def _check_problems(where: str, check: Any) -> list[str]:
@@ -346,6 +357,8 @@ def decode(data: bytes, where: object = "evidence") -> Evidence:
     except OverflowError:
         record = json.loads(data)
         problems = list_problems(record)
+    except RecursionError as error:
+        raise EvidenceError(f"{where}: nested too deeply to be a record") from error
     except ValueError as error:
         raise EvidenceError(f"{where}: not JSON: {error}") from error
     if problems:

@@ -1,8 +1,9 @@
 """Executed: which planned checks of which cells were run, told from records or from JUnit files.
 
 The unit is a check of a cell. A test that was skipped, stopped at its time limit, or whose process
-died has no verdict and counts as not executed. A JUnit file tells the cell by the brackets of the
-test's name and the check by the property `check`, both of which the pytest plugin writes.
+died has no verdict and counts as not executed; so does a row that changed since its record was made.
+A JUnit file tells the cell by the brackets of the test's name and the check by the property `check`,
+both of which the pytest plugin writes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from xml.etree import ElementTree
 
 from quantmatrix.errors import QuantmatrixError, UsageError
 from quantmatrix.exit_codes import CLAIM_VIOLATED, MEANINGS, NOT_EXECUTED, NOTHING_COLLECTED
+from quantmatrix.states import explain_state
 
 if TYPE_CHECKING:
     from quantmatrix.evidence import Evidence
@@ -91,7 +93,8 @@ def read_planned(words: Iterable[str], tables: Matrix) -> list[Cell]:
                 f"known: {', '.join([*tables.hardware, *tables.groups])}"
             )
         rows = read_rows_or_jobs(Path(word))
-        chosen.update(cell.id for cell in sharding.select_rows(claimed, rows, word))
+        where = f"--planned {word}"
+        chosen.update(cell.id for cell in sharding.select_rows(claimed, rows, where))
     return [cell for cell in claimed if cell.id in chosen]
 
 
@@ -99,25 +102,53 @@ def read_rows_or_jobs(path: Path) -> tuple[str, ...]:
     """Ids in a file: one per line, or what `quantmatrix matrix jobs --json` printed."""
     from quantmatrix import sharding
 
-    rows = sharding.read_rows(path)
+    rows = sharding.read_rows(path, f"--planned {path}")
     if not rows or not rows[0].startswith("{"):
         return rows
     try:
         jobs = json.loads(path.read_text(encoding="utf-8"))
-        return tuple(row for job in jobs["include"] for row in job["rows"])
-    except (ValueError, KeyError, TypeError) as error:
+        return tuple(str(row) for job in jobs["include"] for row in list_rows(job["rows"]))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
             f"--planned {path}: expected rows, one per line, or what `quantmatrix matrix jobs "
             f"--json` prints; found JSON without include[].rows ({error})"
         ) from error
 
 
-def take_records(found: Mapping[str, Evidence]) -> Verdicts:
-    """Verdicts of records."""
-    return {
-        cell: {name: check.verdict for name, check in record.checks.items()}
-        for cell, record in found.items()
+def list_rows(rows: Any) -> list[Any]:
+    """The rows of a job; TypeError for a text, which would be its letters."""
+    if not isinstance(rows, list):
+        raise TypeError(f"rows: {rows!r:.80}")
+    return rows
+
+
+def take_records(found: Mapping[str, Evidence], tables: Matrix) -> Verdicts:
+    """Verdicts of records, as JUnit files have them.
+
+    A record of a row that changed since is left out: that row was not executed. A check that is
+    claimed to fail passes by failing.
+    """
+    cells = {cell.id: cell for cell in tables.cells}
+    stale = list_stale(found, tables)
+    verdicts: Verdicts = {}
+    for name, record in found.items():
+        if name in stale:
+            continue
+        verdicts[name] = {check: result.verdict for check, result in record.checks.items()}
+        cell = cells.get(name)
+        if cell and cell.claim == "failing" and (told := verdicts[name].get(cell.rule)):
+            verdicts[name][cell.rule] = "pass" if told == "fail" else "fail"
+    return verdicts
+
+
+def list_stale(found: Mapping[str, Evidence], tables: Matrix) -> dict[str, str]:
+    """Why the records of some cells are not about their rows as they stand, by cell id."""
+    explained = {
+        cell.id: explain_state(cell, found[cell.id], tables)
+        for cell in tables.cells
+        if cell.id in found
     }
+    return {name: why for name, (state, why) in explained.items() if state == "stale"}
 
 
 def read_junit(path: Path) -> Verdicts:

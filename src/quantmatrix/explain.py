@@ -228,6 +228,8 @@ def find_checkpoints(tables: Matrix, name: str, model: str | None = None) -> lis
     if model is not None and model not in tables.models:
         raise UsageError(f"--model {model}: not in the tables; known: {', '.join(tables.models)}")
     word = name.rstrip("/")
+    if not word:
+        raise UsageError("--checkpoint: empty; see checkpoints.csv, or `quantmatrix matrix list`")
     last = PurePosixPath(word).name
     tests: Sequence[Callable[[CheckpointRow], bool]] = (
         lambda row: row.id == word,

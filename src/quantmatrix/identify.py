@@ -135,8 +135,8 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--drivers", action="store_true", help="look at drivers only, before torch")
     parser.add_argument("--tables", type=Path, help="folder of the tables (default: ours)")
     given = parser.parse_args(words)
-    rows = matrix.read(given.tables).hardware
     try:
+        rows = matrix.read(given.tables).hardware
         name = given.hardware or resolve(AUTO, rows)
         if name not in rows:
             raise UsageError(f"{name}: not a row of hardware.csv; known: {', '.join(rows)}")
@@ -147,7 +147,7 @@ def main(words: Sequence[str]) -> int:
     except MachineError as error:
         print(error, file=sys.stderr)
         return ENVIRONMENT_UNUSABLE
-    except UsageError as error:
+    except (UsageError, matrix.MatrixError) as error:
         print(error, file=sys.stderr)
         return 2
     print(name)

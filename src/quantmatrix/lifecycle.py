@@ -5,7 +5,8 @@
 | `fresh`         | every check of the claim passed (of a `failing` one: its check failed), and nothing below |
 |                 | has changed since |
 | `contradicting` | fresh, and a check failed: claim and run differ, in whichever direction |
-| `stale`         | the row, the code path, a library or the calendar went on: to be run again |
+| `stale`         | the rows, the code path, a library, a limit or the calendar went on: to be run |
+|                 | again |
 | `missing`       | no record, or not every check was run |
 
 A claimed refusal or failure that starts to work contradicts as much as a working row that gets
@@ -45,6 +46,8 @@ class Now:
     digest_code: Callable[[str, str], str] | None = None
     """Digest of the code path of (family, model); records without one are not held to it."""
     max_age_days: int = MAX_AGE_DAYS
+    list_beyond: Callable[[Evidence], list[str]] | None = None
+    """Where a record that passed is beyond the limits as they are now, in words."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def list_changes(evidence: Evidence, now: Now) -> list[str]:
         family, model = evidence.cell["family"], evidence.cell["model"]
         if now.digest_code(family, model) != told:
             changes.append(f"the code of {family} on {model} changed")
-    return changes
+    return changes + (now.list_beyond(evidence) if now.list_beyond is not None else [])
 
 
 def find_age_problem(evidence: Evidence, today: date, max_age_days: int) -> str | None:

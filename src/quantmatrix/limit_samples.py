@@ -98,12 +98,20 @@ NUMBERS = ("psnr_db", "cosine", "relative_l2", "layer_error", "margin", "roundin
 
 def read_samples(path: Path) -> list[Sample]:
     """The samples of a file, none when there is no file; LimitsError names a damaged line."""
-    return parse_samples(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else []
+    return parse_samples(read_text(path), str(path)) if path.is_file() else []
 
 
 def read_spreads(path: Path) -> dict[str, Spread]:
     """The spreads of a file by model, none when there is no file; errors as above."""
-    return parse_spreads(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
+    return parse_spreads(read_text(path), str(path)) if path.is_file() else {}
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; LimitsError for one that is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LimitsError(f"{path}: no text in UTF-8: {error.reason}; measure it again") from error
 
 
 def parse_samples(text: str, name: str) -> list[Sample]:
@@ -126,6 +134,7 @@ def parse_rows(kind: type[Row], text: str, name: str) -> list[Row]:
     if head != list(columns) and head != needed:
         raise LimitsError(f"{name}:1: expected the columns {','.join(columns)}")
     found: list[Row] = []
+    places: dict[str, int] = {}
     for row in rows:
         try:
             one = kind(**{key: columns[key](row[key]) for key in head})
@@ -133,8 +142,19 @@ def parse_rows(kind: type[Row], text: str, name: str) -> list[Row]:
             raise LimitsError(f"{name}:{rows.line_num}: {error}") from error
         if problem := find_bareness(one):
             raise LimitsError(f"{name}:{rows.line_num}: {problem}")
+        if (place := name_place(one)) in places:
+            first = f"line {places[place]} has a sample of {place}, too"
+            raise LimitsError(f"{name}:{rows.line_num}: {first}; delete the one that was added")
+        places[place] = rows.line_num
         found.append(one)
     return found
+
+
+def name_place(row: Sample | Spread) -> str:
+    """What a line is the only one of: the looser of two would decide."""
+    if isinstance(row, Spread):
+        return row.model
+    return f"{row.kind} on {row.model} ({row.side})"
 
 
 def find_bareness(row: Sample | Spread) -> str | None:

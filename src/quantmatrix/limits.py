@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from quantmatrix import evidence as records
+from quantmatrix.errors import QuantmatrixError
 from quantmatrix.evidence import Evidence
 from quantmatrix.limit_samples import (
     SPREADS,
@@ -45,10 +46,13 @@ from quantmatrix.limit_samples import (
     read_spreads,
     write_rows,
 )
+from quantmatrix.places import write_whole
 from quantmatrix.rounding_model import bound_class
 
 MARGIN = 1.5
 """Accepted error, as a multiple of the sample's."""
+ROUNDED = 1e-5
+"""Share by which a metric may miss a limit because both were rounded."""
 SIGNS = {"psnr_db": -1, "cosine": -1, "relative_l2": 1, "layer_error": 1}
 """Metrics, and whether a larger value is looser (1) or tighter (-1)."""
 
@@ -204,7 +208,8 @@ def collect_samples(evidence: Mapping[str, Evidence], *, anew: bool = False) -> 
             continue
         layers = [part["worst"] for part in check.metrics.get("layers", {}).values()]
         worst = dict(check.metrics.get("worst", {}))
-        if layers and worst.get("psnr_db") is not None and check.metrics.get("class"):
+        told = all(worst.get(name) is not None for name in ("psnr_db", "cosine", "relative_l2"))
+        if layers and told and check.metrics.get("class"):
             worst["layer"] = max(layers)
             place = (
                 check.metrics["class"],
@@ -229,6 +234,29 @@ def collect_samples(evidence: Mapping[str, Evidence], *, anew: bool = False) -> 
             )
         )
     return samples
+
+
+def list_beyond(record: Evidence, ledger: Ledger) -> list[str]:
+    """Where a latents check that passed is beyond the limits of a ledger, in words.
+
+    Its own limits it met; those of the ledger may have been tightened since.
+    """
+    check = record.checks.get("latents")
+    kind = check.metrics.get("class") if check else None
+    if check is None or check.verdict != "pass" or not kind:
+        return []
+    try:
+        allowed = ledger.find(kind, record.cell["model"], record.cell["hardware"])
+    except LimitsError as error:
+        return [str(error)]
+    layers = [part["worst"] for part in check.metrics.get("layers", {}).values()]
+    told = {**check.metrics.get("worst", {}), "layer_error": max(layers, default=None)}
+    lines = []
+    for name, sign in SIGNS.items():
+        found, bound = told.get(name), getattr(allowed, name)
+        if found is not None and sign * (found - bound) > ROUNDED * abs(bound):
+            lines.append(f"{name} is {found:g}, the limit is {bound:g} now")
+    return lines
 
 
 def list_loosened(older: Ledger, newer: Ledger) -> list[str]:
@@ -266,9 +294,7 @@ def write(ledger: Ledger, path: Path) -> list[str]:
     texts = {path: write_rows(Sample, settled.samples)}
     texts[path.with_name(SPREADS)] = write_rows(Spread, settled.spreads.values())
     for place, text in texts.items():
-        temporary = place.with_name(f".{place.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(place)
+        write_whole(place, text.encode())
     return list_loosened(before, settled)
 
 
@@ -279,12 +305,30 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("samples", type=Path, help="CSV file to write")
     parser.add_argument("--anew", action="store_true", help="count cells that failed, too")
     given = parser.parse_args(words)
-    samples = collect_samples(records.read_folder(given.evidence), anew=given.anew)
-    ledger = Ledger(samples, read_spreads(given.samples.with_name(SPREADS)))
-    for line in write(ledger, given.samples):
+    try:
+        ledger = measure(given.evidence, given.samples, anew=given.anew)
+        loosened = write(ledger, given.samples)
+    except (QuantmatrixError, OSError) as error:
+        print(f"quantmatrix: {error}", file=sys.stderr)
+        return 1
+    for line in loosened:
         print(f"loosened: {line}")
-    print(f"{given.samples}: {len(samples)} samples")
+    print(f"{given.samples}: {len(ledger.samples)} samples")
     return 0
+
+
+def measure(evidence: Path, path: Path, *, anew: bool = False) -> Ledger:
+    """The ledger that the records of a folder give, with the spreads beside `path`.
+
+    LimitsError where they give no sample at all: every limit would be gone.
+    """
+    samples = collect_samples(records.read_folder(evidence), anew=anew)
+    if not samples:
+        raise LimitsError(
+            f"{evidence}: no record of a latents check that passed, so {path} stays as it is; "
+            "name the folder that has one folder per hardware, such as reports/evidence"
+        )
+    return Ledger(samples, read_spreads(path.with_name(SPREADS)))
 
 
 if __name__ == "__main__":

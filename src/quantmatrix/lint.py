@@ -8,7 +8,6 @@ library (does the family know the scheme, does a kernel have the rule) is left t
 from __future__ import annotations
 
 import csv
-import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -16,9 +15,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from quantmatrix import families, models
+from quantmatrix.identify import AUTO
+from quantmatrix.lint_flags import list_flag_problems
 from quantmatrix.matrix import (
     CHECKS,
     CLAIMS,
+    EVERYWHERE,
     SELECTORS,
     VENDORS,
     Cell,
@@ -34,6 +36,8 @@ from quantmatrix.matrix import (
 Row = TypeVar("Row", FamilyRow, ModelRow, HardwareRow, CheckpointRow, "CaseRow")
 
 ID = re.compile(r"[a-z0-9][a-z0-9._-]*")
+LONGEST = 100
+"""Characters of an id: the names of files and of tests are made of it."""
 REVISION = re.compile(r"([0-9a-f]{40})?")
 OPTIONAL = {
     "models": ("notes",),
@@ -44,18 +48,16 @@ OPTIONAL = {
 """Columns that may be blank, by table."""
 LATER = {"hardware": ("devices",)}
 """Of these the columns that tables of earlier revisions do not have; there they count as blank."""
-ELSEWHERE = {
-    **dict.fromkeys(
-        ("--model-path", "--transformer-path", "--transformer-weights-path", "--quantization"),
-        "the column checkpoint says it",
-    ),
-    "--backend": "the column backend says it",
-    **dict.fromkeys(("--hardware", "--device"), "the column hardware says it"),
-    **dict.fromkeys(("--tiny", "--json", "--output-path"), "whoever runs the row says it"),
+ARCHITECTURES = {
+    "cpu": r"cpu|mps",
+    "nvidia": r"sm[0-9]{2,3}",
+    "amd": r"gfx[0-9a-f]+",
+    "ascend": r"[0-9]+[a-z]?",
 }
-"""Flags that a row must not give."""
-SVDQUANT = ("--enable-svdquant", "--quantization-precision", "--quantization-rank")
-OFFLOADS = ("--dit-layerwise-offload", "--dit-cpu-offload")
+"""How a probe of each vendor's devices names them (see `quantmatrix.hardware`)."""
+PACKAGE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+RESERVED = (EVERYWHERE, AUTO)
+"""Words that stand for hardware wherever it is asked for, so that nothing else may be called so."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Table(Generic[Row]):
                 self.note(line, f'id: "{row.id}" is the id of line {lines[row.id]}, too')
             elif row.id and not ID.fullmatch(row.id):
                 self.note(line, f'id: "{row.id}" is not made of a-z, 0-9, dot, dash, underscore')
+            elif len(row.id) > LONGEST:
+                self.note(line, f"id: {len(row.id)} characters, a file name takes {LONGEST}")
             found.setdefault(row.id, row)
             lines.setdefault(row.id, line)
         return found
@@ -161,8 +165,12 @@ def read_table(path: Path, kind: type[Row], problems: list[str]) -> Table[Row]:
                     told = dict(zip(header, cells, strict=True))
                     row = build(line, [told.get(name, "") for name in columns])
                     table.rows.append((line, row))
+            if not table.rows and not problems:
+                table.note(line, "no row below the columns: is the file whole?")
     except FileNotFoundError:
         problems.append(f"{table.name}: no such file; the folder is {path.parent}")
+    except OSError as error:
+        problems.append(f"{table.name}: cannot be read: {error.strerror or error}")
     except (csv.Error, UnicodeDecodeError) as error:
         problems.append(f"{table.name}: not a CSV file in UTF-8: {error}")
     return table
@@ -183,16 +191,13 @@ def choose_builder(
     """A function that makes a row of (line, cells), its cells converted and blanks noted."""
 
     def read_number(line: int, column: str, text: str) -> float:
-        try:
-            number = float(text or 0)
-        except ValueError:
-            number = math.nan
-        if not 0 <= number < math.inf:
+        if text and not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text):
             table.note(line, f'{column}: "{text}" is not a number of GiB')
-        return number
+            return 0.0
+        return float(text or 0)
 
     def read_count(line: int, column: str, text: str) -> int:
-        if text and not re.fullmatch("[1-9][0-9]*", text):
+        if text and not re.fullmatch("[1-9][0-9]{0,5}", text):
             table.note(line, f'{column}: "{text}" is not a number from 1')
             return 1
         return int(text or 1)
@@ -238,8 +243,20 @@ def check_families(table: Table[FamilyRow], tables: Matrix) -> None:
 
 
 def check_models(table: Table[ModelRow]) -> None:
-    """Ids are those of the modules in models/."""
+    """Ids are those of the modules in models/, each of another repository."""
     check_modules(table, "models", models.IDS)
+    repos: dict[str, int] = {}
+    for line, row in table.rows:
+        check_reference(table, line, "repo", row.repo)
+        if (first := repos.setdefault(row.repo, line)) != line:
+            table.note(line, f"repo: {row.repo} is the repo of line {first}, too")
+        table.check(line, "transformers", row.transformers, row.transformers)
+
+
+def check_reference(table: Table[Any], line: int, column: str, text: str) -> None:
+    """A hub id or path is one word, and none that a command would take for a flag."""
+    if text.startswith("-") or len(text.split()) > 1:
+        table.note(line, f'{column}: "{text}" is no hub id and no path')
 
 
 def check_modules(table: Table[Any], package: str, ids: Sequence[str]) -> None:
@@ -254,12 +271,24 @@ def check_modules(table: Table[Any], package: str, ids: Sequence[str]) -> None:
 
 
 def check_hardware(table: Table[HardwareRow]) -> None:
-    """Vendors are known, and no group is named like a hardware."""
+    """Vendors are known and have such devices, and no group is named like a hardware."""
     ids = {row.id for _, row in table.rows}
     for line, row in table.rows:
-        table.check(line, "vendor", [row.vendor], VENDORS)
+        if table.check(line, "vendor", [row.vendor], VENDORS):
+            form = ARCHITECTURES[row.vendor]
+            if row.arch and not re.fullmatch(form, row.arch):
+                table.note(line, f'arch: "{row.arch}" is none of {row.vendor}, expected {form}')
         for name in sorted(ids.intersection(row.group)):
             table.note(line, f'group: "{name}" is the id of a hardware')
+        for name in (row.id, *row.group):
+            if name in RESERVED:
+                table.note(line, f'"{name}" is a word for other hardware; take another name')
+        table.check(line, "group", row.group, row.group)
+        table.check(line, "packages", row.packages, row.packages)
+        for column, shape in (("group", ID), ("packages", PACKAGE)):
+            for name in getattr(row, column):
+                if not shape.fullmatch(name):
+                    table.note(line, f'{column}: "{name}" is no name')
 
 
 def check_checkpoints(table: Table[CheckpointRow], tables: Matrix) -> None:
@@ -274,8 +303,12 @@ def check_checkpoints(table: Table[CheckpointRow], tables: Matrix) -> None:
             table.check(line, f"selector of a {row.form}", [row.selector], SELECTORS[row.form])
         if not REVISION.fullmatch(row.revision):
             table.note(line, f'revision: "{row.revision}" is not a commit of 40 digits')
+        for column in ("reference", "base"):
+            check_reference(table, line, column, getattr(row, column))
         if row.form == "online":
             continue
+        if row.reference and row.reference == row.base:
+            table.note(line, f"reference: {row.reference} is its own base, the full precision")
         content = (row.family, row.model, row.form, row.scheme, row.kept, row.components)
         first, expected = contents.setdefault(row.reference, (line, content))
         if content != expected:
@@ -325,7 +358,8 @@ def check_case(table: Table[CaseRow], line: int, row: CaseRow, tables: Matrix) -
             found, expected = getattr(row, column), getattr(checkpoint, column)
             if found and found != expected:
                 table.note(line, f"{column}: {found}, but {row.checkpoint} is of {expected}")
-        check_flags(table, line, row.flags, checkpoint)
+        for why in list_flag_problems(row.flags, checkpoint):
+            table.note(line, f"flags: {why}")
     for word in row.backend:
         if not ID.fullmatch(word) or row.backend.count(word) > 1:
             table.note(line, f'backend: "{word}" is no name, or stands there twice')
@@ -339,6 +373,8 @@ def check_claim(table: Table[CaseRow], line: int, row: CaseRow, tables: Matrix) 
     if row.claim == "refused":
         if not row.rule or not row.notes:
             table.note(line, "a refused row needs a rule, and the reason in notes")
+        elif not ID.fullmatch(row.rule):
+            table.note(line, f'rule: "{row.rule}" is not made of a-z, 0-9, dot, dash, underscore')
         if row.checks != ("refuse",):
             table.note(line, f"checks: a refused row has the check refuse, not {row.checks}")
         return
@@ -358,24 +394,6 @@ def check_claim(table: Table[CaseRow], line: int, row: CaseRow, tables: Matrix) 
             f"claim: the guide does not name {row.model} for {row.family}, whose models are "
             f"{', '.join(family.models)}; say expected",
         )
-
-
-def check_flags(
-    table: Table[CaseRow], line: int, flags: Sequence[str], checkpoint: CheckpointRow
-) -> None:
-    """Flags that other columns say, that exclude each other, or that the checkpoint cannot take."""
-    names = [flag.partition("=")[0].replace("_", "-") for flag in flags if flag[:2] == "--"]
-    for name in dict.fromkeys(names):
-        if name in ELSEWHERE:
-            table.note(line, f"flags: {name}: {ELSEWHERE[name]}")
-        if names.count(name) > 1:
-            table.note(line, f"flags: {name} is given twice")
-        if name in SVDQUANT and checkpoint.family != "nunchaku-svdq":
-            table.note(line, f"flags: {name} is for nunchaku-svdq, not {checkpoint.family}")
-        if name == "--quantization-ignored-layers" and checkpoint.form != "online":
-            table.note(line, f"flags: {name} is for --quantization, not a {checkpoint.form}")
-    if all(name in names for name in OFFLOADS):
-        table.note(line, f"flags: {' and '.join(OFFLOADS)} exclude each other")
 
 
 def check_sharing(table: Table[CaseRow], line: int, row: CaseRow, place: HardwareRow) -> None:

@@ -10,7 +10,8 @@ A packet is one folder:
 
 So a packet is an evidence folder, too: what `check` finds sound, `quantmatrix evidence merge` takes.
 `check` believes nothing that it can compute: digests of files, metrics of every step (within one
-unit of the sixth digit), the digest of the latents, and the verdict under this project's limits.
+unit of the sixth digit), the digest of the latents, and the verdict under this project's limits. What
+nobody could compute again from latents, a check of another kind, is no part of a packet.
 Pictures, and the distances of media, are not in the latents: of those only the form is checked.
 """
 
@@ -29,6 +30,7 @@ from quantmatrix import evidence as records
 from quantmatrix.errors import QuantmatrixError, UsageError
 from quantmatrix.evidence import CheckResult, Evidence, EvidenceError
 from quantmatrix.places import check_place
+from quantmatrix.states import find_other_place
 
 if TYPE_CHECKING:
     import torch
@@ -189,6 +191,8 @@ def check(folder: Path, tables: Matrix) -> list[str]:
     except (QuantmatrixError, OSError, ValueError) as error:
         return [f"{folder}: {error}"]
     problems = list_row_problems(record, tables)
+    if card["command"] != record.command:
+        problems.append(f"{CARD}: command is {card['command']!r:.80}, the record has another")
     problems += [f"{CARD}: {text}" for text in compare_metrics(card["metrics"], metrics)]
     problems += list_record_problems(record, metrics)
     if record.latents_digest != digest(sides[1]):
@@ -249,7 +253,10 @@ def list_row_problems(record: Evidence, tables: Matrix) -> list[str]:
     now = records.describe_cell(cell, tables)
     if now["row_digest"] != record.cell["row_digest"]:
         return [f"{cell.id}: the row or its checkpoint's row changed since the run"]
-    return []
+    if not record.plan.get("machine"):
+        return ["the plan of the record tells no machine: was it run?"]
+    why = find_other_place(cell, record, tables, now)
+    return [why] if why else []
 
 
 def list_record_problems(record: Evidence, metrics: Mapping[str, Any]) -> list[str]:
@@ -257,6 +264,8 @@ def list_record_problems(record: Evidence, metrics: Mapping[str, Any]) -> list[s
     found = record.checks.get("latents")
     if found is None:
         return ["the record has no latents check"]
+    if others := sorted(set(record.checks) - {"latents"}):
+        return [f"checks: {', '.join(others)}: latents prove nothing of these; leave them out"]
     told = {name: found.metrics.get(name) for name in metrics}
     return [f"checks.latents.metrics.{text}" for text in compare_metrics(told, metrics)]
 
@@ -291,6 +300,6 @@ def list_verdict_problems(
     kind = str(told.metrics.get("class", ""))
     allowed = find_limits(kind, record.cell["model"], record.cell["hardware"])
     if allowed is None:
-        return []
+        return [f"the record says pass, and no limit is known for {kind or 'a run without class'}"]
     problems = judge(compare_trajectories(*sides), allowed)
     return [f"the record says pass, but {problem}" for problem in problems]

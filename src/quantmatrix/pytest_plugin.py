@@ -25,6 +25,7 @@ from __future__ import annotations
 import gc
 import inspect
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ import pytest
 from quantmatrix import identify, selection
 from quantmatrix.device_scheduling import CELLS, Workers, read_worker
 from quantmatrix.errors import MachineError, UsageError
-from quantmatrix.evidence import path_of, remove_leftovers
+from quantmatrix.evidence import EvidenceError, path_of, remove_leftovers
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, GATE_LOOSENED, NOTHING_COLLECTED
 from quantmatrix.outcomes import (
     Outcomes,
@@ -117,6 +118,16 @@ def takes_cells(item: pytest.Item) -> bool:
     return spec is not None and any(isinstance(value, Cell) for value in spec.params.values())
 
 
+@contextmanager
+def fail_on_bad_record(item: CellItem, report: pytest.TestReport) -> Iterator[None]:
+    """Fail the test whose record, kept or new, is none: an error here would end the whole session."""
+    try:
+        yield
+    except EvidenceError as error:
+        report.outcome = "failed"
+        report.longrepr = f"{item.cell.id}: no evidence is kept of it: {error}"
+
+
 class Harness:
     """Hooks and fixtures of one pytest session."""
 
@@ -174,17 +185,29 @@ class Harness:
             return [cell for cell in self.tables.cells if cell.id in chosen]
         rows, shard = self.config.getoption("rows"), self.config.getoption("shard")
         timings = self.tables_folder.parent / "reports" / "evidence"
+        if shard and self.recorder.folder and self.recorder.folder.resolve() == timings.resolve():
+            raise pytest.UsageError(
+                f"--shard {shard} is cut by the timings in {timings}, and --evidence-dir would change "
+                "them between two parts, so that rows are in none: name another folder, and "
+                "`quantmatrix evidence merge` it"
+            )
         try:
             self.resolve_hardware()
-            return selection.select_cells(
-                self.tables, self.wanted, Path(rows) if rows else None, shard, timings
-            )
+            listed = Path(rows) if rows else None
+            cells = selection.select_cells(self.tables, self.wanted, listed, shard, timings)
+            if listed is not None and not self.wanted["hardware"]:
+                selection.check_reach(self.tables.cells, listed, self.runs_here)
+            return cells
         except EmptySelection as error:
             pytest.exit(str(error), returncode=NOTHING_COLLECTED)
         except MachineError as error:
             pytest.exit(str(error), returncode=ENVIRONMENT_UNUSABLE)
         except UsageError as error:
             raise pytest.UsageError(str(error)) from error
+
+    def runs_here(self, cell: Cell) -> bool:
+        """Whether any check of a cell is run where no hardware is asked for."""
+        return cell.hardware == LOCAL or not set(cell.checks).isdisjoint(PLAN_ONLY)
 
     @cached_property
     def ids(self) -> frozenset[str]:
@@ -297,7 +320,8 @@ class Harness:
         """Take the outcome of a check as its verdict; write a record after a cell's last check."""
         report = yield
         if isinstance(item, CellItem):
-            self.note_outcome(item, call, report)
+            with fail_on_bad_record(item, report):
+                self.note_outcome(item, call, report)
             self.pending[item.cell.id] -= call.when == "teardown"
             if not self.pending[item.cell.id]:
                 self.write_record(item, report)
@@ -306,7 +330,8 @@ class Harness:
     def write_record(self, item: CellItem, report: pytest.TestReport) -> None:
         """Write the record of a cell; a disk that takes no more is no failure of the claim."""
         try:
-            self.recorder.finish(item.cell)
+            with fail_on_bad_record(item, report):
+                self.recorder.finish(item.cell)
         except OSError as error:
             mark_problem(item, report, ENVIRONMENT_UNUSABLE)
             report.outcome = "failed"

@@ -7,6 +7,7 @@ the last is done the record is written, so a run that is killed loses the cell a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -85,14 +86,18 @@ class Recorder:
         return record.checks.get(check)
 
     def finish(self, cell: Cell) -> Path | None:
-        """Write the record of a cell, joined with an earlier one of the same code and machine."""
+        """Write the record of a cell, joined with an earlier one of the same code and machine.
+
+        An earlier one that is damaged is replaced, as if it was not there. EvidenceError for results
+        that are no record: a metric that is not finite, a pass beyond its limit.
+        """
         results = self._results.pop(cell.id, {})
         proofs = self._proofs.pop(cell.id, [])
         if not results or self.folder is None:
             return None
         record = self._build(cell, results, proofs)
         path = self.folder / records.path_of(cell.id)
-        if path.is_file():
+        with suppress(FileNotFoundError, records.EvidenceError):
             record = records.merge(records.read(path), record)
         self.written.append(records.write(record, self.folder))
         return path

@@ -60,10 +60,15 @@ def read_states(tables: Matrix, reports: str | os.PathLike[str] | None = None) -
 
 def read_evidence(reports: str | os.PathLike[str] | None = None) -> dict[str, Evidence]:
     """Every record below a reports folder, by cell id."""
+    return records.read_folder(find_folder(reports) / EVIDENCE)
+
+
+def find_folder(reports: str | os.PathLike[str] | None) -> Path:
+    """The reports folder; UsageError for one that is named and is not there."""
     folder = Path(reports) if reports is not None else default_folder()
     if reports is not None and not folder.is_dir():
         raise UsageError(f"--reports {folder}: no such folder; expected one that has {EVIDENCE}/")
-    return records.read_folder(folder / EVIDENCE)
+    return folder
 
 
 def matrix_frame(reports: str | os.PathLike[str] | None = None) -> pandas.DataFrame:
@@ -103,7 +108,7 @@ def check(reports: str | os.PathLike[str] | None = None) -> list[str]:
             drift.append(f"{path}: missing; {remedy}")
         elif path.read_bytes() != data:
             drift.append(f"{path}: differs from claims and evidence; {remedy}")
-    found = {path.relative_to(folder).as_posix() for path in folder.glob("families/*.md")}
+    found = {path.relative_to(folder).as_posix() for path in folder.glob("families/*")}
     drift += [f"{folder / name}: no such family; delete it" for name in sorted(found - set(wanted))]
     return drift + find_orphans(folder)
 
@@ -111,7 +116,7 @@ def check(reports: str | os.PathLike[str] | None = None) -> list[str]:
 def _prepare(reports: str | os.PathLike[str] | None) -> tuple[Path, dict[str, bytes]]:
     from quantmatrix import matrix
 
-    folder = Path(reports) if reports is not None else default_folder()
+    folder = find_folder(reports)
     with keep_everything():
         evidence, timed = records.read_folder(folder / EVIDENCE), bench_results.read_reports(folder)
         return folder, render(matrix.read(), evidence, timed)

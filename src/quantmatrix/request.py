@@ -153,6 +153,17 @@ def parse_bool(text: str) -> bool:
     return word == "true"
 
 
+def parse_number(text: str) -> float:
+    """A finite number: nothing is smaller than `nan`, so a limit of `nan` would hold for everything."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a number, not {text!r}")
+    return number
+
+
 def normalize_words(words: Sequence[str]) -> list[str]:
     """The words with underscores in flag names turned to dashes; values are left alone."""
     normal = []

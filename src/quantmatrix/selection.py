@@ -8,7 +8,7 @@ is empty, which a run reports by an exit code of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +53,7 @@ def select_cells(
     check_words(tables, wanted)
     cells = [cell for cell in sharding.runnable(tables) if fits(cell, wanted)]
     if rows is not None:
-        cells = sharding.select_rows(cells, sharding.read_rows(rows), rows)
+        cells = sharding.select_rows(cells, sharding.read_rows(rows), f"--rows {rows}")
     if shard is not None:
         cells = sharding.select_shard(cells, read_timings(evidence), shard)
     if not cells:
@@ -62,6 +62,23 @@ def select_cells(
         chosen = " ".join(option for option in options if option)
         raise EmptySelection(f"{chosen or 'the tables'}: no claimed cell of the matrix is so")
     return cells
+
+
+def check_reach(cells: Iterable[Cell], rows: Path, runs: Callable[[Cell], bool]) -> None:
+    """Raise UsageError for a line of a file of rows none of whose cells is run: `runs` tells which.
+
+    A run that skips what it was told to run, and ends well, would be a lie.
+    """
+    from quantmatrix import sharding
+
+    cells = list(cells)
+    for word in sharding.read_rows(rows):
+        named = [cell for cell in cells if word in (cell.id, cell.row)]
+        if not any(runs(cell) for cell in named):
+            places = ",".join(dict.fromkeys(cell.hardware for cell in named))
+            raise UsageError(
+                f"--rows {rows}: {word} runs on {places} only: add --hardware {places}"
+            )
 
 
 def check_words(tables: Matrix, wanted: Mapping[str, tuple[str, ...]]) -> None:

@@ -33,6 +33,8 @@ REFUSAL_SECONDS = 1.0
 """Seconds of a cell that is only planned."""
 TARGET_SECONDS = 1800.0
 """A part is cut so that it takes about this long."""
+SHOWN = 5
+"""Unknown rows that an error names."""
 MOST_PARTS = 10
 """More parts than this are never made for one hardware."""
 
@@ -176,19 +178,31 @@ def select_shard(cells: Sequence[Cell], evidence: Mapping[str, Evidence], text: 
     return [cell for cell in cells if cell.id in chosen]
 
 
-def read_rows(path: Path) -> tuple[str, ...]:
-    """Ids of rows or cells in a file, one per line; what follows a `#` is a comment."""
+def read_rows(path: Path, option: str = "") -> tuple[str, ...]:
+    """Ids of rows or cells in a file, one per line; what follows a `#` is a comment.
+
+    UsageError, which names the option (`--rows FILE`), for a file that is no text.
+    """
+    option = option or f"--rows {path}"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise UsageError(f"--rows {path}: cannot be read: {error.strerror or error}") from error
+        raise UsageError(f"{option}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{option}: no text in UTF-8 ({error.reason}); write one row or cell per line"
+        ) from error
     words = (line.partition("#")[0].strip() for line in lines)
     return tuple(dict.fromkeys(word for word in words if word))
 
 
-def select_rows(cells: Sequence[Cell], wanted: Collection[str], where: object) -> list[Cell]:
-    """The cells of a list of row and cell ids; UsageError names those that do not exist."""
+def select_rows(cells: Sequence[Cell], wanted: Collection[str], where: str) -> list[Cell]:
+    """The cells of a list of row and cell ids; UsageError names those that do not exist.
+
+    `where` is the option that gave the list, as errors name it.
+    """
     known = {cell.id for cell in cells} | {cell.row for cell in cells}
     if strange := [word for word in wanted if word not in known]:
-        raise UsageError(f"--rows {where}: {', '.join(strange)}: no such row or cell is claimed")
+        named = ", ".join(strange[:SHOWN]) + (" ..." if len(strange) > SHOWN else "")
+        raise UsageError(f"{where}: {named:.400}: no such row or cell is claimed")
     return [cell for cell in cells if cell.id in wanted or cell.row in wanted]

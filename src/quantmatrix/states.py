@@ -5,14 +5,16 @@
 | `proven`   | every check of the row passed, in a run of the row as it stands |
 | `refused`  | the row claims a refusal, and the plan was seen to refuse by that rule |
 | `failing`  | a check of the row failed, or one that is claimed to fail passed |
-| `stale`    | there is a record, but the row or its checkpoint's row changed since |
+| `stale`    | there is a record, but the row, its checkpoint's, its hardware's or its model's row |
+|            | changed since, or it was made on another architecture |
 | `unproven` | claimed, and not every check was run |
 | `planned`  | nobody claims that it works yet |
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from quantmatrix import evidence as records
 
@@ -44,6 +46,8 @@ def explain_state(cell: Cell, evidence: Evidence | None, tables: Matrix) -> tupl
             if key not in ("row_digest", "checks") and now[key] != evidence.cell[key]
         ]
         return "stale", "; ".join(changed) or f"the row of checkpoint {cell.checkpoint} changed"
+    if why := find_other_place(cell, evidence, tables, now):
+        return "stale", why
     wanted = {name: evidence.checks[name] for name in cell.checks if name in evidence.checks}
     if cell.claim == "failing" and cell.rule in wanted and wanted[cell.rule].verdict == "pass":
         return "failing", f"{cell.rule}: claimed to fail, and it passes: change the claim"
@@ -54,6 +58,23 @@ def explain_state(cell: Cell, evidence: Evidence | None, tables: Matrix) -> tupl
     if missing or not cell.checks:
         return "unproven", f"not run: {', '.join(missing) or 'the row names no check'}"
     return ("refused" if cell.claim == "refused" else "proven"), ""
+
+
+def find_other_place(
+    cell: Cell, evidence: Evidence, tables: Matrix, now: Mapping[str, Any]
+) -> str | None:
+    """Why a record is not of the hardware and the model as their rows stand, or None.
+
+    A refusal is planned for a hardware, wherever that is done; all else was run on a machine.
+    """
+    told = evidence.cell.get("place_digest")
+    if told and told != now["place_digest"]:
+        return f"the row of the hardware {cell.hardware} or of the model {cell.model} changed"
+    row, machine = tables.hardware[cell.hardware], evidence.plan.get("machine") or {}
+    found = machine.get("vendor", row.vendor), machine.get("arch", row.arch)
+    if cell.claim != "refused" and found != (row.vendor, row.arch):
+        return f"made on {' '.join(map(str, found))}, {row.id} is {row.vendor} {row.arch}"
+    return None
 
 
 def fails_as_claimed(evidence: Evidence) -> bool:

@@ -44,9 +44,10 @@ def observe(tables: Matrix, name: str, *, fails: str = "", **changes: Any) -> Ev
 
 def observe_run(tables: Matrix, cell: Cell, steps: int = 4) -> Evidence:
     """A record of a working cell with everything that a run of the suites leaves."""
+    drift = [min(step, 3) for step in range(steps)]  # a run that passes stays within its limits
     trajectory = [
-        {"psnr_db": 50.0 - step, "cosine": 0.9999, "relative_l2": 0.01 * (step + 1), "max_abs": 0.1}
-        for step in range(steps)
+        {"psnr_db": 50.0 - n, "cosine": 0.9999, "relative_l2": 0.01 * (n + 1), "max_abs": 0.1}
+        for n in drift
     ]
     layers = {"layers": 40, "median": 0.0272, "worst": 0.0337, "worst_layer": "blocks.0.ff"}
     metrics = {

@@ -99,7 +99,13 @@ def test_command(
     capsys.readouterr()
     assert main(["agreement", "--any-version", "--today", "2027-11-24", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["overall"]["stale"] == 2
+    (tmp_path / "reports" / "limits.csv").write_text("kind,model\n")
+    assert main(words) == 1
+    assert "limits.csv:1: expected the columns" in capsys.readouterr().err
+    (tmp_path / "reports" / "limits.csv").unlink()
     assert main(["agreement", "--today", "soon"]) == 2
+    for wrong in (["--fail-under", "nan"], ["--fail-under", "101"], ["--max-age-days", "-1"]):
+        assert main([*words, *wrong]) == 2, wrong
     records.write(evidence[FAILING], folder)
     capsys.readouterr()
     assert main(words) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -63,8 +64,9 @@ def test_intervals(kept: Any, found: Any, word: str) -> None:
 def test_a_tolerance_is_stated_and_no_less_than_one() -> None:
     assert verdicts([make_result()], [make_result(step=0.95)], 1.5)["transformer step"] == EQUAL
     assert verdicts([make_result()], [make_result(step=0.83)], 1.0)["transformer step"] == WORSE
-    with pytest.raises(BenchmarkError, match=r"--tolerance 0\.9"):
-        verdicts([make_result()], [make_result()], 0.9)
+    for wrong in (0.9, math.nan, math.inf):
+        with pytest.raises(BenchmarkError, match=f"--tolerance {wrong}: expected 1 or more"):
+            verdicts([make_result()], [make_result(step=9.0)], wrong)
 
 
 def test_a_layer_alone_is_allowed_more_than_a_step() -> None:

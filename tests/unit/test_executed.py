@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import shards
+from tables import write_tables
 
 from quantmatrix import cli, evidence, executed, matrix
 from quantmatrix.evidence import CheckResult, Evidence
@@ -192,3 +193,57 @@ def test_a_file_that_is_no_junit_is_named(tmp_path: Path, check: Callable[..., i
     assert check(path, "--planned", "cpu") == 1
     with pytest.raises(executed.ExecutedError, match=r"junit\.xml: not a JUnit report"):
         executed.read_junit(path)
+
+
+def test_the_record_of_a_changed_row_was_not_executed(
+    tables: Matrix, tmp_path: Path, check: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = fill(tables, tmp_path / "found")
+    for path in folder.glob("cpu/row-1*.json"):
+        record = json.loads(path.read_text())
+        record["cell"] |= {"flags": ["--seed", "7"], "row_digest": "sha256:other"}
+        path.write_text(json.dumps(record))
+    assert check(folder, "--planned", "cpu") == NOT_EXECUTED
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "stale: row-1@cpu+reference: flags was ['--seed', '7'], is []"
+    assert "row not executed: row-1@cpu+reference (load, latents)" in out
+    words = ["evidence", "merge", str(folder), "--output-path", str(tmp_path / "merged")]
+    assert cli.main([*words, "--planned", "cpu", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["stale"]) == set(found["missing"]) == {GOOD, "row-1@cpu+decode"}
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("fail", 0), ("pass", CLAIM_VIOLATED)])
+def test_a_claimed_failure_holds_while_it_fails(
+    verdict: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = {**shards.CASES[0], "checkpoint": "flux-1-fp8", "claim": "failing"}
+    case |= {"rule": "latents", "notes": "white pictures"}
+    tables = matrix.read(write_tables(tmp_path / "matrix", [case]))
+    monkeypatch.setattr(matrix, "tables_folder", lambda: tmp_path / "matrix")
+    folder = fill(tables, tmp_path / "found", row0_latents=verdict)
+    assert cli.main(["evidence", "check", str(folder), "--planned", "cpu"]) == code
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"\xff\xfe\x00", "no text in UTF-8"),
+        (b'{"include": [{"rows": [3]}]}', "3: no such row or cell is claimed"),
+        (b'{"include": [{"rows": "row-1"}]}', "found JSON without include"),
+        (b'{"include":' + b"[" * 100_000, "found JSON without include"),
+    ],
+)
+def test_a_plan_that_is_none_is_told_in_words(
+    data: bytes,
+    words: str,
+    tmp_path: Path,
+    check: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "plan").write_bytes(data)
+    assert check(tmp_path, "--planned", tmp_path / "plan", "--json") == 2
+    told = capsys.readouterr()
+    assert f"--planned {tmp_path / 'plan'}: " in told.err
+    assert words in told.err
+    assert json.loads(told.out)["ok"] is False

@@ -72,6 +72,8 @@ def test_a_name_shared_by_models_is_told_apart_by_model(tmp_path: Path) -> None:
 def test_unknown_words_are_answered_with_near_ones(tables: Matrix) -> None:
     with pytest.raises(UsageError, match=r"did you mean .*flux-1-fp8"):
         find_checkpoints(tables, "flux1-fp8-x")
+    with pytest.raises(UsageError, match="--checkpoint: empty"):
+        find_checkpoints(tables, "/")
     with pytest.raises(UsageError, match="--model abacus: not in the tables"):
         find_checkpoints(tables, "flux-1-fp8", "abacus")
     with pytest.raises(UsageError, match="known ids and groups: cpu, h100, b200, all"):

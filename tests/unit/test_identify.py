@@ -140,3 +140,10 @@ def test_a_run_on_auto_tests_the_rows_of_this_machine(project: Path, tmp_path: P
     code, output = shards.run(project, tmp_path, *words)
     assert code == 0, output
     assert {name.partition("/")[0] for name in shards.read_bytes(tmp_path)} == {"cpu"}
+
+
+def test_tables_that_are_none_are_told_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert identify.main(["cpu", "--tables", str(tmp_path / "none")]) == 2
+    assert "families.csv: no such file" in capsys.readouterr().err

@@ -16,9 +16,9 @@ PACKAGE = Path(quantmatrix.__file__).parent
 LIGHT = (
     *("matrix", "hardware", "checkpoint", "references", "evidence", "errors", "scheme", "commands"),
     *("report", "states", "pages", "page_data", "page_html", "picture", "matrix_changes"),
-    *("ratios", "bench_results", "bench_gate", "bench_pages", "bench_rows"),
+    *("ratios", "bench_results", "bench_form", "bench_gate", "bench_pages", "bench_rows"),
     *("explain", "lifecycle", "agreement", "code_path", "census", "packets", "validation_page"),
-    *("limits", "limit_samples", "rounding_model", "thumbnails"),
+    *("limits", "limit_samples", "rounding_model", "thumbnails", "record_form"),
 )
 HEAVY = {"torch", "diffusers", "transformers", "pandas", "accelerate", "numpy", "safetensors"}
 VENDOR = {"flashinfer", "nunchaku", "torch_npu", "triton", "humming", "comfy_kitchen", "modelopt"}

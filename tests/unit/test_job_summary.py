@@ -131,7 +131,7 @@ def test_a_damaged_record_is_named(
 ) -> None:
     path = next(folders[1].rglob("*.json"))
     path.write_text("{")
-    assert command("summary", folders[1], "--since", folders[0]) == 0
+    assert command("summary", folders[1], "--since", folders[0]) == 1
     assert f"- damaged: {path}: not JSON" in capsys.readouterr().out
 
 

@@ -43,6 +43,12 @@ def test_fresh_missing_and_contradicting(tables: Matrix) -> None:
     assert (found.life, found.reason) == ("missing", "not run: latents")
 
 
+def test_limits_that_were_tightened_make_a_record_stale(tables: Matrix) -> None:
+    now = Now(TODAY, list_beyond=lambda record: [f"{record.cell['model']}: too far now"])
+    assert life(tables, PROVEN, now) == ("stale", "flux-1: too far now")
+    assert life(tables, PROVEN, Now(TODAY, list_beyond=lambda record: [])) == ("fresh", "")
+
+
 def test_a_claimed_failure_agrees_until_it_works(tmp_path: Path) -> None:
     words = {"claim": "failing", "rule": "latents", "notes": "codes are read wrongly"}
     tables = matrix.read(write_tables(tmp_path / "failing", [{**CASES[0], **words}]))

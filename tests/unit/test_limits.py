@@ -105,6 +105,19 @@ def test_samples_are_the_worst_of_what_passed_or_had_no_limit() -> None:
     assert (other.cell, other.psnr_db, other.side) == ("e@h200", 20.0, "accelerator")
 
 
+def test_a_record_is_held_to_the_limits_as_they_are_now() -> None:
+    record = make("a@cpu", 38.0)
+    [sample] = limits.collect_samples({"a@cpu": record})
+    assert limits.list_beyond(record, Ledger([sample])) == []
+    tighter = replace(sample, psnr_db=60.0, layer_error=0.01)
+    assert limits.list_beyond(record, Ledger([tighter])) == [
+        "psnr_db is 38, the limit is 56.4782 now",
+        "layer_error is 0.0526316, the limit is 0.015 now",
+    ]
+    assert "measure first" in limits.list_beyond(record, Ledger([]))[0]
+    assert limits.list_beyond(make("a@cpu", 38.0, verdict="fail"), Ledger([tighter])) == []
+
+
 def test_a_record_without_measured_layers_is_no_sample() -> None:
     record = make("a@cpu", 50.0)
     del record.checks["latents"].metrics["layers"]
@@ -268,3 +281,23 @@ def test_every_model_of_this_project_has_a_spread() -> None:
     for spread in spreads.values():
         assert 30 < spread.psnr_db < 90, spread
         assert 0 < spread.layer_error < 0.01, spread  # half a unit of BF16 is 2^-9
+
+
+@pytest.mark.parametrize("folder", ["none", "empty", "damaged"])
+def test_measuring_nothing_leaves_the_limits_as_they_were(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged" / "cpu").mkdir(parents=True)
+    (tmp_path / "damaged" / "cpu" / "a.json").write_text("{")
+    path = tmp_path / "limits.csv"
+    limits.write(Ledger([FLUX], SPREADS), path)
+    before = path.read_bytes()
+    capsys.readouterr()
+    assert limits.main([str(tmp_path / folder), str(path)]) == 1
+    told = "not JSON" if folder == "damaged" else "stays as it is"
+    assert told in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *("damaged", "empty", "limits.csv", "spread.csv"),
+    ]

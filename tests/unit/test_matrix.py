@@ -204,10 +204,38 @@ ONE_EDIT = [
     ("hardware", 2, "memory_gib", "-1", 'memory_gib: "-1" is not a number of GiB'),
     ("hardware", 2, "devices", "0", 'devices: "0" is not a number from 1'),
     ("hardware", 2, "group", "h100", 'group: "h100" is the id of a hardware'),
+    ("cases", 2, "id", "x" * 101, "id: 101 characters, a file name takes 100"),
+    ("cases", 2, "flags", "--no-such-flag 3", "flags: unrecognized arguments: --no-such-flag 3"),
+    ("cases", 2, "flags", "a-word", "flags: unrecognized arguments: a-word"),
+    ("cases", 2, "flags", "--help", "flags: unrecognized arguments: --help"),
+    ("cases", 2, "flags", "--seed", "flags: argument --seed: expected at least one argument"),
+    ("cases", 2, "flags", "--seed x", "flags: argument --seed: invalid int value: 'x'"),
+    ("cases", 2, "flags", "--height=-5", "flags: --height -5: expected 1 or more"),
+    ("cases", 2, "flags", "--revision main", "flags: --revision: the column revision of"),
+    ("cases", 2, "flags", "--seed 1 A=b", "flags: A=b: a setting of the environment stands before"),
+    ("cases", 2, "flags", "A=b A=c", "flags: A is set twice"),
+    ("cases", 4, "rule", "no units!", 'rule: "no units!" is not made of a-z'),
+    ("checkpoints", 2, "reference", "--flag", 'reference: "--flag" is no hub id and no path'),
+    ("checkpoints", 2, "base", "two words", 'base: "two words" is no hub id and no path'),
+    ("checkpoints", 2, "reference", "some/flux-1", "reference: some/flux-1 is its own base"),
+    ("models", 2, "repo", "some/flux-2", "repo: some/flux-2 is the repo of line 2, too", 3),
+    ("models", 2, "repo", "a b", 'repo: "a b" is no hub id and no path'),
+    ("models", 3, "transformers", "b b", 'transformers: "b" stands there twice'),
+    ("hardware", 2, "vendor", "nvidia", 'arch: "cpu" is none of nvidia, expected sm'),
+    ("hardware", 3, "arch", "gfx942", 'arch: "gfx942" is none of nvidia, expected sm'),
+    ("hardware", 3, "arch", "sm9000", 'arch: "sm9000" is none of nvidia, expected sm'),
+    ("hardware", 3, "group", "all", '"all" is a word for other hardware; take another name'),
+    ("hardware", 3, "group", "auto", '"auto" is a word for other hardware; take another name'),
+    ("hardware", 4, "id", "auto", '"auto" is a word for other hardware; take another name'),
+    ("hardware", 3, "group", "fast fast", 'group: "fast" stands there twice'),
+    ("hardware", 3, "group", "Fast!", 'group: "Fast!" is no name'),
+    ("hardware", 3, "packages", "a/b", 'packages: "a/b" is no name'),
+    ("hardware", 3, "memory_gib", "1_0", 'memory_gib: "1_0" is not a number of GiB'),
+    ("hardware", 3, "devices", "9" * 5000, "is not a number from 1"),
 ]
 
 
-@pytest.mark.parametrize("edit", ONE_EDIT, ids=lambda edit: "-".join(map(str, edit[:4])))
+@pytest.mark.parametrize("edit", ONE_EDIT, ids=lambda edit: "-".join(map(str, edit[:4]))[:60])
 def test_each_problem_names_file_and_line(
     folder: Path, edit: tuple[str, int, str, str, str] | tuple[str, int, str, str, str, int]
 ) -> None:
@@ -282,6 +310,11 @@ def test_no_cell_is_refused_and_claimed(tmp_path: Path) -> None:
             lambda path: path.write_text("id,claim\n"),
             "matrix/cases.csv:1: expected the columns id,",
         ),
+        (lambda path: (path.unlink(), path.mkdir()), "matrix/cases.csv: cannot be read: Is a dir"),
+        (
+            lambda path: path.write_text(path.read_text().splitlines()[0]),
+            "matrix/cases.csv:1: no row below the columns: is the file whole?",
+        ),
         (lambda path: path.write_bytes(b"\xff\xfe"), "matrix/cases.csv: not a CSV file in UTF-8: "),
         (
             lambda path: path.write_text(path.read_text() + "a,b\n"),
@@ -292,7 +325,7 @@ def test_no_cell_is_refused_and_claimed(tmp_path: Path) -> None:
             "matrix/cases.csv: not a CSV file in UTF-8: ",
         ),
     ],
-    ids=["missing", "empty", "header", "encoding", "cells", "quote"],
+    ids=["missing", "empty", "header", "folder", "no-row", "encoding", "cells", "quote"],
 )
 def test_files_that_are_no_tables(
     folder: Path, damage: Callable[[Path], object], expected: str

@@ -40,9 +40,13 @@ def sides() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 def make_record(tables: Matrix, sides: Any, **changes: Any) -> Evidence:
     metrics = {**packets.recompute(*sides), "class": "e4m3 W8A16"}
-    checks = {"load": CheckResult("pass"), "latents": CheckResult("pass", metrics)}
-    latents_digest = packets.digest(sides[1])
-    return observe(tables, PROVEN, checks=checks, latents_digest=latents_digest, **changes)
+    machine = {"vendor": "cpu", "arch": "cpu", "name": "some"}
+    told = {
+        "checks": {"latents": CheckResult("pass", metrics)},
+        "plan": {"ok": True, "components": {}, "machine": machine},
+        "latents_digest": packets.digest(sides[1]),
+    }
+    return observe(tables, PROVEN, **{**told, **changes})
 
 
 @pytest.fixture
@@ -99,6 +103,39 @@ def test_metrics_are_computed_again(packet: Path, tables: Matrix, side: str) -> 
     assert any("packet.json: metrics.steps[1].relative_l2 is 0.0" in text for text in problems)
     assert any("checks.latents.metrics.metrics.worst" in text for text in problems)
     assert any("latents_digest" in text for text in problems) is (side == "candidate")
+
+
+def edit_record(packet: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the record, and make digests agree again."""
+    path = packet / records.path_of(PROVEN)
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    seal(packet)
+
+
+NOTHING_ELSE = {"verdict": "pass", "metrics": {}, "limits": {}, "message": ""}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda r: r["checks"].update(load=NOTHING_ELSE), "checks: load: latents prove nothing of"),
+        (lambda r: r["checks"]["latents"]["metrics"].update({"class": "odd"}), "no limit is known"),
+        (lambda r: r["plan"].pop("machine"), "tells no machine"),
+        (
+            lambda r: r["plan"]["machine"].update(arch="sm90", vendor="nvidia"),
+            "made on nvidia sm90",
+        ),
+        (lambda r: r.update(command="quantmatrix generate"), "command is"),
+    ],
+)
+def test_what_latents_do_not_prove_is_not_believed(
+    packet: Path, tables: Matrix, change: Callable[[dict[str, Any]], object], text: str
+) -> None:
+    edit_record(packet, change)
+    [problem] = packets.check(packet, tables)
+    assert text in problem
 
 
 def test_better_numbers_than_the_latents_give_are_found(packet: Path, tables: Matrix) -> None:

@@ -112,6 +112,33 @@ def test_an_empty_selection_is_an_error(
     assert message in result.stderr.str()
 
 
+@pytest.mark.parametrize(
+    ("line", "words", "code"),
+    [
+        ("fp8-flux-1@h100+decode", [], 4),
+        ("fp8-flux-1@h100+decode", ["--hardware", "h100"], 0),
+        ("fp8-flux-1", [], 0),
+        ("svdq-flux-1-hopper@h100", [], 0),
+    ],
+)
+def test_a_listed_row_is_run_or_told(
+    project: pytest.Pytester, line: str, words: list[str], code: int
+) -> None:
+    (project.path / "rows").write_text(f"{'' if words else 'fp8-flux-2@cpu'}\n{line}\n")
+    result = project.runpytest("--collect-only", "-q", "--rows=rows", *words)
+    assert result.ret == code, result.stdout.str()
+    told = f"--rows rows: {line} runs on h100 only: add --hardware h100"
+    assert (told in result.stderr.str()) == (code == 4)
+
+
+def test_a_part_does_not_change_how_the_parts_are_cut(project: pytest.Pytester) -> None:
+    words = ("--collect-only", "-q", "--shard=1/2")
+    result = project.runpytest(*words, "--evidence-dir=reports/evidence")
+    assert result.ret == 4
+    assert "would change them between two parts" in result.stderr.str()
+    assert project.runpytest(*words, "--evidence-dir=part-1").ret == 0
+
+
 def test_a_selection_that_no_suite_runs_is_an_error(project: pytest.Pytester) -> None:
     project.makepyfile(test_other="def test_nothing(): pass")
     result = project.runpytest("--family", "fp8", "test_other.py")
@@ -359,3 +386,34 @@ def test_the_real_suites_collect_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stderr.strip() == "", done.stderr
+
+
+def test_results_that_are_no_record_fail_their_cell_alone(project: pytest.Pytester) -> None:
+    suite = SUITE.replace(
+        'proof.metrics["layers"] = 12',
+        'proof.metrics["error"] = float("nan" if cell.backend == "reference" else 1.0)',
+    ).replace('assert cell.backend != "decode", "too far away"', "pass")
+    project.makepyfile(test_suites=suite)
+    result = project.runpytest("-q", "--evidence-dir=ev")
+    assert result.ret == CLAIM_VIOLATED
+    result.stdout.fnmatch_lines(["*fp8-flux-1@cpu+reference: no evidence is kept of it:*nan*"])
+    assert set(records.read_folder(project.path / "ev")) == {
+        "fp8-flux-1@cpu+decode",
+        "fp8-flux-2@cpu",
+        "svdq-flux-1-hopper@h100",
+    }
+
+
+def test_damaged_records_end_no_session(project: pytest.Pytester) -> None:
+    place = records.path_of("fp8-flux-2@cpu")
+    for folder in ("ev", "reports/evidence"):
+        path = project.path / folder / place
+        path.parent.mkdir(parents=True)
+        path.write_text("{")
+    words = ("-q", "--check", "load,generate")
+    result = project.runpytest(*words)
+    assert result.ret == CLAIM_VIOLATED
+    result.stdout.fnmatch_lines(["*fp8-flux-2@cpu: no evidence is kept of it:*not JSON*"])
+    result = project.runpytest(*words, "--evidence-dir=ev")
+    assert result.ret == 0, result.stdout.str()
+    assert "fp8-flux-2@cpu" in records.read_folder(project.path / "ev")

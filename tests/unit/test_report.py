@@ -13,6 +13,7 @@ from tables import CASES, CHECKPOINTS, write_tables
 
 from quantmatrix import evidence as records
 from quantmatrix import matrix, report
+from quantmatrix.errors import UsageError
 from quantmatrix.evidence import CheckResult, Evidence
 from quantmatrix.matrix import Cell, Matrix
 
@@ -95,6 +96,39 @@ def test_a_changed_checkpoint_makes_evidence_stale(
     changed = matrix.read(write_tables(tmp_path / "changed" / "matrix", checkpoints=rows))
     state, why = report.explain_state(find(changed, PROVEN), record, changed)
     assert (state, why) == ("stale", "the row of checkpoint flux-1-fp8 changed")
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "change", "state"),
+    [
+        ("hardware", "cpu", {"memory_gib": 8.0}, "stale"),
+        ("hardware", "cpu", {"packages": ("flashinfer",)}, "stale"),
+        ("hardware", "cpu", {"name": "any CPU", "label": "large"}, "proven"),
+        ("hardware", "h100", {"arch": "sm100"}, "proven"),
+        ("models", "flux-1", {"repo": "other/flux-1"}, "stale"),
+        ("models", "flux-1", {"notes": "new"}, "proven"),
+    ],
+)
+def test_a_changed_hardware_or_model_makes_its_evidence_stale(
+    tables: Matrix, table: str, name: str, change: dict[str, object], state: str
+) -> None:
+    record = observe(tables, PROVEN)
+    rows = getattr(tables, table)
+    changed = replace(tables, **{table: {**rows, name: replace(rows[name], **change)}})
+    assert report.state_of(find(changed, PROVEN), record, changed) == state
+    older = replace(record, cell={k: v for k, v in record.cell.items() if k != "place_digest"})
+    assert report.state_of(find(changed, PROVEN), older, changed) == "proven"
+
+
+def test_a_record_of_another_architecture_proves_nothing(tables: Matrix) -> None:
+    cell = find(tables, "fp8-flux-1@h100+decode")
+    for machine, state in (("nvidia sm90", "proven"), ("cpu cpu", "stale")):
+        vendor, arch = machine.split()
+        record = observe(tables, cell.id)
+        told = {**record.plan, "machine": {"vendor": vendor, "arch": arch, "name": "x"}}
+        found = report.explain_state(cell, replace(record, plan=told), tables)
+        assert found[0] == state
+    assert found[1] == "made on cpu cpu, h100 is nvidia sm90"
 
 
 def test_notes_may_change_and_checks_may_be_added(tables: Matrix, tmp_path: Path) -> None:
@@ -213,6 +247,14 @@ def test_write_then_check(reports: Path) -> None:
     assert report.check() == []  # reports/ beside the tables is the default
 
 
+def test_a_misspelt_folder_is_not_made(reports: Path) -> None:
+    missing = reports.with_name("reprots")
+    for render in (report.write, report.check):
+        with pytest.raises(UsageError, match="no such folder"):
+            render(missing)
+    assert not missing.exists()
+
+
 @pytest.mark.parametrize("name", ["support-matrix.md", "support-matrix.svg", "families/fp8.md"])
 def test_check_finds_a_hand_edit_and_a_missing_file(reports: Path, name: str) -> None:
     report.write(reports)
@@ -235,8 +277,9 @@ def test_check_finds_new_evidence_and_orphans(reports: Path, tables: Matrix) -> 
     stray = replace(stray, cell={**stray.cell, "id": "gone@cpu", "row": "gone"})
     path = records.write(stray, reports / "evidence")
     assert report.check(reports) == [f"{path}: no cell gone@cpu in the tables; delete it"]
-    (reports / "families" / "old.md").write_text("x")
-    assert any("no such family" in line for line in report.check(reports))
+    for name in ("old.md", "fp8.html"):
+        (reports / "families" / name).write_text("x")
+        assert any(f"{name}: no such family" in line for line in report.check(reports))
 
 
 def test_read_states_joins(reports: Path, tables: Matrix) -> None:

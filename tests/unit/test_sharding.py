@@ -102,10 +102,10 @@ def test_rows_of_a_file(tables: Matrix, tmp_path: Path) -> None:
     path.write_text("# some\nrow-1\n\nrow-0@cpu+decode # one backend\nrow-1\n")
     rows = sharding.read_rows(path)
     assert rows == ("row-1", "row-0@cpu+decode")
-    found = sharding.select_rows(tables.cells, rows, path)
+    found = sharding.select_rows(tables.cells, rows, f"--rows {path}")
     assert [c.id for c in found] == ["row-0@cpu+decode", "row-1@cpu+reference", "row-1@cpu+decode"]
     with pytest.raises(UsageError, match="row-9: no such row or cell is claimed"):
-        sharding.select_rows(tables.cells, ["row-9"], path)
+        sharding.select_rows(tables.cells, ["row-9"], f"--rows {path}")
     with pytest.raises(UsageError, match="cannot be read: No such file"):
         sharding.read_rows(tmp_path / "none")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,27 @@ def test_measuring_the_spread_writes_both_files(
     assert limits.read(tmp_path / "limits.csv").spreads == wide
     assert ask(capsys, *words)["loosened"] == []  # measured again, nothing is looser
     assert "psnr_db by spread" in (tmp_path / "limits.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda data: b"\xff\xfe" + data, "limits.csv: no text in UTF-8"),
+        (lambda data: data + data.splitlines(keepends=True)[-1], "has a sample of"),
+    ],
+)
+def test_files_that_were_damaged_or_added_to(
+    damage: Callable[[bytes], bytes],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("limits.csv", "spread.csv"):
+        (tmp_path / name).write_bytes((REPORTS / name).read_bytes())
+    path = tmp_path / "limits.csv"
+    path.write_bytes(damage(path.read_bytes()))
+    for given in (["--reports", str(tmp_path)], ["--diff", str(path)]):
+        assert words in ask(capsys, *given, code=1)["error"]["message"]
 
 
 def test_revisions_and_wrong_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

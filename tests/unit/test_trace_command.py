@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,24 @@ def test_every_planned_layer_ran(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "stage|encode", "stage|transformer", "stage|decode",
     }  # fmt: skip
     assert [entry.name for entry in tmp_path.iterdir()] == ["trace.json.gz"]
+
+
+def test_a_trace_of_nothing_quantized_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*WORDS[:3], "--num-inference-steps", "1", "--device", "cpu", "--json"]
+    assert main(["trace", *words, "--output-path", str(tmp_path / "a.json.gz")]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["layers"] == {}
+    assert "warning: no layer is quantized" in told.err
+
+
+def test_what_is_only_planned_is_not_traced() -> None:
+    tables = read()
+    cells = [replace(c, claim="planned") for c in choose_cells(tables, "h200")[:1]]
+    others = [replace(c, id=f"other-{c.id}", claim="expected") for c in cells]
+    chosen = choose_cells(replace(tables, cells=(*cells, *others)), "h200")
+    assert [cell.id for cell in chosen] == [cell.id for cell in others]
 
 
 def test_a_row_leaves_a_trace_and_a_census(

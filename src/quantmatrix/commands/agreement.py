@@ -6,6 +6,7 @@ import argparse
 from collections import Counter
 from collections.abc import Mapping
 from datetime import date, datetime, timezone
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import UsageError
@@ -20,6 +21,7 @@ SHOWN = 10
 def add_to(commands: Any) -> None:
     """Add the parser."""
     from quantmatrix.cli import add_command
+    from quantmatrix.request import parse_number
 
     text = "percentage of claims with fresh, agreeing evidence; a list of the others"
     parser = add_command(commands, "agreement", text, run_agreement)
@@ -29,7 +31,7 @@ def add_to(commands: Any) -> None:
         "--any-version", action="store_true", help="do not compare with the packages installed here"
     )
     parser.add_argument(
-        "--fail-under", type=float, metavar="PERCENT", help="exit 1 below this percentage"
+        "--fail-under", type=parse_number, metavar="PERCENT", help="exit 1 below this percentage"
     )
     parser.add_argument("--all", action="store_true", help="name every cell")
     parser.add_argument("--reports", help="folder of the reports (default: reports)")
@@ -39,15 +41,19 @@ def add_to(commands: Any) -> None:
 def run_agreement(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Print the shares; 1 when a record contradicts its claim or the share is too small."""
     from quantmatrix import evidence as records
-    from quantmatrix import matrix, report
+    from quantmatrix import limits, matrix, report
     from quantmatrix.agreement import measure, suggest_runs
     from quantmatrix.cli import EXIT_PROBLEM, print_json
     from quantmatrix.code_path import digest_code
     from quantmatrix.lifecycle import MAX_AGE_DAYS, Now
 
     limit = MAX_AGE_DAYS if arguments.max_age_days is None else arguments.max_age_days
+    check_numbers(limit, arguments.fail_under)
     versions = {} if arguments.any_version else records.list_versions()
-    now = Now(read_today(arguments.today), versions, digest_code, limit)
+    folder = report.find_folder(arguments.reports)
+    ledger = limits.read(folder / "limits.csv")
+    beyond = partial(limits.list_beyond, ledger=ledger) if ledger.samples else None
+    now = Now(read_today(arguments.today), versions, digest_code, limit, beyond)
     evidence = report.read_evidence(arguments.reports)
     found = measure(matrix.read(), evidence, now)
     undigested = sum(not record.cell.get("code_digest") for record in evidence.values())
@@ -62,6 +68,14 @@ def run_agreement(arguments: argparse.Namespace, rest: list[str]) -> int:
         if undigested:
             print(f"{undigested} records have no code digest: changed code was not looked for")
     return EXIT_PROBLEM if bad else 0
+
+
+def check_numbers(days: int, percent: float | None) -> None:
+    """UsageError for an age that no record has, and a share that none can miss or reach."""
+    if days < 0:
+        raise UsageError(f"--max-age-days {days}: expected 0 or more")
+    if percent is not None and not 0 <= percent <= 100:
+        raise UsageError(f"--fail-under {percent:g}: expected a percentage, 0 to 100")
 
 
 def read_today(text: str | None) -> date:

@@ -20,7 +20,7 @@ STAGES = {"layers": 4, "step": 2, "load": 3, "memory": 1}
 def add_to(commands: Any) -> None:
     """Add the parser."""
     from quantmatrix.cli import add_command
-    from quantmatrix.request import add_request_flags
+    from quantmatrix.request import add_request_flags, parse_number
 
     text = "time a checkpoint beside BF16: layers, step, load, memory, each with its interval"
     parser = add_command(commands, "bench", text, run_bench)
@@ -37,7 +37,7 @@ def add_to(commands: Any) -> None:
     how.add_argument("--repeats", type=int, default=ROUNDS, help="rounds of each comparison")
     how.add_argument("--baseline", metavar="FILE", help="kept results: 1 when a ratio got worse")
     text = "how much worse is allowed (default 1.1, of a layer alone 1.35)"
-    how.add_argument("--tolerance", type=float, help=text)
+    how.add_argument("--tolerance", type=parse_number, help=text)
     how.add_argument("--output-path", metavar="FILE", help="keep the results")
     how.add_argument("--json", action="store_true")
     parser.set_defaults(takes_overrides=True)

@@ -20,7 +20,7 @@ BOUNDS = {
 def add_to(commands: Any) -> None:
     """Add the parser."""
     from quantmatrix.cli import add_command
-    from quantmatrix.request import add_request_flags
+    from quantmatrix.request import add_request_flags, parse_number
 
     text = "compare two checkpoints, backends or saved runs; 1 when a limit is violated"
     parser = add_command(commands, "compare", text, run_compare)
@@ -34,7 +34,7 @@ def add_to(commands: Any) -> None:
     limits = parser.add_argument_group("limits")
     for name, help_text in BOUNDS.items():
         flag = f"--{name.replace('_', '-')}"
-        limits.add_argument(flag, type=float, metavar="NUMBER", help=help_text)
+        limits.add_argument(flag, type=parse_number, metavar="NUMBER", help=help_text)
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(takes_overrides=True)
 

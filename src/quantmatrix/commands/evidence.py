@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quantmatrix.executed import Comparison, Verdicts
+    from quantmatrix.matrix import Matrix
 
 PLANNED = "hardware ids or groups, files of rows, or what `matrix jobs --json` printed"
 
@@ -36,27 +37,32 @@ def add_to(commands: Any) -> None:
 
 def run_merge(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Merge, write, and name what is damaged or was planned and not executed (exit code 1)."""
-    from quantmatrix import executed
+    from quantmatrix import executed, matrix
     from quantmatrix.cli import EXIT_PROBLEM, print_json
     from quantmatrix.merge import merge_folders, write
 
     output: Path = arguments.output_path
     compared = None
+    stale: dict[str, str] = {}
     shards = merge_folders(arguments.folders)
     if arguments.planned:
-        compared = compare(arguments, executed.take_records(shards.records))
+        tables = matrix.read()
+        stale = executed.list_stale(shards.records, tables)
+        compared = compare(arguments, executed.take_records(shards.records, tables), tables)
     folders = [*arguments.folders, *([output] if output.is_dir() else [])]
     merged = merge_folders(folders)
     changed = write(merged.records.values(), output)
     bad = bool(merged.damaged or not shards.records or (compared and compared.missing))
     if arguments.json:
-        missing = {"missing": dict(compared.missing)} if compared else {}
+        missing = {"missing": dict(compared.missing), "stale": stale} if compared else {}
         written = [path.relative_to(output).as_posix() for path in changed]
         found = {"records": len(merged.records), "written": written, "damaged": merged.damaged}
         print_json({"ok": not bad, "output": str(output), **found, **missing})
         return EXIT_PROBLEM if bad else 0
     for line in merged.damaged:
         print(f"damaged: {line}")
+    for cell, why in stale.items():
+        print(f"stale: {cell}: {why}")
     for cell, checks in compared.missing.items() if compared else ():
         print(f"row not executed: {cell} ({', '.join(checks)})")
     if not shards.records:
@@ -67,36 +73,42 @@ def run_merge(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def run_check(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Compare; the exit code is the comparison's."""
-    from quantmatrix import executed
+    from quantmatrix import executed, matrix
     from quantmatrix.cli import print_json
 
-    found = compare(arguments, executed.combine(read_source(s) for s in arguments.sources))
+    tables = matrix.read()
+    stale: dict[str, str] = {}
+    verdicts = executed.combine([read_source(s, tables, stale) for s in arguments.sources])
+    found = compare(arguments, verdicts, tables)
     if arguments.json:
-        print_json(found.to_json())
+        print_json({**found.to_json(), "stale": stale})
     else:
-        print("\n".join([*found.describe(), f"{found.planned} cells were planned"]))
+        told = [f"stale: {cell}: {why}" for cell, why in stale.items()]
+        print("\n".join([*told, *found.describe(), f"{found.planned} cells were planned"]))
     return found.code
 
 
-def compare(arguments: argparse.Namespace, verdicts: Verdicts) -> Comparison:
+def compare(arguments: argparse.Namespace, verdicts: Verdicts, tables: Matrix) -> Comparison:
     """Verdicts against the plan that the arguments name."""
     from quantmatrix import executed, matrix
     from quantmatrix.errors import UsageError
 
     if strange := [name for name in arguments.check if name not in matrix.CHECKS]:
         raise UsageError(f"--check {strange[0]}: known: {', '.join(matrix.CHECKS)}")
-    planned = executed.read_planned(arguments.planned, matrix.read())
+    planned = executed.read_planned(arguments.planned, tables)
     return executed.compare(planned, verdicts, arguments.check)
 
 
-def read_source(path: Path) -> Verdicts:
-    """Verdicts of an evidence folder or of a JUnit file."""
+def read_source(path: Path, tables: Matrix, stale: dict[str, str]) -> Verdicts:
+    """Verdicts of an evidence folder or of a JUnit file; records of changed rows go to `stale`."""
     from quantmatrix import evidence as records
     from quantmatrix import executed
     from quantmatrix.errors import UsageError
 
     if path.is_dir():
-        return executed.take_records(records.read_folder(path))
+        found = records.read_folder(path)
+        stale |= executed.list_stale(found, tables)
+        return executed.take_records(found, tables)
     if not path.is_file():
         raise UsageError(f"{path}: no such folder of records, and no such JUnit file")
     return executed.read_junit(path)

@@ -15,13 +15,13 @@ from quantmatrix.places import check_place
 def add_to(commands: Any) -> None:
     """Add the parser."""
     from quantmatrix.cli import add_command
-    from quantmatrix.request import add_request_flags
+    from quantmatrix.request import add_request_flags, parse_number
 
     text = "measure what each quantized layer does to the latents; propose the smallest BF16 set"
     parser = add_command(commands, "fallback", text, run_fallback)
     add_request_flags(parser)
     parser.add_argument(
-        "--target-psnr", type=float, default=30.0, metavar="DB",
+        "--target-psnr", type=parse_number, default=30.0, metavar="DB",
         help="PSNR of the final latents against full precision that is to be met (default 30)",
     )  # fmt: skip
     parser.add_argument("--by", choices=("layer", "block"), default="layer", help="what is kept")

@@ -10,6 +10,7 @@ from typing import Any
 def add_to_matrix(actions: Any) -> None:
     """Add the action to those of `quantmatrix matrix`."""
     from quantmatrix.cli import add_command
+    from quantmatrix.request import parse_number
 
     text = "list the jobs of a hardware, as a CI matrix on one line with --json"
     parser = add_command(actions, "jobs", text, run_jobs)
@@ -18,7 +19,7 @@ def add_to_matrix(actions: Any) -> None:
     )
     parser.add_argument("--parts", type=int, metavar="N", help="cut each hardware into N parts")
     parser.add_argument(
-        "--minutes", type=float, default=30.0, help="or into parts of about this length (30)"
+        "--minutes", type=parse_number, default=30.0, help="or into parts of about this length (30)"
     )
     parser.add_argument("--reports", help="folder of the reports (default: reports)")
     parser.add_argument("--json", action="store_true")

@@ -28,10 +28,10 @@ def add_to(commands: Any) -> None:
 
 
 def run_summary(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Append or print; a job that showed nothing is no success."""
+    """Append or print; a job that showed nothing is no success, nor is one with a damaged record."""
     from quantmatrix import evidence as records
     from quantmatrix import job_summary, matrix, report
-    from quantmatrix.cli import print_json, read_variable
+    from quantmatrix.cli import EXIT_PROBLEM, print_json, read_variable
     from quantmatrix.errors import UsageError
     from quantmatrix.exit_codes import MEANINGS, NOTHING_COLLECTED
     from quantmatrix.merge import merge_folders
@@ -53,4 +53,6 @@ def run_summary(arguments: argparse.Namespace, rest: list[str]) -> int:
         print_json({"ok": not problems, "cells": listed, "problems": problems, "output": place})
     elif not place:
         print(job_summary.write_summary(cells, problems), end="")
-    return 0 if cells else NOTHING_COLLECTED
+    if not cells:
+        return NOTHING_COLLECTED
+    return EXIT_PROBLEM if problems else 0

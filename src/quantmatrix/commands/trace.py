@@ -57,6 +57,8 @@ def run_trace(arguments: argparse.Namespace, rest: list[str]) -> int:
     else:
         show(census, str(path))
     report(census.problems)
+    if not census.layers:
+        report(["warning: no layer is quantized: the trace is that of a model in full precision"])
     return EXIT_PROBLEM if census.problems else 0
 
 
@@ -132,7 +134,8 @@ def choose_cells(tables: Matrix, hardware: str) -> list[Cell]:
         raise UsageError(f"--hardware {hardware}: not in the tables; known: {known}")
     chosen: dict[tuple[str, str, str], Cell] = {}
     for cell in tables.cells:
-        if cell.hardware == hardware and "latents" in cell.checks:
+        claimed = cell.claim != "planned" and "latents" in cell.checks
+        if claimed and cell.hardware == hardware:
             chosen.setdefault((cell.family, cell.model, cell.backend), cell)
     if not chosen:
         raise UsageError(f"--hardware {hardware}: no row claims that anything runs there")

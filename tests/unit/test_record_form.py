@@ -1,0 +1,161 @@
+"""Records that were edited by hand, or damaged below their keys, are refused in words."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from observed import REFUSED, find, observe, observe_run
+from tables import write_tables
+
+from quantmatrix import evidence as records
+from quantmatrix import matrix
+from quantmatrix.evidence import CheckResult, EvidenceError
+from quantmatrix.matrix import Matrix
+
+VALUES = (None, 3, -1.5, True, "x", "", [], {}, [1], {"a": 1}, {"b": None}, [[]], 10**400)
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    return matrix.read(write_tables(tmp_path_factory.mktemp("tables") / "matrix"))
+
+
+@pytest.fixture(scope="module")
+def record(tables: Matrix) -> dict[str, Any]:
+    run = observe_run(tables, find(tables, "fp8-flux-1@cpu+decode"))
+    limits = {"layer_error": {"at_most": 0.05}, "identical": False, "repeats": True}
+    latents = run.checks["latents"]
+    told = CheckResult("pass", latents.metrics, {**latents.limits, **limits})
+    whole = records.Evidence(**{**vars(run), "checks": {**run.checks, "latents": told}})
+    found: dict[str, Any] = json.loads(records.encode(whole))
+    return found
+
+
+@pytest.fixture(scope="module")
+def refusal(tables: Matrix) -> dict[str, Any]:
+    rule = find(tables, REFUSED).rule
+    told = {"rule": rule, "message": "no integer units"}
+    plan = {"ok": False, "refusal": told, "components": {}}
+    checks = {"refuse": CheckResult("pass", {"rule": rule}, {"rule": rule})}
+    found: dict[str, Any] = json.loads(
+        records.encode(observe(tables, REFUSED, plan=plan, checks=checks))
+    )
+    return found
+
+
+def put(record: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    """A copy of a record with one value replaced."""
+    changed = copy.deepcopy(record)
+    place = changed
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return changed
+
+
+def list_paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place in nested data; of a list the first."""
+    items = list(value.items()) if isinstance(value, dict) else []
+    items = [(0, value[0])] if isinstance(value, list) and value else items
+    return [p for key, item in items for p in [(*path, key), *list_paths(item, (*path, key))]]
+
+
+def problems_of(record: dict[str, Any]) -> str:
+    with pytest.raises(EvidenceError, match=r"^some\.json") as caught:
+        records.decode(json.dumps(record).encode(), "some.json")
+    return str(caught.value)
+
+
+LATENTS = ("checks", "latents", "metrics")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        ((*LATENTS, "worst", "psnr_db"), 3.0, "psnr_db is 3, at least 40.5 is allowed"),
+        ((*LATENTS, "worst", "relative_l2"), 0.5, "relative_l2 is 0.5, at most 0.06 is allowed"),
+        ((*LATENTS, "worst", "identical"), True, "identical is True, not False"),
+        ((*LATENTS, "layers", "transformer", "worst"), 0.9, "layer_error is 0.9, at most 0.05"),
+        ((*LATENTS, "repeats"), False, "repeats is False, not True"),
+        (("plan", "refusal"), {"rule": "r", "message": "m"}, "although the plan is a refusal: r"),
+        (("cell", "id"), "fp8-flux-1@h100", "'fp8-flux-1@h100' is not a cell of fp8-flux-1@cpu"),
+        (("versions", "torch"), 2, "versions.torch: expected str, found 2"),
+        (("timings", "generate"), None, "timings.generate: expected a number, found None"),
+        (("plan", "components", "transformer", "backends"), 1, "backends: expected dict, found 1"),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_refused(
+    record: dict[str, Any], path: tuple[str, ...], value: Any, problem: str
+) -> None:
+    assert problem in problems_of(put(record, path, value))
+
+
+def test_a_failed_check_may_be_beyond_its_limit(record: dict[str, Any]) -> None:
+    changed = put(record, (*LATENTS, "worst", "psnr_db"), 3.0)
+    changed["checks"]["latents"] |= {"verdict": "fail", "message": "too far"}
+    records.decode(json.dumps(changed).encode())
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        (("plan", "refusal", "rule"), "other", "passed, although 'other' refused it, not"),
+        (("checks", "refuse", "metrics", "rule"), "other", "although 'other' refused it, not"),
+        (("plan", "ok"), True, "passed, although the plan is no refusal"),
+    ],
+)
+def test_a_refusal_by_another_rule_is_no_proof(
+    refusal: dict[str, Any], path: tuple[str, ...], value: Any, problem: str
+) -> None:
+    assert problem in problems_of(put(refusal, path, value))
+
+
+@pytest.mark.parametrize("which", ["record", "refusal"])
+def test_whatever_stands_in_a_record_is_read_or_refused(
+    which: str, tables: Matrix, request: pytest.FixtureRequest, use: Callable[[Any], None]
+) -> None:
+    record = request.getfixturevalue(which)
+    for path in list_paths(record):
+        for value in VALUES:
+            try:
+                found = records.decode(json.dumps(put(record, path, value)).encode())
+            except EvidenceError:
+                continue
+            use(found)
+
+
+@pytest.fixture
+def use(tables: Matrix) -> Callable[[Any], None]:
+    """Whatever reads records: none of it may trip over one that was taken."""
+    from datetime import date
+
+    from quantmatrix import agreement, limits, merge, page_data, sharding, states
+    from quantmatrix.lifecycle import Now
+    from quantmatrix.pages import Joined, write_measurements, write_refusals
+
+    now = Now(today=date(2026, 11, 24), versions={"torch": "2.13"})
+
+    def read(record: records.Evidence) -> None:
+        found = {record.cell["id"]: record}
+        explained = {c.id: states.explain_state(c, found.get(c.id), tables) for c in tables.cells}
+        agreement.measure(tables, found, now, explained)
+        limits.collect_samples(found)
+        sharding.estimate_all(tables.cells, found)
+        joined = Joined(tables, found, explained)
+        page_data.collect(joined)
+        known = [cell for cell in tables.cells if cell.id in found]
+        write_measurements(joined, known)
+        write_refusals(joined, known)
+        merge.find_conflicts([merge.Found(record, Path("a")), merge.Found(record, Path("b"))])
+
+    return read
+
+
+def test_a_record_nested_without_end_is_refused() -> None:
+    with pytest.raises(EvidenceError, match="nested too deeply"):
+        records.decode(b'{"a":' * 100_000, "some.json")
