@@ -50,7 +50,7 @@ LATER = {"hardware": ("devices",)}
 """Of these the columns that tables of earlier revisions do not have; there they count as blank."""
 ARCHITECTURES = {
     "cpu": r"cpu|mps",
-    "nvidia": r"sm[0-9]{2,3}",
+    "nvidia": r"sm[0-9]{2,3}[a-z]?(-[a-z0-9]+)*",
     "amd": r"gfx[0-9a-f]+",
     "ascend": r"[0-9]+[a-z]?",
 }

@@ -63,7 +63,8 @@ class Runner:
         source = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / "src", self.checkout / "src", ignore=source)
         shutil.copytree(ROOT / ".ci", self.checkout / ".ci")
-        shutil.copy(ROOT / "reports" / "limits.csv", self.place("reports/limits.csv"))
+        for name in ("limits.csv", "spread.csv"):
+            shutil.copy(ROOT / "reports" / name, self.place(f"reports/{name}"))
         (self.checkout / ".gitignore").write_text("__pycache__/\npackets/\n")
         self.git("init", "--quiet", "--bare", str(self.remote))
         for words in (
