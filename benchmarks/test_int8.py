@@ -9,13 +9,9 @@ transformers, with M tokens from 512 up.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
+from paired import judge, time_pairs
 
 from quantmatrix.families import msmodelslim
 from quantmatrix.families.protocol import Calibration
@@ -30,19 +26,6 @@ SHAPES = (
     (512, 5120, 13824),
     (1024, 5120, 5120),
 )
-
-
-def time_pairs(ours: Callable[[], Any], theirs: Callable[[], Any]) -> list[tuple[float, float]]:
-    """(our, their) CPU seconds, in turn, after one warm-up of each."""
-    pairs = []
-    for _ in range(ROUNDS + 1):
-        seconds = []
-        for run in (ours, theirs):
-            start = time.process_time()
-            run()
-            seconds.append(time.process_time() - start)
-        pairs.append((seconds[0], seconds[1]))
-    return pairs[1:]
 
 
 @pytest.fixture(autouse=True)
@@ -72,11 +55,7 @@ def test_w8a8_layer(benchmark, shape, word):
         pairs = time_pairs(
             lambda: kernel.run(x, buffers, bias, scheme),
             lambda: torch.nn.functional.linear(x, weight, bias),
+            ROUNDS,
         )
         benchmark.pedantic(lambda: kernel.run(x, buffers, bias, scheme), rounds=3)
-    ratio = min(ours for ours, _ in pairs) / min(theirs for _, theirs in pairs)
-    paired = statistics.median(ours / theirs for ours, theirs in pairs)
-    benchmark.extra_info["ratio_to_bf16"] = round(ratio, 3)
-    benchmark.extra_info["median_of_pairs"] = round(paired, 3)
-    benchmark.extra_info["bf16_ms"] = round(min(theirs for _, theirs in pairs) * 1e3, 1)
-    assert ratio <= LIMIT, pairs
+    judge(benchmark, pairs, LIMIT)

@@ -7,13 +7,11 @@ thread; the bar is on the least CPU time of each, the one that neighbours distur
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
+from paired import judge, time_pairs
 
 from quantmatrix.families.modelopt_nvfp4 import NVFP4
 from quantmatrix.kernels.nvfp4_arithmetic import decode_to, encode
@@ -22,19 +20,6 @@ LIMIT = 1.15
 ROUNDS = 5
 SHAPES = ((4096, 3072, 3072), (4096, 3072, 12288))
 """M x K x N."""
-
-
-def time_pairs(ours: Callable[[], Any], theirs: Callable[[], Any]) -> list[tuple[float, float]]:
-    """(our, their) CPU seconds, in turn, after one warm-up of each."""
-    pairs = []
-    for _ in range(ROUNDS + 1):
-        seconds = []
-        for run in (ours, theirs):
-            start = time.process_time()
-            run()
-            seconds.append(time.process_time() - start)
-        pairs.append((seconds[0], seconds[1]))
-    return pairs[1:]
 
 
 @pytest.fixture(autouse=True)
@@ -58,11 +43,7 @@ def test_decode_and_multiply(benchmark, shape):
         return torch.nn.functional.linear(x, decode_to(layer, NVFP4, torch.bfloat16))
 
     with torch.inference_mode():
-        pairs = time_pairs(decode_and_multiply, lambda: torch.nn.functional.linear(x, weight))
+        plain = partial(torch.nn.functional.linear, x, weight)
+        pairs = time_pairs(decode_and_multiply, plain, ROUNDS)
         benchmark.pedantic(lambda: decode_to(layer, NVFP4, torch.bfloat16), rounds=3)
-    ratio = min(ours for ours, _ in pairs) / min(theirs for _, theirs in pairs)
-    paired = statistics.median(ours / theirs for ours, theirs in pairs)
-    benchmark.extra_info["ratio_to_bf16"] = round(ratio, 3)
-    benchmark.extra_info["median_of_pairs"] = round(paired, 3)
-    benchmark.extra_info["bf16_ms"] = round(min(theirs for _, theirs in pairs) * 1e3, 1)
-    assert ratio <= LIMIT, pairs
+    judge(benchmark, pairs, LIMIT)
