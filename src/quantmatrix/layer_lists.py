@@ -8,7 +8,7 @@ Either the header's `_quantization_metadata` has one entry per layer under `laye
 Where the header lists a layer, that counts, as it does in ComfyUI; the tensors of other layers are
 read, though they are no header: no other place tells what an FP8 layer does with its inputs. Files
 whose quantization has a method (`quant_method`, `quant_algo`) need none of this. Sources: ComfyUI's
-QUANTIZATION.md, files of `convert-to-quant` and of Comfy-Org.
+QUANTIZATION.md and `convert_old_quants`, the pages of comfy-quants, files of `convert-to-quant`.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def read_entry(layer: str, entry: Any, place: str) -> Any:
     """An entry without its notes; a word in place of an object stays as it is."""
     if not isinstance(entry, Mapping):
         return entry
-    if entry.get(ROTATION):
+    nested = entry.get("params")
+    if entry.get(ROTATION) or (isinstance(nested, Mapping) and nested.get(ROTATION)):
         raise CheckpointError(
             f"{place}: the weight of {layer} was rotated before it was quantized ({ROTATION}), "
             "which no quant family takes: without the same rotation of its inputs a layer gives "

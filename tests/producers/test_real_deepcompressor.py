@@ -212,6 +212,23 @@ def write_file(made: Source, path: Path, base: Path) -> Path:
     return path
 
 
+def check(model: str, base: Path, path: Path, plain: dict[str, torch.Tensor]) -> None:
+    """The loaded file computes what diffusers computes with plain weights."""
+    found = load_transformer(
+        str(base),
+        transformer_weights_path=str(path),
+        backend="decode",
+        device="cpu",
+        dtype=torch.float32,
+    )
+    assert set(count_quantized(found).values()) == {"decode"}
+    expected = exports.make_transformer(model)
+    expected.load_state_dict(plain)
+    inputs = exports.make_inputs(model, 7)
+    ours, theirs = exports.run_model(found, inputs), exports.run_model(expected.eval(), inputs)
+    assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-5
+
+
 @pytest.mark.parametrize("single", [False, True], ids=["folder", "file"])
 @pytest.mark.parametrize("fuse", [True, False], ids=["fused", "kept"])
 @pytest.mark.parametrize("rank", [16, 32])
@@ -224,16 +241,4 @@ def test_a_converted_flux_is_the_model_that_went_in(
     path = write(
         made, tmp_path / f"svdq-{'int4' if int4 else 'fp4'}_r{rank}-flux.safetensors", base
     )
-    found = load_transformer(
-        str(base),
-        transformer_weights_path=str(path),
-        backend="decode",
-        device="cpu",
-        dtype=torch.float32,
-    )
-    assert set(count_quantized(found).values()) == {"decode"}
-    expected = exports.make_transformer(MODEL)
-    expected.load_state_dict(made.plain)
-    inputs = exports.make_inputs(MODEL, 7)
-    ours, theirs = exports.run_model(found, inputs), exports.run_model(expected.eval(), inputs)
-    assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-5
+    check(MODEL, base, path, made.plain)

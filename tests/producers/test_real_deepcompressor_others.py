@@ -24,13 +24,14 @@ from test_real_deepcompressor import (
     Source,
     add_group,
     add_modulation,
+    check,
     convert_all,
     make_source,
 )
 
 from quantmatrix import plan
 from quantmatrix.errors import CheckpointError
-from quantmatrix.load import count_quantized, load_transformer
+from quantmatrix.load import load_transformer
 
 Tensors = dict[str, torch.Tensor]
 QWEN = {
@@ -115,23 +116,6 @@ def convert_model(made: Source, model: str) -> Tensors:
     modules = [module for _, *names in TABLES[model].values() for module in names]
     coded = {f"{block}.{module}" for block in blocks for module in (*modules, *MODULATIONS)}
     return file | {n: t for n, t in base.items() if n.rpartition(".")[0] not in coded}
-
-
-def check(model: str, base: Path, path: Path, plain: Tensors) -> None:
-    """The loaded file computes what diffusers computes with plain weights."""
-    found = load_transformer(
-        str(base),
-        transformer_weights_path=str(path),
-        backend="decode",
-        device="cpu",
-        dtype=torch.float32,
-    )
-    assert set(count_quantized(found).values()) == {"decode"}
-    expected = exports.make_transformer(model)
-    expected.load_state_dict(plain)
-    inputs = exports.make_inputs(model, 7)
-    ours, theirs = exports.run_model(found, inputs), exports.run_model(expected.eval(), inputs)
-    assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-5
 
 
 @pytest.mark.parametrize("newer", [True, False], ids=["newer", "older"])

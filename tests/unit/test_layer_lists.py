@@ -115,15 +115,18 @@ def test_what_is_no_entry_says_nothing(tmp_path: Path, content: bytes) -> None:
     assert "nothing declares how" in describe(checkpoint)["why"]
 
 
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("in_header", [False, True])
-def test_rotated_weights_are_refused(tmp_path: Path, in_header: bool) -> None:
+def test_rotated_weights_are_refused(tmp_path: Path, in_header: bool, nested: bool) -> None:
     """The NVFP4 family looks at an entry's format only, and would give noise."""
-    entry = {"a": {"format": "nvfp4", "convrot": True, "convrot_groupsize": 256}}
+    told = {"convrot": True, "convrot_groupsize": 256}
+    entry: dict[str, Any] = {"a": {"format": "nvfp4", **({"params": told} if nested else told)}}
     path = tmp_path / "w.safetensors"
     write_marked(path, {} if in_header else entry, listed=entry if in_header else None)
     with pytest.raises(CheckpointError, match=r"weight of a was rotated .*convrot"):
         open_file(path)
-    entry["a"]["convrot"] = False
+    told["convrot"] = False
+    entry["a"] = {"format": "nvfp4", **({"params": told} if nested else told)}
     write_marked(path, {} if in_header else entry, listed=entry if in_header else None)
     open_file(path)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 
 import npu_simulator
@@ -17,6 +18,7 @@ from processors import skip_without_exact_int8
 from quantmatrix import hardware, kernels
 from quantmatrix.choosing import choose
 from quantmatrix.errors import RefusedError
+from quantmatrix.exit_codes import NOT_EXECUTED
 from quantmatrix.hardware import Machine
 from quantmatrix.kernels import linear_int8
 from quantmatrix.scheme import Scheme
@@ -309,6 +311,22 @@ def test_what_the_probe_says_is_so(instructions):
     assert done.returncode == 0, done.stderr
     exact, said = done.stdout.split()
     assert exact == said
+
+
+def test_the_suites_skip_what_the_processor_computes_wrongly():
+    root = Path(__file__).parents[2]
+    cells = [f"msmodelslim-w8a8@cpu+{backend}" for backend in ("int8", "decode")]
+    tests = [f"tests/suites/test_load.py::test_load[{cell}]" for cell in cells]
+    code = (
+        "import pytest; from quantmatrix import hardware; "
+        "hardware.multiplies_int8_exactly = lambda: False; "
+        f"raise SystemExit(pytest.main([*{tests}, '-q', '-rs', '-p', 'no:xdist']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == NOT_EXECUTED, done.stdout
+    assert "1 passed, 1 skipped" in done.stdout
+    assert "row not executed (exit code 12): msmodelslim-w8a8@cpu+int8" in done.stdout
+    assert "not exact on this processor" in done.stdout
 
 
 def test_one_column_never_reaches_the_integer_matmul():
