@@ -50,16 +50,10 @@ def name_kind(module: str) -> str:
 
 def list_plain_layers(part: ComponentPlan) -> Iterator[tuple[str, str]]:
     """(name on disk, module) of every layer with a matrix that is stored in full precision."""
-    from quantmatrix.load import plain_targets
-    from quantmatrix.planning import is_below
-
-    quantized = {piece.layer for piece in part.pieces()}
-    for name, header in part.checkpoint.tensors.items():
-        layer, _, leaf = name.rpartition(".")
-        if leaf != "weight" or len(header.shape) != 2 or is_below(name, quantized):
-            continue
-        for _, parameter in plain_targets(part, name):
-            yield layer, parameter.removesuffix(".weight")
+    for plain in part.plain:
+        layer, _, leaf = plain.name.rpartition(".")
+        if leaf == "weight" and len(part.checkpoint.tensors[plain.name].shape) == 2:
+            yield layer, plain.parameter.removesuffix(".weight")
 
 
 def is_left_alone(checkpoint: Checkpoint, layer: str, module: str) -> bool:

@@ -72,6 +72,13 @@ class TensorHeader:
     dtype: str
     shape: tuple[int, ...]
     file: str
+    stored_name: str = ""
+    """Its name in the file, where that has a prefix that was taken off (`name_prefixes`)."""
+
+    @property
+    def on_disk(self) -> str:
+        """Its name in the file."""
+        return self.stored_name or self.name
 
     @property
     def nbytes(self) -> int:
@@ -114,6 +121,10 @@ class Checkpoint:
     quantization_from: str | None = None
     description: Mapping[str, Any] | None = None
     description_file: str | None = None
+    prefix: str = ""
+    """What every tensor name of the transformer begins with in the files; it was taken off."""
+    aside: Mapping[str, int] = field(default_factory=dict)
+    """Tensors of other parts of a whole checkpoint, which are no part of this: number by prefix."""
     remote: RemoteFiles | None = None
 
     @property

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-ENDS = ("layers", "load")
+ENDS = ("layers", "load", "placement")
 """Modules that belong to every path, without what they import."""
 FOLLOWED = ("families", "kernels", "models", "formats", "scheme", "svdq_packing")
 """Modules and packages that are followed; what else is imported does not compute."""

@@ -18,34 +18,19 @@ from typing import Any
 import torch
 
 from quantmatrix import kernels
+from quantmatrix.empty_model import measure_model
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.hardware import Machine
-from quantmatrix.load import (
-    DTYPES,
-    TensorReader,
-    build_empty,
-    plain_targets,
-    read_piece,
-    select_rows,
-)
+from quantmatrix.load import DTYPES, TensorReader, read_piece, read_plain
+from quantmatrix.placement import find_biases
 from quantmatrix.places import check_place
-from quantmatrix.planning import (
-    ComponentPlan,
-    Piece,
-    Refusal,
-    ignored_names,
-    is_below,
-    plan_component,
-)
+from quantmatrix.planning import ComponentPlan, Piece, Refusal, plan_component
 from quantmatrix.references import fetch
 from quantmatrix.request import Request
 from quantmatrix.safetensors_writer import save_tensors
 from quantmatrix.sources import find_sources, use_tiny
-from quantmatrix.stored_values import check_plain
 
 SHARD_BYTES = 2 * 1000**3
-BIASES = ("bias", "linear.bias", "quant_bias", "linear.quant_bias")
-"""Names of a layer's bias on disk; the last two hold a folded zero point, too."""
 
 
 def dequantize(
@@ -99,49 +84,27 @@ def decode_tensors(
 
     Where the model has no bias a layer may still store one, of zeros, or folded.
     """
-    quantized = {piece.layer for piece in component.pieces()}
-    ignored = ignored_names(component.checkpoint, component.family)
     for module, pieces in component.layers.items():
         bias = f"{module}.bias"
-        if bias in expected and any(has_bias(component, piece) for piece in pieces):
+        if bias in expected and any(
+            find_biases(component.checkpoint, piece.layer) for piece in pieces
+        ):
             yield f"{module}.weight", partial(decode_part, component, pieces, 0)
             yield bias, partial(decode_part, component, pieces, 1)
         else:
             yield f"{module}.weight", partial(decode_bare, component, pieces)
-    for name in component.checkpoint.tensors:
-        if name in ignored or is_below(name, quantized):
-            continue
-        for rule, parameter in plain_targets(component, name):
-
-            def take(
-                reader: TensorReader, name: str = name, rule: Any = rule, parameter: str = parameter
-            ) -> torch.Tensor:
-                tensor = reader.read(name)
-                check_plain(component.checkpoint, name, parameter, tensor)
-                rows = select_rows(rule, tensor.shape[0] if tensor.ndim else 0)
-                return tensor if rows is None else tensor[rows]
-
-            yield parameter, take
+    for plain in component.plain:
+        yield plain.parameter, partial(read_plain, component, plain)
 
 
 def list_tensors(
     component: ComponentPlan,
 ) -> list[tuple[str, Callable[[TensorReader], torch.Tensor], torch.Size]]:
-    """(diffusers name, how to make the tensor, its shape in the model); every one accounted for."""
-    checkpoint, model = component.checkpoint, build_empty(component)
-    expected = {**dict(model.named_parameters()), **model.state_dict()}
-    made = list(decode_tensors(component, expected))
-    names = [name for name, _ in made]
-    strange = sorted(set(names) - set(expected)) or [n for n in names if names.count(n) > 1]
-    missing = sorted(n for n, t in expected.items() if t.is_meta and n not in names)
-    if strange or missing:
-        what = f"holds {strange[0]} once too often" if strange else f"has no {missing[0]}"
-        raise CheckpointError(
-            f"{checkpoint.reference}: {what}: expected the {len(expected)} tensors of "
-            f"{component.class_name} ({component.config_from}), each once. Is this checkpoint of "
-            "another model, or of another size?"
-        )
-    return [(name, make, expected[name].shape) for name, make in made]
+    """(diffusers name, how to make the tensor, its shape in the model) of all that is planned."""
+    shapes = measure_model(component.class_name, component.config, component.config_from).tensors
+    return [
+        (name, make, torch.Size(shapes[name])) for name, make in decode_tensors(component, shapes)
+    ]
 
 
 def decode_part(
@@ -162,11 +125,6 @@ def decode_bare(
             f"{component.class_name} of {component.config_from} expects none: is it of another model?"
         )
     return weight
-
-
-def has_bias(component: ComponentPlan, piece: Piece) -> bool:
-    """Whether a layer on disk has a bias tensor."""
-    return any(f"{piece.layer}.{kind}" in component.checkpoint.tensors for kind in BIASES)
 
 
 def decode_pieces(

@@ -1,9 +1,10 @@
 """Load: from a component plan to a diffusers model whose planned layers are quantized.
 
 The model is built without memory, quantized linears are put in place, and every other tensor is
-assigned straight from the safetensors mapping: what is used as stored is never copied. Every tensor
-name of the checkpoint and of the model is accounted for, or the error names it; a census at the end
-counts the quantized layers that stand in the model against the plan.
+assigned straight from the safetensors mapping: what is used as stored is never copied. Which tensor
+goes where stands in the plan, which has compared every name and shape with the model; numbers that
+cannot be meant are refused here. A census at the end counts the quantized layers that stand in the
+model against the plan.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from torch import nn
 
 from quantmatrix import families, kernels
 from quantmatrix.checkpoint import Checkpoint
+from quantmatrix.empty_model import build_empty
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.layers import QuantizedLinear, SplitInputLinear, share_inputs
-from quantmatrix.models import Target
-from quantmatrix.planning import ComponentPlan, Piece, Refusal, ignored_names, is_below, plan
+from quantmatrix.placement import PlainTensor, select_rows, shorten
+from quantmatrix.planning import ComponentPlan, Piece, Refusal, plan
 from quantmatrix.references import fetch
 from quantmatrix.request import WEIGHTS_ALIASES, Request
 from quantmatrix.stored_values import check_plain, check_stored, check_values
@@ -51,11 +53,12 @@ class TensorReader:
         """One tensor, on the device; on a CPU it is a view of the mapped file."""
         from safetensors import safe_open
 
-        file = self._checkpoint.tensors[name].file
+        header = self._checkpoint.tensors[name]
+        file = header.file
         if file not in self._files:
             handle = safe_open(file, framework="pt", device=self._device)
             self._files[file] = self._stack.enter_context(handle)
-        tensor: torch.Tensor = self._files[file].get_tensor(name)
+        tensor: torch.Tensor = self._files[file].get_tensor(header.on_disk)
         return tensor
 
 
@@ -111,7 +114,7 @@ def load_component(
     """Build one planned component on `device`; `progress` is called with bytes as they are read."""
     checkpoint = fetch(component.checkpoint, request.hub)
     dtype = DTYPES[request.dtype]
-    model = build_empty(component)
+    model = build_empty(component.class_name, component.config, component.config_from)
     full_precision = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 
     def dtype_of(name: str) -> torch.dtype:
@@ -119,59 +122,21 @@ def load_component(
         return torch.float32 if kept and dtype != torch.float32 else dtype
 
     report = progress or (lambda _: None)
-    expected = {name for name, _ in model.named_parameters()} | set(model.state_dict())
-    placed: set[str] = set()
     with TensorReader(checkpoint, device) as reader:
         for module, pieces in component.layers.items():
-            linear = find_linear(model, module, checkpoint)
-            layer = build_layer(component, pieces, reader, dtype_of(module), linear)
+            bare = model.get_submodule(module)._parameters.get("bias") is None
+            layer = build_layer(component, pieces, reader, dtype_of(module), bare=bare)
             place_module(model, module, layer)
-            placed |= {f"{module}.weight", f"{module}.bias"} & expected
             report(sum(tensor.numel() * tensor.element_size() for tensor in layer.buffers()))
-        assign_plain(component, checkpoint, reader, model, expected - placed, dtype_of, report)
-    check_complete(component, checkpoint, model)
+        for plain in component.plain:
+            tensor = read_plain(component, plain, reader).to(dtype_of(plain.parameter))
+            assign(model, plain.parameter, tensor)
+            report(tensor.numel() * tensor.element_size())
+    check_complete(component, model)
     check_census(component, model)
     share_inputs(model)
     model.eval().requires_grad_(False)
     return model
-
-
-def build_empty(component: ComponentPlan) -> nn.Module:
-    """The diffusers model of a component on the meta device (its computed buffers are real)."""
-    import diffusers
-    from accelerate import init_empty_weights
-    from diffusers.models.modeling_utils import no_init_weights
-
-    model_class = getattr(diffusers, component.class_name, None)
-    if model_class is None:
-        raise CheckpointError(
-            f"{component.config_from}: _class_name {component.class_name!r} is no diffusers model"
-        )
-    config = {k: v for k, v in component.config.items() if k != "quantization_config"}
-    try:
-        with no_init_weights(), init_empty_weights():
-            model: nn.Module = model_class.from_config(config)
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(
-            f"{component.config_from}: no {component.class_name} can be built from it ({error}): a "
-            "value is of a wrong kind or missing; compare it with the base model's config.json"
-        ) from error
-    return model
-
-
-def find_linear(model: nn.Module, module: str, checkpoint: Checkpoint) -> nn.Linear:
-    """The linear layer that a quantized layer replaces."""
-    try:
-        found = model.get_submodule(module)
-    except AttributeError:
-        found = None
-    if not isinstance(found, nn.Linear):
-        what = "nothing of that name" if found is None else f"a {type(found).__name__}"
-        raise CheckpointError(
-            f"{checkpoint.reference}: quantized layer {module} should be a linear layer of "
-            f"{type(model).__name__}, which has {what} there: is this checkpoint of another model?"
-        )
-    return found
 
 
 def place_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -185,29 +150,22 @@ def build_layer(
     pieces: tuple[Piece, ...],
     reader: TensorReader,
     dtype: torch.dtype,
-    linear: nn.Linear,
+    *,
+    bare: bool,
 ) -> nn.Module:
-    """The quantized module of one linear layer, from one piece or several."""
-    into = sum(piece.in_features for piece in pieces)
-    if (pieces[0].out_features, into) != (linear.out_features, linear.in_features):
-        raise CheckpointError(
-            f"{component.checkpoint.reference}: layer {pieces[0].layer} is "
-            f"{pieces[0].out_features} x {into} (out x in), {component.class_name} of "
-            f"{component.config_from} expects {linear.out_features} x {linear.in_features}: is this "
-            "checkpoint of another model, or of another size?"
-        )
+    """The quantized module of one linear layer, from one piece or several; `bare`: it has no bias.
+
+    Where a bias is stored folded, or for a layer that has none, zeros say that there is none.
+    """
     parts = [build_piece(component, piece, reader, dtype) for piece in pieces]
-    bare = linear._parameters.get("bias") is None
-    for part in parts:
-        if bare and part.bias is not None and not part.bias.any():
-            part.bias = None  # where a bias is stored folded, zeros say that there is none
-    biased = any(part.bias is not None for part in parts)
-    if biased == bare:
-        raise CheckpointError(
-            f"{component.checkpoint.reference}: layer {pieces[0].layer} "
-            f"{'has a' if biased else 'has no'} bias, {component.class_name} of "
-            f"{component.config_from} expects the opposite: is it of another model, or incomplete?"
-        )
+    for part in parts if bare else ():
+        if part.bias is not None and part.bias.any():
+            raise CheckpointError(
+                f"{component.checkpoint.reference}: layer {pieces[0].layer} has a bias, "
+                f"{component.class_name} of {component.config_from} expects none: is it of another "
+                "model?"
+            )
+        part.bias = None
     return parts[0] if len(parts) == 1 else SplitInputLinear(parts)
 
 
@@ -218,11 +176,6 @@ def build_piece(
     canonical = read_piece(component, piece, reader)
     kernel = next(k for k in kernels.kernels_of(piece.scheme.op) if k.backend == piece.backend)
     bias = canonical.get("bias")
-    if bias is not None and bias.shape != (piece.out_features,):
-        raise CheckpointError(
-            f"{component.checkpoint.reference}: layer {piece.layer} has a bias of shape "
-            f"{list(bias.shape)}: expected [{piece.out_features}]; the checkpoint is damaged"
-        )
     if piece.target.plus_one and bias is not None:
         width = piece.out_features // piece.target.interleave
         chunks = bias.float().clone().view(-1, width)
@@ -281,105 +234,32 @@ def take_part(
         ) from error
 
 
-def select_rows(target: Target, stored_rows: int) -> torch.Tensor | slice | None:
-    """Rows of the layer on disk that a module takes, in the module's order; None: all of them."""
-    index, count = target.part
-    each = stored_rows // count
-    if target.swap_halves:
-        half = each // 2
-        return torch.cat([torch.arange(half, each), torch.arange(half)]) + index * each
-    if target.interleave > 1:
-        return torch.arange(each).view(-1, target.interleave).T.flatten() + index * each
-    return None if count == 1 else slice(index * each, (index + 1) * each)
+def read_plain(component: ComponentPlan, plain: PlainTensor, reader: TensorReader) -> torch.Tensor:
+    """The rows of a plain tensor that its parameter takes, as they are stored."""
+    tensor = reader.read(plain.name)
+    check_plain(component.checkpoint, plain.name, plain.parameter, tensor)
+    rows = select_rows(plain.target, tensor.shape[0] if tensor.ndim else 0)
+    return tensor if rows is None else tensor[rows]
 
 
-def assign_plain(
-    component: ComponentPlan,
-    checkpoint: Checkpoint,
-    reader: TensorReader,
-    model: nn.Module,
-    expected: set[str],
-    dtype_of: Callable[[str], torch.dtype],
-    report: Callable[[int], object],
-) -> None:
-    """Assign every tensor that is stored plainly; unknown and quantized ones are errors."""
-    quantized = {piece.layer for piece in component.pieces()}
-    ignored = ignored_names(checkpoint, component.family)
-    unknown = []
-    taken: dict[str, str] = {}
-    for name in checkpoint.tensors:
-        if name in ignored or is_below(name, quantized):
-            continue
-        for target, parameter in plain_targets(component, name):
-            if parameter not in expected:
-                unknown.append(name)
-                continue
-            if parameter in taken:
-                raise CheckpointError(
-                    f"{checkpoint.tensors[name].file}: tensors {taken[parameter]} and {name} are "
-                    f"both {parameter} of {component.class_name}: expected one of them; names of "
-                    "two layouts are mixed, write the checkpoint again"
-                )
-            taken[parameter] = name
-            tensor = reader.read(name)
-            check_plain(checkpoint, name, parameter, tensor)
-            rows = select_rows(target, tensor.shape[0] if tensor.ndim else 0)
-            tensor = tensor if rows is None else tensor[rows]
-            assign(model, parameter, tensor.to(dtype_of(parameter)), checkpoint, name)
-            report(tensor.numel() * tensor.element_size())
-    if unknown:
-        raise CheckpointError(
-            f"{checkpoint.reference}: {len(unknown)} tensors are unknown to "
-            f"{component.class_name} ({component.config_from}): {_shorten(unknown)}. "
-            "Is this checkpoint of another model, or of another size?"
-        )
-
-
-def plain_targets(component: ComponentPlan, name: str) -> Iterator[tuple[Target, str]]:
-    """(target, parameter name in the model) of a tensor that is stored plainly."""
-    whole = component.dialect.tensor_targets(name)
-    if whole is not None:
-        for target in whole:
-            yield target, target.module
-        return
-    layer, _, leaf = name.rpartition(".")
-    for target in component.dialect.layer_targets(layer):
-        if target.interleave > 1:
-            raise CheckpointError(
-                f"{component.checkpoint.tensors[name].file}: tensor {name} is stored plainly, and "
-                f"the {component.dialect.name} layout has {layer} as AWQ codes only: whether its "
-                "rows are interleaved and 1 is added to its scale cannot be known"
-            )
-        yield target, f"{target.module}.{leaf}" if target.module else leaf
-
-
-def assign(
-    model: nn.Module, parameter: str, tensor: torch.Tensor, checkpoint: Checkpoint, name: str
-) -> None:
+def assign(model: nn.Module, parameter: str, tensor: torch.Tensor) -> None:
     """Put a tensor in a parameter's or buffer's place."""
     owner_name, _, leaf = parameter.rpartition(".")
     owner = model.get_submodule(owner_name) if owner_name else model
-    old = getattr(owner, leaf)
-    if old.shape != tensor.shape:
-        raise CheckpointError(
-            f"{checkpoint.tensors[name].file}: tensor {name} has shape {list(tensor.shape)}, "
-            f"{type(model).__name__} expects {list(old.shape)} for {parameter}"
-        )
     if leaf in owner._parameters:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[leaf] = tensor
 
 
-def check_complete(component: ComponentPlan, checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Nothing of the model may be left without a tensor."""
+def check_complete(component: ComponentPlan, model: nn.Module) -> None:
+    """Nothing of the model may be left without a tensor, whatever the plan said."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     missing = [name for name, tensor in tensors if tensor.is_meta]
     if missing:
         raise CheckpointError(
-            f"{checkpoint.reference}: {len(missing)} tensors of {component.class_name} are not in "
-            f"{', '.join(checkpoint.files)}: {_shorten(missing)}. A quantized checkpoint must hold "
-            "the layers that it leaves in full precision, too"
+            f"{component.checkpoint.reference}: {len(missing)} tensors of {component.class_name} "
+            f"were planned and not filled: {shorten(missing)}"
         )
 
 
@@ -403,13 +283,8 @@ def check_census(component: ComponentPlan, model: nn.Module) -> None:
         wrong = sorted(set(found) ^ set(component.layers))
         raise CheckpointError(
             f"{component.checkpoint.reference}: planned {len(component.layers)} quantized layers, "
-            f"found {len(found)} in the model; they differ at {_shorten(wrong)}"
+            f"found {len(found)} in the model; they differ at {shorten(wrong)}"
         )
-
-
-def _shorten(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 @contextmanager

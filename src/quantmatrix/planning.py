@@ -10,25 +10,33 @@ raises. Nothing is decided later.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 from quantmatrix import export_faults, families, kernels, layer_lists, models, sharing
 from quantmatrix.checkpoint import Checkpoint
 from quantmatrix.choosing import choose
-from quantmatrix.dialects import choose_dialect, find_code
+from quantmatrix.dialects import choose_dialect
+from quantmatrix.empty_model import measure_model
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.hardware import Machine
 from quantmatrix.models import Dialect, Target
+from quantmatrix.placement import (
+    Part,
+    PlainTensor,
+    Site,
+    count_plain_linears,
+    ignored_names,
+    place,
+    sort_layers,
+)
 from quantmatrix.request import Request
-from quantmatrix.scheme import Scheme, measure_features
+from quantmatrix.scheme import Scheme
 from quantmatrix.sources import Source, find_sources, use_tiny
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-WRAPPERS = ("linear", "div")
-"""Levels below a layer's name that belong to it, as msmodelslim has them."""
 FP4_BACKEND = "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND"
 
 
@@ -68,6 +76,10 @@ class ComponentPlan:
     dialect: Dialect
     layers: Mapping[str, tuple[Piece, ...]]
     """Quantized modules, by diffusers name."""
+    plain: tuple[PlainTensor, ...]
+    """Tensors that are stored plainly, and where they go."""
+    ignored: Mapping[str, str]
+    """Tensors that are left aside, each with the family's reason."""
     total_layers: int
     bytes: int
     """Bytes of weights that stay in memory."""
@@ -227,30 +239,21 @@ def plan_component(
     """Plan one transformer component; raises NoKernel when a layer has none."""
     checkpoint = source.checkpoint
     family, why, schemes, online = find_schemes(source, model, request)
-    if family and (note := families.find_caveat(family, checkpoint)):
-        warnings.append(note)
-    warnings += export_faults.list_doubts(checkpoint, schemes)
+    warnings += list_doubts(checkpoint, family, schemes)
     dialect = choose_dialect(checkpoint, model, family, schemes)
-    pieces, plain = sort_layers(checkpoint, schemes, dialect, family)
-    item = ITEM_BYTES[request.dtype]
-    layers: dict[str, tuple[Piece, ...]] = {}
-    wanted, rows = wanted_backend(request, warnings), count_rows(model, request)
-    for module, parts in pieces.items():
-        chosen = []
-        for layer, target, scheme, (out, into) in parts:
-            kernel = choose_kernel(scheme, machine, (out, into), rows, request, wanted, warnings)
-            size = kernel.footprint(scheme, out, into, item)
-            numerics = name_numerics(kernel, scheme)
-            chosen.append(Piece(layer, target, scheme, out, into, kernel.backend, numerics, size))
-        layers[module] = tuple(sorted(chosen, key=lambda piece: piece.target.columns))
-    kept = sum(checkpoint.tensors[n].nbytes for n in plain)
-    total = len(layers) + count_plain_linears(checkpoint, plain, dialect)
+    parts, plain = sort_layers(checkpoint, schemes, dialect, family)
+    total = len(parts) + count_plain_linears(checkpoint, plain, dialect)
     if not total:
         raise CheckpointError(
             f"{checkpoint.reference}: no linear layer in it, found the tensors "
             f"{', '.join(sorted(checkpoint.tensors)[:4]) or 'none'}; expected the weights of "
             f"{name}, a {source.class_name}"
         )
+    shapes = measure_model(source.class_name, source.config, source.config_from)
+    site = Site(checkpoint, dialect, shapes, source.class_name, source.config_from)
+    placed = place(site, parts, plain)
+    layers = choose_kernels(parts, model, request, machine, warnings)
+    kept = sum(checkpoint.tensors[n].nbytes for n in plain)
     return ComponentPlan(
         name=name,
         class_name=source.class_name,
@@ -262,9 +265,53 @@ def plan_component(
         online=online,
         dialect=dialect,
         layers=layers,
+        plain=placed,
+        ignored=ignored_names(checkpoint, family),
         total_layers=total,
-        bytes=kept + sum(piece.bytes for parts in layers.values() for piece in parts),
+        bytes=kept + sum(piece.bytes for pieces in layers.values() for piece in pieces),
     )
+
+
+def list_doubts(
+    checkpoint: Checkpoint, family: str | None, schemes: Mapping[str, Scheme]
+) -> list[str]:
+    """Warnings about a checkpoint that is taken: what its files leave open, or hold besides."""
+    found = []
+    if family and (note := families.find_caveat(family, checkpoint)):
+        found.append(note)
+    if checkpoint.aside:
+        parts = ", ".join(f"{count} of {part}*" for part, count in checkpoint.aside.items())
+        found.append(
+            f"{checkpoint.reference} is a whole checkpoint: of its tensors those of the transformer "
+            f"({checkpoint.prefix}*) are used, {parts} are left aside; the base model's own "
+            "components take their place"
+        )
+    return found + export_faults.list_doubts(checkpoint, schemes)
+
+
+def choose_kernels(
+    parts: Mapping[str, Sequence[Part]],
+    model: str,
+    request: Request,
+    machine: Machine,
+    warnings: list[str],
+) -> dict[str, tuple[Piece, ...]]:
+    """The pieces of each quantized module in the order of their columns, each with its kernel."""
+    item = ITEM_BYTES[request.dtype]
+    wanted, rows = wanted_backend(request, warnings), count_rows(model, request)
+    layers: dict[str, tuple[Piece, ...]] = {}
+    for module, own in parts.items():
+        chosen = []
+        for part in sorted(own, key=lambda part: part.target.columns):
+            scheme, out, into = part.scheme, part.out_features, part.in_features
+            kernel = choose_kernel(scheme, machine, (out, into), rows, request, wanted, warnings)
+            size = kernel.footprint(scheme, out, into, item)
+            numerics = name_numerics(kernel, scheme)
+            chosen.append(
+                Piece(part.layer, part.target, scheme, out, into, kernel.backend, numerics, size)
+            )
+        layers[module] = tuple(chosen)
+    return layers
 
 
 def wanted_backend(request: Request, warnings: list[str]) -> str | None:
@@ -410,54 +457,6 @@ def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict
             f"expected some in {', '.join(blocks)} that --quantization-ignored-layers leaves over"
         )
     return schemes
-
-
-Part = tuple[str, Target, Scheme, tuple[int, int]]
-
-
-def sort_layers(
-    checkpoint: Checkpoint, schemes: Mapping[str, Scheme], dialect: Dialect, family: str | None
-) -> tuple[dict[str, list[Part]], list[str]]:
-    """(parts of each quantized module, names of the tensors that are stored plainly)."""
-    parts: dict[str, list[Part]] = {}
-    for layer, scheme in schemes.items():
-        out, into = measure_features(scheme, find_code(checkpoint, layer).shape)
-        for target in dialect.layer_targets(layer):
-            unsigned = target.unsigned and scheme.op == "linear.svdq" and scheme.weight == "int4"
-            own = replace(scheme, unsigned=True) if unsigned else scheme
-            rows = out // target.part[1]
-            parts.setdefault(target.module, []).append((layer, target, own, (rows, into)))
-    ignored = ignored_names(checkpoint, family)
-    plain = [
-        name for name in checkpoint.tensors if name not in ignored and not is_below(name, schemes)
-    ]
-    return parts, plain
-
-
-def ignored_names(checkpoint: Checkpoint, family: str | None) -> dict[str, str]:
-    """Tensors that the family says are never loaded, each with its reason."""
-    if family is None:
-        return {}
-    ignored = getattr(families.load(family), "ignored", None)
-    if ignored is None:
-        return {}
-    return {name: why for name in checkpoint.tensors if (why := ignored(name))}
-
-
-def is_below(name: str, layers: Collection[str]) -> bool:
-    """Whether a tensor belongs to one of the layers: it lies right below it, or in a wrapper."""
-    above, _, last = name.rpartition(".")[0].rpartition(".")
-    return name.rpartition(".")[0] in layers or (last in WRAPPERS and above in layers)
-
-
-def count_plain_linears(checkpoint: Checkpoint, plain: Sequence[str], dialect: Dialect) -> int:
-    """Linear layers in full precision: the five models keep only those as 2-D `.weight`s."""
-    count = 0
-    for name in plain:
-        layer, _, leaf = name.rpartition(".")
-        if leaf == "weight" and len(checkpoint.tensors[name].shape) == 2:
-            count += len(dialect.layer_targets(layer))
-    return count
 
 
 def decide_offload(request: Request, family: str | None, warnings: list[str]) -> tuple[bool, bool]:

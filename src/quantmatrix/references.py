@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath, PurePosixPath
 from typing import Any
 
-from quantmatrix import layer_lists
+from quantmatrix import layer_lists, name_prefixes
 from quantmatrix.checkpoint import (
     PICKLES,
     Checkpoint,
@@ -279,10 +279,15 @@ def build_checkpoint(reference: str, folder: Folder, selection: Selection) -> Ch
         tuple(headers),
         (nested, nested_file) if nested and nested_file else None,
     )
+    tensors, prefix, aside = name_prefixes.strip_tensors(tensors)
     places = {folder.address(name): name for name in selection}
-    block, place = layer_lists.complete(
-        block, place, tensors, lambda file, names: folder.contents(places[file], names)
-    )
+
+    def read(file: str, names: list[str]) -> dict[str, bytes]:
+        stored = {tensors[name].on_disk: name for name in names}
+        found = folder.contents(places[file], list(stored))
+        return {stored[name]: content for name, content in found.items()}
+
+    block, place = layer_lists.complete(name_prefixes.strip_block(block), place, tensors, read)
     description, description_file = read_beside(beside, find_description(beside))
     return Checkpoint(
         reference=reference,
@@ -293,8 +298,10 @@ def build_checkpoint(reference: str, folder: Folder, selection: Selection) -> Ch
         config_file=config_file,
         quantization=block,
         quantization_from=place,
-        description=description,
+        description=name_prefixes.strip_keys(description) if description else description,
         description_file=description_file,
+        prefix=prefix,
+        aside=aside,
         remote=find_remote(folder, selection),
     )
 

@@ -25,7 +25,8 @@ import torch
 
 from quantmatrix import families, kernels
 from quantmatrix.kernels import Tensors
-from quantmatrix.load import TensorReader, read_layer, select_rows
+from quantmatrix.load import TensorReader, read_layer
+from quantmatrix.placement import select_rows
 from quantmatrix.planning import ComponentPlan, Piece, Plan
 from quantmatrix.references import fetch
 from quantmatrix.rounding_model import LARGEST_CODE, TOP_GAP

@@ -82,20 +82,21 @@ def count_layers(part: Any, model: Any) -> dict[str, Any]:
 def count_tensors(part: Any, model: Any) -> dict[str, int]:
     """Every tensor of the checkpoint is part of a quantized layer, in the model, or left out for
     a reason that the family gives; every tensor of the model has a value."""
-    from quantmatrix.load import plain_targets
-    from quantmatrix.planning import ignored_names, is_below
+    from quantmatrix.placement import is_below
 
     layers = {piece.layer for piece in part.pieces()}
-    ignored = ignored_names(part.checkpoint, part.family)
+    targets: dict[str, list[str]] = {}
+    for plain in part.plain:
+        targets.setdefault(plain.name, []).append(plain.parameter)
     present = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     places: Counter[str] = Counter()
     lost = []
     for name in part.checkpoint.tensors:
-        if name in ignored:
+        if name in part.ignored:
             places["ignored"] += 1
         elif is_below(name, layers):
             places["quantized"] += 1
-        elif all(target in present for _, target in plain_targets(part, name)):
+        elif name in targets and present.issuperset(targets[name]):
             places["plain"] += 1
         else:
             lost.append(name)

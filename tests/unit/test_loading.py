@@ -142,7 +142,7 @@ def test_aliases_of_the_weights_override(copy: Path, flux: Path) -> None:
         ),
         (
             lambda t: t.update({"transformer_blocks.0.attn.to_q.bias": torch.ones(1).bfloat16()}),
-            r"transformer_blocks\.0\.attn\.to_q has a bias of shape \[1\]",
+            r"transformer_blocks\.0\.attn\.to_q\.bias is a bias of shape \[1\]",
         ),
         (
             lambda t: t.update({"transformer_blocks.0.attn.to_q.input_scale": torch.zeros(1)}),
@@ -160,21 +160,21 @@ def test_aliases_of_the_weights_override(copy: Path, flux: Path) -> None:
             lambda t: t.update(
                 {"transformer_blocks.0.attn.to_q.bias": torch.ones(256).to(torch.float8_e4m3fn)}
             ),
-            r"transformer_blocks\.0\.attn\.to_q\.bias holds torch\.float8_e4m3fn codes",
+            r"transformer_blocks\.0\.attn\.to_q\.bias holds F8_E4M3 codes",
         ),
         (
             lambda t: t.update({"transformer_blocks.0.attn.to_q.bias": torch.ones(256).int()}),
-            r"transformer_blocks\.0\.attn\.to_q\.bias holds torch\.int32 codes",
+            r"transformer_blocks\.0\.attn\.to_q\.bias holds I32 codes",
         ),
         (
             lambda t: t.update({"x_embedder.weight": t["x_embedder.weight"].to(torch.int16)}),
-            r"x_embedder\.weight holds torch\.int16 codes",
+            r"x_embedder\.weight holds I16 codes",
         ),
         (
             lambda t: t.update(
                 {"x_embedder.weight": t["x_embedder.weight"].to(torch.float8_e4m3fnuz)}
             ),
-            r"x_embedder\.weight holds torch\.float8_e4m3fnuz codes",
+            r"x_embedder\.weight holds F8_E4M3FNUZ codes",
         ),
         (
             lambda t: t.update({"transformer_blocks.0.attn.to_q.extra.weight": torch.ones(4, 256)}),
@@ -203,18 +203,18 @@ def test_damaged_checkpoints_are_named(
     [
         (
             lambda t: t.update({"x_embedder.bias": t["x_embedder.bias"].to(torch.float8_e4m3fn)}),
-            r"x_embedder\.bias holds torch\.float8_e4m3fn codes",
+            r"x_embedder\.bias holds F8_E4M3 codes",
         ),
-        (lambda t: t.update({"stray.weight": torch.ones(2, 2)}), r"holds stray\.weight once too"),
+        (lambda t: t.update({"stray.weight": torch.ones(2, 2)}), r"1 tensors are unknown to .*: stray\.weight"),
         (
             lambda t: t.update({"transformer_blocks.0.attn.to_q.extra.weight": torch.ones(2, 2)}),
-            r"holds transformer_blocks\.0\.attn\.to_q\.extra\.weight once too often",
+            r"unknown to .*to_q\.extra\.weight",
         ),
-        (lambda t: t.pop("x_embedder.weight"), r"has no x_embedder\.weight"),
-        (lambda t: t.pop("transformer_blocks.0.attn.to_q.bias"), r"has no .*to_q\.bias"),
+        (lambda t: t.pop("x_embedder.weight"), r"are not in .*: x_embedder\.weight"),
+        (lambda t: t.pop("transformer_blocks.0.attn.to_q.bias"), r"to_q has no bias, "),
         (
             lambda t: t.update({"x_embedder.weight": torch.ones(3, 3)}),
-            r"x_embedder\.weight is \[3, 3\]",
+            r"x_embedder\.weight has shape \[3, 3\], .* expects \[256, 64\]",
         ),
     ],
 )

@@ -192,6 +192,12 @@ def take_rows(scheme: Scheme, tensors: Tensors, rows: torch.Tensor | slice) -> T
     return found
 
 
+def check_rows(scheme: Scheme, rows: torch.Tensor | slice | None, count: int) -> None:
+    """ValueError where taking these rows, of `count`, would part rows that share a scale."""
+    if rows is not None and scheme.scale == "block":
+        import_module(OPS[scheme.op]).find_blocks(rows, count, scheme.block[0])
+
+
 def decode(scheme: Scheme, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(weight [out, in], bias [out] or None) in plain float32 numbers, of canonical tensors.
 
