@@ -133,10 +133,15 @@ class Checkpoint:
         return sum(header.nbytes for header in self.tensors.values())
 
     def layers(self) -> dict[str, frozenset[str]]:
-        """Suffixes of every layer, a layer's name being what stands before the last dot."""
+        """Suffixes of every layer, a layer's name being what stands before the last dot.
+
+        A tensor without a dot in its name belongs to no layer.
+        """
         found: dict[str, set[str]] = {}
         for name in self.tensors:
-            layer, _, suffix = name.rpartition(".")
+            layer, dot, suffix = name.rpartition(".")
+            if not dot:
+                continue
             found.setdefault(layer, set()).add(suffix)
         return {layer: frozenset(suffixes) for layer, suffixes in found.items()}
 

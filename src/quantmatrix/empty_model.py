@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import CheckpointError
@@ -69,21 +68,26 @@ def build_empty(class_name: str, config: Mapping[str, Any], config_from: str) ->
 
 def measure_model(class_name: str, config: Mapping[str, Any], config_from: str) -> ModelShapes:
     """Names and shapes of the model of a configuration; built once per process."""
-    return _measure(class_name, json.dumps(dict(config), sort_keys=True), config_from)
+    own = {key: value for key, value in config.items() if key != "quantization_config"}
+    key = (class_name, json.dumps(own, sort_keys=True))
+    if key not in _MEASURED:
+        _MEASURED[key] = list_shapes(build_empty(class_name, own, config_from))
+    return _MEASURED[key]
 
 
-@lru_cache(maxsize=16)
-def _measure(class_name: str, config: str, config_from: str) -> ModelShapes:
+_MEASURED: dict[tuple[str, str], ModelShapes] = {}
+"""What was built before, by class and configuration."""
+
+
+def list_shapes(model: nn.Module) -> ModelShapes:
+    """Names and shapes of an empty model."""
     from torch import nn
 
-    model = build_empty(class_name, json.loads(config), config_from)
     modules = dict(model.named_modules())
     every = [*model.named_parameters(), *model.named_buffers()]
+    stored = {**dict(model.named_parameters()), **model.state_dict()}
     return ModelShapes(
-        tensors={
-            name: tuple(tensor.shape)
-            for name, tensor in [*model.named_parameters(), *model.state_dict().items()]
-        },
+        tensors={name: tuple(tensor.shape) for name, tensor in stored.items()},
         required=frozenset(name for name, tensor in every if tensor.is_meta),
         linears={
             name: Linear(module.out_features, module.in_features, module.bias is not None)

@@ -69,6 +69,8 @@ class Site:
     shapes: ModelShapes
     class_name: str
     config_from: str
+    online: bool = False
+    """Its layers are quantized while loading, from full precision."""
 
     @property
     def model(self) -> str:
@@ -77,9 +79,17 @@ class Site:
 
 
 def sort_layers(
-    checkpoint: Checkpoint, schemes: Mapping[str, Scheme], dialect: Dialect, family: str | None
+    checkpoint: Checkpoint,
+    schemes: Mapping[str, Scheme],
+    dialect: Dialect,
+    family: str | None,
+    *,
+    online: bool = False,
 ) -> tuple[dict[str, list[Part]], list[str]]:
-    """(parts of each quantized module, names of the tensors that are stored plainly)."""
+    """(parts of each quantized module, names of the tensors that are stored plainly).
+
+    A layer that is quantized while loading (`online`) has a weight and a bias, and nothing else.
+    """
     parts: dict[str, list[Part]] = {}
     for layer, scheme in schemes.items():
         code = find_code(checkpoint, layer)
@@ -92,12 +102,15 @@ def sort_layers(
         out, into = measure_features(scheme, code.shape)
         for target in dialect.layer_targets(layer):
             unsigned = target.unsigned and scheme.op == "linear.svdq" and scheme.weight == "int4"
-            own = replace(scheme, unsigned=True) if unsigned else scheme
+            kind = replace(scheme, unsigned=True) if unsigned else scheme
             rows = out // target.part[1]
-            parts.setdefault(target.module, []).append(Part(layer, target, own, rows, into))
+            parts.setdefault(target.module, []).append(Part(layer, target, kind, rows, into))
     ignored = ignored_names(checkpoint, family)
+    own = {f"{layer}.{leaf}" for layer in schemes for leaf in ("weight", "bias")}
     plain = [
-        name for name in checkpoint.tensors if name not in ignored and not is_below(name, schemes)
+        name
+        for name in checkpoint.tensors
+        if name not in ignored and not (name in own if online else is_below(name, schemes))
     ]
     return parts, plain
 
@@ -161,6 +174,9 @@ def check_module(site: Site, module: str, parts: Sequence[Part]) -> None:
             "of two layouts are mixed, write the checkpoint again"
         )
     for part in parts:
+        code = find_code(site.checkpoint, part.layer)
+        if site.online and code.dtype not in FLOATS:
+            raise describe_codes(code, f"{module}.weight")
         check_rows(site, part)
     into = sum(part.in_features for part in parts)
     wrong = [part for part in parts if part.out_features != linear.out_features]

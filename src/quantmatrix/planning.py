@@ -241,7 +241,7 @@ def plan_component(
     family, why, schemes, online = find_schemes(source, model, request)
     warnings += list_doubts(checkpoint, family, schemes)
     dialect = choose_dialect(checkpoint, model, family, schemes)
-    parts, plain = sort_layers(checkpoint, schemes, dialect, family)
+    parts, plain = sort_layers(checkpoint, schemes, dialect, family, online=online)
     total = len(parts) + count_plain_linears(checkpoint, plain, dialect)
     if not total:
         raise CheckpointError(
@@ -250,7 +250,7 @@ def plan_component(
             f"{name}, a {source.class_name}"
         )
     shapes = measure_model(source.class_name, source.config, source.config_from)
-    site = Site(checkpoint, dialect, shapes, source.class_name, source.config_from)
+    site = Site(checkpoint, dialect, shapes, source.class_name, source.config_from, online)
     placed = place(site, parts, plain)
     layers = choose_kernels(parts, model, request, machine, warnings)
     kept = sum(checkpoint.tensors[n].nbytes for n in plain)

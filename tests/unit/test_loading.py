@@ -205,7 +205,10 @@ def test_damaged_checkpoints_are_named(
             lambda t: t.update({"x_embedder.bias": t["x_embedder.bias"].to(torch.float8_e4m3fn)}),
             r"x_embedder\.bias holds F8_E4M3 codes",
         ),
-        (lambda t: t.update({"stray.weight": torch.ones(2, 2)}), r"1 tensors are unknown to .*: stray\.weight"),
+        (
+            lambda t: t.update({"stray.weight": torch.ones(2, 2)}),
+            r"1 tensors are unknown to .*: stray\.weight",
+        ),
         (
             lambda t: t.update({"transformer_blocks.0.attn.to_q.extra.weight": torch.ones(2, 2)}),
             r"unknown to .*to_q\.extra\.weight",

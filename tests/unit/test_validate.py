@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def test_a_model_that_is_not_as_planned() -> None:
         LAYER: "in full precision, although the plan has it quantized"
     }
     layers = {name: pieces for name, pieces in part.layers.items() if not name.endswith("to_k")}
-    fewer = planning.replace(part, layers=layers)
+    fewer = replace(part, layers=layers)
     extra = [name for name in find_differences(fewer, model) if name.endswith("to_k")]
     assert len(extra) == len(part.layers) - len(layers) > 0
 

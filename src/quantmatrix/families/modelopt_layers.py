@@ -137,7 +137,7 @@ def judge_nvfp4(layer: StoredLayer, layout: Scheme, algorithm: str) -> Scheme:
     scheme = layout
     if algorithm == "NVFP4_SVD" or {"svdquant_lora_a", "svdquant_lora_b"} & layer.suffixes:
         branch = layer.header("svdquant_lora_a")
-        rank = branch.shape[0] if branch else 1
+        rank = branch.shape[0] if branch and branch.shape else 1
         scheme = replace(scheme, name="NVFP4_SVD", rank=rank, smoothed=True)
     elif algorithm == "NVFP4_AWQ" or "pre_quant_scale" in layer.suffixes:
         scheme = replace(scheme, name="NVFP4_AWQ", smoothed=True)
