@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.lifecycle import LIVES, Judgement, Now, judge_explained, newest_date
-from quantmatrix.states import explain_state
+from quantmatrix.scopes import SCOPES, SEPARATOR, Standing
+from quantmatrix.states import stand
 
 if TYPE_CHECKING:
     from quantmatrix.evidence import Evidence
@@ -52,6 +53,8 @@ class Task:
     claim: str
     life: str
     reason: str
+    scope: str = ""
+    """Of the record that names the cell; empty where there is none."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Agreement:
     by_hardware: Mapping[str, Share]
     tasks: tuple[Task, ...]
     """The burn-down list, the most urgent first, then in table order."""
+    by_scope: Mapping[str, int] = field(default_factory=dict)
+    """Claims with fresh, agreeing evidence of each scope, the weakest first."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -70,6 +75,7 @@ class Agreement:
             "overall": self.overall.to_json(),
             "families": {name: share.to_json() for name, share in self.by_family.items()},
             "hardware": {name: share.to_json() for name, share in self.by_hardware.items()},
+            "scopes": dict(self.by_scope),
             "tasks": [asdict(task) for task in self.tasks],
         }
 
@@ -78,14 +84,18 @@ def measure(
     tables: Matrix,
     evidence: Mapping[str, Evidence],
     now: Now,
-    explained: Mapping[str, tuple[str, str]] | None = None,
+    standings: Mapping[str, Standing] | None = None,
 ) -> Agreement:
-    """Judge the evidence of every claim; `explained` holds states and reasons if they are known."""
+    """Judge the evidence of every claim; `standings` holds that of every cell where it is known."""
     claims = [cell for cell in tables.cells if cell.claim != "planned"]
-    told = explained or {c.id: explain_state(c, evidence.get(c.id), tables) for c in claims}
-    found = {c.id: judge_explained(told[c.id], evidence.get(c.id), now) for c in claims}
+    told = standings or {c.id: stand(c, evidence, tables) for c in claims}
+    found = {c.id: judge_standing(told[c.id], now) for c in claims}
+    fresh = Counter(told[c.id].scope for c in claims if found[c.id].life == "fresh")
     tasks = [
-        Task(c.id, c.family, c.hardware, c.claim, found[c.id].life, found[c.id].reason)
+        Task(
+            *(c.id, c.family, c.hardware, c.claim),
+            *(found[c.id].life, found[c.id].reason, told[c.id].scope),
+        )
         for life in URGENCY
         for c in claims
         if found[c.id].life == life
@@ -99,7 +109,13 @@ def measure(
         by_family={f: share(c for c in claims if c.family == f) for f in tables.families},
         by_hardware={h: share(c for c in claims if c.hardware == h) for h in tables.hardware},
         tasks=tuple(tasks),
+        by_scope={scope: fresh[scope] for scope in SCOPES if fresh[scope]},
     )
+
+
+def judge_standing(standing: Standing, now: Now) -> Judgement:
+    """The life of the record that names a cell."""
+    return judge_explained((standing.state, standing.reason), standing.record, now)
 
 
 def count_lives(judgements: Iterable[Judgement]) -> Share:
@@ -111,19 +127,27 @@ def count_lives(judgements: Iterable[Judgement]) -> Share:
 def write_badge(
     tables: Matrix,
     evidence: Mapping[str, Evidence],
-    explained: Mapping[str, tuple[str, str]] | None = None,
+    standings: Mapping[str, Standing] | None = None,
 ) -> bytes:
     """badge.json of a report: ages are counted back from the newest record, so it stands still."""
     now = Now(today=newest_date(evidence.values()))
-    percent = measure(tables, evidence, now, explained).overall.percent
+    found = measure(tables, evidence, now, standings)
+    percent = found.overall.percent
     colour = next(name for bound, name in COLOURS if percent >= bound)
     badge = {
         "schemaVersion": 1,
         "label": "claims proven",
-        "message": f"{percent:.1f} %",
+        "message": f"{percent:.1f} %{show_scopes(found.by_scope)}",
         "color": colour,
     }
     return (json.dumps(badge, indent=1) + "\n").encode()
+
+
+def show_scopes(counts: Mapping[str, int]) -> str:
+    """` · stand-in`, or ` · 400 stand-in, 9 true size`; nothing where nothing is proven."""
+    if len(counts) < 2:
+        return "".join(f"{SEPARATOR}{scope}" for scope in counts)
+    return SEPARATOR + ", ".join(f"{count} {scope}" for scope, count in counts.items())
 
 
 def suggest_runs(tasks: Iterable[Task]) -> dict[str, str]:

@@ -29,6 +29,7 @@ from quantmatrix.request import (
     normalize_words,
 )
 
+LIST_FILTERS = ("family", "model", "hardware", "claim", "state", "scope")
 EXIT_PROBLEM, EXIT_USAGE, EXIT_REFUSED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 3, 130, 143
 
 Handler = Callable[[argparse.Namespace, list[str]], int]
@@ -210,7 +211,7 @@ def _add_matrix(commands: Any) -> None:
         if name == "show":
             action.add_argument("id", help="id of a cell (row@hardware) or of a row")
         if name == "list":
-            for flag in ("family", "model", "hardware", "claim", "state"):
+            for flag in LIST_FILTERS:
                 action.add_argument(f"--{flag}", nargs="+", default=[], metavar=flag.upper())
     for name in ("jobs", "matrix_diff", "dry_run"):
         import_module(f"quantmatrix.commands.{name}").add_to_matrix(actions)
@@ -415,23 +416,24 @@ def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def read_states(reports: str | None) -> tuple[Any, dict[str, str]]:
-    """(the matrix, state of every cell joined from the evidence)."""
+def read_standings(reports: str | None) -> tuple[Any, Mapping[str, Any]]:
+    """(the matrix, state and scope of every cell joined from the evidence)."""
     from quantmatrix import matrix, report
 
     tables = matrix.read()
-    return tables, report.read_states(tables, reports)
+    return tables, report.read_standings(tables, reports)
 
 
 def run_matrix_list(arguments: argparse.Namespace, rest: list[str]) -> int:
     """`quantmatrix matrix list`."""
     from quantmatrix import matrix
+    from quantmatrix.scopes import label
 
-    tables, states = read_states(arguments.reports)
-    rows = matrix.rows_as_dicts(tables, states)
-    for flag in ("family", "model", "hardware", "claim", "state"):
+    tables, standings = read_standings(arguments.reports)
+    rows = matrix.rows_as_dicts(tables, standings)
+    for flag in LIST_FILTERS:
         wanted = getattr(arguments, flag)
-        known = {row[flag] for row in rows} | known_values(tables, flag)
+        known = {row[flag] for row in rows} - {""} | known_values(tables, flag)
         strange = [word for word in wanted if word not in known]
         if strange:
             raise UsageError(f"--{flag} {strange[0]}: not in the tables; known: {sorted(known)}")
@@ -440,15 +442,17 @@ def run_matrix_list(arguments: argparse.Namespace, rest: list[str]) -> int:
         print_json({"rows": rows})
         return 0
     for row in rows:
-        print(f"{row['state']:10} {row['claim']:10} {row['id']}")
+        print(f"{label(row['state'], row['scope']):22} {row['claim']:10} {row['id']}")
     print(f"{len(rows)} cells", file=sys.stderr)
     return 0
 
 
 def known_values(tables: Any, flag: str) -> set[str]:
     """Values that a filter may take although no row has them at the moment."""
-    from quantmatrix import matrix, report
+    from quantmatrix import matrix, report, scopes
 
+    if flag == "scope":
+        return set(scopes.SCOPES)
     if flag == "state":
         return set(report.STATES)
     if flag == "claim":
@@ -473,8 +477,8 @@ def run_matrix_show(arguments: argparse.Namespace, rest: list[str]) -> int:
     """`quantmatrix matrix show`."""
     from quantmatrix import matrix
 
-    tables, states = read_states(arguments.reports)
-    rows = matrix.rows_as_dicts(tables, states)
+    tables, standings = read_standings(arguments.reports)
+    rows = matrix.rows_as_dicts(tables, standings)
     found = [row for row in rows if arguments.id in (row["id"], row["row"])]
     if not found:
         raise UsageError(f"{arguments.id}: no such row or cell; see `quantmatrix matrix list`")

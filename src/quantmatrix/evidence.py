@@ -1,8 +1,8 @@
 """Evidence: what one run of one cell of the matrix showed, as one small JSON file.
 
 Claims are written by people in `matrix/`; evidence is written by runs, one file per cell at
-`reports/evidence/<hardware>/<row>[+<backend>].json`. The report joins the two and never edits
-either. A record holds:
+`reports/evidence/<hardware>/<row>[+<backend>].json`, one more for each further scope (see
+`quantmatrix.scopes`). The report joins the two and never edits either. A record holds:
 
 | key              | content |
 | ---------------- | ------- |
@@ -13,7 +13,8 @@ either. A record holds:
 | `machine`        | what was probed: processor, instruction set, system, threads, device |
 | `versions`       | versions of the packages that took part |
 | `commit`         | commit of this project's code, with `+changes` when files differed |
-| `checkpoint`     | `digest` over names and contents of the weight files, `files`, `bytes` |
+| `checkpoint`     | `digest` over names and contents of the weight files, `files`, `bytes`, and the |
+|                  | `repository` with its `revision` where the hub's client downloaded them |
 | `plan`           | the plan as `quantmatrix plan --json` prints it, or its refusal |
 | `checks`         | per check: `verdict`, `metrics` (with `thumbnails`, see that module, where there are |
 |                  | pictures), the `limits` they were held to, `message` |
@@ -42,7 +43,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix import record_form, thumbnails
+from quantmatrix import record_form, scopes, thumbnails
 from quantmatrix.code_path import digest_code
 from quantmatrix.errors import QuantmatrixError
 
@@ -118,15 +119,18 @@ class Evidence:
 
 
 @lru_cache(maxsize=1 << 16)
-def path_of(cell_id: str) -> PurePosixPath:
-    """Where a cell's record lies, relative to the evidence folder.
+def path_of(key: str) -> PurePosixPath:
+    """Where a record lies, relative to the evidence folder, by its cell's id or its key.
 
     >>> str(path_of("flux-1-fp8@cpu+decode"))
     'cpu/flux-1-fp8+decode.json'
+    >>> str(path_of("flux-1-fp8@cpu:true-size"))
+    'cpu/flux-1-fp8.true-size.json'
     """
+    cell_id, colon, scope = key.partition(":")
     row, _, where = cell_id.partition("@")
     hardware, plus, backend = where.partition("+")
-    return PurePosixPath(hardware) / f"{row}{plus}{backend}.json"
+    return PurePosixPath(hardware) / f"{row}{plus}{backend}{colon and '.'}{scope}.json"
 
 
 def describe_cell(cell: Cell, tables: Matrix) -> dict[str, Any]:
@@ -178,13 +182,16 @@ def digest_file(path: Path) -> str:
 
 
 def describe_files(files: Iterable[str | Path]) -> dict[str, Any]:
-    """`digest` over (name, content) of the files, their names, and their size in bytes together."""
+    """`digest` over (name, content) of the files, their names, their size in bytes together, and
+    `repository` and `revision` of a download."""
+    files = list(files)
     paths = sorted({Path(file) for file in files}, key=lambda path: (path.name, str(path)))
     contents = [(path.name, digest_file(path)) for path in paths]
     return {
         "digest": digest_json(contents),
         "files": [name for name, _ in contents],
         "bytes": sum(path.stat().st_size for path in paths),
+        **scopes.find_origin(files),
     }
 
 
@@ -371,7 +378,7 @@ def decode(data: bytes, where: object = "evidence") -> Evidence:
 def write(evidence: Evidence, folder: Path) -> Path:
     """Put a record in its place below the evidence folder, whole or not at all."""
     data = encode(evidence)
-    path = folder / path_of(evidence.cell["id"])
+    path = folder / path_of(scopes.key_of(evidence))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
     try:
@@ -397,14 +404,15 @@ def remove_leftovers(folder: Path, older_than: float = 3600.0) -> None:
 def read(path: Path) -> Evidence:
     """One record; raises EvidenceError when it is damaged or lies under a wrong name."""
     evidence = decode(path.read_bytes(), path)
-    expected = path_of(evidence.cell["id"])
+    expected = path_of(scopes.key_of(evidence))
     if not f"/{path.as_posix()}".endswith(f"/{expected}"):
         raise EvidenceError(f"{path}: holds the record of {evidence.cell['id']}, see {expected}")
     return evidence
 
 
 def read_folder(folder: Path) -> dict[str, Evidence]:
-    """Every record below an evidence folder, by cell id; all problems in one error."""
+    """Every record below an evidence folder, by its key (`scopes.key_of`), which is the cell's id for
+    those of scope `stand-in`; all problems in one error."""
     found: dict[str, Evidence] = {}
     problems = []
     for path in sorted(folder.glob("*/[!.]*.json")):
@@ -413,7 +421,7 @@ def read_folder(folder: Path) -> dict[str, Evidence]:
         except EvidenceError as error:
             problems.append(str(error))
         else:
-            found[evidence.cell["id"]] = evidence
+            found[scopes.key_of(evidence)] = evidence
     if problems:
         raise EvidenceError("\n".join(problems))
     return found

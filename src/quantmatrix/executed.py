@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 from quantmatrix.errors import QuantmatrixError, UsageError
 from quantmatrix.exit_codes import CLAIM_VIOLATED, MEANINGS, NOT_EXECUTED, NOTHING_COLLECTED
+from quantmatrix.scopes import cell_of, find_records, key_of
 from quantmatrix.states import explain_state
 
 if TYPE_CHECKING:
@@ -131,22 +132,24 @@ def take_records(found: Mapping[str, Evidence], tables: Matrix) -> Verdicts:
     cells = {cell.id: cell for cell in tables.cells}
     stale = list_stale(found, tables)
     verdicts: Verdicts = {}
-    for name, record in found.items():
-        if name in stale:
+    for key, record in found.items():
+        if key in stale:
             continue
-        verdicts[name] = {check: result.verdict for check, result in record.checks.items()}
+        name = cell_of(key)
+        told = {check: result.verdict for check, result in record.checks.items()}
         cell = cells.get(name)
-        if cell and cell.claim == "failing" and (told := verdicts[name].get(cell.rule)):
-            verdicts[name][cell.rule] = "pass" if told == "fail" else "fail"
+        if cell and cell.claim == "failing" and cell.rule in told:
+            told[cell.rule] = "pass" if told[cell.rule] == "fail" else "fail"
+        verdicts = combine([verdicts, {name: told}])
     return verdicts
 
 
 def list_stale(found: Mapping[str, Evidence], tables: Matrix) -> dict[str, str]:
-    """Why the records of some cells are not about their rows as they stand, by cell id."""
+    """Why some records are not about their cells' rows as they stand, by their keys."""
     explained = {
-        cell.id: explain_state(cell, found[cell.id], tables)
+        key_of(record): explain_state(cell, record, tables)
         for cell in tables.cells
-        if cell.id in found
+        for record in find_records(found, cell.id).values()
     }
     return {name: why for name, (state, why) in explained.items() if state == "stale"}
 

@@ -27,8 +27,10 @@ from typing import TYPE_CHECKING, Any
 from quantmatrix import evidence as records
 from quantmatrix.errors import UsageError
 from quantmatrix.identify import AUTO, resolve
+from quantmatrix.offers import find_real, is_invented, offer, write_quantize
 from quantmatrix.pages import EVIDENCE, read_worst, show_number
-from quantmatrix.states import explain_state
+from quantmatrix.scopes import WEIGHTS, key_of, list_checks
+from quantmatrix.states import stand
 
 if TYPE_CHECKING:
     from quantmatrix.evidence import Evidence
@@ -51,7 +53,9 @@ class Alternative:
     checkpoint: str
     hardware: str
     state: str
-    command: str
+    scope: str
+    commands: tuple[str, ...]
+    """With published weights; the last one is the cell's, one before it makes the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,14 @@ class Explanation:
     claim: str
     rule: str
     state: str
+    scope: str
     why: str
-    command: str
+    ran: str
+    """The command of the record; empty when there is none."""
+    title: str
+    """What `commands` are, and whether they have been run."""
+    commands: tuple[str, ...]
+    """With published weights; the last one is the cell's, one before it makes the checkpoint."""
     evidence: str
     """Path of the record below the reports folder; empty when there is none."""
     alternatives: tuple[Alternative, ...] = ()
@@ -82,12 +92,9 @@ class Explainer:
     """Tables and evidence, joined, to be asked about."""
 
     def __init__(self, tables: Matrix, evidence: Mapping[str, Evidence]) -> None:
-        """`evidence` holds records by cell id."""
+        """`evidence` holds records by key."""
         self.tables = tables
-        self.evidence = evidence
-        self.explained = {
-            cell.id: explain_state(cell, evidence.get(cell.id), tables) for cell in tables.cells
-        }
+        self.standings = {cell.id: stand(cell, evidence, tables) for cell in tables.cells}
 
     def explain(
         self, checkpoint: str, hardware: str, model: str | None = None
@@ -107,9 +114,10 @@ class Explainer:
 
     def explain_cell(self, cell: Cell) -> Explanation:
         """State, reason, command and alternatives of a cell."""
-        state = self.explained[cell.id][0]
-        record = self.evidence.get(cell.id)
+        standing = self.standings[cell.id]
+        state, record = standing.state, standing.record
         place = (cell.checkpoint, cell.hardware)
+        offered = offer(cell, self.tables, record, standing.scope)
         return Explanation(
             cell=cell.id,
             checkpoint=cell.checkpoint,
@@ -119,15 +127,20 @@ class Explainer:
             claim=cell.claim,
             rule=cell.rule,
             state=state,
+            scope=standing.scope,
             why=self.say_why(cell),
-            command=cell.shell(self.tables),
-            evidence=f"{EVIDENCE}/{records.path_of(cell.id)}" if record else "",
+            ran=record.command if record else "",
+            title=offered.title,
+            commands=offered.commands,
+            evidence=f"{EVIDENCE}/{records.path_of(key_of(record))}" if record else "",
             alternatives=() if state == "proven" else self.find_alternatives(*place, cell),
         )
 
     def explain_gap(self, row: CheckpointRow, hardware: str) -> Explanation:
         """The answer where no cell is: nobody claims anything, the plan may still say more."""
-        words = shlex.join(row.words)
+        real = find_real(row, self.tables)
+        words = shlex.join(real.words)
+        made = [write_quantize(real)] if is_invented(row.reference) else []
         return Explanation(
             cell="",
             checkpoint=row.id,
@@ -137,20 +150,24 @@ class Explainer:
             claim="",
             rule="",
             state=UNCLAIMED,
+            scope="",
             why=f"no row of cases.csv names {row.id} on {hardware}; the command plans it",
-            command=f"quantmatrix plan {words} --hardware {hardware}",
+            ran="",
+            title="To plan it",
+            commands=(*made, f"quantmatrix plan {words} --hardware {hardware}"),
             evidence="",
             alternatives=self.find_alternatives(row.id, hardware, None),
         )
 
     def say_why(self, cell: Cell) -> str:
         """The reason of a cell's state, in words."""
-        state, reason = self.explained[cell.id]
-        record = self.evidence.get(cell.id)
+        standing = self.standings[cell.id]
+        state, reason, record = standing.state, standing.reason, standing.record
         if state == "proven" and record:
             worst = show_number(read_worst(record).get("psnr_db"))
             near = f", {worst} dB from BF16 at the worst step" if worst else ""
-            return f"{' and '.join(cell.checks)} passed on {record.made[:10]}{near}"
+            checks = " and ".join(list_checks(cell, standing.scope))
+            return f"{checks} passed on {record.made[:10]} with {WEIGHTS[standing.scope]}{near}"
         if cell.claim == "refused":
             refusal = (record.plan.get("refusal") or {}) if record and state == "refused" else {}
             told = str(refusal.get("message") or cell.notes)
@@ -198,25 +215,28 @@ class Explainer:
         for how, fits, is_near in kinds:
             best = self.choose(filter(fits, self.tables.cells), is_near)
             if best:
-                state = self.explained[best.id][0]
-                command = best.shell(self.tables)
+                standing = self.standings[best.id]
+                offered = offer(best, self.tables, standing.record, standing.scope)
                 place = (best.id, best.checkpoint, best.hardware)
-                found.append(Alternative(how, *place, state, command))
+                told = (standing.state, standing.scope, offered.commands)
+                found.append(Alternative(how, *place, *told))
         return tuple(sorted(found, key=lambda a: WORKING.index(a.state)))
 
     def choose(self, cells: Iterable[Cell], is_near: Callable[[Cell], bool]) -> Cell | None:
-        """The first working cell: proven before claimed, near before far, in table order.
-
-        Rows of the guide whose checkpoint is a placeholder path are nothing that one could use.
+        """The first working cell: proven before claimed, published before what has to be made, near
+        before far, in table order.
         """
         ranked = [
-            (WORKING.index(self.explained[cell.id][0]), not is_near(cell), number, cell)
+            (*self.rank(cell), not is_near(cell), number, cell)
             for number, cell in enumerate(cells)
-            if self.explained[cell.id][0] in WORKING
-            and cell.claim not in ("refused", "failing")
-            and not self.tables.checkpoints[cell.checkpoint].reference.startswith("/")
+            if self.standings[cell.id].state in WORKING and cell.claim not in ("refused", "failing")
         ]
-        return min(ranked, key=lambda rank: rank[:3])[3] if ranked else None
+        return min(ranked, key=lambda rank: rank[:-1])[-1] if ranked else None
+
+    def rank(self, cell: Cell) -> tuple[int, bool]:
+        """How far a cell is from one that a reader can use at once, the best first."""
+        invented = is_invented(self.tables.checkpoints[cell.checkpoint].reference)
+        return WORKING.index(self.standings[cell.id].state), invented
 
 
 def find_checkpoints(tables: Matrix, name: str, model: str | None = None) -> list[CheckpointRow]:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from quantmatrix.errors import UsageError
 from quantmatrix.pages import write_table
 from quantmatrix.places import naming
-from quantmatrix.states import STATES, explain_state
+from quantmatrix.scopes import find_records, key_of, order_labels
+from quantmatrix.states import STATES, stand
 
 if TYPE_CHECKING:
     from quantmatrix.evidence import Evidence
@@ -36,7 +37,7 @@ class Shown:
 
     cell: str
     before: str
-    """State by the earlier evidence."""
+    """State and scope by the earlier evidence."""
     now: str
     reason: str
     changed: bool
@@ -53,15 +54,15 @@ def list_cells(
     """Cells of the newer evidence in the order of the tables, those that changed first."""
     shown = []
     for cell in tables.cells:
-        if (record := after.get(cell.id)) is None:
+        if not (found := find_records(after, cell.id)):
             continue
-        old = before.get(cell.id)
-        then = explain_state(cell, old, tables)[0]
-        now, reason = explain_state(cell, record, tables)
-        moved = old is not None and old.latents_digest != record.latents_digest
-        reason = reason or ("other latents than before" if moved else "")
+        then, now = (stand(cell, evidence, tables) for evidence in (before, after))
+        olds = [(before.get(key_of(record)), record) for record in found.values()]
+        moved = any(old and old.latents_digest != new.latents_digest for old, new in olds)
+        reason = now.reason or ("other latents than before" if moved else "")
         text = reason.partition("\n")[0][:LONGEST]
-        shown.append(Shown(cell.id, then, now, text, moved or then != now))
+        changed = moved or then.label != now.label
+        shown.append(Shown(cell.id, then.label, now.label, text, changed))
     return sorted(shown, key=lambda one: not one.changed)
 
 
@@ -72,7 +73,9 @@ def write_summary(cells: Sequence[Shown], problems: Iterable[str] = (), room: in
     head = [
         f"## quantmatrix: {len(cells)} cells, {changed} changed",
         *(f"- {problem.partition(chr(10))[0][:LONGEST]}" for problem in problems),
-        write_table(["state", "cells"], [(s, str(counts[s])) for s in STATES if counts[s]]),
+        write_table(
+            ["state", "cells"], [(s, str(counts[s])) for s in order_labels(STATES) if counts[s]]
+        ),
     ]
     text = "\n\n".join(head) + "\n\n"
     left = len(cells)

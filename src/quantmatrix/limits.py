@@ -48,6 +48,7 @@ from quantmatrix.limit_samples import (
 )
 from quantmatrix.places import write_whole
 from quantmatrix.rounding_model import bound_class
+from quantmatrix.scopes import STAND_IN, read_scope
 
 MARGIN = 1.5
 """Accepted error, as a multiple of the sample's."""
@@ -200,7 +201,7 @@ def collect_samples(evidence: Mapping[str, Evidence], *, anew: bool = False) -> 
     With `anew` those that failed count, too.
     """
     groups: dict[tuple[str, str, str], list[tuple[Evidence, dict[str, Any]]]] = {}
-    for record in evidence.values():
+    for record in (one for one in evidence.values() if read_scope(one) == STAND_IN):
         check = record.checks.get("latents")
         if check is None:
             continue

@@ -32,12 +32,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import QuantmatrixError
 
+if TYPE_CHECKING:
+    from quantmatrix.scopes import Standing
+
 CLAIMS = ("validated", "expected", "refused", "failing", "planned")
-CHECKS = ("load", "latents", "generate", "refuse", "bench", "trace")
+CHECKS = ("load", "latents", "generate", "refuse", "bench", "trace", "true-size")
 VENDORS = ("cpu", "nvidia", "amd", "ascend")
 SELECTORS: Mapping[str, tuple[str, ...]] = {
     "component-folder": ("--transformer-path", "--transformer-weights-path"),
@@ -271,8 +274,8 @@ def split_flags(text: str) -> tuple[str, ...]:
     return tuple(shlex.split(text) if quoted else text.split())
 
 
-def rows_as_dicts(matrix: Matrix, states: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Every cell as plain data, with its state (by cell id) and the command it stands for."""
+def rows_as_dicts(matrix: Matrix, standings: Mapping[str, Standing]) -> list[dict[str, Any]]:
+    """Every cell as plain data, with its state and scope (by cell id) and the command it stands for."""
     return [
         {
             "id": cell.id,
@@ -283,7 +286,8 @@ def rows_as_dicts(matrix: Matrix, states: Mapping[str, str]) -> list[dict[str, A
             "hardware": cell.hardware,
             "backend": cell.backend,
             "claim": cell.claim,
-            "state": states[cell.id],
+            "state": standings[cell.id].state,
+            "scope": standings[cell.id].scope,
             "rule": cell.rule,
             "checks": list(cell.checks),
             "flags": list(cell.flags),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from quantmatrix import evidence as records
 from quantmatrix import matrix
 from quantmatrix.errors import QuantmatrixError, UsageError
-from quantmatrix.states import state_of
+from quantmatrix.states import stand
 
 if TYPE_CHECKING:
     from quantmatrix.matrix import Matrix
@@ -38,6 +38,8 @@ class CellNow:
     digest: str
     """Of the row and its checkpoint's row."""
     state: str
+    scope: str = ""
+    """Of the record that names the cell."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Changes:
         """Plain data."""
 
         def tell(cells: Mapping[str, CellNow]) -> dict[str, Any]:
-            return {name: {**cell.told, "state": cell.state} for name, cell in cells.items()}
+            return {n: {**c.told, "state": c.state, "scope": c.scope} for n, c in cells.items()}
 
         pairs = {
             change.cell: {
@@ -104,6 +106,8 @@ def list_columns(before: CellNow, after: CellNow) -> dict[str, tuple[Any, Any]]:
         found[CHECKPOINT_ROW] = ("", "changed")
     if before.state != after.state:
         found["state"] = (before.state, after.state)
+    if before.scope != after.scope:
+        found["scope"] = (before.scope, after.scope)
     return found
 
 
@@ -127,8 +131,10 @@ def describe_cells(tables: Matrix, evidence: Mapping[str, records.Evidence]) -> 
     found = {}
     for cell in tables.cells:
         told = records.describe_cell(cell, tables)
-        state = state_of(cell, evidence.get(cell.id), tables)
-        found[cell.id] = CellNow({key: told[key] for key in COLUMNS}, told["row_digest"], state)
+        columns = {key: told[key] for key in COLUMNS}
+        standing = stand(cell, evidence, tables)
+        place = told["row_digest"], standing.state, standing.scope
+        found[cell.id] = CellNow(columns, *place)
     return found
 
 

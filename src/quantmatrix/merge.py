@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from quantmatrix import evidence as records
 from quantmatrix.errors import QuantmatrixError, UsageError
 from quantmatrix.places import check_place, naming
+from quantmatrix.scopes import key_of
 
 if TYPE_CHECKING:
     from quantmatrix.evidence import Evidence
@@ -57,13 +58,13 @@ class Merged:
     """What came of merging."""
 
     records: dict[str, Evidence]
-    """One per cell, by id."""
+    """One per cell and scope, by key."""
     damaged: tuple[str, ...]
     """Files that are no records, each with the reason."""
 
 
 def merge_folders(folders: Iterable[Path]) -> Merged:
-    """One record per cell of all evidence folders; see the module for the rules.
+    """One record per cell and scope of all evidence folders; see the module for the rules.
 
     Raises UsageError for a folder that is not there, MergeError for results that contradict.
     """
@@ -78,7 +79,7 @@ def merge_folders(folders: Iterable[Path]) -> Merged:
             except (records.EvidenceError, UnicodeDecodeError) as error:
                 damaged.append(f"{path}: {str(error).removeprefix(f'{path}: ')}")
             else:
-                by_cell.setdefault(record.cell["id"], []).append(Found(record, path))
+                by_cell.setdefault(key_of(record), []).append(Found(record, path))
     conflicts = [line for name in sorted(by_cell) for line in find_conflicts(by_cell[name])]
     if conflicts:
         raise MergeError("\n".join([*conflicts, REMEDY]))

@@ -22,7 +22,7 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from quantmatrix import evidence as records
 from quantmatrix.errors import QuantmatrixError, UsageError
 from quantmatrix.evidence import CheckResult, Evidence, EvidenceError
 from quantmatrix.places import check_place
+from quantmatrix.scopes import PUBLISHED, STAND_IN, make_key
 from quantmatrix.states import find_other_place
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def check(folder: Path, tables: Matrix) -> list[str]:
     if problems := list_card_problems(card) or list_file_problems(folder, card["files"]):
         return [f"{folder}: {problem}" for problem in problems]
     try:
-        record = records.read(folder / records.path_of(card["cell"]))
+        record = records.read(folder / find_record(card["files"]))
         sides = read_latents(folder / LATENTS)
         metrics = recompute(*sides)
     except (QuantmatrixError, OSError, ValueError) as error:
@@ -209,10 +210,16 @@ def list_card_problems(card: Any) -> list[str]:
         return [f"{CARD}: schema {card['schema']!r}, expected {SCHEMA}"]
     if not isinstance(card["cell"], str) or not CELL_ID.fullmatch(card["cell"]):
         return [f"{CARD}: cell {card['cell']!r} is not the id of a cell"]
-    wanted = {LATENTS, str(records.path_of(card["cell"]))}
-    if not isinstance(card["files"], dict) or set(card["files"]) != wanted:
-        return [f"{CARD}: files are {card['files']!r:.200}, expected {sorted(wanted)}"]
+    keys = [make_key(card["cell"], scope) for scope in (STAND_IN, PUBLISHED)]
+    wanted = [{LATENTS, str(records.path_of(key))} for key in keys]
+    if not isinstance(card["files"], dict) or set(card["files"]) not in wanted:
+        return [f"{CARD}: files are {card['files']!r:.200}, expected {sorted(wanted[0])}"]
     return []
+
+
+def find_record(files: Iterable[str]) -> str:
+    """The record among the files of a packet."""
+    return next(name for name in files if name != LATENTS)
 
 
 def list_file_problems(folder: Path, told: Mapping[str, Any]) -> list[str]:

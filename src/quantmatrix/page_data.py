@@ -5,9 +5,11 @@ A matrix of thousands of cells repeats itself: machines, versions, limits, plans
 
 | key           | content |
 | ------------- | ------- |
-| `states`, `families`, `models`, `hardware`, `checkpoints` | tables that numbers below point into |
+| `states`, `scopes`, `weights`, `families`, `models`, `hardware`, `checkpoints` | tables that |
+|               | numbers below point into |
 | `rows`        | rows of cases.csv: id, family, model, checkpoint |
-| `cells`       | row, hardware, backend, state, claim, rule, reason, command, record (or null) |
+| `cells`       | row, hardware, backend, state, scope (-1: none), claim, rule, reason, offer (a place in |
+|               | `shared`: title and commands), record (or null), other records ([scope, state, file]) |
 | `records`     | evidence of a cell: see `describe_record` |
 | `benchmarks`  | by the cell's place in `cells`: see `bench_pages.describe_result` |
 """
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix import evidence as records
 from quantmatrix.bench_pages import describe_result
+from quantmatrix.scopes import SCOPES, WEIGHTS, key_of, make_key
 from quantmatrix.states import STATES
 from quantmatrix.thumbnails import KEYS, PICTURES
 
@@ -94,7 +97,8 @@ def collect(joined: Joined) -> dict[str, Any]:
     cells: list[list[Any]] = []
     for cell in tables.cells:
         place = None
-        if record := joined.evidence.get(cell.id):
+        standing, offered = joined.standings[cell.id], joined.offers[cell.id]
+        if record := standing.record:
             place = len(observed)
             observed.append(describe_record(record, shared))
         cells.append(
@@ -102,16 +106,23 @@ def collect(joined: Joined) -> dict[str, Any]:
                 numbers[cell.row],
                 hardware.index(cell.hardware),
                 cell.backend,
-                STATES.index(joined.states[cell.id]),
+                STATES.index(standing.state),
+                SCOPES.index(standing.scope) if standing.scope else -1,
                 cell.claim,
                 cell.rule,
-                joined.reasons[cell.id] or cell.notes,
-                joined.commands[cell.id],
+                standing.reason or cell.notes,
+                shared.put([offered.title, *offered.commands]),
                 place,
+                [
+                    [SCOPES.index(s), STATES.index(n), name_file(make_key(cell.id, s))]
+                    for s, n in standing.others
+                ],
             ]
         )
     return {
         "states": list(STATES),
+        "scopes": list(SCOPES),
+        "weights": [WEIGHTS[scope] for scope in SCOPES],
         "families": families,
         "models": models,
         "hardware": [[row.id, row.name, row.arch] for row in tables.hardware.values()],
@@ -144,7 +155,7 @@ def describe_record(record: Evidence, shared: Shared) -> dict[str, Any]:
         for name, part in sorted(plan.get("components", {}).items())
     }
     return {
-        "file": f"evidence/{records.path_of(record.cell['id'])}",
+        "file": name_file(key_of(record)),
         "made": record.made,
         "commit": record.commit,
         "command": record.command,
@@ -158,6 +169,11 @@ def describe_record(record: Evidence, shared: Shared) -> dict[str, Any]:
             describe_check(name, check, shared) for name, check in sorted(record.checks.items())
         ],
     }
+
+
+def name_file(key: str) -> str:
+    """The file of a record below the reports folder, by its key."""
+    return f"evidence/{records.path_of(key)}"
 
 
 def describe_check(name: str, check: CheckResult, shared: Shared) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix import bench_pages
 from quantmatrix import evidence as records
+from quantmatrix.matrix import ASSIGNMENT
+from quantmatrix.offers import offer
+from quantmatrix.scopes import SCOPES, WEIGHTS, Standing, key_of, order_labels
 from quantmatrix.states import AGREEING, STATES, fails_as_claimed
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from quantmatrix.evidence import Evidence
     from quantmatrix.matrix import Cell, CheckpointRow, FamilyRow, Matrix
 
+LABELS = order_labels(STATES)
 EVIDENCE = "evidence"
 """Folder of the records, below the reports."""
 NOTICE = (
@@ -36,27 +40,31 @@ class Joined:
     def __init__(
         self,
         tables: Matrix,
-        evidence: Mapping[str, Evidence],
-        explained: Mapping[str, tuple[str, str]],
+        standings: Mapping[str, Standing],
         benchmarks: Mapping[str, Result] | None = None,
     ) -> None:
-        """Join; `explained` holds state and reason of every cell. Stray records are left out."""
+        """Join; `standings` holds that of every cell, by its id. Stray records are left out."""
         self.tables = tables
+        self.standings = standings
         self.benchmarks = dict(benchmarks or {})
         self.changes = {
             c.id: bench_pages.find_change(self.benchmarks[c.id], c, tables)
             for c in tables.cells
             if c.id in self.benchmarks
         }
-        self.evidence = {c.id: evidence[c.id] for c in tables.cells if c.id in evidence}
-        self.states = {name: state for name, (state, _) in explained.items()}
-        self.reasons = {name: reason for name, (_, reason) in explained.items()}
-        self.commands = {cell.id: cell.shell(tables) for cell in tables.cells}
+        self.evidence = {name: one.record for name, one in standings.items() if one.record}
+        """The record that names each cell."""
+        self.states = {name: one.state for name, one in standings.items()}
+        self.reasons = {name: one.reason for name, one in standings.items()}
+        self.offers = {
+            cell.id: offer(cell, tables, standings[cell.id].record, standings[cell.id].scope)
+            for cell in tables.cells
+        }
 
     def count(self, cells: Iterable[Cell]) -> dict[str, int]:
-        """Cells per state, in the order of STATES."""
-        found = Counter(self.states[cell.id] for cell in cells)
-        return {state: found[state] for state in STATES if found[state]}
+        """Cells per state and scope (`proven · stand-in`), in the order of `LABELS`."""
+        found = Counter(self.standings[cell.id].label for cell in cells)
+        return {label: found[label] for label in LABELS if found[label]}
 
     def agrees(self, cell: Cell) -> bool:
         """Whether claim and record say the same, a failure that is claimed included."""
@@ -67,9 +75,13 @@ class Joined:
 
     def link(self, cell: Cell, text: str, base: str) -> str:
         """Markdown link to the cell's record, or the text alone when there is none."""
-        if cell.id not in self.evidence:
-            return text
-        return f"[{text}]({base}{EVIDENCE}/{records.path_of(cell.id)})"
+        file = self.file_of(cell)
+        return f"[{text}]({base}{file})" if file else text
+
+    def file_of(self, cell: Cell) -> str:
+        """Path of the cell's record below the reports folder; empty when there is none."""
+        record = self.evidence.get(cell.id)
+        return f"{EVIDENCE}/{records.path_of(key_of(record))}" if record else ""
 
 
 def read_worst(record: Evidence | None) -> Mapping[str, Any]:
@@ -107,9 +119,10 @@ def write_overview(joined: Joined) -> str:
         NOTICE,
         "# Support matrix",
         f"{agreeing} of {len(claims)} claims ({share}) are backed by a run of the row as it "
-        "stands. Every state links to its evidence.",
+        "stands. Every state links to its evidence, and names its scope: what was run.",
+        write_scopes(joined),
         picture,
-        write_table(["state", "cells"], [(state, str(n)) for state, n in counts.items()]),
+        write_table(["state and scope", "cells"], [(name, str(n)) for name, n in counts.items()]),
         "## Families and hardware",
         write_grid(joined),
         "## Quant families",
@@ -120,6 +133,15 @@ def write_overview(joined: Joined) -> str:
         write_checkpoints(joined, checkpoints, ""),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def write_scopes(joined: Joined) -> str:
+    """What each scope means, and how many cells agree with their claim by a record of it."""
+    rows = []
+    for scope in SCOPES:
+        cells = [cell for cell in joined.tables.cells if joined.standings[cell.id].scope == scope]
+        rows.append([f"`{scope}`", WEIGHTS[scope], str(sum(map(joined.agrees, cells)))])
+    return write_table(["scope", "what was run", "claims backed"], rows)
 
 
 def write_grid(joined: Joined) -> str:
@@ -167,12 +189,12 @@ def write_checkpoints(joined: Joined, rows: Iterable[CheckpointRow], base: str) 
 
 
 def write_proof(joined: Joined, cells: Sequence[Cell], base: str) -> str:
-    """`**proven**: cpu decode (2), h100; **unproven**: b200`, each word linked to a record."""
+    """`**proven · stand-in**: cpu decode (2), h100; **unproven**: b200`, each linked to a record."""
     texts = []
-    for state in STATES:
+    for label in LABELS:
         places: dict[str, list[Cell]] = {}
         for cell in cells:
-            if joined.states[cell.id] == state:
+            if joined.standings[cell.id].label == label:
                 places.setdefault(f"{cell.hardware} {cell.backend}".strip(), []).append(cell)
         links = []
         for place, found in places.items():
@@ -180,7 +202,7 @@ def write_proof(joined: Joined, cells: Sequence[Cell], base: str) -> str:
             pairs = zip(found, names, strict=True)
             links.append(" ".join(joined.link(cell, name, base) for cell, name in pairs))
         if links:
-            texts.append(f"**{state}**: {', '.join(links)}")
+            texts.append(f"**{label}**: {', '.join(links)}")
     return "; ".join(texts) or "no cell"
 
 
@@ -205,7 +227,8 @@ def write_family(joined: Joined, family: FamilyRow) -> str:
     ]
     measured = [cell for cell in cells if joined.states[cell.id] == "proven"]
     if measured:
-        parts += ["## What was measured", write_measurements(joined, measured)]
+        used = ", ".join(WEIGHTS[s] for s in SCOPES if any_of(joined, measured, s))
+        parts += ["## What was measured", f"With {used}.", write_measurements(joined, measured)]
     if timed := bench_pages.list_lines(joined.benchmarks, joined.changes, cells):
         table = write_table(bench_pages.HEAD, timed)
         parts += ["## Speed and memory beside BF16", bench_pages.LEGEND, table]
@@ -245,7 +268,17 @@ def write_rows(joined: Joined, cells: Sequence[Cell]) -> str:
 
 def write_measurements(joined: Joined, cells: Sequence[Cell]) -> str:
     """Distance of each proven cell from the BF16 run of the same seed, at its worst step."""
-    head = ["cell", "layers", "kernels", "PSNR dB", "cosine", "relative L2", "torch", "made"]
+    head = [
+        "cell",
+        "scope",
+        "layers",
+        "kernels",
+        "PSNR dB",
+        "cosine",
+        "relative L2",
+        "torch",
+        "made",
+    ]
     lines = []
     for cell in cells:
         record = joined.evidence[cell.id]
@@ -258,7 +291,8 @@ def write_measurements(joined: Joined, cells: Sequence[Cell]) -> str:
         numbers = [show_number(worst.get(n)) for n in ("psnr_db", "cosine", "relative_l2")]
         shown = ", ".join(f"{name} ({count})" for name, count in sorted(kernels.items()))
         made = [record.versions.get("torch", ""), record.made[:10]]
-        lines.append([joined.link(cell, cell.id, "../"), layers, shown, *numbers, *made])
+        scope = joined.standings[cell.id].scope
+        lines.append([joined.link(cell, cell.id, "../"), scope, layers, shown, *numbers, *made])
     return write_table(head, lines)
 
 
@@ -273,23 +307,45 @@ def write_refusals(joined: Joined, cells: Sequence[Cell]) -> str:
 
 
 def write_commands(joined: Joined, cells: Sequence[Cell]) -> str:
-    """The command of every row; add `--tiny` to run it offline on tiny stand-ins."""
-    blocks = [
-        f"`{row}`:\n\n```bash\n{show_command(group[0], joined.tables)}\n```"
-        for row, group in group_rows(cells).items()
-    ]
-    return "\n\n".join(["Add `--tiny` to run offline on tiny stand-ins.", *blocks])
+    """Per row the command that ran, with its scope, and below it what published weights need."""
+    blocks = []
+    for row, group in group_rows(cells).items():
+        blocks.append(f"`{row}`")
+        ran = next((cell for cell in group if cell.id in joined.evidence), None)
+        if ran is not None and joined.evidence[ran.id].command:
+            scope, record = joined.standings[ran.id].scope, joined.evidence[ran.id]
+            blocks += [f"Ran ({scope}, `{ran.id}`):", show_commands([record.command])]
+        offered = joined.offers[group[0].id]
+        blocks += [f"{offered.title}:", show_commands(offered.commands)]
+    return "\n\n".join(blocks)
 
 
-def show_command(cell: Cell, tables: Matrix) -> str:
-    """The command of a cell in shell words, one flag per line."""
-    lines = [[f"{name}={value}"] for name, value in cell.environment.items()]
-    lines.append([])
-    for word in cell.command(tables):
-        if word.startswith("--"):
+def show_commands(commands: Iterable[str]) -> str:
+    """Commands as a block to copy, one flag per line."""
+    return "\n".join(["```bash", *map(wrap_command, commands), "```"])
+
+
+def wrap_command(command: str) -> str:
+    """A command in shell words, one flag per line."""
+    lines: list[list[str]] = [[]]
+    for word in shlex.split(command):
+        if word.startswith("--") or (lines[-1] and ASSIGNMENT.fullmatch(lines[-1][0])):
             lines.append([])
         lines[-1].append(word)
-    return " \\\n  ".join(shlex.join(line) for line in lines)
+    return " \\\n  ".join(join_words(line) for line in lines if line)
+
+
+def join_words(words: Sequence[str]) -> str:
+    """Words of a shell; an assignment at their start stays one."""
+    if words and ASSIGNMENT.fullmatch(words[0]):
+        name, _, value = words[0].partition("=")
+        return f"{name}={shlex.quote(value)}"
+    return shlex.join(words)
+
+
+def any_of(joined: Joined, cells: Iterable[Cell], scope: str) -> bool:
+    """Whether one of the cells is named by a record of a scope."""
+    return any(joined.standings[cell.id].scope == scope for cell in cells)
 
 
 def read_docstring(family: str) -> str:

@@ -1,14 +1,17 @@
 """Picture: the matrix at a glance, as one hand-written SVG (family by hardware).
 
-Each box holds the states of the cells that a family has on a hardware: words with counts, and a bar
-whose segments are as wide as the counts. Colours follow the reader's light or dark scheme, and no
-state is told by colour alone. Nothing in it depends on time, so equal counts give equal bytes.
+Each box holds the states of the cells that a family has on a hardware, with the scope of what was run:
+words with counts, and a bar whose segments are as wide as the counts. A colour is a state, its strength
+a scope. Colours follow the reader's light or dark scheme, and nothing is told by colour alone. Nothing
+in it depends on time, so equal counts give equal bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from xml.sax.saxutils import escape
+
+from quantmatrix.scopes import SCOPES, WEIGHTS, order_labels, split_label
 
 COLOURS = {
     "proven": ("#1a7f37", "#3fb950"),
@@ -19,7 +22,10 @@ COLOURS = {
     "planned": ("#d0d7de", "#30363d"),
 }
 """Fill of each state: (light scheme, dark scheme)."""
-LEFT, TOP, WIDTH, HEIGHT, GAP = 132, 64, 86, 54, 4
+STRENGTHS = dict(zip(SCOPES, (0.45, 0.7, 1.0), strict=True))
+"""Opacity of each scope's colour."""
+LABELS = order_labels(COLOURS)
+LEFT, TOP, WIDTH, HEIGHT, GAP = 132, 64, 124, 54, 4
 LINE = 12
 
 Counts = Mapping[str, int]
@@ -28,9 +34,10 @@ Counts = Mapping[str, int]
 def draw_matrix(
     families: Sequence[str], hardware: Sequence[str], counts: Mapping[tuple[str, str], Counts]
 ) -> bytes:
-    """The SVG of `counts[family, hardware] = {state: cells}`; a missing box is drawn empty."""
+    """The SVG of `counts[family, hardware] = {label: cells}`, a label being a state with its scope;
+    a missing box is drawn empty."""
     width = LEFT + len(hardware) * (WIDTH + GAP) + GAP
-    height = TOP + len(families) * (HEIGHT + GAP) + 40
+    height = TOP + len(families) * (HEIGHT + GAP) + 58
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}" role="img" aria-labelledby="title desc">',
@@ -61,33 +68,35 @@ def write_style() -> str:
     """The style sheet: one class per state and scheme."""
     light = "".join(f".{state}{{fill:{fill}}}" for state, (fill, _) in COLOURS.items())
     dark = "".join(f".{state}{{fill:{fill}}}" for state, (_, fill) in COLOURS.items())
+    strengths = "".join(f".{name_class(s)}{{fill-opacity:{v}}}" for s, v in STRENGTHS.items())
     return (
         "text{font:11px ui-sans-serif,system-ui,'Segoe UI',Helvetica,Arial,sans-serif;"
         "fill:#1f2328}.head{font-size:15px;font-weight:600}.name{font-weight:600}"
         ".page{fill:#ffffff}.box{fill:#f6f8fa;stroke:#d0d7de}.none{fill:none;stroke:#d0d7de}"
-        f"{light}@media (prefers-color-scheme:dark){{text{{fill:#e6edf3}}.page{{fill:#0d1117}}"
+        f"{light}{strengths}@media (prefers-color-scheme:dark){{text{{fill:#e6edf3}}.page{{fill:#0d1117}}"
         f".box{{fill:#161b22;stroke:#30363d}}.none{{stroke:#21262d}}{dark}}}"
     )
 
 
 def draw_box(x: int, y: int, counts: Counts) -> list[str]:
     """One box: at most three lines of words, and the bar below them."""
-    shown = [(state, counts[state]) for state in COLOURS if counts.get(state)]
+    shown = [(label, counts[label]) for label in LABELS if counts.get(label)]
     if not shown:
         return [f'<rect class="none" x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="4"/>']
     parts = [f'<rect class="box" x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="4"/>']
-    for line, (state, count) in enumerate(shown[:3]):
+    for line, (label, count) in enumerate(shown[:3]):
         more = " ..." if line == 2 and len(shown) > 3 else ""
         top = y + 13 + line * LINE
-        parts.append(f'<text x="{x + 6}" y="{top}">{count} {state}{more}</text>')
+        parts.append(f'<text x="{x + 6}" y="{top}">{count} {label}{more}</text>')
     total = sum(count for _, count in shown)
     start = 0
     done = 0
-    for state, count in shown:
+    for label, count in shown:
+        state, scope = split_label(label)
         done += count
         stop = round((WIDTH - 8) * done / total)
         parts.append(
-            f'<rect class="{state}" x="{x + 4 + start}" y="{y + HEIGHT - 8}" '
+            f'<rect class="{f"{state} {name_class(scope)}".strip()}" x="{x + 4 + start}" y="{y + HEIGHT - 8}" '
             f'width="{stop - start}" height="5"/>'
         )
         start = stop
@@ -95,13 +104,23 @@ def draw_box(x: int, y: int, counts: Counts) -> list[str]:
 
 
 def draw_legend(y: int) -> list[str]:
-    """One square and word per state."""
+    """One square and word per state, and below it one per scope."""
     parts = []
     for index, state in enumerate(COLOURS):
         x = GAP * 3 + index * 92
         parts.append(f'<rect class="{state}" x="{x}" y="{y - 9}" width="10" height="10" rx="2"/>')
         parts.append(f'<text x="{x + 15}" y="{y}">{state}</text>')
+    for index, scope in enumerate(SCOPES):
+        x = GAP * 3 + index * 276
+        style = f"proven {name_class(scope)}"
+        parts.append(f'<rect class="{style}" x="{x}" y="{y + 9}" width="10" height="10" rx="2"/>')
+        parts.append(f'<text x="{x + 15}" y="{y + 18}">{scope}: {WEIGHTS[scope]}</text>')
     return parts
+
+
+def name_class(scope: str) -> str:
+    """The class of what a scope colours; empty without a scope."""
+    return scope.replace(" ", "-")
 
 
 def describe_counts(
@@ -113,7 +132,7 @@ def describe_counts(
         boxes = []
         for name in hardware:
             found = counts.get((family, name), {})
-            words = ", ".join(f"{found[s]} {s}" for s in COLOURS if found.get(s))
+            words = ", ".join(f"{found[s]} {s}" for s in LABELS if found.get(s))
             if words:
                 boxes.append(f"{name}: {words}")
         sentences.append(f"{family}: {'; '.join(boxes) or 'no cell'}.")

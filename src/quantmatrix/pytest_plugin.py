@@ -139,7 +139,8 @@ class Harness:
         asked = config.getoption("evidence_dir")
         folder = Path(asked).absolute() if asked else None
         expected = self._find_expected(config.getoption("expect_evidence"), folder)
-        self.recorder = Recorder(lambda: self.tables, folder, expected)
+        tiny = not config.getoption("full_size")
+        self.recorder = Recorder(lambda: self.tables, folder, expected, tiny=tiny)
         self.worker = read_worker(config)
         if folder is not None and self.worker is None:
             remove_leftovers(folder)

@@ -21,6 +21,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from quantmatrix.scopes import find_foreign
+
 SLACK = 1e-5
 """Share by which a rounded metric may miss its rounded limit."""
 LARGEST = 10**300
@@ -31,7 +33,13 @@ Kinds = type | tuple[type, ...]
 NUMBER = (int, float)
 FORMS: Mapping[str, Mapping[str, Kinds]] = {
     "machine": {"devices": list, "processor": str, "versions": dict},
-    "checkpoint": {"digest": str, "files": list, "bytes": int},
+    "checkpoint": {
+        "digest": str,
+        "files": list,
+        "bytes": int,
+        "repository": str,
+        "revision": str,
+    },
     "plan": {"components": dict, "warnings": list, "machine": dict, "ok": bool},
 }
 """Kinds of what a part tells, where it tells it."""
@@ -44,6 +52,8 @@ WORST = ("psnr_db", "cosine", "relative_l2")
 def list_problems(record: Mapping[str, Any]) -> list[str]:
     """What is wrong below the keys of a record; `evidence` has looked at the keys."""
     problems = [*check_cell(record["cell"]), *check_parts(record), *check_plan(record["plan"])]
+    if foreign := find_foreign(record["checks"]):
+        problems.append(f"checks: {', '.join(foreign)} makes a record of its own")
     for name, check in record["checks"].items():
         problems += check_kinds(f"checks.{name}", check, {"metrics": dict, "limits": dict})
         if not problems and name == "latents":

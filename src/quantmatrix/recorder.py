@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix import evidence as records
+from quantmatrix import scopes
 from quantmatrix.evidence import CheckResult, Evidence
 
 if TYPE_CHECKING:
@@ -42,15 +43,24 @@ class Recorder:
     """Verdicts and proofs of the cells that are being checked."""
 
     def __init__(
-        self, tables: Callable[[], Matrix], folder: Path | None, expected: Path | None
+        self,
+        tables: Callable[[], Matrix],
+        folder: Path | None,
+        expected: Path | None,
+        *,
+        tiny: bool = True,
     ) -> None:
-        """`folder` takes the records; `expected` holds those whose verdicts must be met."""
+        """`folder` takes the records; `expected` holds those whose verdicts must be met.
+
+        Of a run of real checkpoints (`tiny` is False) those are the records of published weights.
+        """
+        self.loaded = scopes.STAND_IN if tiny else scopes.PUBLISHED
         self.tables = tables
         self.folder = folder
         self.expected = expected
         self.written: list[Path] = []
         self._results: dict[str, dict[str, CheckResult]] = {}
-        self._proofs: dict[str, list[Proof]] = {}
+        self._proofs: dict[str, dict[str, Proof]] = {}
 
     @cached_property
     def environment(self) -> dict[str, Any]:
@@ -68,15 +78,14 @@ class Recorder:
         message = records.make_portable(message, proof.places)
         result = CheckResult(verdict, proof.metrics, proof.limits, message)
         self._results.setdefault(cell.id, {})[check] = result
-        proofs = self._proofs.setdefault(cell.id, [])
-        if proof not in proofs:
-            proofs.append(proof)
+        self._proofs.setdefault(cell.id, {})[check] = proof
 
     def expected_result(self, cell: Cell, check: str) -> CheckResult | None:
         """Result of the check in the expected record, if there is one of the row as it stands."""
         if self.expected is None:
             return None
-        path = self.expected / records.path_of(cell.id)
+        key = scopes.make_key(cell.id, scopes.OWN_CHECKS.get(check, self.loaded))
+        path = self.expected / records.path_of(key)
         if not path.is_file():
             return None
         record = records.read(path)
@@ -85,21 +94,30 @@ class Recorder:
             return None
         return record.checks.get(check)
 
-    def finish(self, cell: Cell) -> Path | None:
-        """Write the record of a cell, joined with an earlier one of the same code and machine.
+    def finish(self, cell: Cell) -> list[Path]:
+        """Write the records of a cell, each joined with an earlier one of the same code and machine.
 
         An earlier one that is damaged is replaced, as if it was not there. EvidenceError for results
         that are no record: a metric that is not finite, a pass beyond its limit.
         """
         results = self._results.pop(cell.id, {})
-        proofs = self._proofs.pop(cell.id, [])
-        if not results or self.folder is None:
-            return None
-        record = self._build(cell, results, proofs)
-        path = self.folder / records.path_of(cell.id)
+        proofs = self._proofs.pop(cell.id, {})
+        if self.folder is None:
+            return []
+        groups: dict[str, list[str]] = {}
+        for check in results:
+            groups.setdefault(scopes.OWN_CHECKS.get(check, ""), []).append(check)
+        built = [
+            self._build(cell, {c: results[c] for c in checks}, [proofs[c] for c in checks])
+            for checks in groups.values()
+        ]
+        return [self._keep(record, self.folder) for record in built]
+
+    def _keep(self, record: Evidence, folder: Path) -> Path:
+        path = folder / records.path_of(scopes.key_of(record))
         with suppress(FileNotFoundError, records.EvidenceError):
             record = records.merge(records.read(path), record)
-        self.written.append(records.write(record, self.folder))
+        self.written.append(records.write(record, folder))
         return path
 
     def _build(

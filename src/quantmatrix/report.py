@@ -32,8 +32,10 @@ from quantmatrix.pages import (
 )
 from quantmatrix.picture import draw_matrix
 from quantmatrix.places import write_whole
+from quantmatrix.scopes import Standing, cell_of
 from quantmatrix.states import STATES as STATES
 from quantmatrix.states import explain_state as explain_state
+from quantmatrix.states import stand
 from quantmatrix.states import state_of as state_of
 
 if TYPE_CHECKING:
@@ -52,14 +54,20 @@ def default_folder() -> Path:
     return beside if beside.is_dir() else Path("reports")
 
 
-def read_states(tables: Matrix, reports: str | os.PathLike[str] | None = None) -> dict[str, str]:
-    """State of every cell, by cell id, joined from the evidence below a reports folder."""
-    evidence = read_evidence(reports)
-    return {cell.id: state_of(cell, evidence.get(cell.id), tables) for cell in tables.cells}
+def read_standings(
+    tables: Matrix, reports: str | os.PathLike[str] | None = None
+) -> dict[str, Standing]:
+    """State and scope of every cell, by cell id, joined from the evidence below a reports folder."""
+    return stand_all(tables, read_evidence(reports))
+
+
+def stand_all(tables: Matrix, evidence: Mapping[str, Evidence]) -> dict[str, Standing]:
+    """State and scope of every cell, by cell id; `evidence` holds records by key."""
+    return {cell.id: stand(cell, evidence, tables) for cell in tables.cells}
 
 
 def read_evidence(reports: str | os.PathLike[str] | None = None) -> dict[str, Evidence]:
-    """Every record below a reports folder, by cell id."""
+    """Every record below a reports folder, by key."""
     return records.read_folder(find_folder(reports) / EVIDENCE)
 
 
@@ -78,7 +86,7 @@ def matrix_frame(reports: str | os.PathLike[str] | None = None) -> pandas.DataFr
     from quantmatrix import matrix
 
     tables = matrix.read()
-    rows = matrix.rows_as_dicts(tables, read_states(tables, reports))
+    rows = matrix.rows_as_dicts(tables, read_standings(tables, reports))
     frame: pandas.DataFrame = pandas.DataFrame(rows)
     return frame
 
@@ -145,9 +153,9 @@ def find_orphans(folder: Path) -> list[str]:
     found = [(EVIDENCE, name) for name in records.read_folder(folder / EVIDENCE)]
     found += [(BENCHMARKS, name) for name in bench_results.read_reports(folder, deep=True)]
     return [
-        f"{folder / kind / records.path_of(name)}: no cell {name} in the tables; delete it"
+        f"{folder / kind / records.path_of(name)}: no cell {cell_of(name)} in the tables; delete it"
         for kind, name in found
-        if name not in known
+        if cell_of(name) not in known
     ]
 
 
@@ -157,13 +165,13 @@ def render(
     benchmarks: Mapping[str, Result] | None = None,
 ) -> dict[str, bytes]:
     """Every file of the report, by its path below the reports folder."""
-    explained = {c.id: explain_state(c, evidence.get(c.id), tables) for c in tables.cells}
-    joined = Joined(tables, evidence, explained, benchmarks)
+    standings = stand_all(tables, evidence)
+    joined = Joined(tables, standings, benchmarks)
     pages = {
         "support-matrix.md": write_overview(joined).encode(),
         "support-matrix.csv": write_csv(joined).encode(),
         "support-matrix.svg": draw_picture(joined),
-        "badge.json": write_badge(tables, evidence, explained),
+        "badge.json": write_badge(tables, evidence, standings),
         "index.html": write_page(joined),
     }
     for family in tables.families.values():
@@ -193,13 +201,24 @@ CELL_COLUMNS = (
     "rule",
 )
 
+JOINED_COLUMNS = (
+    "state",
+    "scope",
+    "reason",
+    "evidence",
+    "worst_psnr_db",
+    "worst_cosine",
+    "made",
+    "command_run",
+    "command_offered",
+)
+
 
 def write_csv(joined: Joined) -> str:
     """One line per cell, every column that a filter may want."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    joins = ("state", "reason", "evidence", "worst_psnr_db", "worst_cosine", "made", "command")
-    writer.writerow(CELL_COLUMNS + joins)
+    writer.writerow(CELL_COLUMNS + JOINED_COLUMNS)
     for cell in joined.tables.cells:
         record = joined.evidence.get(cell.id)
         worst = read_worst(record)
@@ -207,12 +226,14 @@ def write_csv(joined: Joined) -> str:
             [
                 *(getattr(cell, name) for name in CELL_COLUMNS),
                 joined.states[cell.id],
+                joined.standings[cell.id].scope,
                 joined.reasons[cell.id].partition("\n")[0],
-                f"{EVIDENCE}/{records.path_of(cell.id)}" if record else "",
+                joined.file_of(cell),
                 show_number(worst.get("psnr_db")),
                 show_number(worst.get("cosine")),
                 record.made if record else "",
-                joined.commands[cell.id],
+                record.command if record else "",
+                " && ".join(joined.offers[cell.id].commands),
             ]
         )
     return stream.getvalue()

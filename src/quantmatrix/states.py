@@ -1,4 +1,4 @@
-"""States: a claim and its record, joined. A function of the row as it stands and of the record.
+"""States: a claim and its records, joined. A function of the row as it stands and of the records.
 
 | state      | meaning |
 | ---------- | ------- |
@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix import evidence as records
+from quantmatrix import scopes
+from quantmatrix.scopes import Standing
 
 if TYPE_CHECKING:
     from quantmatrix.evidence import Evidence
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
 STATES = ("proven", "refused", "failing", "stale", "unproven", "planned")
 AGREEING = ("proven", "refused")
 """States in which claim and evidence say the same."""
+
+
+def stand(cell: Cell, evidence: Mapping[str, Evidence], tables: Matrix) -> Standing:
+    """State, reason and scope of a cell by all its records; `evidence` holds records by key."""
+    found = scopes.find_records(evidence, cell.id)
+    return scopes.decide(found, lambda record: explain_state(cell, record, tables))
 
 
 def state_of(cell: Cell, evidence: Evidence | None, tables: Matrix) -> str:
@@ -48,14 +56,15 @@ def explain_state(cell: Cell, evidence: Evidence | None, tables: Matrix) -> tupl
         return "stale", "; ".join(changed) or f"the row of checkpoint {cell.checkpoint} changed"
     if why := find_other_place(cell, evidence, tables, now):
         return "stale", why
-    wanted = {name: evidence.checks[name] for name in cell.checks if name in evidence.checks}
+    checks = scopes.list_checks(cell, scopes.read_scope(evidence))
+    wanted = {name: evidence.checks[name] for name in checks if name in evidence.checks}
     if cell.claim == "failing" and cell.rule in wanted and wanted[cell.rule].verdict == "pass":
         return "failing", f"{cell.rule}: claimed to fail, and it passes: change the claim"
     failed = [f"{name}: {r.message}" for name, r in wanted.items() if r.verdict != "pass"]
     if failed:
         return "failing", "; ".join(failed)
-    missing = [name for name in cell.checks if name not in wanted]
-    if missing or not cell.checks:
+    missing = [name for name in checks if name not in wanted]
+    if missing or not checks:
         return "unproven", f"not run: {', '.join(missing) or 'the row names no check'}"
     return ("refused" if cell.claim == "refused" else "proven"), ""
 

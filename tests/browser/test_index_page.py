@@ -16,6 +16,7 @@ from quantmatrix import evidence as records
 from quantmatrix import matrix, page_data, report, thumbnails
 from quantmatrix.evidence import CheckResult, Evidence
 from quantmatrix.matrix import Matrix
+from quantmatrix.scopes import SCOPES
 
 FAILING = "fp8-flux-2@cpu"
 FRAMES, HEIGHT, WIDTH = 5, 30, 41
@@ -80,9 +81,9 @@ def open_cell(page: Any, name: str) -> str:
 def test_every_cell_is_a_named_button(page: Any) -> None:
     names = choose(page)
     assert set(names) == {
-        f"{PROVEN}: proven",
-        f"{REFUSED}: refused",
-        f"{FAILING}: failing",
+        f"{PROVEN}: proven · stand-in",
+        f"{REFUSED}: refused · stand-in",
+        f"{FAILING}: failing · stand-in",
         "fp8-flux-1@cpu+reference: unproven",
         "fp8-flux-1@h100+reference: unproven",
         "fp8-flux-1@h100+decode: unproven",
@@ -90,7 +91,7 @@ def test_every_cell_is_a_named_button(page: Any) -> None:
         "svdq-flux-1@b200: planned",
     }
     assert page.find_element("id", "status").text == "8 of 8 cells in 4 of 4 rows"
-    assert page.find_element("id", "counts").text.split("\n")[0] == "✓ 1 proven"
+    assert page.find_element("id", "counts").text.split("\n")[0] == "✓ 1 proven · stand-in"
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,9 @@ def test_every_cell_is_a_named_button(page: Any) -> None:
         ({"model": "flux-2"}, 1),
         ({"hardware": "h100"}, 3),
         ({"state": "unproven"}, 3),
+        ({"scope": "stand-in"}, 3),
+        ({"scope": "published"}, 0),
+        ({"scope": "stand-in", "state": "proven"}, 1),
         ({"hardware": "h100", "state": "refused"}, 1),
         ({"text": "FLUX2-fp8"}, 1),
         ({"text": "hopper"}, 1),
@@ -116,6 +120,23 @@ def test_filters(page: Any, values: dict[str, str], count: int) -> None:
     assert len(choose(page)) == 8
 
 
+def test_the_report_says_the_scope_in_every_proven_cell(browser: Any) -> None:
+    """Of the committed report, as it is read: in the button, its name, and its dialog."""
+    browser.get("about:blank")
+    browser.get((Path(__file__).parents[2] / "reports" / "index.html").as_uri())
+    script = """
+      while (!document.getElementById("more").hidden) document.getElementById("more").click();
+      return [...document.querySelectorAll("button.state.proven")].map(
+        (b) => [b.textContent, b.getAttribute("aria-label"), b.className]);
+    """
+    found = run(browser, script)
+    assert found
+    for text, name, classes in found:
+        [scope] = [scope for scope in SCOPES if f"proven · {scope}" in text]
+        assert name.endswith(f"proven · {scope}")
+        assert f"scope-{scope.replace(' ', '-')}" in classes
+
+
 SIZE = "return [arguments[0].naturalWidth, arguments[0].naturalHeight]"
 COLOURS = """
   const canvas = document.createElement("canvas");
@@ -129,9 +150,11 @@ COLOURS = """
 
 def test_a_cell_opens_its_evidence(page: Any) -> None:
     text = open_cell(page, PROVEN)
-    assert f"{PROVEN}: proven" in text
+    assert f"{PROVEN}: proven · stand-in" in text
+    assert "stand-in: random weights at a tiny size" in text
     assert "quantmatrix generate --model-path some/flux-1" in text
-    assert "Command of the run" in text
+    assert "Command that ran" in text
+    assert "With the published repository: not yet run" in text
     for words in ("layers.transformer.worst", "psnr_db.at_least", "numerics.W8A8", "0.300 s"):
         assert words in text, words
     assert "torch\n2.13.0+cpu" in text
@@ -235,7 +258,7 @@ def test_keyboard_alone_is_enough(page: Any) -> None:
         page.switch_to.active_element.send_keys(keys.TAB)
         active = page.switch_to.active_element
         seen.append(active.get_attribute("id") or active.get_attribute("class"))
-        if active.get_attribute("aria-label") == f"{PROVEN}: proven":
+        if active.get_attribute("aria-label") == f"{PROVEN}: proven · stand-in":
             break
     assert [name for name in seen if name in ("family", "model", "hardware", "state", "text")] == [
         "family",
@@ -251,7 +274,7 @@ def test_keyboard_alone_is_enough(page: Any) -> None:
     page.switch_to.active_element.send_keys(keys.ESCAPE)
     assert dialog.get_attribute("open") is None
     back = page.switch_to.active_element.get_attribute("aria-label")
-    assert back == f"{PROVEN}: proven"
+    assert back == f"{PROVEN}: proven · stand-in"
 
 
 def test_the_accessibility_tree_has_table_and_dialog(page: Any) -> None:
@@ -266,7 +289,10 @@ def test_the_accessibility_tree_has_table_and_dialog(page: Any) -> None:
         assert field.accessible_name
     open_cell(page, PROVEN)
     dialog = page.find_element("id", "cell")
-    assert (dialog.aria_role, dialog.accessible_name) == ("dialog", f"{PROVEN}: proven")
+    assert (dialog.aria_role, dialog.accessible_name) == (
+        "dialog",
+        f"{PROVEN}: proven · stand-in",
+    )
     assert page.find_element("id", "status").get_attribute("aria-live") == "polite"
 
 
@@ -276,7 +302,7 @@ def test_an_address_opens_what_it_names(page: Any, small: Path) -> None:
     assert "cell=fp8-flux-1%40cpu%2Bdecode" in address
     page.get("about:blank")
     page.get(address)
-    assert page.find_element("id", "cell-title").text == f"{PROVEN}: proven"
+    assert page.find_element("id", "cell-title").text == f"{PROVEN}: proven · stand-in"
     page.get("about:blank")
     page.get(f"{small.as_uri()}#state=failing")
     assert choose(page) == [f"{FAILING}: failing"]

@@ -67,13 +67,13 @@ def test_badge_stands_still(tables: Matrix, evidence: dict[str, Evidence]) -> No
     assert badge == {
         "schemaVersion": 1,
         "label": "claims proven",
-        "message": "33.3 %",
+        "message": "33.3 % · stand-in",
         "color": "orange",
     }
     assert json.loads(write_badge(tables, {}))["color"] == "red"
     newer = {REFUSED: observe(tables, REFUSED, made="2027-11-23T10:00:00Z")}
     aged = json.loads(write_badge(tables, {**evidence, **newer}))
-    assert aged["message"] == "16.6 %"  # the others are a year older than the newest
+    assert aged["message"] == "16.6 % · stand-in"  # the others are a year older than the newest
     assert report.render(tables, evidence)["badge.json"] == write_badge(tables, evidence)
 
 
@@ -92,6 +92,7 @@ def test_command(
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["overall"]["percent"] == 33.3
+    assert found["scopes"] == {"stand-in": 2}
     assert found["judged_against"]["today"] == "2026-11-24"
     assert found["runs"]["h100"].startswith("pytest tests/suites --hardware h100")
     assert main([*words, "--fail-under", "33.3"]) == 0
@@ -111,7 +112,8 @@ def test_command(
     assert main(words) == 1
     text = capsys.readouterr().out
     assert "contradicting on cpu: 1" in text
-    assert f"  {FAILING}: generate: too far" in text
+    assert f"  {FAILING} · stand-in: generate: too far" in text
+    assert "  stand-in             2 with random weights at a tiny size" in text
 
 
 def test_the_command_lists_a_few_cells_unless_asked(

@@ -32,8 +32,13 @@ def observe(tables: Matrix, name: str, *, fails: str = "") -> Evidence:
         checks[fails] = CheckResult("fail", message="too far")
     refusal = {"rule": cell.rule, "message": "no integer units; use cpu"} if cell.rule else None
     described = records.describe_cell(cell, tables)
-    made = "2026-11-23T10:00:00Z"
-    return Evidence(cell=described, checks=checks, plan={"refusal": refusal}, made=made)
+    return Evidence(
+        cell=described,
+        checks=checks,
+        command="quantmatrix generate --tiny",
+        plan={"refusal": refusal},
+        made="2026-11-23T10:00:00Z",
+    )
 
 
 @pytest.fixture
@@ -91,9 +96,13 @@ def test_a_proven_cell_needs_no_alternative(explainer: Explainer) -> None:
     proven = found[PROVEN]
     assert proven.state == "proven"
     assert (
-        proven.why == "load and latents passed on 2026-11-23, 41.5 dB from BF16 at the worst step"
+        proven.why == "load and latents passed on 2026-11-23 with random weights at a tiny size, "
+        "41.5 dB from BF16 at the worst step"
     )
-    assert proven.command.startswith("quantmatrix generate --model-path some/flux-1")
+    assert (proven.scope, proven.ran) == ("stand-in", "quantmatrix generate --tiny")
+    assert proven.title == "With the published repository: not yet run"
+    [command] = proven.commands
+    assert command.startswith("quantmatrix generate --model-path some/flux-1")
     assert proven.evidence == "evidence/cpu/fp8-flux-1+decode.json"
     assert proven.alternatives == ()
     other = found["fp8-flux-1@cpu+reference"]
@@ -139,9 +148,9 @@ def test_proven_is_nearer_than_the_same_family(tmp_path: Path) -> None:
 def test_a_gap_is_said_and_can_be_planned(explainer: Explainer) -> None:
     [found] = explainer.explain("flux-2-fp8", "b200")
     assert (found.cell, found.state) == ("", "unclaimed")
-    assert found.command == (
+    assert found.commands == (
         "quantmatrix plan --model-path some/flux-2 --transformer-path some/flux2-fp8 "
-        "--hardware b200"
+        "--hardware b200",
     )
     assert [a.how for a in found.alternatives] == ["other hardware"]
 
@@ -154,8 +163,8 @@ def test_command(
     words = ["explain", "--checkpoint", "some/flux1-fp8", "--hardware", "cpu"]
     assert main(words) == 0
     text = capsys.readouterr().out
-    assert f"{PROVEN}: proven\n  why       load and latents passed" in text
-    assert "instead   other backend: fp8-flux-1@cpu+decode (proven)" in text
+    assert f"{PROVEN}: proven · stand-in\n  why       load and latents passed" in text
+    assert "instead   other backend: fp8-flux-1@cpu+decode (proven · stand-in)" in text
     assert main([*words, "--json"]) == 0
     cells = json.loads(capsys.readouterr().out)["cells"]
     assert {cell["cell"]: cell["state"] for cell in cells}[PROVEN] == "proven"

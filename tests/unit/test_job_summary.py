@@ -60,16 +60,18 @@ def test_changed_cells_come_first(
     assert command("summary", folders[1], "--since", folders[0]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "## quantmatrix: 11 cells, 3 changed"
-    assert "| proven | 10 |" in lines
+    assert "| proven · stand-in | 10 |" in lines
     rows = [line for line in lines if line.startswith("| `")]
     ids = [cell.id for cell in tables.cells[:11]]
     changed = [ids[7], ids[8], ids[9]]
     assert [row.split("`")[1] for row in rows] == [*changed, *ids[:7], ids[10]]
-    assert rows[0] == f"| `{ids[7]}` | proven | failing | load: too far \\| away; " + (
+    assert rows[
+        0
+    ] == f"| `{ids[7]}` | proven · stand-in | failing · stand-in | load: too far \\| away; " + (
         "latents: too far \\| away |"
     )
     assert "other latents than before" in rows[1]
-    assert "| unproven | proven |" in rows[2]
+    assert "| unproven | proven · stand-in |" in rows[2]
 
 
 def test_it_is_appended_to_the_file_of_the_step(
@@ -143,4 +145,8 @@ def test_a_row_that_changed_is_not_compared_as_the_same(
     stale = {**old[cell.id].cell, "row_digest": "sha256:other"}
     before = {**old, cell.id: replace(old[cell.id], cell=stale)}
     shown = job_summary.list_cells(tables, before, old)
-    assert (shown[0].cell, shown[0].before, shown[0].now) == (cell.id, "stale", "proven")
+    assert (shown[0].cell, shown[0].before, shown[0].now) == (
+        cell.id,
+        "stale · stand-in",
+        "proven · stand-in",
+    )

@@ -12,6 +12,7 @@ from tables import CASES, write_tables
 
 from quantmatrix import matrix
 from quantmatrix.matrix import Matrix, MatrixError
+from quantmatrix.scopes import Standing
 
 Edit = Callable[[list[str], list[list[str]]], None]
 
@@ -124,9 +125,11 @@ def test_repositories_are_what_runs_read(folder: Path) -> None:
 
 
 def test_rows_as_dicts_have_states_and_commands(tables: Matrix) -> None:
-    rows = matrix.rows_as_dicts(tables, {cell.id: "unproven" for cell in tables.cells})
+    rows = matrix.rows_as_dicts(
+        tables, {c.id: Standing("proven", "", "stand-in") for c in tables.cells}
+    )
     assert rows[0]["id"] == "fp8-flux-1@cpu+reference"
-    assert rows[0]["state"] == "unproven"
+    assert (rows[0]["state"], rows[0]["scope"]) == ("proven", "stand-in")
     assert rows[0]["command"].startswith("quantmatrix generate --model-path some/flux-1 ")
     with pytest.raises(KeyError):
         matrix.rows_as_dicts(tables, {})

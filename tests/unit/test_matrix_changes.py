@@ -108,7 +108,8 @@ def test_states_come_from_the_evidence_of_each_revision(root: Path, commit: Comm
     records.write(observe(tables, PROVEN), root / "reports" / "evidence")
     second = commit()
     [changed] = compare(root, first, second).changed
-    assert (changed.cell, changed.columns) == (PROVEN, {"state": ("unproven", "proven")})
+    assert changed.cell == PROVEN
+    assert changed.columns == {"state": ("unproven", "proven"), "scope": ("", "stand-in")}
     rows = [{**CHECKPOINTS[0], "revision": "0" * 40}, *CHECKPOINTS[1:]]
     write_tables(root / "matrix", checkpoints=rows)
     third = compare(root, second, commit()).changed

@@ -78,7 +78,7 @@ def test_every_cell_is_there_with_its_state_and_record(tables: Matrix) -> None:
     data = read_data(render(tables, evidence))
     assert len(data["cells"]) == len(tables.cells)
     for cell, told in zip(tables.cells, data["cells"], strict=True):
-        row, place, backend, state, claim, rule, reason, command, record = told
+        row, place, backend, state, scope, claim, rule, reason, offer, record, others = told
         name, family, model, checkpoint = data["rows"][row]
         assert (name, data["hardware"][place][0], backend) == (
             cell.row,
@@ -87,11 +87,16 @@ def test_every_cell_is_there_with_its_state_and_record(tables: Matrix) -> None:
         )
         assert (data["families"][family], data["models"][model]) == (cell.family, cell.model)
         assert data["checkpoints"][checkpoint][0] == cell.checkpoint
-        assert (claim, rule, command) == (cell.claim, cell.rule, cell.shell(tables))
+        assert (claim, rule, others) == (cell.claim, cell.rule, [])
+        shown = ["With the published repository: not yet run", cell.shell(tables)]
+        assert data["shared"][offer] == shown
+        assert (data["scopes"][scope] if scope >= 0 else "") == (
+            "stand-in" if cell.id in evidence else ""
+        )
         assert data["states"][state] == report.state_of(cell, evidence.get(cell.id), tables)
         assert (record is not None) == (cell.id in evidence)
         assert reason or data["states"][state] == "proven"
-    refused = data["records"][data["cells"][[c.id for c in tables.cells].index(REFUSED)][-1]]
+    refused = data["records"][data["cells"][[c.id for c in tables.cells].index(REFUSED)][9]]
     assert refused["refusal"] == "no integer units; use cpu"
 
 

@@ -134,21 +134,21 @@ def use(tables: Matrix) -> Callable[[Any], None]:
     """Whatever reads records: none of it may trip over one that was taken."""
     from datetime import date
 
-    from quantmatrix import agreement, limits, merge, page_data, sharding, states
+    from quantmatrix import agreement, limits, merge, page_data, scopes, sharding, states
     from quantmatrix.lifecycle import Now
     from quantmatrix.pages import Joined, write_measurements, write_refusals
 
     now = Now(today=date(2026, 11, 24), versions={"torch": "2.13"})
 
     def read(record: records.Evidence) -> None:
-        found = {record.cell["id"]: record}
-        explained = {c.id: states.explain_state(c, found.get(c.id), tables) for c in tables.cells}
-        agreement.measure(tables, found, now, explained)
+        found = {scopes.key_of(record): record}
+        standings = {c.id: states.stand(c, found, tables) for c in tables.cells}
+        agreement.measure(tables, found, now, standings)
         limits.collect_samples(found)
         sharding.estimate_all(tables.cells, found)
-        joined = Joined(tables, found, explained)
+        joined = Joined(tables, standings)
         page_data.collect(joined)
-        known = [cell for cell in tables.cells if cell.id in found]
+        known = [cell for cell in tables.cells if standings[cell.id].record]
         write_measurements(joined, known)
         write_refusals(joined, known)
         merge.find_conflicts([merge.Found(record, Path("a")), merge.Found(record, Path("b"))])

@@ -41,6 +41,7 @@ def observe(tables: Matrix, name: str, *, fails: str = "", leaves_out: str = "")
     return Evidence(
         cell=records.describe_cell(cell, tables),
         checks=checks,
+        command=f"{cell.shell(tables)} --tiny",
         plan=plan,
         versions={"torch": "2.13.0"},
         made="2026-11-23T10:00:00Z",
@@ -166,13 +167,14 @@ def test_overview(tables: Matrix, observed: dict[str, Evidence]) -> None:
     text = report.render(tables, observed)["support-matrix.md"].decode()
     assert "2 of 6 claims (33.3 %)" in text
     link = "evidence/cpu/fp8-flux-1+decode.json"
-    assert f"**proven**: [cpu decode]({link}); **unproven**: cpu reference, h100 reference" in text
+    proof = f"**proven · stand-in**: [cpu decode]({link}); **unproven**: cpu reference, h100 refer"
+    assert proof in text
+    assert "| `stand-in` | random weights at a tiny size | 2 |" in text
     assert "| `fp8` | svdq-{int4\\|fp4}_r{rank}-... |" in text  # bars do not break the table
     assert "| `FP8` | `some/flux-1` | `--transformer-path` | `some/flux1-fp8` |" in text
     assert "a \\| b" in text
-    head, *rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert head == "| state | cells |"
-    assert "| proven | 1 |" in rows
+    rows = text.partition("| state and scope | cells |")[2].splitlines()
+    assert "| proven · stand-in | 1 |" in rows
 
 
 def test_a_claimed_failure_counts_as_agreement(tmp_path: Path) -> None:
@@ -189,11 +191,16 @@ def test_family_page(tables: Matrix, observed: dict[str, Evidence]) -> None:
     pages = report.render(tables, observed)
     text = pages["families/fp8.md"].decode()
     assert (
-        f"| [{PROVEN}](../evidence/cpu/fp8-flux-1+decode.json) | 10 of 12 | decode (10) |" in text
+        f"| [{PROVEN}](../evidence/cpu/fp8-flux-1+decode.json) | stand-in | 10 of 12 | decode (10) |"
+        in text
     )
     assert "| 41.25 | 0.9991 | 0.01234 | 2.13.0 | 2026-11-23 |" in text
     assert "generate: psnr_db 3 at the worst step more" in text
-    assert "quantmatrix generate \\\n  --model-path some/flux-1 \\\n" in text
+    told = text.split("`fp8-flux-1`\n\n")[1]
+    ran, offered = told.split("With the published repository: not yet run")[:2]
+    assert f"Ran (stand-in, `{PROVEN}`)" in ran
+    for part in (ran, offered):
+        assert "quantmatrix generate \\\n  --model-path some/flux-1 \\\n" in part
     refusals = pages["families/nunchaku-svdq.md"].decode()
     assert "| `svdq-arch` | no kernel \\| use cpu |" in refusals
 
@@ -214,7 +221,10 @@ def test_csv_has_a_line_per_cell(tables: Matrix, observed: dict[str, Evidence]) 
     assert rows[PROVEN]["state"] == "proven"
     assert rows[PROVEN]["worst_psnr_db"] == "41.25"
     assert rows[PROVEN]["evidence"] == "evidence/cpu/fp8-flux-1+decode.json"
-    assert rows[PROVEN]["command"].startswith("quantmatrix generate --model-path some/flux-1")
+    assert rows[PROVEN]["scope"] == "stand-in"
+    for column in ("command_run", "command_offered"):
+        assert rows[PROVEN][column].startswith("quantmatrix generate --model-path some/flux-1")
+    assert rows["svdq-flux-1@b200"]["scope"] == ""
     assert rows["fp8-flux-2@cpu"]["reason"] == "generate: psnr_db 3 at the worst step"
     assert rows["svdq-flux-1@b200"]["state"] == "planned"
 
@@ -224,11 +234,12 @@ def test_picture_is_wellformed_and_says_its_content(
 ) -> None:
     root = ElementTree.fromstring(report.render(tables, observed)["support-matrix.svg"])
     texts = ["".join(node.itertext()) for node in root.iter()]
-    assert "1 proven" in texts
+    assert "1 proven · stand-in" in texts
     assert "prefers-color-scheme:dark" in "".join(texts)
     [words] = [node.text or "" for node in root.iter("{http://www.w3.org/2000/svg}desc")]
-    assert "fp8: cpu: 1 proven, 1 failing, 1 unproven; h100: 2 unproven." in words
-    assert "nunchaku-svdq: cpu: 1 planned; h100: 1 refused; b200: 1 planned." in words
+    cells = "fp8: cpu: 1 proven · stand-in, 1 failing · stand-in, 1 unproven; h100: 2 unproven."
+    assert cells in words
+    assert "nunchaku-svdq: cpu: 1 planned; h100: 1 refused · stand-in; b200: 1 planned." in words
 
 
 @pytest.fixture
@@ -282,11 +293,11 @@ def test_check_finds_new_evidence_and_orphans(reports: Path, tables: Matrix) -> 
         assert any(f"{name}: no such family" in line for line in report.check(reports))
 
 
-def test_read_states_joins(reports: Path, tables: Matrix) -> None:
-    states = report.read_states(tables, reports)
-    assert set(states) == {cell.id for cell in tables.cells}
-    assert set(states.values()) <= set(report.STATES)
-    assert states[PROVEN] == "proven"
+def test_read_standings_joins(reports: Path, tables: Matrix) -> None:
+    found = report.read_standings(tables, reports)
+    assert set(found) == {cell.id for cell in tables.cells}
+    assert {one.state for one in found.values()} <= set(report.STATES)
+    assert found[PROVEN].label == "proven · stand-in"
 
 
 def test_frame_holds_every_cell(reports: Path, tables: Matrix) -> None:

@@ -90,7 +90,10 @@ def read_today(text: str | None) -> date:
 
 def to_text(found: Agreement, runs: Mapping[str, str], shown: int | None) -> str:
     """Shares and burn-down list for people; `shown` cells of a kind are named."""
-    lines = [describe_share("all claims", found.overall)]
+    from quantmatrix.scopes import WEIGHTS, label
+
+    lines = [describe_share("all claims", found.overall), "", "fresh by scope"]
+    lines += [f"  {s:16} {n:5} with {WEIGHTS[s]}" for s, n in found.by_scope.items()] or ["  none"]
     for title, shares in (("family", found.by_family), ("hardware", found.by_hardware)):
         lines += ["", f"by {title}"]
         lines += [f"  {describe_share(name, s)}" for name, s in shares.items() if s.claims]
@@ -98,7 +101,7 @@ def to_text(found: Agreement, runs: Mapping[str, str], shown: int | None) -> str
     for (life, place), count in kinds.items():
         lines += ["", f"{life} on {place}: {count}", f"  {runs[place]}"]
         tasks = [task for task in found.tasks if (task.life, task.hardware) == (life, place)]
-        lines += [f"  {task.cell}: {task.reason}" for task in tasks[:shown]]
+        lines += [f"  {label(task.cell, task.scope)}: {task.reason}" for task in tasks[:shown]]
         if shown is not None and count > shown:
             lines.append(f"  and {count - shown} more: --all")
     return "\n".join(lines)

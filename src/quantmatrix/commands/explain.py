@@ -39,16 +39,23 @@ def run_explain(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def to_text(found: Explanation) -> str:
     """An explanation for people."""
+    from quantmatrix.scopes import label
+
     lines = [
-        f"{found.cell or f'{found.checkpoint} on {found.hardware}'}: {found.state}",
+        f"{found.cell or f'{found.checkpoint} on {found.hardware}'}: "
+        f"{label(found.state, found.scope)}",
         f"  why       {found.why}",
-        f"  command   {found.command}",
     ]
+    if found.ran:
+        lines.append(f"  ran       {found.ran}")
+    lines.append(f"  {found.title}")
+    lines += [f"            {command}" for command in found.commands]
     if found.evidence:
         lines.append(f"  evidence  {found.evidence}")
     for other in found.alternatives:
-        lines.append(f"  instead   {other.how}: {other.cell} ({other.state})")
-        lines.append(f"            {other.command}")
+        told = label(other.state, other.scope)
+        lines.append(f"  instead   {other.how}: {other.cell} ({told})")
+        lines += [f"            {command}" for command in other.commands]
     if not found.alternatives and found.state != "proven":
         lines.append("  instead   nothing in the tables works in its place")
     return "\n".join(lines)

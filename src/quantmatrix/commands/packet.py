@@ -30,7 +30,7 @@ def add_to(commands: Any) -> None:
 
 def run_make(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Write a packet; 0 even when the check failed, for that is evidence, too."""
-    from quantmatrix import evidence, matrix, packets
+    from quantmatrix import evidence, matrix, packets, scopes
     from quantmatrix.cli import print_json
 
     tables = matrix.read()
@@ -38,9 +38,11 @@ def run_make(arguments: argparse.Namespace, rest: list[str]) -> int:
     if cell is None:
         raise UsageError(f"{arguments.cell}: no such cell; see `quantmatrix matrix list`")
     folder = packets.make(tables, cell, Path(arguments.output_path), tiny=arguments.tiny)
-    found = evidence.read(folder / evidence.path_of(cell.id)).checks["latents"]
+    [record] = evidence.read_folder(folder).values()
+    found = record.checks["latents"]
     if arguments.json:
-        told = {"verdict": found.verdict, "message": found.message}
+        scope = scopes.read_scope(record)
+        told = {"verdict": found.verdict, "message": found.message, "scope": scope}
         print_json({"ok": True, "packet": str(folder), "cell": cell.id, **told})
     else:
         print(f"{folder}: {cell.id}: {found.verdict} {found.message}".rstrip())

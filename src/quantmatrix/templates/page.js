@@ -2,10 +2,10 @@
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const SYMBOLS = { proven: "✓", refused: "⊘", failing: "✗", stale: "↻", unproven: "?", planned: "…" };
-const FILTERS = ["family", "model", "hardware", "state", "text"];
+const FILTERS = ["family", "model", "hardware", "state", "scope", "text"];
 const STEP_NAMES = ["PSNR dB", "cosine", "relative L2"];
 const CHUNK = 240; // cells drawn at a time
-const [ROW, PLACE, BACKEND, STATE, CLAIM, RULE, REASON, COMMAND, RECORD] = Array(9).keys();
+const [ROW, PLACE, BACKEND, STATE, SCOPE, CLAIM, RULE, REASON, OFFER, RECORD, OTHERS] = Array(11).keys();
 const SVG = "http://www.w3.org/2000/svg";
 
 const find = (id) => document.getElementById(id);
@@ -29,6 +29,20 @@ function draw(tag, attributes = {}, ...children) {
 
 function stateOf(cell) {
   return DATA.states[cell[STATE]];
+}
+
+/* `proven · stand-in`: the state, and what was run to know it. */
+function labelOf(cell) {
+  return labelled(cell[STATE], cell[SCOPE]);
+}
+
+function labelled(state, scope) {
+  return scope < 0 ? DATA.states[state] : `${DATA.states[state]} · ${DATA.scopes[scope]}`;
+}
+
+/* The class of a scope's strength: colour alone never tells it. */
+function strengthOf(cell) {
+  return cell[SCOPE] < 0 ? "" : ` scope-${DATA.scopes[cell[SCOPE]].replace(" ", "-")}`;
 }
 
 function nameOf(cell) {
@@ -55,6 +69,7 @@ function readFilters() {
     model: index("model", DATA.models),
     hardware: index("hardware", DATA.hardware.map(([id]) => id)),
     state: index("state", DATA.states),
+    scope: index("scope", DATA.scopes),
   };
 }
 
@@ -70,6 +85,7 @@ function applyFilters() {
     if (!passes[cell[ROW]]) continue;
     if (wanted.hardware >= 0 && cell[PLACE] !== wanted.hardware) continue;
     if (wanted.state >= 0 && cell[STATE] !== wanted.state) continue;
+    if (wanted.scope >= 0 && cell[SCOPE] !== wanted.scope) continue;
     if (!rows.has(cell[ROW])) rows.set(cell[ROW], []);
     rows.get(cell[ROW]).push(cell);
     cells += 1;
@@ -125,10 +141,10 @@ function drawRow([number, cells], places) {
 
 function drawCell(cell) {
   const state = stateOf(cell);
-  const label = `${nameOf(cell)}: ${state}`;
-  const text = `${SYMBOLS[state]} ${state}${cell[BACKEND] ? ` · ${cell[BACKEND]}` : ""}`;
+  const label = `${nameOf(cell)}: ${labelOf(cell)}`;
+  const text = `${SYMBOLS[state]} ${labelOf(cell)}${cell[BACKEND] ? ` · ${cell[BACKEND]}` : ""}`;
   const button = make("button", {
-    type: "button", class: `state ${state}`, "aria-haspopup": "dialog", "aria-label": label,
+    type: "button", class: `state ${state}${strengthOf(cell)}`, "aria-haspopup": "dialog", "aria-label": label,
   }, text);
   button.addEventListener("click", () => openCell(cell));
   return button;
@@ -155,11 +171,10 @@ function readAddress() {
 /* Evidence of one cell. */
 function openCell(cell) {
   const record = cell[RECORD] === null ? null : DATA.records[cell[RECORD]];
-  const state = stateOf(cell);
-  find("cell-title").textContent = `${nameOf(cell)}: ${state}`;
+  find("cell-title").textContent = `${nameOf(cell)}: ${labelOf(cell)}`;
   find("cell-body").replaceChildren(
     ...describeClaim(cell, record),
-    ...(record ? describeRecord(record) : [make("p", {}, "There is no evidence yet.")]),
+    ...(record ? describeRecord(record, cell) : [make("p", {}, "There is no evidence yet.")]),
     ...describeBenchmark(DATA.benchmarks[DATA.cells.indexOf(cell)]),
   );
   if (!find("cell").open) find("cell").showModal();
@@ -169,11 +184,17 @@ function openCell(cell) {
 
 function describeClaim(cell, record) {
   const rule = cell[RULE] ? ` (${cell[RULE]})` : "";
-  const parts = [pairs([["claim", cell[CLAIM] + rule], ["why", cell[REASON]]])];
-  parts.push(make("h3", {}, "Command"), ...commandBox(cell[COMMAND]));
-  if (record && record.command && record.command !== cell[COMMAND]) {
-    parts.push(make("h3", {}, "Command of the run"), ...commandBox(record.command));
+  const scope = cell[SCOPE] < 0 ? "" : `${DATA.scopes[cell[SCOPE]]}: ${DATA.weights[cell[SCOPE]]}`;
+  const parts = [pairs([["claim", cell[CLAIM] + rule], ["scope", scope], ["why", cell[REASON]]])];
+  for (const [other, state, file] of cell[OTHERS]) {
+    parts.push(make("p", {}, "Also ", make("a", { href: file }, labelled(state, other))));
   }
+  if (record && record.command) {
+    parts.push(make("h3", {}, "Command that ran"), ...commandBox(record.command));
+  }
+  const [title, ...commands] = DATA.shared[cell[OFFER]];
+  if (record && commands.length === 1 && commands[0] === record.command) return parts;
+  parts.push(make("h3", {}, title), ...commands.flatMap(commandBox));
   return parts;
 }
 
@@ -192,9 +213,9 @@ function commandBox(command) {
   return [text, button];
 }
 
-function describeRecord(record) {
+function describeRecord(record, cell) {
   const curvesFirst = [...record.checks].sort((a, b) => Boolean(b.steps) - Boolean(a.steps));
-  const parts = curvesFirst.flatMap(describeCheck);
+  const parts = curvesFirst.flatMap((check) => describeCheck(check, DATA.weights[cell[SCOPE]]));
   if (record.refusal) parts.push(make("h3", {}, "Refusal"), make("p", {}, record.refusal));
   for (const [name, facts] of Object.entries(DATA.shared[record.plan])) {
     parts.push(make("h3", {}, `Plan: ${name}`), pairs(facts));
@@ -208,12 +229,12 @@ function describeRecord(record) {
   return parts;
 }
 
-function describeCheck(check) {
+function describeCheck(check, weights) {
   const limits = new Map(DATA.shared[check.limits]);
   const parts = [make("h3", {}, `Check ${check.name}: ${check.verdict}`)];
   if (check.message) parts.push(make("p", {}, check.message));
   if (check.pictures) {
-    parts.push(...check.pictures.map((place, n) => drawPicture(DATA.shared[place], n, check)));
+    parts.push(...check.pictures.map((place, n) => drawPicture(DATA.shared[place], n, check, weights)));
     if (!check.pictures.length) {
       parts.push(make("p", {}, "Its pictures are in the record: there are too many for one page."));
     }
@@ -228,9 +249,9 @@ function describeCheck(check) {
 }
 
 /* BF16, quantized or difference; the words under it are also its name. */
-function drawPicture(source, n, check) {
+function drawPicture(source, n, check, weights) {
   const kind = ["BF16", "quantized", `difference, ${check.gain} times as strong, black is equal`][n];
-  const name = `${kind}: ${check.shown}`;
+  const name = `${kind}: ${check.shown}; ${weights}`;
   return make("figure", {},
     make("img", { src: source, alt: name }), make("figcaption", {}, name));
 }
@@ -362,14 +383,23 @@ function fill(id, names) {
   find(id).append(...names.map((name) => make("option", { value: name }, name)));
 }
 
+/* Cells per state and scope, the strongest scope first. */
+function countLabels() {
+  const scopes = [...DATA.scopes.keys()].reverse().concat(-1);
+  return DATA.states.flatMap((state, n) => scopes.flatMap((scope) => {
+    const count = DATA.cells.filter((c) => c[STATE] === n && c[SCOPE] === scope).length;
+    return count || (scope < 0 && !DATA.cells.some((c) => c[STATE] === n))
+      ? [make("li", { class: state }, `${SYMBOLS[state]} ${count} ${labelled(n, scope)}`)] : [];
+  }));
+}
+
 function start() {
   fill("family", DATA.families);
   fill("model", DATA.models);
   fill("hardware", DATA.hardware.map(([id]) => id));
   fill("state", DATA.states);
-  const counts = DATA.states.map((_, state) => DATA.cells.filter((c) => c[STATE] === state).length);
-  find("counts").append(...DATA.states.map((state, n) =>
-    make("li", { class: state }, `${SYMBOLS[state]} ${counts[n]} ${state}`)));
+  fill("scope", DATA.scopes);
+  find("counts").append(...countLabels());
   find("filters").addEventListener("input", applyFilters);
   find("filters").addEventListener("submit", (event) => event.preventDefault());
   find("filters").addEventListener("reset", () => setTimeout(applyFilters));
