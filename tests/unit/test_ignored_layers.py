@@ -20,7 +20,11 @@ PARTS = {
         ("x_embedder", "time_text_embed"),
     ],
     "flux-2": [("attn.to_qkv_mlp_proj",), ("ff_context",), ("single_stream_modulation.linear",)],
-    "wan-2-2": [("attn1.to_out",), ("blocks.1.ffn",), ("patch_embedding", "condition_embedder.time_proj")],
+    "wan-2-2": [
+        ("attn1.to_out",),
+        ("blocks.1.ffn",),
+        ("patch_embedding", "condition_embedder.time_proj"),
+    ],
     "qwen-image": [("img_mlp.net.2",), ("img_mod", "txt_mod"), ("transformer_blocks.0.attn",)],
     "z-image": [("layers.0",), ("feed_forward.w2", "attention.to_out.0")],
 }
