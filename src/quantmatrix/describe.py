@@ -9,7 +9,6 @@ from typing import Any
 from quantmatrix import export_faults, families, models, svdq_faults
 from quantmatrix.checkpoint import Checkpoint, Hub
 from quantmatrix.errors import CheckpointError
-from quantmatrix.planning import explain_unknown
 from quantmatrix.references import (
     is_whole,
     open_compat,
@@ -19,6 +18,7 @@ from quantmatrix.references import (
 )
 from quantmatrix.scheme import Scheme
 from quantmatrix.sources import COMPATIBLE_BASES
+from quantmatrix.unknown_quantization import explain_unknown
 
 
 def inspect(path: str, hub: Hub | None = None) -> dict[str, Any]:
@@ -57,8 +57,8 @@ def open_any(path: str, hub: Hub) -> dict[str, Checkpoint]:
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """One checkpoint as plain data."""
-    detected = families.detect(checkpoint)
-    unknown = None if detected else explain_unknown(checkpoint)
+    unknown = explain_unknown(checkpoint)
+    detected = None if unknown else families.detect(checkpoint)
     family, why = detected or (None, unknown or "nothing in it is quantized")
     export_faults.check_export(checkpoint)
     svdq_faults.check_layers(checkpoint)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from quantmatrix import export_faults, families, kernels, layer_lists, models, sharing
+from quantmatrix import export_faults, families, kernels, models, sharing
 from quantmatrix.checkpoint import Checkpoint
 from quantmatrix.choosing import choose
 from quantmatrix.dialects import choose_dialect
@@ -36,6 +36,7 @@ from quantmatrix.placement import (
 from quantmatrix.request import Request
 from quantmatrix.scheme import Scheme
 from quantmatrix.sources import Source, find_sources, use_tiny
+from quantmatrix.unknown_quantization import explain_unknown
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 FP4_BACKEND = "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND"
@@ -388,6 +389,8 @@ def find_schemes(
 ) -> tuple[str | None, str, dict[str, Scheme], bool]:
     """(family, why, scheme of each quantized layer on disk, whether it is made while loading)."""
     checkpoint = source.checkpoint
+    if unknown := explain_unknown(checkpoint):
+        raise CheckpointError(unknown)
     detected = families.detect(checkpoint)
     if detected:
         if request.quantization and source.primary:
@@ -404,21 +407,10 @@ def find_schemes(
                 f"{', '.join(checkpoint.files)} is quantized"
             )
         return family, why, schemes, False
-    if unknown := explain_unknown(checkpoint):
-        raise CheckpointError(unknown)
     if request.quantization and source.primary:
         schemes = online_schemes(checkpoint, model, request)
         return request.quantization, f"--quantization {request.quantization}", schemes, True
     return None, "nothing in it is quantized", {}, False
-
-
-def explain_unknown(checkpoint: Checkpoint) -> str | None:
-    """Why a checkpoint that no family takes is not one in full precision; None: it is one."""
-    return (
-        export_faults.explain_simulation(checkpoint)
-        or layer_lists.explain_formats(checkpoint)
-        or families.explain_unknown(checkpoint)
-    )
 
 
 def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict[str, Scheme]:
