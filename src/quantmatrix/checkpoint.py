@@ -128,6 +128,8 @@ class Checkpoint:
     aside: Mapping[str, int] = field(default_factory=dict)
     """Tensors of other parts of a whole checkpoint, which are no part of this: number by prefix."""
     remote: RemoteFiles | None = None
+    left_out: tuple[str, ...] = ()
+    """Files of the folder that hold a LoRA: no part of the weights, and not applied."""
 
     @property
     def nbytes(self) -> int:

@@ -71,6 +71,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "why": why,
         "unknown": unknown is not None,
         "files": list(checkpoint.files),
+        "left_out": list(checkpoint.left_out),
         "bytes": checkpoint.nbytes,
         "tensors": len(checkpoint.tensors),
         "bytes_per_dtype": dict(dtypes),
