@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from quantmatrix import export_faults, families, models, svdq_faults
+from quantmatrix import export_faults, families, models, original_names, svdq_faults
 from quantmatrix.checkpoint import Checkpoint, Hub
 from quantmatrix.errors import CheckpointError
 from quantmatrix.references import (
@@ -30,7 +30,8 @@ def inspect(path: str, hub: Hub | None = None) -> dict[str, Any]:
     for checkpoint in found.values():
         if not checkpoint.tensors:
             raise CheckpointError(
-                f"{', '.join(checkpoint.files)}: no tensor in it, expected weights; download it again"
+                f"{', '.join(checkpoint.files)}: no tensor in it: expected weights; name the file that "
+                "holds them"
             )
     return {
         "reference": path,
@@ -84,6 +85,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "schemes": dict(Counter(scheme.name for scheme in schemes.values())),
         "layouts": dict(Counter(filter(None, map(describe_layout, schemes.values())))),
         "names": find_names(checkpoint),
+        "names_note": original_names.explain_original(checkpoint.tensors),
         "layers": {
             layer: {k: v for k, v in asdict(scheme).items() if v not in (0, "", False, (0, 0))}
             for layer, scheme in schemes.items()
@@ -101,7 +103,12 @@ def describe_layout(scheme: Scheme) -> str:
 
 
 def find_names(checkpoint: Checkpoint) -> list[str]:
-    """The name spaces that the tensors are in, as `dialect (model)`; `diffusers` for its own."""
+    """The name spaces that the tensors are in, as `dialect (model)`; `diffusers` for its own.
+
+    Names that no dialect reads are `original (model)`, and nobody else's.
+    """
+    if original := original_names.find_original(checkpoint.tensors):
+        return [f"original ({original.model})"]
     found = [
         f"{dialect.name} ({model})"
         for model in models.IDS

@@ -18,7 +18,8 @@ from pathlib import PurePosixPath
 EXPERTS = {"transformer": "high", "transformer_2": "low"}
 """Noise of the steps that a component takes."""
 WORD = re.compile(
-    r"(?<![A-Za-z])(?:(?i:(low|high)[ ._-]?noise)|(LOW|HIGH)(?![A-Za-z])|(Low|High)(?=Noise))"
+    r"(?<![A-Za-z])(?i:(low|high)[ ._-]?noise)|(?<![A-Za-z])(LOW|HIGH)(?![A-Za-z])"
+    r"|(Low|High)(?=Noise)"
 )
 LEVELS = 3
 """Names of a path that are looked at: the file's, its folder's and the one's above."""
