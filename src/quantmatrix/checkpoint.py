@@ -48,6 +48,8 @@ QUANTIZATION_KEYS = ("quantization_config", "text_config.quantization_config", "
 """Where one config.json may describe the quantization, best first."""
 HEADER_KEYS = ("_quantization_metadata", "quantization_config")
 """Where a header may describe the quantization, best first; both hold JSON."""
+JSON_KEYS = (*HEADER_KEYS, "config")
+"""Keys of a header whose values are read, and are JSON objects; `config` is the model's own."""
 METHOD_KEYS = ("quant_method", "quant_algo", "method")
 """Keys of which a complete description of a quantization has at least one."""
 
@@ -126,6 +128,8 @@ class Checkpoint:
     aside: Mapping[str, int] = field(default_factory=dict)
     """Tensors of other parts of a whole checkpoint, which are no part of this: number by prefix."""
     remote: RemoteFiles | None = None
+    left_out: tuple[str, ...] = ()
+    """Files of the folder that hold a LoRA: no part of the weights, and not applied."""
 
     @property
     def nbytes(self) -> int:
@@ -278,7 +282,7 @@ def merge_headers(headers: Mapping[str, Header]) -> Header:
     """Tensors and metadata of several files, by file name; a tensor in two files is an error.
 
     Descriptions of the quantization are joined (`merge_blocks`); of other metadata the first file
-    that has a key counts.
+    that has a key counts. A value that is no JSON where JSON belongs is an error (`JSON_KEYS`).
     """
     tensors: dict[str, TensorHeader] = {}
     metadata: dict[str, str] = {}
@@ -292,6 +296,7 @@ def merge_headers(headers: Mapping[str, Header]) -> Header:
                 )
             tensors[name] = header
         for key, value in strings.items():
+            check_json(key, value, file)
             if key in HEADER_KEYS and key in metadata and metadata[key] != value:
                 here = (parse_block(metadata[key]), f"{origin[key]}: {key}")
                 there = (parse_block(value), f"{file}: {key}")
@@ -299,6 +304,22 @@ def merge_headers(headers: Mapping[str, Header]) -> Header:
             metadata.setdefault(key, value)
             origin.setdefault(key, file)
     return tensors, metadata
+
+
+def check_json(key: str, text: str, file: str) -> None:
+    """Refuse a header's value that is no JSON object where one belongs; empty ones say nothing."""
+    if key not in JSON_KEYS or text.strip() in ("", "null"):
+        return
+    try:
+        found: Any = json.loads(text)
+        what = f"a JSON {type(found).__name__}"
+    except (ValueError, RecursionError) as error:
+        found, what = None, f"no JSON ({error})"
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"{file}: {key} in the header is {text[:120]!r}, {what}: expected a JSON object. What "
+            "it was to declare is unknown: correct it, or write the file again without it"
+        )
 
 
 def parse_block(text: str) -> dict[str, Any]:
@@ -383,24 +404,18 @@ def find_config_block(config: Mapping[str, Any], file: str) -> tuple[dict[str, A
 def find_header_block(metadata: Mapping[str, str], file: str) -> tuple[dict[str, Any], str]:
     """(block, place) that the headers describe the quantization with; empty when they do not.
 
-    `_quantization_metadata` counts where it is a JSON object. One that only lists layers is
-    completed by `quantization_config`, which otherwise counts where the first is absent.
+    `_quantization_metadata` counts. One that only lists layers is completed by
+    `quantization_config`, which otherwise counts where the first is absent.
     """
-    first, second = HEADER_KEYS
-    block = parse_block(metadata.get(first, ""))
+    for key in HEADER_KEYS:
+        check_json(key, metadata.get(key, ""), file)
+    block, other = (parse_block(metadata.get(key, "")) for key in HEADER_KEYS)
+    first, second = (f"{file}: {key}" for key in HEADER_KEYS)
     if any(key in block for key in METHOD_KEYS):
-        return block, f"{file}: {first}"
-    text = metadata.get(second, "")
-    other = parse_block(text)
-    if text.strip() and not block and not other and text.strip() not in ("{}", "null"):
-        raise CheckpointError(
-            f"{file}: {second} in the header is {text[:120]!r}: expected a JSON object"
-        )
+        return block, first
     if block and other:
-        return merge_blocks(
-            block, f"{file}: {first}", other, f"{file}: {second}"
-        ), f"{file}: {first}"
-    return (block, f"{file}: {first}") if block else (other, f"{file}: {second}" if other else "")
+        return merge_blocks(block, first, other, second), first
+    return (block, first) if block else (other, second if other else "")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -377,9 +377,12 @@ def run_inspect(arguments: argparse.Namespace, rest: list[str]) -> int:
         print(f"{name}: {part['family'] or plain} ({part['why']})")
         for file in part["files"]:
             print(f"  file         {file}")
+        for file in part["left_out"]:
+            print(f"  left out     {file} (a LoRA, which adds to a model)")
         print(f"  size         {part['bytes'] / 2**20:,.1f} MiB in {part['tensors']} tensors")
         print(f"  declared in  {part['quantization_from'] or part['description_file'] or '-'}")
-        print(f"  names        {', '.join(part['names'])}")
+        note = f": {part['names_note']}" if part["names_note"] else ""
+        print(f"  names        {', '.join(part['names'])}{note}")
         print(f"  schemes      {backends_text(part['schemes'])}")
         for layout, count in part["layouts"].items():
             print(f"  layout       {count} layers: {layout}")

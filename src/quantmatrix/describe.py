@@ -6,10 +6,9 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from quantmatrix import export_faults, families, models, svdq_faults
+from quantmatrix import export_faults, families, models, original_names, svdq_faults
 from quantmatrix.checkpoint import Checkpoint, Hub
 from quantmatrix.errors import CheckpointError
-from quantmatrix.planning import explain_unknown
 from quantmatrix.references import (
     is_whole,
     open_compat,
@@ -19,6 +18,7 @@ from quantmatrix.references import (
 )
 from quantmatrix.scheme import Scheme
 from quantmatrix.sources import COMPATIBLE_BASES
+from quantmatrix.unknown_quantization import explain_unknown
 
 
 def inspect(path: str, hub: Hub | None = None) -> dict[str, Any]:
@@ -30,7 +30,8 @@ def inspect(path: str, hub: Hub | None = None) -> dict[str, Any]:
     for checkpoint in found.values():
         if not checkpoint.tensors:
             raise CheckpointError(
-                f"{', '.join(checkpoint.files)}: no tensor in it, expected weights; download it again"
+                f"{', '.join(checkpoint.files)}: no tensor in it: expected weights; name the file that "
+                "holds them"
             )
     return {
         "reference": path,
@@ -57,8 +58,8 @@ def open_any(path: str, hub: Hub) -> dict[str, Checkpoint]:
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """One checkpoint as plain data."""
-    detected = families.detect(checkpoint)
-    unknown = None if detected else explain_unknown(checkpoint)
+    unknown = explain_unknown(checkpoint)
+    detected = None if unknown else families.detect(checkpoint)
     family, why = detected or (None, unknown or "nothing in it is quantized")
     export_faults.check_export(checkpoint)
     svdq_faults.check_layers(checkpoint)
@@ -71,6 +72,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "why": why,
         "unknown": unknown is not None,
         "files": list(checkpoint.files),
+        "left_out": list(checkpoint.left_out),
         "bytes": checkpoint.nbytes,
         "tensors": len(checkpoint.tensors),
         "bytes_per_dtype": dict(dtypes),
@@ -83,6 +85,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "schemes": dict(Counter(scheme.name for scheme in schemes.values())),
         "layouts": dict(Counter(filter(None, map(describe_layout, schemes.values())))),
         "names": find_names(checkpoint),
+        "names_note": original_names.explain_original(checkpoint.tensors),
         "layers": {
             layer: {k: v for k, v in asdict(scheme).items() if v not in (0, "", False, (0, 0))}
             for layer, scheme in schemes.items()
@@ -100,7 +103,12 @@ def describe_layout(scheme: Scheme) -> str:
 
 
 def find_names(checkpoint: Checkpoint) -> list[str]:
-    """The name spaces that the tensors are in, as `dialect (model)`; `diffusers` for its own."""
+    """The name spaces that the tensors are in, as `dialect (model)`; `diffusers` for its own.
+
+    Names that no dialect reads are `original (model)`, and nobody else's.
+    """
+    if original := original_names.find_original(checkpoint.tensors):
+        return [f"original ({original.model})"]
     found = [
         f"{dialect.name} ({model})"
         for model in models.IDS

@@ -6,7 +6,6 @@ sends its owner the wrong way. Here the declaration is read beside the tensors:
 
 | what is found | what it is |
 | ------------- | ---------- |
-| names with `_quantizer.` in them, nothing declared | a model that was saved, not exported |
 | a layer that `quantized_layers` gives another algorithm | a format of which no kernel is here |
 | `group_size` other than 16 beside NVFP4 codes | blocks of another size than NVFP4 has |
 | FP8 codes without an `input_scale` | inputs left alone, scaled per call, or never calibrated |
@@ -28,28 +27,10 @@ if TYPE_CHECKING:
     from quantmatrix.checkpoint import Checkpoint, TensorHeader
     from quantmatrix.scheme import Scheme
 
-STATE = "_quantizer."
-"""Part of the names of what ModelOpt keeps beside a layer while it simulates."""
 CODES = ("U8", "I8", "F8_E4M3")
 MIXED = "MIXED_PRECISION"
 WORDS = tuple({*modelopt_fp8.ALGORITHMS, *modelopt_nvfp4.ALGORITHMS} - {MIXED})
 """Algorithms that one layer may have."""
-
-
-def explain_simulation(checkpoint: Checkpoint) -> str | None:
-    """Why a file that declares nothing is not one in full precision: ModelOpt was at work on it."""
-    if checkpoint.quantization is not None or checkpoint.description is not None:
-        return None
-    for name, header in checkpoint.tensors.items():
-        if STATE in name:
-            return (
-                f"{header.file}: tensor {name} belongs to ModelOpt's simulation of a quantized "
-                "model, and nothing declares a quantization: the model was saved "
-                "(save_pretrained), not exported, so that its weights are not what the "
-                "simulation computed with. Write it with "
-                "modelopt.torch.export.export_hf_checkpoint"
-            )
-    return None
 
 
 def check_export(checkpoint: Checkpoint) -> None:

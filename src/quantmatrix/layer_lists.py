@@ -14,14 +14,10 @@ QUANTIZATION.md and `convert_old_quants`, the pages of comfy-quants, files of `c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantmatrix.checkpoint import METHOD_KEYS, TensorHeader, parse_block
 from quantmatrix.errors import CheckpointError
-from quantmatrix.families.fp8_declaration import PLAIN_WORDS
-
-if TYPE_CHECKING:
-    from quantmatrix.checkpoint import Checkpoint
 
 MARKER = ".comfy_quant"
 LONGEST = 4096
@@ -29,7 +25,6 @@ LONGEST = 4096
 NOTES = ("orig_dtype", "orig_shape")
 """Keys of an entry that tell where a layer came from, and nothing about how it is stored."""
 ROTATION = "convrot"
-KNOWN = ("float8_e4m3fn", "float8_e4m3fn_rowwise", "nvfp4")
 
 ReadTensors = Callable[[str, list[str]], Mapping[str, bytes]]
 """Contents of some tensors of a file, by name."""
@@ -89,23 +84,9 @@ def read_entry(layer: str, entry: Any, place: str) -> Any:
     nested = entry.get("params")
     if entry.get(ROTATION) or (isinstance(nested, Mapping) and nested.get(ROTATION)):
         raise CheckpointError(
-            f"{place}: the weight of {layer} was rotated before it was quantized ({ROTATION}), "
-            "which no quant family takes: without the same rotation of its inputs a layer gives "
-            "other numbers. Quantize without it"
+            f"{place}: the weight of {layer} was rotated before it was quantized (ConvRot, "
+            f"{entry.get('format')} with {ROTATION}), which no quant family takes: without the same "
+            "rotation of its inputs a layer gives other numbers. Quantize without it, or name a "
+            "file in float8_e4m3fn or nvfp4, or in full precision"
         )
     return {key: value for key, value in entry.items() if key not in NOTES}
-
-
-def explain_formats(checkpoint: Checkpoint) -> str | None:
-    """Why no family takes a file whose list has formats that none knows; None: it has none."""
-    listed = (checkpoint.quantization or {}).get("layers")
-    if not isinstance(listed, Mapping):
-        return None
-    for layer, entry in listed.items():
-        word = entry.get("format") if isinstance(entry, Mapping) else entry
-        if word and word not in (*KNOWN, *PLAIN_WORDS):
-            return (
-                f"{checkpoint.quantization_from}: {layer} has the format {word}, which no quant "
-                f"family takes: known are {', '.join(KNOWN)}. Quantize with one of these"
-            )
-    return None

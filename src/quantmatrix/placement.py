@@ -20,6 +20,7 @@ from quantmatrix.dialects import find_code
 from quantmatrix.errors import CheckpointError
 from quantmatrix.models import Dialect, Target
 from quantmatrix.name_prefixes import find_common_prefix
+from quantmatrix.original_names import explain_original
 from quantmatrix.scheme import Scheme, measure_features
 
 if TYPE_CHECKING:
@@ -162,9 +163,11 @@ def check_module(site: Site, module: str, parts: Sequence[Part]) -> None:
     if linear is None:
         found = site.shapes.modules.get(module)
         what = f"a {found}" if found else "nothing of that name"
+        original = explain_original(site.checkpoint.tensors)
         raise CheckpointError(
             f"{site.checkpoint.reference}: quantized layer {first.layer} should be the linear layer "
-            f"{module} of {site.model}, which has {what} there: is this checkpoint of another model?"
+            f"{module} of {site.model}, which has {what} there. "
+            f"{original or 'Is this checkpoint of another model?'}"
         )
     columns = [part.target.columns for part in parts]
     if len(parts) > 1 and len(set(columns)) < len(parts):
@@ -332,6 +335,8 @@ def explain_names(site: Site, unknown: Sequence[str]) -> str:
         f"{site.checkpoint.reference}: {len(unknown)} tensors are unknown to {site.model}: "
         f"{shorten(unknown)}. "
     )
+    if original := explain_original(site.checkpoint.tensors):
+        return text + original
     prefix = find_common_prefix(unknown, lambda name: any(p in known for p in places(site, name)))
     if not prefix:
         return text + "Is this checkpoint of another model, or of another size?"

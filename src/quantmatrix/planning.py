@@ -10,17 +10,18 @@ raises. Nothing is decided later.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from quantmatrix import export_faults, families, kernels, layer_lists, models, sharing
+from quantmatrix import export_faults, families, kernels, models, sharing
 from quantmatrix.checkpoint import Checkpoint
 from quantmatrix.choosing import choose
 from quantmatrix.dialects import choose_dialect
 from quantmatrix.empty_model import measure_model
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
+from quantmatrix.families.fp8_declaration import FUSED
 from quantmatrix.hardware import Machine
 from quantmatrix.models import Dialect, Target
 from quantmatrix.placement import (
@@ -35,6 +36,7 @@ from quantmatrix.placement import (
 from quantmatrix.request import Request
 from quantmatrix.scheme import Scheme
 from quantmatrix.sources import Source, find_sources, use_tiny
+from quantmatrix.unknown_quantization import explain_unknown
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 FP4_BACKEND = "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND"
@@ -387,6 +389,8 @@ def find_schemes(
 ) -> tuple[str | None, str, dict[str, Scheme], bool]:
     """(family, why, scheme of each quantized layer on disk, whether it is made while loading)."""
     checkpoint = source.checkpoint
+    if unknown := explain_unknown(checkpoint):
+        raise CheckpointError(unknown)
     detected = families.detect(checkpoint)
     if detected:
         if request.quantization and source.primary:
@@ -403,21 +407,10 @@ def find_schemes(
                 f"{', '.join(checkpoint.files)} is quantized"
             )
         return family, why, schemes, False
-    if unknown := explain_unknown(checkpoint):
-        raise CheckpointError(unknown)
     if request.quantization and source.primary:
         schemes = online_schemes(checkpoint, model, request)
         return request.quantization, f"--quantization {request.quantization}", schemes, True
     return None, "nothing in it is quantized", {}, False
-
-
-def explain_unknown(checkpoint: Checkpoint) -> str | None:
-    """Why a checkpoint that no family takes is not one in full precision; None: it is one."""
-    return (
-        export_faults.explain_simulation(checkpoint)
-        or layer_lists.explain_formats(checkpoint)
-        or families.explain_unknown(checkpoint)
-    )
 
 
 def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict[str, Scheme]:
@@ -434,22 +427,18 @@ def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict
     for name, header in checkpoint.tensors.items():
         layer, _, leaf = name.rpartition(".")
         modules = [target.module for target in dialect.layer_targets(layer)]
-        inside = any(module.split(".")[0] in blocks for module in modules)
-        if leaf != "weight" or len(header.shape) != 2 or not inside:
-            continue
-        matching = [
-            pattern
-            for pattern in ignored
-            if any(pattern in x.split(".") or fnmatchcase(x, pattern) for x in (layer, *modules))
-        ]
+        matching = [p for p in ignored if is_part_of_path(p, (layer, *modules))]
         hits.update(matching)
-        if not matching:
+        inside = any(module.split(".")[0] in blocks for module in modules)
+        if leaf == "weight" and len(header.shape) == 2 and inside and not matching:
             schemes[layer] = scheme
     unmatched = [pattern for pattern in ignored if not hits[pattern]]
     if unmatched:
         raise UsageError(
-            f"--quantization-ignored-layers {' '.join(unmatched)}: matches no linear layer of "
-            f"{checkpoint.reference}; a layer is named like {next(iter(schemes), 'to_q')}"
+            f"--quantization-ignored-layers {' '.join(unmatched)}: matches no linear layer "
+            f"of {checkpoint.reference}, nor any other; one is named like "
+            f"{next(iter(schemes), 'to_q')}: expected such a name, dotted parts of it, or a "
+            "pattern with *"
         )
     if not schemes:
         raise UsageError(
@@ -457,6 +446,18 @@ def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict
             f"expected some in {', '.join(blocks)} that --quantization-ignored-layers leaves over"
         )
     return schemes
+
+
+def is_part_of_path(pattern: str, paths: Iterable[str]) -> bool:
+    """Whether a name from --quantization-ignored-layers is a path, or dotted parts of one.
+
+    A level above a layer is a part of its path (`transformer_blocks.0`), as are those in the middle
+    (`attn.to_k`); `*` stands for any characters, as in a shell. The last part may be the name under
+    which runtimes fuse projections (`to_qkv`).
+    """
+    above, dot, last = pattern.rstrip(".").rpartition(".")
+    parts = [f"*.{above}{dot}{name}.*" for name in FUSED.get(last, (last,))]
+    return any(fnmatchcase(f".{path}.", part) for path in paths for part in parts)
 
 
 def decide_offload(request: Request, family: str | None, warnings: list[str]) -> tuple[bool, bool]:

@@ -14,6 +14,7 @@ index or copies in other precisions are taken care of.
 | `transformer_blocks` and `unquantized_layers` (older SVDQuant folders) | both |
 | `d.safetensors` and `d.fp16.safetensors` (bf16, fp32; indexes, too) | the copy without suffix |
 | files in sub-folders only | the same rules, with all of them |
+| a LoRA beside weights | the weights; the LoRA is left out, and named |
 | no `.safetensors` | an error of its own |
 
 A *selection* is what these rules give: file names, each with the tensors that an index promises.
@@ -28,6 +29,7 @@ from pathlib import PurePath, PurePosixPath
 from typing import Any
 
 from quantmatrix import layer_lists, name_prefixes
+from quantmatrix.adapters import is_adapter
 from quantmatrix.checkpoint import (
     PICKLES,
     Checkpoint,
@@ -49,6 +51,7 @@ from quantmatrix.folders import (
 )
 
 WEIGHTS = ".safetensors"
+GGUF = ".gguf"
 INDEX = re.compile(r"\.safetensors(\.(fp16|bf16|fp32))?\.index(\.(fp16|bf16|fp32))?\.json$")
 MIXED = re.compile(r"-mixed(-\d+-of-\d+)?\.safetensors$")
 PRECISION = re.compile(r"\.(fp16|bf16|fp32)(?=[.-])")
@@ -80,7 +83,8 @@ def open_weights(reference: str, hub: Hub) -> Checkpoint:
     folder, name = open_folder(reference, hub)
     if not name:
         selection = select_weights(folder)
-    elif INDEX.search(name):
+        return build_checkpoint(reference, folder, selection, list_adapters(folder, selection))
+    if INDEX.search(name):
         selection = read_index(folder, name)
     else:
         refuse_pickle(PurePosixPath(f"{folder}/{name}"))
@@ -102,7 +106,8 @@ def open_component(
             "the --<component>-weights-path flag"
         )
     folder = enter_component(folder, subfolder, name)
-    return build_checkpoint(reference, folder, select_component(folder))
+    selection = select_component(folder)
+    return build_checkpoint(reference, folder, selection, list_adapters(folder, selection))
 
 
 def enter_component(folder: Folder, subfolder: str, name: str = "transformer") -> Folder:
@@ -257,7 +262,9 @@ def is_needed(name: str, components: Iterable[str], without: Iterable[str]) -> b
     return part in components and not (weights and part in without) if inner else not weights
 
 
-def build_checkpoint(reference: str, folder: Folder, selection: Selection) -> Checkpoint:
+def build_checkpoint(
+    reference: str, folder: Folder, selection: Selection, left_out: Iterable[str] = ()
+) -> Checkpoint:
     """Read the headers and JSON files of the selected weight files."""
     headers = {folder.address(name): folder.header(name) for name in selection}
     for name, promised in selection.items():
@@ -303,6 +310,7 @@ def build_checkpoint(reference: str, folder: Folder, selection: Selection) -> Ch
         prefix=prefix,
         aside=aside,
         remote=find_remote(folder, selection),
+        left_out=tuple(folder.address(name) for name in left_out),
     )
 
 
@@ -336,7 +344,7 @@ def select_weights(folder: Folder) -> Selection:
     index = find_index(folder, names)
     if index is not None:
         return read_index(folder, index)
-    files = [name for name in names if name.endswith(WEIGHTS)]
+    files = drop_adapters(folder, [name for name in names if name.endswith(WEIGHTS)])
     mixed = [name for name in files if MIXED.search(name)]
     if len(mixed) > 1:
         raise ambiguous(folder, mixed, "mixed checkpoints and no index")
@@ -356,11 +364,35 @@ def select_component(folder: Folder) -> Selection:
     index = find_index(folder, names)
     if index is not None:
         return read_index(folder, index)
-    files = [name for name in names if name.endswith(WEIGHTS)]
+    files = drop_adapters(folder, [name for name in names if name.endswith(WEIGHTS)])
     if not files:
         raise no_weights(folder)
     mixed = [name for name in files if MIXED.search(name)]
     return dict.fromkeys(mixed or files, frozenset())
+
+
+def drop_adapters(folder: Folder, files: list[str]) -> list[str]:
+    """Weight files without those that hold a LoRA; where there is nothing else, all of them."""
+    if len(files) < 2:
+        return files
+    return [name for name in files if not holds_adapter(folder, name)] or files
+
+
+def list_adapters(folder: Folder, selection: Selection) -> list[str]:
+    """Files with a LoRA that lie beside the selected ones, and are none of them."""
+    place = PurePosixPath(next(iter(selection))).parent
+    others = (n for n in drop_precisions(folder.names) if PurePosixPath(n).parent == place)
+    files = [name for name in others if name.endswith(WEIGHTS) and name not in selection]
+    return [name for name in files if holds_adapter(folder, name)]
+
+
+def holds_adapter(folder: Folder, name: str) -> bool:
+    """Whether a file holds a LoRA and nothing else; one that cannot be read does not."""
+    try:
+        tensors, _ = folder.header(name)
+    except CheckpointError:
+        return False
+    return is_adapter(tensors)
 
 
 def find_index(folder: Folder, names: Iterable[str]) -> str | None:
@@ -428,6 +460,8 @@ def no_weights(folder: Folder) -> CheckpointError:
     """The error for a folder without weights; pickles are named."""
     pickles = [n for n in folder.names if PurePosixPath(n).suffix.lower() in PICKLES]
     more = f"; {pickles[0]} is a pickle file, which is refused" if pickles else ""
+    if packed := [n for n in folder.names if n.lower().endswith(GGUF)]:
+        more = f"; {packed[0]} is a GGUF file, which no quant family takes"
     return CheckpointError(
         f"{folder}: no .safetensors weights in it{more}; name a folder or file that has them"
         f"{explain_partial(folder)}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
 
-from quantmatrix import models, pipeline_parts
+from quantmatrix import experts, models, pipeline_parts
 from quantmatrix.checkpoint import Checkpoint, Hub, parse_block
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.references import (
@@ -101,6 +101,15 @@ def find_sources(request: Request) -> Sources:
                 f"--quantization {request.quantization} is for {names[0]} only: {name} is loaded "
                 "as it is stored"
             )
+    for name, source in components.items():
+        given = name in weights or name in request.component_paths
+        files = source.checkpoint.files if given else ()
+        if note := experts.warn_of_expert(name, files, names):
+            warnings.append(note)
+        warnings += [
+            f"{file} holds a LoRA, which is no part of the weights: it is left out, and not applied"
+            for file in source.checkpoint.left_out
+        ]
     warnings += pipeline_parts.list_warnings(pipeline, {*names, *request.component_paths})
     warnings += check_svdquant_file(request, model, components[names[0]].checkpoint)
     return Sources(base, model, pipeline.class_name, components, warnings)

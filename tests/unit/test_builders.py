@@ -353,6 +353,8 @@ def test_presets_are_the_models_fallback_sets() -> None:
         ("FluxTransformer2DModel", "auto", 3),
         ("WanTransformer3DModel", "auto", 0),
         ("HunyuanVideoTransformer3DModel", "auto", 7),
+        ("HunyuanVideo15Transformer3DModel", "auto", 0),
+        ("HunyuanVideoFramepackTransformer3DModel", "auto", 0),
         ("anything", "hunyuan-video", 7),
         ("FluxTransformer2DModel", "none", 0),
     ],

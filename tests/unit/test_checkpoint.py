@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weight_files import join_file, make_header, write_weights
+from weight_files import join_file, make_header, write_index, write_json, write_weights
 
 from quantmatrix.checkpoint import (
     HEADER_LIMIT,
     ITEM_BITS,
     Checkpoint,
+    Hub,
     TensorHeader,
     find_block,
     merge_headers,
@@ -24,6 +25,7 @@ from quantmatrix.checkpoint import (
     read_json,
 )
 from quantmatrix.errors import CheckpointError
+from quantmatrix.references import open_weights
 
 TENSORS = {
     "a.weight": ("F8_E4M3", (4, 6)),
@@ -287,13 +289,6 @@ BLOCKS: dict[str, tuple[Any, dict[str, Any], Any, Any, str | None]] = {
         FP8,
         "f: _quantization_metadata",
     ),
-    "metadata that is no json": (
-        None,
-        {"_quantization_metadata": "see config", "quantization_config": FP8},
-        None,
-        FP8,
-        "f: quantization_config",
-    ),
     "layer list completed": (
         None,
         {"_quantization_metadata": LAYERS, "quantization_config": MODELOPT},
@@ -349,6 +344,34 @@ def test_config_and_header_disagree() -> None:
         )
     for word in ("dir/config.json", "x.safetensors", "quant_algo", "FP8", "NVFP4"):
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("key", ["_quantization_metadata", "quantization_config", "config"])
+@pytest.mark.parametrize("text", ["{not json", "see config", "[1]", '"fp8"', "7", "[" * 9999])
+def test_a_header_value_that_is_no_json_is_an_error(
+    tmp_path: Path, key: str, text: str, shards: int
+) -> None:
+    """Whatever else declares the quantization: what this value was to say is unknown."""
+    other = {"quantization_config": json.dumps(FP8), "_quantization_metadata": json.dumps(FP8)}
+    folder = tmp_path / "folder"
+    names = [f"model-0000{i + 1}-of-0000{shards}.safetensors" for i in range(shards)]
+    for name in names:
+        write_weights(folder / name, metadata=other | ({key: text} if name == names[-1] else {}))
+    write_json(folder / "config.json", {"quantization_config": FP8})
+    write_index(folder / "model.safetensors.index.json", names)
+    with pytest.raises(CheckpointError, match="expected a JSON object") as caught:
+        open_weights(str(folder), Hub())
+    for part in (names[-1], f"{key} in the header", text[:20]):
+        assert part in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("text", ["", " ", "null", "{}"])
+@pytest.mark.parametrize("key", ["_quantization_metadata", "quantization_config", "config"])
+def test_an_empty_header_value_says_nothing(tmp_path: Path, key: str, text: str) -> None:
+    path = write_weights(tmp_path / "a.safetensors", metadata={key: text, "note": "no {json"})
+    assert open_weights(str(path), Hub()).quantization is None
 
 
 @pytest.mark.parametrize("value", ["fp8", ["fp8"], 8])

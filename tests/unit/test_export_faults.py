@@ -11,7 +11,8 @@ import pytest
 from quantmatrix import families
 from quantmatrix.checkpoint import Checkpoint, TensorHeader
 from quantmatrix.errors import CheckpointError
-from quantmatrix.export_faults import check_export, explain_simulation, list_doubts
+from quantmatrix.export_faults import check_export, list_doubts
+from quantmatrix.unknown_quantization import explain_unknown
 
 Headers = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -125,4 +126,4 @@ def test_a_saved_simulation_is_no_model_in_full_precision(tmp_path: Path) -> Non
     assert shown["unknown"]
     assert "export_hf_checkpoint" in shown["why"]
     declared = make_checkpoint({layer: {"weight_quantizer._amax": ("F32", ())}}, quant_algo="FP8")
-    assert explain_simulation(declared) is None
+    assert explain_unknown(declared) is None

@@ -18,6 +18,7 @@ LIGHT = (
     *("report", "states", "pages", "page_data", "page_html", "picture", "matrix_changes"),
     *("ratios", "bench_results", "bench_form", "bench_gate", "bench_pages", "bench_rows"),
     *("explain", "lifecycle", "agreement", "code_path", "census", "packets", "validation_page"),
+    *("adapters", "experts", "original_names"),
     *("limits", "limit_samples", "rounding_model", "thumbnails", "record_form"),
 )
 HEAVY = {"torch", "diffusers", "transformers", "pandas", "accelerate", "numpy", "safetensors"}

@@ -13,7 +13,7 @@ import huggingface_hub
 import pytest
 from weight_files import COMMIT, join_file, make_header
 
-from quantmatrix import families, layer_lists
+from quantmatrix import families
 from quantmatrix.checkpoint import NEAR, Checkpoint, Hub, read_contents
 from quantmatrix.describe import describe
 from quantmatrix.errors import CheckpointError
@@ -22,6 +22,7 @@ from quantmatrix.planning import find_schemes
 from quantmatrix.references import open_component, open_weights
 from quantmatrix.request import Request
 from quantmatrix.sources import Source
+from quantmatrix.unknown_quantization import explain_unknown
 
 FP8 = {"format": "float8_e4m3fn"}
 FULL = {**FP8, "full_precision_matrix_mult": True}
@@ -146,8 +147,8 @@ def test_formats_that_no_family_takes_are_named(tmp_path: Path, word: str) -> No
 
 
 def test_a_list_of_plain_layers_is_no_quantization() -> None:
-    plain = {"layers": {"a": {"format": "bf16"}, "b": "float32", "c": {}}}
-    assert layer_lists.explain_formats(Checkpoint("r", (), {}, quantization=plain)) is None
+    plain = {"format_version": "1.0", "layers": {"a": {"format": "bf16"}, "b": "float32", "c": {}}}
+    assert explain_unknown(Checkpoint("r", (), {}, quantization=plain)) is None
 
 
 class Counted(io.BytesIO):

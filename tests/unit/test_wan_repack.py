@@ -205,6 +205,47 @@ def test_two_flags_write_both_transformers(quantized, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+BESIDE = {
+    "original": ("diffusion_pytorch_model.safetensors",),
+    "shards": (
+        "diffusion_pytorch_model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ),
+    "lora": ("wan_lora_rank64.safetensors",),
+    "mixed": ("a-mixed.safetensors",),
+    "damaged": ("notes.safetensors",),
+}
+
+
+@pytest.mark.parametrize("names", BESIDE.values(), ids=BESIDE)
+def test_other_weights_beside_an_expert_are_left_alone(quantized, tmp_path, names):
+    for expert in ("high_noise_model", "low_noise_model"):
+        for name in names:
+            file = quantized / expert / name
+            if name.endswith(".json"):
+                index = {
+                    "weight_map": {"blocks.0.ffn.2.weight": names[0], "head": "gone.safetensors"}
+                }
+                file.write_text(json.dumps(index))
+            elif name == "notes.safetensors":
+                file.write_text("no safetensors file at all")
+            else:
+                save_file({"blocks.0.ffn.2.weight": torch.zeros(2, 2)}, file)
+    counts = wan_repack.repack(quantized, tmp_path / "out")
+    for seed, name in enumerate(("transformer", "transformer_2")):
+        check_component(tmp_path / "out" / name, seed)
+        assert counts[name] == len(make_quantized(seed)[0])
+
+
+def test_shards_that_an_index_lists_must_all_be_there(quantized, tmp_path, capsys):
+    """msmodelslim's own index counts: a shard that is missing is not left out without a word."""
+    (quantized / "low_noise_model" / "quant_model_weights-00002-of-00002.safetensors").unlink()
+    words = ["--input-path", str(quantized), "--output-path", str(tmp_path / "out")]
+    assert wan_repack.main(words) == 1
+    assert "quant_model_weights-00002-of-00002" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_flags_join_what_was_copied_first(quantized, original, tmp_path):
     out = tmp_path / "out"
     (out / "vae").mkdir(parents=True)

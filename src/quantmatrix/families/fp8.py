@@ -57,7 +57,8 @@ FLOATS = ("F32", "BF16", "F16")
 """Dtypes of scales per block or channel: float32, or the model's own."""
 BESIDE = ("bias", "comfy_quant")
 """Suffixes that may stand in any layer."""
-AGAIN = "Download the checkpoint again, or quantize it again"
+AGAIN = "Correct the file with what wrote it, or quantize again"
+"""Headers that are whole and do not fit together came so from their writer."""
 NUMBERED = re.compile(r"\.\d+\.")
 """A block's number in a layer's name."""
 

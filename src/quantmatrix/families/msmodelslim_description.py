@@ -213,7 +213,7 @@ def check_layer(
         raise CheckpointError(
             f"{weight.file}: tensor {weight.name} lies in a level that only smoothing makes, but "
             f"{layer}.div.mul_scale is missing: without it the layer would give other numbers; "
-            "download the weights again"
+            "quantize again, or name a folder that was written completely"
         )
     out, into = weight.shape
     bias = TensorSpec(FLOATS, ((out,),), optional=True)

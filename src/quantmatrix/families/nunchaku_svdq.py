@@ -59,7 +59,6 @@ DIALECT = "nunchaku"
 METHODS = ("svdquant", "nunchaku")
 """Words that declare the engine's layout; diffusers' `nunchaku_lite` is another one."""
 FILE_NAME = re.compile(r"svdq-(int4|fp4)_r(\d+)")
-LORA = re.compile(r"(^|[._])lora_(down|up|A|B)(\.|$)")
 LIGHTNING = re.compile(r"lightning.*?(\d+)-?steps?", re.IGNORECASE)
 
 
@@ -78,10 +77,8 @@ def lightning_steps(reference: str) -> int | None:
 
 
 def detect(checkpoint: Checkpoint) -> str | None:
-    """What declares SVDQuant, or the first layer whose tensors show it; LoRA files raise."""
+    """What declares SVDQuant, or the first layer whose tensors show it."""
     coded = next((n for n, s in checkpoint.layers().items() if {"qweight", "wscales"} <= s), None)
-    if coded is None:
-        refuse_lora(checkpoint)
     block, source = checkpoint.quantization or {}, checkpoint.quantization_from
     source = source or checkpoint.reference
     for key in METHOD_KEYS if coded else ():
@@ -99,16 +96,6 @@ def detect(checkpoint: Checkpoint) -> str | None:
             )
         return f"method svdquant in {source}"
     return None if coded is None else f"{coded} holds qweight and wscales"
-
-
-def refuse_lora(checkpoint: Checkpoint) -> None:
-    """A file of low-rank factors alone goes on top of a model, and is none."""
-    found = next((name for name in checkpoint.tensors if LORA.search(name)), None)
-    if found is not None:
-        raise CheckpointError(
-            f"{checkpoint.reference}: tensor {found} and no quantized weights: this is a LoRA, "
-            "which adds to a model; name the model's own svdq-... file"
-        )
 
 
 def check_request(

@@ -15,8 +15,9 @@ calibrated model that ModelOpt saved. Scale = amax / 448 for every module with b
 
 Modules that a model keeps in BF16 (`--model-type`, `--keep-bf16-pattern`) get the weight of the
 base transformer and no scales; only the weight, a bias stays the export's. Keys with `_quantizer.`
-in them are dropped. Shards keep their names; config.json and the headers say what was done. A
-pattern that matches no module and a kept layer that the base cannot supply are errors.
+in them are dropped. Shards keep their names; config.json and the headers say what was done: `ignore`
+names every layer in BF16, under SGLang's name, too (`runtime_names`). A pattern is tried on both; one
+that matches no module and a kept layer that the base cannot supply are errors.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from quantmatrix.kernels.nvfp4_arithmetic import cut_rows
 from quantmatrix.load import TensorReader
 from quantmatrix.request import normalize_words
 from quantmatrix.safetensors_writer import Item
+from quantmatrix.tools import runtime_names
 from quantmatrix.tools.transformer_folder import (
     FLOATS,
     TransformerFolder,
@@ -63,7 +65,8 @@ HUNYUAN_VIDEO = (
 """A model that only this tool knows."""
 PROFILES = {"flux1": "flux-1", "flux2": "flux-2", "qwen-image": "qwen-image"}
 """Fallback profile -> the model whose FALLBACKS hold it under the same name."""
-MODEL_TYPES = ("auto", *PROFILES, "hunyuan-video", "none")
+HUNYUAN = "hunyuan-video"
+MODEL_TYPES = ("auto", *PROFILES, HUNYUAN, "none")
 QUANTIZERS = {"weight_scale": ".weight_quantizer._amax", "input_scale": ".input_quantizer._amax"}
 SCALES = tuple(QUANTIZERS)
 CALIBRATORS = 4
@@ -82,6 +85,8 @@ class Build:
     """Modules that take the base's weight."""
     ignored: frozenset[str]
     """Modules that stay as the export has them."""
+    class_name: str
+    """Class by which SGLang names the layers."""
 
     @property
     def quantized(self) -> frozenset[str]:
@@ -102,17 +107,19 @@ def build(
 ) -> dict[str, int]:
     """Build the transformer; returns the statistics. Nothing is left behind when it fails."""
     source = open_transformer(modelopt_hf_dir, "--modelopt-hf-dir")
-    profile = find_profile(model_type, str(source.config.get("_class_name")))
+    profile = find_profile(model_type, source.class_name)
     if (profile or keep_bf16_patterns) and base_transformer_dir is None:
         raise UsageError("--base-transformer-dir is missing: layers kept in BF16 are taken from it")
     base = None
     if base_transformer_dir is not None:
         base = open_transformer(base_transformer_dir, "--base-transformer-dir")
     check_output(output_dir, overwrite, [source.root, *([base.root] if base else [])])
-    kept = find_kept(source, profile, keep_bf16_patterns)
+    class_name = runtime_names.HUNYUAN_VIDEO if model_type == HUNYUAN else source.class_name
+    kept = find_kept(source, profile, keep_bf16_patterns, class_name)
     scales = read_scales(modelopt_backbone_ckpt, maxbound)
     block = read_block(source)
-    plan = Build(source, base, scales, kept, find_ignored(source, block, scales) - kept)
+    ignored = find_ignored(source, block, scales, class_name) - kept
+    plan = Build(source, base, scales, kept, ignored, class_name)
     check_plan(plan, block)
     config = describe(plan, block)
     text = json.dumps(config["quantization_config"], sort_keys=True)
@@ -146,17 +153,20 @@ def find_profile(model_type: str, class_name: str) -> tuple[str, ...]:
     if model_type == "auto":
         model = models.by_class(class_name)
         known = {model_id: name for name, model_id in PROFILES.items()}
-        model_type = "hunyuan-video" if class_name.startswith("HunyuanVideo") else "none"
+        model_type = HUNYUAN if class_name == runtime_names.HUNYUAN_VIDEO else "none"
         model_type = known.get(model or "", model_type)
     if model_type in PROFILES:
         return models.load(PROFILES[model_type]).FALLBACKS[model_type]
-    return HUNYUAN_VIDEO if model_type == "hunyuan-video" else ()
+    return HUNYUAN_VIDEO if model_type == HUNYUAN else ()
 
 
 def find_kept(
-    source: TransformerFolder, profile: Sequence[str], patterns: Sequence[str]
+    source: TransformerFolder, profile: Sequence[str], patterns: Sequence[str], class_name: str
 ) -> frozenset[str]:
-    """Modules kept in BF16: a profile matches whole names, `patterns` any part of one."""
+    """Modules kept in BF16: a profile matches whole names, `patterns` any part of one.
+
+    `patterns` are tried on the names that SGLang gives the modules, too.
+    """
     modules = source.modules()
     kept: set[str] = set()
     try:
@@ -164,12 +174,15 @@ def find_kept(
         tests += [(p, re.compile(p).search) for p in patterns]
     except re.error as error:
         raise UsageError(f"--keep-bf16-pattern: {error.pattern!r}: {error}") from error
+    names = {module: runtime_names.list_names(module, class_name) for module in modules}
     for pattern, match in tests:
-        found = [module for module in modules if match(module)]
+        found = [module for module in modules if any(map(match, names[module]))]
         if not found:
             raise CheckpointError(
                 f"{source.root}: BF16 pattern {pattern!r} matches none of its {len(modules)} "
-                "modules: choose another --model-type (or none), or correct the pattern"
+                f"modules, by the file's names or by SGLang's: a module is named like "
+                f"{next(iter(modules), 'proj_out')}. Choose another --model-type (or none), or "
+                "correct the pattern"
             )
         kept.update(found)
     return frozenset(kept)
@@ -219,22 +232,27 @@ def read_state(file: Path) -> Mapping[str, torch.Tensor]:
 
 
 def find_ignored(
-    source: TransformerFolder, block: Mapping[str, Any], scales: Mapping[str, Any]
+    source: TransformerFolder,
+    block: Mapping[str, Any],
+    scales: Mapping[str, Any],
+    class_name: str,
 ) -> frozenset[str]:
     """Modules that ModelOpt left alone: listed in `ignore`, or without a pair of scales.
 
-    A convolution may have a pair (Wan's patch_embedding): it is simulated, but not written as FP8.
+    An entry may be SGLang's name of the layer. A convolution may have a pair (Wan's
+    patch_embedding): it is simulated, but not written as FP8.
     """
     patterns = [
         re.compile(".*".join(re.escape(part) for part in str(entry).split("*")) + r"\Z")
         for entry in block.get("ignore") or ()
     ]
+    names = partial(runtime_names.list_names, class_name=class_name)
     return frozenset(
         module
         for module in source.modules()
         if module not in scales
         or len(source.checkpoint.tensors[f"{module}.weight"].shape) != 2
-        or any(pattern.match(module) for pattern in patterns)
+        or any(pattern.match(name) for pattern in patterns for name in names(module))
     )
 
 
@@ -297,7 +315,9 @@ def check_scales(plan: Build, reader: TensorReader) -> None:
 
 def describe(plan: Build, block: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the output."""
-    ignore = {*map(str, block.get("ignore") or ()), *plan.ignored, *plan.kept}
+    left = plan.ignored | plan.kept
+    runtime = runtime_names.list_ignored(left, plan.source.modules(), plan.class_name)
+    ignore = {*map(str, block.get("ignore") or ()), *left, *runtime}
     algorithm = block.get("quant_algo") or "FP8"
     quantization = {**block, "quant_algo": algorithm, "ignore": sorted(ignore)}
     quantization.setdefault("quant_type", str(algorithm).upper())

@@ -7,7 +7,8 @@
 The tensors of modules that match a pattern (`*` stands for any characters, over the whole module
 name) are taken from the base transformer, biases included; their scales are dropped. Everything
 else is copied bit for bit: no repacking, no change of nibbles or of the scale layout.
-config.json and the headers gain the patterns in `ignore`, and `swap_weight_nibbles`. A pattern that
+config.json and the headers gain the patterns in `ignore`, SGLang's names of layers in full precision
+where it has others (`runtime_names`), and `swap_weight_nibbles`. A pattern that
 matches no module, and a module whose weight the base does not have under the same name and shape,
 are errors: such a layer would stay quantized although the configuration says that it is not.
 """
@@ -31,6 +32,7 @@ from quantmatrix.families import modelopt_nvfp4
 from quantmatrix.load import TensorReader
 from quantmatrix.request import normalize_words
 from quantmatrix.safetensors_writer import Item
+from quantmatrix.tools import runtime_names
 from quantmatrix.tools.transformer_folder import (
     FLOATS,
     TransformerFolder,
@@ -156,7 +158,9 @@ def describe(
             f"{source.root / 'config.json'}: quant_algo is {algorithm}: expected NVFP4; for FP8 "
             "exports there is build_modelopt_fp8_transformer"
         )
-    ignore = dict.fromkeys([*map(str, block.get("ignore") or ()), *patterns])
+    left = {m for m in source.modules() if m in kept or not is_coded(source, m)}
+    runtime = runtime_names.list_ignored(left, source.modules(), source.class_name)
+    ignore = dict.fromkeys([*map(str, block.get("ignore") or ()), *patterns, *runtime])
     quantization = {
         "quant_type": algorithm.upper(),
         **drop_layers(block, kept),
@@ -164,6 +168,11 @@ def describe(
         "swap_weight_nibbles": swap_weight_nibbles,
     }
     return {**source.config, "quantization_config": quantization}
+
+
+def is_coded(source: TransformerFolder, module: str) -> bool:
+    """Whether an export stores a module's weight as codes."""
+    return source.checkpoint.tensors[f"{module}.weight"].dtype not in FLOATS
 
 
 def drop_layers(block: Mapping[str, Any], kept: frozenset[str]) -> dict[str, Any]:

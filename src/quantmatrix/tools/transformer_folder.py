@@ -44,6 +44,11 @@ class TransformerFolder:
     metadata: Mapping[str, Mapping[str, str]]
     """Header metadata of each shard."""
 
+    @property
+    def class_name(self) -> str:
+        """Class of the transformer, as config.json names it; empty when it does not."""
+        return str(self.config.get("_class_name") or "")
+
     def tensors_of(self, shard: str) -> dict[str, TensorHeader]:
         """The tensors of one shard, by name."""
         path = str(self.root / shard)

@@ -5,7 +5,8 @@ names in `transformer` (high noise) and `transformer_2` (low noise):
 
     python -m quantmatrix.tools.wan_repack --input-path QUANTIZED --output-path CONVERTED
 
-writes those two folders; copy everything else of the original Diffusers checkpoint beside them,
+writes those two folders, each from the `quant_model_weight*.safetensors` of its expert, whatever else
+lies beside them; copy everything else of the original Diffusers checkpoint beside them,
 and the `config.json` of each transformer into its folder. With
 
     python -m quantmatrix.tools.wan_repack --model-type Wan2.2-T2V-A14B \\
@@ -37,8 +38,9 @@ from quantmatrix import models
 from quantmatrix.checkpoint import Checkpoint, Hub, TensorHeader, read_json
 from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
 from quantmatrix.families.msmodelslim_description import check_known
+from quantmatrix.folders import open_folder
 from quantmatrix.models import Dialect
-from quantmatrix.references import open_component
+from quantmatrix.references import build_checkpoint, find_index, open_component, read_index
 from quantmatrix.request import normalize_words
 
 MODEL = "wan-2-2"
@@ -50,6 +52,8 @@ MODEL_TYPES: Mapping[str, tuple[str, ...]] = {
     "Wan2.2-I2V-A14B": ("transformer", "transformer_2"),
     "Wan2.2-TI2V-5B": ("transformer",),
 }
+QUANTIZED = "quant_model_weight"
+"""How the names of the files begin into which msmodelslim writes tensors."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DESCRIPTION = "quant_model_description.json"
 BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -152,13 +156,28 @@ def find_experts(folder: Path, model_type: str | None) -> dict[str, Checkpoint]:
         place = folder / EXPERTS[name] if len(names) > 1 else folder
         if not place.is_dir():
             raise CheckpointError(f"{place} is missing: {name} is made from it")
-        checkpoint = open_component(str(place), Hub())
+        checkpoint = open_expert(place)
         if checkpoint.description is None:
             raise CheckpointError(
                 f"{place}: no quant_model_description*.json in it: was it written by msmodelslim?"
             )
         found[name] = checkpoint
     return found
+
+
+def open_expert(place: Path) -> Checkpoint:
+    """What msmodelslim wrote into a folder; weights of other names beside it are left alone.
+
+    Without a file of its name the folder is read as any component's.
+    """
+    folder, _ = open_folder(str(place), Hub())
+    names = [name for name in folder.top if name.startswith(QUANTIZED)]
+    files = [name for name in names if name.endswith(".safetensors")]
+    if not files:
+        return open_component(str(place), Hub())
+    index = find_index(folder, names)
+    selection = read_index(folder, index) if index else dict.fromkeys(files, frozenset())
+    return build_checkpoint(str(place), folder, selection)
 
 
 def convert(source: Checkpoint, target: Path, config_file: Path | None = None) -> int:
