@@ -9,9 +9,10 @@ function that asks for `cell` and says which check it performs:
 
 It becomes one test per cell whose row names that check, and the cell's id is the test's id. Cells
 run on the `cpu` hardware unless `--hardware` says otherwise, except for `refuse`, which only plans
-and therefore runs for every hardware. What the suite puts into `proof` becomes the cell's evidence,
-one file per cell, written when the last check of the cell is done. A run that keeps its evidence to
-itself must give the verdicts that are committed beside the tables, better ones included.
+and therefore runs for every hardware. `true-size` runs where `--check true-size` asks for it. What
+the suite puts into `proof` becomes the cell's evidence, one file per cell and scope, written when the
+last check of the cell is done. A run that keeps its evidence to itself must give the verdicts that
+are committed beside the tables, better ones included.
 
 Under xdist all tests of one checkpoint run on one worker, and each worker has one thread and one of
 the devices that are visible. `--rows FILE` and `--shard i/n` run a part of the cells. How a
@@ -37,6 +38,7 @@ from quantmatrix.device_scheduling import CELLS, Workers, read_worker
 from quantmatrix.errors import MachineError, UsageError
 from quantmatrix.evidence import EvidenceError, path_of, remove_leftovers
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, GATE_LOOSENED, NOTHING_COLLECTED
+from quantmatrix.matrix import ON_REQUEST
 from quantmatrix.outcomes import (
     Outcomes,
     classify,
@@ -229,7 +231,8 @@ class Harness:
     def cells_for(self, checks: Iterable[str]) -> Iterator[tuple[Cell, str]]:
         """(cell, check) for every selected cell that a suite of these checks must run."""
         for check in checks:
-            if self.wanted["check"] and check not in self.wanted["check"]:
+            asked = self.wanted["check"]
+            if check not in asked and (asked or check in ON_REQUEST):
                 continue
             anywhere = check in PLAN_ONLY or self.wanted["hardware"]
             for cell in self.cells:
