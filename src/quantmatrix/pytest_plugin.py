@@ -89,6 +89,11 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         "unless --evidence-dir is given; none: expect nothing)",
     )
     group.addoption(
+        "--rewrite",
+        action="store_true",
+        help="write records again that say nothing new (default: they keep their date)",
+    )
+    group.addoption(
         "--full-size",
         action="store_true",
         help="use the real checkpoints instead of the tiny stand-ins",
@@ -142,7 +147,8 @@ class Harness:
         folder = Path(asked).absolute() if asked else None
         expected = self._find_expected(config.getoption("expect_evidence"), folder)
         tiny = not config.getoption("full_size")
-        self.recorder = Recorder(lambda: self.tables, folder, expected, tiny=tiny)
+        rewrite = config.getoption("rewrite")
+        self.recorder = Recorder(lambda: self.tables, folder, expected, tiny=tiny, rewrite=rewrite)
         self.worker = read_worker(config)
         if folder is not None and self.worker is None:
             remove_leftovers(folder)
@@ -395,7 +401,9 @@ class Harness:
         asked = self.config.getoption("evidence_dir")
         if asked or self.recorder.written:  # with workers, the records are written by them
             count = f"{len(self.recorder.written)} " if self.recorder.written else ""
-            terminalreporter.write_line(f"evidence: {count}records in {self.recorder.folder}")
+            kept = f", {self.recorder.kept} say nothing new" if self.recorder.kept else ""
+            where = self.recorder.folder
+            terminalreporter.write_line(f"evidence: {count}records in {where}{kept}")
 
     @pytest.fixture(name="cell")
     def provide_cell(self, request: pytest.FixtureRequest) -> Cell:
