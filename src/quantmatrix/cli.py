@@ -1,7 +1,8 @@
 """The command line. Every command has `--json`; nothing heavy is imported before it is needed.
 
 Exit codes: 0 done, 1 something is wrong with a file or a claim, 2 the words contradict each other,
-3 a refusal (the plan ended in a rule), 130 interrupted, 143 terminated.
+3 a refusal (the plan ended in a rule), 14 the environment is unusable (the hub cannot be read, a package
+is missing, the disk is full), 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 from quantmatrix import __version__
 from quantmatrix.commands import NAMES
 from quantmatrix.errors import QuantmatrixError, RefusedError, UsageError
+from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, blames_environment
 from quantmatrix.places import check_place, naming
 from quantmatrix.request import (
     FP4_BACKEND_VARIABLE,
@@ -54,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except RefusedError as error:
         return report_error(error, EXIT_REFUSED, as_json=as_json)
-    except UsageError as error:
-        return report_error(error, EXIT_USAGE, as_json=as_json)
     except QuantmatrixError as error:
-        return report_error(error, EXIT_PROBLEM, as_json=as_json)
+        code = EXIT_USAGE if isinstance(error, UsageError) else EXIT_PROBLEM
+        code = ENVIRONMENT_UNUSABLE if blames_environment(error) else code
+        return report_error(error, code, as_json=as_json)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -65,12 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         drop_output()  # whoever read it went away
         return EXIT_PROBLEM
     except OSError as error:
+        code = ENVIRONMENT_UNUSABLE if blames_environment(error) else EXIT_PROBLEM
         try:
-            report_error(explain_os_error(error), EXIT_PROBLEM, as_json=as_json)
+            report_error(explain_os_error(error), code, as_json=as_json)
             sys.stdout.flush()
         except OSError:  # it was the output that could not be written
             drop_output()
-        return EXIT_PROBLEM
+        return code
 
 
 def drop_output() -> None:

@@ -4,6 +4,7 @@
 `CheckpointError`  a file on disk is not what it claims to be, or cannot be used as asked
 `RefusedError`     everything is well formed, but this hardware has no kernel for it
 `MachineError`     this machine is not the hardware that was asked for
+`UnusableError`    something outside is missing: the hub, a token, a licence, a package
 `BrokenRunError`   a generation went beyond numbers (NaN), so that it shows nothing
 """
 
@@ -22,8 +23,20 @@ class MachineError(UsageError):
     """A machine that is not what was asked for; nothing that fails on it says anything."""
 
 
+class UnusableError(QuantmatrixError):
+    """What a run needs is not to be had here and now; it says nothing about a checkpoint or a claim."""
+
+
+class MissingPackageError(UnusableError, ImportError):
+    """An optional package that is not installed."""
+
+
 class CheckpointError(QuantmatrixError, ValueError):
     """A checkpoint that is damaged, ambiguous, incomplete or not what was asked for."""
+
+
+class UnreachableError(CheckpointError, UnusableError):
+    """A repository that cannot be read from here: no network, no token, no accepted licence."""
 
 
 class BrokenRunError(QuantmatrixError, ArithmeticError):

@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 from quantmatrix.errors import QuantmatrixError, UsageError
 from quantmatrix.exit_codes import CLAIM_VIOLATED, MEANINGS, NOT_EXECUTED, NOTHING_COLLECTED
+from quantmatrix.matrix import ON_REQUEST
 from quantmatrix.scopes import cell_of, find_records, key_of
 from quantmatrix.states import explain_state
 
@@ -193,9 +194,10 @@ def combine(several: Iterable[Verdicts]) -> Verdicts:
 def compare(planned: Iterable[Cell], verdicts: Verdicts, only: Collection[str] = ()) -> Comparison:
     """Planned against executed checks; `only` limits both to some checks.
 
+    Checks that run on request only are planned where `only` names them, and never unplanned.
     Cells of a hardware that nothing was planned for are not looked at.
     """
-    wanted = {cell.id: [c for c in cell.checks if not only or c in only] for cell in planned}
+    wanted = {cell.id: [c for c in cell.checks if fits(c, only)] for cell in planned}
     wanted = {cell: checks for cell, checks in wanted.items() if checks}
     places = {cell.partition("@")[2].partition("+")[0] for cell in wanted}
 
@@ -208,7 +210,7 @@ def compare(planned: Iterable[Cell], verdicts: Verdicts, only: Collection[str] =
         cell: extra
         for cell, checks in verdicts.items()
         if cell.partition("@")[2].partition("+")[0] in places
-        and (extra := tuple(c for c in checks if c not in wanted.get(cell, ()) and fits(c, only)))
+        and (extra := tuple(c for c in checks if fits(c, only) and c not in wanted.get(cell, ())))
     }
     executed = any(verdicts.get(cell) for cell in wanted)
     return Comparison(len(wanted), missing, failed, unplanned, nothing=not executed)
@@ -216,4 +218,4 @@ def compare(planned: Iterable[Cell], verdicts: Verdicts, only: Collection[str] =
 
 def fits(check: str, only: Collection[str]) -> bool:
     """Whether a check is looked at."""
-    return not only or check in only
+    return check in only if only else check not in ON_REQUEST

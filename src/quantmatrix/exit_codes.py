@@ -7,6 +7,10 @@ command line; the rest are these. A run that ends in several ways gives the larg
 
 from __future__ import annotations
 
+import errno
+
+from quantmatrix.errors import UnusableError
+
 GATE_LOOSENED = 10
 """A check passed under a limit that is wider than the one of the committed record."""
 CLAIM_VIOLATED = 11
@@ -16,7 +20,10 @@ NOT_EXECUTED = 12
 NOTHING_COLLECTED = 13
 """The selection is empty: nothing was tested, which is never success."""
 ENVIRONMENT_UNUSABLE = 14
-"""The machine is not the hardware that was asked for, or a disk or a package failed."""
+"""The machine is not the hardware that was asked for, the hub cannot be read, a package is missing, or a
+disk takes no more; the command line ends so, too."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+"""Failures of a disk, not of a claim."""
 
 MEANINGS = {
     GATE_LOOSENED: "gate loosened",
@@ -26,3 +33,19 @@ MEANINGS = {
     ENVIRONMENT_UNUSABLE: "environment unusable",
 }
 """Every code of this module in words, for the line that a run ends with."""
+
+
+def blames_environment(error: BaseException) -> bool:
+    """Whether an error, or what it came from, says that something outside is missing or full.
+
+    A module of somebody else that is not installed is such a thing; one of ours is a fault of ours.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        disk = isinstance(cause, OSError) and cause.errno in DISK_ERRORS
+        ours = str(getattr(cause, "name", None)).partition(".")[0] == "quantmatrix"
+        package = isinstance(cause, ModuleNotFoundError) and not ours
+        if disk or package or isinstance(cause, UnusableError):
+            return True
+        cause = cause.__cause__
+    return False

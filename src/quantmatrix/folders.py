@@ -29,7 +29,7 @@ from quantmatrix.checkpoint import (
     read_contents,
     read_header,
 )
-from quantmatrix.errors import CheckpointError
+from quantmatrix.errors import CheckpointError, UnreachableError
 
 PLACEHOLDER = "/path/to/"
 LOCAL_STARTS = ("/", "./", "../", "~")
@@ -328,7 +328,7 @@ def open_repository(repo: str, hub: Hub) -> Folder:
     commit = find_cached_commit(repo, hub)
     if hub.offline:
         if commit is None:
-            raise CheckpointError(
+            raise UnreachableError(
                 f"{repo}: not in the cache {hub.cache_dir or '(default)'}, and we are offline. "
                 "Download it first (`hf download` does), or use stand-ins: --tiny with generate "
                 "and plan, made by `quantmatrix tiny-hub` for every repository of the tables"
@@ -390,7 +390,10 @@ def explain_partial(folder: Folder) -> str:
 
 @contextmanager
 def translate_hub_errors(what: str, repo: str) -> Iterator[None]:
-    """Failures of the hub client as a CheckpointError that begins with `what`."""
+    """Failures of the hub client as a CheckpointError that begins with `what`.
+
+    UnreachableError where it is not the repository that is wrong; see `is_unreachable`.
+    """
     from huggingface_hub.errors import HfHubHTTPError, SafetensorsParsingError
 
     # The bases of HfHubHTTPError are OSError and the error of the HTTP library behind it.
@@ -401,8 +404,28 @@ def translate_hub_errors(what: str, repo: str) -> Iterator[None]:
     except expected as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         why = lines[0].strip() if lines else type(error).__name__
-        raise CheckpointError(
+        kind = UnreachableError if is_unreachable(error) else CheckpointError
+        raise kind(
             f"{what} ({type(error).__name__}: {why}). Check the name and your connection; for a "
             f"gated repository accept its licence on https://huggingface.co/{repo} and run "
             "`hf auth login`; or use --tiny for a stand-in"
         ) from error
+
+
+def is_unreachable(error: Exception) -> bool:
+    """Whether the hub could not be read: no connection, an answer of 401, 403, 429 or 5xx, a gated
+    repository, or one that nobody without a token is told about. Names and revisions that the hub does
+    not have, and files that are none, are a fault of whoever wrote them."""
+    from huggingface_hub import errors, get_token
+
+    if isinstance(error, (errors.GatedRepoError, errors.LocalEntryNotFoundError)):
+        return True
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return get_token() is None
+    named = (errors.RevisionNotFoundError, errors.EntryNotFoundError)
+    if isinstance(error, (*named, errors.SafetensorsParsingError)):
+        return False
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status in (401, 403, 408, 429) or status >= 500
+    return not isinstance(error, ValueError)

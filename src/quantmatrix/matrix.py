@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 CLAIMS = ("validated", "expected", "refused", "failing", "planned")
 CHECKS = ("load", "latents", "generate", "refuse", "bench", "trace", "true-size")
+ON_REQUEST = ("true-size",)
+"""Checks that run only where `--check` names them: they take a GPU's seconds, or a CPU's minute."""
 VENDORS = ("cpu", "nvidia", "amd", "ascend")
 SELECTORS: Mapping[str, tuple[str, ...]] = {
     "component-folder": ("--transformer-path", "--transformer-weights-path"),

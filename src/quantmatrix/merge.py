@@ -20,11 +20,13 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix import evidence as records
+from quantmatrix import facts
 from quantmatrix.errors import QuantmatrixError, UsageError
 from quantmatrix.places import check_place, naming
 from quantmatrix.scopes import key_of
@@ -138,9 +140,21 @@ def join(found: Sequence[Found]) -> Evidence:
     return reduce(records.merge, (one.record for one in newest))
 
 
+def is_news(path: Path, place: Path) -> bool:
+    """Whether a new record says more than the one in its place, if there is one that can be read."""
+    try:
+        older = records.read(place)
+    except (OSError, records.EvidenceError):
+        return True
+    return facts.is_news(
+        older, records.decode(path.read_bytes()), datetime.now(timezone.utc).date()
+    )
+
+
 def write(merged: Iterable[Evidence], folder: Path) -> list[Path]:
     """Put records into an evidence folder; those of other cells stay. Returns the changed files.
 
+    One that says nothing new leaves the record there as it is (see `quantmatrix.facts`).
     All of them are written beside the folder first, so a full disk leaves it as it was.
     """
     check_place(folder / "record")
@@ -152,7 +166,7 @@ def write(merged: Iterable[Evidence], folder: Path) -> list[Path]:
             written = [records.write(record, staging) for record in merged]
         for path in written:
             place = folder / path.relative_to(staging)
-            if place.is_file() and place.read_bytes() == path.read_bytes():
+            if not is_news(path, place):
                 continue
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, place)

@@ -6,7 +6,6 @@ collected and what they reported, so that a worker that dies leaves a row that w
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,10 +18,9 @@ from quantmatrix.exit_codes import (
     MEANINGS,
     NOT_EXECUTED,
     NOTHING_COLLECTED,
+    blames_environment,
 )
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
-"""Failures of a disk, not of a claim."""
 TIMEOUT = "from pytest-timeout"
 """What a test says that was stopped at its time limit: it has no verdict."""
 PROBLEM = "problem"
@@ -146,11 +144,10 @@ def classify(error: BaseException) -> int | None:
     while cause is not None:
         if isinstance(cause, pytest.fail.Exception) and TIMEOUT in str(cause):
             return NOT_EXECUTED
-        disk = isinstance(cause, OSError) and cause.errno in DISK_ERRORS
-        if disk or isinstance(cause, MachineError):
+        if isinstance(cause, MachineError):
             return ENVIRONMENT_UNUSABLE
         cause = cause.__cause__
-    return None
+    return ENVIRONMENT_UNUSABLE if blames_environment(error) else None
 
 
 def find_loosened(older: Mapping[str, Any], newer: Mapping[str, Any]) -> list[str]:

@@ -9,9 +9,10 @@ function that asks for `cell` and says which check it performs:
 
 It becomes one test per cell whose row names that check, and the cell's id is the test's id. Cells
 run on the `cpu` hardware unless `--hardware` says otherwise, except for `refuse`, which only plans
-and therefore runs for every hardware. What the suite puts into `proof` becomes the cell's evidence,
-one file per cell, written when the last check of the cell is done. A run that keeps its evidence to
-itself must give the verdicts that are committed beside the tables, better ones included.
+and therefore runs for every hardware. `true-size` runs where `--check true-size` asks for it. What
+the suite puts into `proof` becomes the cell's evidence, one file per cell and scope, written when the
+last check of the cell is done. A run that keeps its evidence to itself must give the verdicts that
+are committed beside the tables, better ones included.
 
 Under xdist all tests of one checkpoint run on one worker, and each worker has one thread and one of
 the devices that are visible. `--rows FILE` and `--shard i/n` run a part of the cells. How a
@@ -37,6 +38,7 @@ from quantmatrix.device_scheduling import CELLS, Workers, read_worker
 from quantmatrix.errors import MachineError, UsageError
 from quantmatrix.evidence import EvidenceError, path_of, remove_leftovers
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, GATE_LOOSENED, NOTHING_COLLECTED
+from quantmatrix.matrix import ON_REQUEST
 from quantmatrix.outcomes import (
     Outcomes,
     classify,
@@ -85,6 +87,11 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         metavar="DIR",
         help="fail where a verdict differs from the record there (default: the committed ones, "
         "unless --evidence-dir is given; none: expect nothing)",
+    )
+    group.addoption(
+        "--rewrite",
+        action="store_true",
+        help="write records again that say nothing new (default: they keep their date)",
     )
     group.addoption(
         "--full-size",
@@ -140,7 +147,8 @@ class Harness:
         folder = Path(asked).absolute() if asked else None
         expected = self._find_expected(config.getoption("expect_evidence"), folder)
         tiny = not config.getoption("full_size")
-        self.recorder = Recorder(lambda: self.tables, folder, expected, tiny=tiny)
+        rewrite = config.getoption("rewrite")
+        self.recorder = Recorder(lambda: self.tables, folder, expected, tiny=tiny, rewrite=rewrite)
         self.worker = read_worker(config)
         if folder is not None and self.worker is None:
             remove_leftovers(folder)
@@ -229,7 +237,8 @@ class Harness:
     def cells_for(self, checks: Iterable[str]) -> Iterator[tuple[Cell, str]]:
         """(cell, check) for every selected cell that a suite of these checks must run."""
         for check in checks:
-            if self.wanted["check"] and check not in self.wanted["check"]:
+            asked = self.wanted["check"]
+            if check not in asked and (asked or check in ON_REQUEST):
                 continue
             anywhere = check in PLAN_ONLY or self.wanted["hardware"]
             for cell in self.cells:
@@ -392,7 +401,9 @@ class Harness:
         asked = self.config.getoption("evidence_dir")
         if asked or self.recorder.written:  # with workers, the records are written by them
             count = f"{len(self.recorder.written)} " if self.recorder.written else ""
-            terminalreporter.write_line(f"evidence: {count}records in {self.recorder.folder}")
+            kept = f", {self.recorder.kept} say nothing new" if self.recorder.kept else ""
+            where = self.recorder.folder
+            terminalreporter.write_line(f"evidence: {count}records in {where}{kept}")
 
     @pytest.fixture(name="cell")
     def provide_cell(self, request: pytest.FixtureRequest) -> Cell:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import date, datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix import evidence as records
-from quantmatrix import scopes
+from quantmatrix import facts, scopes
 from quantmatrix.evidence import CheckResult, Evidence
 
 if TYPE_CHECKING:
@@ -39,6 +40,16 @@ class Proof:
     """Folders of this machine, and the names that stand for them in the record."""
 
 
+def normalize(record: Evidence) -> Evidence:
+    """The record as it would be read from its file; EvidenceError for what is none."""
+    return records.decode(records.encode(record))
+
+
+def today() -> date:
+    """The day of today, UTC."""
+    return datetime.now(timezone.utc).date()
+
+
 class Recorder:
     """Verdicts and proofs of the cells that are being checked."""
 
@@ -49,16 +60,21 @@ class Recorder:
         expected: Path | None,
         *,
         tiny: bool = True,
+        rewrite: bool = False,
     ) -> None:
         """`folder` takes the records; `expected` holds those whose verdicts must be met.
 
         Of a run of real checkpoints (`tiny` is False) those are the records of published weights.
+        `rewrite` writes records again that say nothing new.
         """
+        self.rewrite = rewrite
         self.loaded = scopes.STAND_IN if tiny else scopes.PUBLISHED
         self.tables = tables
         self.folder = folder
         self.expected = expected
         self.written: list[Path] = []
+        self.kept = 0
+        """Records that said nothing new."""
         self._results: dict[str, dict[str, CheckResult]] = {}
         self._proofs: dict[str, dict[str, Proof]] = {}
 
@@ -97,6 +113,8 @@ class Recorder:
     def finish(self, cell: Cell) -> list[Path]:
         """Write the records of a cell, each joined with an earlier one of the same code and machine.
 
+        One that says nothing new leaves the earlier one as it is (see `quantmatrix.facts`).
+
         An earlier one that is damaged is replaced, as if it was not there. EvidenceError for results
         that are no record: a metric that is not finite, a pass beyond its limit.
         """
@@ -116,7 +134,11 @@ class Recorder:
     def _keep(self, record: Evidence, folder: Path) -> Path:
         path = folder / records.path_of(scopes.key_of(record))
         with suppress(FileNotFoundError, records.EvidenceError):
-            record = records.merge(records.read(path), record)
+            older = records.read(path)
+            if not self.rewrite and not facts.is_news(older, normalize(record), today()):
+                self.kept += 1
+                return path
+            record = records.merge(older, record)
         self.written.append(records.write(record, folder))
         return path
 

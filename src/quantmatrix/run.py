@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import distributed
 
 from quantmatrix import models
 from quantmatrix.compare import find_degeneration, stack_frames
-from quantmatrix.errors import BrokenRunError, RefusedError, UsageError
+from quantmatrix.errors import BrokenRunError, MissingPackageError, RefusedError, UsageError
 from quantmatrix.load import count_quantized
 from quantmatrix.pipeline import build_pipeline
 from quantmatrix.places import check_place
@@ -275,10 +276,27 @@ def save_media(
 
 
 def check_output(made: Plan, output_path: str) -> None:
-    """Raise UsageError before anything is computed when the result could not be written there."""
+    """Raise UsageError before anything is computed when the result could not be written there.
+
+    MissingPackageError where a video is to be written, and there is no encoder.
+    """
     defaults = models.load(made.model).DEFAULTS
     path = Path(output_path)
     check_place(path if is_media_file(path, defaults.frames > 1) else path / "output")
+    if defaults.frames > 1:
+        check_video_writer()
+
+
+def check_video_writer() -> None:
+    """Raise MissingPackageError unless there is what writes a video, before one is computed."""
+    missing = [name for name in ("imageio", "imageio_ffmpeg") if find_spec(name) is None]
+    if missing:
+        packages = " ".join(name.replace("_", "-") for name in missing)
+        raise MissingPackageError(
+            f"{packages}: not installed, and a video cannot be written without: expected an encoder of "
+            f"mp4 files. `python -m pip install {packages}`, or keep the latents alone with "
+            "--save-latents FILE --no-save-output"
+        )
 
 
 def is_media_file(path: Path, is_video: bool) -> bool:
@@ -312,6 +330,7 @@ def write_media(run: Run, path: Path) -> None:
     if not run.is_video:
         run.media[0].save(path)
         return
+    check_video_writer()
     import imageio
     import numpy as np
 

@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 
 FULL_OPTIONS: dict[str, dict[str, Any]] = {"flux-1": {"guidance_embeds": True}}
 """What the published configuration has beyond the defaults of its class."""
+BLOCK_OPTIONS: dict[str, dict[str, Any]] = {
+    "flux-1": {"num_layers": 1, "num_single_layers": 1},
+    "flux-2": {"num_layers": 1, "num_single_layers": 1},
+    "wan-2-2": {"num_layers": 1},
+    "qwen-image": {"num_layers": 1},
+    "z-image": {"n_layers": 1, "n_refiner_layers": 1},
+}
+"""One block of each kind."""
 DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -74,15 +82,19 @@ def synthesize(
 
 
 def build_plain(model: str, size: str) -> nn.Module:
-    """The diffusers transformer without memory (its computed buffers are real)."""
+    """The diffusers transformer without memory (its computed buffers are real).
+
+    `size` is `full`, `tiny`, or `blocks`: one block of each kind at true width.
+    """
     import diffusers
     from accelerate import init_empty_weights
     from diffusers.models.modeling_utils import no_init_weights
 
     module: Any = models.load(model)
-    if size not in ("full", "tiny"):
-        raise UsageError(f"synthetic size {size!r}: expected full or tiny")
-    options = FULL_OPTIONS.get(model, {}) if size == "full" else dict(module.TINY)
+    if size not in ("full", "blocks", "tiny"):
+        raise UsageError(f"synthetic size {size!r}: expected full, blocks or tiny")
+    options = dict(module.TINY) if size == "tiny" else dict(FULL_OPTIONS.get(model, {}))
+    options |= BLOCK_OPTIONS[model] if size == "blocks" else {}
     with no_init_weights(), init_empty_weights():
         made: nn.Module = getattr(diffusers, module.TRANSFORMER)(**options)
     return made

@@ -44,18 +44,36 @@ def write_checkpoint(row: CheckpointRow, inner: str, folder: Path, base: Path) -
         shutil.copytree(base, folder / inner, dirs_exist_ok=True)
     for component in row.components:
         made = make_component(row, component, base)
-        if row.form == "pipeline":
-            target = folder / inner / component
-            for old in target.glob("*.safetensors*"):
-                old.unlink()
-            write_folder(*made, target, base / component, with_config=True)
-        elif row.form == "component-folder":
-            write_folder(*made, folder / inner, base / component, with_config=True)
-        elif row.form == "sharded":
-            write_folder(*made, folder / inner, base / component, with_config=False, shards=SHARDS)
-        else:
-            name = inner if inner.endswith(".safetensors") else f"{row.id}.safetensors"
-            write_file(*made, folder / name, base / component)
+        write_component(row, made, component, inner, folder, base / component)
+
+
+def write_component(
+    row: CheckpointRow,
+    made: tuple[Tensors, Declaration],
+    component: str,
+    inner: str,
+    folder: Path,
+    base: Path,
+) -> Path:
+    """Write one quantized component in the row's form; returns the file or folder.
+
+    `base` is the component's folder in the base model, whose config.json is taken over.
+    """
+    if row.form == "pipeline":
+        target = folder / inner / component
+        for old in target.glob("*.safetensors*"):
+            old.unlink()
+        write_folder(*made, target, base, with_config=True)
+    elif row.form == "component-folder":
+        target = folder / inner
+        write_folder(*made, target, base, with_config=True)
+    elif row.form == "sharded":
+        target = folder / inner
+        write_folder(*made, target, base, with_config=False, shards=SHARDS)
+    else:
+        target = folder / (inner if inner.endswith(".safetensors") else f"{row.id}.safetensors")
+        write_file(*made, target, base)
+    return target
 
 
 def make_component(row: CheckpointRow, component: str, base: Path) -> tuple[Tensors, Declaration]:
@@ -66,6 +84,16 @@ def make_component(row: CheckpointRow, component: str, base: Path) -> tuple[Tens
     ranges = calibrate(row.model, str(base))[component]
     family = families.load(row.family)
     tensors, declaration = quantize_layers(family, dialect, packed, chosen, ranges)
+    return finish_tensors(row, tensors, declaration, chosen)
+
+
+def finish_tensors(
+    row: CheckpointRow,
+    tensors: Tensors,
+    declaration: Declaration,
+    chosen: Mapping[str, Scheme],
+) -> tuple[Tensors, Declaration]:
+    """What the writers of some files do besides: ComfyUI's marks, no input scales in mixed ones."""
     if row.form == "comfyui":
         return {**tensors, **mark_layers(chosen)}, Declaration()
     if "-mixed." in row.reference:

@@ -28,6 +28,8 @@ def test_generate(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     from quantmatrix import cli, compare
+    from quantmatrix.errors import UnusableError
+    from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE
 
     for name, value in cell.environment.items():
         monkeypatch.setenv(name, value)
@@ -37,6 +39,8 @@ def test_generate(
     proof.timings["command"] = time.perf_counter() - start
     out, err = capfd.readouterr()
     proof.places[str(tmp_path)] = "$OUTPUT"
+    if code == ENVIRONMENT_UNUSABLE:
+        raise UnusableError(err)
     assert code == 0, err
     [run] = json.loads(out)["runs"]
     frames = read_media(Path(run["output"]))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import quantmatrix
 from quantmatrix import tiny
 from quantmatrix.cli import FP4_BACKEND_VARIABLE, main
+from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE
 from quantmatrix.load import load_transformer
 
 FP8 = "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"
@@ -195,7 +196,7 @@ def test_a_full_disk_is_json_too(
         raise OSError(28, "No space left on device", "reports/index.html")
 
     monkeypatch.setattr("quantmatrix.report.write", fail)
-    found = run_json(capsys, "report", code=1)
+    found = run_json(capsys, "report", code=ENVIRONMENT_UNUSABLE)
     assert found["error"]["message"].startswith("reports/index.html: No space left on device")
 
 

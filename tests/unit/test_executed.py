@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -247,3 +248,16 @@ def test_a_plan_that_is_none_is_told_in_words(
     assert f"--planned {tmp_path / 'plan'}: " in told.err
     assert words in told.err
     assert json.loads(told.out)["ok"] is False
+
+
+def test_a_check_on_request_is_planned_where_it_is_named(tables: Matrix) -> None:
+    cells = [replace(cell, checks=("load", "true-size")) for cell in tables.cells[:1]]
+    name = cells[0].id
+    done = {name: {"load": "pass"}}
+    assert executed.compare(cells, done).code == 0
+    asked = executed.compare(cells, done, ["true-size"])
+    assert (asked.code, asked.missing) == (NOT_EXECUTED, {name: ("true-size",)})
+    both = {name: {"load": "pass", "true-size": "pass"}}
+    assert (
+        executed.compare(cells, both).code == executed.compare(cells, both, ["true-size"]).code == 0
+    )

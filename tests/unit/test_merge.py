@@ -221,7 +221,8 @@ def test_merging_into_a_folder_keeps_its_other_cells(
     output = tmp_path / "reports"
     assert command("evidence", "merge", whole, "--output-path", output) == 0
     before = shards.read_bytes(output)
-    newer = copy(record, tmp_path / "a", made="2026-11-25T10:00:00Z")
+    told = {"made": "2026-11-25T10:00:00Z", "command": "another"}
+    newer = copy(record, tmp_path / "a", **told)
     assert command("evidence", "merge", newer, "--output-path", output) == 0
     after = shards.read_bytes(output)
     assert [name for name in after if after[name] != before[name]] == ["cpu/row-0+decode.json"]

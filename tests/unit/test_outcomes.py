@@ -12,7 +12,7 @@ import pytest
 import shards
 
 from quantmatrix import exit_codes, outcomes
-from quantmatrix.errors import MachineError
+from quantmatrix.errors import CheckpointError, MachineError, MissingPackageError, UnreachableError
 from quantmatrix.exit_codes import (
     CLAIM_VIOLATED,
     ENVIRONMENT_UNUSABLE,
@@ -190,6 +190,12 @@ def test_only_errors_of_the_machine_say_nothing_about_a_claim() -> None:
     assert outcomes.classify(full) == ENVIRONMENT_UNUSABLE
     assert outcomes.classify(chain(full)) == ENVIRONMENT_UNUSABLE
     assert outcomes.classify(MachineError("no B200")) == ENVIRONMENT_UNUSABLE
+    assert outcomes.classify(UnreachableError("o/r: gated")) == ENVIRONMENT_UNUSABLE
+    assert outcomes.classify(MissingPackageError("imageio-ffmpeg")) == ENVIRONMENT_UNUSABLE
+    foreign, own = (ModuleNotFoundError(name=name) for name in ("ftfy", "quantmatrix.abacus"))
+    assert outcomes.classify(chain(foreign)) == ENVIRONMENT_UNUSABLE
+    assert outcomes.classify(own) is None
+    assert outcomes.classify(CheckpointError("damaged")) is None
     assert outcomes.classify(FileNotFoundError(errno.ENOENT, "no such file")) is None
     assert outcomes.classify(AssertionError("too far away")) is None
     assert outcomes.classify(MemoryError()) is None

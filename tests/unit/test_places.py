@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from quantmatrix import job_summary, quantize
 from quantmatrix.cli import EXIT_TERMINATED
 from quantmatrix.errors import UsageError
+from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE
 from quantmatrix.places import check_place, naming, write_whole
 from quantmatrix.report import read_evidence
 from quantmatrix.safetensors_writer import save_tensors
@@ -155,5 +156,5 @@ def test_an_output_that_is_full_sees_no_traceback() -> None:
     with FULL.open("w") as full:
         words = [sys.executable, "-m", "quantmatrix", "matrix", "list", "--json"]
         run = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert run.returncode == 1
+    assert run.returncode == ENVIRONMENT_UNUSABLE
     assert run.stderr == "quantmatrix: [Errno 28] No space left on device\n"

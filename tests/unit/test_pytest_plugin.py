@@ -417,3 +417,30 @@ def test_damaged_records_end_no_session(project: pytest.Pytester) -> None:
     result = project.runpytest(*words, "--evidence-dir=ev")
     assert result.ret == 0, result.stdout.str()
     assert "fp8-flux-2@cpu" in records.read_folder(project.path / "ev")
+
+
+def test_true_size_runs_on_request_and_leaves_a_record_of_its_own(
+    project: pytest.Pytester,
+) -> None:
+    checks = {**CASES[0], "hardware": "cpu", "backend": "decode", "checks": "load true-size"}
+    write_tables(project.path / "matrix", [checks])
+    project.makepyfile(
+        test_suites="""
+        import pytest
+
+        @pytest.mark.check("load")
+        def test_load(cell, proof): pass
+
+        @pytest.mark.check("true-size")
+        def test_true_size(cell, proof): proof.command = "quantmatrix true-size"
+        """
+    )
+    project.runpytest("--evidence-dir=ev").assert_outcomes(passed=1)
+    assert set(records.read_folder(project.path / "ev")) == {"fp8-flux-1@cpu"}
+    done = project.runpytest("--evidence-dir=ev", "--check", "true-size")
+    done.assert_outcomes(passed=1)
+    found = records.read_folder(project.path / "ev")
+    assert {key: set(record.checks) for key, record in found.items()} == {
+        "fp8-flux-1@cpu": {"load"},
+        "fp8-flux-1@cpu:true-size": {"true-size"},
+    }

@@ -21,7 +21,7 @@ from weight_files import COMMIT, link_blob, make_cache, write_index, write_json,
 
 from quantmatrix import folders, references
 from quantmatrix.checkpoint import Checkpoint, Hub, TensorHeader
-from quantmatrix.errors import CheckpointError
+from quantmatrix.errors import CheckpointError, UnreachableError, UnusableError
 
 INDEX = "d.safetensors.index.json"
 OTHER_COMMIT = "f" * 40
@@ -922,3 +922,50 @@ def test_the_real_client_reads_small_tensors_alone(tmp_path: Path) -> None:
     sizes = [size for name, size in Server.sent if name == "t/x.safetensors"]
     assert sizes[-1] == len(entry)
     assert sum(sizes) < 200_000
+
+
+class TestWhoIsToBlame:
+    """The hub that cannot be read is no fault of a checkpoint; a name that is wrong is."""
+
+    @pytest.mark.parametrize(
+        ("kind", "status", "token", "unreachable"),
+        [
+            ("GatedRepoError", 403, "t", True),
+            ("RepositoryNotFoundError", 401, None, True),
+            ("RepositoryNotFoundError", 404, "t", False),
+            ("RevisionNotFoundError", 404, "t", False),
+            ("RemoteEntryNotFoundError", 404, "t", False),
+            ("HfHubHTTPError", 503, "t", True),
+            ("HfHubHTTPError", 401, "t", True),
+            ("HfHubHTTPError", 400, "t", False),
+        ],
+    )
+    def test_answers(
+        self,
+        kind: str,
+        status: int,
+        token: str | None,
+        unreachable: bool,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        import huggingface_hub
+        from huggingface_hub import errors
+
+        monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+        error = getattr(errors, kind).__new__(getattr(errors, kind), "no")
+        error.response = SimpleNamespace(status_code=status)
+        assert folders.is_unreachable(error) == unreachable
+        with pytest.raises(CheckpointError) as caught, folders.translate_hub_errors("o/r", "o/r"):
+            raise error
+        assert isinstance(caught.value, UnusableError) == unreachable
+
+    def test_no_connection_and_no_file(self) -> None:
+        from huggingface_hub import errors
+
+        assert folders.is_unreachable(OSError("no route"))
+        assert folders.is_unreachable(errors.LocalEntryNotFoundError("offline"))
+        assert not folders.is_unreachable(ValueError("no header"))
+
+    def test_offline_without_a_copy(self, tmp_path: Path) -> None:
+        with pytest.raises(UnreachableError, match="we are offline"):
+            references.open_weights("o/missing", Hub(str(tmp_path), offline=True))

@@ -8,6 +8,7 @@ import math
 import operator
 import re
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image
 from quantmatrix import matrix
 from quantmatrix.cli import EXIT_PROBLEM, main
 from quantmatrix.errors import UsageError
+from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE
 from quantmatrix.pipeline import build_pipeline, enable_layerwise
 from quantmatrix.planning import Plan, plan
 from quantmatrix.request import Request
@@ -124,6 +126,24 @@ def test_a_full_disk_leaves_nothing_behind(
     with pytest.raises(UsageError, match="No space left on device"):
         save_media(run, str(tmp_path / "x.png"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_video_writer_is_said_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "quantmatrix.run.find_spec",
+        lambda name: None if name == "imageio_ffmpeg" else find_spec(name),
+    )
+    words = ["generate", "--model-path", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "--tiny", "--json"]
+    monkeypatch.setattr(
+        "quantmatrix.pipeline.build_pipeline", lambda *_, **__: pytest.fail("loaded")
+    )
+    assert main([*words, "--output-path", str(tmp_path)]) == ENVIRONMENT_UNUSABLE
+    told = json.loads(capsys.readouterr().out)["error"]
+    assert told["type"] == "MissingPackageError"
+    assert told["message"].startswith("imageio-ffmpeg: not installed")
+    assert "pip install imageio-ffmpeg" in told["message"]
 
 
 def test_guidance_and_size_reach_the_pipeline() -> None:

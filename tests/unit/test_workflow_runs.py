@@ -11,7 +11,13 @@ import pytest
 import shards
 from runner import ROOT, WORKFLOWS, Runner
 
-from quantmatrix.exit_codes import CLAIM_VIOLATED, NOT_EXECUTED, NOTHING_COLLECTED
+from quantmatrix.exit_codes import (
+    CLAIM_VIOLATED,
+    ENVIRONMENT_UNUSABLE,
+    MEANINGS,
+    NOT_EXECUTED,
+    NOTHING_COLLECTED,
+)
 
 FAILING = "row-5@cpu+decode"
 
@@ -78,7 +84,8 @@ def test_hardware_jobs_from_plan_to_pull_request(runner: Runner) -> None:
         send_packet(runner, entry)
     jobs = json.dumps(planned)
     codes = runner.run_job("hardware", "executed", JOBS=jobs)
-    assert codes == [0, CLAIM_VIOLATED], runner.said
+    assert codes == [0, 0, CLAIM_VIOLATED], runner.said
+    assert runner.read_output("unusable") is False
     assert f"claim violated: {FAILING} (latents)" in runner.said
     assert "12 cells, 12 changed" in runner.summary.read_text()
     branch = "evidence-77"
@@ -103,7 +110,7 @@ def test_a_shard_that_sent_nothing_fails_the_last_job_and_the_rest_is_proposed(
     for entry in planned["include"][1:]:
         send_packet(runner, entry)
     jobs = json.dumps(planned)
-    assert runner.run_job("hardware", "executed", JOBS=jobs) == [0, NOT_EXECUTED]
+    assert runner.run_job("hardware", "executed", JOBS=jobs) == [0, 0, NOT_EXECUTED]
     lost = planned["include"][0]["rows"]
     assert all(f"row not executed: {row} (load, latents)" in runner.said for row in lost)
     codes = runner.run_job("hardware", "propose", GH_TOKEN="t", BRANCH="evidence-1")
@@ -113,6 +120,18 @@ def test_a_shard_that_sent_nothing_fails_the_last_job_and_the_rest_is_proposed(
     assert {name.removeprefix("reports/evidence/") for name in found.split()} == kept
     shutil.rmtree(runner.place("packets"))
     assert runner.run_job("hardware", "executed", JOBS=jobs)[-1] != 0
+
+
+def test_nothing_is_proposed_from_an_environment_that_is_unusable(runner: Runner) -> None:
+    junit = runner.place("packets/packet-cpu-1/gpu/junit.xml")
+    told = f'<property name="problem" value="{MEANINGS[ENVIRONMENT_UNUSABLE]}"/>'
+    junit.write_text(f"<testsuites><properties>{told}</properties></testsuites>")
+    runner.run_job("hardware", "executed", JOBS='{"include": []}')
+    assert runner.read_output("unusable") is True
+    job = WORKFLOWS["hardware"]["jobs"]["propose"]
+    assert "needs.executed.outputs.unusable != 'true'" in job["if"]
+    outputs = WORKFLOWS["hardware"]["jobs"]["executed"]["outputs"]
+    assert outputs == {"unusable": "${{ steps.environment.outputs.unusable }}"}
 
 
 def test_nothing_to_plan_gives_the_matrix_that_the_guards_look_for(runner: Runner) -> None:

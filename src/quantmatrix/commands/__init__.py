@@ -21,6 +21,7 @@ NAMES: tuple[str, ...] = (
     "mutate",
     "thresholds",
     "trace",
+    "true_size",
     "bench",
 )
 # fmt: on

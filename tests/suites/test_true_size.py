@@ -1,0 +1,58 @@
+"""True size: the row's form at its model's own width, and on an accelerator its depth, beside BF16.
+
+Weights are random, so nothing is downloaded, and the record is of scope `true size`. It runs only
+where `--check true-size` asks for it: a row takes seconds on a GPU, a minute on a CPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from quantmatrix.matrix import Cell
+    from quantmatrix.recorder import Proof
+    from quantmatrix.workbench import Workbench
+
+SAMPLES = Path(__file__).parents[2] / "reports" / "limits.csv"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where checkpoints are kept for the cells of one row."""
+    return tmp_path_factory.mktemp("true-size")
+
+
+@pytest.mark.check("true-size")
+def test_true_size(cell: Cell, workbench: Workbench, proof: Proof, written: Path) -> None:
+    from quantmatrix import limits, true_size
+
+    workbench.release()
+    row = workbench.tables.checkpoints[cell.checkpoint]
+    request = workbench.request(cell)
+    proof.command = f"quantmatrix true-size {cell.id}"
+    proof.places = {**workbench.places(request), str(written): "$RANDOM"}
+    found = true_size.measure(row, request, workbench.tables, written)
+    proof.plan = found.plan.to_json()
+    proof.files = found.plan.components[true_size.COMPONENT].checkpoint.files
+    proof.timings.update(found.tell_times())
+    proof.latents_digest = true_size.digest_latents(found.quantized.latents)
+    proof.metrics.update(found.to_json())
+    pieces = found.plan.components[true_size.COMPONENT].pieces()
+    kind = limits.name_class((piece.scheme.weight, piece.numerics) for piece in pieces)
+    allowed = limits.read(SAMPLES).find(kind, cell.model, cell.hardware)
+    proof.metrics["class"] = kind
+    proof.limits.update({"layer_error": {"at_most": allowed.layer_error}, "repeats": True})
+    proof.limits.update({"finite": True, "identical": False})
+    assert proof.metrics["finite"], "latents that are NaN or infinite"
+    assert proof.metrics["repeats"], "the same noise gave other bits the second time"
+    assert not proof.metrics["worst"]["identical"], (
+        "the latents are those of BF16: nothing is quantized"
+    )
+    worst = found.errors.worst
+    assert worst <= allowed.layer_error, (
+        f"relative error {worst:.4g} of a layer on its own input, the limit is "
+        f"{allowed.layer_error:.4g}: {proof.metrics['layers']}"
+    )

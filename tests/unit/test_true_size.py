@@ -1,0 +1,107 @@
+"""True size, at tiny widths: every family and form is written, planned, loaded, deepened and stepped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantmatrix import limits, matrix, models, synthetic, true_size
+from quantmatrix.errors import UsageError
+from quantmatrix.matrix import Cell, Matrix
+from quantmatrix.workbench import Workbench
+
+TABLES = matrix.read()
+SAMPLES = Path(__file__).parents[2] / "reports" / "limits.csv"
+
+
+def list_cells() -> list[Cell]:
+    """Cells of an H200 with which each family, form and model is met once at least."""
+    met: set[tuple[str, str]] = set()
+    found = []
+    for cell in TABLES.cells:
+        row = TABLES.checkpoints[cell.checkpoint]
+        kinds = {(row.family, row.form), ("model", row.model), ("scheme", row.scheme[:5])}
+        if "true-size" in cell.checks and cell.hardware == "h200" and not kinds <= met:
+            met |= kinds
+            found.append(cell)
+    return found
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Matrix]:
+    """The models at the stand-ins' width: two blocks of each kind are their true depth."""
+    tiny = {name: dict(models.load(name).TINY) for name in models.IDS}
+    monkeypatch.setattr(synthetic, "FULL_OPTIONS", tiny)
+    true_size.measure_plain.cache_clear()
+    yield TABLES
+    true_size.measure_plain.cache_clear()
+
+
+def measure(cell: Cell, tables: Matrix, folder: Path, **options: Any) -> true_size.TrueSize:
+    request = Workbench(tables).request(replace(cell, hardware="cpu", backend=""))
+    row = tables.checkpoints[cell.checkpoint]
+    return true_size.measure(row, request, tables, folder, **options)
+
+
+@pytest.mark.parametrize("one", list_cells(), ids=lambda one: one.row)
+def test_every_form_is_measured(one: Cell, narrow: Matrix, tmp_path: Path) -> None:
+    found = measure(one, narrow, tmp_path, deep=True)
+    told = found.to_json()
+    assert told["repeats"]
+    assert told["finite"]
+    assert len(told["steps"]) == true_size.STEPS
+    assert 0 < told["worst"]["relative_l2"] < 0.5
+    assert told["size"] == true_size.WHOLE
+    part = found.plan.components["transformer"]
+    assert part.family == one.family
+    assert set(found.errors.found["transformer"]) == set(part.layers)  # each was called
+    kind = limits.name_class((piece.scheme.weight, piece.numerics) for piece in part.pieces())
+    allowed = limits.read(SAMPLES).find(kind, one.model, "cpu").layer_error
+    assert 0 < found.errors.worst <= allowed
+    assert set(found.tell_times()) == {"step bf16", "step quantized", "write", "load"}
+
+
+def test_blocks_are_repeated_with_memory_of_their_own(narrow: Matrix) -> None:
+    shallow = true_size.draw_blocks("flux-1", "cpu")
+    assert [len(getattr(shallow, name)) for name in models.load("flux-1").BLOCKS] == [1, 1]
+    deep = true_size.deepen(true_size.draw_blocks("flux-1", "cpu"), "flux-1")
+    assert [len(getattr(deep, name)) for name in models.load("flux-1").BLOCKS] == [2, 2]
+    first, second = (block.attn.to_q.weight for block in deep.transformer_blocks)
+    assert torch.equal(first, second)
+    assert first.data_ptr() != second.data_ptr()
+    assert synthetic.build_plain("flux-1", "blocks").config.guidance_embeds
+
+
+def test_a_checkpoint_is_written_once_for_the_cells_of_a_row(
+    narrow: Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = list_cells()[0]
+    first = measure(cell, narrow, tmp_path)
+    monkeypatch.setattr(true_size, "quantize_layers", lambda *_: pytest.fail("written again"))
+    again = measure(cell, narrow, tmp_path)
+    assert first.to_json() == again.to_json()
+    assert first.size == true_size.BLOCKS_ONLY
+
+
+def test_a_wrong_kernel_shows(
+    narrow: Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of a layer tells when its output is off by a tenth."""
+    from quantmatrix import layers
+
+    cell = list_cells()[0]
+    right = measure(cell, narrow, tmp_path).errors.worst
+    forward = layers.QuantizedLinear.forward
+    monkeypatch.setattr(layers.QuantizedLinear, "forward", lambda self, x: forward(self, x) * 1.1)
+    assert measure(cell, narrow, tmp_path).errors.worst > right + 0.05
+
+
+def test_what_is_quantized_while_it_is_loaded_has_no_file(narrow: Matrix, tmp_path: Path) -> None:
+    cell = next(c for c in narrow.cells if c.row == "fp8-flux-1-online")
+    with pytest.raises(UsageError, match="has no file to write"):
+        measure(cell, narrow, tmp_path)
