@@ -22,6 +22,7 @@ NAMES: tuple[str, ...] = (
     "thresholds",
     "trace",
     "bench",
+    "compile",
 )
 # fmt: on
 """The modules, in the order of `quantmatrix --help`. One name a line, so that changes merge."""
