@@ -292,4 +292,3 @@ def read_sections(binary: bytes) -> Iterator[tuple[str, bytes]]:
     for name, kind, _, offset, length in headers:
         text = strings[name : strings.index(b"\0", name)].decode()
         yield text, b"" if kind == 8 else binary[offset : offset + length]
-

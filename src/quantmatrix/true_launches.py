@@ -10,7 +10,6 @@ would have started. Nothing here knows how a kernel is launched.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -50,7 +49,9 @@ def list_layers(model: str) -> Mapping[str, TrueLayer]:
     seen: dict[str, tuple[nn.Linear, set[tuple[int, ...]]]] = {}
 
     def keep(kind: str, layer: nn.Linear) -> Any:
-        return lambda _, inputs: seen.setdefault(kind, (layer, set()))[1].add(tuple(inputs[0].shape))
+        return lambda _, inputs: seen.setdefault(kind, (layer, set()))[1].add(
+            tuple(inputs[0].shape)
+        )
 
     for name, module in made.named_modules():
         if isinstance(module, nn.Linear):
@@ -58,7 +59,9 @@ def list_layers(model: str) -> Mapping[str, TrueLayer]:
     with torch.no_grad():
         made(**make_inputs(model, made, "meta", torch.bfloat16))
     return {
-        kind: TrueLayer(layer.out_features, layer.in_features, layer.bias is not None, frozenset(at))
+        kind: TrueLayer(
+            layer.out_features, layer.in_features, layer.bias is not None, frozenset(at)
+        )
         for kind, (layer, at) in seen.items()
     }
 
