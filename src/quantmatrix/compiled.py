@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix import compiling
-from quantmatrix.compiling import Program
+from quantmatrix.compiling import MOST_SPILLED, Program
 from quantmatrix.errors import UsageError
 from quantmatrix.evidence import digest_json
 
@@ -57,6 +57,20 @@ class Compiled:
         """`decode, decode_smoothed x 3`."""
         counts = Counter(program.kernel for program in self.programs)
         return ", ".join(f"{n} x {k}" if k > 1 else n for n, k in counts.items()) or "none"
+
+    def to_metrics(self) -> dict[str, Any]:
+        """What a record keeps: the programs, and the most that any of them takes."""
+        return {
+            **self.to_json(),
+            "kernels": self.summary,
+            "shared": max((program.shared for program in self.programs), default=0),
+            "spilled": max((program.spilled for program in self.programs), default=0),
+        }
+
+    def to_limits(self) -> dict[str, Any]:
+        """What the metrics of the same names are held to, in bytes."""
+        most = {"shared": compiling.find_target(self.arch).shared, "spilled": MOST_SPILLED}
+        return {name: {"at_most": value} for name, value in most.items()}
 
     def to_json(self) -> dict[str, Any]:
         """The programs as plain data."""

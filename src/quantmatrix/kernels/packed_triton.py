@@ -48,7 +48,7 @@ def compile_kernels() -> tuple[Any, Any, Any]:
         return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
 
     # e4m3 placed as exponent and mantissa of a float16, which has denormal numbers, too; no infinity
-    @triton.jit  # type: ignore[untyped-decorator]
+    @triton.jit
     def read_scale(scale):  # type: ignore
         if scale.dtype == tl.uint8:
             byte = scale.to(tl.int32)
