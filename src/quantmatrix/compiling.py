@@ -206,12 +206,12 @@ def use_target(target: Target) -> Iterator[None]:
     with warnings.catch_warnings(), knobs.cache.scope(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore", UserWarning)
         knobs.cache.dir = folder
-        before = driver._active
+        before = dict(vars(driver))  # asking for the active one would look for a GPU
         driver.set_active(_Driver(GPUTarget(target.backend, target.arch, target.warp)))
         try:
             yield
         finally:
-            driver.set_active(before)
+            vars(driver).update(before)
 
 
 def explain_error(error: BaseException) -> str:

@@ -66,9 +66,9 @@ def test_a_program_tells_what_it_takes(arch: str) -> None:
 def test_nothing_is_left_of_the_driver_that_stands_for_a_gpu() -> None:
     from triton.runtime.driver import driver
 
-    before, folder = driver._active, triton.knobs.cache.dir
+    before, folder = dict(vars(driver)), triton.knobs.cache.dir
     compiling.build(see_decode("sm90"), "sm90")
-    assert (driver._active, triton.knobs.cache.dir) == (before, folder)
+    assert (vars(driver), triton.knobs.cache.dir) == (before, folder)
 
 
 def test_e4m3_where_the_target_has_no_such_type_is_a_fault() -> None:
