@@ -54,7 +54,7 @@ def install(session: nox.Session, *extras: str) -> None:
 @nox.session
 def matrix(session: nox.Session) -> None:
     """Run every `cpu` row (and every refusal), write evidence, render reports/. The main job."""
-    install(session, "test")
+    install(session, "test", "compile")
     session.run("quantmatrix", "matrix", "check")
     session.run(
         "pytest",
@@ -72,7 +72,7 @@ def matrix(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the unit tests, and every row of the matrix against the committed verdicts."""
-    install(session, "test")
+    install(session, "test", "compile")
     session.run("pytest", "-q", "-n", "2", *(session.posargs or ["tests/unit", "tests/suites"]))
 
 

@@ -29,7 +29,7 @@ from quantmatrix.errors import UsageError
 from quantmatrix.identify import AUTO, resolve
 from quantmatrix.offers import find_real, is_invented, offer, write_quantize
 from quantmatrix.pages import EVIDENCE, read_worst, show_number
-from quantmatrix.scopes import WEIGHTS, key_of, list_checks
+from quantmatrix.scopes import COMPILED, WEIGHTS, key_of, list_checks
 from quantmatrix.states import stand
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ class Explainer:
         state, record = standing.state, standing.record
         place = (cell.checkpoint, cell.hardware)
         offered = offer(cell, self.tables, record, standing.scope)
+        ran = state == "proven" and standing.scope != COMPILED
         return Explanation(
             cell=cell.id,
             checkpoint=cell.checkpoint,
@@ -133,7 +134,7 @@ class Explainer:
             title=offered.title,
             commands=offered.commands,
             evidence=f"{EVIDENCE}/{records.path_of(key_of(record))}" if record else "",
-            alternatives=() if state == "proven" else self.find_alternatives(*place, cell),
+            alternatives=() if ran else self.find_alternatives(*place, cell),
         )
 
     def explain_gap(self, row: CheckpointRow, hardware: str) -> Explanation:
@@ -163,6 +164,8 @@ class Explainer:
         """The reason of a cell's state, in words."""
         standing = self.standings[cell.id]
         state, reason, record = standing.state, standing.reason, standing.record
+        if state == "proven" and record and standing.scope == COMPILED:
+            return say_compiled(record)
         if state == "proven" and record:
             worst = show_number(read_worst(record).get("psnr_db"))
             near = f", {worst} dB from BF16 at the worst step" if worst else ""
@@ -233,10 +236,21 @@ class Explainer:
         ]
         return min(ranked, key=lambda rank: rank[:-1])[-1] if ranked else None
 
-    def rank(self, cell: Cell) -> tuple[int, bool]:
+    def rank(self, cell: Cell) -> tuple[int, bool, bool]:
         """How far a cell is from one that a reader can use at once, the best first."""
         invented = is_invented(self.tables.checkpoints[cell.checkpoint].reference)
-        return WORKING.index(self.standings[cell.id].state), invented
+        standing = self.standings[cell.id]
+        return WORKING.index(standing.state), standing.scope == COMPILED, invented
+
+
+def say_compiled(record: Evidence) -> str:
+    """What kernels that were built and never run show, and what their numbers rest on."""
+    told = record.checks["compile"].metrics
+    return (
+        f"compiled for {told['arch']}, never run: {told['kernels']} built at true size by Triton "
+        f"{told['triton']} on {record.made[:10]}, and they fit. Their numbers are not proven there: "
+        "on a CPU Triton's interpreter gives those of plain arithmetic"
+    )
 
 
 def find_checkpoints(tables: Matrix, name: str, model: str | None = None) -> list[CheckpointRow]:

@@ -151,11 +151,17 @@ def _npu() -> Any:
 def _probe_cuda(found: Any, packages: frozenset[str], device: str, count: int) -> Machine:
     import torch
 
-    if torch.version.hip:
-        vendor, arch = "amd", str(found.gcnArchName).split(":")[0]
-    else:
-        vendor, arch = "nvidia", f"sm{found.major}{found.minor}"
+    vendor, arch = "amd" if torch.version.hip else "nvidia", name_arch(found)
     return Machine(str(found.name), vendor, arch, int(found.total_memory), packages, device, count)
+
+
+def name_arch(found: Any) -> str:
+    """`sm90`, `gfx942` ...: the architecture in what torch knows of a GPU."""
+    import torch
+
+    if torch.version.hip:
+        return str(found.gcnArchName).split(":")[0]
+    return f"sm{found.major}{found.minor}"
 
 
 def _probe_npu(found: Any, packages: frozenset[str], device: str, count: int) -> Machine:

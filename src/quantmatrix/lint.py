@@ -21,6 +21,7 @@ from quantmatrix.matrix import (
     CHECKS,
     CLAIMS,
     EVERYWHERE,
+    PLAIN_BACKENDS,
     SELECTORS,
     VENDORS,
     Cell,
@@ -342,12 +343,17 @@ def expand_cases(table: Table[CaseRow], tables: Matrix) -> Iterator[Cell]:
                     hardware=hardware,
                     backend=backend,
                     flags=row.flags,
-                    checks=row.checks,
+                    checks=list_checks(row.checks, backend),
                     claim=row.claim,
                     rule=row.rule,
                     notes=row.notes,
                     line=line,
                 )
+
+
+def list_checks(checks: tuple[str, ...], backend: str) -> tuple[str, ...]:
+    """The checks of a row that its cell of a backend has."""
+    return tuple(c for c in checks if c != "compile" or backend not in PLAIN_BACKENDS)
 
 
 def check_case(table: Table[CaseRow], line: int, row: CaseRow, tables: Matrix) -> None:

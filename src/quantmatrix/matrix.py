@@ -40,9 +40,11 @@ if TYPE_CHECKING:
     from quantmatrix.scopes import Standing
 
 CLAIMS = ("validated", "expected", "refused", "failing", "planned")
-CHECKS = ("load", "latents", "generate", "refuse", "bench", "trace", "true-size")
+CHECKS = ("load", "latents", "generate", "refuse", "bench", "trace", "true-size", "compile")
 ON_REQUEST = ("true-size",)
 """Checks that run only where `--check` names them: they take a GPU's seconds, or a CPU's minute."""
+PLAIN_BACKENDS = ("reference", "decode", "merged")
+"""Backends made of torch alone: they start no kernel of ours, so their cells have no check `compile`."""
 VENDORS = ("cpu", "nvidia", "amd", "ascend")
 SELECTORS: Mapping[str, tuple[str, ...]] = {
     "component-folder": ("--transformer-path", "--transformer-weights-path"),

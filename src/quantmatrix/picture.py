@@ -22,7 +22,7 @@ COLOURS = {
     "planned": ("#d0d7de", "#30363d"),
 }
 """Fill of each state: (light scheme, dark scheme)."""
-STRENGTHS = dict(zip(SCOPES, (0.45, 0.7, 1.0), strict=True))
+STRENGTHS = dict(zip(SCOPES, (0.2, 0.45, 0.7, 1.0), strict=True))
 """Opacity of each scope's colour."""
 LABELS = order_labels(COLOURS)
 LEFT, TOP, WIDTH, HEIGHT, GAP = 132, 64, 124, 54, 4
@@ -111,7 +111,7 @@ def draw_legend(y: int) -> list[str]:
         parts.append(f'<rect class="{state}" x="{x}" y="{y - 9}" width="10" height="10" rx="2"/>')
         parts.append(f'<text x="{x + 15}" y="{y}">{state}</text>')
     for index, scope in enumerate(SCOPES):
-        x = GAP * 3 + index * 276
+        x = GAP * 3 + index * 268
         style = f"proven {name_class(scope)}"
         parts.append(f'<rect class="{style}" x="{x}" y="{y + 9}" width="10" height="10" rx="2"/>')
         parts.append(f'<text x="{x + 15}" y="{y + 18}">{scope}: {WEIGHTS[scope]}</text>')

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from quantmatrix.workbench import Workbench
 
 TABLES = "quantmatrix_tables"
-PLAN_ONLY = ("refuse",)
+PLAN_ONLY = ("refuse", "compile")
 """Checks that need no device: they run for every hardware of the tables."""
 MANY = 1000
 """Tests from which on the garbage collector's time is noticed."""

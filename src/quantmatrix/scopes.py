@@ -2,6 +2,8 @@
 
 | scope       | weights | sizes | what it shows |
 | ----------- | ------- | ----- | ------------- |
+| `compiled`  | none | the model's own | kernels of ours can be built for the hardware and fit; |
+|             |      |                 | nothing was run, and nothing is said of their numbers |
 | `stand-in`  | random, in the true on-disk format | tiny | the file form loads, every tensor is |
 |             |         |       | accounted for, the arithmetic is that of the format |
 | `true size` | random, in the true format, on the device | the model's own | kernels at real shapes: |
@@ -35,16 +37,18 @@ if TYPE_CHECKING:
     from quantmatrix.evidence import Evidence
     from quantmatrix.matrix import Cell
 
-STAND_IN, TRUE_SIZE, PUBLISHED = "stand-in", "true size", "published"
-SCOPES = (STAND_IN, TRUE_SIZE, PUBLISHED)
+COMPILED, STAND_IN = "compiled", "stand-in"
+TRUE_SIZE, PUBLISHED = "true size", "published"
+SCOPES = (COMPILED, STAND_IN, TRUE_SIZE, PUBLISHED)
 """The weakest first; a new scope takes its place here and nowhere else."""
 WEIGHTS = {
+    COMPILED: "kernels built, nothing run",
     STAND_IN: "random weights at a tiny size",
     TRUE_SIZE: "random weights at true size",
     PUBLISHED: "published weights",
 }
 """What was run, in the words that stand below pictures and beside numbers."""
-OWN_CHECKS = {"true-size": TRUE_SIZE}
+OWN_CHECKS = {"compile": COMPILED, "true-size": TRUE_SIZE}
 """Checks that make a record of their own, with its scope; the others are of whatever was loaded."""
 PREFERRED = ("proven", "refused", "stale", "unproven", "planned")
 """States of the record that names a cell where none is failing, the first one before the others."""

@@ -176,8 +176,11 @@ def make_inputs(
     size: str = "full",
     seed: int = 1,
 ) -> dict[str, Any]:
-    """Arguments of one forward at the model's usual size: 1024 pixels, or 480p and 81 frames."""
-    generator = torch.Generator(device).manual_seed(seed)
+    """Arguments of one forward at the model's usual size: 1024 pixels, or 480p and 81 frames.
+
+    On `meta` they are shapes alone, which is enough to follow a forward without memory.
+    """
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
     config: Any = module.config
     tiny = size == "tiny"
 

@@ -47,6 +47,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return spec if any(place.startswith(str(tmp_path)) for place in places) else None
 
     monkeypatch.setattr(hardware.util, "find_spec", find_here)
+    for name in hardware.OPTIONAL_PACKAGES:  # another test may have imported it
+        monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
 

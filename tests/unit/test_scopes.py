@@ -17,7 +17,7 @@ from quantmatrix.agreement import measure
 from quantmatrix.evidence import CheckResult, Evidence, EvidenceError
 from quantmatrix.lifecycle import Now
 from quantmatrix.matrix import Matrix
-from quantmatrix.scopes import PUBLISHED, SCOPES, STAND_IN, TRUE_SIZE
+from quantmatrix.scopes import COMPILED, PUBLISHED, SCOPES, STAND_IN, TRUE_SIZE
 from quantmatrix.states import STATES, stand
 
 REPOSITORY = {"repository": "some/flux1-fp8", "revision": "a" * 40}
@@ -27,7 +27,7 @@ REPOSITORY = {"repository": "some/flux1-fp8", "revision": "a" * 40}
 def tables(tmp_path: Path) -> Matrix:
     rows = matrix.read(write_tables(tmp_path / "matrix"))
     cells = tuple(
-        replace(cell, checks=(*cell.checks, "true-size")) if cell.id == PROVEN else cell
+        replace(cell, checks=(*cell.checks, "true-size", "compile")) if cell.id == PROVEN else cell
         for cell in rows.cells
     )
     return replace(rows, cells=cells)
@@ -115,6 +115,9 @@ def test_a_snapshot_of_the_hub_has_an_origin_and_a_stand_in_has_none(tmp_path: P
         ({STAND_IN: True, PUBLISHED: False}, "failing · stand-in", ("published",)),
         ({STAND_IN: True, TRUE_SIZE: True}, "failing · true size", ("stand-in",)),
         ({TRUE_SIZE: False}, "proven · true size", ()),
+        ({COMPILED: False}, "proven · compiled", ()),
+        ({COMPILED: False, STAND_IN: False}, "proven · stand-in", ("compiled",)),
+        ({COMPILED: True, PUBLISHED: False}, "failing · compiled", ("published",)),
         ({}, "unproven", ()),
     ],
 )
@@ -138,20 +141,22 @@ def test_what_is_stale_hides_no_pass(tables: Matrix) -> None:
 
 
 def test_every_scope_is_on_every_surface(tables: Matrix) -> None:
-    found = by_key(make(tables, STAND_IN), make(tables, TRUE_SIZE))
+    found = by_key(*(make(tables, scope) for scope in (COMPILED, STAND_IN, TRUE_SIZE)))
     pages = report.render(tables, found)
     for name in ("support-matrix.md", "support-matrix.csv", "families/fp8.md", "index.html"):
         text = pages[name].decode()
         assert "true size" in text, name
         assert "evidence/cpu/fp8-flux-1+decode.true-size.json" in text, name
     assert "1 proven · true size" in pages["support-matrix.svg"].decode()
-    assert "evidence/cpu/fp8-flux-1+decode.json" in pages["index.html"].decode()
+    for other in ("json", "compiled.json"):
+        assert f"evidence/cpu/fp8-flux-1+decode.{other}" in pages["index.html"].decode()
     assert "true size" in pages["badge.json"].decode()
 
 
 def test_labels_go_from_strong_to_weak() -> None:
     labels = scopes.order_labels(STATES)
-    assert labels[:4] == ("proven · published", "proven · true size", "proven · stand-in", "proven")
+    words = ("published", "true size", "stand-in", "compiled")
+    assert labels[:5] == (*(f"proven · {word}" for word in words), "proven")
     assert len(set(labels)) == len(STATES) * (len(SCOPES) + 1)
     assert [scopes.split_label(text) for text in ("proven · true size", "planned")] == [
         ("proven", "true size"), ("planned", "")

@@ -23,6 +23,7 @@ NAMES: tuple[str, ...] = (
     "trace",
     "true_size",
     "bench",
+    "compile",
 )
 # fmt: on
 """The modules, in the order of `quantmatrix --help`. One name a line, so that changes merge."""

@@ -102,7 +102,7 @@ def canonical(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, 
     if scheme.weight == "e4m3":
         return stored | {"weight_scale": mx_blocks.decode_exponents(stored["weight_scale"])}
     offset = stored.get("weight_offset")
-    if offset is not None and bool(offset.any()):
+    if offset is not None and not offset.is_meta and bool(offset.any()):
         raise CheckpointError(
             f"weight_offset of a {scheme.name} layer holds {offset.abs().max().item():g}: expected "
             "zeros (symmetric weights); quantize again with symmetric: true"

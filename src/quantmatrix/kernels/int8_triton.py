@@ -11,17 +11,24 @@ Imported where CUDA runs, never elsewhere: triton is no dependency of the packag
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import torch
 
-from quantmatrix.kernels.launching import launch
+from quantmatrix.kernels.launching import find_arch, launch
 
 Tile = tuple[int, int, int, int, int]
 """Rows, columns, depth, warps, stages."""
-USUAL: Tile = (128, 128, 128, 4, 3)
-FEW_ROWS: Tile = (64, 128, 128, 4, 4)
+TILES: Mapping[str, tuple[Tile, Tile]] = {
+    "sm90": ((128, 128, 128, 4, 3), (64, 128, 128, 4, 4)),
+    "*": ((128, 128, 128, 8, 3), (64, 128, 128, 4, 3)),
+}
+"""Per architecture: of many rows, and of at most `FEW`. Elsewhere than on a Hopper, whose warps
+multiply together, the accumulators of 128 x 128 do not fit into the registers of four warps (up to
+624 bytes per thread were spilled), and four stages do not fit into the 64 KiB of a gfx942."""
+FEW = 64
 BLOCK = 4096
 """Elements that a program of `quantize_static` works on."""
 GROUP = 8
@@ -146,7 +153,8 @@ def multiply(
     (m, k), n = codes.shape, weight.shape[0]
     out = torch.empty(m, n, dtype=dtype, device=codes.device)
     _, _, kernel = compile_kernels()
-    rows, columns, depth, warps, stages = USUAL if m > 64 else FEW_ROWS
+    usual, few = TILES.get(find_arch(codes), TILES["*"])
+    rows, columns, depth, warps, stages = usual if m > FEW else few
     scale = column_scale if row_scale is None else row_scale
     added = column_scale if bias is None else bias
     launch(

@@ -19,14 +19,13 @@ Products are exact in float32 and summed there.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
-from importlib import util
 
 import torch
 from torch.nn import functional
 
 from quantmatrix.formats import E4M3_MAX, expand_blocks, round_e4m3
 from quantmatrix.kernels import Kernel, Needs, Tensors
+from quantmatrix.kernels.launching import can_launch
 from quantmatrix.scheme import Scheme
 
 ROWS = 4
@@ -161,7 +160,7 @@ def encode_torch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes [M, K], scale [] or [M, 1]) of x [..., K]: one fused kernel where triton runs."""
     flat = x.reshape(-1, x.shape[-1])
-    if torch.compiler.is_compiling() or not (flat.is_cuda and has_triton()):
+    if torch.compiler.is_compiling() or not can_launch(flat):
         # the compiler fuses these into what made x; CUDA would multiply by a number's reciprocal
         scale = find_input_scale(flat, tensors, scheme)
         return round_e4m3(flat.float() / scale), scale
@@ -171,12 +170,6 @@ def encode_torch(
         return fp8_triton.launch_static(flat, tensors["input_scale"]), tensors["input_scale"]
     dynamic = scheme.activation == "tensor-dynamic"
     return (fp8_triton.launch_tensor if dynamic else fp8_triton.launch_tokens)(flat)
-
-
-@cache
-def has_triton() -> bool:
-    """Whether triton can be imported."""
-    return util.find_spec("triton") is not None
 
 
 def run_torch(
@@ -228,7 +221,7 @@ def run_blocks(
     flat = x.reshape(-1, x.shape[-1])
     rows, out_dtype = flat.shape[0], torch.bfloat16 if x.dtype == torch.float32 else x.dtype
     flat = functional.pad(flat, (0, 0, 0, -rows % ROWS)) if rows % ROWS else flat
-    if torch.compiler.is_compiling() or not has_triton():
+    if torch.compiler.is_compiling() or not can_launch(flat):
         scale = find_input_scale(flat, tensors, scheme).t().contiguous().t()
         wide = scale.repeat_interleave(scheme.block[1], dim=-1)
         codes = round_e4m3(flat.float() / wide)

@@ -40,6 +40,7 @@ from torch.nn import functional
 
 from quantmatrix.errors import RefusedError
 from quantmatrix.kernels import Kernel, Needs, Tensors
+from quantmatrix.kernels.launching import TRITON, is_watched
 from quantmatrix.scheme import Scheme
 
 LARGEST = {"int8": 127, "int4": 7}
@@ -156,7 +157,7 @@ def run_int8(
 ) -> torch.Tensor:
     """x [..., K] -> [..., N] through `torch._int_mm`, which takes matrices only."""
     flat = smooth(x, buffers, scheme).reshape(-1, x.shape[-1])
-    multiply = multiply_on_cuda if x.is_cuda else multiply_on_cpu
+    multiply = multiply_on_cuda if x.is_cuda or is_watched(x) else multiply_on_cpu
     y = multiply(flat, buffers, bias, scheme)
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -269,7 +270,7 @@ def multiply_padded(codes: torch.Tensor, weight: torch.Tensor, width: int) -> to
 
 def can_fuse(tensor: torch.Tensor) -> bool:
     """Whether Triton can compile for the tensor's device, and takes rows of its length."""
-    return has_compiler() and tensor.shape[-1] <= WHOLE_ROW
+    return (is_watched(tensor) or has_compiler()) and tensor.shape[-1] <= WHOLE_ROW
 
 
 @cache
@@ -372,7 +373,7 @@ WEIGHTS = ("int8", "int4")
 ACTIVATIONS = ("tensor-static", "token-dynamic")
 INT8 = Needs(
     rule="int8-matmul",
-    vendors=("cpu", "nvidia"),
+    vendors=("cpu", *TRITON),
     weights=WEIGHTS,
     scales=("channel",),
     activations=ACTIVATIONS,

@@ -22,7 +22,7 @@ With `activation` = `none` (W4A16) the inputs are not rounded.
 | `reference` | as stored | rounded to e2m1 as above | anywhere |
 | `decode` | decoded at load | as they come | anywhere |
 | `fp8-recode` | e4m3, made at load | e4m3 | matrix units with fp8 but without fp4 |
-| `packed` | as stored, decoded on every call | as they come | NVIDIA, through Triton |
+| `packed` | as stored, decoded on every call | as they come | NVIDIA and AMD, through Triton |
 | `packed-fp8` | as stored, made e4m3 on every call | e4m3 | the same with fp8 matrix units |
 | `flashinfer-*` | as stored, reordered | e2m1 | matrix units with fp4 |
 """
@@ -34,6 +34,7 @@ from torch.nn import functional
 
 from quantmatrix.formats import E2M1_MAX, E4M3_MAX, round_e4m3
 from quantmatrix.kernels import Kernel, Needs, Tensors, linear_fp8, nvfp4_flashinfer
+from quantmatrix.kernels.launching import TRITON
 from quantmatrix.kernels.nvfp4_arithmetic import (
     GROUP,
     cut_rows,
@@ -293,7 +294,7 @@ KERNELS = (
         op=OP,
         backend="packed",
         numerics="W4A16",
-        needs=Needs(rule="nvfp4-packed", vendors=("nvidia",), package="triton", remedy=ANYWHERE),
+        needs=Needs(rule="nvfp4-packed", vendors=TRITON, package="triton", remedy=ANYWHERE),
         prepare=keep_tensors,
         run=run_packed,
         footprint=measure_stored,

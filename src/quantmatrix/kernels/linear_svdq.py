@@ -21,7 +21,7 @@ the shift adds taken out, so a backend that leaves inputs alone puts it back in.
 | ------- | ------- | ------ | ----- |
 | `merged` | one dense weight, low-rank part included, made at load | as they come | anywhere |
 | `decode` | decoded at load, low-rank branch kept apart | as they come | anywhere |
-| `packed` | as stored, made dense on every call | as they come | NVIDIA, through Triton |
+| `packed` | as stored, made dense on every call | as they come | NVIDIA and AMD, through Triton |
 | `reference` | as stored | coded as above | anywhere |
 | `nunchaku` | as stored, in tiles | int4 or nvfp4 | the engine on SM8x and SM12x |
 | `comfy-kitchen` | as stored | int4 | a CPU (slow), SM80 and newer |
@@ -35,6 +35,7 @@ import torch
 from torch.nn import functional
 
 from quantmatrix.kernels import Kernel, Needs, Tensors, svdq_engines
+from quantmatrix.kernels.launching import TRITON
 from quantmatrix.kernels.nvfp4_arithmetic import cut_rows
 from quantmatrix.kernels.svdq_arithmetic import (
     decode,
@@ -200,7 +201,7 @@ KERNELS = (
         numerics="W4A16",
         needs=Needs(
             rule="svdq-packed",
-            vendors=("nvidia",),
+            vendors=TRITON,
             package="triton",
             remedy="--backend merged or --backend decode run anywhere",
         ),

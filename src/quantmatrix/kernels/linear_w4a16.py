@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional
 
 from quantmatrix.kernels import Kernel, Needs, Tensors, svdq_engines
+from quantmatrix.kernels.launching import TRITON
 from quantmatrix.kernels.nvfp4_arithmetic import cut_rows, decode_codes
 from quantmatrix.scheme import Scheme
 
@@ -120,7 +121,7 @@ KERNELS = (
         numerics="W4A16",
         needs=Needs(
             rule="w4a16-packed",
-            vendors=("nvidia",),
+            vendors=TRITON,
             package="triton",
             remedy="--backend merged or --backend decode run anywhere",
         ),

@@ -15,7 +15,8 @@ into memory that the next layer uses again. Beside a matmul of thousands of rows
     decode_smoothed code * (scale of its group * row_scale[n]) * unsmooth[k]   bfloat16
     decode_zeros    code * scale of its group + zero of its group              bfloat16, as `decode`
 
-Products are formed in float32 in this order and rounded once.
+Products are formed in float32 in this order and rounded once. Scales in e4m3 are read as bytes, with
+the same numbers for all 256 codes, where a GPU lacks the type (see `launching.view_scales`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from quantmatrix.kernels.launching import launch
+from quantmatrix.kernels.launching import launch, view_scales
 
 BLOCK = 4096
 """Bytes of codes per program."""
@@ -46,6 +47,17 @@ def compile_kernels() -> tuple[Any, Any, Any]:
         bits = ((code & 7) << 9) | ((code & 8) << 12)
         return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
 
+    # e4m3 placed as exponent and mantissa of a float16, which has denormal numbers, too; no infinity
+    @triton.jit
+    def read_scale(scale):  # type: ignore
+        if scale.dtype == tl.uint8:
+            byte = scale.to(tl.int32)
+            bits = ((byte & 127) << 7) | ((byte & 128) << 8)
+            number = bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+            return tl.where((byte & 127) == 127, float("nan"), number)
+        else:  # noqa: RET505  Triton parses both branches
+            return scale.to(tl.float32)
+
     @triton.jit  # type: ignore[untyped-decorator]
     def decode(  # type: ignore
         codes, scales, whole, out, size,
@@ -55,7 +67,7 @@ def compile_kernels() -> tuple[Any, Any, Any]:
         places = start + tl.arange(0, BLOCK)
         inside = places < size
         byte = tl.load(codes + places, mask=inside, other=0).to(tl.int32)
-        scale = tl.load(scales + places // GROUP, mask=inside, other=0.0).to(tl.float32)
+        scale = read_scale(tl.load(scales + places // GROUP, mask=inside, other=0.0))
         if RECODE:
             scale = tl.math.div_rn(scale, tl.full((BLOCK,), 6.0, tl.float32))
         else:
@@ -77,7 +89,7 @@ def compile_kernels() -> tuple[Any, Any, Any]:
         wide = n.to(tl.int64)[:, None]
         byte = tl.load(codes + wide * HALF + k[None, :], mask=inside, other=0).to(tl.int32)
         at = scales + wide * (HALF // GROUP) + (k // GROUP)[None, :]
-        scale = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        scale = read_scale(tl.load(at, mask=inside, other=0.0))
         scale = scale * tl.load(row_scale + n, mask=in_n, other=0.0)[:, None]
         both = tl.interleave(read(byte & 15, INT4) * scale, read(byte >> 4, INT4) * scale)
         columns = 2 * tl.program_id(1) * BYTES + tl.arange(0, 2 * BYTES)
@@ -112,11 +124,12 @@ def decode(
     """
     rows, half = codes.shape
     out = torch.empty(rows, 2 * half, dtype=dtype, device=codes.device)
+    read = view_scales(scales)
     kernel, *_ = compile_kernels()
     launch(
         kernel,
         (-(-codes.numel() // BLOCK),),
-        (codes, scales, scales if whole is None else whole, out),
+        (codes, read, read if whole is None else whole, out),
         (codes.numel(),),
         (half // scales.shape[1], whole is None, BLOCK),
         num_warps=8,
@@ -143,7 +156,7 @@ def decode_smoothed(
     launch(
         kernel,
         (-(-rows // TILE[0]), -(-half // TILE[1])),
-        (codes, scales, row_scale, unsmooth, out),
+        (codes, view_scales(scales), row_scale, unsmooth, out),
         (rows,),
         (half, half // scales.shape[1], int4, *TILE),
         num_warps=4,

@@ -1,0 +1,200 @@
+"""Our kernels run by Triton's interpreter, a process of its own: it must be chosen before the import.
+
+Prints JSON: what was compared with plain arithmetic, and how many numbers differ. The interpreter's
+own casts truncate (Triton 3.9), so they are done by torch. It knows no names of enclosing functions,
+so those that a kernel uses are put into its module.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from quantmatrix.formats import round_e4m3
+from quantmatrix.kernels import (
+    fp8_triton,
+    int8_triton,
+    launching,
+    linear_int8,
+    nvfp4_arithmetic,
+    packed_triton,
+)
+from quantmatrix.kernels.linear_w4a16 import UINT4_VALUES
+
+INT4_VALUES = tuple(float(code if code < 8 else code - 16) for code in range(16))
+DTYPES = {
+    "fp32": (torch.float32, np.float32),
+    "fp16": (torch.float16, np.float16),
+    "bf16": (torch.bfloat16, np.uint16),
+    "fp8e4nv": (torch.float8_e4m3fn, np.uint8),
+}
+
+
+def cast(numbers: Any, source: Any, target: Any, rounding: Any) -> Any:
+    """Floating-point numbers of one of Triton's types as bits of another, cast by torch."""
+    (taken, _), (wanted, form) = DTYPES[source.name], DTYPES[target.name]
+    bits = torch.from_numpy(np.ascontiguousarray(numbers).view(np.uint8).copy())
+    found = bits.view(taken).to(wanted).view(torch.uint8).numpy()
+    return found.view(form).reshape(numbers.shape)
+
+
+def reveal(module: Any) -> None:
+    pending = list(module.compile_kernels())
+    while pending:
+        found = inspect.getclosurevars(pending.pop().fn).nonlocals
+        pending += [
+            v for n, v in found.items() if hasattr(v, "rewriter") and not hasattr(module, n)
+        ]
+        for name, value in found.items():
+            setattr(module, name, value)
+
+
+def differ(one: torch.Tensor, other: torch.Tensor) -> int:
+    """Numbers that differ in any bit, NaN left out where both have one."""
+    assert (one.dtype, one.shape) == (other.dtype, other.shape)
+    wide, like = one.float(), other.float()
+    same = (wide == like) & (wide.signbit() == like.signbit()) | (wide.isnan() & like.isnan())
+    return int((~same).sum())
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def draw_codes(*shape: int) -> torch.Tensor:
+    options: dict[str, Any] = {"generator": torch.Generator().manual_seed(1), "dtype": torch.uint8}
+    return torch.randint(0, 256, shape, **options)
+
+
+ALL_E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+
+
+def decode_scales(arch: str, dtype: torch.dtype) -> int:
+    """Each of the 256 codes of e4m3 as a scale, read as the architecture reads it."""
+    packed_triton.view_scales = lambda scales: view_as(arch, scales)
+    codes, scales, whole = draw_codes(32, 64), ALL_E4M3.view(32, 8), torch.tensor(0.37)
+    found = packed_triton.decode(codes, scales, whole, dtype)
+    plain = nvfp4_arithmetic.decode_codes(codes, scales.float() * whole, torch.float32)
+    return differ(found, plain.to(dtype))
+
+
+def view_as(arch: str, scales: torch.Tensor) -> torch.Tensor:
+    has_type = launching.has_e4m3(arch) or scales.dtype != torch.float8_e4m3fn
+    return scales if has_type else scales.view(torch.uint8)
+
+
+def recode(arch: str) -> int:
+    packed_triton.view_scales = lambda scales: view_as(arch, scales)
+    codes, scales = draw_codes(32, 64), draw(32, 8).abs().to(torch.float8_e4m3fn)
+    found = packed_triton.decode(codes, scales, None, torch.float8_e4m3fn)
+    plain = nvfp4_arithmetic.decode_codes(codes, scales.float() / 6, torch.float32)
+    return differ(found, plain.to(torch.float8_e4m3fn))
+
+
+def decode_smoothed(arch: str, *, int4: bool) -> int:
+    packed_triton.view_scales = lambda scales: view_as(arch, scales)
+    codes, rows, columns = draw_codes(6, 640), draw(6), draw(1280, seed=2)
+    scales = draw(6, 20).bfloat16() if int4 else draw(6, 80).to(torch.float8_e4m3fn)
+    found = packed_triton.decode_smoothed(codes, scales, rows, columns, torch.bfloat16, int4=int4)
+    by_row = scales.float() * rows[:, None]
+    values = (INT4_VALUES,) if int4 else ()
+    plain = nvfp4_arithmetic.decode_codes(codes, by_row, torch.float32, *values) * columns
+    return differ(found, plain.bfloat16())
+
+
+def decode_zeros() -> int:
+    codes, scales, zeros = draw_codes(6, 64), draw(6, 2).bfloat16(), draw(6, 2, seed=3).bfloat16()
+    found = packed_triton.decode_zeros(codes, scales, zeros, torch.bfloat16)
+    plain = nvfp4_arithmetic.decode_codes(codes, scales.float(), torch.float32, UINT4_VALUES)
+    plain += zeros.float().repeat_interleave(64, dim=1)
+    return differ(found, plain.bfloat16())
+
+
+def multiply(arch: str, rows: int, *, static: bool) -> int:
+    int8_triton.find_arch = lambda _: arch
+    integers: dict[str, Any] = {"generator": torch.Generator().manual_seed(4), "dtype": torch.int8}
+    codes = torch.randint(-128, 128, (rows, 150), **integers)
+    weight = torch.randint(-128, 128, (70, 150), **integers)
+    by_column, by_row = draw(70), None if static else draw(rows, 1)
+    bias = torch.arange(-35, 35, dtype=torch.int32) if static else draw(70, seed=5)
+    found = int8_triton.multiply(codes, weight, by_column, by_row, bias, torch.bfloat16)
+    total = codes.double() @ weight.double().T
+    if by_row is None:
+        plain = (total + bias).float() * by_column
+    else:
+        plain = total.float() * by_column * by_row + bias
+    return differ(found, plain.bfloat16())
+
+
+def quantize_int8(largest: int) -> int:
+    x = draw(5, 300).bfloat16()
+    found = int8_triton.quantize_tokens(x, largest)
+    plain = linear_int8.quantize_tokens(x, largest)
+    return sum(map(differ, found, plain))
+
+
+def quantize_int8_static() -> int:
+    x, step, offset = draw(40, 300).bfloat16(), torch.tensor(0.0173), torch.tensor(-3.0)
+    found = int8_triton.quantize_static(x, step, offset)
+    return differ(found, linear_int8.quantize_static(x, step, offset))
+
+
+def quantize_e4m3(kind: str) -> int:
+    x = draw(5, 512).bfloat16()
+    scale = torch.tensor(0.0173)
+    if kind == "static":
+        found, scales = fp8_triton.launch_static(x, scale), scale
+    elif kind == "groups":
+        found, scales = fp8_triton.launch_groups(x, 128)
+        scales = scales.repeat_interleave(128, dim=1)
+    else:
+        launch = {"tokens": fp8_triton.launch_tokens, "tensor": fp8_triton.launch_tensor}[kind]
+        found, scales = launch(x)
+    return differ(found, round_e4m3(x.float() / scales))
+
+
+CASES: dict[str, Callable[[], int]] = {
+    "all scales as bytes, sm80": lambda: decode_scales("sm80", torch.float32),
+    "all scales as bytes, gfx942": lambda: decode_scales("gfx942", torch.bfloat16),
+    "all scales as e4m3, sm90": lambda: decode_scales("sm90", torch.float32),
+    "recoded, sm90": lambda: recode("sm90"),
+    "recoded, sm86": lambda: recode("sm86"),
+    "smoothed int4": lambda: decode_smoothed("sm80", int4=True),
+    "smoothed e2m1, sm80": lambda: decode_smoothed("sm80", int4=False),
+    "smoothed e2m1, sm90": lambda: decode_smoothed("sm90", int4=False),
+    "zeros": decode_zeros,
+    **{
+        f"multiply {rows} rows{', static' * static}, {arch}": (
+            lambda rows=rows, static=static, arch=arch: multiply(arch, rows, static=static)
+        )
+        for rows in (3, 130)
+        for static in (False, True)
+        for arch in ("sm90", "gfx942")
+    },
+    "int8 tokens": lambda: quantize_int8(127),
+    "int4 tokens": lambda: quantize_int8(7),
+    "int8 static": quantize_int8_static,
+    **{f"e4m3 {kind}": lambda kind=kind: quantize_e4m3(kind) for kind in (
+        "static", "tokens", "tensor", "groups",
+    )},
+}  # fmt: skip
+
+
+def main() -> None:
+    from triton import knobs
+    from triton.runtime import interpreter
+
+    assert knobs.runtime.interpret, "TRITON_INTERPRET=1 has to be set"
+    interpreter._convert_float = cast
+    for module in (packed_triton, int8_triton, fp8_triton):
+        reveal(module)
+    print(json.dumps({name: compare() for name, compare in CASES.items()}))
+
+
+if __name__ == "__main__":
+    main()
