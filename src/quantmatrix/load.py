@@ -135,6 +135,7 @@ def load_component(
     check_complete(component, model)
     check_census(component, model)
     share_inputs(model)
+    model.to(device)  # what is computed when the model is built: Wan's rotary tables
     model.eval().requires_grad_(False)
     return model
 

@@ -80,6 +80,19 @@ def test_full_precision_equals_diffusers_bit_for_bit(model: str, dtype: torch.dt
     }
 
 
+@pytest.mark.parametrize("model", BASES)
+def test_what_is_computed_when_a_model_is_built_goes_to_the_device(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wan's rotary tables stayed on the CPU, and its first forward on a GPU failed."""
+    moved: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        torch.nn.Module, "to", lambda self, device: moved.append((type(self).__name__, device))
+    )
+    loaded = load_transformer(str(find(BASES[model])), device="cpu")
+    assert moved == [(type(loaded).__name__, "cpu")]
+
+
 def test_weights_are_views_of_the_mapped_file(copy: Path, flux: Path) -> None:
     model = load_transformer(str(flux), transformer_path=str(copy), backend="reference")
     layer = model.get_submodule("transformer_blocks.0.attn.to_q")
