@@ -38,7 +38,8 @@ FOREIGN_STARTS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull` there",
     b"PK": "a zip archive, as torch.save writes it: pickles are refused, convert it first",
     b"\x80": "a pickle: it could run code when it is opened; convert it to safetensors first",
-    b"GGUF": "a GGUF file, which is not supported: name a .safetensors file",
+    b"GGUF": "a GGUF file, which no quant family takes: name a .safetensors file, or let diffusers "
+    "write plain weights (from_single_file, then dequantize() and save_pretrained())",
     b"<": "a web page, saved in place of the file: download the file itself",
     b"{": "JSON: name the .safetensors file, or the .safetensors.index.json of its shards",
 }

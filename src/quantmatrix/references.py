@@ -31,6 +31,7 @@ from typing import Any
 from quantmatrix import layer_lists, name_prefixes
 from quantmatrix.adapters import is_adapter
 from quantmatrix.checkpoint import (
+    FOREIGN_STARTS,
     PICKLES,
     Checkpoint,
     Hub,
@@ -457,11 +458,11 @@ def ambiguous(folder: Folder, names: list[str], what: str) -> CheckpointError:
 
 
 def no_weights(folder: Folder) -> CheckpointError:
-    """The error for a folder without weights; pickles are named."""
+    """The error for a folder without weights; pickles and GGUF files are named."""
     pickles = [n for n in folder.names if PurePosixPath(n).suffix.lower() in PICKLES]
     more = f"; {pickles[0]} is a pickle file, which is refused" if pickles else ""
     if packed := [n for n in folder.names if n.lower().endswith(GGUF)]:
-        more = f"; {packed[0]} is a GGUF file, which no quant family takes"
+        more = f"; {packed[0]} is {FOREIGN_STARTS[b'GGUF']}"
     return CheckpointError(
         f"{folder}: no .safetensors weights in it{more}; name a folder or file that has them"
         f"{explain_partial(folder)}"

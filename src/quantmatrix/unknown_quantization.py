@@ -11,8 +11,8 @@ that nothing declares. A format is recognised by any of these:
 | the tensors of a layer, by the ends of their names | `qweight`, `qzeros`, `scales` |
 | the dtype of a tensor | F8_E5M2 |
 
-Sources: torchao, optimum-quanto, bitsandbytes, AutoRound and SDNQ as diffusers loads them,
-comfy-kitchen, compressed-tensors.
+Sources: files of torchao 0.18, optimum-quanto 0.2.7 and SDNQ 0.2.8; bitsandbytes and AutoRound as
+diffusers loads them, comfy-kitchen's and compressed-tensors' names.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ FORMATS = (
         "torchao",
         _decode("torchao", DIFFUSERS),
         words=("torchao",),
-        header=r'"(_tensor_data_names|_type)":',
+        header=r'"_tensor_data_names":',
         layers=_sets("_weight_qdata", "_weight:qdata", "_weight_tensor_impl"),
     ),
     Format(
@@ -103,13 +103,13 @@ FORMATS = (
     Format(
         "SDNQ",
         _decode("sdnq", "its loader dequantizes a model"),
-        words=("sdnq",),
+        words=("sdnq", "sdnq_training"),
         layers=_sets("weight scale", "weight svd_up svd_down"),
         codes=INTEGERS,
     ),
     Format(
         "AWQ or GPTQ",
-        f"{FULL}: this packing of int4 codes is for language models' kernels",
+        f"{FULL}: this packing of int4 codes, AutoRound's too, is for language models' kernels",
         words=("awq", "gptq", "gptq_v2", "gptqmodel", "marlin"),
         layers=_sets("qweight qzeros scales"),
     ),

@@ -202,7 +202,6 @@ def test_layers_end_at_the_last_dot() -> None:
     assert checkpoint.layers() == {
         "a.0": {"weight", "weight_scale"},
         "a.0.div": {"mul_scale"},
-        "": {"table"},
     }
     assert checkpoint.nbytes == 32
 
