@@ -13,7 +13,7 @@ import torch
 
 from quantmatrix import families, svdq_faults
 from quantmatrix.errors import CheckpointError
-from quantmatrix.formats import expand_blocks, holds_nan
+from quantmatrix.formats import expand_blocks, holds_nan, is_finite
 from quantmatrix.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 NUMBERS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """What a tensor in full precision may hold; anything else is codes, or damage."""
+UNUSED = ("smooth_factor_orig", "smooth_orig")
+"""Suffixes of a quantized layer that nothing computes with."""
 
 
 def check_stored(
@@ -30,12 +32,14 @@ def check_stored(
     """Scales and biases of a quantized layer [N, K] that would void the image.
 
     Scales must be finite and weights' not negative, inputs' positive; a weight's may be zero where
-    its codes are. Biases are numbers, and so are all codes.
+    its codes are. Biases and low-rank branches are finite numbers, and so are all codes.
     """
     for suffix, tensor in tensors.items():
         name = f"{layer}.{suffix}"
-        if suffix == "bias":
+        if suffix in ("bias", "linear.bias"):
             check_plain(checkpoint, name, name, tensor)
+        elif tensor.dtype in NUMBERS and "scale" not in suffix and suffix not in UNUSED:
+            check_finite(checkpoint, name, tensor)
         if suffix == "weight" and scheme.weight == "e4m3" and holds_nan(tensor):
             raise CheckpointError(
                 f"{checkpoint.tensors[name].file}: tensor {name} holds NaN codes: expected numbers "
@@ -108,10 +112,21 @@ def check_values(
 
 
 def check_plain(checkpoint: Checkpoint, name: str, parameter: str, tensor: torch.Tensor) -> None:
-    """Codes must never be taken as numbers."""
+    """Codes must never be taken as numbers, and numbers are finite."""
     if tensor.dtype not in NUMBERS:
         raise CheckpointError(
             f"{checkpoint.tensors[name].file}: tensor {name} holds {tensor.dtype} codes, but the "
             f"checkpoint describes {parameter} as full precision: its scale is missing, or its "
             "exclusion list is wrong; expected BF16, F16 or F32"
+        )
+    check_finite(checkpoint, name, tensor)
+
+
+def check_finite(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> None:
+    """One NaN or infinite number in a model makes every picture of it black, or noise."""
+    if not is_finite(tensor):
+        raise CheckpointError(
+            f"{checkpoint.tensors[name].file}: tensor {name} holds NaN or infinite numbers: expected "
+            "finite ones; the checkpoint is damaged, or its numbers were too large for the dtype "
+            "that they were cast to"
         )
