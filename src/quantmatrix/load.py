@@ -23,7 +23,7 @@ from quantmatrix.empty_model import build_empty
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.layers import QuantizedLinear, SplitInputLinear, share_inputs
 from quantmatrix.placement import PlainTensor, select_rows, shorten
-from quantmatrix.planning import ComponentPlan, Piece, Refusal, plan
+from quantmatrix.planning import ComponentPlan, Piece, Refusal, plan_transformers
 from quantmatrix.references import fetch
 from quantmatrix.request import WEIGHTS_ALIASES, Request
 from quantmatrix.stored_values import check_plain, check_stored, check_values
@@ -91,7 +91,7 @@ def load_transformer(
         dtype=str(dtype).removeprefix("torch."),
         **fields,
     )
-    made = plan(request)
+    made = plan_transformers(request)
     if isinstance(made, Refusal):
         raise RefusedError(made.rule, made.message)
     for text in made.warnings:
