@@ -16,6 +16,7 @@ for with code from the model's own folder, which is never run here.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,14 +59,20 @@ def check_class(name: str, library: str | None, class_name: str | None, file: st
     what = ""
     if library not in LIBRARIES:
         what = f"{library} is neither"
-    elif class_name not in dir(module := import_module(library)):
-        what = f"{library} {module.__version__} has no such class"
+    elif class_name not in list_names(library):
+        what = f"{library} {import_module(library).__version__} has no such class"
     if what:
         raise CheckpointError(
             f"{file}: {name} is {library}.{class_name}: expected a class of "
             f"{' or '.join(LIBRARIES)}, and {what}. Code that comes with a model is never run: name "
             "the model's own repository; a newer release of the library may have the class"
         )
+
+
+@cache
+def list_names(library: str) -> frozenset[str]:
+    """What a library offers, without importing all of it."""
+    return frozenset(dir(import_module(library)))
 
 
 def check_files(folder: Folder, name: str, class_name: str) -> None:
