@@ -32,14 +32,12 @@ def check_stored(
     """Scales and biases of a quantized layer [N, K] that would void the image.
 
     Scales must be finite and weights' not negative, inputs' positive; a weight's may be zero where
-    its codes are. Biases and low-rank branches are finite numbers, and so are all codes.
+    its codes are. Biases are numbers, and so are all codes.
     """
     for suffix, tensor in tensors.items():
         name = f"{layer}.{suffix}"
         if suffix in ("bias", "linear.bias"):
             check_plain(checkpoint, name, name, tensor)
-        elif tensor.dtype in NUMBERS and "scale" not in suffix and suffix not in UNUSED:
-            check_finite(checkpoint, name, tensor)
         if suffix == "weight" and scheme.weight == "e4m3" and holds_nan(tensor):
             raise CheckpointError(
                 f"{checkpoint.tensors[name].file}: tensor {name} holds NaN codes: expected numbers "
@@ -96,19 +94,21 @@ def voids_codes(scales: torch.Tensor, scheme: Scheme, tensors: Mapping[str, torc
 def check_values(
     component: ComponentPlan, piece: Piece, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """What the family says can never be among a layer's values is refused."""
+    """What the family says can never be among a layer's values is refused, and so is NaN."""
     assert component.family is not None
     find_fault = getattr(families.load(component.family), "find_fault", None)
     fault = None if find_fault is None else find_fault(tensors, piece.scheme)
     fault = fault or svdq_faults.find_lost_scale(piece.scheme, tensors)
-    if fault is None:
-        return
-    suffix, what = fault
-    name = f"{piece.layer}.{suffix}"
-    raise CheckpointError(
-        f"{component.checkpoint.tensors[name].file}: tensor {name} {what}. The checkpoint is "
-        "damaged or was exported wrongly: download it again, or quantize again"
-    )
+    if fault is not None:
+        suffix, what = fault
+        name = f"{piece.layer}.{suffix}"
+        raise CheckpointError(
+            f"{component.checkpoint.tensors[name].file}: tensor {name} {what}. The checkpoint is "
+            "damaged or was exported wrongly: download it again, or quantize again"
+        )
+    for suffix, tensor in tensors.items():
+        if tensor.dtype in NUMBERS and suffix not in UNUSED:
+            check_finite(component.checkpoint, f"{piece.layer}.{suffix}", tensor)
 
 
 def check_plain(checkpoint: Checkpoint, name: str, parameter: str, tensor: torch.Tensor) -> None:
