@@ -18,8 +18,11 @@ from quantmatrix.library_logs import quiet
 from quantmatrix.load import DTYPES, load_component, show_progress
 from quantmatrix.offloading import stream_blocks
 from quantmatrix.planning import Plan, Refusal, plan
-from quantmatrix.references import fetch_pipeline
+from quantmatrix.references import fetch_pipeline, open_pipeline
 from quantmatrix.request import Request
+
+LONGEST_REASON = 300
+"""Characters of a library's error that are repeated."""
 
 
 def load_pipeline(request: Request | None = None, /, **fields: Any) -> Any:
@@ -48,12 +51,19 @@ def build_pipeline(made: Plan, *, progress: bool = False) -> Any:
     pipeline_parts.check_folder(
         Path(folder), made.pipeline_class, {*made.components, *request.component_paths}
     )
+    pipeline_parts.check_rest(
+        open_pipeline(folder, request.hub), made.components, request.component_paths, request.hub
+    )
     parts: dict[str, Any] = {}
     for name, component in made.components.items():
         with show_progress(component, progress) as report:
             parts[name] = load_component(component, request, device=device, progress=report)
     parts.update(load_other_overrides(made, read_json(Path(folder) / "model_index.json")))
-    with quiet(), without_components(folder, tuple(parts)) as rest:
+    with (
+        quiet(),
+        without_components(folder, tuple(parts)) as rest,
+        errors_in_words(f"{folder}: a part of the pipeline", rest, folder),
+    ):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             rest, dtype=DTYPES[request.dtype], local_files_only=True, **parts
         )
@@ -65,6 +75,25 @@ def build_pipeline(made: Plan, *, progress: bool = False) -> Any:
     accelerate(pipeline, made)
     pipeline.set_progress_bar_config(disable=not progress)
     return pipeline
+
+
+@contextmanager
+def errors_in_words(what: str, view: str, folder: str) -> Iterator[None]:
+    """Whatever a library raises about files as a CheckpointError that names the user's own folder.
+
+    A lack of memory is no fault of theirs.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, CheckpointError, RefusedError, UsageError):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).replace(view, folder).splitlines()]
+        why = " ".join(filter(None, lines))[:LONGEST_REASON]
+        raise CheckpointError(
+            f"{what} cannot be loaded ({type(error).__name__}: {why}). Compare it with the model's "
+            "own repository, or download it again"
+        ) from error
 
 
 @contextmanager
@@ -115,7 +144,8 @@ def load_other_overrides(made: Plan, index: Mapping[str, Any]) -> dict[str, Any]
         library = transformers if name.startswith(("text_encoder", "tokenizer")) else diffusers
         auto = library.AutoTokenizer if name.startswith("tokenizer") else library.AutoModel
         chosen = pipeline_parts.find_class(index, name) or auto
-        loaded[name] = chosen.from_pretrained(folder, dtype=DTYPES[made.request.dtype])
+        with errors_in_words(f"{reference}: {name}", folder, reference):
+            loaded[name] = chosen.from_pretrained(folder, dtype=DTYPES[made.request.dtype])
     return loaded
 
 

@@ -16,14 +16,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix.checkpoint import find_config_block, read_header, read_json
+from quantmatrix.checkpoint import Hub, find_config_block, read_header, read_json
 from quantmatrix.errors import CheckpointError
-from quantmatrix.folders import LocalFolder
+from quantmatrix.folders import LocalFolder, open_folder
+from quantmatrix.part_files import LIBRARIES, check_class, check_files
 
 if TYPE_CHECKING:
     from quantmatrix.references import PipelineFolder
-
-LIBRARIES = ("diffusers", "transformers")
 
 
 def explain_export(config: Mapping[str, Any], file: str, name: str) -> str | None:
@@ -91,6 +90,28 @@ def check_folder(folder: Path, class_name: str, built: Collection[str]) -> None:
             raise CheckpointError(explain_partial(f"{folder}/model_index.json", ", ".join(missing)))
     for name in sorted(index.keys() - set(built)):
         check_part(folder / name, name)
+
+
+def check_rest(
+    pipeline: PipelineFolder, built: Collection[str], overrides: Mapping[str, str], hub: Hub
+) -> None:
+    """Refuse a model whose other parts cannot be loaded, as far as names and headers tell.
+
+    `built` are the transformers. A part with an override comes from there, and is of the class
+    that the model names for it.
+    """
+    for name in sorted(pipeline.components.keys() - set(built)):
+        library, class_name = pipeline.components[name]
+        check_class(name, library, class_name, f"{pipeline.folder}/model_index.json")
+        folder = pipeline.folder.enter(name)
+        if name in overrides:
+            folder, file = open_folder(overrides[name], hub)
+            if file:
+                raise CheckpointError(
+                    f"{overrides[name]}: --{name.replace('_', '-')}-path takes a folder, this is a "
+                    "file"
+                )
+        check_files(folder, name, str(class_name))
 
 
 def explain_partial(file: str, missing: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from quantmatrix import export_faults, families, kernels, models, sharing
+from quantmatrix import export_faults, families, kernels, models, pipeline_parts, sharing
 from quantmatrix.checkpoint import Checkpoint
 from quantmatrix.choosing import choose
 from quantmatrix.dialects import choose_dialect
@@ -35,7 +35,7 @@ from quantmatrix.placement import (
 )
 from quantmatrix.request import Request
 from quantmatrix.scheme import Scheme
-from quantmatrix.sources import Source, find_sources, use_tiny
+from quantmatrix.sources import Source, Sources, find_sources, use_tiny
 from quantmatrix.unknown_quantization import explain_unknown
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -185,10 +185,29 @@ class Refusal:
 
 
 def plan(request: Request | None = None, /, **fields: Any) -> Plan | Refusal:
-    """Decide how a request will run, or why it cannot. Keyword arguments are Request's fields."""
+    """Decide how a request will run, or why it cannot. Keyword arguments are Request's fields.
+
+    Raises CheckpointError and UsageError for what is wrong with the input, whichever part of the
+    pipeline it is in.
+    """
     request = use_tiny(request if request is not None else Request(**fields))
-    machine = find_machine(request)
     found = find_sources(request)
+    made = decide(request, found)
+    pipeline_parts.check_rest(
+        found.pipeline, found.components, request.component_paths, request.hub
+    )
+    return made
+
+
+def plan_transformers(request: Request) -> Plan | Refusal:
+    """The plan for the transformers alone: the rest of the pipeline need not be there."""
+    request = use_tiny(request)
+    return decide(request, find_sources(request))
+
+
+def decide(request: Request, found: Sources) -> Plan | Refusal:
+    """How a request with these sources will run, or why it cannot."""
+    machine = find_machine(request)
     warnings = list(found.warnings)
     components: dict[str, ComponentPlan] = {}
     for name, source in found.components.items():

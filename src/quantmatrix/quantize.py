@@ -31,7 +31,7 @@ from quantmatrix.library_logs import quiet
 from quantmatrix.load import DTYPES, TensorReader
 from quantmatrix.pipeline import build_pipeline
 from quantmatrix.places import check_place
-from quantmatrix.planning import ComponentPlan, Plan, Refusal, plan
+from quantmatrix.planning import ComponentPlan, Plan, Refusal, plan_transformers
 from quantmatrix.quantizing import (
     Recipe,
     choose_schemes,
@@ -79,7 +79,7 @@ def quantize(
     start, target = time.monotonic(), Path(output)
     word, chosen = find_scheme(family, scheme, precision, rank)
     check_place(target)
-    made = plan(request)
+    made = plan_transformers(request)
     if isinstance(made, Refusal):
         raise RefusedError(made.rule, made.message)
     check_base(made, family, target, chosen, overwrite)

@@ -57,6 +57,7 @@ class Sources:
     model: str
     pipeline_class: str | None
     components: Mapping[str, Source]
+    pipeline: PipelineFolder
     warnings: list[str] = field(default_factory=list)
 
 
@@ -112,7 +113,7 @@ def find_sources(request: Request) -> Sources:
         ]
     warnings += pipeline_parts.list_warnings(pipeline, {*names, *request.component_paths})
     warnings += check_svdquant_file(request, model, components[names[0]].checkpoint)
-    return Sources(base, model, pipeline.class_name, components, warnings)
+    return Sources(base, model, pipeline.class_name, components, pipeline, warnings)
 
 
 def find_base(request: Request) -> tuple[str, dict[str, str]]:

@@ -13,7 +13,7 @@ import torch
 
 from quantmatrix import families, svdq_faults
 from quantmatrix.errors import CheckpointError
-from quantmatrix.formats import expand_blocks, holds_nan
+from quantmatrix.formats import expand_blocks, holds_nan, is_finite
 from quantmatrix.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 NUMBERS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """What a tensor in full precision may hold; anything else is codes, or damage."""
+UNUSED = ("smooth_factor_orig", "smooth_orig")
+"""Suffixes of a quantized layer that nothing computes with."""
 
 
 def check_stored(
@@ -34,7 +36,7 @@ def check_stored(
     """
     for suffix, tensor in tensors.items():
         name = f"{layer}.{suffix}"
-        if suffix == "bias":
+        if suffix in ("bias", "linear.bias"):
             check_plain(checkpoint, name, name, tensor)
         if suffix == "weight" and scheme.weight == "e4m3" and holds_nan(tensor):
             raise CheckpointError(
@@ -92,26 +94,39 @@ def voids_codes(scales: torch.Tensor, scheme: Scheme, tensors: Mapping[str, torc
 def check_values(
     component: ComponentPlan, piece: Piece, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """What the family says can never be among a layer's values is refused."""
+    """What the family says can never be among a layer's values is refused, and so is NaN."""
     assert component.family is not None
     find_fault = getattr(families.load(component.family), "find_fault", None)
     fault = None if find_fault is None else find_fault(tensors, piece.scheme)
     fault = fault or svdq_faults.find_lost_scale(piece.scheme, tensors)
-    if fault is None:
-        return
-    suffix, what = fault
-    name = f"{piece.layer}.{suffix}"
-    raise CheckpointError(
-        f"{component.checkpoint.tensors[name].file}: tensor {name} {what}. The checkpoint is "
-        "damaged or was exported wrongly: download it again, or quantize again"
-    )
+    if fault is not None:
+        suffix, what = fault
+        name = f"{piece.layer}.{suffix}"
+        raise CheckpointError(
+            f"{component.checkpoint.tensors[name].file}: tensor {name} {what}. The checkpoint is "
+            "damaged or was exported wrongly: download it again, or quantize again"
+        )
+    for suffix, tensor in tensors.items():
+        if tensor.dtype in NUMBERS and suffix not in UNUSED:
+            check_finite(component.checkpoint, f"{piece.layer}.{suffix}", tensor)
 
 
 def check_plain(checkpoint: Checkpoint, name: str, parameter: str, tensor: torch.Tensor) -> None:
-    """Codes must never be taken as numbers."""
+    """Codes must never be taken as numbers, and numbers are finite."""
     if tensor.dtype not in NUMBERS:
         raise CheckpointError(
             f"{checkpoint.tensors[name].file}: tensor {name} holds {tensor.dtype} codes, but the "
             f"checkpoint describes {parameter} as full precision: its scale is missing, or its "
             "exclusion list is wrong; expected BF16, F16 or F32"
+        )
+    check_finite(checkpoint, name, tensor)
+
+
+def check_finite(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> None:
+    """One NaN or infinite number in a model makes every picture of it black, or noise."""
+    if not is_finite(tensor):
+        raise CheckpointError(
+            f"{checkpoint.tensors[name].file}: tensor {name} holds NaN or infinite numbers: expected "
+            "finite ones; the checkpoint is damaged, or its numbers were too large for the dtype "
+            "that they were cast to"
         )

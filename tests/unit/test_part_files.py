@@ -1,0 +1,175 @@
+"""Damaged copies of each model's stand-in: the plan refuses them by the user's own path."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from quantmatrix import matrix, models, tiny
+from quantmatrix.errors import CheckpointError
+from quantmatrix.load import load_transformer
+from quantmatrix.part_files import check_class, explain_vocabulary
+from quantmatrix.pipeline import build_pipeline
+from quantmatrix.planning import Plan, plan
+from quantmatrix.request import Request
+
+Damage = Callable[[Path], object]
+
+
+@pytest.fixture(params=models.IDS)
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A copy of a model's stand-in that a test may damage."""
+    repo = models.load(request.param).REPO
+    tiny.ensure(repo, tiny.default_folder())
+    target = tmp_path / "base"
+    shutil.copytree(tiny.find_snapshot(repo, tiny.default_folder()), target)
+    return target
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size * 2 // 3)
+
+
+def change_index(base: Path, name: str, entry: list[str]) -> None:
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps({**index, name: entry}))
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+DAMAGES: list[tuple[Damage, str]] = [
+    (
+        lambda b: (b / "tokenizer/tokenizer.json").unlink(),
+        r"tokenizer: tokenizer .* has no vocabulary: expected tokenizer\.json, or ",
+    ),
+    (
+        lambda b: cut(b / "tokenizer/tokenizer.json"),
+        r"tokenizer: tokenizer has a tokenizer\.json that is no JSON object, or is cut off",
+    ),
+    (
+        lambda b: (b / "tokenizer/tokenizer.json").write_text(""),
+        r"tokenizer: tokenizer has a tokenizer\.json that is empty",
+    ),
+    (lambda b: shutil.rmtree(b / "tokenizer"), r"tokenizer: tokenizer is missing, or empty"),
+    (lambda b: empty(b / "text_encoder"), r"text_encoder: text_encoder is missing, or empty"),
+    (
+        lambda b: cut(b / "text_encoder/model.safetensors"),
+        r"text_encoder/model\.safetensors: .* truncated",
+    ),
+    (
+        lambda b: (b / "text_encoder/model.safetensors").unlink(),
+        r"text_encoder: no \.safetensors weights .*\(text_encoder of the pipeline\)",
+    ),
+    (
+        lambda b: (b / "text_encoder/config.json").unlink(),
+        r"text_encoder: text_encoder has no config\.json",
+    ),
+    (lambda b: cut(b / "text_encoder/config.json"), r"text_encoder/config\.json: no readable JSON"),
+    (
+        lambda b: cut(b / "vae/diffusion_pytorch_model.safetensors"),
+        r"vae/diffusion_pytorch_model\.safetensors: .* truncated",
+    ),
+    (lambda b: shutil.rmtree(b / "vae"), r"vae: vae is missing, or empty"),
+    (
+        lambda b: (b / "scheduler/scheduler_config.json").rename(b / "scheduler/x.json"),
+        r"scheduler: scheduler has no scheduler_config\.json",
+    ),
+    (
+        lambda b: change_index(b, "vae", ["diffusers", "AutoencoderOfTomorrow"]),
+        r"model_index\.json: vae is diffusers\.AutoencoderOfTomorrow: .* has no such class",
+    ),
+    (
+        lambda b: change_index(b, "text_encoder", ["my_code", "Encoder"]),
+        r"model_index\.json: text_encoder is my_code\.Encoder: .*never run",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_a_damaged_part_is_refused_by_the_plan(base: Path, damage: Damage, message: str) -> None:
+    whole = plan(Request(model_path=str(base), device="cpu"))
+    assert isinstance(whole, Plan)
+    damage(base)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        plan(Request(model_path=str(base), device="cpu"))
+    assert str(caught.value).startswith(str(base))
+    assert "trust" not in str(caught.value)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        build_pipeline(whole)
+    assert str(caught.value).startswith(str(base))
+
+
+def test_the_transformer_does_without_the_rest(base: Path) -> None:
+    """Parts of a pipeline matter to those who run it, not to who loads a transformer."""
+    for part in ("tokenizer", "text_encoder", "vae"):
+        shutil.rmtree(base / part)
+    assert load_transformer(str(base))
+
+
+@pytest.mark.parametrize("model", models.IDS)
+def test_an_override_takes_the_place_of_a_damaged_part(model: str, tmp_path: Path) -> None:
+    repo = models.load(model).REPO
+    tiny.ensure(repo, tiny.default_folder())
+    sound = tiny.find_snapshot(repo, tiny.default_folder())
+    base = tmp_path / "base"
+    shutil.copytree(sound, base)
+    shutil.rmtree(base / "vae")
+    paths = {"vae": str(sound / "vae")}
+    assert plan(Request(model_path=str(base), component_paths=paths, device="cpu")).ok
+    shutil.copytree(sound / "vae", tmp_path / "cut")
+    cut(tmp_path / "cut/diffusion_pytorch_model.safetensors")
+    paths = {"vae": str(tmp_path / "cut")}
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}/cut/.*truncated"):
+        plan(Request(model_path=str(base), component_paths=paths, device="cpu"))
+
+
+def test_a_shard_of_a_text_encoder_that_is_missing(tmp_path: Path) -> None:
+    repo = matrix.read().models["flux-1"].repo
+    tiny.ensure(repo, tiny.default_folder())
+    base = tmp_path / "base"
+    shutil.copytree(tiny.find_snapshot(repo, tiny.default_folder()), base)
+    weights = base / "text_encoder_2/model.safetensors"
+    shard = "model-00001-of-00002.safetensors"
+    weights.rename(weights.with_name(shard))
+    index = {"weight_map": {"a": shard, "b": shard.replace("00001-of", "00002-of")}}
+    weights.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        CheckpointError, match=r"lists 2 shards, 1 are not there.*text_encoder_2 of"
+    ):
+        plan(Request(model_path=str(base), device="cpu"))
+    (weights.with_name("model.safetensors.index.json")).write_text(
+        json.dumps({"weight_map": {"absent.weight": shard}})
+    )
+    with pytest.raises(
+        CheckpointError, match=r"00001-of-00002\.safetensors without absent\.weight"
+    ):
+        plan(Request(model_path=str(base), device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b'{"a": 1}\n', ""),
+        (b"", "is empty"),
+        (b'{"a": ', "is no JSON object, or is cut off"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is no JSON object, or is cut off"),
+    ],
+)
+def test_vocabularies(content: bytes, what: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    assert explain_vocabulary(tmp_path / "tokenizer.json") == what
+
+
+def test_every_class_of_the_stand_ins_is_known(base: Path) -> None:
+    index = json.loads((base / "model_index.json").read_text())
+    for name, entry in index.items():
+        if isinstance(entry, list) and entry[1]:
+            check_class(name, *entry, "model_index.json")
