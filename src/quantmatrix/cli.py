@@ -445,12 +445,23 @@ def run_matrix_list(arguments: argparse.Namespace, rest: list[str]) -> int:
             raise UsageError(f"--{flag} {strange[0]}: not in the tables; known: {sorted(known)}")
         rows = [row for row in rows if not wanted or row[flag] in wanted]
     if arguments.json:
-        print_json({"rows": rows})
+        from quantmatrix import report
+
+        print_json({"rows": rows, "read_from": report.tell_source(arguments.reports)})
         return 0
     for row in rows:
         print(f"{label(row['state'], row['scope']):22} {row['claim']:10} {row['id']}")
     print(f"{len(rows)} cells", file=sys.stderr)
+    tell_where(arguments.reports)
     return 0
+
+
+def tell_where(reports: str | os.PathLike[str] | None) -> None:
+    """Say on standard error where evidence was read from, where that is not the checkout."""
+    from quantmatrix import packaged, report
+
+    if report.find_source(reports) == packaged.FOLDER:
+        print(f"read from {report.tell_source(reports)}", file=sys.stderr)
 
 
 def known_values(tables: Any, flag: str) -> set[str]:
