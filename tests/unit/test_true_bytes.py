@@ -46,7 +46,7 @@ def test_a_kernel_that_keeps_codes_needs_half() -> None:
     [decoded] = true_bytes.measure_all(make_plan(*FLUX, *FP8, "--backend", "decode")).values()
     whole = 2 * count_linear("flux-1")
     assert decoded.whole == pytest.approx(whole, rel=0.01)
-    assert 0.5 < kept.whole / whole < 0.75  # modulations stay in BF16
+    assert 0.5 < kept.whole / whole < 0.8  # modulations stay in BF16
     assert kept.layerwise < kept.whole / 5
 
 
