@@ -335,13 +335,26 @@ def run_plan(arguments: argparse.Namespace, rest: list[str]) -> int:
     from quantmatrix.planning import Refusal, plan
 
     made = plan(read_request(arguments, rest))
+    told = made.to_json()
+    if not isinstance(made, Refusal) and made.request.tiny:
+        told |= describe_true_size(made, told["warnings"])
     if arguments.json:
-        print_json(made.to_json())
+        print_json(told)
     elif isinstance(made, Refusal):
         print(f"refused [{made.rule}]: {made.message}")
     else:
-        print_plan(made.to_json())
+        print_plan(told)
     return 0 if made.ok else EXIT_REFUSED
+
+
+def describe_true_size(made: Any, warnings: list[str]) -> dict[str, Any]:
+    """What a plan of stand-ins says of the model itself: bytes per component, and whether they fit."""
+    from quantmatrix import true_bytes
+
+    sizes = true_bytes.measure_all(made)
+    why = true_bytes.explain_fit(sizes, made)
+    told = {name: size.whole for name, size in sizes.items()}
+    return {"true_bytes": told, "warnings": [*warnings, *([why] if why else [])]}
 
 
 def print_plan(made: Mapping[str, Any]) -> None:
@@ -356,9 +369,17 @@ def print_plan(made: Mapping[str, Any]) -> None:
         layers = f"{part['quantized_layers']} of {part['total_layers']}"
         print(f"    quantized    {layers} linear layers, {part['precision'] or '-'}{rank}")
         print(f"    kernels      {backends_text(part['backends'])}")
-        print(f"    memory       {part['bytes'] / 2**20:,.1f} MiB of weights{each}")
+        print(f"    memory       {describe_weights(made, name)}{each}")
     for warning in made["warnings"]:
         print(f"  warning: {warning}")
+
+
+def describe_weights(made: Mapping[str, Any], name: str) -> str:
+    """Bytes of a component's weights; of a stand-in those of the model itself, too."""
+    found = f"{made['components'][name]['bytes'] / 2**20:,.1f} MiB of weights"
+    if "true_bytes" not in made:
+        return found
+    return f"{found} in the stand-in; at true size {made['true_bytes'][name] / 2**30:,.1f} GiB"
 
 
 def run_inspect(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -445,12 +466,23 @@ def run_matrix_list(arguments: argparse.Namespace, rest: list[str]) -> int:
             raise UsageError(f"--{flag} {strange[0]}: not in the tables; known: {sorted(known)}")
         rows = [row for row in rows if not wanted or row[flag] in wanted]
     if arguments.json:
-        print_json({"rows": rows})
+        from quantmatrix import report
+
+        print_json({"rows": rows, "read_from": report.tell_source(arguments.reports)})
         return 0
     for row in rows:
         print(f"{label(row['state'], row['scope']):22} {row['claim']:10} {row['id']}")
     print(f"{len(rows)} cells", file=sys.stderr)
+    tell_where(arguments.reports)
     return 0
+
+
+def tell_where(reports: str | os.PathLike[str] | None) -> None:
+    """Say on standard error where evidence was read from, where that is not the checkout."""
+    from quantmatrix import packaged, report
+
+    if report.find_source(reports) == packaged.FOLDER:
+        print(f"read from {report.tell_source(reports)}", file=sys.stderr)
 
 
 def known_values(tables: Any, flag: str) -> set[str]:

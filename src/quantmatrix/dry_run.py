@@ -41,6 +41,7 @@ def choose_cells(tables: Matrix, hardware: str) -> list[Cell]:
 
 def describe(tables: Matrix, cell: Cell) -> dict[str, Any]:
     """Command, plan and memory of one cell, plain data; a refusal is told as one."""
+    from quantmatrix import true_bytes
     from quantmatrix.planning import Plan, plan
     from quantmatrix.workbench import Workbench
 
@@ -55,6 +56,8 @@ def describe(tables: Matrix, cell: Cell) -> dict[str, Any]:
     }
     if not isinstance(made, Plan):
         return {**told, "refusal": {"rule": made.rule, "message": made.message}}
+    sizes = true_bytes.measure_all(made)
+    why = true_bytes.explain_fit(sizes, made)
     return {
         **told,
         "kernels": {
@@ -63,7 +66,8 @@ def describe(tables: Matrix, cell: Cell) -> dict[str, Any]:
         },
         "tiny_bytes": sum(part.bytes for part in made.components.values()),
         "true_bytes": estimate_bytes(tables, checkpoint),
-        "warnings": list(made.warnings),
+        "memory_bytes": sum(size.whole for size in sizes.values()),
+        "warnings": [*made.warnings, *([why] if why else [])],
     }
 
 

@@ -36,7 +36,7 @@ from quantmatrix.states import find_other_place
 if TYPE_CHECKING:
     import torch
 
-    from quantmatrix.limits import Limits
+    from quantmatrix.limits import Ledger, Limits
     from quantmatrix.matrix import Cell, Matrix
     from quantmatrix.run import Run
 
@@ -108,15 +108,21 @@ def measure(cell: Cell, baseline: Run, run: Run) -> CheckResult:
     return CheckResult(verdict, metrics, allowed.to_json(), "; ".join(problems))
 
 
+def read_ledger() -> Ledger:
+    """The limits of the checkout, or those that the package carries."""
+    from quantmatrix import limits, report
+
+    return limits.read(report.find_source(None) / "limits.csv")
+
+
 def find_limits(kind: str, model: str, hardware: str) -> Limits | None:
     """This project's limits of a class of arithmetic on a hardware, or None when it was never measured.
 
     LimitsError when the file of samples is damaged.
     """
-    from quantmatrix import limits, report
     from quantmatrix.limit_samples import LimitsError
 
-    ledger = limits.read(report.default_folder() / "limits.csv")
+    ledger = read_ledger()
     try:
         return ledger.find(kind, model, hardware)
     except LimitsError:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantmatrix import bench_results
+from quantmatrix import bench_results, packaged
 from quantmatrix import evidence as records
 from quantmatrix.agreement import write_badge
 from quantmatrix.bench_results import BENCHMARKS
@@ -51,7 +51,7 @@ def default_folder() -> Path:
     from quantmatrix import matrix
 
     beside = matrix.tables_folder().parent / "reports"
-    return beside if beside.is_dir() else Path("reports")
+    return beside if is_checkout() and beside.is_dir() else Path("reports")
 
 
 def read_standings(
@@ -67,8 +67,44 @@ def stand_all(tables: Matrix, evidence: Mapping[str, Evidence]) -> dict[str, Sta
 
 
 def read_evidence(reports: str | os.PathLike[str] | None = None) -> dict[str, Evidence]:
-    """Every record below a reports folder, by key."""
-    return records.read_folder(find_folder(reports) / EVIDENCE)
+    """Every record below a reports folder, by key, or of the summary that the package carries."""
+    folder = find_source(reports)
+    summary = folder / packaged.RECORDS
+    if not (folder / EVIDENCE).is_dir() and summary.is_file():
+        return packaged.read_records(summary)
+    return records.read_folder(folder / EVIDENCE)
+
+
+def find_source(reports: str | os.PathLike[str] | None) -> Path:
+    """The folder to read from: the named one, the checkout's, else what the package carries.
+
+    UsageError for a named one that is not there, and where the package carries none.
+    """
+    if reports is not None or is_checkout():
+        return find_folder(reports)
+    if not (packaged.FOLDER / packaged.RECORDS).is_file():
+        raise UsageError(
+            f"no evidence: there is no checkout around {Path(__file__).parent}, and this installation "
+            f"carries no {packaged.FOLDER / packaged.RECORDS}; name a folder with --reports"
+        )
+    return packaged.FOLDER
+
+
+def tell_source(reports: str | os.PathLike[str] | None) -> str:
+    """Where evidence is read from, in words."""
+    folder = find_source(reports)
+    if folder != packaged.FOLDER:
+        return str(folder)
+    found = packaged.read_records(folder / packaged.RECORDS).values()
+    newest = max((record.made for record in found), default="")
+    return f"{folder} (the summary in the installed package, its newest record of {newest[:10]})"
+
+
+def is_checkout() -> bool:
+    """Whether the tables in use are those of a checkout, not those in the package."""
+    from quantmatrix import matrix
+
+    return matrix.tables_folder().parent != Path(__file__).parent
 
 
 def find_folder(reports: str | os.PathLike[str] | None) -> Path:

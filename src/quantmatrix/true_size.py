@@ -132,6 +132,7 @@ def measure(
     deep = not device.startswith("cpu") if deep is None else deep
     base = tables.models[row.model].repo
     bf16 = measure_plain(row.model, base, device, deep)
+    release(device)
     start = time.perf_counter()
     shallow = draw_blocks(row.model, device)
     checkpoint = write_once(row, shallow, folder, base, device)
@@ -140,9 +141,11 @@ def measure(
     start = time.perf_counter()
     quantized = load_component(made.components[COMPONENT], made.request, device=device)
     seconds["load"] = time.perf_counter() - start
+    if deep:  # before any forward: what a kernel keeps of a call would be copied, too
+        deepen(quantized, row.model)
     errors = compare_layers(row.model, made, shallow, quantized, device)
     del shallow
-    found = measure_steps(row.model, base, quantized, device, deep)
+    found = measure_steps(row.model, base, quantized, device)
     size = WHOLE if deep else BLOCKS_ONLY
     return TrueSize(made, size, bf16, found, errors, seconds)
 
@@ -150,7 +153,8 @@ def measure(
 @lru_cache(maxsize=1)
 def measure_plain(model: str, base: str, device: str, deep: bool) -> Measured:
     """The BF16 side, which every row of a model shares."""
-    return measure_steps(model, base, draw_blocks(model, device), device, deep)
+    module = draw_blocks(model, device)
+    return measure_steps(model, base, deepen(module, model) if deep else module, device)
 
 
 def draw_blocks(model: str, device: str, seed: int = 0) -> nn.Module:
@@ -198,7 +202,10 @@ def deepen(module: nn.Module, model: str) -> nn.Module:
 def write_once(
     row: CheckpointRow, shallow: nn.Module, folder: Path, base: str, device: str
 ) -> Path:
-    """The checkpoint of a row, written by its family from these weights unless it is there."""
+    """The checkpoint of a row, written by its family from these weights unless it is there.
+
+    Those of other rows are removed.
+    """
     if row.form == "online":
         raise UsageError(f"{row.id} is quantized while it is loaded: it has no file to write")
     place, plain = folder / row.id, folder / "base"
@@ -206,7 +213,11 @@ def write_once(
     shallow_config.save_config(plain)
     done = place / "written"
     if not done.is_file():
-        shutil.rmtree(place, ignore_errors=True)
+        for (
+            other
+        ) in folder.iterdir():  # cells come row by row, and a disk does not hold all of them
+            if other != plain:
+                shutil.rmtree(other, ignore_errors=True)
         recipe = find_recipe(row)
         ranges = watch_forward(row.model, shallow, device)
         if row.family in ON_CPU:
@@ -276,10 +287,8 @@ def compare_layers(
     return LayerErrors({COMPONENT: found})
 
 
-def measure_steps(model: str, base: str, module: nn.Module, device: str, deep: bool) -> Measured:
-    """Four steps, twice; the blocks are repeated first where the whole depth is wanted."""
-    if deep:
-        module = deepen(module, model)
+def measure_steps(model: str, base: str, module: nn.Module, device: str) -> Measured:
+    """Four steps, twice; the second time is what counts."""
     release(device)
     accelerated = not device.startswith("cpu")
     if accelerated:
@@ -288,10 +297,7 @@ def measure_steps(model: str, base: str, module: nn.Module, device: str, deep: b
     again, seconds = make_steps(model, base, module, device)
     peak = int(accelerator(device).max_memory_allocated(device)) if accelerated else 0
     same = digest_latents(first) == digest_latents(again)
-    found = Measured(again, seconds, same, peak, count_bytes(module))
-    del module
-    release(device)
-    return found
+    return Measured(again, seconds, same, peak, count_bytes(module))
 
 
 def make_steps(

@@ -8,22 +8,24 @@ in memory. What is measured:
 | `census`  | per component the quantized layers, what is not as declared or not as planned, and what |
 |           | no step of the first run called, and is therefore not measured |
 | `layers`  | error of every quantized layer on the inputs that it gets (see `layer_errors`) |
-| `runs`    | per prompt and seed: distance of the latents of every step and of the pictures, seconds |
+| `runs`    | per prompt and seed: distance of the latents of every step and of the pictures |
+| `scope`   | what was measured: `stand-in`, `published`, or `local files` that are in no repository yet |
 | `memory`  | bytes of transformer weights; the accelerator's peak where there is one |
 | `machine`, `versions`, `checkpoint`, `command` | what it was measured on, and with |
 
 The result is a list of problems; it is empty for a checkpoint that holds what it declares. How far
 is too far for a picture is the publisher's choice, so distances are told, not judged; a run that is
-not finite, or that equals the base model's bit for bit, is a problem.
+not finite, or that equals the base model's bit for bit, is a problem. Nothing is timed: one cold run
+after another says nothing about speed, for which there is `quantmatrix bench`.
 """
 
 from __future__ import annotations
 
 import gc
+import re
 import shutil
-import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from typing import Any
 import torch
 
 from quantmatrix import evidence as records
-from quantmatrix import hardware
+from quantmatrix import hardware, models, scopes
 from quantmatrix.census import find_differences, find_undeclared
 from quantmatrix.compare import compare_trajectories, find_worst, summarize
 from quantmatrix.errors import RefusedError, UsageError
@@ -45,6 +47,8 @@ from quantmatrix.run import Run, generate_all
 from quantmatrix.workbench import strip_quantization
 
 SCHEMA = 1
+LOCAL = "local files"
+"""Scope of a checkpoint that lies in no repository: what a publisher measures before uploading it."""
 USELESS_LAYER = 0.8
 """A layer that is this far from the base model's is another layer: W4A4 per channel gives 0.5."""
 Say = Callable[[str], None]
@@ -87,11 +91,13 @@ def validate(request: Request, command: str, say: Say = lambda _: None) -> Valid
         "problems": problems,
         "command": command,
         "base": request.model_path,
+        "base_id": name_base(request, made),
+        "scope": name_scope(request, files),
+        "pipeline_tag": "text-to-video" if pairs[0][1].is_video else "text-to-image",
         "references": {name: part.checkpoint.reference for name, part in quantized.items()},
         "census": census,
         "layers": {"summary": errors.to_json(), "errors": errors.found},
         "runs": [describe_pair(pair) for pair in pairs],
-        "speed": describe_speed(pairs),
         "memory": describe_memory(base, made, pairs),
         "plan": made.to_json(),
         "machine": hardware.fingerprint(),
@@ -100,7 +106,10 @@ def validate(request: Request, command: str, say: Say = lambda _: None) -> Valid
         "checkpoint": records.describe_files(files),
         "made": records.tell_time(),
     }
-    return Validation(records.make_portable(report, name_places()), problems, pairs)
+    places = name_places(
+        [*files, *(f for p in base.components.values() for f in p.checkpoint.files)]
+    )
+    return Validation(records.make_portable(report, places), problems, pairs)
 
 
 def release_memory() -> None:
@@ -140,11 +149,31 @@ def describe_runs(request: Request) -> str:
     return f"{prompts} prompt{'s' * (prompts > 1)}, {seeds} seed{'s' * (seeds > 1)}"
 
 
-def name_places() -> dict[str, str]:
-    """Folders of this machine that must not stand in a report."""
+def name_places(files: Iterable[str]) -> dict[str, str]:
+    """Folders of this machine that must not stand in a report; a snapshot of the hub's is its id."""
     from quantmatrix import tiny
 
-    return {str(tiny.default_folder()): "$HUB", str(Path.home()): "$HOME"}
+    places = {str(tiny.default_folder()): "$HUB", str(Path.home()): "$HOME"}
+    for file in files:
+        if origin := scopes.find_origin([file]):
+            cache = scopes.find_snapshot(Path(file))
+            places[f"{cache}/snapshots/{origin['revision']}"] = origin["repository"]
+    return places
+
+
+def name_scope(request: Request, files: Sequence[str]) -> str:
+    """What was measured: a stand-in, a repository of the hub, or files that are in none."""
+    if request.tiny:
+        return scopes.STAND_IN
+    return scopes.PUBLISHED if scopes.find_origin(files) else LOCAL
+
+
+def name_base(request: Request, made: Plan) -> str:
+    """Hub id of the base model: that of the request, or of the model where a folder was named."""
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", request.model_path)
+    if is_hub_id and not Path(request.model_path).exists():
+        return request.model_path
+    return models.load(made.model).REPO
 
 
 def take_census(made: Plan, pipeline: Any) -> tuple[dict[str, Any], list[str]]:
@@ -195,7 +224,7 @@ def judge_runs(pairs: Sequence[tuple[Run, Run]]) -> list[str]:
 
 
 def describe_pair(pair: tuple[Run, Run]) -> dict[str, Any]:
-    """Distances and seconds of one prompt and seed."""
+    """Distances of one prompt and seed."""
     base, run = pair
     steps = summarize(compare_trajectories(base.latents, run.latents))
     return {
@@ -203,22 +232,7 @@ def describe_pair(pair: tuple[Run, Run]) -> dict[str, Any]:
         "seed": run.seed,
         "latents": steps,
         "media": measure_media(base.media, run.media),
-        "seconds": {"bf16": base.seconds, "quantized": run.seconds},
     }
-
-
-def describe_speed(pairs: Sequence[tuple[Run, Run]]) -> dict[str, Any]:
-    """Median seconds per step and per run; the two models ran one after the other, not in turns."""
-
-    def medians(runs: Sequence[Run]) -> dict[str, float]:
-        steps = [second for run in runs for second in run.step_seconds]
-        whole = [run.seconds["generate"] for run in runs]
-        found = {"generate_seconds": statistics.median(whole)}
-        return found | ({"step_seconds": statistics.median(steps)} if steps else {})
-
-    base, run = (medians(runs) for runs in zip(*pairs, strict=True))
-    ratio = base["generate_seconds"] / run["generate_seconds"]
-    return {"bf16": base, "quantized": run, "times_as_fast": round(ratio, 4)}
 
 
 def describe_memory(base: Plan, made: Plan, pairs: Sequence[tuple[Run, Run]]) -> dict[str, Any]:

@@ -4,17 +4,20 @@
 | ----------------- | ------- |
 | `index.html`      | the page; pictures lie beside it |
 | `validation.json` | everything that was measured |
-| `model-card.md`   | a Markdown section to paste into the README of the checkpoint |
+| `model-card.md`   | a model card: YAML front matter, and what was measured |
 | `images/`         | per run the BF16 picture, the quantized one and their difference (PNG) |
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from quantmatrix.scopes import WEIGHTS
 
 if TYPE_CHECKING:
     from quantmatrix.run import Run
@@ -24,6 +27,8 @@ KINDS = ("bf16", "quantized", "difference")
 GAIN = 4
 """The difference is shown this many times as strong, around a middle grey."""
 MIB = 2**20
+YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
+"""Words that a reader of YAML takes for something else than a text."""
 
 
 def write_files(found: Validation, folder: Path) -> None:
@@ -67,7 +72,13 @@ def write_page(report: dict[str, Any], pictures: Sequence[Sequence[str]]) -> str
     runs = list(zip(report["runs"], pictures, strict=True))
     curves = [draw_curve(run["latents"]["steps"]) for run in report["runs"]]
     return template.render(
-        report=report, runs=runs, curves=curves, style=style, facts=list_facts(report), gain=GAIN
+        report=report,
+        runs=runs,
+        curves=curves,
+        style=style,
+        facts=list_facts(report),
+        gain=GAIN,
+        scope=describe_scope(report["scope"]),
     )
 
 
@@ -88,16 +99,16 @@ def list_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     finals = [run["latents"]["final"] for run in report["runs"]]
     worst = [run["latents"]["worst"] for run in report["runs"]]
     media, ssim = ([run["media"][name] for run in report["runs"]] for name in ("psnr_db", "ssim"))
-    speed, memory = report["speed"], report["memory"]
+    memory = report["memory"]
     layers = [
         f"{name}: {part['quantized']} of {part['linear_layers']} linear layers, {part['precision']}"
         for name, part in report["census"].items()
     ]
     unseen = {name: len(part["not_called"]) for name, part in report["census"].items()}
     weights = [memory[kind]["weight_bytes"] / MIB for kind in ("bf16", "quantized")]
-    seconds = [speed[kind]["generate_seconds"] for kind in ("bf16", "quantized")]
     facts = [
         ("verdict", "as declared" if report["ok"] else f"{len(report['problems'])} problems"),
+        ("scope", describe_scope(report["scope"])),
         ("base model", report["base"]),
         ("checkpoint", ", ".join(map(str, report["references"].values()))),
         ("quantized", "; ".join(layers)),
@@ -107,8 +118,8 @@ def list_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("pictures, PSNR", f"{show_least(media)} dB"),
         ("pictures, SSIM", show_least(ssim)),
         ("files", f"{report['checkpoint']['bytes'] / MIB:,.1f} MiB"),
+        ("revision", report["checkpoint"].get("revision", "")),
         ("weights in memory", f"{weights[0]:,.1f} MiB in BF16, {weights[1]:,.1f} MiB quantized"),
-        ("seconds per run", f"{seconds[0]:.3g} in BF16, {seconds[1]:.3g} quantized"),
         (
             "backends",
             ", ".join(sorted({b for p in report["census"].values() for b in p["backends"]})),
@@ -119,6 +130,11 @@ def list_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("measured", str(report["made"])),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def describe_scope(scope: str) -> str:
+    """A scope with what was run; a card never leaves open whether its weights are random."""
+    return f"{scope}: {WEIGHTS.get(scope, 'weights that are in no repository yet')}"
 
 
 def show_worst(steps: Sequence[dict[str, Any]], metric: str) -> str:
@@ -134,16 +150,44 @@ def show_least(values: Sequence[float | None]) -> str:
     return f"{'at least ' if len(values) > 1 else ''}{min(numbers):.5g}"
 
 
+def write_front_matter(report: dict[str, Any]) -> str:
+    """The YAML that the hub reads at the top of a model card."""
+    parts = report["census"].values()
+    tags = {
+        str(word) for part in parts for word in (part["family"], *split_words(part["precision"]))
+    }
+    lines = [
+        f"base_model: {quote(report['base_id'])}",
+        "base_model_relation: quantized",
+        "library_name: diffusers",
+        f"pipeline_tag: {report['pipeline_tag']}",
+        "tags:",
+        *(f"- {quote(tag)}" for tag in ("quantized", *sorted(tags))),
+    ]
+    return "\n".join(["---", *lines, "---"])
+
+
+def split_words(precision: str | None) -> list[str]:
+    """The words of `FP8 + INT8`."""
+    return (precision or "").lower().split(" + ") if precision else []
+
+
+def quote(text: str) -> str:
+    """A YAML scalar, quoted unless it is a plain word."""
+    plain = re.fullmatch(r"[A-Za-z][\w./-]*", text) and text.lower() not in YAML_WORDS
+    return text if plain else json.dumps(text)
+
+
 def write_card(report: dict[str, Any]) -> str:
-    """The Markdown section for a model card."""
+    """A model card: the YAML that the hub reads, then what was measured."""
     from quantmatrix.pages import write_table
 
     title = "## Quantization, measured against the base model"
     note = (
-        "Measured with `quantmatrix validate`; the two models ran one after the other, so the "
-        "seconds are no benchmark."
+        "Measured with `quantmatrix validate`. It times nothing: for speed beside BF16 there is "
+        "`quantmatrix bench`."
     )
-    parts = [title, write_table(["", ""], list_facts(report)), note]
+    parts = [write_front_matter(report), title, write_table(["", ""], list_facts(report)), note]
     if report["problems"]:
         parts.append("\n".join(["Problems:", "", *(f"- {text}" for text in report["problems"])]))
     return "\n\n".join([*parts, f"```bash\n{report['command']}\n```"]) + "\n"

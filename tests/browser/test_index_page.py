@@ -173,7 +173,7 @@ def test_a_cell_opens_its_evidence(page: Any) -> None:
     assert "limit 40.5" in curves[0].get_attribute("aria-label")
     assert len(curves[0].find_elements("css selector", "circle")) == 4
     pictures = page.find_elements("css selector", "#cell figure img")
-    shown = "frames 1, 3, 5 of 5"
+    shown = "frames 1, 3, 5 of 5; random weights at a tiny size"
     names = [
         f"BF16: {shown}",
         f"quantized: {shown}",
@@ -307,7 +307,7 @@ def test_an_address_opens_what_it_names(page: Any, small: Path) -> None:
     assert page.find_element("id", "cell-title").text == f"{PROVEN}: proven · stand-in"
     page.get("about:blank")
     page.get(f"{small.as_uri()}#state=failing")
-    assert choose(page) == [f"{FAILING}: failing"]
+    assert choose(page) == [f"{FAILING}: failing · stand-in"]
 
 
 CONTRAST = """

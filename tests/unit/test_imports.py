@@ -19,7 +19,8 @@ LIGHT = (
     *("ratios", "bench_results", "bench_form", "bench_gate", "bench_pages", "bench_rows"),
     *("explain", "lifecycle", "agreement", "code_path", "census", "packets", "validation_page"),
     *("adapters", "experts", "original_names"),
-    *("limits", "limit_samples", "rounding_model", "thumbnails", "record_form"),
+    *("limits", "limit_samples", "rounding_model", "thumbnails", "record_form", "scopes", "offers"),
+    *("packaged", "facts"),
 )
 HEAVY = {"torch", "diffusers", "transformers", "pandas", "accelerate", "numpy", "safetensors"}
 VENDOR = {"flashinfer", "nunchaku", "torch_npu", "triton", "humming", "comfy_kitchen", "modelopt"}

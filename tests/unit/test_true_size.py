@@ -12,7 +12,9 @@ import torch
 
 from quantmatrix import limits, matrix, models, synthetic, true_size
 from quantmatrix.errors import UsageError
+from quantmatrix.load import load_component
 from quantmatrix.matrix import Cell, Matrix
+from quantmatrix.speed import flatten_output
 from quantmatrix.workbench import Workbench
 
 TABLES = matrix.read()
@@ -86,6 +88,20 @@ def test_a_checkpoint_is_written_once_for_the_cells_of_a_row(
     again = measure(cell, narrow, tmp_path)
     assert first.to_json() == again.to_json()
     assert first.size == true_size.BLOCKS_ONLY
+
+
+def test_every_copy_computes_with_its_own_codes(narrow: Matrix, tmp_path: Path) -> None:
+    """Zeros in the last block alone change what the model gives."""
+    cell = list_cells()[0]
+    made = measure(cell, narrow, tmp_path).plan
+    quantized = load_component(made.components["transformer"], made.request)
+    true_size.deepen(quantized, cell.model)
+    inputs = true_size.choose_inputs(cell.model, quantized, "cpu")
+    before = flatten_output(quantized(**inputs)).clone()
+    for buffer in quantized.transformer_blocks[1].buffers():
+        buffer.zero_()
+    assert not torch.equal(before, flatten_output(quantized(**inputs)))
+    assert all(bool(b.any()) for b in quantized.transformer_blocks[0].attn.to_q.buffers())
 
 
 def test_a_wrong_kernel_shows(

@@ -43,14 +43,14 @@ def run_agreement(arguments: argparse.Namespace, rest: list[str]) -> int:
     from quantmatrix import evidence as records
     from quantmatrix import limits, matrix, report
     from quantmatrix.agreement import measure, suggest_runs
-    from quantmatrix.cli import EXIT_PROBLEM, print_json
+    from quantmatrix.cli import EXIT_PROBLEM, print_json, tell_where
     from quantmatrix.code_path import digest_code
     from quantmatrix.lifecycle import MAX_AGE_DAYS, Now
 
     limit = MAX_AGE_DAYS if arguments.max_age_days is None else arguments.max_age_days
     check_numbers(limit, arguments.fail_under)
     versions = {} if arguments.any_version else records.list_versions()
-    folder = report.find_folder(arguments.reports)
+    folder = report.find_source(arguments.reports)
     ledger = limits.read(folder / "limits.csv")
     beyond = partial(limits.list_beyond, ledger=ledger) if ledger.samples else None
     now = Now(read_today(arguments.today), versions, digest_code, limit, beyond)
@@ -62,9 +62,11 @@ def run_agreement(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.json:
         notes = {"records_without_code_digest": undigested, "runs": suggest_runs(found.tasks)}
         judged = {"today": str(now.today), "max_age_days": limit, "versions": dict(versions)}
-        print_json({"ok": not bad, **found.to_json(), **notes, "judged_against": judged})
+        source = {"read_from": report.tell_source(arguments.reports)}
+        print_json({"ok": not bad, **found.to_json(), **notes, "judged_against": judged, **source})
     else:
         print(to_text(found, suggest_runs(found.tasks), None if arguments.all else SHOWN))
+        tell_where(arguments.reports)
         if undigested:
             print(f"{undigested} records have no code digest: changed code was not looked for")
     return EXIT_PROBLEM if bad else 0

@@ -52,5 +52,9 @@ def to_lines(told: dict[str, Any]) -> list[str]:
         lines.append(f"  kernels  {name}: {kernels or 'full precision'} (tiny stand-in)")
     true, tiny = told["true_bytes"] / 2**30, told["tiny_bytes"] / 2**20
     each = f" on each of {told['devices']} devices" if told["devices"] > 1 else ""
-    lines.append(f"  memory   {true:.1f} GiB of weights at true size{each} ({tiny:.1f} MiB tiny)")
+    held = told["memory_bytes"] / 2**30
+    lines.append(
+        f"  memory   {held:.1f} GiB of weights at true size{each}, {true:.1f} GiB in files "
+        f"({tiny:.1f} MiB tiny)"
+    )
     return [*lines, *(f"  warning: {warning}" for warning in told["warnings"])]

@@ -25,15 +25,17 @@ def add_to(commands: Any) -> None:
 def run_explain(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Print one explanation per cell; 0 whatever the state, for the question was answered."""
     from quantmatrix import matrix, report
-    from quantmatrix.cli import print_json
+    from quantmatrix.cli import print_json, tell_where
     from quantmatrix.explain import Explainer
 
     explainer = Explainer(matrix.read(), report.read_evidence(arguments.reports))
     found = explainer.explain(arguments.checkpoint, arguments.hardware, arguments.model)
     if arguments.json:
-        print_json({"ok": True, "cells": [explanation.to_json() for explanation in found]})
+        told = {"cells": [one.to_json() for one in found]}
+        print_json({"ok": True, "read_from": report.tell_source(arguments.reports), **told})
     else:
         print("\n\n".join(to_text(explanation) for explanation in found))
+        tell_where(arguments.reports)
     return 0
 
 

@@ -32,13 +32,15 @@ def add_to(commands: Any) -> None:
 
 def run_thresholds(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Print limits or loosenings."""
-    from quantmatrix import limits, matrix
-    from quantmatrix.cli import print_json
+    from quantmatrix import limits, matrix, packaged, report
+    from quantmatrix.cli import print_json, tell_where
 
     root = matrix.tables_folder().parent
-    path = (arguments.reports or root / "reports") / FILE
+    path = report.find_source(arguments.reports) / FILE
     if not path.is_file():
         raise UsageError(f"{path}: no such file; name the folder of the reports with --reports")
+    if arguments.measure_spread and path.parent == packaged.FOLDER:
+        raise UsageError(f"--measure-spread would write into {path.parent}: name --reports DIR")
     if arguments.measure_spread:
         return tell_loosened(measure_spread(path), str(path), arguments.json)
     ledger = limits.read(path)
@@ -52,10 +54,12 @@ def run_thresholds(arguments: argparse.Namespace, rest: list[str]) -> int:
             for s, allowed in found
         ]
         spreads = {name: vars(spread) for name, spread in ledger.spreads.items()}
-        print_json({"ok": True, "margin": limits.MARGIN, "limits": rows, "spreads": spreads})
+        told = {"margin": limits.MARGIN, "limits": rows, "spreads": spreads}
+        print_json({"ok": True, "read_from": str(path), **told})
     else:
         for sample, allowed in found:
             print_limit(sample, allowed)
+        tell_where(arguments.reports)
     return 0
 
 

@@ -1,0 +1,142 @@
+"""Packaged: outside a checkout the installed package answers as inside, from what the wheel carries."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from quantmatrix import evidence as records
+from quantmatrix import matrix, packaged, packets, report
+from quantmatrix.cli import EXIT_USAGE, main
+from quantmatrix.evidence import EvidenceError
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = [
+    ["explain", "--checkpoint", "fp8-guide", "--hardware", "all"],
+    ["agreement", "--any-version", "--today", "2026-11-28"],
+    ["thresholds"],
+    ["matrix", "list"],
+]
+
+
+@pytest.fixture(scope="module")
+def carried(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a wheel of this checkout carries."""
+    folder = tmp_path_factory.mktemp("wheel") / "reports"
+    packaged.write_folder(ROOT / "reports", folder)
+    return folder
+
+
+@pytest.fixture
+def outside(carried: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As if the package was installed, without a checkout around it."""
+    monkeypatch.setattr(packaged, "FOLDER", carried)
+    monkeypatch.setattr(report, "is_checkout", lambda: False)
+    return carried
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[:2]))
+def test_the_same_is_said_outside(
+    words: list[str],
+    carried: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    codes = [main(words), main([*words, "--json"])]
+    inside = capsys.readouterr()
+    monkeypatch.setattr(packaged, "FOLDER", carried)
+    monkeypatch.setattr(report, "is_checkout", lambda: False)
+    assert [main(words), main([*words, "--json"])] == codes
+    found = capsys.readouterr()
+    assert "read from" not in inside.err
+    assert f"read from {carried} (the summary in the installed package" in found.err
+    told, expected = (text.out.partition("\n{\n") for text in (found, inside))
+    assert told[0] == expected[0]
+    pair = [json.loads("{" + part[2]) for part in (told, expected)]
+    assert str(carried) in pair[0].pop("read_from")
+    assert str(ROOT / "reports") in pair[1].pop("read_from")
+    assert pair[0] == pair[1]
+
+
+def test_a_summary_is_small_and_gives_every_standing(carried: Path) -> None:
+    whole = records.read_folder(ROOT / "reports" / "evidence")
+    short = packaged.read_records(carried / packaged.RECORDS)
+    assert list(short) == sorted(whole)
+    tables = matrix.read()
+    told = [
+        {name: (one.label, one.reason, one.others) for name, one in standings.items()}
+        for standings in (report.stand_all(tables, found) for found in (whole, short))
+    ]
+    assert told[0] == told[1]
+    assert (carried / packaged.RECORDS).stat().st_size < 4000 * len(whole)
+    assert "data:image" not in (carried / packaged.RECORDS).read_text()
+
+
+def test_a_packet_is_judged_by_the_packaged_limits(
+    outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr("quantmatrix.limits.read", lambda path: seen.append(path) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        packets.read_ledger()
+    assert seen == [outside / "limits.csv"]
+
+
+def test_what_is_not_there_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(packaged, "FOLDER", tmp_path / "nothing")
+    monkeypatch.setattr(report, "is_checkout", lambda: False)
+    for words in COMMANDS:
+        assert main(words) == EXIT_USAGE
+        assert "carries no" in capsys.readouterr().err
+    monkeypatch.setattr(matrix, "tables_folder", lambda: tmp_path / "tables")
+    assert main(["matrix", "diff", "A..B"]) == EXIT_USAGE
+    assert "is no git checkout" in capsys.readouterr().err
+
+
+def test_limits_are_never_measured_into_the_package(
+    outside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["thresholds", "--measure-spread"]) == EXIT_USAGE
+    assert "name --reports DIR" in capsys.readouterr().err
+
+
+def test_a_damaged_summary_is_refused(outside: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / packaged.RECORDS
+    for text in ("[", "{}", '[{"schema": 1}]'):
+        damaged.write_text(text)
+        with pytest.raises(EvidenceError, match=packaged.RECORDS):
+            packaged.read_records(damaged)
+
+
+@pytest.mark.skipif(find_spec("hatchling") is None, reason="hatchling is not installed")
+def test_a_wheel_answers_without_a_checkout(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in ("src", "matrix", "reports"):
+        shutil.copytree(ROOT / name, source / name)
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    words = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(words, cwd=source, check=True, capture_output=True)
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "quantmatrix", "matrix", "list", "--json"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "installed"), "PATH": ""},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    found = json.loads(done.stdout)
+    assert {row["scope"] for row in found["rows"] if row["state"] == "proven"} != {""}
+    assert str(tmp_path / "installed") in found["read_from"]
