@@ -23,6 +23,7 @@ from quantmatrix.states import AGREEING, STATES, fails_as_claimed
 
 if TYPE_CHECKING:
     from quantmatrix.bench_results import Result
+    from quantmatrix.code_digest import Code
     from quantmatrix.evidence import Evidence
     from quantmatrix.matrix import Cell, CheckpointRow, FamilyRow, Matrix
 
@@ -42,13 +43,14 @@ class Joined:
         tables: Matrix,
         standings: Mapping[str, Standing],
         benchmarks: Mapping[str, Result] | None = None,
+        code: Code | None = None,
     ) -> None:
         """Join; `standings` holds that of every cell, by its id. Stray records are left out."""
         self.tables = tables
         self.standings = standings
         self.benchmarks = dict(benchmarks or {})
         self.changes = {
-            c.id: bench_pages.find_change(self.benchmarks[c.id], c, tables)
+            c.id: bench_pages.find_change(self.benchmarks[c.id], c, tables, code)
             for c in tables.cells
             if c.id in self.benchmarks
         }

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from quantmatrix import evidence as records
 from quantmatrix import facts, scopes
 from quantmatrix.evidence import CheckResult, Evidence
+from quantmatrix.freshness import sign
 
 if TYPE_CHECKING:
     from quantmatrix.matrix import Cell, Matrix
@@ -152,7 +153,7 @@ class Recorder:
         tables = self.tables()
         timings = {key: round(s, 4) for proof in proofs for key, s in proof.timings.items()}
         places = {key: value for proof in proofs for key, value in proof.places.items()}
-        return Evidence(
+        record = Evidence(
             cell=records.describe_cell(cell, tables),
             checks=results,
             command=last("command") or cell.shell(tables),
@@ -163,3 +164,4 @@ class Recorder:
             made=records.tell_time(),
             **self.environment,
         )
+        return sign(record, tables.hardware[cell.hardware])

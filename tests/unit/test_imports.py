@@ -17,7 +17,8 @@ LIGHT = (
     *("matrix", "hardware", "checkpoint", "references", "evidence", "errors", "scheme", "commands"),
     *("report", "states", "pages", "page_data", "page_html", "picture", "matrix_changes"),
     *("ratios", "bench_results", "bench_form", "bench_gate", "bench_pages", "bench_rows"),
-    *("explain", "lifecycle", "agreement", "code_path", "census", "packets", "validation_page"),
+    *("explain", "freshness", "carried", "agreement", "code_digest", "definitions", "census"),
+    *("normal_form", "source_modules", "kernel_tables", "packets", "validation_page"),
     *("adapters", "experts", "original_names"),
     *("limits", "limit_samples", "rounding_model", "thumbnails", "record_form"),
 )
