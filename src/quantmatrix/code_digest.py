@@ -136,6 +136,11 @@ class Code:
         self.tables = KernelTables(self.package)
         self._schemes: dict[str, dict[str, str]] = {}
 
+    def prepare(self) -> None:
+        """Read all that runs have in common now, not while the first of them is recorded."""
+        for _, entry in self.name_all("", "", (*RUN, *PLAN, *WRITER)):
+            self.package.digest(entry)
+
     def digest(self, way: Way) -> Digests:
         """The digests of a way; CodeError where the code cannot be followed."""
         common = replace(
