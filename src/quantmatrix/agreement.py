@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix.freshness import find_age_problem
+from quantmatrix.freshness import MAX_AGE_DAYS, find_age_problem
 from quantmatrix.scopes import SCOPES, SEPARATOR, Standing
 from quantmatrix.states import fails_as_claimed, stand_all
 
@@ -41,8 +41,6 @@ BY_STATE = {
     "stale": "stale",
     "unproven": "missing",
 }
-MAX_AGE_DAYS = 90
-"""Records older than this are due to be made again."""
 URGENCY = ("contradicting", "stale", "missing")
 """Lives that are burnt down, the most urgent first."""
 COLOURS = ((90.0, "brightgreen"), (75.0, "green"), (50.0, "yellow"), (25.0, "orange"), (0.0, "red"))

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from quantmatrix.evidence import Evidence
     from quantmatrix.matrix import HardwareRow
 
+CARRYING = "carried: "
+"""What the reason of a carried record begins with."""
+MAX_AGE_DAYS = 90
+"""Records older than this are due to be made again."""
 UNVERSIONED = ("quantmatrix",)
 """Packages whose version says nothing: the digests of the code do."""
 MACHINE = ("devices", "memory_bytes", "processor", "processors", "system")
@@ -96,7 +100,7 @@ def explain_carried(evidence: Evidence, row: HardwareRow, now: Now) -> str:
         return ""
     last = steps[-1]
     return (
-        f"carried: the code changed, the latents of the cpu twin did not ({CARRIED}: commit "
+        f"{CARRYING}the code changed, the latents of the cpu twin did not ({CARRIED}: commit "
         f"{last.commit[:12]} on {last.machine})"
     )
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix import bench_pages
 from quantmatrix import evidence as records
+from quantmatrix.carried import CARRIED
+from quantmatrix.freshness import CARRYING
 from quantmatrix.matrix import ASSIGNMENT
 from quantmatrix.offers import offer
 from quantmatrix.scopes import SCOPES, WEIGHTS, Standing, key_of, order_labels
@@ -123,6 +125,7 @@ def write_overview(joined: Joined) -> str:
         f"{agreeing} of {len(claims)} claims ({share}) are backed by a run of the row as it "
         "stands. Every state links to its evidence, and names its scope: what was run.",
         write_scopes(joined),
+        *write_carried(joined),
         picture,
         write_table(["state and scope", "cells"], [(name, str(n)) for name, n in counts.items()]),
         "## Families and hardware",
@@ -144,6 +147,19 @@ def write_scopes(joined: Joined) -> str:
         cells = [cell for cell in joined.tables.cells if joined.standings[cell.id].scope == scope]
         rows.append([f"`{scope}`", WEIGHTS[scope], str(sum(map(joined.agrees, cells)))])
     return write_table(["scope", "what was run", "claims backed"], rows)
+
+
+def write_carried(joined: Joined) -> list[str]:
+    """A line on the records that are carried, where there are some."""
+    carried = sum(reason.startswith(CARRYING) for reason in joined.reasons.values())
+    return (
+        [
+            f"{carried} of these records are *carried*: the code has changed since, and the latents of "
+            f"the same cells on a CPU have not, to the last bit ([{CARRIED}]({CARRIED}))."
+        ]
+        if carried
+        else []
+    )
 
 
 def write_grid(joined: Joined) -> str:

@@ -38,9 +38,9 @@ def add_to(commands: Any) -> None:
 def run_agreement(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Print the shares; 1 when a record contradicts its claim or the share is too small."""
     from quantmatrix import matrix, report
-    from quantmatrix.agreement import MAX_AGE_DAYS, measure, suggest_runs
+    from quantmatrix.agreement import measure, suggest_runs
     from quantmatrix.cli import EXIT_PROBLEM, print_json
-    from quantmatrix.freshness import read_now
+    from quantmatrix.freshness import MAX_AGE_DAYS, read_now
 
     limit = MAX_AGE_DAYS if arguments.max_age_days is None else arguments.max_age_days
     check_numbers(limit, arguments.fail_under)
