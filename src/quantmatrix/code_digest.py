@@ -25,15 +25,20 @@ from typing import Any
 
 from quantmatrix.definitions import Package, hash_words
 from quantmatrix.kernel_tables import KernelTables
-from quantmatrix.scopes import STAND_IN, TRUE_SIZE
+from quantmatrix.scopes import COMPILED, PUBLISHED, STAND_IN, TRUE_SIZE
 from quantmatrix.source_modules import Definition
 
-RUN = (("run", "generate_all"), ("request", "Request"))
-PLAN = (("planning", "plan"), ("request", "Request"))
+REQUEST = ("request", "Request")
+PLAN = (("planning", "plan"), REQUEST)
+RUN = (("run", "generate_all"), REQUEST)
 WRITER = (("tiny", "ensure"),)
-SYNTHETIC = (("synthetic", "synthesize"),)
-"""Where the way of a run, of a refusal, of a stand-in and of random weights at true size begins:
-(module, name)."""
+STARTS = {
+    COMPILED: (*PLAN, ("compiled", "Builder")),
+    STAND_IN: (*RUN, *WRITER),
+    TRUE_SIZE: (("true_size", "measure"), REQUEST),
+    PUBLISHED: RUN,
+}
+"""Where the way of a record begins, by its scope: (module, name). That of a refusal begins at `PLAN`."""
 ON_DEVICES = (("pipeline", "place"), ("pipeline", "make_current"))
 ACCELERATED = (("acceleration", "compile_blocks"), ("acceleration", "graph_forward"))
 SEVERAL = (("parallel", "generate_together"),)
@@ -195,27 +200,22 @@ class Code:
 
     def list_shared(self, way: Way) -> list[tuple[str, Definition]]:
         """(role, definition) of the way that a cpu run has in common."""
-        entries = list(self.name_all("way ", "", PLAN if way.refused else RUN))
-        tiny, full = way.scope == STAND_IN, way.scope == TRUE_SIZE
-        writes = not way.refused and tiny
-        family = [*FAMILY_PLANS, *([] if way.refused else FAMILY_LOADS)]
-        family += FAMILY_WRITES if writes or full else FAMILY_WRITES[:2] if way.online else ()
-        model = [*MODEL_PLANS, "TINY_DEFAULTS" if tiny else "DEFAULTS"]
-        model += [] if way.refused else MODEL_RUNS
-        model += MODEL_WRITES if writes else ()
-        entries += self.name_all("family ", module_of("families", way.family), family)
-        entries += self.name_all("model ", module_of("models", way.model), model)
-        if not way.refused:
-            for op in self.find_ops(way):
-                entries += self.name_all(f"{op} ", self.tables.ops[op], OP_LOADS)
-        if writes:
-            entries += self.name_all("stand-in ", "", WRITER)
-        if full:
-            entries += self.name_all("true size ", "", SYNTHETIC)
-        return [
-            *entries,
-            *self.list_crossings(entries, {self.tables.ops[op] for op in self.find_ops(way)}),
+        loads = not way.refused and way.scope != COMPILED
+        writes = loads and way.scope in (STAND_IN, TRUE_SIZE)
+        family = [*FAMILY_PLANS, *(FAMILY_LOADS if loads else ())]
+        family += FAMILY_WRITES if writes else FAMILY_WRITES[:2] if way.online else ()
+        model = [*MODEL_PLANS, "TINY_DEFAULTS" if way.scope == STAND_IN else "DEFAULTS"]
+        model += [*(MODEL_RUNS if loads else ()), *(MODEL_WRITES if writes else ())]
+        ops = [] if way.refused else self.find_ops(way)
+        entries = [
+            *self.name_all("way ", "", PLAN if way.refused else STARTS[way.scope]),
+            *self.name_all("family ", module_of("families", way.family), family),
+            *self.name_all("model ", module_of("models", way.model), model),
         ]
+        for op in ops:
+            entries += self.name_all(f"{op} ", self.tables.ops[op], OP_LOADS)
+        own = {self.tables.ops[op] for op in self.find_ops(way)}
+        return [*entries, *self.list_crossings(entries, own)]
 
     def list_crossings(
         self, entries: Iterable[tuple[str, Definition]], ops: Collection[str]
@@ -235,7 +235,7 @@ class Code:
 
     def list_device(self, way: Way) -> Iterator[tuple[str, Definition | str]]:
         """(role, definition or digest) of what the hardware decides and runs."""
-        if not way.refused:
+        if not way.refused and way.scope != COMPILED:
             parts = list(ON_DEVICES if way.vendor != "cpu" else ())
             parts += ACCELERATED if way.accelerated else ()
             parts += SEVERAL if way.several else ()
