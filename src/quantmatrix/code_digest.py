@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +134,9 @@ class Code:
 
     def __init__(self, folder: Path) -> None:
         """Nothing is read yet."""
-        edges = frozenset(Definition(*edge) for edge in EDGES)
-        self.package = Package(folder, edges, DOORS, PROTOCOLS, ROOMS)
+        self.package = Package(folder, DOORS, PROTOCOLS, ROOMS)
+        known = [edge for edge in EDGES if self.package.has(*edge)]
+        self.package.edges = {self.package.find(*edge) for edge in known}
         self._device: dict[Way, str] = {}
         self._shared: dict[Way, str] = {}
         self.tables = KernelTables(self.package)
@@ -172,7 +173,7 @@ class Code:
         names = (*MODEL_PLANS, *MODEL_RUNS, *MODEL_WRITES, "TINY_DEFAULTS")
         for model in self.list_ids("models"):
             entries += self.name_all(model, module_of("models", model), names)
-        return self._sum([*entries, *self.list_crossings(entries, self.tables.ops.values())])
+        return self._sum([*entries, *self.list_crossings(entries, self.parts)])
 
     def _sum(self, entries: Iterable[tuple[str, Definition | str]]) -> str:
         found = {
@@ -183,7 +184,7 @@ class Code:
 
     def list_ids(self, kind: str) -> tuple[str, ...]:
         """Ids of the families or models that have a module."""
-        ids = self.package.evaluate(kind, self.package.value_of(Definition(kind, "IDS")))
+        ids = self.package.evaluate(*self.package.open_constant(kind, "IDS"))
         return tuple(name for name in ids if self.package.find_module(module_of(kind, name)))
 
     def name_all(
@@ -194,7 +195,7 @@ class Code:
             place = name if isinstance(name, tuple) else (module, name)
             if isinstance(name, str) and not self.package.has(module, name):
                 continue
-            found = self.package.look_up(self.package.need_module(place[0]), place[1])
+            found = self.package.find(*place)
             if isinstance(found, Definition):
                 yield f"{role}{place[1] if isinstance(name, str) else ''}", found
 
@@ -214,24 +215,50 @@ class Code:
         ]
         for op in ops:
             entries += self.name_all(f"{op} ", self.tables.ops[op], OP_LOADS)
-        own = {self.tables.ops[op] for op in self.find_ops(way)}
-        return [*entries, *self.list_crossings(entries, own)]
+        owners = {f"families {way.family}", f"models {way.model}"}
+        owners |= {f"op {op}" for op in self.find_ops(way)}
+        return [*entries, *self.list_crossings(entries, owners)]
 
     def list_crossings(
-        self, entries: Iterable[tuple[str, Definition]], ops: Collection[str]
+        self, entries: Iterable[tuple[str, Definition]], owners: Collection[str]
     ) -> list[tuple[str, Definition]]:
-        """What common code on the way names behind the doors of the way's own entries and ops.
+        """What common code on the way names behind the doors, and that is of these owners.
 
-        A definition belongs to them when it, or something that it names, lies in one of their modules.
+        A definition is of those families, models and ops of which it needs, or is, a part; of no owner
+        it counts for every cell.
         """
         reached = self.package.list_reached(d for _, d in entries)
-        own = {d.module for d in reached if self.package.is_inside(d.module)} | set(ops)
         crossed = {other for one in reached for other in self.package.list_crossed(one)}
-        return [
-            ("", one)
-            for one in crossed
-            if any(d.module in own for d in self.package.list_reached([one]))
-        ]
+        found = []
+        for one in crossed:
+            needed = self.package.list_reached([one])
+            named = {owner for owner, parts in self.parts.items() if needed & parts}
+            if not named or not named.isdisjoint(owners):
+                found.append(("", one))
+        return found
+
+    @cached_property
+    def parts(self) -> dict[str, set[Definition]]:
+        """What every family, model and op consists of, behind the doors."""
+        names = {
+            "families": (*FAMILY_PLANS, *FAMILY_LOADS, *FAMILY_WRITES),
+            "models": (*MODEL_PLANS, *MODEL_RUNS, *MODEL_WRITES, "DEFAULTS", "TINY_DEFAULTS"),
+        }
+        entries = {
+            f"{kind} {one}": self.name_all("", module_of(kind, one), names[kind])
+            for kind in names
+            for one in self.list_ids(kind)
+        }
+        for op, module in self.tables.ops.items():
+            entries[f"op {op}"] = self.name_all("", module, ("KERNELS", *OP_LOADS))
+        return {
+            owner: set(filter(self.is_inside, self.package.list_reached(d for _, d in pairs)))
+            for owner, pairs in entries.items()
+        }
+
+    def is_inside(self, definition: Definition) -> bool:
+        """Whether a definition lies behind a door."""
+        return self.package.is_inside(definition.module)
 
     def list_device(self, way: Way) -> Iterator[tuple[str, Definition | str]]:
         """(role, definition or digest) of what the hardware decides and runs."""
@@ -241,7 +268,7 @@ class Code:
             parts += SEVERAL if way.several else ()
             yield from self.name_all("device ", "", parts)
         for op in self.find_ops(way):
-            module, kernels = self.tables.ops[op], self.tables.find_kernels(op)
+            kernels = self.tables.find_kernels(op)
             order = self.tables.find_order(op, way.arch, way.vendor)
             passed = order if isinstance(order, tuple) else tuple(kernels)
             if not way.backend:
@@ -254,10 +281,10 @@ class Code:
             elif way.backend:
                 asked = ()
             for name in used:
-                yield f"{op} {name}", self.tables.digest_nodes(module, kernels[name])
+                yield f"{op} {name}", self.tables.digest_nodes(kernels[name])
             for name in {"" if name not in kernels else name for name in asked} & set(kernels):
-                needs = self.tables.list_needs(module, kernels[name])
-                yield f"{op} {name} needs", self.tables.digest_nodes(module, needs)
+                needs = self.tables.list_needs(kernels[name])
+                yield f"{op} {name} needs", self.tables.digest_nodes(needs)
 
     def find_ops(self, way: Way) -> list[str]:
         """Ops of the plan's layers, or of the kernels that refused; every op of the family where the plan

@@ -52,18 +52,18 @@ class Package:
     def __init__(
         self,
         folder: Path,
-        edges: Collection[Definition] = (),
         doors: Collection[str] = (),
         protocols: Collection[str] = (),
         rooms: Collection[str] = (),
     ) -> None:
         """Nothing is read yet.
 
-        Definitions are not followed into `edges`, nor from outside into the modules below the
-        packages `doors`, but for `protocols`, nor into `rooms`; `list_crossed` names these.
+        Definitions are not followed from outside into the modules below the packages `doors`, but for
+        `protocols`, nor into `rooms`; `list_crossed` names these. Neither are they into `edges`.
         """
         self.folder = folder
-        self._edges, self._doors, self._protocols = edges, doors, protocols
+        self.edges: Collection[Meaning] = ()
+        self._doors, self._protocols = doors, protocols
         self._rooms = rooms
         self._crossed: dict[Definition, set[Definition]] = {}
         self._modules: dict[str, Module | None] = {}
@@ -111,6 +111,10 @@ class Package:
             return Submodule(below)
         raise CodeError(f"{where or module.path}: {name} cannot be resolved in {module.path}")
 
+    def find(self, module: str, name: str) -> Meaning:
+        """What a name means in a module below the package."""
+        return self.look_up(self.need_module(module), name)
+
     def has(self, module: str, name: str) -> bool:
         """Whether a module is there and gives this name a meaning."""
         found = self.find_module(module)
@@ -119,6 +123,13 @@ class Package:
     def list_statements(self, definition: Definition) -> list[ast.stmt]:
         """The statements that make a definition what it is."""
         return self.need_module(definition.module).bound[definition.name]
+
+    def open_constant(self, module: str, name: str) -> tuple[str, ast.expr]:
+        """The module that a constant is really bound in, and its expression."""
+        found = self.find(module, name)
+        if not isinstance(found, Definition):
+            raise UnknownValueError(name)
+        return found.module, self.value_of(found)
 
     def value_of(self, definition: Definition) -> ast.expr:
         """The expression that a constant is bound to; UnknownValueError for what is no constant."""
@@ -160,7 +171,7 @@ class Package:
 
     def is_cut(self, user: Definition, used: Definition) -> bool:
         """Whether the way of a definition ends before one that it names."""
-        if used in self._edges:
+        if used in self.edges:
             return True
         if not self.is_inside(used.module) or self.is_inside(user.module):
             return False

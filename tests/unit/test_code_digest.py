@@ -7,6 +7,7 @@ import ast
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -106,7 +107,11 @@ MOVED = {
     "planning": ("choose_kernel", "ITEM_BYTES"),
     "kernels/linear_fp8": ("find_input_scale", "TORCH_ARCHES", "prepare_decode"),
     "layers": ("SharedInput", "QuantizedLinear", "share_inputs"),
-    "run": ("generate_one", "timed_stages"),
+    "run": ("generate_all", "generate_one", "timed_stages"),
+    "matrix": ("read", "tables_folder"),
+    "kernels/linear_w4a16": ("DECODE", "ORDER"),
+    "kernels/linear_int8": ("KERNELS",),
+    "kernels/__init__": ("Kernel", "Needs"),
 }
 
 
@@ -188,7 +193,7 @@ def test_rewording_docstrings_and_errors_changes_nothing(
 def test_other_names_and_another_order_change_nothing(
     copy: Path, list_changed: Callable[[], dict[str, str]]
 ) -> None:
-    for name in ("round_e4m3", "E4M3_MAX", "generate_one", "ComponentPlan", "find_input_scale"):
+    for name in ("round_e4m3", "E4M3_MAX", "generate_one", "ComponentPlan", "Needs", "Scheme"):
         assert edit_all(copy, lambda text, name=name: re.sub(rf"\b{name}\b", f"new_{name}", text))
 
     def turn(text: str) -> str:
@@ -330,3 +335,18 @@ def test_stand_ins_are_named_by_what_writes_them(copy: Path) -> None:
     assert Code(copy).digest_stand_ins() == before
     edit(copy, "quantizing.py", "def quantize_layers(", "@print\ndef quantize_layers(")
     assert Code(copy).digest_stand_ins() != before
+
+
+@pytest.mark.parametrize("name", ["python3.10", "python3.12", "python3.13", "python3.14"])
+def test_every_python_gives_the_same_digests(name: str) -> None:
+    python = shutil.which(name)
+    if python is None or subprocess.run([python, "-V"], capture_output=True).returncode:
+        pytest.skip(f"no {name} here")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from quantmatrix.code_digest import own_code\n"
+        "print(own_code().digest_stand_ins())"
+    )
+    words = [python, "-c", code, str(PACKAGE.parent)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env={})
+    assert done.stdout.strip() == Code(PACKAGE).digest_stand_ins()
