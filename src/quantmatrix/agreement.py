@@ -1,7 +1,17 @@
 """Agreement: the share of claims with fresh, agreeing evidence, and what to run for the rest.
 
-`planned` cells claim nothing and are not counted. The number stands on the badge
-(`reports/badge.json`, in the form that shields.io's endpoint badge reads).
+The life of a claim's evidence follows from its state (`states`), which every page shows, too:
+
+| life            | states |
+| --------------- | ------ |
+| `fresh`         | `proven`, `refused`; of a `failing` claim: its check failed, and no other |
+| `contradicting` | `failing`: claim and run differ, in whichever direction |
+| `stale`         | `stale`: to be run again |
+| `missing`       | `unproven` |
+
+Old records are listed as due to be made again; their state does not depend on the day. `planned`
+cells claim nothing and are not counted. The number stands on the badge (`reports/badge.json`, in the
+form that shields.io's endpoint badge reads).
 """
 
 from __future__ import annotations
@@ -12,14 +22,25 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix.lifecycle import LIVES, Judgement, Now, judge_explained, newest_date
+from quantmatrix.freshness import MAX_AGE_DAYS, find_age_problem
 from quantmatrix.scopes import SCOPES, SEPARATOR, Standing
-from quantmatrix.states import stand
+from quantmatrix.states import fails_as_claimed, stand_all
 
 if TYPE_CHECKING:
+    from datetime import date
+
     from quantmatrix.evidence import Evidence
+    from quantmatrix.freshness import Now
     from quantmatrix.matrix import Cell, Matrix
 
+LIVES = ("fresh", "contradicting", "stale", "missing")
+BY_STATE = {
+    "proven": "fresh",
+    "refused": "fresh",
+    "failing": "contradicting",
+    "stale": "stale",
+    "unproven": "missing",
+}
 URGENCY = ("contradicting", "stale", "missing")
 """Lives that are burnt down, the most urgent first."""
 COLOURS = ((90.0, "brightgreen"), (75.0, "green"), (50.0, "yellow"), (25.0, "orange"), (0.0, "red"))
@@ -68,6 +89,8 @@ class Agreement:
     """The burn-down list, the most urgent first, then in table order."""
     by_scope: Mapping[str, int] = field(default_factory=dict)
     """Claims with fresh, agreeing evidence of each scope, the weakest first."""
+    due: Mapping[str, str] = field(default_factory=dict)
+    """Fresh evidence that is old, and how old, by cell id."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -77,32 +100,44 @@ class Agreement:
             "hardware": {name: share.to_json() for name, share in self.by_hardware.items()},
             "scopes": dict(self.by_scope),
             "tasks": [asdict(task) for task in self.tasks],
+            "due": dict(self.due),
         }
 
 
 def measure(
     tables: Matrix,
     evidence: Mapping[str, Evidence],
-    now: Now,
+    now: Now | None = None,
     standings: Mapping[str, Standing] | None = None,
+    today: date | None = None,
+    max_age_days: int = MAX_AGE_DAYS,
 ) -> Agreement:
-    """Judge the evidence of every claim; `standings` holds that of every cell where it is known."""
+    """Judge the evidence of every claim; `standings` holds that of every cell where it is known.
+
+    With `today` fresh evidence older than `max_age_days` is listed as due.
+    """
     claims = [cell for cell in tables.cells if cell.claim != "planned"]
-    told = standings or {c.id: stand(c, evidence, tables) for c in claims}
-    found = {c.id: judge_standing(told[c.id], now) for c in claims}
-    fresh = Counter(told[c.id].scope for c in claims if found[c.id].life == "fresh")
+    told = standings or stand_all(tables, evidence, now)
+    lives = {c.id: find_life(told[c.id]) for c in claims}
+    fresh = Counter(told[c.id].scope for c in claims if lives[c.id] == "fresh")
     tasks = [
         Task(
-            *(c.id, c.family, c.hardware, c.claim),
-            *(found[c.id].life, found[c.id].reason, told[c.id].scope),
+            *(c.id, c.family, c.hardware, c.claim, life),
+            *(told[c.id].reason.partition("\n")[0], told[c.id].scope),
         )
         for life in URGENCY
         for c in claims
-        if found[c.id].life == life
+        if lives[c.id] == life
     ]
+    due = {
+        c.id: why
+        for c in claims
+        if today is not None and lives[c.id] == "fresh" and (record := told[c.id].record)
+        if (why := find_age_problem(record, today, max_age_days))
+    }
 
     def share(cells: Iterable[Cell]) -> Share:
-        return count_lives([found[cell.id] for cell in cells])
+        return count_lives(lives[cell.id] for cell in cells)
 
     return Agreement(
         overall=share(claims),
@@ -110,17 +145,20 @@ def measure(
         by_hardware={h: share(c for c in claims if c.hardware == h) for h in tables.hardware},
         tasks=tuple(tasks),
         by_scope={scope: fresh[scope] for scope in SCOPES if fresh[scope]},
+        due=due,
     )
 
 
-def judge_standing(standing: Standing, now: Now) -> Judgement:
-    """The life of the record that names a cell."""
-    return judge_explained((standing.state, standing.reason), standing.record, now)
+def find_life(standing: Standing) -> str:
+    """The life of the record that names a claim; see the module's table."""
+    if standing.state == "failing" and standing.record and fails_as_claimed(standing.record):
+        return "fresh"
+    return BY_STATE[standing.state]
 
 
-def count_lives(judgements: Iterable[Judgement]) -> Share:
+def count_lives(lives: Iterable[str]) -> Share:
     """The share of a group."""
-    counts = Counter(judgement.life for judgement in judgements)
+    counts = Counter(lives)
     return Share(counts.total(), {life: counts[life] for life in LIVES})
 
 
@@ -129,9 +167,8 @@ def write_badge(
     evidence: Mapping[str, Evidence],
     standings: Mapping[str, Standing] | None = None,
 ) -> bytes:
-    """badge.json of a report: ages are counted back from the newest record, so it stands still."""
-    now = Now(today=newest_date(evidence.values()))
-    found = measure(tables, evidence, now, standings)
+    """badge.json of a report."""
+    found = measure(tables, evidence, None, standings)
     percent = found.overall.percent
     colour = next(name for bound, name in COLOURS if percent >= bound)
     badge = {

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from quantmatrix import evidence as records
 from quantmatrix.bench_form import FORMS
 from quantmatrix.bench_results import BENCHMARKS, Result, list_comparisons, show_ratio
+from quantmatrix.scopes import PUBLISHED, STAND_IN
 
 if TYPE_CHECKING:
+    from quantmatrix.code_digest import Code
     from quantmatrix.matrix import Cell, Matrix
 
 HEAD = (
@@ -59,16 +61,45 @@ def describe_result(result: Result, cell: Cell, old: str) -> dict[str, Any]:
     }
 
 
-def find_change(result: Result, cell: Cell, tables: Matrix) -> str:
-    """What changed since a result was made, in words; empty when nothing did."""
-    now = records.describe_cell(cell, tables)
+def find_change(result: Result, cell: Cell, tables: Matrix, code: Code | None = None) -> str:
+    """What changed since a result was made, in words; empty when nothing did.
+
+    Without `code` that is not looked at.
+    """
+    now: dict[str, Any] = records.describe_cell(cell, tables)
+    if code is not None:
+        now = sign(now, result, tables, code)
     then = result.get("cell") or {}
-    changed = [
-        word
-        for key, word in (("row_digest", "the row"), ("code_digest", "the code"))
-        if then.get(key) != now[key]
-    ]
+    words = {"row_digest": "the row", "device_digest": "the code", "shared_digest": "the code"}
+    told = (word for key, word in words.items() if key in now and then.get(key) != now[key])
+    changed = list(dict.fromkeys(told))
     return f"{' and '.join(changed)} changed since" if changed else ""
+
+
+def describe_plan(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result tells of its plan, as a record's plan does: backends and schemes."""
+    parts = {}
+    for name, backends in result["backends"].items():
+        layers = result["components"].get(name, {}).get("layers", ())
+        schemes = sorted({str(layer["scheme"]) for layer in layers})
+        parts[name] = {"backends": backends, "precision": " + ".join(schemes)}
+    return {"components": parts}
+
+
+def find_scope(result: Mapping[str, Any]) -> str:
+    """The scope that a record of a result's size has."""
+    return STAND_IN if result["size"] == "tiny" else PUBLISHED
+
+
+def sign(
+    cell: Mapping[str, Any], result: Mapping[str, Any], tables: Matrix, code: Code | None = None
+) -> dict[str, Any]:
+    """A result's `cell` with the digests of the code that runs here, or of another."""
+    from quantmatrix.code_digest import own_code
+
+    row, plan = tables.hardware[cell["hardware"]], describe_plan(result)
+    found = (code or own_code()).describe(cell, plan, (row.vendor, row.arch), find_scope(result))
+    return {**cell, **found}
 
 
 def list_lines(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from quantmatrix import acceleration, hardware
+from quantmatrix import acceleration, bench_pages, hardware
 from quantmatrix import evidence as records
 from quantmatrix.bench import Part, Say, choose_clock, measure_part
 from quantmatrix.bench_results import SCHEMA
@@ -62,12 +62,10 @@ def bench_cell(
     """The result of one cell of the matrix on this machine."""
     request = workbench.request(cell)
     base = workbench.tables.models[cell.model].repo
-    about = {
-        "what": cell.id,
-        "cell": records.describe_cell(cell, workbench.tables),
-        "command": f"quantmatrix bench --row {cell.id}{' --tiny' if workbench.tiny else ''}",
-    }
-    return {**about, **bench_request(request, base, repeats, say, watch)}
+    result = bench_request(request, base, repeats, say, watch)
+    command = f"quantmatrix bench --row {cell.id}{' --tiny' if workbench.tiny else ''}"
+    told = bench_pages.sign(records.describe_cell(cell, workbench.tables), result, workbench.tables)
+    return {"what": cell.id, "cell": told, "command": command, **result}
 
 
 def bench_request(

@@ -7,8 +7,8 @@ Claims are written by people in `matrix/`; evidence is written by runs, one file
 | key              | content |
 | ---------------- | ------- |
 | `schema`         | 1; readers refuse every other number |
-| `cell`           | the row as it was then, a digest of it and of its checkpoint's row, one of its code, |
-|                  | one of its hardware's and its model's row |
+| `cell`           | the row as it was then, a digest of it and of its checkpoint's row, two of its code |
+|                  | (see `code_digest`), one of its hardware's and its model's row |
 | `command`        | the command line that a person can copy |
 | `machine`        | what was probed: processor, instruction set, system, threads, device |
 | `versions`       | versions of the packages that took part |
@@ -44,7 +44,6 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix import record_form, scopes, thumbnails
-from quantmatrix.code_path import digest_code
 from quantmatrix.errors import QuantmatrixError
 
 if TYPE_CHECKING:
@@ -137,8 +136,8 @@ def describe_cell(cell: Cell, tables: Matrix) -> dict[str, Any]:
     """The part of a row that evidence is about; it is stale once `row_digest` differs.
 
     A check that is added to a row leaves the results of the others as fresh as they were.
-    `code_digest` is that of the code path, `place_digest` that of what the hardware's and the model's
-    rows say; they are no part of the row, and older records do not have them.
+    `place_digest` is that of what the hardware's and the model's rows say; it is no part of the row,
+    and older records do not have it. What the cell computes is told by `freshness.sign`.
     """
     described = {key: _plain(getattr(cell, key)) for key in CELL_KEYS if key != "row_digest"}
     told = _describe_checkpoint(tables.checkpoints[cell.checkpoint])
@@ -146,7 +145,6 @@ def describe_cell(cell: Cell, tables: Matrix) -> dict[str, Any]:
     return {
         **described,
         "row_digest": digest_json({"cell": claimed, "checkpoint": told}),
-        "code_digest": digest_code(cell.family, cell.model),
         "place_digest": _digest_place(tables.hardware[cell.hardware], tables.models[cell.model]),
     }
 

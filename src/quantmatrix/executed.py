@@ -1,7 +1,7 @@
 """Executed: which planned checks of which cells were run, told from records or from JUnit files.
 
 The unit is a check of a cell. A test that was skipped, stopped at its time limit, or whose process
-died has no verdict and counts as not executed; so does a row that changed since its record was made.
+died has no verdict and counts as not executed; so does a row, or its code, that changed since its record was made.
 A JUnit file tells the cell by the brackets of the test's name and the check by the property `check`,
 both of which the pytest plugin writes.
 """
@@ -23,6 +23,7 @@ from quantmatrix.states import explain_state
 
 if TYPE_CHECKING:
     from quantmatrix.evidence import Evidence
+    from quantmatrix.freshness import Now
     from quantmatrix.matrix import Cell, Matrix
 
 Verdicts = dict[str, dict[str, str]]
@@ -124,14 +125,14 @@ def list_rows(rows: Any) -> list[Any]:
     return rows
 
 
-def take_records(found: Mapping[str, Evidence], tables: Matrix) -> Verdicts:
+def take_records(found: Mapping[str, Evidence], tables: Matrix, now: Now | None = None) -> Verdicts:
     """Verdicts of records, as JUnit files have them.
 
-    A record of a row that changed since is left out: that row was not executed. A check that is
+    A record of a row or of code that changed since is left out: that was not executed. A check that is
     claimed to fail passes by failing.
     """
     cells = {cell.id: cell for cell in tables.cells}
-    stale = list_stale(found, tables)
+    stale = list_stale(found, tables, now)
     verdicts: Verdicts = {}
     for key, record in found.items():
         if key in stale:
@@ -145,10 +146,12 @@ def take_records(found: Mapping[str, Evidence], tables: Matrix) -> Verdicts:
     return verdicts
 
 
-def list_stale(found: Mapping[str, Evidence], tables: Matrix) -> dict[str, str]:
-    """Why some records are not about their cells' rows as they stand, by their keys."""
+def list_stale(
+    found: Mapping[str, Evidence], tables: Matrix, now: Now | None = None
+) -> dict[str, str]:
+    """Why some records are not about rows and code as they stand, by their keys."""
     explained = {
-        key_of(record): explain_state(cell, record, tables)
+        key_of(record): explain_state(cell, record, tables, now)
         for cell in tables.cells
         for record in find_records(found, cell.id).values()
     }

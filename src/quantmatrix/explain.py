@@ -30,10 +30,11 @@ from quantmatrix.identify import AUTO, resolve
 from quantmatrix.offers import find_real, is_invented, offer, write_quantize
 from quantmatrix.pages import EVIDENCE, read_worst, show_number
 from quantmatrix.scopes import COMPILED, WEIGHTS, key_of, list_checks
-from quantmatrix.states import stand
+from quantmatrix.states import stand_all
 
 if TYPE_CHECKING:
     from quantmatrix.evidence import Evidence
+    from quantmatrix.freshness import Now
     from quantmatrix.matrix import Cell, CheckpointRow, Matrix
 
 UNCLAIMED = "unclaimed"
@@ -91,10 +92,12 @@ class Explanation:
 class Explainer:
     """Tables and evidence, joined, to be asked about."""
 
-    def __init__(self, tables: Matrix, evidence: Mapping[str, Evidence]) -> None:
-        """`evidence` holds records by key."""
+    def __init__(
+        self, tables: Matrix, evidence: Mapping[str, Evidence], now: Now | None = None
+    ) -> None:
+        """`evidence` holds records by key; `now` is what they are judged against."""
         self.tables = tables
-        self.standings = {cell.id: stand(cell, evidence, tables) for cell in tables.cells}
+        self.standings = stand_all(tables, evidence, now)
 
     def explain(
         self, checkpoint: str, hardware: str, model: str | None = None
@@ -170,7 +173,9 @@ class Explainer:
             worst = show_number(read_worst(record).get("psnr_db"))
             near = f", {worst} dB from BF16 at the worst step" if worst else ""
             checks = " and ".join(list_checks(cell, standing.scope))
-            return f"{checks} passed on {record.made[:10]} with {WEIGHTS[standing.scope]}{near}"
+            carried = f"; {reason}" if reason else ""
+            passed = f"{checks} passed on {record.made[:10]} with {WEIGHTS[standing.scope]}"
+            return f"{passed}{near}{carried}"
         if cell.claim == "refused":
             refusal = (record.plan.get("refusal") or {}) if record and state == "refused" else {}
             told = str(refusal.get("message") or cell.notes)

@@ -8,7 +8,7 @@ metric that is a time or a share of time (`seconds`, `..._share`) is none either
 Metrics are stored with six digits and repeat bit for bit on one machine, so they are compared to that
 digit; a peak of memory, which an allocator rounds, to one part in fifty.
 
-A record that is too old to count (`lifecycle.MAX_AGE_DAYS`) is written again whatever it says: that it
+A record that is too old to count (`freshness.MAX_AGE_DAYS`) is written again whatever it says: that it
 was seen again is the fact then.
 """
 
@@ -19,15 +19,15 @@ from dataclasses import fields
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix.lifecycle import MAX_AGE_DAYS, find_age_problem
+from quantmatrix.freshness import MAX_AGE_DAYS, find_age_problem
 
 if TYPE_CHECKING:
     from quantmatrix.evidence import Evidence
 
 NOISE = ("timings", "made", "commit", "machine")
 """Parts of a record that are no facts."""
-UNCOUNTED = ("checks",)
-"""Columns of the row that may grow without touching what was shown."""
+UNCOUNTED = ("checks", "code_digest")
+"""Columns of the row that may grow without touching what was shown, and a digest of a former rule."""
 TIMES = ("seconds", "_share")
 """Endings of names of metrics that are times, or shares of them."""
 REPEATS = 2e-6

@@ -22,6 +22,7 @@ from quantmatrix.states import STATES, stand
 
 if TYPE_CHECKING:
     from quantmatrix.evidence import Evidence
+    from quantmatrix.freshness import Now
     from quantmatrix.matrix import Matrix
 
 LIMIT = 1024 * 1024 - 1024
@@ -49,20 +50,24 @@ class Shown:
 
 
 def list_cells(
-    tables: Matrix, before: Mapping[str, Evidence], after: Mapping[str, Evidence]
+    tables: Matrix,
+    before: Mapping[str, Evidence],
+    after: Mapping[str, Evidence],
+    now: Now | None = None,
 ) -> list[Shown]:
-    """Cells of the newer evidence in the order of the tables, those that changed first."""
+    """Cells of the newer evidence in the order of the tables, those that changed first; `now` is what
+    both are judged against."""
     shown = []
     for cell in tables.cells:
         if not (found := find_records(after, cell.id)):
             continue
-        then, now = (stand(cell, evidence, tables) for evidence in (before, after))
+        then, today = (stand(cell, evidence, tables, now) for evidence in (before, after))
         olds = [(before.get(key_of(record)), record) for record in found.values()]
         moved = any(old and old.latents_digest != new.latents_digest for old, new in olds)
-        reason = now.reason or ("other latents than before" if moved else "")
+        reason = today.reason or ("other latents than before" if moved else "")
         text = reason.partition("\n")[0][:LONGEST]
-        changed = moved or then.label != now.label
-        shown.append(Shown(cell.id, then.label, now.label, text, changed))
+        changed = moved or then.label != today.label
+        shown.append(Shown(cell.id, then.label, today.label, text, changed))
     return sorted(shown, key=lambda one: not one.changed)
 
 

@@ -1,8 +1,9 @@
 """Matrix changes: which cells two revisions gained, lost and changed, claims and states alike.
 
-Both revisions are read from git, tables and evidence together, so the working tree takes no part.
-A cell is changed when something of its row is (`claim`, `flags`, `checks` ...), when its
-checkpoint's row is, or when its state is: evidence that went stale is a change, too.
+Both revisions are read from git, tables, evidence and code together, so the working tree takes no
+part: a record is judged by the code of its revision. A cell is changed when something of its row is
+(`claim`, `flags`, `checks` ...), when its checkpoint's row is, or when its state is: evidence that
+went stale is a change, too.
 """
 
 from __future__ import annotations
@@ -12,19 +13,24 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix import evidence as records
 from quantmatrix import matrix
+from quantmatrix.code_digest import Code
 from quantmatrix.errors import QuantmatrixError, UsageError
-from quantmatrix.states import stand
+from quantmatrix.freshness import Now, read_now
+from quantmatrix.states import stand_all
 
 if TYPE_CHECKING:
     from quantmatrix.matrix import Matrix
 
-TABLES, EVIDENCE = "matrix", "reports/evidence"
+TABLES, REPORTS, SOURCES = "matrix", "reports", "src/quantmatrix"
+EVIDENCE = f"{REPORTS}/evidence"
+BESIDE = tuple(f"{REPORTS}/{name}.csv" for name in ("carried", "limits", "spread"))
+"""Files that records are judged against; a revision may have none of them."""
 COLUMNS = tuple(key for key in records.CELL_KEYS if key not in ("id", "row", "row_digest"))
 CHECKPOINT_ROW = "checkpoint row"
 
@@ -120,19 +126,26 @@ def read_cells(revision: str, root: Path) -> dict[str, CellNow]:
         try:
             tables = matrix.read(folder / TABLES)
             evidence = records.read_folder(folder / EVIDENCE)
+            now = read_now(folder / REPORTS, evidence, Code(folder / SOURCES))
         except QuantmatrixError as error:
             text = str(error).replace(f"{folder}/", "")
             raise QuantmatrixError(f"revision {revision} cannot be read: {text}") from error
-        return describe_cells(tables, evidence)
+        known = any("shared_digest" in record.cell for record in evidence.values())
+        if not known or not (folder / SOURCES).is_dir():
+            now = replace(now, code=None)  # a revision from before records had these digests
+        return describe_cells(tables, evidence, now)
 
 
-def describe_cells(tables: Matrix, evidence: Mapping[str, records.Evidence]) -> dict[str, CellNow]:
+def describe_cells(
+    tables: Matrix, evidence: Mapping[str, records.Evidence], now: Now | None = None
+) -> dict[str, CellNow]:
     """Cells by id, as they are compared."""
     found = {}
+    standings = stand_all(tables, evidence, now)
     for cell in tables.cells:
         told = records.describe_cell(cell, tables)
         columns = {key: told[key] for key in COLUMNS}
-        standing = stand(cell, evidence, tables)
+        standing = standings[cell.id]
         place = told["row_digest"], standing.state, standing.scope
         found[cell.id] = CellNow(columns, *place)
     return found
@@ -148,8 +161,9 @@ def find_commit(revision: str, root: Path) -> str:
 
 
 def extract(commit: str, root: Path, folder: Path) -> None:
-    """Put tables and evidence of a commit in a folder; evidence may not be there yet."""
-    listed = ask_git(root, "ls-tree", "--name-only", commit, TABLES, EVIDENCE)
+    """Put tables, evidence and code of a commit in a folder; only tables must be there."""
+    wanted = (TABLES, EVIDENCE, SOURCES, *BESIDE)
+    listed = ask_git(root, "ls-tree", "--name-only", commit, *wanted)
     present = listed.stdout.decode().split()
     if TABLES not in present:
         raise UsageError(f"{commit[:12]}: has no {TABLES}/ at the top of the repository")

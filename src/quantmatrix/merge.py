@@ -118,7 +118,7 @@ def name_program(record: Evidence) -> str:
     machine = record.machine
     # The number of devices that a shard may see says nothing about what they compute.
     device = sorted(set(machine.get("devices", ()))) or machine.get("processor", "")
-    code = [record.cell["row_digest"], record.cell.get("code_digest", "")]
+    code = [record.cell.get(f"{what}_digest", "") for what in ("row", "device", "shared")]
     return json.dumps([device, record.commit, *code])
 
 

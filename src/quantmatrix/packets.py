@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from quantmatrix import evidence as records
 from quantmatrix.errors import QuantmatrixError, UsageError
 from quantmatrix.evidence import CheckResult, Evidence, EvidenceError
+from quantmatrix.freshness import sign
 from quantmatrix.places import check_place
 from quantmatrix.scopes import PUBLISHED, STAND_IN, make_key
 from quantmatrix.states import find_other_place
@@ -81,6 +82,7 @@ def make(tables: Matrix, cell: Cell, folder: Path, *, tiny: bool = False) -> Pat
         versions=records.list_versions(),
         commit=records.find_commit(),
     )
+    record = sign(record, tables.hardware[cell.hardware])
     write(record, baseline.latents, run.latents, folder)
     return folder
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix import bench_pages
 from quantmatrix import evidence as records
+from quantmatrix.carried import CARRIED
+from quantmatrix.freshness import CARRYING
 from quantmatrix.matrix import ASSIGNMENT
 from quantmatrix.offers import offer
 from quantmatrix.scopes import SCOPES, WEIGHTS, Standing, key_of, order_labels
@@ -23,6 +25,7 @@ from quantmatrix.states import AGREEING, STATES, fails_as_claimed
 
 if TYPE_CHECKING:
     from quantmatrix.bench_results import Result
+    from quantmatrix.code_digest import Code
     from quantmatrix.evidence import Evidence
     from quantmatrix.matrix import Cell, CheckpointRow, FamilyRow, Matrix
 
@@ -42,13 +45,14 @@ class Joined:
         tables: Matrix,
         standings: Mapping[str, Standing],
         benchmarks: Mapping[str, Result] | None = None,
+        code: Code | None = None,
     ) -> None:
         """Join; `standings` holds that of every cell, by its id. Stray records are left out."""
         self.tables = tables
         self.standings = standings
         self.benchmarks = dict(benchmarks or {})
         self.changes = {
-            c.id: bench_pages.find_change(self.benchmarks[c.id], c, tables)
+            c.id: bench_pages.find_change(self.benchmarks[c.id], c, tables, code)
             for c in tables.cells
             if c.id in self.benchmarks
         }
@@ -121,6 +125,7 @@ def write_overview(joined: Joined) -> str:
         f"{agreeing} of {len(claims)} claims ({share}) are backed by a run of the row as it "
         "stands. Every state links to its evidence, and names its scope: what was run.",
         write_scopes(joined),
+        *write_carried(joined),
         picture,
         write_table(["state and scope", "cells"], [(name, str(n)) for name, n in counts.items()]),
         "## Families and hardware",
@@ -142,6 +147,19 @@ def write_scopes(joined: Joined) -> str:
         cells = [cell for cell in joined.tables.cells if joined.standings[cell.id].scope == scope]
         rows.append([f"`{scope}`", WEIGHTS[scope], str(sum(map(joined.agrees, cells)))])
     return write_table(["scope", "what was run", "claims backed"], rows)
+
+
+def write_carried(joined: Joined) -> list[str]:
+    """A line on the records that are carried, where there are some."""
+    carried = sum(reason.startswith(CARRYING) for reason in joined.reasons.values())
+    return (
+        [
+            f"{carried} of these records are *carried*: the code has changed since, and the latents of "
+            f"the same cells on a CPU have not, to the last bit ([{CARRIED}]({CARRIED}))."
+        ]
+        if carried
+        else []
+    )
 
 
 def write_grid(joined: Joined) -> str:

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix import evidence as records
 from quantmatrix import facts, scopes
+from quantmatrix.code_digest import own_code
 from quantmatrix.evidence import CheckResult, Evidence
+from quantmatrix.freshness import sign
 
 if TYPE_CHECKING:
     from quantmatrix.matrix import Cell, Matrix
@@ -72,6 +74,8 @@ class Recorder:
         self.tables = tables
         self.folder = folder
         self.expected = expected
+        if folder is not None:
+            own_code().prepare()
         self.written: list[Path] = []
         self.kept = 0
         """Records that said nothing new."""
@@ -152,7 +156,7 @@ class Recorder:
         tables = self.tables()
         timings = {key: round(s, 4) for proof in proofs for key, s in proof.timings.items()}
         places = {key: value for proof in proofs for key, value in proof.places.items()}
-        return Evidence(
+        record = Evidence(
             cell=records.describe_cell(cell, tables),
             checks=results,
             command=last("command") or cell.shell(tables),
@@ -163,3 +167,4 @@ class Recorder:
             made=records.tell_time(),
             **self.environment,
         )
+        return sign(record, tables.hardware[cell.hardware])

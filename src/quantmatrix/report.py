@@ -1,8 +1,8 @@
 """Report: claims and evidence joined, as files that anybody can read.
 
-`render` is a pure function of the tables and the records: equal input gives equal bytes, so a hand
-edit or a forgotten rendering is found by `check`. Nothing in it depends on the date: the age of a
-record is judged by `quantmatrix agreement` (see `lifecycle`), or from the newest record on.
+`render` is a pure function of the tables, the records and what they are judged against: equal input
+gives equal bytes, so a hand edit or a forgotten rendering is found by `check`. Nothing in it depends
+on the date, nor on the packages that are installed where it is rendered.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from quantmatrix import evidence as records
 from quantmatrix.agreement import write_badge
 from quantmatrix.bench_results import BENCHMARKS
 from quantmatrix.errors import UsageError
+from quantmatrix.freshness import read_now
 from quantmatrix.page_html import write_page
 from quantmatrix.pages import (
     EVIDENCE,
@@ -35,7 +36,7 @@ from quantmatrix.places import write_whole
 from quantmatrix.scopes import Standing, cell_of
 from quantmatrix.states import STATES as STATES
 from quantmatrix.states import explain_state as explain_state
-from quantmatrix.states import stand
+from quantmatrix.states import stand_all as stand_all
 from quantmatrix.states import state_of as state_of
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
     from quantmatrix.bench_results import Result
     from quantmatrix.evidence import Evidence
+    from quantmatrix.freshness import Now
     from quantmatrix.matrix import Cell, Matrix
 
 
@@ -58,12 +60,8 @@ def read_standings(
     tables: Matrix, reports: str | os.PathLike[str] | None = None
 ) -> dict[str, Standing]:
     """State and scope of every cell, by cell id, joined from the evidence below a reports folder."""
-    return stand_all(tables, read_evidence(reports))
-
-
-def stand_all(tables: Matrix, evidence: Mapping[str, Evidence]) -> dict[str, Standing]:
-    """State and scope of every cell, by cell id; `evidence` holds records by key."""
-    return {cell.id: stand(cell, evidence, tables) for cell in tables.cells}
+    evidence = read_evidence(reports)
+    return stand_all(tables, evidence, read_now(find_source(reports), evidence))
 
 
 def read_evidence(reports: str | os.PathLike[str] | None = None) -> dict[str, Evidence]:
@@ -163,7 +161,7 @@ def _prepare(reports: str | os.PathLike[str] | None) -> tuple[Path, dict[str, by
     folder = find_folder(reports)
     with keep_everything():
         evidence, timed = records.read_folder(folder / EVIDENCE), bench_results.read_reports(folder)
-        return folder, render(matrix.read(), evidence, timed)
+        return folder, render(matrix.read(), evidence, timed, read_now(folder, evidence))
 
 
 @contextmanager
@@ -199,10 +197,12 @@ def render(
     tables: Matrix,
     evidence: Mapping[str, Evidence],
     benchmarks: Mapping[str, Result] | None = None,
+    now: Now | None = None,
 ) -> dict[str, bytes]:
-    """Every file of the report, by its path below the reports folder."""
-    standings = stand_all(tables, evidence)
-    joined = Joined(tables, standings, benchmarks)
+    """Every file of the report, by its path below the reports folder; without `now` records are
+    judged against the rows alone."""
+    standings = stand_all(tables, evidence, now)
+    joined = Joined(tables, standings, benchmarks, now.code if now else None)
     pages = {
         "support-matrix.md": write_overview(joined).encode(),
         "support-matrix.csv": write_csv(joined).encode(),

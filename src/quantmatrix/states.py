@@ -1,12 +1,15 @@
-"""States: a claim and its records, joined. A function of the row as it stands and of the records.
+"""States: a claim and its records, joined. Whoever shows a state asks here.
+
+A function of the row as it stands, of the records, and of what else went on (`freshness.Now`).
 
 | state      | meaning |
 | ---------- | ------- |
 | `proven`   | every check of the row passed, in a run of the row as it stands |
 | `refused`  | the row claims a refusal, and the plan was seen to refuse by that rule |
-| `failing`  | a check of the row failed, or one that is claimed to fail passed |
-| `stale`    | there is a record, but the row, its checkpoint's, its hardware's or its model's row |
-|            | changed since, or it was made on another architecture |
+| `failing`  | a check of the row failed, exceeds today's limits, or is claimed to fail and passed |
+| `stale`    | there is a record, but the row, its checkpoint's, its hardware's or its model's row, the |
+|            | code of the cell or the packages of its machine changed since, or it was made on another |
+|            | architecture; whether an old failure still holds is not known either |
 | `unproven` | claimed, and not every check was run |
 | `planned`  | nobody claims that it works yet |
 """
@@ -18,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix import evidence as records
 from quantmatrix import scopes
+from quantmatrix.freshness import Now, explain_carried, list_changes
 from quantmatrix.scopes import Standing
 
 if TYPE_CHECKING:
@@ -29,33 +33,51 @@ AGREEING = ("proven", "refused")
 """States in which claim and evidence say the same."""
 
 
-def stand(cell: Cell, evidence: Mapping[str, Evidence], tables: Matrix) -> Standing:
+def stand_all(
+    tables: Matrix, evidence: Mapping[str, Evidence], now: Now | None = None
+) -> dict[str, Standing]:
+    """State and scope of every cell, by cell id; `evidence` holds records by key."""
+    return {cell.id: stand(cell, evidence, tables, now) for cell in tables.cells}
+
+
+def stand(
+    cell: Cell, evidence: Mapping[str, Evidence], tables: Matrix, now: Now | None = None
+) -> Standing:
     """State, reason and scope of a cell by all its records; `evidence` holds records by key."""
     found = scopes.find_records(evidence, cell.id)
-    return scopes.decide(found, lambda record: explain_state(cell, record, tables))
+    return scopes.decide(found, lambda record: explain_state(cell, record, tables, now))
 
 
-def state_of(cell: Cell, evidence: Evidence | None, tables: Matrix) -> str:
+def state_of(cell: Cell, evidence: Evidence | None, tables: Matrix, now: Now | None = None) -> str:
     """The state of a cell; see the module's table."""
-    return explain_state(cell, evidence, tables)[0]
+    return explain_state(cell, evidence, tables, now)[0]
 
 
-def explain_state(cell: Cell, evidence: Evidence | None, tables: Matrix) -> tuple[str, str]:
-    """(state, the reason in words, empty where the state says it all)."""
+def explain_state(
+    cell: Cell, evidence: Evidence | None, tables: Matrix, now: Now | None = None
+) -> tuple[str, str]:
+    """(state, the reason in words, empty where the state says it all).
+
+    Without `now` only the rows are looked at.
+    """
+    now = now or Now()
     if cell.claim == "planned":
         return "planned", ""
     if evidence is None:
         return "unproven", "no run yet"
-    now = records.describe_cell(cell, tables)
-    if now["row_digest"] != evidence.cell["row_digest"]:
+    row = records.describe_cell(cell, tables)
+    if row["row_digest"] != evidence.cell["row_digest"]:
         changed = [
-            f"{key} was {evidence.cell[key]!r}, is {now[key]!r}"
+            f"{key} was {evidence.cell[key]!r}, is {row[key]!r}"
             for key in records.CELL_KEYS
-            if key not in ("row_digest", "checks") and now[key] != evidence.cell[key]
+            if key not in ("row_digest", "checks") and row[key] != evidence.cell[key]
         ]
         return "stale", "; ".join(changed) or f"the row of checkpoint {cell.checkpoint} changed"
-    if why := find_other_place(cell, evidence, tables, now):
+    if why := find_other_place(cell, evidence, tables, row):
         return "stale", why
+    hardware = tables.hardware[cell.hardware]
+    if changes := list_changes(evidence, hardware, now):
+        return "stale", "; ".join(changes)
     checks = scopes.list_checks(cell, scopes.read_scope(evidence))
     wanted = {name: evidence.checks[name] for name in checks if name in evidence.checks}
     if cell.claim == "failing" and cell.rule in wanted and wanted[cell.rule].verdict == "pass":
@@ -66,7 +88,10 @@ def explain_state(cell: Cell, evidence: Evidence | None, tables: Matrix) -> tupl
     missing = [name for name in checks if name not in wanted]
     if missing or not checks:
         return "unproven", f"not run: {', '.join(missing) or 'the row names no check'}"
-    return ("refused" if cell.claim == "refused" else "proven"), ""
+    if now.list_beyond is not None and (beyond := now.list_beyond(evidence)):
+        return "failing", "; ".join(beyond)
+    state = "refused" if cell.claim == "refused" else "proven"
+    return state, explain_carried(evidence, hardware, now)
 
 
 def find_other_place(

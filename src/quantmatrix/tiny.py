@@ -23,31 +23,19 @@ from pathlib import Path
 
 from quantmatrix import families, models
 from quantmatrix.checkpoint import Hub
+from quantmatrix.code_digest import own_code
 from quantmatrix.errors import CheckpointError
 from quantmatrix.hardware import read_versions
 from quantmatrix.library_logs import quiet
 from quantmatrix.matrix import CheckpointRow, Matrix, read, tables_folder
 
 PLACEHOLDER = "/path/to/"
-SOURCES = (
-    "tiny*.py",
-    "models/*.py",
-    "families/*.py",
-    "kernels/*.py",
-    "formats.py",
-    "svdq*.py",
-    "safetensors_writer.py",
-)
-"""Files that decide a stand-in's bytes."""
 
 
 @lru_cache(maxsize=1)
 def default_folder() -> Path:
-    """The user's cache folder for stand-ins made by this version of the code and tables."""
-    digest = hashlib.sha256()
-    package = Path(__file__).parent
-    for path in sorted(path for pattern in SOURCES for path in package.glob(pattern)):
-        digest.update(path.read_bytes())
+    """The user's cache folder for stand-ins as these definitions, tables and packages write them."""
+    digest = hashlib.sha256(own_code().digest_stand_ins().encode())
     digest.update((tables_folder() / "checkpoints.csv").read_bytes())
     versions = read_versions(("torch", "diffusers", "transformers", "numpy", "tokenizers"))
     digest.update(repr(sorted(versions.items())).encode())

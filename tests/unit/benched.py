@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantmatrix import evidence as records
+from quantmatrix.bench_pages import sign
 from quantmatrix.bench_results import describe_sizes, summarize
 from quantmatrix.matrix import Matrix
 
@@ -66,4 +67,5 @@ def make_result(
 def bench_cell(tables: Matrix, name: str, **changes: Any) -> dict[str, Any]:
     """The result of a cell of the tables as it stands."""
     cell = next(cell for cell in tables.cells if cell.id == name)
-    return make_result(name, cell=records.describe_cell(cell, tables), **changes)
+    told = records.describe_cell(cell, tables)
+    return make_result(name, cell=sign(told, make_result(name, **changes), tables), **changes)

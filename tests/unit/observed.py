@@ -13,6 +13,7 @@ from tables import CASES, write_tables
 from quantmatrix import evidence as records
 from quantmatrix import matrix, thumbnails
 from quantmatrix.evidence import CheckResult, Evidence
+from quantmatrix.freshness import sign
 from quantmatrix.matrix import Cell, Matrix
 
 PROVEN = "fp8-flux-1@cpu+decode"
@@ -31,15 +32,18 @@ def observe(tables: Matrix, name: str, *, fails: str = "", **changes: Any) -> Ev
     if fails:
         checks[fails] = CheckResult("fail", message="too far")
     refusal = {"rule": cell.rule, "message": "no integer units; use cpu"} if cell.rule else None
+    plan = {"refusal": refusal, "components": {}}
     record = Evidence(
         cell=records.describe_cell(cell, tables),
         checks=checks,
         command=cell.shell(tables),
-        plan={"refusal": refusal, "components": {}},
+        plan=plan,
         versions={"torch": "2.13.0+cpu", "diffusers": "0.42.1"},
         made="2026-11-23T10:00:00Z",
     )
-    return replace(record, **changes)
+    record = replace(record, **{k: v for k, v in changes.items() if k != "cell"})
+    record = sign(record, tables.hardware[cell.hardware])
+    return replace(record, cell=changes["cell"]) if "cell" in changes else record
 
 
 def observe_run(tables: Matrix, cell: Cell, steps: int = 4) -> Evidence:
@@ -79,7 +83,7 @@ def observe_run(tables: Matrix, cell: Cell, steps: int = 4) -> Evidence:
     }
     checks = {name: CheckResult("pass", {"tensors": 112}) for name in cell.checks}
     checks["latents"] = CheckResult("pass", metrics, limits)
-    return Evidence(
+    record = Evidence(
         cell=records.describe_cell(cell, tables),
         checks=checks,
         command=f"{cell.shell(tables)} --tiny",
@@ -90,6 +94,7 @@ def observe_run(tables: Matrix, cell: Cell, steps: int = 4) -> Evidence:
         timings={"denoise": 0.25, "generate": 0.3, "decode": 0.05},
         made="2026-11-23T10:00:00Z",
     )
+    return sign(record, tables.hardware[cell.hardware])
 
 
 def fake_pictures(name: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -14,8 +15,7 @@ from quantmatrix import evidence as records
 from quantmatrix import matrix, report
 from quantmatrix.agreement import Share, count_lives, measure, write_badge
 from quantmatrix.cli import main
-from quantmatrix.evidence import Evidence
-from quantmatrix.lifecycle import Judgement, Now
+from quantmatrix.evidence import CheckResult, Evidence
 from quantmatrix.matrix import Matrix
 
 FAILING = "fp8-flux-2@cpu"
@@ -33,7 +33,7 @@ def evidence(tables: Matrix) -> dict[str, Evidence]:
 
 
 def test_shares(tables: Matrix, evidence: dict[str, Evidence]) -> None:
-    found = measure(tables, evidence, Now(date(2026, 11, 24)))
+    found = measure(tables, evidence)
     assert len(tables.cells) == 8  # two of them only planned
     assert found.overall == Share(6, {"fresh": 2, "contradicting": 1, "stale": 0, "missing": 3})
     assert found.overall.percent == 33.3
@@ -47,19 +47,46 @@ def test_shares(tables: Matrix, evidence: dict[str, Evidence]) -> None:
 
 
 def test_a_percentage_is_never_rounded_up() -> None:
-    lives = [Judgement("fresh")] * 1999 + [Judgement("missing")]
-    assert count_lives(lives).percent == 99.9
+    assert count_lives(["fresh"] * 1999 + ["missing"]).percent == 99.9
 
 
 def test_burn_down_names_contradictions_first(
     tables: Matrix, evidence: dict[str, Evidence]
 ) -> None:
-    found = measure(tables, evidence, Now())
+    found = measure(tables, evidence)
     assert [task.life for task in found.tasks] == ["contradicting", *["missing"] * 3]
     assert (found.tasks[0].cell, found.tasks[0].reason) == (FAILING, "generate: too far")
-    old = measure(tables, evidence, Now(date(2027, 11, 24)))
-    assert [task.life for task in old.tasks] == [*["stale"] * 3, *["missing"] * 3]
-    assert old.overall.percent == 0.0
+
+
+def test_old_evidence_is_due_and_keeps_its_state(
+    tables: Matrix, evidence: dict[str, Evidence]
+) -> None:
+    young, old = (
+        measure(tables, evidence, today=day) for day in (date(2026, 11, 24), date(2027, 11, 24))
+    )
+    assert not young.due
+    assert old.due == dict.fromkeys((PROVEN, REFUSED), "366 days old, the limit is 90")
+    assert (old.overall, old.tasks) == (young.overall, young.tasks)
+
+
+def test_a_claimed_failure_agrees_until_it_works(tmp_path: Path) -> None:
+    words = {"claim": "failing", "rule": "latents", "notes": "codes are read wrongly"}
+    tables = matrix.read(write_tables(tmp_path / "failing", [{**CASES[0], **words}]))
+
+    def life(record: Evidence | None) -> tuple[str, str]:
+        found = measure(tables, {PROVEN: record} if record else {})
+        task = next((task for task in found.tasks if task.cell == PROVEN), None)
+        return (task.life, task.reason) if task else ("fresh", "")
+
+    outdated = "latents: claimed to fail, and it passes: change the claim"
+    assert life(observe(tables, PROVEN, fails="latents")) == ("fresh", "")
+    assert life(observe(tables, PROVEN)) == ("contradicting", outdated)
+    assert life(observe(tables, PROVEN, fails="load")) == ("contradicting", outdated)
+    record = observe(tables, PROVEN, fails="latents")
+    both = replace(record, checks={**record.checks, "load": CheckResult("fail", message="torn")})
+    assert life(both) == ("contradicting", "load: torn; latents: too far")
+    less = replace(record, checks={"load": record.checks["load"]})
+    assert life(less)[0] == life(None)[0] == "missing"
 
 
 def test_badge_stands_still(tables: Matrix, evidence: dict[str, Evidence]) -> None:
@@ -71,9 +98,6 @@ def test_badge_stands_still(tables: Matrix, evidence: dict[str, Evidence]) -> No
         "color": "orange",
     }
     assert json.loads(write_badge(tables, {}))["color"] == "red"
-    newer = {REFUSED: observe(tables, REFUSED, made="2027-11-23T10:00:00Z")}
-    aged = json.loads(write_badge(tables, {**evidence, **newer}))
-    assert aged["message"] == "16.6 % · stand-in"  # the others are a year older than the newest
     assert report.render(tables, evidence)["badge.json"] == write_badge(tables, evidence)
 
 
@@ -88,7 +112,7 @@ def test_command(
     folder = tmp_path / "reports" / "evidence"
     for name in (PROVEN, REFUSED):
         records.write(evidence[name], folder)
-    words = ["agreement", "--any-version", "--today", "2026-11-24"]
+    words = ["agreement", "--today", "2026-11-24"]
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["overall"]["percent"] == 33.3
@@ -98,8 +122,11 @@ def test_command(
     assert main([*words, "--fail-under", "33.3"]) == 0
     assert main([*words, "--fail-under", "33.4"]) == 1
     capsys.readouterr()
-    assert main(["agreement", "--any-version", "--today", "2027-11-24", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["overall"]["stale"] == 2
+    assert main(["agreement", "--today", "2027-11-24", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["overall"]["stale"], sorted(found["due"])) == (0, sorted([PROVEN, REFUSED]))
+    assert main(["agreement", "--today", "2027-11-24"]) == 0
+    assert "2 fresh records are older than 90 days" in capsys.readouterr().out
     (tmp_path / "reports" / "limits.csv").write_text("kind,model\n")
     assert main(words) == 1
     assert "limits.csv:1: expected the columns" in capsys.readouterr().err

@@ -12,6 +12,8 @@ from tables import CASES, write_tables
 from test_page_html import read_data
 
 from quantmatrix import bench_results, matrix, report
+from quantmatrix.code_digest import own_code
+from quantmatrix.freshness import Now
 from quantmatrix.matrix import Matrix
 
 PLACE = "benchmarks/cpu/fp8-flux-1+decode.json"
@@ -24,7 +26,8 @@ def tables(tmp_path: Path) -> Matrix:
 
 def render(tables: Matrix, *results: dict[str, Any]) -> dict[str, bytes]:
     evidence = {PROVEN: observe_run(tables, find(tables, PROVEN))}
-    return report.render(tables, evidence, {result["what"]: result for result in results})
+    found = {result["what"]: result for result in results}
+    return report.render(tables, evidence, found, Now(code=own_code()))
 
 
 def test_the_page_knows_a_cells_benchmark(tables: Matrix) -> None:
@@ -72,7 +75,7 @@ def test_what_changed_since_is_said(tables: Matrix, tmp_path: Path) -> None:
     [told] = read_data(pages["index.html"])["benchmarks"].values()
     assert told["old"] == "the row changed since"
     assert "2026-11-26; the row changed since" in pages["families/fp8.md"].decode()
-    result["cell"] |= {"code_digest": "sha256:0"}
+    result["cell"] |= {"shared_digest": "sha256:0"}
     [told] = read_data(render(changed, result)["index.html"])["benchmarks"].values()
     assert told["old"] == "the row and the code changed since"
 

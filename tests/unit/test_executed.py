@@ -14,6 +14,7 @@ from tables import write_tables
 from quantmatrix import cli, evidence, executed, matrix
 from quantmatrix.evidence import CheckResult, Evidence
 from quantmatrix.exit_codes import CLAIM_VIOLATED, NOT_EXECUTED, NOTHING_COLLECTED
+from quantmatrix.freshness import sign
 from quantmatrix.matrix import Matrix
 
 GOOD = "row-1@cpu+reference"
@@ -49,7 +50,8 @@ def fill(tables: Matrix, folder: Path, **verdicts: str) -> Path:
             if verdict:
                 results[name] = CheckResult(verdict, message="no" if verdict == "fail" else "")
         if results:
-            evidence.write(Evidence(evidence.describe_cell(cell, tables), results), folder)
+            record = Evidence(evidence.describe_cell(cell, tables), results)
+            evidence.write(sign(record, tables.hardware[cell.hardware]), folder)
     return folder
 
 

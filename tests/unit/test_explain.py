@@ -14,6 +14,7 @@ from quantmatrix.cli import main
 from quantmatrix.errors import UsageError
 from quantmatrix.evidence import CheckResult, Evidence
 from quantmatrix.explain import Explainer, find_checkpoints, find_hardware
+from quantmatrix.freshness import sign
 from quantmatrix.matrix import Matrix
 
 PROVEN = "fp8-flux-1@cpu+decode"
@@ -32,13 +33,14 @@ def observe(tables: Matrix, name: str, *, fails: str = "") -> Evidence:
         checks[fails] = CheckResult("fail", message="too far")
     refusal = {"rule": cell.rule, "message": "no integer units; use cpu"} if cell.rule else None
     described = records.describe_cell(cell, tables)
-    return Evidence(
+    record = Evidence(
         cell=described,
         checks=checks,
         command="quantmatrix generate --tiny",
         plan={"refusal": refusal},
         made="2026-11-23T10:00:00Z",
     )
+    return sign(record, tables.hardware[cell.hardware])
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import shards
 from quantmatrix import cli, evidence, job_summary, matrix
 from quantmatrix.evidence import CheckResult, Evidence
 from quantmatrix.exit_codes import NOTHING_COLLECTED
+from quantmatrix.freshness import sign
 from quantmatrix.job_summary import LIMIT, Shown
 from quantmatrix.matrix import Cell, Matrix
 
@@ -36,7 +37,8 @@ def command(tables: Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def make(cell: Cell, tables: Matrix, verdict: str = "pass", digest: str = "a") -> Evidence:
     result = CheckResult(verdict, message="too far | away" if verdict == "fail" else "")
     described = evidence.describe_cell(cell, tables)
-    return Evidence(described, dict.fromkeys(cell.checks, result), latents_digest=digest)
+    record = Evidence(described, dict.fromkeys(cell.checks, result), latents_digest=digest)
+    return sign(record, tables.hardware[cell.hardware])
 
 
 @pytest.fixture

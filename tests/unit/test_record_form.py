@@ -132,17 +132,15 @@ def test_whatever_stands_in_a_record_is_read_or_refused(
 @pytest.fixture
 def use(tables: Matrix) -> Callable[[Any], None]:
     """Whatever reads records: none of it may trip over one that was taken."""
-    from datetime import date
-
     from quantmatrix import agreement, limits, merge, page_data, scopes, sharding, states
-    from quantmatrix.lifecycle import Now
+    from quantmatrix.code_digest import own_code
+    from quantmatrix.freshness import Now, find_upgrades
     from quantmatrix.pages import Joined, write_measurements, write_refusals
-
-    now = Now(today=date(2026, 11, 24), versions={"torch": "2.13"})
 
     def read(record: records.Evidence) -> None:
         found = {scopes.key_of(record): record}
-        standings = {c.id: states.stand(c, found, tables) for c in tables.cells}
+        now = Now(code=own_code(), upgrades=find_upgrades(found))
+        standings = states.stand_all(tables, found, now)
         agreement.measure(tables, found, now, standings)
         limits.collect_samples(found)
         sharding.estimate_all(tables.cells, found)

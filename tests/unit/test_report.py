@@ -15,6 +15,7 @@ from quantmatrix import evidence as records
 from quantmatrix import matrix, report
 from quantmatrix.errors import UsageError
 from quantmatrix.evidence import CheckResult, Evidence
+from quantmatrix.freshness import sign
 from quantmatrix.matrix import Cell, Matrix
 
 WORST = {"psnr_db": 41.25, "cosine": 0.9991, "relative_l2": 0.01234}
@@ -38,7 +39,7 @@ def observe(tables: Matrix, name: str, *, fails: str = "", leaves_out: str = "")
         checks[fails] = CheckResult("fail", message="psnr_db 3 at the worst step\nmore")
     refusal = {"rule": cell.rule, "message": "no kernel | use cpu"} if cell.rule else None
     plan = {"refusal": refusal, "components": {} if refusal else {"transformer": COMPONENT}}
-    return Evidence(
+    record = Evidence(
         cell=records.describe_cell(cell, tables),
         checks=checks,
         command=f"{cell.shell(tables)} --tiny",
@@ -46,6 +47,7 @@ def observe(tables: Matrix, name: str, *, fails: str = "", leaves_out: str = "")
         versions={"torch": "2.13.0"},
         made="2026-11-23T10:00:00Z",
     )
+    return sign(record, tables.hardware[cell.hardware])
 
 
 PROVEN = "fp8-flux-1@cpu+decode"

@@ -15,7 +15,6 @@ from quantmatrix import evidence as records
 from quantmatrix import matrix, offers, report, scopes
 from quantmatrix.agreement import measure
 from quantmatrix.evidence import CheckResult, Evidence, EvidenceError
-from quantmatrix.lifecycle import Now
 from quantmatrix.matrix import Matrix
 from quantmatrix.scopes import COMPILED, PUBLISHED, SCOPES, STAND_IN, TRUE_SIZE
 from quantmatrix.states import STATES, stand
@@ -128,7 +127,7 @@ def test_the_strongest_pass_names_the_cell_and_no_failure_is_hidden(
     standing = stand(find(tables, PROVEN), found, tables)
     assert standing.label == expected
     assert tuple(scope for scope, _ in standing.others) == others
-    counted = measure(tables, found, Now()).by_scope
+    counted = measure(tables, found).by_scope
     assert counted == ({standing.scope: 1} if standing.state == "proven" else {})
 
 

@@ -6,7 +6,6 @@ import argparse
 from collections import Counter
 from collections.abc import Mapping
 from datetime import date, datetime, timezone
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import UsageError
@@ -25,11 +24,9 @@ def add_to(commands: Any) -> None:
 
     text = "percentage of claims with fresh, agreeing evidence; a list of the others"
     parser = add_command(commands, "agreement", text, run_agreement)
-    parser.add_argument("--today", metavar="DATE", help="judge ages on this day (default: today)")
-    parser.add_argument("--max-age-days", type=int, metavar="N", help="age limit (default 90)")
-    parser.add_argument(
-        "--any-version", action="store_true", help="do not compare with the packages installed here"
-    )
+    parser.add_argument("--today", metavar="DATE", help="count ages to this day (default: today)")
+    text = "list evidence older than this as due to be made again (default 90)"
+    parser.add_argument("--max-age-days", type=int, metavar="N", help=text)
     parser.add_argument(
         "--fail-under", type=parse_number, metavar="PERCENT", help="exit 1 below this percentage"
     )
@@ -40,35 +37,32 @@ def add_to(commands: Any) -> None:
 
 def run_agreement(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Print the shares; 1 when a record contradicts its claim or the share is too small."""
-    from quantmatrix import evidence as records
-    from quantmatrix import limits, matrix, report
+    from quantmatrix import matrix, report
     from quantmatrix.agreement import measure, suggest_runs
     from quantmatrix.cli import EXIT_PROBLEM, print_json, tell_where
-    from quantmatrix.code_path import digest_code
-    from quantmatrix.lifecycle import MAX_AGE_DAYS, Now
+    from quantmatrix.freshness import MAX_AGE_DAYS, read_now
 
     limit = MAX_AGE_DAYS if arguments.max_age_days is None else arguments.max_age_days
     check_numbers(limit, arguments.fail_under)
-    versions = {} if arguments.any_version else records.list_versions()
-    folder = report.find_source(arguments.reports)
-    ledger = limits.read(folder / "limits.csv")
-    beyond = partial(limits.list_beyond, ledger=ledger) if ledger.samples else None
-    now = Now(read_today(arguments.today), versions, digest_code, limit, beyond)
+    today = read_today(arguments.today)
     evidence = report.read_evidence(arguments.reports)
-    found = measure(matrix.read(), evidence, now)
-    undigested = sum(not record.cell.get("code_digest") for record in evidence.values())
+    now = read_now(report.find_source(arguments.reports), evidence)
+    found = measure(matrix.read(), evidence, now, today=today, max_age_days=limit)
     low = arguments.fail_under is not None and found.overall.percent < arguments.fail_under
     bad = low or found.overall.lives["contradicting"] > 0
     if arguments.json:
-        notes = {"records_without_code_digest": undigested, "runs": suggest_runs(found.tasks)}
-        judged = {"today": str(now.today), "max_age_days": limit, "versions": dict(versions)}
+        runs = suggest_runs(found.tasks)
+        judged = {"today": str(today), "max_age_days": limit}
         source = {"read_from": report.tell_source(arguments.reports)}
-        print_json({"ok": not bad, **found.to_json(), **notes, "judged_against": judged, **source})
+        print_json(
+            {"ok": not bad, **found.to_json(), "runs": runs, "judged_against": judged, **source}
+        )
     else:
         print(to_text(found, suggest_runs(found.tasks), None if arguments.all else SHOWN))
         tell_where(arguments.reports)
-        if undigested:
-            print(f"{undigested} records have no code digest: changed code was not looked for")
+        if found.due:
+            count = f"{len(found.due)} fresh records are older than {limit} days"
+            print(f"\n{count}: due to be made again, see --json")
     return EXIT_PROBLEM if bad else 0
 
 

@@ -1,8 +1,11 @@
-"""`quantmatrix evidence`: merge the evidence of shards, and see that everything planned was run."""
+"""`quantmatrix evidence`: merge the evidence of shards, see that everything planned was run, and carry
+records over a change of the code that computes nothing else."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +31,11 @@ def add_to(commands: Any) -> None:
     check = add_command(actions, "check", text, run_check)
     check.add_argument("sources", nargs="+", type=Path, metavar="FOLDER_OR_JUNIT_XML")
     check.add_argument("--planned", nargs="+", required=True, metavar="WORD", help=PLANNED)
+    text = "run cpu twins by a revision's code and by this one; equal latents keep records fresh"
+    carry = add_command(actions, "carry", text, run_carry)
+    carry.add_argument("revision", metavar="REVISION", help="whose code made the records")
+    carry.add_argument("--reports", help="folder of the reports (default: reports)")
+    carry.add_argument("--json", action="store_true")
     for action in (merge, check):
         action.add_argument(
             "--check", nargs="+", default=[], metavar="NAME", help="look at these checks only"
@@ -39,6 +47,8 @@ def run_merge(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Merge, write, and name what is damaged or was planned and not executed (exit code 1)."""
     from quantmatrix import executed, matrix
     from quantmatrix.cli import EXIT_PROBLEM, print_json
+    from quantmatrix.code_digest import own_code
+    from quantmatrix.freshness import Now
     from quantmatrix.merge import merge_folders, write
 
     output: Path = arguments.output_path
@@ -46,9 +56,9 @@ def run_merge(arguments: argparse.Namespace, rest: list[str]) -> int:
     stale: dict[str, str] = {}
     shards = merge_folders(arguments.folders)
     if arguments.planned:
-        tables = matrix.read()
-        stale = executed.list_stale(shards.records, tables)
-        compared = compare(arguments, executed.take_records(shards.records, tables), tables)
+        tables, now = matrix.read(), Now(code=own_code())
+        stale = executed.list_stale(shards.records, tables, now)
+        compared = compare(arguments, executed.take_records(shards.records, tables, now), tables)
     folders = [*arguments.folders, *([output] if output.is_dir() else [])]
     merged = merge_folders(folders)
     changed = write(merged.records.values(), output)
@@ -88,6 +98,29 @@ def run_check(arguments: argparse.Namespace, rest: list[str]) -> int:
     return found.code
 
 
+def run_carry(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Carry; 1 where a twin computes something else, or a record is of neither code."""
+    from quantmatrix import carry, report
+    from quantmatrix.cli import EXIT_PROBLEM, print_json
+
+    def say(text: str) -> None:
+        print(f"\r{text}", end="", file=sys.stderr, flush=True)
+
+    folder = report.find_folder(arguments.reports)
+    found = carry.carry(arguments.revision, folder, say)
+    bad = bool(found.differing or found.foreign)
+    if arguments.json:
+        print_json({"ok": not bad, **asdict(found)})
+        return EXIT_PROBLEM if bad else 0
+    print(file=sys.stderr)
+    for twin, why in found.differing.items():
+        print(f"not carried: {why}: quantmatrix generate {twin}")
+    for cell in found.foreign:
+        print(f"not of {arguments.revision}: the record of {cell}")
+    print(f"{folder}: {len(found.pairs)} pairs carry {len(found.cells)} records")
+    return EXIT_PROBLEM if bad else 0
+
+
 def compare(arguments: argparse.Namespace, verdicts: Verdicts, tables: Matrix) -> Comparison:
     """Verdicts against the plan that the arguments name."""
     from quantmatrix import executed, matrix
@@ -103,12 +136,14 @@ def read_source(path: Path, tables: Matrix, stale: dict[str, str]) -> Verdicts:
     """Verdicts of an evidence folder or of a JUnit file; records of changed rows go to `stale`."""
     from quantmatrix import evidence as records
     from quantmatrix import executed
+    from quantmatrix.code_digest import own_code
     from quantmatrix.errors import UsageError
+    from quantmatrix.freshness import Now
 
     if path.is_dir():
-        found = records.read_folder(path)
-        stale |= executed.list_stale(found, tables)
-        return executed.take_records(found, tables)
+        found, now = records.read_folder(path), Now(code=own_code())
+        stale |= executed.list_stale(found, tables, now)
+        return executed.take_records(found, tables, now)
     if not path.is_file():
         raise UsageError(f"{path}: no such folder of records, and no such JUnit file")
     return executed.read_junit(path)

@@ -27,8 +27,11 @@ def run_explain(arguments: argparse.Namespace, rest: list[str]) -> int:
     from quantmatrix import matrix, report
     from quantmatrix.cli import print_json, tell_where
     from quantmatrix.explain import Explainer
+    from quantmatrix.freshness import read_now
 
-    explainer = Explainer(matrix.read(), report.read_evidence(arguments.reports))
+    evidence = report.read_evidence(arguments.reports)
+    now = read_now(report.find_source(arguments.reports), evidence)
+    explainer = Explainer(matrix.read(), evidence, now)
     found = explainer.explain(arguments.checkpoint, arguments.hardware, arguments.model)
     if arguments.json:
         told = {"cells": [one.to_json() for one in found]}

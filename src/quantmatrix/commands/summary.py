@@ -34,6 +34,7 @@ def run_summary(arguments: argparse.Namespace, rest: list[str]) -> int:
     from quantmatrix.cli import EXIT_PROBLEM, print_json, read_variable
     from quantmatrix.errors import UsageError
     from quantmatrix.exit_codes import MEANINGS, NOTHING_COLLECTED
+    from quantmatrix.freshness import read_now
     from quantmatrix.merge import merge_folders
     from quantmatrix.pages import EVIDENCE
 
@@ -41,7 +42,9 @@ def run_summary(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.since and not since.is_dir():
         raise UsageError(f"--since {since}: no such folder of evidence")
     merged = merge_folders(arguments.folders)
-    cells = job_summary.list_cells(matrix.read(), records.read_folder(since), merged.records)
+    before = records.read_folder(since)
+    now = read_now(since.parent, {**before, **merged.records})
+    cells = job_summary.list_cells(matrix.read(), before, merged.records, now)
     problems = [f"damaged: {line}" for line in merged.damaged]
     problems += [] if cells else [MEANINGS[NOTHING_COLLECTED]]
     place = arguments.output_path or read_variable(STEP)

@@ -1,0 +1,179 @@
+"""Carry: which twins are run for which records, and when a pair of digests is written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from observed import PROVEN, REFUSED, observe
+from tables import CASES, write_tables
+
+from quantmatrix import carry, evidence, matrix
+from quantmatrix.carried import CARRIED, Carried, Pair
+from quantmatrix.carry import Candidates, explain_difference, judge, list_candidates, name_twin
+from quantmatrix.cli import main
+from quantmatrix.code_digest import own_code
+from quantmatrix.errors import QuantmatrixError
+from quantmatrix.matrix import Matrix
+
+OLD, NEW, OTHER = (f"sha256:{letter * 64}" for letter in "abc")
+REFERENCE = "fp8-flux-1@cpu+reference"
+
+
+class FakeCode:
+    """Code that gives every cell one shared digest."""
+
+    def __init__(self, shared: str) -> None:
+        self.shared = shared
+
+    def describe(self, *_: Any) -> dict[str, str]:
+        return {"device_digest": "", "shared_digest": self.shared}
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Matrix:
+    monkeypatch.setattr(matrix, "tables_folder", lambda: tmp_path / "matrix")
+    return matrix.read(write_tables(tmp_path / "matrix"))
+
+
+def make(tables: Matrix, name: str, shared: str) -> evidence.Evidence:
+    record = observe(tables, name)
+    return replace(record, cell={**record.cell, "shared_digest": shared})
+
+
+def candidates(tables: Matrix, shared: dict[str, str], *pairs: Pair) -> Candidates:
+    found = {name: make(tables, name, digest) for name, digest in shared.items()}
+    before: Any = FakeCode(OLD)
+    after: Any = FakeCode(NEW)
+    return list_candidates(tables, found, before, after, Carried(pairs))
+
+
+def test_records_of_the_code_before_have_twins(tables: Matrix) -> None:
+    found = candidates(tables, {PROVEN: OLD, REFERENCE: NEW, REFUSED: OLD})
+    assert found.cells == {(OLD, NEW): (PROVEN,)}
+    [twin] = found.list_twins()
+    assert twin[-1] == "--tiny"
+    assert "decode" in twin
+    assert found.foreign == ()
+
+
+def test_records_of_neither_code_are_named(tables: Matrix) -> None:
+    found = candidates(tables, {PROVEN: OTHER})
+    assert (found.twins, found.foreign) == ({}, (PROVEN,))
+    led = Pair(OTHER, OLD, "1", "a", OLD, "1")
+    assert candidates(tables, {PROVEN: OTHER}, led).cells == {(OLD, NEW): (PROVEN,)}
+    done = Pair(OLD, NEW, "1", "a", OLD, "1")
+    assert candidates(tables, {PROVEN: OTHER}, led, done).cells == {}
+
+
+def test_a_twin_is_the_command_without_what_only_an_accelerator_has(tmp_path: Path) -> None:
+    flags = "--cuda-graph --seed 7"
+    case = {**CASES[0], "hardware": "h100 cpu", "backend": "torch", "flags": flags}
+    tables = matrix.read(write_tables(tmp_path / "other", [case]))
+    far, here = (
+        next(cell for cell in tables.cells if cell.hardware == place) for place in ("h100", "cpu")
+    )
+    twin = name_twin(far, tables)
+    assert "--backend" not in twin
+    assert "torch" not in twin
+    assert "--cuda-graph" not in twin
+    assert twin[twin.index("--seed") + 1] == "7"
+    assert "torch" in name_twin(here, tables)
+
+
+GOOD = {"latents": "sha256:1", "files": "sha256:2"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        (GOOD, GOOD, ""),
+        (GOOD, {**GOOD, "latents": "sha256:3"}, "other latents"),
+        (GOOD, {**GOOD, "files": "sha256:3"}, "other weights of the stand-in"),
+        ({"error": "ValueError: bad\nmore"}, GOOD, "before: ValueError: bad"),
+        (GOOD, {"error": "ValueError: bad"}, "after: ValueError: bad"),
+    ],
+)
+def test_a_difference_is_named(old: dict[str, str], new: dict[str, str], why: str) -> None:
+    assert explain_difference(old, new) == why
+
+
+def test_one_twin_that_differs_leaves_its_pairs_out() -> None:
+    one, two, three = ("--seed", "1"), ("--seed", "2"), ("--seed", "3")
+    found = Candidates(
+        {(OLD, NEW): (one, two), (OTHER, NEW): (two, three)},
+        {(OLD, NEW): ("a@cpu",), (OTHER, NEW): ("b@cpu", "c@cpu")},
+        (),
+    )
+    moved = {**GOOD, "latents": "sha256:9"}
+    outcome = judge(found, [GOOD] * 3, [moved, GOOD, GOOD])
+    assert [(pair.old, pair.new, pair.twins) for pair in outcome.pairs] == [(OTHER, NEW, "2")]
+    assert outcome.cells == ("b@cpu", "c@cpu")
+    assert outcome.differing == {"--seed 1": "other latents"}
+    [other] = judge(found, [GOOD, GOOD, moved], [GOOD, GOOD, moved]).pairs[1:]
+    assert other.latents != outcome.pairs[0].latents
+    assert judge(found, [GOOD] * 3, [moved] * 3).pairs == ()
+
+
+STUB = {
+    "compare": "def digest_latents(latents):\n    return 'sha256:' + repr(latents)\n",
+    "evidence": "def describe_files(files):\n    return {'digest': repr(files)}\n",
+    "request": "class Request:\n    @classmethod\n    def from_words(cls, words, device):\n"
+    "        if 'bad' in words:\n            raise ValueError('bad words')\n        return words\n",
+    "run": "class Run:\n    latents = [VALUE]\n    class plan:\n        components = {}\n\n\n"
+    "def generate(request):\n    return Run\n",
+}
+
+
+def write_stub(folder: Path, value: int) -> Path:
+    package = folder / "quantmatrix"
+    package.mkdir(parents=True)
+    for name, text in {"__init__": "", **STUB}.items():
+        (package / f"{name}.py").write_text(text.replace("VALUE", str(value)))
+    return folder
+
+
+def test_twins_are_run_by_the_package_below_a_folder(tmp_path: Path) -> None:
+    sources = write_stub(tmp_path / "src", 7)
+    said: list[str] = []
+    found = carry.run_twins(sources, [("good",), ("bad",)], said.append)
+    assert found == [{"latents": "sha256:[7]", "files": "[]"}, {"error": "ValueError: bad words"}]
+    assert len(said) == 2
+    (sources / "quantmatrix" / "run.py").write_text("raise SystemExit(5)\n")
+    with pytest.raises(QuantmatrixError, match="ended with 5 after 0 of 1"):
+        carry.run_twins(sources, [("good",)], said.append)
+
+
+def test_the_command_writes_pairs(
+    tables: Matrix,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reports = tmp_path / "reports"
+    evidence.write(observe(tables, PROVEN), reports / "evidence")
+    digest = observe(tables, PROVEN).cell["shared_digest"]
+    monkeypatch.setattr(carry, "own_code", lambda: FakeCode(NEW))
+    monkeypatch.setattr(carry, "Code", lambda folder: own_code())
+    monkeypatch.setattr(carry, "find_commit", lambda revision, root: revision)
+    monkeypatch.setattr(carry, "extract", lambda commit, root, folder: None)
+    gave: list[dict[str, str]] = [GOOD, {**GOOD, "latents": "sha256:5"}, GOOD, GOOD]
+    monkeypatch.setattr(carry, "run_twins", lambda sources, twins, say: [gave.pop(0)])
+    words = ["evidence", "carry", "HEAD", "--reports", str(reports)]
+    assert main([*words, "--json"]) == 1
+    assert not json.loads(capsys.readouterr().out)["pairs"]
+    assert not (reports / CARRIED).exists()
+    assert main(words) == 0
+    assert "1 pairs carry 1 records" in capsys.readouterr().out
+    [pair] = Carried.read(reports / CARRIED).pairs
+    assert (pair.old, pair.new, pair.twins) == (digest, NEW, "1")
+    assert main(words) == 0  # known already: nothing is run
+    assert "0 pairs carry 0 records" in capsys.readouterr().out
+
+
+def test_a_revision_that_is_none_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evidence", "carry", "no-such-revision"]) == 2
+    assert "no-such-revision: no such revision" in capsys.readouterr().err
