@@ -34,6 +34,8 @@ def test_load(cell: Cell, job: Job, workbench: Workbench, proof: Proof) -> None:
             "dtypes": count_dtypes(job, part, model),
         }
         assert_finite(model)
+        if model.witness is not None:
+            proof.witness[name] = model.witness.to_json()
 
 
 def is_kept(row: CheckpointRow, layer: str) -> bool:
