@@ -289,6 +289,8 @@ def find_tensor(component: ComponentPlan, layer: str) -> str:
 
 def find_nearer(report: Report, component: ComponentPlan, request: Request) -> str:
     """The sibling whose layers are nearer to the decoded ones than the component's own; or ''."""
+    if all(finding.likeness.cosine > 1.0 - NEARER for finding in report.findings):
+        return ""  # no other can be nearer by so much
     firsts = [next(iter(found)) for _, found in group(report.findings)]
     samples = [finding.sample for finding in firsts]
     stored = fetch(component.checkpoint, request.hub)
@@ -359,10 +361,10 @@ def decide(
             errors.append(error)
             continue
         report = examine(component, request)
-        if not report.findings:
+        coded = [f for f in report.findings if f.sample.piece.scheme.op == "linear.nvfp4"]
+        if not coded:
             missing = report.base.missing or "none were named"
             raise WitnessError(explain(f"The base model's weights are not at hand ({missing})"))
-        coded = [f for f in report.findings if f.sample.piece.scheme.op == "linear.nvfp4"]
         worst = min(f.likeness.cosine for f in coded)
         told.append(f"{describe_reading(coded[0].sample.piece)}: cosine {worst:.4f}")
         if all(finding.verdict == AGREES for finding in coded):
