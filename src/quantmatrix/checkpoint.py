@@ -131,6 +131,8 @@ class Checkpoint:
     remote: RemoteFiles | None = None
     left_out: tuple[str, ...] = ()
     """Files of the folder that hold a LoRA: no part of the weights, and not applied."""
+    chosen: Mapping[str, str] = field(default_factory=dict)
+    """Words for what the files leave open (`nibble_order`, `nvfp4_layout`), and `why` these."""
 
     @property
     def nbytes(self) -> int:

@@ -182,6 +182,10 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("checkpoint", help="a file, a folder or a hub id")
     parser.add_argument("--tiny", action="store_true", help="look in the tiny hub")
     parser.add_argument("--layers", action="store_true", help="list every quantized layer")
+    what = "compare decoded layers with this base model's own weights; 1 when one disagrees"
+    parser.add_argument("--against", metavar="BASE", help=what)
+    what = "which transformer of the base a file is compared with (default: the first)"
+    parser.add_argument("--component", metavar="NAME", help=what)
     parser.add_argument("--json", action="store_true")
 
 
@@ -364,6 +368,8 @@ def print_plan(made: Mapping[str, Any]) -> None:
     for name, part in made["components"].items():
         print(f"  {name}: {part['family'] or 'full precision'} ({part['why']})")
         print(f"    weights      {', '.join(part['files'])}")
+        if part["layout"]:
+            print(f"    layout       {part['layout']}")
         print(f"    config       {part['config_from']}")
         rank = f", rank {part['rank']}" if part["rank"] else ""
         layers = f"{part['quantized_layers']} of {part['total_layers']}"
@@ -391,7 +397,9 @@ def run_inspect(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.tiny:
         from quantmatrix.sources import open_tiny_hub
 
-        hub = open_tiny_hub([arguments.checkpoint])
+        hub = open_tiny_hub([arguments.checkpoint, *filter(None, [arguments.against])])
+    if arguments.against:
+        return show_comparison(arguments, hub)
     found = inspect(arguments.checkpoint, hub)
     if arguments.json:
         print_json(found)
@@ -413,6 +421,29 @@ def run_inspect(arguments: argparse.Namespace, rest: list[str]) -> int:
         for layer, scheme in part["layers"].items() if arguments.layers else ():
             print(f"    {layer}: {', '.join(f'{k}={v}' for k, v in scheme.items())}")
     return 0
+
+
+def show_comparison(arguments: argparse.Namespace, hub: Any) -> int:
+    """`quantmatrix inspect --against`: the witness's table; 1 unless every layer agrees."""
+    from quantmatrix.inspect_against import compare
+
+    found = compare(arguments.checkpoint, arguments.against, hub, arguments.component)
+    parts = found["components"].values()
+    if arguments.json:
+        print_json(found)
+    for name, part in () if arguments.json else found["components"].items():
+        print(f"{name} beside {part['base']}: {part['verdict']}")
+        width = max(len(layer["layer"]) for layer in part["layers"])
+        reading = max(len(layer["reading"]) for layer in part["layers"])
+        print(f"  {'layer':{width}}  {'reading':{reading}}  cosine  rel. L2  verdict")
+        for layer in part["layers"]:
+            print(
+                f"  {layer['layer']:{width}}  {layer['reading']:{reading}}  "
+                f"{layer['cosine']:6.4f}  {layer['relative_l2']:7.4f}  {layer['verdict']}"
+            )
+    for problem in [problem for part in parts for problem in part["problems"]]:
+        print(f"quantmatrix: {problem}", file=sys.stderr)
+    return 0 if all(part["verdict"] == "agrees" for part in parts) else EXIT_PROBLEM
 
 
 def run_dequantize(arguments: argparse.Namespace, rest: list[str]) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from quantmatrix import kernels
+from quantmatrix import kernels, witness
 from quantmatrix.empty_model import measure_model
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.hardware import Machine
@@ -46,6 +46,7 @@ def dequantize(
     check_place(target)
     request = use_tiny(request)
     made = plan_decode(request, component)
+    report = witness.confirm(made, request)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
@@ -57,7 +58,14 @@ def dequantize(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return {"output": str(target), "dtype": dtype, "family": made.family, **written}
+    found = None if report is None else report.to_json()
+    return {
+        "output": str(target),
+        "dtype": dtype,
+        "family": made.family,
+        "witness": found,
+        **written,
+    }
 
 
 def plan_decode(request: Request, component: str) -> ComponentPlan:

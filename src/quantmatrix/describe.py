@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from quantmatrix import export_faults, families, models, original_names, svdq_faults
 from quantmatrix.checkpoint import Checkpoint, Hub
 from quantmatrix.errors import CheckpointError
+from quantmatrix.families.nvfp4_layouts import (
+    Layout,
+    describe_reading,
+    find_layout,
+    list_readings,
+)
+from quantmatrix.layout_choice import has_layout
 from quantmatrix.references import (
     is_whole,
     open_compat,
@@ -63,7 +71,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     family, why = detected or (None, unknown or "nothing in it is quantized")
     export_faults.check_export(checkpoint)
     svdq_faults.check_layers(checkpoint)
-    schemes = families.load(family).schemes(checkpoint) if family else {}
+    layout = find_layout(checkpoint) if has_layout(checkpoint) else None
+    schemes = read_schemes(checkpoint, family, layout) if family else {}
     dtypes: Counter[str] = Counter()
     for header in checkpoint.tensors.values():
         dtypes[header.dtype] += header.nbytes
@@ -83,14 +92,41 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "metadata": dict(checkpoint.metadata),
         "quantized_layers": len(schemes),
         "schemes": dict(Counter(scheme.name for scheme in schemes.values())),
-        "layouts": dict(Counter(filter(None, map(describe_layout, schemes.values())))),
+        "layouts": describe_layouts(schemes, layout),
+        "layout_from": layout and layout.why,
         "names": find_names(checkpoint),
         "names_note": original_names.explain_original(checkpoint.tensors),
-        "layers": {
-            layer: {k: v for k, v in asdict(scheme).items() if v not in (0, "", False, (0, 0))}
-            for layer, scheme in schemes.items()
-        },
+        "layers": {layer: describe_scheme(scheme, layout) for layer, scheme in schemes.items()},
     }
+
+
+def describe_scheme(scheme: Scheme, layout: Layout | None) -> dict[str, Any]:
+    """A scheme as plain data, without what is not so, and without a layout that is open."""
+    told = {k: v for k, v in asdict(scheme).items() if v not in (0, "", False, (0, 0))}
+    if layout is not None and not layout.known:
+        told = {k: v for k, v in told.items() if k not in ("swap_nibbles", "tiled_scales")}
+    return told
+
+
+def read_schemes(checkpoint: Checkpoint, family: str, layout: Layout | None) -> dict[str, Scheme]:
+    """The schemes of a checkpoint; under the first reading that fits where its layout is open."""
+    if layout is None or layout.known:
+        return families.load(family).schemes(checkpoint)
+    errors = []
+    for reading in list_readings(layout):
+        try:
+            return families.load(family).schemes(replace(checkpoint, chosen=reading))
+        except CheckpointError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def describe_layouts(schemes: Mapping[str, Scheme], layout: Layout | None) -> dict[str, int]:
+    """Layers per layout in words; one that is open is called unknown."""
+    told = Counter(filter(None, map(describe_layout, schemes.values())))
+    if layout is None or layout.known:
+        return dict(told)
+    return {f"unknown: {layout.why}; the base model's weights, or flags, decide": told.total()}
 
 
 def describe_layout(scheme: Scheme) -> str:
@@ -98,8 +134,7 @@ def describe_layout(scheme: Scheme) -> str:
     if scheme.op != "linear.nvfp4":
         return ""
     nibble = "high" if scheme.swap_nibbles else "low"
-    order = "128 x 4 tiles" if scheme.tiled_scales else "rows"
-    return f"even column in the {nibble} nibble, block scales in {order}"
+    return describe_reading(nibble, "tiles" if scheme.tiled_scales else "rows")
 
 
 def find_names(checkpoint: Checkpoint) -> list[str]:

@@ -50,3 +50,7 @@ class RefusedError(QuantmatrixError, RuntimeError):
         super().__init__(message)
         self.rule = rule
         self.message = message
+
+
+class WitnessError(CheckpointError):
+    """Decoded layers are not the base model's, or nothing tells how they are to be decoded."""

@@ -18,6 +18,8 @@ Claims are written by people in `matrix/`; evidence is written by runs, one file
 | `plan`           | the plan as `quantmatrix plan --json` prints it, or its refusal |
 | `checks`         | per check: `verdict`, `metrics` (with `thumbnails`, see that module, where there are |
 |                  | pictures), the `limits` they were held to, `message` |
+| `witness`        | per component, what its decoded layers beside the base model's showed (see |
+|                  | `witness`); empty, or missing in older records: nobody looked |
 | `timings`        | seconds per stage |
 | `latents_digest` | digest of the latents of every step |
 | `made`           | UTC time, seconds |
@@ -108,6 +110,7 @@ class Evidence:
     commit: str = ""
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
     plan: Mapping[str, Any] = field(default_factory=dict)
+    witness: Mapping[str, Any] = field(default_factory=dict)
     timings: Mapping[str, float] = field(default_factory=dict)
     latents_digest: str = ""
     made: str = ""
@@ -274,6 +277,7 @@ def _form_problems(record: Any) -> list[str]:
     types |= dict.fromkeys(("command", "commit", "made", "latents_digest"), str)
     types["schema"] = int
     problems = [f"{key}: missing" for key in types if key not in record]
+    types["witness"] = dict  # records that were written before there was one have none
     problems += [f"{key}: not a key of a record" for key in record if key not in types]
     for key, kind in types.items():
         if key in record and not isinstance(record[key], kind):

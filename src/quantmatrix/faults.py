@@ -35,6 +35,9 @@ LOW_RANK = ("proj_up", "svdquant_lora_b")
 MUST = ("swapped-nibbles", "dropped-scales", "transposed-scales", "wrong-scale-layout",
         "low-rank-skipped", "excluded-layer-quantized")  # fmt: skip
 """Faults that no row may ever miss."""
+WITNESSED = ("swapped-nibbles", "dropped-scales", "transposed-scales", "wrong-scale-layout",
+             "low-rank-skipped", "wrong-expert")  # fmt: skip
+"""Faults that the witness alone must tell of, wherever headers do not show them."""
 
 
 @dataclass(frozen=True)

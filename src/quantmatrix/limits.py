@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from quantmatrix import evidence as records
+from quantmatrix import witness_limits
 from quantmatrix.errors import QuantmatrixError
 from quantmatrix.evidence import Evidence
 from quantmatrix.limit_samples import (
@@ -164,7 +165,12 @@ def list_sources(sample: Sample, spread: Spread | None) -> dict[str, dict[str, f
 
 
 def join_sources(sample: Sample, spread: Spread | None, note: str = "") -> Limits:
-    """The loosest of the sources, metric by metric; the first named of equal ones decides."""
+    """The loosest of the sources, metric by metric; the first named of equal ones decides.
+
+    What the witness measured (`witness_limits`) has bounds of its own.
+    """
+    if witness_limits.is_witness(sample.kind):
+        return join_witness(sample, note)
     sources = list_sources(sample, spread)
     decided = {}
     for metric, sign in SIGNS.items():
@@ -187,6 +193,19 @@ def join_sources(sample: Sample, spread: Spread | None, note: str = "") -> Limit
         **{metric: sources[name][metric] for metric, name in decided.items()},
         source="; ".join(told),
         decided=words,
+    )
+
+
+def join_witness(sample: Sample, note: str) -> Limits:
+    """The bounds of a kind of storage as limits; `layer_error` is that of the lengths of groups."""
+    bounds = witness_limits.derive(sample, note)
+    return Limits(
+        psnr_db=-20.0 * math.log10(bounds.relative_l2),
+        cosine=bounds.cosine,
+        relative_l2=bounds.relative_l2,
+        layer_error=bounds.scale_error,
+        source=bounds.source,
+        decided="measured",
     )
 
 
@@ -323,13 +342,24 @@ def measure(evidence: Path, path: Path, *, anew: bool = False) -> Ledger:
 
     LimitsError where they give no sample at all: every limit would be gone.
     """
-    samples = collect_samples(records.read_folder(evidence), anew=anew)
+    found = records.read_folder(evidence)
+    samples = collect_samples(found, anew=anew)
     if not samples:
         raise LimitsError(
             f"{evidence}: no record of a latents check that passed, so {path} stays as it is; "
             "name the folder that has one folder per hardware, such as reports/evidence"
         )
+    samples += collect_witness(found, path)
     return Ledger(samples, read_spreads(path.with_name(SPREADS)))
+
+
+def collect_witness(evidence: Mapping[str, Evidence], path: Path) -> list[Sample]:
+    """What the records' witnesses measured, and what `path` has of kinds that no record tells of."""
+    told = ((r.cell, r.versions.get("torch", ""), r.witness) for r in evidence.values())
+    samples = witness_limits.collect(told)
+    known = {(sample.kind, sample.model) for sample in samples}
+    older = [s for s in read_samples(path) if witness_limits.is_witness(s.kind)]
+    return [*samples, *(s for s in older if (s.kind, s.model) not in known)]
 
 
 if __name__ == "__main__":

@@ -112,7 +112,10 @@ def load_component(
     progress: Callable[[int], object] | None = None,
 ) -> nn.Module:
     """Build one planned component on `device`; `progress` is called with bytes as they are read."""
+    from quantmatrix import witness
+
     checkpoint = fetch(component.checkpoint, request.hub)
+    proof = witness.confirm(component, request)
     dtype = DTYPES[request.dtype]
     model = build_empty(component.class_name, component.config, component.config_from)
     full_precision = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
@@ -136,6 +139,7 @@ def load_component(
     check_census(component, model)
     share_inputs(model)
     model.to(device)  # what is computed when the model is built: Wan's rotary tables
+    model.witness = proof  # type: ignore[assignment]
     model.eval().requires_grad_(False)
     return model
 

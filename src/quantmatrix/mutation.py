@@ -7,13 +7,15 @@ the suites, with the same functions and the same `reports/limits.csv`:
 | gate       | what it looks at |
 | ---------- | ---------------- |
 | `plan`     | headers and declaration: planned, of the row's family, the row's components, no kept layer |
+| `witness`  | a few decoded layers of each kind beside the base model's own (see `witness`) |
 | `load`     | every tensor has its place, scales are finite, the census equals the plan |
 | `weights`  | every weight is as near the base model's as rounding brings it (`rounding_bounds`) |
 | `generate` | a picture or clip that shows something |
 | `latents`  | the worst step against the limit of the row's class; not identical to BF16 |
 | `layers`   | every layer on its own input against the limit of the class |
 
-A gate that cannot be reached any more is empty. A row is sound if no gate objects to it unchanged;
+A gate that cannot be reached any more is empty; the witness is asked apart from the loading, so that
+it hides no other gate, nor is hidden by one. A row is sound if no gate objects to it unchanged;
 the faults of an unsound row prove nothing, and are an error.
 """
 
@@ -27,9 +29,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from quantmatrix import compare, limits, models, tiny
+from quantmatrix import compare, limits, models, tiny, witness
 from quantmatrix.census import find_differences
-from quantmatrix.errors import QuantmatrixError, UsageError
+from quantmatrix.errors import QuantmatrixError, UsageError, WitnessError
 from quantmatrix.faults import FAULTS, Fault
 from quantmatrix.layer_errors import LayerErrors, watch_layers
 from quantmatrix.matrix import Cell, CheckpointRow, Matrix
@@ -41,7 +43,9 @@ from quantmatrix.run import Run, generate
 from quantmatrix.tiny_checkpoints import write_checkpoint
 from quantmatrix.workbench import Workbench
 
-GATES = ("plan", "load", "weights", "generate", "latents", "layers")
+GATES = ("plan", "witness", "load", "weights", "generate", "latents", "layers")
+LIGHT_GATES = ("plan", "witness")
+"""Gates that need no model."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,9 @@ def list_ids(cells: Any) -> list[str]:
 class Mutator:
     """Injects faults into rows; BF16 runs are computed once per model."""
 
-    def __init__(self, tables: Matrix, samples: Path) -> None:
+    def __init__(self, tables: Matrix, samples: Path, gates: Sequence[str] = GATES) -> None:
+        """`gates` are those that are asked; the first two read a few tensors, the others run models."""
+        self.gates = tuple(gates)
         self.tables = tables
         self.limits = limits.read(samples)
         self.bench = Workbench(tables)
@@ -159,21 +165,28 @@ class Mutator:
         """What each gate says against a request; a model fault is put in after loading."""
         try:
             made = plan(request)
+        except WitnessError as error:
+            return {"witness": str(error)}
         except QuantmatrixError as error:
             return {"plan": str(error)}
         if isinstance(made, Refusal):
             return {"plan": made.message}
         if problems := judge_plan(self.tables.checkpoints[cell.checkpoint], made):
             return {"plan": problems}
+        if fault is not None and fault.model is not None and not set(self.gates) - {*LIGHT_GATES}:
+            raise NotApplicable
+        found = judge_witness(made) if "witness" in self.gates else {}
+        if not set(self.gates) - {*LIGHT_GATES}:
+            return found
         base = self.bench.plan(self.bench.base_request(cell, sound))
         baseline = self.bench.baseline(cell, sound)
+        made = replace(made, request=replace(made.request, witness="off"))
         try:
             pipeline = build_pipeline(made)
         except QuantmatrixError as error:
-            return {"load": str(error)}
+            return found | {"load": str(error)}
         if fault is not None and fault.model is not None and not fault.model(pipeline, made, base):
             raise NotApplicable
-        found = {}
         differences = [
             f"{module}: {why}"
             for name, part in made.components.items()
@@ -213,6 +226,13 @@ class Mutator:
 
 class NotApplicable(Exception):
     """A model fault found nothing that it could change."""
+
+
+def judge_witness(made: Plan) -> dict[str, str]:
+    """What the witness says of the components of a plan."""
+    reports = witness.examine_plan(made)
+    problems = [text for report in reports for text in (*report.problems, *report.warnings)]
+    return {"witness": "; ".join(problems)} if problems else {}
 
 
 def judge_plan(row: CheckpointRow, made: Plan) -> str:
@@ -306,6 +326,18 @@ def is_other(own: dict[str, Any], changed: dict[str, Any]) -> bool:
     return set(own) != set(changed) or any(
         not torch.equal(raw(own[name]), raw(changed[name])) for name in own
     )
+
+
+def choose_gates(names: Sequence[str]) -> tuple[str, ...]:
+    """The gates to ask: all, or `plan` and `witness`, which need no model."""
+    if not names:
+        return GATES
+    if strangers := [name for name in names if name not in LIGHT_GATES]:
+        raise UsageError(
+            f"--gates {strangers[0]}: expected {' '.join(LIGHT_GATES)}, which need no model; the "
+            "others come together, when the flag is left out"
+        )
+    return LIGHT_GATES
 
 
 def choose_faults(names: Sequence[str]) -> list[Fault]:

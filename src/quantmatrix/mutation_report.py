@@ -11,24 +11,34 @@ from pathlib import Path
 from typing import Any
 
 from quantmatrix.errors import UsageError
-from quantmatrix.faults import FAULTS, MUST
+from quantmatrix.faults import FAULTS, MUST, WITNESSED
 from quantmatrix.mutation import GATES, Outcome
 
 LEAST_CAUGHT = 0.95
 
 
-def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Plain data: shares, what was missed, and `problems`: why the suite fails."""
+def summarize(outcomes: Sequence[Outcome], gates: Sequence[str] = GATES) -> dict[str, Any]:
+    """Plain data: shares, what was missed, and `problems`: why the suite fails.
+
+    Where not all gates were asked, the witness alone is held to what it must catch.
+    """
     if not outcomes:
         raise UsageError("no fault can happen to the chosen rows: nothing was tested")
     missed = [outcome for outcome in outcomes if not outcome.caught]
+    alone = [o for o in outcomes if set(o.gates) == {"witness"}]
     share = 1 - len(missed) / len(outcomes)
+    whole = tuple(gates) == GATES
     problems = [
         f"{o.fault} in {o.row} ({o.place}) was missed, which must never be"
         for o in missed
-        if o.fault in MUST
+        if whole and o.fault in MUST
     ]
-    if share < LEAST_CAUGHT:
+    problems += [
+        f"{o.fault} in {o.row} ({o.place}): the witness says nothing, and must"
+        for o in outcomes
+        if o.fault in WITNESSED and not {"witness", "plan"} & set(o.gates)
+    ]
+    if whole and share < LEAST_CAUGHT:
         problems.append(
             f"{share:.1%} of the faults were caught, at least {LEAST_CAUGHT:.0%} is due"
         )
@@ -39,6 +49,7 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "caught": len(outcomes) - len(missed),
         "share": round(share, 6),
         "missed": [f"{o.fault} in {o.row} ({o.place})" for o in missed],
+        "by_witness_alone": [f"{o.fault} in {o.row} ({o.place})" for o in alone],
         "outcomes": [vars(outcome) for outcome in outcomes],
     }
 
@@ -76,7 +87,9 @@ def to_markdown(outcomes: Sequence[Outcome]) -> str:
             )
             lines.append(f"| {told} | {len(own)} | {sum(o.caught for o in own)} | {marks} |")
     missed = [f"- {o.fault} in `{o.row}` ({o.place})" for o in outcomes if not o.caught]
-    return "\n".join([*lines, "", *(["Missed:", "", *missed, ""] if missed else [])])
+    lines += ["", *(["Missed:", "", *missed, ""] if missed else [])]
+    alone = [f"- {o.fault} in `{o.row}` ({o.place})" for o in outcomes if {*o.gates} == {"witness"}]
+    return "\n".join([*lines, *(["Caught by the witness alone:", "", *alone, ""] if alone else [])])
 
 
 def write_reports(outcomes: Sequence[Outcome], folder: Path) -> Iterator[Path]:

@@ -154,6 +154,10 @@ def describe_record(record: Evidence, shared: Shared) -> dict[str, Any]:
         name: {fact: part[fact] for fact in COMPONENT_FACTS if part.get(fact)}
         for name, part in sorted(plan.get("components", {}).items())
     }
+    proofs = {
+        f"{name} beside the base weights": describe_witness(part)
+        for name, part in sorted(record.witness.items())
+    }
     return {
         "file": name_file(key_of(record)),
         "made": record.made,
@@ -161,7 +165,7 @@ def describe_record(record: Evidence, shared: Shared) -> dict[str, Any]:
         "command": record.command,
         "machine": shared.put(flatten(record.machine, ("versions",))),
         "versions": shared.put(flatten(record.versions)),
-        "plan": shared.put({name: flatten(part) for name, part in parts.items()}),
+        "plan": shared.put({**{name: flatten(part) for name, part in parts.items()}, **proofs}),
         "refusal": str((plan.get("refusal") or {}).get("message", "")),
         "warnings": list(plan.get("warnings", ())),
         "timings": dict(sorted(record.timings.items())),
@@ -174,6 +178,12 @@ def describe_record(record: Evidence, shared: Shared) -> dict[str, Any]:
 def name_file(key: str) -> str:
     """The file of a record below the reports folder, by its key."""
     return f"evidence/{records.path_of(key)}"
+
+
+def describe_witness(part: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What a witness found of a component: its verdict, and the cosine of each kind of layers."""
+    told = flatten(part, ("kinds", "bytes", "seconds"))
+    return [*told, *((f"cosine of {kind['kind']}", kind["cosine"]) for kind in part["kinds"])]
 
 
 def describe_check(name: str, check: CheckResult, shared: Shared) -> dict[str, Any]:

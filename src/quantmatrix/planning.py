@@ -11,11 +11,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from quantmatrix import export_faults, families, kernels, models, pipeline_parts, sharing
+from quantmatrix import (
+    export_faults,
+    families,
+    kernels,
+    layout_choice,
+    models,
+    pipeline_parts,
+    sharing,
+)
 from quantmatrix.checkpoint import Checkpoint
 from quantmatrix.choosing import choose
 from quantmatrix.dialects import choose_dialect
@@ -37,6 +45,7 @@ from quantmatrix.request import Request
 from quantmatrix.scheme import Scheme
 from quantmatrix.sources import Source, Sources, find_sources, use_tiny
 from quantmatrix.unknown_quantization import explain_unknown
+from quantmatrix.witness_base import Base, find_base, list_unproved
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 FP4_BACKEND = "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND"
@@ -85,6 +94,11 @@ class ComponentPlan:
     total_layers: int
     bytes: int
     """Bytes of weights that stay in memory."""
+    model: str = ""
+    layout: str = ""
+    """What the layout of the codes rests on, where it could be another."""
+    base: Base = field(default_factory=Base)
+    """Weights of the base model that decoded layers are compared with."""
 
     @property
     def backends(self) -> dict[str, int]:
@@ -124,6 +138,8 @@ class ComponentPlan:
             "total_layers": self.total_layers,
             "backends": self.backends,
             "numerics": dict(Counter(piece.numerics for piece in self.pieces())),
+            "layout": self.layout or None,
+            "base_weights": self.base.reference or None,
             "bytes": self.bytes,
         }
 
@@ -258,8 +274,16 @@ def plan_component(
     warnings: list[str],
 ) -> ComponentPlan:
     """Plan one transformer component; raises NoKernel when a layer has none."""
-    checkpoint = source.checkpoint
-    family, why, schemes, online = find_schemes(source, model, request)
+
+    def plan_reading(other: Checkpoint) -> ComponentPlan:
+        tried = replace(source, checkpoint=other)
+        return plan_component(name, tried, model, replace(request, witness="auto"), machine, [])
+
+    settled, layout = layout_choice.settle(source, request, plan_reading, warnings)
+    checkpoint = settled.checkpoint
+    family, why, schemes, online = find_schemes(settled, model, request)
+    base = Base() if online or family is None else find_base(name, settled, model, request)
+    warnings += list_unproved(base, layout)
     warnings += list_doubts(checkpoint, family, schemes)
     dialect = choose_dialect(checkpoint, model, family, schemes)
     parts, plain = sort_layers(checkpoint, schemes, dialect, family, online=online)
@@ -289,6 +313,9 @@ def plan_component(
         plain=placed,
         ignored=ignored_names(checkpoint, family),
         total_layers=total,
+        model=model,
+        layout=layout,
+        base=base,
         bytes=kept + sum(piece.bytes for pieces in layers.values() for piece in pieces),
     )
 

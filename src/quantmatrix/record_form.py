@@ -45,6 +45,11 @@ FORMS: Mapping[str, Mapping[str, Kinds]] = {
 """Kinds of what a part tells, where it tells it."""
 COMPONENT: Mapping[str, Kinds] = {"backends": dict, "quantized_layers": int, "total_layers": int}
 """What every component of a plan tells."""
+WITNESSED: Mapping[str, Kinds] = {
+    **dict.fromkeys(("kind", "limit", "reading", "verdict"), str),
+    **dict.fromkeys(("cosine", "coded_cosine", "relative_l2", "gain", "scale_error"), NUMBER),
+}
+"""What a witness tells of each kind of layers."""
 LATENTS: Mapping[str, Kinds] = {"worst": dict, "layers": dict, "steps": list, "class": str}
 WORST = ("psnr_db", "cosine", "relative_l2")
 
@@ -54,6 +59,7 @@ def list_problems(record: Mapping[str, Any]) -> list[str]:
     problems = [*check_cell(record["cell"]), *check_parts(record), *check_plan(record["plan"])]
     if foreign := find_foreign(record["checks"]):
         problems.append(f"checks: {', '.join(foreign)} makes a record of its own")
+    problems += check_witness(record.get("witness", {}))
     for name, check in record["checks"].items():
         problems += check_kinds(f"checks.{name}", check, {"metrics": dict, "limits": dict})
         if not problems and name == "latents":
@@ -126,6 +132,23 @@ def check_plan(plan: Mapping[str, Any]) -> Iterator[str]:
             continue
         yield from check_kinds(where, part, COMPONENT)
         yield from (f"{where}.{key}: missing" for key in COMPONENT if key not in part)
+
+
+def check_witness(witness: Mapping[str, Any]) -> Iterator[str]:
+    """What a witness found of a component: a verdict, and numbers per kind of layers."""
+    for name, part in witness.items():
+        where = f"witness.{name}"
+        if not isinstance(part, dict) or not isinstance(part.get("kinds"), list):
+            yield f"{where}: expected an object with a list of kinds"
+            continue
+        yield from check_kinds(where, part, {"verdict": str, "layers": int, "bytes": int})
+        for number, kind in enumerate(part["kinds"]):
+            place = f"{where}.kinds[{number}]"
+            if not isinstance(kind, dict):
+                yield f"{place}: expected an object, found {kind!r:.80}"
+                continue
+            yield from check_kinds(place, kind, WITNESSED)
+            yield from (f"{place}.{key}: missing" for key in WITNESSED if key not in kind)
 
 
 def check_latents(metrics: Mapping[str, Any]) -> Iterator[str]:

@@ -31,6 +31,8 @@ class Proof:
     metrics: dict[str, Any] = field(default_factory=dict)
     limits: dict[str, Any] = field(default_factory=dict)
     plan: Mapping[str, Any] = field(default_factory=dict)
+    witness: dict[str, Any] = field(default_factory=dict)
+    """What the witness found, by component."""
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds per stage."""
     latents_digest: str = ""
@@ -162,6 +164,7 @@ class Recorder:
             command=last("command") or cell.shell(tables),
             checkpoint=records.describe_files(last("files")),
             plan=records.make_portable(last("plan"), places),
+            witness=records.make_portable(last("witness"), places),
             timings=timings,
             latents_digest=last("latents_digest"),
             made=records.tell_time(),

@@ -22,6 +22,8 @@ from quantmatrix.errors import UsageError
 
 DTYPES = ("bfloat16", "float16", "float32")
 PRECISIONS = ("int4", "nvfp4")
+WITNESS = ("auto", "require", "off")
+NIBBLE_ORDERS, NVFP4_LAYOUTS = ("low", "high"), ("rows", "tiles")
 WEIGHT_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
 FP4_BACKEND_VARIABLE = "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND"
 """The guide's environment variable for `Request.fp4_gemm_backend`; only the CLI reads it."""
@@ -42,6 +44,13 @@ class Request:
     quantization_rank: int | None = None
     quantization: str | None = None
     quantization_ignored_layers: tuple[str, ...] = ()
+    witness: str = "auto"
+    """Whether decoded layers are compared with the base model's own: where its weights are at hand
+    (`auto`), always (`require`: an error where they are not), or never (`off`)."""
+    nibble_order: str | None = None
+    """Where the even column of NVFP4 codes lies, `low` or `high`; None: as the file declares."""
+    nvfp4_layout: str | None = None
+    """How NVFP4 block scales lie, `rows` or `tiles`; None: as the file declares."""
     dit_layerwise_offload: bool | None = None
     dit_cpu_offload: bool | None = None
     compile: bool = False
@@ -71,6 +80,14 @@ class Request:
         """Check what can be checked without reading a file."""
         if self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
+        for name, known in (
+            ("witness", WITNESS),
+            ("nibble_order", (None, *NIBBLE_ORDERS)),
+            ("nvfp4_layout", (None, *NVFP4_LAYOUTS)),
+        ):
+            if getattr(self, name) not in known:
+                words = ", ".join(filter(None, known))
+                raise UsageError(f"--{_dashed(name)} {getattr(self, name)}: expected {words}")
         self._check_generation()
         object.__setattr__(self, "component_paths", dict(self.component_paths))
         object.__setattr__(self, "weights_paths", dict(self.weights_paths))
@@ -234,6 +251,18 @@ def add_request_flags(parser: argparse.ArgumentParser, *, needed: bool = True) -
     what.add_argument("--quantization", metavar="fp8", help="quantize BF16 weights while loading")
     what.add_argument(
         "--quantization-ignored-layers", nargs="+", metavar="NAME", help="left alone by it"
+    )
+    what.add_argument(
+        "--witness",
+        choices=WITNESS,
+        help="compare decoded layers with the base model's own weights: when they are at hand "
+        "(auto, the default), always, or never",
+    )
+    what.add_argument(
+        "--nvfp4-layout", choices=NVFP4_LAYOUTS, help="how NVFP4 block scales lie, where undeclared"
+    )
+    what.add_argument(
+        "--nibble-order", choices=NIBBLE_ORDERS, help="nibble of the even column of NVFP4 codes"
     )
     what.add_argument("--revision", help="revision of hub ids")
     what.add_argument(

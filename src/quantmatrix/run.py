@@ -60,6 +60,8 @@ class Run:
     output: Path | None = None
     calls: dict[str, int] = field(default_factory=dict)
     """Forward calls of each transformer component."""
+    witness: dict[str, Any] = field(default_factory=dict)
+    """What the witness found of each quantized component; empty where it was not asked."""
     degenerate: str | None = None
     """Why the run shows nothing: it went beyond numbers, or its media are of one colour."""
 
@@ -86,6 +88,7 @@ class Run:
             "quantized_layers": {n: sum(c.values()) for n, c in self.census.items()},
             "backends": self.census,
             "transformer_calls": self.calls,
+            "witness": self.witness,
             "degenerate": self.degenerate,
             "transformer_bytes": {n: c.bytes for n, c in self.plan.components.items()},
             "plan": self.plan.to_json(),
@@ -202,8 +205,15 @@ def generate_one(request: Request, made: Plan, pipeline: Any, prompt: str, seed:
             for name in made.components
         },
         calls=dict(calls),
+        witness=read_reports(pipeline, made),
         degenerate=find_degeneration(stack_frames(media)),
     )
+
+
+def read_reports(pipeline: Any, made: Plan) -> dict[str, Any]:
+    """What the witness found when the components of a pipeline were loaded, as plain data."""
+    found = {name: getattr(getattr(pipeline, name), "witness", None) for name in made.components}
+    return {name: report.to_json() for name, report in found.items() if report is not None}
 
 
 @contextmanager

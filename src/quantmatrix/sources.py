@@ -47,6 +47,10 @@ class Source:
     config: Mapping[str, Any]
     config_from: str
     primary: bool
+    base: str = ""
+    """The base model."""
+    siblings: Mapping[str, str] = field(default_factory=dict)
+    """Folder of each transformer component in the base model, by name."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,13 @@ def find_sources(request: Request) -> Sources:
     model, warnings = find_model(request, pipeline)
     names = component_names(model, pipeline)
     check_overrides(request, pipeline, names)
+    folders = {name: subfolder_of(name, pipeline) for name in names}
     components = {
-        name: find_source(name, request, pipeline, weights.get(name), primary=name == names[0])
+        name: replace(
+            find_source(name, request, pipeline, weights.get(name), primary=name == names[0]),
+            base=base,
+            siblings=folders,
+        )
         for name in names
     }
     for name in names[1:]:

@@ -7,6 +7,7 @@ in memory. What is measured:
 | --------- | ------- |
 | `census`  | per component the quantized layers, what is not as declared or not as planned, and what |
 |           | no step of the first run called, and is therefore not measured |
+| `witness` | per component, decoded layers beside the base model's own weights (see `witness`) |
 | `layers`  | error of every quantized layer on the inputs that it gets (see `layer_errors`) |
 | `runs`    | per prompt and seed: distance of the latents of every step and of the pictures |
 | `scope`   | what was measured: `stand-in`, `published`, or `local files` that are in no repository yet |
@@ -44,6 +45,7 @@ from quantmatrix.places import check_place
 from quantmatrix.planning import Plan, Refusal, plan
 from quantmatrix.request import Request
 from quantmatrix.run import Run, generate_all
+from quantmatrix.witness import examine_plan
 from quantmatrix.workbench import strip_quantization
 
 SCHEMA = 1
@@ -72,8 +74,11 @@ def validate(request: Request, command: str, say: Say = lambda _: None) -> Valid
     baselines = generate_all(base_request, made=base)
     release_memory()
     say(f"checkpoint: {describe_runs(request)}")
-    pipeline = build_pipeline(made)
+    unproved = replace(made, request=replace(made.request, witness="off"))
+    pipeline = build_pipeline(unproved)  # what the witness finds is a finding here, not an end
     census, problems = take_census(made, pipeline)
+    reports = examine_plan(made)
+    problems += [text for found in reports for text in (*found.problems, *found.warnings)]
     runs = generate_all(request, made=made, pipeline=pipeline)
     say("layers on their own inputs")
     with watch_layers(pipeline, made, base) as errors:
@@ -96,6 +101,7 @@ def validate(request: Request, command: str, say: Say = lambda _: None) -> Valid
         "pipeline_tag": "text-to-video" if pairs[0][1].is_video else "text-to-image",
         "references": {name: part.checkpoint.reference for name, part in quantized.items()},
         "census": census,
+        "witness": {found.component: found.to_json() for found in reports},
         "layers": {"summary": errors.to_json(), "errors": errors.found},
         "runs": [describe_pair(pair) for pair in pairs],
         "memory": describe_memory(base, made, pairs),

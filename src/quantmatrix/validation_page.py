@@ -112,6 +112,7 @@ def list_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("base model", report["base"]),
         ("checkpoint", ", ".join(map(str, report["references"].values()))),
         ("quantized", "; ".join(layers)),
+        ("beside the base", "; ".join(describe_witness(report.get("witness", {})))),
         ("not called", ", ".join(f"{n} layers of {name}" for name, n in unseen.items() if n)),
         ("latents, PSNR", f"{show_worst(finals, 'psnr_db')} dB after the last step"),
         ("latents, cosine", f"{show_worst(worst, 'cosine')} at the worst step"),
@@ -135,6 +136,16 @@ def list_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
 def describe_scope(scope: str) -> str:
     """A scope with what was run; a card never leaves open whether its weights are random."""
     return f"{scope}: {WEIGHTS.get(scope, 'weights that are in no repository yet')}"
+
+
+def describe_witness(witness: dict[str, Any]) -> list[str]:
+    """Per component the lowest cosine of a decoded layer with the base model's own."""
+    told = []
+    for name, part in witness.items():
+        cosines = [kind["cosine"] for kind in part["kinds"]]
+        lowest = f"cosine at least {min(cosines):.4f} in " if cosines else ""
+        told.append(f"{name}: {part['verdict']} ({lowest}{part['layers']} decoded layers)")
+    return told
 
 
 def show_worst(steps: Sequence[dict[str, Any]], metric: str) -> str:

@@ -34,6 +34,10 @@ def test_load(cell: Cell, job: Job, workbench: Workbench, proof: Proof) -> None:
             "dtypes": count_dtypes(job, part, model),
         }
         assert_finite(model)
+        if model.witness is not None:
+            proof.witness[name] = model.witness.to_json()
+            if workbench.tiny:  # the base model's stand-in is what this one was made from
+                assert model.witness.verdict == "agrees", model.witness.to_json()
 
 
 def is_kept(row: CheckpointRow, layer: str) -> bool:

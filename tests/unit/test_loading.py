@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import quantmatrix
 from quantmatrix import cli, tiny
 from quantmatrix.dequantize import dequantize
-from quantmatrix.errors import CheckpointError, RefusedError, UsageError
+from quantmatrix.errors import CheckpointError, RefusedError, UsageError, WitnessError
 from quantmatrix.hardware import multiplies_int8_exactly
 from quantmatrix.layers import QuantizedLinear
 from quantmatrix.load import count_quantized, load_transformer
@@ -270,7 +270,9 @@ def test_a_scale_of_zero_may_stand_beside_codes_of_zero(copy: Path, flux: Path) 
         tensors[f"{name}.weight_scale"] = torch.zeros(1)
 
     change(copy, clear)
-    model = load_transformer(str(flux), transformer_path=str(copy), backend="decode")
+    with pytest.raises(WitnessError, match="to_q decodes to other weights"):
+        load_transformer(str(flux), transformer_path=str(copy), backend="decode")
+    model = load_transformer(str(flux), transformer_path=str(copy), backend="decode", witness="off")
     assert not model.get_submodule(name).q_decoded.any()
 
 
@@ -598,7 +600,11 @@ def test_a_folded_bias_of_zeros_is_none(tmp_path: Path) -> None:
     backends = ("int8", "reference", "decode")
     for backend in backends if multiplies_int8_exactly() else backends[1:]:
         model = load_transformer(
-            str(base), transformer_path=str(folder), backend=backend, dtype=torch.float32
+            str(base),
+            transformer_path=str(folder),
+            backend=backend,
+            dtype=torch.float32,
+            witness="off",
         )
         linear = model.get_submodule(layer)
         assert linear.bias is None

@@ -89,6 +89,10 @@ def make_checkpoint(
 
 PLAIN = {"weight": torch.zeros(N, K, dtype=torch.bfloat16)}
 BLOCK = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+LISTED = {"_quantization_metadata": json.dumps({"layers": {"a": {"format": "nvfp4"}}})}
+SCRIPT = {"quantization": "nvfp4"}
+PACKED = "double_blocks.3.img_attn.qkv"
+KEYS = ("swap_weight_nibbles", "checkpoint_weight_scale_layout", "checkpoint_uses_packed_qkv")
 
 
 def read(
@@ -149,7 +153,10 @@ def test_stale_exclusions_do_not_matter() -> None:
 
 
 def test_structure_alone_is_enough() -> None:
-    assert read({"blocks.0.a": quantize(), "b": PLAIN}) == {"blocks.0.a": NVFP4}
+    found = read(
+        {"blocks.0.a": quantize(), "b": PLAIN}, metadata=SCRIPT
+    )  # only its layout is declared
+    assert found == {"blocks.0.a": NVFP4}
 
 
 def test_a_scalar_scale_beside_e4m3_is_no_nvfp4() -> None:
@@ -227,20 +234,76 @@ def test_legacy_method_without_an_algorithm() -> None:
     assert read({"a": quantize()}, {"quant_method": "modelopt_fp4"}) == {"a": NVFP4}
 
 
-@pytest.mark.parametrize("marker", ["double_blocks.3.img_attn.qkv", "single_blocks.0.linear1"])
-def test_packed_names_mean_swapped_nibbles_and_tiled_scales(marker: str) -> None:
-    raw = LAYOUTS[3]
-    found = read({marker: quantize(raw), "img_in": PLAIN})
-    assert found == {marker: raw}
-    named = {**quantize(raw), "comfy_quant": torch.zeros(20, dtype=torch.uint8)}
-    assert read({"blocks.0.ff": named}) == {"blocks.0.ff": raw}
+@pytest.mark.parametrize(
+    ("layer", "block", "metadata", "layout"),
+    [
+        ("a", BLOCK, {}, 0),
+        ("a", {**BLOCK, KEYS[0]: True}, {}, 2),
+        ("a", {**BLOCK, KEYS[1]: "swizzled"}, {}, 1),
+        ("a", {**BLOCK, KEYS[0]: True, KEYS[1]: "swizzled", KEYS[2]: True}, {}, 3),
+        ("a", {**BLOCK, KEYS[2]: True}, {}, 3),
+        (PACKED, {**BLOCK, KEYS[0]: False, KEYS[1]: "linear", KEYS[2]: True}, {}, 0),
+        (PACKED, {**BLOCK, KEYS[2]: False}, {}, 0),
+        ("a", None, LISTED, 3),
+        (PACKED, None, {**LISTED, "format": "pt"}, 3),
+        (PACKED, None, SCRIPT, 0),
+        ("single_blocks.0.linear1", None, SCRIPT, 0),
+    ],
+)
+def test_a_declared_layout_is_honoured(
+    layer: str, block: Mapping[str, Any] | None, metadata: Mapping[str, str], layout: int
+) -> None:
+    expected = LAYOUTS[layout]
+    stored = quantize(expected)
+    assert read({layer: stored, "img_in": PLAIN}, block, metadata=metadata) == {layer: expected}
 
 
-def test_swap_weight_nibbles_overrules_the_names() -> None:
-    assert read({"a": quantize()}, {**BLOCK, "swap_weight_nibbles": True})["a"] == LAYOUTS[2]
-    name = "single_blocks.0.linear1"
-    found = read({name: quantize(LAYOUTS[1])}, {**BLOCK, "swap_weight_nibbles": False})
-    assert found == {name: LAYOUTS[1]}
+def test_marker_tensors_mean_comfyuis_layout() -> None:
+    marked = {**quantize(LAYOUTS[3]), "comfy_quant": torch.zeros(20, dtype=torch.uint8)}
+    assert read({"blocks.0.ff": marked}) == {"blocks.0.ff": LAYOUTS[3]}
+
+
+@pytest.mark.parametrize(
+    ("layer", "block", "metadata", "told"),
+    [
+        ("a", None, {}, "nothing in 0.safetensors or 1.safetensors declares it"),
+        (PACKED, None, {}, "nothing in .* declares it"),
+        (PACKED, BLOCK, {}, "nothing in .* declares it"),
+        ("a", None, {**LISTED, **SCRIPT}, "contradict each other"),
+        (PACKED, {**BLOCK, KEYS[0]: True}, {}, "swap_weight_nibbles in config.json"),
+    ],
+)
+def test_what_nothing_declares_is_never_assumed(
+    layer: str, block: Mapping[str, Any] | None, metadata: Mapping[str, str], told: str
+) -> None:
+    checkpoint = make_checkpoint({layer: quantize(NVFP4, 128, 64)}, block, metadata)
+    assert modelopt_nvfp4.detect(checkpoint)
+    with pytest.raises(CheckpointError, match=told) as caught:
+        modelopt_nvfp4.schemes(checkpoint)
+    for reading in modelopt_nvfp4.readings(checkpoint):
+        words = f"--nibble-order {reading['nibble_order']} --nvfp4-layout {reading['nvfp4_layout']}"
+        assert words in str(caught.value)
+        chosen = modelopt_nvfp4.schemes(replace(checkpoint, chosen=reading))
+        high, tiles = reading["nibble_order"] == "high", reading["nvfp4_layout"] == "tiles"
+        assert chosen == {layer: replace(NVFP4, swap_nibbles=high, tiled_scales=tiles)}
+    assert len(modelopt_nvfp4.readings(checkpoint)) == (2 if block and len(block) > 2 else 4)
+
+
+@pytest.mark.parametrize(
+    "name", ["/hub/FLUX.2-dev-NVFP4/x.safetensors", "flux2-dev-nvfp4-mixed.safetensors"]
+)
+def test_the_official_files_are_known_by_their_name(name: str) -> None:
+    checkpoint = replace(make_checkpoint({PACKED: quantize(LAYOUTS[3])}), reference=name)
+    assert modelopt_nvfp4.schemes(checkpoint) == {PACKED: LAYOUTS[3]}
+    named = replace(make_checkpoint({"a": quantize(LAYOUTS[3])}), reference=name)
+    with pytest.raises(CheckpointError, match="the layout of its NVFP4 codes is unknown"):
+        modelopt_nvfp4.schemes(named)
+
+
+@pytest.mark.parametrize(("key", "value"), [(KEYS[1], "tiled"), (KEYS[1], True), (KEYS[2], "yes")])
+def test_a_wrong_value_of_a_layout_key_is_named(key: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"{key} is .*: expected"):
+        read({"a": quantize()}, {**BLOCK, key: value})
 
 
 @pytest.mark.parametrize("stored", LAYOUTS)
@@ -279,22 +342,22 @@ def test_golden_raw_bytes() -> None:
 def test_missing_input_scale_is_dynamic_in_the_raw_layout_only() -> None:
     raw = modelopt_nvfp4.quantize(make_weight(), LAYOUTS[3])
     assert "input_scale" not in raw
-    found = read({"single_blocks.0.linear1": raw})
+    found = read({"single_blocks.0.linear1": raw}, metadata=LISTED)
     x = make_input() * 50
     y = modelopt_nvfp4.reference(x, raw, found["single_blocks.0.linear1"])
     exact = x @ make_weight().float().T
     assert (y - exact).norm() / exact.norm() < 0.2
     plain = {k: v for k, v in quantize().items() if k != "input_scale"}
-    for block in (BLOCK, None):
+    for block, metadata in ((BLOCK, {}), (None, SCRIPT)):
         with pytest.raises(CheckpointError, match=r"layer a has no input_scale.*W4A16_NVFP4"):
-            read({"a": plain}, block)
+            read({"a": plain}, block, metadata=metadata)
 
 
 def test_stray_input_scales_are_left_aside() -> None:
     """FLUX.2's mixed file keeps the calibrated ranges of layers that it stores in BF16."""
     layers = {"double_blocks.0.img_attn.qkv": quantize(LAYOUTS[3])}
     layers["single_blocks.0.linear1"] = {**PLAIN, "input_scale": torch.ones(())}
-    assert list(read(layers)) == ["double_blocks.0.img_attn.qkv"]
+    assert list(read(layers, metadata=LISTED)) == ["double_blocks.0.img_attn.qkv"]
     assert modelopt_nvfp4.ignored("single_blocks.0.linear1.input_scale")
     assert modelopt_nvfp4.ignored("a.weight_quantizer._amax")
     assert modelopt_nvfp4.ignored("a.comfy_quant")

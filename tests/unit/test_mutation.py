@@ -42,12 +42,18 @@ def test_faults_of_every_place_are_caught(mutator: Mutator) -> None:
     assert "weights" in found["low-rank-skipped"].gates
     assert "identical" not in found["swapped-nibbles"].gates.get("latents", "")
     assert "bit for bit" in found["bf16-under-label"].gates["latents"]
+    for name in ("swapped-nibbles", "transposed-scales", "low-rank-skipped"):
+        assert "decodes to other weights" in found[name].gates["witness"]
+    assert (
+        "witness" not in found["bf16-under-label"].gates
+    )  # the files are right, the loader is not
 
 
 def test_a_fault_that_no_gate_looks_at_is_missed(
     mutator: Mutator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mutation, "judge_weights", lambda *_: [])
+    monkeypatch.setattr(mutation, "judge_witness", lambda *_: {})
     found = inject(mutator, ROW, "transposed-scales")
     assert not found["transposed-scales"].caught
     summary = mutation_report.summarize(list(found.values()))
@@ -79,6 +85,38 @@ def test_shares_and_tables(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mutation.csv", "mutation.md"]
 
 
+def test_the_witness_is_held_to_what_it_must_catch() -> None:
+    seen = make("swapped-nibbles", witness="other weights")
+    unseen = make("swapped-nibbles", latents="far")
+    planned = make("dropped-scales", plan="no weight_scale")
+    for gates in (mutation.GATES, mutation.LIGHT_GATES):
+        assert mutation_report.summarize([seen, planned], gates)["ok"]
+        found = mutation_report.summarize([seen, unseen], gates)
+        assert found["problems"] == [
+            "swapped-nibbles in row (layer): the witness says nothing, and must"
+        ]
+    assert found["by_witness_alone"] == ["swapped-nibbles in row (layer)"]
+    text = mutation_report.to_markdown([seen, unseen])
+    assert text.count("- swapped-nibbles in `row` (layer)") == 1
+    assert "Caught by the witness alone" in text
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["fp8-qwen-image-block-dynamic", "modelopt-nvfp4-z-image", "svdq-qwen-image-int4-r128",
+     "svdq-z-image-int4-r256", "msmodelslim-w4a4-dynamic", "modelopt-fp8-wan-2-2"],
+)  # fmt: skip
+def test_the_witness_alone_catches_its_faults(row: str) -> None:
+    """No other gate is asked: no model runs."""
+    tables = matrix.read()
+    light = Mutator(tables, SAMPLES, mutation.LIGHT_GATES)
+    found = inject(light, row, *faults.WITNESSED, "unit-scales", "corrupted-tensor")
+    assert {"unit-scales", "corrupted-tensor", "dropped-scales"} <= set(found)
+    assert ("wrong-expert" in found) == (found["unit-scales"].model == "wan-2-2")
+    for name, outcome in found.items():
+        assert set(outcome.gates) == {"plan" if name == "dropped-scales" else "witness"}, name
+
+
 def test_the_table_of_this_project() -> None:
     """At least 95 % were caught, none of the first six was missed, every family and model is in."""
     import csv
@@ -101,6 +139,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     found: Any = json.loads(capsys.readouterr().out)
     assert (found["injected"], found["caught"]) == (1, 1)
     assert main([*words, "gremlins"]) == 2
+    assert main([*words[:2], "--gates", "latents"]) == 2
+    assert main([*words[:2], "--gates", "witness", "--write"]) == 2
     assert main(["mutate", "no-such-row"]) == 2
     assert main([*words, "swapped-nibbles"]) == 2  # FP8 has no nibbles: nothing was tested
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from quantmatrix import matrix
 from quantmatrix.cli import EXIT_PROBLEM, main
-from quantmatrix.errors import UsageError
+from quantmatrix.errors import UsageError, WitnessError
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE
 from quantmatrix.pipeline import build_pipeline, enable_layerwise
 from quantmatrix.planning import Plan, plan
@@ -68,9 +68,14 @@ def test_latents_show_which_wan_expert_is_quantized(family: str) -> None:
     """The primary expert takes the first steps, the second the others, each from its own place."""
     quantized = f"BBuf/wan22-t2v-a14b-modelopt-{family}-sglang-transformer"
     first, second = ["--transformer-path", quantized], ["--transformer-2-path", quantized]
+    with pytest.raises(
+        WitnessError, match=r"agrees with transformer of .*--transformer-weights-path"
+    ):
+        generate(Request.from_words([*WAN, *second]))
 
     def run(*words: str) -> Run:
-        return generate(Request.from_words([*WAN, "--prompt", "a fox walking", *words]))
+        words = ("--prompt", "a fox walking", "--witness", "off", *words)
+        return generate(Request.from_words([*WAN, *words]))
 
     base, one, two, both = run(), run(*first), run(*second), run(*first, *second)
     switch = base.calls["transformer"] // 2  # each step has a pass with and one without the prompt

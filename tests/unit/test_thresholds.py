@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from quantmatrix import limits
+from quantmatrix import limits, witness_limits
 from quantmatrix.cli import main
 from quantmatrix.commands.thresholds import read_older
 from quantmatrix.limit_samples import Sample
@@ -39,7 +39,8 @@ def test_every_limit_tells_its_sources(capsys: pytest.CaptureFixture[str]) -> No
     assert set(found["spreads"]) == set(ledger.spreads)
     for sample, row in zip(ledger.samples, found["limits"], strict=True):
         assert sample.cell in row["source"]
-        assert f"{ledger.spreads[sample.model].psnr_db:g} dB" in row["source"]
+        spread = f"{ledger.spreads[sample.model].psnr_db:g} dB"
+        assert (spread in row["source"]) != witness_limits.is_witness(sample.kind)
         assert row["decided"] == sample.decided
     assert main(["thresholds"]) == 0
     out = capsys.readouterr().out

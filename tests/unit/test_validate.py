@@ -197,7 +197,11 @@ def test_a_wrong_scale_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[st
     save_file(tensors, folder / file.name)
     out = str(tmp_path / "out")
     run("--transformer-path", str(folder), "--output-path", out, code=1)
-    assert f"transformer.{LAYER}: relative error" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"transformer.{LAYER}: relative error" in told
+    assert f"layer {LAYER} decodes to other weights" in told
+    report = json.loads((Path(out) / "validation.json").read_text())
+    assert report["witness"]["transformer"]["verdict"] == "disagrees"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from quantmatrix.errors import UsageError
+
 
 def add_to(commands: Any) -> None:
     """Add the parser."""
@@ -16,6 +18,8 @@ def add_to(commands: Any) -> None:
     parser = add_command(commands, "mutate", text, run_mutate)
     parser.add_argument("rows", nargs="*", metavar="ROW", help="rows, families, models, or globs")
     parser.add_argument("--faults", nargs="+", default=[], metavar="NAME", help="these only")
+    what = "plan and witness only: no model is run (default: all gates)"
+    parser.add_argument("--gates", nargs="+", default=[], metavar="GATE", help=what)
     parser.add_argument("--reports", type=Path, default=Path("reports"), metavar="DIR")
     parser.add_argument("--write", action="store_true", help="write mutation.csv and mutation.md")
     parser.add_argument("--json", action="store_true")
@@ -25,18 +29,20 @@ def run_mutate(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Inject and judge; 1 when too much is missed."""
     from quantmatrix import matrix
     from quantmatrix.cli import EXIT_PROBLEM, print_json
-    from quantmatrix.mutation import Mutator, choose_faults, choose_rows
+    from quantmatrix.mutation import GATES, Mutator, choose_faults, choose_gates, choose_rows
     from quantmatrix.mutation_report import summarize, to_markdown, write_reports
 
-    tables = matrix.read()
+    tables, gates = matrix.read(), choose_gates(arguments.gates)
+    if arguments.write and gates != GATES:
+        raise UsageError("--write keeps the result of all gates: leave --gates out")
     cells, faults = choose_rows(tables, arguments.rows), choose_faults(arguments.faults)
 
     def say(text: str) -> None:
         if sys.stderr.isatty():
             print(f"quantmatrix: {text}", file=sys.stderr)
 
-    outcomes = Mutator(tables, arguments.reports / "limits.csv").run(cells, faults, say)
-    found = summarize(outcomes)
+    outcomes = Mutator(tables, arguments.reports / "limits.csv", gates).run(cells, faults, say)
+    found = summarize(outcomes, gates)
     if arguments.write:
         for path in write_reports(outcomes, arguments.reports):
             print(f"wrote {path}", file=sys.stderr)

@@ -65,7 +65,8 @@ def run_validate(arguments: argparse.Namespace, rest: list[str]) -> int:
 def tell_command(arguments: argparse.Namespace, rest: list[str]) -> str:
     """The command that repeats the measurement."""
     words = ["quantmatrix", "validate", "--model-path", arguments.model_path, *rest]
-    flags = ("backend", "device", "dtype", "quantization", "quantization_precision", "revision",
+    flags = ("backend", "device", "dtype", "quantization", "quantization_precision", "revision", "witness",
+             "nibble_order", "nvfp4_layout",
              "quantization_rank", "height", "width", "num_frames", "num_inference_steps",
              "guidance_scale", "negative_prompt", "prompts")  # fmt: skip
     for name in flags:

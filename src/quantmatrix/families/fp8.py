@@ -14,8 +14,9 @@ of a quantized linear layer with N outputs and K inputs:
 Scales per channel and block may have the model's own dtype, too. Real weight = stored value x scale
 in every variant; `_inv` is historical. `weight_block_size` declares blocks, `activation_scheme`
 static or dynamic inputs, `ignored_layers` (or `modules_to_not_convert`) the layers that were left
-alone. Two header forms without `quant_method` are known: `layers` of a float8 format (one of NVFP4
-among them makes the file `modelopt-nvfp4`), and the row-wise form (version 1.1) whose
+alone. Three header forms without `quant_method` are known: `layers` of a float8 format (one of NVFP4
+among them makes the file `modelopt-nvfp4`), `quantization: fp8r` (diffusers' script: one scale a
+row, dynamic inputs), and the row-wise form (version 1.1) whose
 `quant_configs` name the scale recipe. A layer that the first lists with
 `full_precision_matrix_mult` has codes for its weight only. Instead of the list, ComfyUI's files may
 have an entry in a tensor `<layer>.comfy_quant` beside each layer (`quantmatrix.layer_lists`).
@@ -32,7 +33,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantmatrix.errors import CheckpointError, UsageError
-from quantmatrix.families.fp8_declaration import Declared, read_declaration, read_formats
+from quantmatrix.families.fp8_declaration import (
+    FP8R,
+    Declared,
+    is_fp8r,
+    read_declaration,
+    read_formats,
+)
 from quantmatrix.families.protocol import Calibration, Declaration
 from quantmatrix.formats import E4M3_MAX, expand_blocks, find_block_amax, round_e4m3
 from quantmatrix.kernels import linear_fp8
@@ -68,6 +75,8 @@ def detect(checkpoint: Checkpoint) -> str | None:
     block = checkpoint.quantization or {}
     if block.get("quant_method") == "fp8":
         return f"quant_method fp8 in {checkpoint.quantization_from}"
+    if is_fp8r(checkpoint):
+        return f"quantization {FP8R} in the header of {checkpoint.files[0]}"
     words = set(read_formats(block).values())
     formats = {word for word in words if "float8" in word}
     if "quant_method" not in block and formats and "nvfp4" not in words:
@@ -91,6 +100,8 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
                 "as F8_E4M3: correct the list, or quantize again"
             )
         found[layer] = find_scheme(checkpoint, declared, layer, suffixes)
+        if is_fp8r(checkpoint) and found[layer].scale != "channel":
+            found[layer] = CHANNEL  # what was declared; check_tensors names the scale that is there
         check_tensors(checkpoint, layer, found[layer], header)
     absent = [layer for layer in declared.formats if declared.is_coded(layer)]
     absent = [layer for layer in absent if layer not in layers]
@@ -268,6 +279,21 @@ def quantize(
             raise UsageError("static activation scales need a calibration")
         made["input_scale"] = calibration.amax.float().amax().clamp_min(1e-12) / E4M3_MAX
     return made if bias is None else {**made, "bias": bias}
+
+
+def cut_rows(
+    stored: Mapping[str, torch.Tensor], scheme: Scheme, start: int, stop: int
+) -> dict[str, torch.Tensor]:
+    """On-disk tensors of the rows [start, stop) of a layer; see the protocol."""
+    cut = dict(stored)
+    suffixes = ["weight", "bias", *(["weight_scale"] if scheme.scale == "channel" else [])]
+    for suffix in suffixes:
+        if suffix in stored:
+            cut[suffix] = stored[suffix][start:stop]
+    if scheme.scale == "block":
+        height = scheme.block[0]
+        cut["weight_scale_inv"] = stored["weight_scale_inv"][start // height : -(-stop // height)]
+    return cut
 
 
 def canonical(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:

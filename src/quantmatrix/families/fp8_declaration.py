@@ -11,6 +11,9 @@
 |          | beside it `full_precision_matrix_mult`: inputs are left alone, only weights have codes |
 | `quant_configs` | `scale_recipe` per format word: `rowwise` |
 
+A header entry `quantization: fp8r` (diffusers' conversion script) declares one F32 scale a row and
+dynamic inputs, and nothing else.
+
 An entry of an ignore list is a layer's full name, the name of a level above it, a pattern with `*`,
 or the name that a runtime gives to projections that it fuses (`to_qkv`). A value that is not in the
 table is refused: a wrong guess would give other numbers without an error.
@@ -37,6 +40,7 @@ FOREIGN_CODES = ("e5m2", "fnuz", "e8m0")
 PLAIN_WORDS = ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
 WHOLE_INPUTS = "full_precision_matrix_mult"
 ROWWISE = "rowwise"
+FP8R = "fp8r"
 WORDS: Mapping[str, tuple[str | None, ...]] = {
     "activation_scheme": (None, "dynamic", "static"),
     "quant_algo": (None, "FP8"),
@@ -84,10 +88,18 @@ class Declared:
         return not self.is_coded(layer) and (layer in self.formats or not self.method)
 
 
+def is_fp8r(checkpoint: Checkpoint) -> bool:
+    """Whether the header's word for the quantization is that of scales per row, and nothing else is."""
+    word = checkpoint.metadata.get("quantization", "").lower()
+    return word == FP8R and not checkpoint.quantization
+
+
 def read_declaration(checkpoint: Checkpoint) -> Declared:
     """The declaration of a checkpoint; raises CheckpointError for what is not known."""
     block = checkpoint.quantization or {}
     place = checkpoint.quantization_from or checkpoint.reference
+    if is_fp8r(checkpoint):
+        block, place = {"quant_method": "fp8"}, f"{checkpoint.files[0]}: quantization {FP8R}"
     for key, known in WORDS.items():
         if block.get(key) not in known:
             raise wrong(place, key, block[key], f"{' or '.join(filter(None, known))}, or no {key}")

@@ -179,6 +179,13 @@ def quantize(
     return made if bias is None else {**made, "bias": bias}
 
 
+def cut_rows(
+    stored: Mapping[str, torch.Tensor], scheme: Scheme, start: int, stop: int
+) -> dict[str, torch.Tensor]:
+    """On-disk tensors of the rows [start, stop) of a layer; see the protocol."""
+    return {n: t[start:stop] if n in ("weight", "bias") else t for n, t in stored.items()}
+
+
 def canonical(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
     """Canonical tensors of linear.fp8: scales as numbers without a dimension."""
     made = {"weight": stored["weight"]}

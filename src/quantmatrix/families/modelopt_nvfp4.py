@@ -13,15 +13,10 @@ Tensors of a quantized linear layer with N outputs and K inputs:
 | `weight`, `weight_scale`, `input_scale` | F8_E4M3, F32, F32 | [N, K], [], [] | an FP8 layer |
 
 Layers in full precision, FP8 and NVFP4 lie side by side, so the tensors decide about each layer;
-`ignore` lists in configurations go stale. Two layouts, which have the same shapes:
-
-| layout | even column in | block scales in |
-| ------ | -------------- | --------------- |
-| ModelOpt | the low nibble | rows |
-| raw (BFL, Comfy) | the high nibble | 128 x 4 tiles (`scale_layouts`) |
-
-Packed QKV names (`double_blocks.0.img_attn.qkv`) or `.comfy_quant` tensors make a file raw.
-`swap_weight_nibbles` of a configuration overrules the nibble order. A raw file may leave
+`ignore` lists in configurations go stale. Codes and block scales lie in one of several layouts,
+which have the same shapes: ModelOpt's (even column in the low nibble, scales in rows), the raw one
+of BFL's and ComfyUI's files (high nibble, tiles: `scale_layouts`), or a mixture; `nvfp4_layouts`
+has what declares them. A raw file may leave
 `input_scale` out (FLUX.2's `-mixed` file does, for layers whose calibrated scale is far above 1):
 then the scale is found per call from the input's largest magnitude, as the runtime that the file
 was made for does. Taking 1.0 instead saturates those layers. Anywhere else a missing `input_scale`
@@ -32,7 +27,6 @@ may say so of single layers (`full_precision_matrix_mult`).
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -51,11 +45,12 @@ from quantmatrix.families.modelopt_layers import (
     read_block,
     read_words,
 )
+from quantmatrix.families.nvfp4_layouts import find_layout, list_readings, require_layout
 from quantmatrix.families.protocol import Calibration, Declaration
 from quantmatrix.formats import E2M1_MAX, E4M3_MAX, round_e4m3, swap_nibbles
 from quantmatrix.kernels import linear_fp8, linear_nvfp4
 from quantmatrix.kernels.nvfp4_arithmetic import GROUP, encode, find_scale
-from quantmatrix.kernels.scale_layouts import tile_scales, untile_scales
+from quantmatrix.kernels.scale_layouts import TILE_ROWS, tile_scales, untile_scales
 from quantmatrix.scheme import Scheme, TensorSpec
 
 if TYPE_CHECKING:
@@ -71,9 +66,6 @@ SCHEMES: Mapping[str, Scheme] = {
 ALGORITHMS = ("NVFP4", "NVFP4_SVD", WEIGHT_ONLY, "NVFP4_AWQ", "MIXED_PRECISION")
 FORMATS = {"linear.nvfp4": "nvfp4", "linear.fp8": "float8_e4m3fn"}
 """Words for the layers of a raw file in its header."""
-RAW_LAYOUT = re.compile(
-    r"(double_blocks\.\d+\.(img|txt)_attn\.qkv|single_blocks\.\d+\.linear1)\.|\.comfy_quant$"
-)
 
 
 def detect(checkpoint: Checkpoint) -> str | None:
@@ -112,15 +104,9 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     block = read_block(checkpoint)
     whole = read_words(block)[1]
     declared, whole_inputs = read_layer_words(block), read_whole_inputs(block)
-    raw = is_raw(checkpoint)
-    swap = block.get("swap_weight_nibbles")
-    swap = raw if swap is None else swap
-    if not isinstance(swap, bool):
-        raise CheckpointError(
-            f"{checkpoint.quantization_from}: swap_weight_nibbles is {json.dumps(swap)}: expected "
-            "true or false; the wrong one gives noise"
-        )
-    layout = replace(NVFP4, swap_nibbles=swap, tiled_scales=raw)
+    coded = any(h.dtype == "U8" and n.endswith(".weight") for n, h in checkpoint.tensors.items())
+    swap, tiled = require_layout(checkpoint) if coded else (False, False)
+    layout = replace(NVFP4, swap_nibbles=swap, tiled_scales=tiled)
     found = {}
     for name, suffixes in checkpoint.layers().items():
         layer = StoredLayer(checkpoint, name, suffixes)
@@ -141,11 +127,6 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     return found
 
 
-def is_raw(checkpoint: Checkpoint) -> bool:
-    """Whether packed names or Comfy's markers show the raw layout."""
-    return any(RAW_LAYOUT.search(name) for name in checkpoint.tensors)
-
-
 def caveat(checkpoint: Checkpoint) -> str | None:
     """What a file leaves open: whether ModelOpt was told to put its block scales into tiles.
 
@@ -156,7 +137,9 @@ def caveat(checkpoint: Checkpoint) -> str | None:
     header = parse_block(checkpoint.metadata.get("quantization_config", ""))
     producer = header.get("producer")
     by_modelopt = isinstance(producer, Mapping) and producer.get("name") == "modelopt"
-    if not by_modelopt or "swap_weight_nibbles" in header or is_raw(checkpoint):
+    if not by_modelopt or "swap_weight_nibbles" in header or checkpoint.chosen:
+        return None
+    if find_layout(checkpoint).scales != "rows":
         return None
     return (
         f"{checkpoint.files[0]}: ModelOpt repeats the quantization_config in a header when it "
@@ -164,6 +147,11 @@ def caveat(checkpoint: Checkpoint) -> str | None:
         "with enable_swizzle_layout they are not, which no header or shape shows, and the result "
         "is noise: export again without it"
     )
+
+
+def readings(checkpoint: Checkpoint) -> list[dict[str, str]]:
+    """The readings that a file leaves open, as `Checkpoint.chosen` takes them; one where it does not."""
+    return list_readings(find_layout(checkpoint))
 
 
 def read_layer_words(block: Mapping[str, Any]) -> dict[str, str]:
@@ -267,6 +255,18 @@ def split_low_rank(
     down[:found] = right[:found].to(dtype)
     up[:, :found] = (left[:, :found] * size[:found]).to(dtype)
     return down, up
+
+
+def cut_rows(
+    tensors: Mapping[str, torch.Tensor], scheme: Scheme, start: int, stop: int
+) -> dict[str, torch.Tensor]:
+    """On-disk tensors of the rows [start, stop) of a layer; see the protocol."""
+    suffixes = ["weight", "bias", "svdquant_lora_b"]
+    cut = {name: t[start:stop] if name in suffixes else t for name, t in tensors.items()}
+    if scheme.op == "linear.nvfp4":
+        end = stop if not scheme.tiled_scales else -(-stop // TILE_ROWS) * TILE_ROWS
+        cut["weight_scale"] = tensors["weight_scale"][start:end]
+    return cut
 
 
 def canonical(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:

@@ -43,8 +43,8 @@ from quantmatrix.families import mx_blocks
 from quantmatrix.families.msmodelslim_description import DESCRIPTION, FLOAT
 from quantmatrix.families.msmodelslim_description import detect as detect
 from quantmatrix.families.msmodelslim_description import schemes as schemes
+from quantmatrix.families.msmodelslim_layers import PER_ROW, decode_deq_scale, plain_suffix, tensors
 from quantmatrix.families.msmodelslim_layers import SCHEMES as SCHEMES
-from quantmatrix.families.msmodelslim_layers import decode_deq_scale, plain_suffix, tensors
 from quantmatrix.families.msmodelslim_layers import find_fault as find_fault
 from quantmatrix.families.protocol import Calibration, Declaration
 from quantmatrix.kernels import linear_fp8, linear_int8
@@ -90,6 +90,13 @@ def quantize(
     else:
         stored |= {"weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
     return stored if bias is None else stored | {"bias": bias.float()}
+
+
+def cut_rows(
+    tensors: Mapping[str, torch.Tensor], scheme: Scheme, start: int, stop: int
+) -> dict[str, torch.Tensor]:
+    """On-disk tensors of the rows [start, stop) of a layer; see the protocol."""
+    return {n: t[start:stop] if plain_suffix(n) in PER_ROW else t for n, t in tensors.items()}
 
 
 def canonical(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:

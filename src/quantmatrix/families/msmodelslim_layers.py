@@ -27,6 +27,8 @@ SCHEMES: Mapping[str, Scheme] = {
 }
 WRAPPERS = ("linear.", "div.")
 """Levels that smoothing adds to names, and `wan_repack` removes."""
+PER_ROW = ("weight", "weight_scale", "weight_offset", "deq_scale", "quant_bias", "bias")
+"""Suffixes of tensors with one entry, or one row of them, per output channel."""
 CONTRADICTION = 0.02
 """Share by which two records of one number may differ; what is rounded differs by less."""
 

@@ -183,6 +183,29 @@ def quantize(
     return svdq_writer.quantize_svdq(weight, scheme, bias, calibration, parts)
 
 
+def cut_rows(
+    tensors: Mapping[str, torch.Tensor], scheme: Scheme, start: int, stop: int
+) -> dict[str, torch.Tensor]:
+    """On-disk tensors of the rows [start, stop) of a layer; see the protocol.
+
+    Whole tiles of rows lie together on disk, those of `wscales` after all groups of the tile before.
+    """
+    cut = dict(tensors)
+    for suffix, tensor in tensors.items():
+        today = OLDER_NAMES.get(suffix, suffix)
+        if scheme.op == "linear.w4a16":
+            if today == "qweight":
+                cut[suffix] = tensor[start // 4 : stop // 4]
+            else:
+                cut[suffix] = tensor[..., start:stop]
+        elif today in ("qweight", "proj_up", "wcscales", "bias"):
+            cut[suffix] = tensor[start:stop]
+        elif today == "wscales":
+            groups = tensor.shape[0]
+            cut[suffix] = tensor.flatten()[start * groups : stop * groups].view(groups, -1)
+    return cut
+
+
 def canonical(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
     """On-disk tensors of one layer as canonical tensors of `scheme.op`, rows in the file's order."""
     own = {OLDER_NAMES.get(suffix, suffix): tensor for suffix, tensor in tensors.items()}

@@ -70,6 +70,15 @@ class Family(Protocol):
     ) -> dict[str, torch.Tensor]:
         """On-disk tensors of a layer with this weight [out, in], `bias` included when given."""
 
+    def cut_rows(
+        self, tensors: Mapping[str, torch.Tensor], scheme: Scheme, start: int, stop: int
+    ) -> dict[str, torch.Tensor]:
+        """On-disk tensors of a layer with some of its rows only, in the order on disk; no copies.
+
+        `start` is a multiple of 128 (and of the rows of a block), so is `stop`, or the last row's
+        end: so much lies together in every format.
+        """
+
     def canonical(
         self, tensors: Mapping[str, torch.Tensor], scheme: Scheme
     ) -> dict[str, torch.Tensor]:
