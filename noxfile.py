@@ -148,6 +148,15 @@ def producers_msmodelslim(session: nox.Session) -> None:
     session.run("pytest", "tests/producers/test_real_msmodelslim.py", "-q", *session.posargs)
 
 
+@nox.session(name="compile-flashinfer")
+def compile_flashinfer(session: nox.Session) -> None:
+    """Build flashinfer's FP4 matmuls for sm100a and sm120a without a GPU, within --minutes and --gib."""
+    session.env.update(ENVIRONMENT)
+    session.install(TORCH)
+    session.install("-r", "tests/producers/requirements-flashinfer.txt")
+    session.run("python", "tests/producers/compile_flashinfer.py", *session.posargs)
+
+
 def identify(session: nox.Session, row: str, *words: str) -> None:
     """Stop with one line when this machine is not the hardware of a row."""
     told = session.run(

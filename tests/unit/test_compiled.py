@@ -112,8 +112,8 @@ def test_explain_says_compiled_and_never_run_and_what_was_run_instead() -> None:
     record = make_record()
     explained = Explainer(TABLES, {scopes.key_of(record): record}).explain_cell(CELL)
     assert (explained.state, explained.scope) == ("proven", "compiled")
-    assert explained.why.startswith("compiled for sm86, never run: decode x 2 built at true size")
-    assert "Their numbers are not proven there" in explained.why
+    assert explained.why.startswith("compiled for sm86, never run: Triton 3.9.0 built the kernels")
+    assert "they fit (decode x 2); their numbers are proven on a CPU only" in explained.why
     assert explained.alternatives
 
 
