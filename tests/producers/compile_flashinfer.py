@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -84,19 +85,23 @@ def build(arguments: argparse.Namespace) -> int:
     print(f"flashinfer {version}, {spec.name} for {arch}: {len(objects)} files", flush=True)
     limit = int(arguments.gib * 2**30)
     words = [find_ninja(), "-k", "0", "-j", str(arguments.jobs), "-f", str(plan), *objects]
+    running = subprocess.Popen(
+        words,
+        start_new_session=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+    code = 124
     try:
-        done = subprocess.run(
-            words,
-            timeout=60 * arguments.minutes,
-            check=False,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-        )
+        code = running.wait(60 * arguments.minutes)
     except subprocess.TimeoutExpired:
         print(f"{arch}: {arguments.minutes:g} minutes are over: see --minutes and --jobs")
-        return 124
-    built = [name for name in objects if Path(name).is_file()]
-    print(f"{arch}: {len(built)} of {len(objects)} files compiled")
-    return int(done.returncode != 0 or len(built) < len(objects))
+    finally:
+        if running.poll() is None:  # the compilers that it started go with it
+            os.killpg(running.pid, signal.SIGTERM)
+            running.wait()
+    built = sum(Path(name).is_file() for name in objects)
+    print(f"{arch}: {built} of {len(objects)} files compiled")
+    return code
 
 
 def list_objects(plan: Path) -> list[str]:
