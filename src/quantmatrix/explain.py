@@ -252,9 +252,9 @@ def say_compiled(record: Evidence) -> str:
     """What kernels that were built and never run show, and what their numbers rest on."""
     told = record.checks["compile"].metrics
     return (
-        f"compiled for {told['arch']}, never run: {told['kernels']} built at true size by Triton "
-        f"{told['triton']} on {record.made[:10]}, and they fit. Their numbers are not proven there: "
-        "on a CPU Triton's interpreter gives those of plain arithmetic"
+        f"compiled for {told['arch']}, never run: Triton {told['triton']} built the kernels at true "
+        f"size on {record.made[:10]}, and they fit ({told['kernels']}); their numbers are proven on "
+        "a CPU only, by Triton's interpreter and the backend reference"
     )
 
 

@@ -43,7 +43,7 @@ COMPONENT_FACTS = (
     "bytes",
 )
 """What of a planned component is shown; paths are not."""
-UNTOLD_METRICS = ("steps", "thumbnails", "final")
+UNTOLD_METRICS = ("steps", "thumbnails", "final", "programs")
 """Metrics that have a form of their own on the page, or that others repeat."""
 
 
@@ -196,7 +196,10 @@ def describe_check(name: str, check: CheckResult, shared: Shared) -> dict[str, A
         "name": name,
         "verdict": check.verdict,
         "message": check.message,
-        "metrics": flatten(check.metrics, UNTOLD_METRICS),
+        "metrics": [
+            *flatten(check.metrics, UNTOLD_METRICS),
+            *map(describe_program, check.metrics.get("programs", ())),
+        ],
         "limits": shared.put(flatten(check.limits)),
     }
     steps = check.metrics.get("steps")
@@ -207,6 +210,17 @@ def describe_check(name: str, check: CheckResult, shared: Shared) -> dict[str, A
         told["pictures"] = shared.put_pictures([pictures[kind] for kind in PICTURES])
         told["gain"], told["shown"] = pictures["gain"], pictures["shown"]
     return told
+
+
+def describe_program(program: Mapping[str, Any]) -> tuple[str, str]:
+    """(kernel, what its program takes, in words) of a program that was built."""
+    takes = (
+        f"{program['registers']} registers, {program['spilled']} bytes spilled, "
+        f"{program['shared']} of {program['shared_limit']} bytes of shared memory, "
+        f"{program['warps']} warps, code {program['digest'][:19]}"
+    )
+    text = "; ".join(program["faults"]) or takes
+    return f"{program['kernel']} for {program['arch']}", f"{text} ({program['specialised']})"
 
 
 def flatten(

@@ -11,6 +11,7 @@ A record that was edited by hand, or that two runs wrote into, is found where it
 | any                 | a metric beyond the limit beside it |
 | `latents`           | a layer beyond `layer_error`, or latents that equal the base model's |
 | `refuse`            | another rule than the row claims, or a plan that is no refusal |
+| `compile`           | no program, one with a fault, or one of another architecture than the plan's |
 | all but `refuse`    | a plan that is a refusal |
 
 Nothing here proves that a run took place; that is what packets and their latents are for.
@@ -51,6 +52,15 @@ WITNESSED: Mapping[str, Kinds] = {
 }
 """What a witness tells of each kind of layers."""
 LATENTS: Mapping[str, Kinds] = {"worst": dict, "layers": dict, "steps": list, "class": str}
+COMPILE: Mapping[str, Kinds] = {
+    "arch": str, "triton": str, "kernels": str, "programs": list, "problems": list
+}  # fmt: skip
+PROGRAM: Mapping[str, Kinds] = {
+    **dict.fromkeys(("kernel", "arch", "specialised", "digest"), str),
+    **dict.fromkeys(("registers", "spilled", "shared", "shared_limit", "warps"), int),
+    "faults": list,
+}
+"""What every program of a check `compile` tells."""
 WORST = ("psnr_db", "cosine", "relative_l2")
 
 
@@ -64,6 +74,8 @@ def list_problems(record: Mapping[str, Any]) -> list[str]:
         problems += check_kinds(f"checks.{name}", check, {"metrics": dict, "limits": dict})
         if not problems and name == "latents":
             problems += check_latents(check["metrics"])
+        if not problems and name == "compile":
+            problems += check_programs(check["metrics"])
     if problems:
         return problems
     return [problem for name in record["checks"] for problem in find_contradictions(record, name)]
@@ -168,6 +180,37 @@ def check_latents(metrics: Mapping[str, Any]) -> Iterator[str]:
         yield f"{where}.steps: expected a list of objects"
 
 
+def check_programs(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """Programs are objects that tell what they take; a check that failed early may tell nothing."""
+    where = "checks.compile.metrics"
+    problems = list(check_kinds(where, metrics, COMPILE))
+    if metrics:
+        problems += [f"{where}.{key}: missing" for key in COMPILE if key not in metrics]
+    yield from problems
+    for number, program in enumerate(metrics.get("programs", []) if not problems else []):
+        at = f"{where}.programs[{number}]"
+        if not isinstance(program, dict):
+            yield f"{at}: expected an object, found {program!r:.80}"
+            continue
+        yield from check_kinds(at, program, PROGRAM)
+        yield from (f"{at}.{key}: missing" for key in PROGRAM if key not in program)
+
+
+def find_faults(record: Mapping[str, Any]) -> Iterator[str]:
+    """Where a check `compile` tells of programs that are none, or of another architecture."""
+    metrics = record["checks"]["compile"]["metrics"]
+    if not metrics.get("programs"):
+        yield "no program was built"
+    if metrics.get("problems"):
+        yield f"it tells of problems: {metrics['problems'][0]}"
+    wanted = record["plan"].get("machine", {}).get("arch")
+    for program in metrics.get("programs", ()):
+        if program["faults"]:
+            yield f"{program['kernel']} has a fault: {program['faults'][0]}"
+        if wanted is not None and program["arch"] != wanted:
+            yield f"{program['kernel']} was built for {program['arch']}, the plan is for {wanted}"
+
+
 def find_contradictions(record: Mapping[str, Any], name: str) -> Iterator[str]:
     """Where a check that passed tells of a failure."""
     check, plan, cell = record["checks"][name], record["plan"], record["cell"]
@@ -178,7 +221,8 @@ def find_contradictions(record: Mapping[str, Any], name: str) -> Iterator[str]:
     if name != "refuse":
         if refusal:
             yield f"{where}: passed, although the plan is a refusal: {refusal.get('rule')}"
-        yield from (f"{where}: passed, although {why}" for why in list_beyond(check))
+        beyond = [*list_beyond(check), *(find_faults(record) if name == "compile" else ())]
+        yield from (f"{where}: passed, although {why}" for why in beyond)
         return
     for told in (check["metrics"], refusal or {}):
         if told.get("rule", cell["rule"]) != cell["rule"]:

@@ -20,7 +20,7 @@ from torch import nn
 
 from quantmatrix import families, kernels
 from quantmatrix.census import name_kind
-from quantmatrix.kernels.launching import Launch, watch
+from quantmatrix.kernels.launching import TRITON, Launch, watch
 from quantmatrix.layers import QuantizedLinear
 from quantmatrix.planning import ComponentPlan, Piece, Plan
 from quantmatrix.synthetic import DTYPES, build_plain, make_inputs
@@ -70,10 +70,12 @@ def list_launches(plan: Plan) -> tuple[list[Launch], list[str]]:
     """(launches of a plan's layers at true size, layers that the plan's kernels do not take there).
 
     Layers that are alike in kind, scheme and kernel are followed once, those that packages of others
-    compute not at all.
+    compute not at all. Nothing starts where Triton has no GPU to compile for.
     """
     launches: list[Launch] = []
     problems: list[str] = []
+    if plan.machine.vendor not in TRITON:
+        return launches, problems
     for part in plan.components.values():
         followed = set()
         for module, piece in list_pieces(part):

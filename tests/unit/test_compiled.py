@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantmatrix import cli, compiled, compiling, evidence, matrix, scopes
+from quantmatrix import cli, compiled, compiling, evidence, matrix, report, scopes
 from quantmatrix.compiled import Builder, Compiled
 from quantmatrix.compiling import Program
 from quantmatrix.errors import UsageError
@@ -24,6 +24,8 @@ CELLS = {cell.id: cell for cell in TABLES.cells}
 CELL = CELLS["modelopt-nvfp4-flux-1-packed-elsewhere@rtx-3090"]
 RUN = ("load", "latents", "generate", "trace")
 
+PROGRAM = Program("decode", "sm86", "size 1", digest="sha256:1").to_json()
+
 needs_triton = pytest.mark.skipif(not launching.has_triton(), reason="needs triton")
 
 
@@ -35,8 +37,8 @@ def see_quantizer(columns: int = 512) -> Launch:
 
 def make_record(**changes: Any) -> evidence.Evidence:
     """A record of the check, as the suite leaves it."""
-    program = Program("decode", "sm86", "size 1", 8, 3, 40, 0, 4096, 101376, "sha256:1")
-    found = Compiled("sm86", "3.9.0", (program, replace(program, registers=48)))
+    one = Program("decode", "sm86", "size 1", 8, 3, 40, 0, 4096, 101376, "sha256:1")
+    found = Compiled("sm86", "3.9.0", (one, replace(one, registers=48)))
     passed = evidence.CheckResult("pass", found.to_metrics(), found.to_limits())
     machine = {"vendor": "nvidia", "arch": "sm86", "name": "NVIDIA GeForce RTX 3090"}
     whole = {
@@ -79,12 +81,39 @@ def test_a_record_that_contradicts_its_limits_is_none() -> None:
         evidence.encode(replace(record, checks={"compile": forged}))
 
 
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"programs": []}, "no program was built"),
+        ({"problems": ["ff at its true size: no"]}, "it tells of problems: ff at its true size"),
+        ({"programs": [{**PROGRAM, "faults": ["spills"]}]}, "decode has a fault: spills"),
+        ({"programs": [{**PROGRAM, "arch": "sm90"}]}, "built for sm90, the plan is for sm86"),
+        ({"programs": [{"kernel": "decode"}]}, r"programs\[0\].arch: missing"),
+        ({"programs": [7]}, r"programs\[0\]: expected an object, found 7"),
+        ({"arch": 86}, "compile.metrics.arch: expected str, found 86"),
+    ],
+)
+def test_a_pass_that_tells_of_a_fault_is_refused(metrics: dict[str, Any], message: str) -> None:
+    told = make_record().checks["compile"]
+    forged = replace(told, metrics={**told.metrics, **metrics})
+    with pytest.raises(evidence.EvidenceError, match=message):
+        evidence.encode(make_record(checks={"compile": forged}))
+
+
+def test_the_page_shows_each_program_on_a_line() -> None:
+    record = make_record()
+    page = report.render(TABLES, {scopes.key_of(record): record})["index.html"].decode()
+    assert "40 registers, 0 bytes spilled, 4096 of 101376 bytes of shared memory" in page
+    assert "decode for sm86" in page
+    assert "modelopt-nvfp4-flux-1-packed-elsewhere.compiled.json" in page
+
+
 def test_explain_says_compiled_and_never_run_and_what_was_run_instead() -> None:
     record = make_record()
     explained = Explainer(TABLES, {scopes.key_of(record): record}).explain_cell(CELL)
     assert (explained.state, explained.scope) == ("proven", "compiled")
-    assert explained.why.startswith("compiled for sm86, never run: decode x 2 built at true size")
-    assert "Their numbers are not proven there" in explained.why
+    assert explained.why.startswith("compiled for sm86, never run: Triton 3.9.0 built the kernels")
+    assert "they fit (decode x 2); their numbers are proven on a CPU only" in explained.why
     assert explained.alternatives
 
 

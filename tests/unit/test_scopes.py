@@ -19,6 +19,14 @@ from quantmatrix.matrix import Matrix
 from quantmatrix.scopes import COMPILED, PUBLISHED, SCOPES, STAND_IN, TRUE_SIZE
 from quantmatrix.states import STATES, stand
 
+PROGRAM = {
+    **dict.fromkeys(("kernel", "arch", "specialised", "digest"), "x"),
+    **dict.fromkeys(("registers", "spilled", "shared", "shared_limit", "warps"), 0),
+    "faults": [],
+}
+BUILT = {
+    **dict.fromkeys(("arch", "triton", "kernels"), "x"), "programs": [PROGRAM], "problems": []
+}  # fmt: skip
 REPOSITORY = {"repository": "some/flux1-fp8", "revision": "a" * 40}
 
 
@@ -35,7 +43,7 @@ def tables(tmp_path: Path) -> Matrix:
 def make(tables: Matrix, scope: str, *, fails: bool = False, **changes: Any) -> Evidence:
     """A record of the proven cell of a scope."""
     checks = scopes.list_checks(find(tables, PROVEN), scope)
-    results = {name: CheckResult("pass") for name in checks}
+    results = {name: CheckResult("pass", BUILT if name == "compile" else {}) for name in checks}
     if fails:
         results[checks[0]] = CheckResult("fail", message="too far")
     checkpoint = REPOSITORY if scope == PUBLISHED else {}

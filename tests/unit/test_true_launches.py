@@ -71,6 +71,10 @@ def test_kernels_of_others_are_left_to_them() -> None:
     assert true_launches.list_launches(made) == ([], [])
 
 
+def test_a_cpu_starts_nothing() -> None:
+    assert true_launches.list_launches(plan("msmodelslim-w8a8@cpu+int8")) == ([], [])
+
+
 def test_a_kernel_that_does_not_take_the_true_size_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     made = plan("modelopt-nvfp4-flux-1-packed@h200+packed")
     found = true_launches.find_kernel(next(made.components["transformer"].pieces()))

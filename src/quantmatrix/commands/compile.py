@@ -63,7 +63,7 @@ def to_lines(name: str, told: Compiled | None) -> list[str]:
     for program in told.programs:
         used = (
             f"{program.registers} registers, {program.spilled} bytes spilled, "
-            f"{program.shared / 1024:g} of {program.shared_limit / 1024:g} KiB shared, "
+            f"{program.shared / 1024:.3g} of {program.shared_limit / 1024:g} KiB shared, "
             f"{program.warps} warps, {program.digest[:19]}"
         )
         lines.append(f"  {program.kernel}: {used if program.digest else 'not built'}")
