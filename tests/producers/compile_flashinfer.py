@@ -88,6 +88,7 @@ def build(arguments: argparse.Namespace) -> int:
     running = subprocess.Popen(
         words,
         start_new_session=True,
+        cwd=plan.parent,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
     )
     code = 124
