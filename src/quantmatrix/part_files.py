@@ -4,7 +4,7 @@
 | ---- | -------------------- |
 | a scheduler | `scheduler_config.json` |
 | a tokenizer | a whole vocabulary: see `VOCABULARIES` |
-| an image processor | `preprocessor_config.json` |
+| a processor | `preprocessor_config.json` or `processor_config.json` |
 | a model (text encoder, VAE ...) | `config.json` and safetensors: every shard, none cut off |
 
 diffusers and transformers tell of some of these faults in a traceback, of others with the name of a
@@ -85,11 +85,11 @@ def check_files(folder: Folder, name: str, class_name: str) -> None:
     if name.startswith("tokenizer") or "Tokenizer" in class_name:
         check_vocabulary(folder, name, class_name)
     elif name.startswith("scheduler") or class_name.endswith("Scheduler"):
-        check_config(folder, name, "scheduler_config.json")
-    elif class_name.endswith(("ImageProcessor", "FeatureExtractor", "ImageProcessorFast")):
-        check_config(folder, name, "preprocessor_config.json")
+        check_config(folder, name, ("scheduler_config.json",))
+    elif any(word in class_name for word in ("Processor", "FeatureExtractor")):
+        check_config(folder, name, ("preprocessor_config.json", "processor_config.json"))
     else:
-        check_config(folder, name, "config.json")
+        check_config(folder, name, ("config.json",))
         check_weights(folder, name)
 
 
@@ -101,12 +101,15 @@ def wrong(folder: Folder, name: str, what: str, expected: str) -> CheckpointErro
     )
 
 
-def check_config(folder: Folder, name: str, file: str) -> None:
-    """A part must say what it is, in JSON."""
-    if not folder.has(file):
-        raise wrong(folder, name, f"has no {file}", f"one beside {', '.join(folder.top[:4])}")
-    if folder.is_local(file):
-        read_json(folder.path(file))
+def check_config(folder: Folder, name: str, files: tuple[str, ...]) -> None:
+    """A part must say what it is, in one of these JSON files."""
+    found = [file for file in files if folder.has(file)]
+    if not found:
+        beside = ", ".join(folder.top[:4]) or "its sub-folders"
+        raise wrong(folder, name, f"has no {' or '.join(files)}", f"one beside {beside}")
+    for file in found:
+        if folder.is_local(file):
+            read_json(folder.path(file))
 
 
 def check_vocabulary(folder: Folder, name: str, class_name: str) -> None:

@@ -90,6 +90,8 @@ def errors_in_words(what: str, view: str, folder: str) -> Iterator[None]:
     except Exception as error:
         lines = [line.strip() for line in str(error).replace(view, folder).splitlines()]
         why = " ".join(filter(None, lines))[:LONGEST_REASON]
+        if "trust_remote_code" in str(error):
+            why = "it asks for code that comes with the model, which is never run"
         raise CheckpointError(
             f"{what} cannot be loaded ({type(error).__name__}: {why}). Compare it with the model's "
             "own repository, or download it again"

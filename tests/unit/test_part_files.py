@@ -12,9 +12,10 @@ import pytest
 
 from quantmatrix import matrix, models, tiny
 from quantmatrix.errors import CheckpointError
+from quantmatrix.folders import LocalFolder
 from quantmatrix.load import load_transformer
-from quantmatrix.part_files import check_class, explain_vocabulary
-from quantmatrix.pipeline import build_pipeline
+from quantmatrix.part_files import check_class, check_files, explain_vocabulary
+from quantmatrix.pipeline import build_pipeline, errors_in_words
 from quantmatrix.planning import Plan, plan
 from quantmatrix.request import Request
 
@@ -173,3 +174,53 @@ def test_every_class_of_the_stand_ins_is_known(base: Path) -> None:
     for name, entry in index.items():
         if isinstance(entry, list) and entry[1]:
             check_class(name, *entry, "model_index.json")
+
+
+def test_errors_of_libraries_name_the_folder_of_the_user() -> None:
+    with (
+        pytest.raises(
+            CheckpointError, match=r"/mine: vae cannot .* \(OSError: no file in /mine/vae\)"
+        ),
+        errors_in_words("/mine: vae", "/tmp/view", "/mine"),
+    ):
+        raise OSError("no file in\n /tmp/view/vae")
+    with (
+        pytest.raises(CheckpointError, match="code that comes with the model, which is never run"),
+        errors_in_words("/mine: text_encoder", "/tmp/view", "/mine"),
+    ):
+        raise ValueError("set the option `trust_remote_code=True` to remove this error")
+    with pytest.raises(MemoryError), errors_in_words("/mine", "/tmp/view", "/mine"):
+        raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("class_name", "files", "message"),
+    [
+        ("CLIPTokenizer", ["vocab.json", "merges.txt"], ""),
+        ("CLIPTokenizer", ["vocab.json"], "no vocabulary"),
+        ("CLIPTokenizer", ["spiece.model"], "no vocabulary"),
+        ("T5TokenizerFast", ["spiece.model"], ""),
+        ("T5TokenizerFast", ["vocab.json", "merges.txt"], "no vocabulary"),
+        ("Qwen2Tokenizer", ["tokenizer.json"], ""),
+        ("PixtralProcessor", ["tekken.json"], ""),
+        ("PixtralProcessor", ["tokenizer_config.json"], "no vocabulary"),
+    ],
+)
+def test_vocabularies_by_class(
+    class_name: str, files: list[str], message: str, tmp_path: Path
+) -> None:
+    for file in files:
+        (tmp_path / file).write_text("{}")
+    if not message:
+        check_files(LocalFolder(tmp_path), "tokenizer", class_name)
+        return
+    with pytest.raises(CheckpointError, match=message):
+        check_files(LocalFolder(tmp_path), "tokenizer", class_name)
+
+
+def test_a_processor_says_what_it_is_in_either_file(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"has no preprocessor_config\.json or processor_"):
+        check_files(LocalFolder(tmp_path), "processor", "Qwen2VLProcessor")
+    (tmp_path / "processor_config.json").write_text("{}")
+    check_files(LocalFolder(tmp_path), "processor", "Qwen2VLProcessor")

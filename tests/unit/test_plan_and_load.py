@@ -60,9 +60,13 @@ def list_cells() -> dict[str, tuple[Cell, matrix.Matrix]]:
 
 
 def read_request(checkpoint: str) -> Request:
+    """The request of a checkpoint without the witness, who reads numbers; a layout is chosen."""
     cell, tables = list_cells()[checkpoint]
     words = [*cell.command(tables)[2:], "--tiny"]
-    return use_tiny(Request.from_words(words, device="cpu"))
+    request = replace(use_tiny(Request.from_words(words, device="cpu")), witness="off")
+    if decide(request) is None:
+        return replace(request, nvfp4_layout="tiles", nibble_order="high")
+    return request
 
 
 # Changes: each takes the tensors of a checkpoint by name and changes some of them.
