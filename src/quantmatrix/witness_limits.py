@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,8 @@ def find(samples: Sequence[Sample], scheme: Scheme, model: str) -> Bounds | None
         return None
     own = [sample for sample in of_kind if sample.model == model]
     worst = min(own or of_kind, key=lambda sample: sample.cosine)
-    return derive(worst, "" if own else f", borrowed from {worst.model}")
+    note = "" if own and worst.kind == kind else f", borrowed from {worst.kind} on {worst.model}"
+    return derive(replace(worst, kind=kind), note)
 
 
 @lru_cache(maxsize=1)
