@@ -144,7 +144,8 @@ class Code:
 
     def prepare(self) -> None:
         """Read all that runs have in common now, not while the first of them is recorded."""
-        for _, entry in self.name_all("", "", (*RUN, *PLAN, *WRITER)):
+        entries = list(self.name_all("", "", (*RUN, *PLAN, *WRITER)))
+        for _, entry in [*entries, *self.list_crossings(entries, self.parts)]:
             self.package.digest(entry)
 
     def digest(self, way: Way) -> Digests:

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from quantmatrix import identify, selection
+from quantmatrix.code_digest import own_code
 from quantmatrix.device_scheduling import CELLS, Workers, read_worker
 from quantmatrix.errors import MachineError, UsageError
 from quantmatrix.evidence import EvidenceError, path_of, remove_leftovers
@@ -382,6 +383,11 @@ class Harness:
             return
         report.outcome = "failed"
         report.longrepr = f"{item.cell.id}: {message}"
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Read the code that records are tied to now, not in the time of the first test."""
+        if any(isinstance(item, CellItem) for item in session.items):
+            own_code().prepare()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix import evidence as records
 from quantmatrix import facts, scopes
-from quantmatrix.code_digest import own_code
 from quantmatrix.evidence import CheckResult, Evidence
 from quantmatrix.freshness import sign
 
@@ -76,8 +75,6 @@ class Recorder:
         self.tables = tables
         self.folder = folder
         self.expected = expected
-        if folder is not None:
-            own_code().prepare()
         self.written: list[Path] = []
         self.kept = 0
         """Records that said nothing new."""

@@ -40,7 +40,6 @@ FAULT, _, WHERE = os.environ.get("FAULT", "").partition(" ")
 # What differs between two runs of one program: the time, and the checkout that people edit.
 evidence.tell_time = lambda: os.environ.get("MADE", "2026-11-24T10:00:00Z")
 evidence.find_commit = lambda: os.environ.get("COMMIT", "c" * 40)
-evidence.digest_code = lambda family, model: "sha256:code"
 
 if FAULT == "disk":
     write = evidence.os.fsync
