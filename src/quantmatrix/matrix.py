@@ -279,7 +279,13 @@ def split_flags(text: str) -> tuple[str, ...]:
 
 
 def rows_as_dicts(matrix: Matrix, standings: Mapping[str, Standing]) -> list[dict[str, Any]]:
-    """Every cell as plain data, with its state and scope (by cell id) and the command it stands for."""
+    """Every cell as plain data, with its state and scope (by cell id), and two commands.
+
+    `command_run` is that of its record, `command` what published weights need: where a checkpoint
+    exists only as a stand-in, the command that makes it comes first.
+    """
+    from quantmatrix.offers import offer
+
     return [
         {
             "id": cell.id,
@@ -296,7 +302,8 @@ def rows_as_dicts(matrix: Matrix, standings: Mapping[str, Standing]) -> list[dic
             "checks": list(cell.checks),
             "flags": list(cell.flags),
             "notes": cell.notes,
-            "command": cell.shell(matrix),
+            "command_run": getattr(standings[cell.id].record, "command", ""),
+            "command": " && ".join(offer(cell, matrix).commands),
         }
         for cell in matrix.cells
     ]

@@ -44,7 +44,7 @@ from quantmatrix.layer_errors import LayerErrors, relative_error
 from quantmatrix.layers import share_inputs
 from quantmatrix.load import load_component
 from quantmatrix.planning import Plan, Refusal, plan
-from quantmatrix.quantizing import quantize_layers, watch_inputs
+from quantmatrix.quantizing import WEIGHTS, quantize_layers, save, watch_inputs
 from quantmatrix.speed import count_bytes, flatten_output
 from quantmatrix.synthetic import build_plain, fill_plain, make_inputs
 from quantmatrix.tiny_checkpoints import (
@@ -137,7 +137,7 @@ def measure(
     shallow = draw_blocks(row.model, device)
     checkpoint = write_once(row, shallow, folder, base, device)
     seconds = {"write": time.perf_counter() - start}
-    made = plan_checkpoint(row, request, folder / "base", checkpoint)
+    made = plan_checkpoint(row, request, name_base(folder, row), checkpoint)
     start = time.perf_counter()
     quantized = load_component(made.components[COMPONENT], made.request, device=device)
     seconds["load"] = time.perf_counter() - start
@@ -208,16 +208,14 @@ def write_once(
     """
     if row.form == "online":
         raise UsageError(f"{row.id} is quantized while it is loaded: it has no file to write")
-    place, plain = folder / row.id, folder / "base"
-    shallow_config: Any = shallow
-    shallow_config.save_config(plain)
+    place, plain = folder / row.id, name_base(folder, row)
     done = place / "written"
     if not done.is_file():
         for (
             other
         ) in folder.iterdir():  # cells come row by row, and a disk does not hold all of them
-            if other != plain:
-                shutil.rmtree(other, ignore_errors=True)
+            shutil.rmtree(other, ignore_errors=True)
+        write_base(row, shallow, plain)
         recipe = find_recipe(row)
         ranges = watch_forward(row.model, shallow, device)
         if row.family in ON_CPU:
@@ -235,6 +233,21 @@ def write_once(
         written = write_component(row, (stored, declaration), COMPONENT, inner, place, plain)
         done.write_text(str(written))
     return Path(done.read_text())
+
+
+def name_base(folder: Path, row: CheckpointRow) -> Path:
+    """Where the base model of a row's checkpoint lies."""
+    return folder / f"base-of-{row.id}"
+
+
+def write_base(row: CheckpointRow, shallow: nn.Module, folder: Path) -> None:
+    """Write the model's configuration, and for raw files, which declare nothing, its weights: a witness
+    tells by them how the codes lie."""
+    model: Any = shallow
+    model.save_config(folder)
+    if row.form == "raw":
+        weights = {name: tensor.cpu() for name, tensor in shallow.state_dict().items()}
+        save(weights, sorted(weights), folder / WEIGHTS, {"format": "pt"})
 
 
 def watch_forward(model: str, shallow: nn.Module, device: str) -> dict[str, Calibration]:

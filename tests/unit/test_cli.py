@@ -299,6 +299,6 @@ def test_a_stand_in_that_does_not_fit_on_the_disk(
         raise SafetensorError("No space left on device (os error 28)")
 
     monkeypatch.setattr("safetensors.torch.save_file", fail)
-    found = run_json(capsys, "tiny-hub", str(tmp_path), code=1)
+    found = run_json(capsys, "tiny-hub", str(tmp_path), code=ENVIRONMENT_UNUSABLE)
     assert "No space left on device" in found["error"]["message"]
     assert list(tmp_path.iterdir()) == []

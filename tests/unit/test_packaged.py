@@ -20,7 +20,7 @@ from quantmatrix.evidence import EvidenceError
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
     ["explain", "--checkpoint", "fp8-guide", "--hardware", "all"],
-    ["agreement", "--any-version", "--today", "2026-11-28"],
+    ["agreement", "--today", "2026-11-28"],
     ["thresholds"],
     ["matrix", "list"],
 ]

@@ -21,7 +21,10 @@ def test_there_are_five_everyday_tasks() -> None:
     assert len(everyday_commands()) >= 5
 
 
-@pytest.mark.parametrize("command", everyday_commands(), ids=lambda c: c.split()[1])
+NAMES = [f"{n}-{command.split()[1]}" for n, command in enumerate(everyday_commands(), 1)]
+
+
+@pytest.mark.parametrize("command", everyday_commands(), ids=NAMES)
 def test_command_runs(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
