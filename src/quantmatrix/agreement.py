@@ -7,7 +7,7 @@ The life of a claim's evidence follows from its state (`states`), which every pa
 | `fresh`         | `proven`, `refused`; of a `failing` claim: its check failed, and no other |
 | `contradicting` | `failing`: claim and run differ, in whichever direction |
 | `stale`         | `stale`: to be run again |
-| `missing`       | `unproven` |
+| `missing`       | `unproven`, and `proven` of scope `compiled`: kernels exist for it, and none was run |
 
 Old records are listed as due to be made again; their state does not depend on the day. `planned`
 cells claim nothing and are not counted. The number stands on the badge (`reports/badge.json`, in the
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.freshness import MAX_AGE_DAYS, find_age_problem
-from quantmatrix.scopes import SCOPES, SEPARATOR, Standing
+from quantmatrix.scopes import COMPILED, SCOPES, SEPARATOR, Standing
 from quantmatrix.states import fails_as_claimed, stand_all
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Agreement:
     tasks: tuple[Task, ...]
     """The burn-down list, the most urgent first, then in table order."""
     by_scope: Mapping[str, int] = field(default_factory=dict)
-    """Claims with fresh, agreeing evidence of each scope, the weakest first."""
+    """Claims with fresh, agreeing evidence of each scope, the weakest first; `compiled` is no run."""
     due: Mapping[str, str] = field(default_factory=dict)
     """Fresh evidence that is old, and how old, by cell id."""
 
@@ -119,11 +119,12 @@ def measure(
     claims = [cell for cell in tables.cells if cell.claim != "planned"]
     told = standings or stand_all(tables, evidence, now)
     lives = {c.id: find_life(told[c.id]) for c in claims}
-    fresh = Counter(told[c.id].scope for c in claims if lives[c.id] == "fresh")
+    shown = [c for c in claims if lives[c.id] == "fresh" or is_compiled(told[c.id])]
+    scopes = Counter(told[c.id].scope for c in shown)
     tasks = [
         Task(
             *(c.id, c.family, c.hardware, c.claim, life),
-            *(told[c.id].reason.partition("\n")[0], told[c.id].scope),
+            *(explain_life(told[c.id]), told[c.id].scope),
         )
         for life in URGENCY
         for c in claims
@@ -144,7 +145,7 @@ def measure(
         by_family={f: share(c for c in claims if c.family == f) for f in tables.families},
         by_hardware={h: share(c for c in claims if c.hardware == h) for h in tables.hardware},
         tasks=tuple(tasks),
-        by_scope={scope: fresh[scope] for scope in SCOPES if fresh[scope]},
+        by_scope={scope: scopes[scope] for scope in SCOPES if scopes[scope]},
         due=due,
     )
 
@@ -153,7 +154,19 @@ def find_life(standing: Standing) -> str:
     """The life of the record that names a claim; see the module's table."""
     if standing.state == "failing" and standing.record and fails_as_claimed(standing.record):
         return "fresh"
-    return BY_STATE[standing.state]
+    return "missing" if is_compiled(standing) else BY_STATE[standing.state]
+
+
+def is_compiled(standing: Standing) -> bool:
+    """Whether all that is known of a cell is that its kernels can be built."""
+    return standing.state == "proven" and standing.scope == COMPILED
+
+
+def explain_life(standing: Standing) -> str:
+    """Why a claim's evidence does not agree, on one line."""
+    if is_compiled(standing):
+        return "its kernels were compiled, nothing was run"
+    return standing.reason.partition("\n")[0]
 
 
 def count_lives(lives: Iterable[str]) -> Share:

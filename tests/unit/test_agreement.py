@@ -17,6 +17,7 @@ from quantmatrix.agreement import Share, count_lives, measure, write_badge
 from quantmatrix.cli import main
 from quantmatrix.evidence import CheckResult, Evidence
 from quantmatrix.matrix import Matrix
+from quantmatrix.scopes import Standing
 
 FAILING = "fp8-flux-2@cpu"
 
@@ -44,6 +45,16 @@ def test_shares(tables: Matrix, evidence: dict[str, Evidence]) -> None:
     assert found.by_hardware["b200"] == Share(0, dict.fromkeys(found.overall.lives, 0))
     assert found.by_hardware["b200"].percent == 0.0
     assert sum(share.claims for share in found.by_hardware.values()) == found.overall.claims
+
+
+def test_kernels_that_were_compiled_and_never_run_prove_no_claim(tables: Matrix) -> None:
+    compiled = {c.id: Standing("proven", "", "compiled") for c in tables.cells}
+    found = measure(tables, {}, standings=compiled)
+    assert (found.overall.percent, found.by_scope) == (0.0, {"compiled": 6})
+    assert {task.life for task in found.tasks} == {"missing"}
+    assert found.tasks[0].reason == "its kernels were compiled, nothing was run"
+    ran = {c.id: Standing("proven", "", "stand-in") for c in tables.cells}
+    assert measure(tables, {}, standings=ran).overall.percent == 100.0
 
 
 def test_a_percentage_is_never_rounded_up() -> None:
