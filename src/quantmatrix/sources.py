@@ -7,7 +7,6 @@ and weights. Nothing here looks at tensors beyond their headers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
@@ -15,7 +14,9 @@ from typing import Any
 
 from quantmatrix import experts, models, pipeline_parts
 from quantmatrix.checkpoint import Checkpoint, Hub, parse_block
+from quantmatrix.config_limits import check_config
 from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.quoting import quote, quote_json
 from quantmatrix.references import (
     SVDQUANT_PAIR,
     PipelineFolder,
@@ -232,6 +233,7 @@ def find_source(
     class_name = str(plain_class(config.get("_class_name")) or "")
     config = {**config, "_class_name": class_name}
     check_class(name, class_name, config_from, pipeline, checkpoint)
+    check_config(config, config_from, checkpoint)
     check_stated_config(class_name, config, config_from, checkpoint)
     return Source(checkpoint, class_name, config, config_from, primary)
 
@@ -270,7 +272,7 @@ def check_stated_config(
     named = plain_class(stated.get("_class_name"))
     if named and named != class_name:
         raise CheckpointError(
-            f"{place} says these are weights of {named}, {config_from} says {class_name}: wrong "
+            f"{place} says these are weights of {quote(named)}, {config_from} says {class_name}: wrong "
             "model for the checkpoint"
         )
     for key, value in stated.items():
@@ -279,8 +281,8 @@ def check_stated_config(
         if same or key.startswith("_") or key in UNCOMPARED:
             continue
         raise CheckpointError(
-            f"{place} says {key} {json.dumps(value)[:120]}, {config_from} says "
-            f"{json.dumps(here)[:120]}: these are weights of another model, or of another size; "
+            f"{place} says {key} {quote_json(value, 120)}, {config_from} says "
+            f"{quote_json(here, 120)}: these are weights of another model, or of another size; "
             "name the base model that they were made from"
         )
 
