@@ -178,7 +178,15 @@ def component_names(model: str, pipeline: PipelineFolder) -> list[str]:
     """Transformer components that the base has, primary first; a bare folder is `transformer`."""
     if not pipeline.components:
         return ["transformer"]
-    return [name for name in models.load(model).COMPONENTS if name in pipeline.components]
+    wanted = models.load(model).COMPONENTS
+    names = [name for name in wanted if name in pipeline.components]
+    if not names:
+        raise CheckpointError(
+            f"{pipeline.reference}: model_index.json names no {' or '.join(wanted)}, only "
+            f"{', '.join(pipeline.components)}: expected the transformer of a "
+            f"{models.load(model).NAME}; download the model again"
+        )
+    return names
 
 
 def check_overrides(request: Request, pipeline: PipelineFolder, names: list[str]) -> None:

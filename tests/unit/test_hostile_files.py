@@ -466,3 +466,23 @@ def test_a_huge_file_in_a_packet_is_refused_by_its_header(tmp_path: Path) -> Non
     [problem] = packets.list_file_problems(tmp_path, {packets.LATENTS: {"bytes": 1}})
     assert "has 3221225472 bytes, packet.json says" in problem
     assert time.process_time() - began < 0.5  # its bytes are not read
+
+
+def test_a_model_index_without_a_transformer() -> None:
+    from quantmatrix.folders import LocalFolder
+    from quantmatrix.references import PipelineFolder
+    from quantmatrix.sources import component_names
+
+    parts = {"vae": ("diffusers", "AutoencoderKL")}
+    found = PipelineFolder("x", LocalFolder(Path("x")), "FluxPipeline", parts)
+    with pytest.raises(CheckpointError, match="names no transformer, only vae"):
+        component_names("flux-1", found)
+
+
+@pytest.mark.parametrize("stated", [1, "x", [1]])
+def test_groups_of_a_declaration_of_wrong_types(stated: Any) -> None:
+    from quantmatrix.families.modelopt_fp8 import check_groups
+
+    block = {"quant_algo": "FP8", "config_groups": {"group_0": {"weights": stated}}}
+    with pytest.raises(CheckpointError, match=r"config_groups.group_0.weights is .*quant_algo is"):
+        check_groups(block, "config.json")
