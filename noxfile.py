@@ -75,9 +75,17 @@ def matrix(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the unit tests, and every row of the matrix against the committed verdicts."""
+    """Run the unit tests, 500 cases of the fuzzer, every row against the committed verdicts."""
     install(session, "test", "compile")
-    session.run("pytest", "-q", "-n", "2", *(session.posargs or ["tests/unit", "tests/suites"]))
+    folders = ["tests/unit", "tests/fuzz", "tests/suites"]
+    session.run("pytest", "-q", "-n", "2", *(session.posargs or folders))
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Damage files and see that every command ends in words: -- --cases 20000 --seed 1."""
+    install(session, "test")
+    session.run("python", "tests/fuzz/run_fuzz.py", *session.posargs)
 
 
 @nox.session

@@ -29,6 +29,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from quantmatrix import strict_json
 from quantmatrix.bench_form import FORMS, check_part, check_told
 from quantmatrix.errors import UsageError
 from quantmatrix.evidence import path_of
@@ -194,8 +195,8 @@ def decode(data: bytes, where: object, *, deep: bool = True) -> list[dict[str, A
     if not data.strip():
         raise BenchmarkError(f"{where}: empty file: the run measured nothing (workers? an error?)")
     try:
-        whole = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        whole = strict_json.parse(data)
+    except ValueError as error:
         raise BenchmarkError(f"{where}: not JSON: {error}") from error
     check_file(whole, where, deep=deep)
     found: list[dict[str, Any]] = whole["results"]
@@ -210,9 +211,9 @@ def read(path: Path) -> list[dict[str, Any]]:
             raise BenchmarkError(f"{path}: no .json file in it: nothing was measured")
         return [result for file in files for result in read(file)]
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BenchmarkError(f"{path}: {error.strerror or error}") from error
+        data = strict_json.read_bytes(path)
+    except (OSError, strict_json.JsonError) as error:
+        raise BenchmarkError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     return decode(data, path)
 
 
@@ -256,11 +257,11 @@ def read_pytest(path: Path, planned: Iterable[str] = ()) -> dict[str, dict[str, 
     With workers pytest-benchmark measures nothing, leaves a file of 0 bytes or `stats: null`, and
     ends well. Raises BenchmarkError for such a file, and where a planned row is missing.
     """
-    data = path.read_bytes() if path.is_file() else b""
-    if not data.strip():
-        raise BenchmarkError(f"{path}: missing or empty: was it run with workers (-n)?")
     try:
-        found = json.loads(data)["benchmarks"]
+        data = strict_json.read_bytes(path) if path.is_file() else b""
+        if not data.strip():
+            raise BenchmarkError(f"{path}: missing or empty: was it run with workers (-n)?")
+        found = strict_json.parse(data)["benchmarks"]
         entries = {b["extra_info"].get("what", b["fullname"]): b for b in found}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BenchmarkError(f"{path}: no file of pytest-benchmark: {error!r}") from error

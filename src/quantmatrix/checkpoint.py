@@ -13,13 +13,18 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 import struct
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+from quantmatrix import strict_json
 from quantmatrix.errors import CheckpointError
+from quantmatrix.quoting import quote, quote_json
+from quantmatrix.strict_json import JsonError, NotJsonError
 
 ITEM_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8,
@@ -28,8 +33,10 @@ ITEM_BITS = {
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-HEADER_LIMIT = 100 * 2**20
-"""Largest header in bytes that the safetensors format allows."""
+HEADER_LIMIT = strict_json.LIMIT
+"""Largest header in bytes that is read: the format allows 100 MB, real files have a few."""
+MOST_DIMENSIONS = 64
+"""More than any tensor library has."""
 
 NEAR = 2**20
 """Bytes between two tensors that are rather read with them than asked for apart."""
@@ -158,9 +165,13 @@ def read_header(path: str | Path) -> Header:
     path = Path(path)
     refuse_pickle(path)
     try:
-        if path.is_fifo():  # it would be waited for, without an end
-            raise CheckpointError(f"{path}: expected a safetensors file, this is a pipe")
-        size = path.stat().st_size
+        found = path.stat()
+        special = not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode))
+        if special:  # a pipe would be waited for, without an end
+            raise CheckpointError(
+                f"{path}: expected a safetensors file, this is a pipe or a device"
+            )
+        size = found.st_size
         with path.open("rb") as file:
             start = file.read(32)
             length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else -1
@@ -176,7 +187,7 @@ def read_header(path: str | Path) -> Header:
 def read_contents(file: BinaryIO, names: Sequence[str]) -> dict[str, bytes]:
     """Bytes of small tensors of an open safetensors file, by name; one read for those together."""
     (length,) = struct.unpack("<Q", file.read(8))
-    header = json.loads(file.read(length))
+    header = strict_json.parse(file.read(min(length, HEADER_LIMIT)))
     spans = sorted((*header[name]["data_offsets"], name) for name in names)
     found: dict[str, bytes] = {}
     while spans:
@@ -215,28 +226,54 @@ def _explain_no_header(path: Path, start: bytes, length: int, size: int) -> str:
 def parse_header(text: bytes, file: str, *, data_bytes: int | None = None) -> Header:
     """(tensors, metadata) of a header's JSON; `data_bytes` is the size of what follows it."""
     try:
-        entries = json.loads(text, object_pairs_hook=_refuse_duplicates)
-        metadata = entries.pop("__metadata__", None) or {}
-        strings = {str(key): str(value) for key, value in metadata.items()}
-        ranges = {
-            name: (str(entry["dtype"]), tuple(entry["shape"]), tuple(entry["data_offsets"]))
-            for name, entry in entries.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        entries = strict_json.parse(text, _pack_entry)
+        strings = _take_metadata(entries)
+        for name, entry in entries.items():
+            _check_entry(name, entry)
+    except (ValueError, TypeError) as error:
         raise CheckpointError(
             f"{file}: the safetensors header is no valid JSON table of tensors ({error}): the file "
             "is damaged or of another format; download it again"
         ) from error
-    return check_ranges(ranges, file, data_bytes), strings
+    return check_ranges(entries, file, data_bytes), strings
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is in it twice")
-    return found
+class _Entry(NamedTuple):
+    """An entry of a header; small, since a header may have a hundred thousand."""
+
+    dtype: str
+    shape: tuple[Any, ...]
+    data_offsets: tuple[Any, ...]
+
+
+def _pack_entry(table: dict[str, Any]) -> Any:
+    """The entry that an object describes; an object of another kind as it is."""
+    get = table.get
+    dtype, shape, offsets = get("dtype"), get("shape"), get("data_offsets")
+    if type(dtype) is str and type(shape) is list and type(offsets) is list:
+        return _Entry(sys.intern(dtype), tuple(shape), tuple(offsets))
+    return table
+
+
+def _take_metadata(entries: Any) -> dict[str, str]:
+    """The strings of `__metadata__`, which is taken out of a header's entries."""
+    if not isinstance(entries, dict):
+        raise TypeError(f"it is {quote(entries)}")
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise TypeError(f"__metadata__ is {quote(metadata)}")
+    return {key: value if isinstance(value, str) else str(value) for key, value in metadata.items()}
+
+
+def _check_entry(name: str, entry: Any) -> None:
+    """TypeError for an entry that describes no tensor."""
+    if isinstance(entry, _Entry):
+        return
+    absent = [
+        repr(key) for key in _Entry._fields if not isinstance(entry, dict) or key not in entry
+    ]
+    what = f"has no {', '.join(absent)}" if absent else "is of wrong types"
+    raise TypeError(f"{quote(name)} is {quote(entry)}: it {what}")
 
 
 def check_ranges(
@@ -249,19 +286,24 @@ def check_ranges(
     for name, (dtype, shape, offsets) in ranges.items():
         if dtype not in ITEM_BITS:
             raise CheckpointError(
-                f"{file}: tensor {name} has the dtype {dtype}; known: {', '.join(ITEM_BITS)}"
+                f"{file}: tensor {name} has the dtype {quote(dtype)}; known: {', '.join(ITEM_BITS)}"
+            )
+        if len(shape) > MOST_DIMENSIONS:
+            raise CheckpointError(
+                f"{file}: tensor {name} has {len(shape)} dimensions, expected at most "
+                f"{MOST_DIMENSIONS}; the header is damaged"
             )
         numbers = (*shape, *offsets)
         if len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in numbers):
             raise CheckpointError(
-                f"{file}: tensor {name} has shape {list(shape)} and data_offsets {list(offsets)}: "
+                f"{file}: tensor {name} has shape {quote(shape)} and data_offsets {quote(offsets)}: "
                 "expected whole numbers, two of them as offsets; the header is damaged"
             )
         tensors[name] = TensorHeader(name, dtype, shape, file)
         bits = math.prod(shape) * ITEM_BITS[dtype]
         if (offsets[1] - offsets[0]) * 8 != bits:
             raise CheckpointError(
-                f"{file}: tensor {name} ({dtype} {list(shape)}) needs {bits / 8:g} bytes, "
+                f"{file}: tensor {name} ({dtype} {quote(shape)}) needs {_count_bytes(bits)} bytes, "
                 f"the header gives it {offsets[1] - offsets[0]}; the header is damaged"
             )
     place, before = 0, "the start of the data"
@@ -279,6 +321,11 @@ def check_ranges(
             "it is truncated or damaged; download it again"
         )
     return tensors
+
+
+def _count_bytes(bits: int) -> str:
+    """Bytes as a number; too large ones, which no float holds, in words."""
+    return f"{bits / 8:g}" if bits < 2**100 else "more than 2**97"
 
 
 def merge_headers(headers: Mapping[str, Header]) -> Header:
@@ -314,13 +361,13 @@ def check_json(key: str, text: str, file: str) -> None:
     if key not in JSON_KEYS or text.strip() in ("", "null"):
         return
     try:
-        found: Any = json.loads(text)
+        found: Any = strict_json.parse(text)
         what = f"a JSON {type(found).__name__}"
-    except (ValueError, RecursionError) as error:
+    except JsonError as error:
         found, what = None, f"no JSON ({error})"
     if not isinstance(found, dict):
         raise CheckpointError(
-            f"{file}: {key} in the header is {text[:120]!r}, {what}: expected a JSON object. What "
+            f"{file}: {key} in the header is {quote(text, 120)!r}, {what}: expected a JSON object. What "
             "it was to declare is unknown: correct it, or write the file again without it"
         )
 
@@ -328,9 +375,13 @@ def check_json(key: str, text: str, file: str) -> None:
 def parse_block(text: str) -> dict[str, Any]:
     """A JSON object written as a metadata string; empty when it is none."""
     try:
-        block = json.loads(text)
-    except ValueError:
+        block = strict_json.parse(text)
+    except NotJsonError:
         return {}
+    except JsonError as error:
+        raise CheckpointError(
+            f"a JSON text in the header cannot be used: {error}; the file is damaged"
+        ) from error
     return block if isinstance(block, dict) else {}
 
 
@@ -351,7 +402,7 @@ def merge_blocks(
         else:
             raise CheckpointError(
                 f"{place} and {other} disagree about {path}{key} of the quantization: "
-                f"{json.dumps(mine)[:120]} and {json.dumps(value)[:120]}; one of the two is stale, "
+                f"{quote_json(mine, 120)} and {quote_json(value, 120)}; one of the two is stale, "
                 "correct or remove it"
             )
     return joined
@@ -399,7 +450,7 @@ def find_config_block(config: Mapping[str, Any], file: str) -> tuple[dict[str, A
             return dict(value), f"{file}: {key}"
         if value:
             raise CheckpointError(
-                f"{file}: {key} is {json.dumps(value)[:120]}: expected a JSON object"
+                f"{file}: {key} is {quote_json(value, 120)}: expected a JSON object"
             )
     return {}, ""
 
@@ -422,9 +473,12 @@ def find_header_block(metadata: Mapping[str, str], file: str) -> tuple[dict[str,
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises CheckpointError naming the file."""
+    """A JSON object from a file; raises CheckpointError naming the file.
+
+    Where the path leads is looked at by the folder that gives it.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = strict_json.parse(strict_json.read_bytes(path, Path(path.absolute().anchor)))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: no readable JSON: {error}; download it again") from error
     if not isinstance(content, dict):

@@ -8,6 +8,7 @@ is missing, the disk is full), 130 interrupted, 143 terminated.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -21,7 +22,9 @@ from quantmatrix import __version__
 from quantmatrix.commands import NAMES
 from quantmatrix.errors import QuantmatrixError, RefusedError, UsageError
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, blames_environment
+from quantmatrix.matrix import MatrixError
 from quantmatrix.places import check_place, naming
+from quantmatrix.quoting import escape_lines, limit_message
 from quantmatrix.request import (
     FP4_BACKEND_VARIABLE,
     Request,
@@ -108,15 +111,29 @@ def explain_os_error(error: OSError) -> QuantmatrixError:
 
 def report_error(error: QuantmatrixError, code: int, *, as_json: bool) -> int:
     """Print an error: words on standard error, and the same as JSON where that was asked for."""
-    print(f"quantmatrix: {error}", file=sys.stderr)
+    message = shorten_error(error)
+    print(f"quantmatrix: {message}", file=sys.stderr)
     if as_json:
         rule = getattr(error, "rule", None)
-        refusal = {"rule": rule, "message": str(error)} if rule else None
+        refusal = {"rule": rule, "message": message} if rule else None
         kind = type(error).__name__
-        print_json(
-            {"ok": False, "refusal": refusal, "error": {"type": kind, "message": str(error)}}
-        )
+        print_json({"ok": False, "refusal": refusal, "error": {"type": kind, "message": message}})
     return code
+
+
+def shorten_error(error: QuantmatrixError) -> str:
+    """The words of an error, without what names and values of strangers may do in them.
+
+    Only the list of what is wrong with the tables, which are the user's own, is shown to its end.
+    """
+    if not isinstance(error, MatrixError):
+        return limit_message(str(error))
+    return "\n".join(limit_message(line) for line in str(error).split("\n"))
+
+
+def say(text: str, *, to_errors: bool = False) -> None:
+    """Print lines for people, in which names and values of strangers are escaped."""
+    print(escape_lines(text), file=sys.stderr if to_errors else sys.stdout)
 
 
 def print_json(value: Any) -> None:
@@ -287,7 +304,7 @@ def show_runs(
 
     def save(run: Run) -> None:
         for warning in run.plan.warnings:
-            print(f"quantmatrix: warning: {warning}", file=sys.stderr)
+            say(f"quantmatrix: warning: {warning}", to_errors=True)
         run.require_numbers()
         if run.degenerate is not None:
             print(
@@ -325,8 +342,8 @@ def print_run(run: Mapping[str, Any]) -> None:
         f"{name}: {sum(found.values())} quantized layers ({backends_text(found)})"
         for name, found in run["backends"].items()
     )
-    print(run["output"] or "(not saved)")
-    print(f"  {layers}; {run['seconds']['generate']:.2f} s, {len(run['step_seconds']) + 1} steps")
+    say(run["output"] or "(not saved)")
+    say(f"  {layers}; {run['seconds']['generate']:.2f} s, {len(run['step_seconds']) + 1} steps")
 
 
 def backends_text(found: Mapping[str, int]) -> str:
@@ -345,7 +362,7 @@ def run_plan(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.json:
         print_json(told)
     elif isinstance(made, Refusal):
-        print(f"refused [{made.rule}]: {made.message}")
+        say(f"refused [{made.rule}]: {made.message}")
     else:
         print_plan(told)
     return 0 if made.ok else EXIT_REFUSED
@@ -363,21 +380,21 @@ def describe_true_size(made: Any, warnings: list[str]) -> dict[str, Any]:
 
 def print_plan(made: Mapping[str, Any]) -> None:
     """A plan for people."""
-    print(f"{made['model']} on {made['machine']['name']} ({made['machine']['arch']})")
+    say(f"{made['model']} on {made['machine']['name']} ({made['machine']['arch']})")
     each = f" in each of {made['processes']} processes" if made["processes"] > 1 else ""
     for name, part in made["components"].items():
-        print(f"  {name}: {part['family'] or 'full precision'} ({part['why']})")
-        print(f"    weights      {', '.join(part['files'])}")
+        say(f"  {name}: {part['family'] or 'full precision'} ({part['why']})")
+        say(f"    weights      {', '.join(part['files'])}")
         if part["layout"]:
-            print(f"    layout       {part['layout']}")
-        print(f"    config       {part['config_from']}")
+            say(f"    layout       {part['layout']}")
+        say(f"    config       {part['config_from']}")
         rank = f", rank {part['rank']}" if part["rank"] else ""
         layers = f"{part['quantized_layers']} of {part['total_layers']}"
-        print(f"    quantized    {layers} linear layers, {part['precision'] or '-'}{rank}")
-        print(f"    kernels      {backends_text(part['backends'])}")
-        print(f"    memory       {describe_weights(made, name)}{each}")
+        say(f"    quantized    {layers} linear layers, {part['precision'] or '-'}{rank}")
+        say(f"    kernels      {backends_text(part['backends'])}")
+        say(f"    memory       {describe_weights(made, name)}{each}")
     for warning in made["warnings"]:
-        print(f"  warning: {warning}")
+        say(f"  warning: {warning}")
 
 
 def describe_weights(made: Mapping[str, Any], name: str) -> str:
@@ -406,20 +423,20 @@ def run_inspect(arguments: argparse.Namespace, rest: list[str]) -> int:
         return 0
     for name, part in found["components"].items():
         plain = "unknown quantization" if part["unknown"] else "full precision"
-        print(f"{name}: {part['family'] or plain} ({part['why']})")
+        say(f"{name}: {part['family'] or plain} ({part['why']})")
         for file in part["files"]:
-            print(f"  file         {file}")
+            say(f"  file         {file}")
         for file in part["left_out"]:
-            print(f"  left out     {file} (a LoRA, which adds to a model)")
-        print(f"  size         {part['bytes'] / 2**20:,.1f} MiB in {part['tensors']} tensors")
-        print(f"  declared in  {part['quantization_from'] or part['description_file'] or '-'}")
+            say(f"  left out     {file} (a LoRA, which adds to a model)")
+        say(f"  size         {part['bytes'] / 2**20:,.1f} MiB in {part['tensors']} tensors")
+        say(f"  declared in  {part['quantization_from'] or part['description_file'] or '-'}")
         note = f": {part['names_note']}" if part["names_note"] else ""
-        print(f"  names        {', '.join(part['names'])}{note}")
-        print(f"  schemes      {backends_text(part['schemes'])}")
+        say(f"  names        {', '.join(part['names'])}{note}")
+        say(f"  schemes      {backends_text(part['schemes'])}")
         for layout, count in part["layouts"].items():
-            print(f"  layout       {count} layers: {layout}")
+            say(f"  layout       {count} layers: {layout}")
         for layer, scheme in part["layers"].items() if arguments.layers else ():
-            print(f"    {layer}: {', '.join(f'{k}={v}' for k, v in scheme.items())}")
+            say(f"    {layer}: {', '.join(f'{k}={v}' for k, v in scheme.items())}")
     return 0
 
 
@@ -458,7 +475,7 @@ def run_dequantize(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.json:
         print_json(made)
     else:
-        print(f"{made['output']}: {made['tensors']} tensors, {made['bytes'] / 2**20:,.1f} MiB")
+        say(f"{made['output']}: {made['tensors']} tensors, {made['bytes'] / 2**20:,.1f} MiB")
     return 0
 
 
@@ -601,6 +618,9 @@ def terminate(number: int, frame: Any) -> NoReturn:
 def entry() -> None:
     """Console entry point."""
     signal.signal(signal.SIGTERM, terminate)
+    for stream in (sys.stdout, sys.stderr):  # whatever a locale cannot write is escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(main())
 
 

@@ -93,8 +93,8 @@ def compare_sides(reference: SavedRun, candidate: SavedRun, bounds: Bounds) -> d
     return {
         "ok": not problems,
         "problems": problems,
-        "reference": {"name": reference.name, **reference.about},
-        "candidate": {"name": candidate.name, **candidate.about},
+        "reference": {**reference.about, "name": reference.name},
+        "candidate": {**candidate.about, "name": candidate.name},
         "latents": {**summarize(steps), "identical": find_worst(steps).identical},
         "media": media,
         "limits": {name: value for name, value in vars(bounds).items() if value is not None},

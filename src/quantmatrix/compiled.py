@@ -119,7 +119,7 @@ class Builder:
         if self.folder is None:
             return None
         with suppress(OSError, ValueError, TypeError):
-            told = json.loads((self.folder / f"{name}.json").read_text())
+            told = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
             return Program(**{**told, "faults": tuple(told["faults"])})
         return None
 

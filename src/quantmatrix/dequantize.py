@@ -161,7 +161,8 @@ def write_folder(
     checkpoint = fetch(component.checkpoint, request.hub)
     declared = ("quantization_config", "compression_config")
     config = {k: v for k, v in component.config.items() if k not in declared}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    described = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(described, encoding="utf-8")
     shards: list[dict[str, torch.Tensor]] = [{}]
     files: list[Path] = []
     size = total = 0
@@ -198,7 +199,8 @@ def write_folder(
             "weight_map": {name: names[number] for name, number in sorted(weight_map.items())},
         }
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
+        path = folder / "diffusion_pytorch_model.safetensors.index.json"
+        path.write_text(text, encoding="utf-8")
     return {"files": names, "tensors": len(weight_map), "bytes": total}
 
 

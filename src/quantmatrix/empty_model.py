@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import CheckpointError
+from quantmatrix.library_logs import escaped
+from quantmatrix.quoting import quote
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,11 +58,12 @@ def build_empty(class_name: str, config: Mapping[str, Any], config_from: str) ->
         )
     own = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
-        with no_init_weights(), init_empty_weights():
+        with escaped(), no_init_weights(), init_empty_weights():
             model: nn.Module = model_class.from_config(own)
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except Exception as error:  # whatever a constructor of diffusers does with a damaged value
+        why = quote(f"{type(error).__name__}: {error}")
         raise CheckpointError(
-            f"{config_from}: no {class_name} can be built from it ({error}): a value is of a wrong "
+            f"{config_from}: no {class_name} can be built from it ({why}): a value is of a wrong "
             "kind or missing; compare it with the base model's config.json"
         ) from error
     return model

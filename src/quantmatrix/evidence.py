@@ -45,8 +45,9 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix import record_form, scopes, thumbnails
+from quantmatrix import record_form, scopes, strict_json, thumbnails
 from quantmatrix.errors import QuantmatrixError
+from quantmatrix.quoting import quote
 
 if TYPE_CHECKING:
     from quantmatrix.matrix import Cell, CheckpointRow, HardwareRow, Matrix, ModelRow
@@ -361,15 +362,19 @@ FINITE = json.JSONDecoder(parse_float=_read_finite, parse_constant=_read_finite)
 def decode(data: bytes, where: object = "evidence") -> Evidence:
     """The record in a file's bytes; raises EvidenceError naming `where` and every problem."""
     try:
-        record = FINITE.decode(data.decode())
-        problems = _form_problems(record)
-    except OverflowError:
-        record = json.loads(data)
-        problems = list_problems(record)
+        strict_json.check_size(data)
+        try:
+            record = FINITE.decode(data.decode())
+            look = _form_problems
+        except OverflowError:  # an infinite number: the slower look names its place
+            record = json.loads(data)
+            look = list_problems
+        strict_json.check_depth(record)
+        problems = look(record)
     except RecursionError as error:
         raise EvidenceError(f"{where}: nested too deeply to be a record") from error
     except ValueError as error:
-        raise EvidenceError(f"{where}: not JSON: {error}") from error
+        raise EvidenceError(f"{where}: not JSON: {quote(str(error))}") from error
     if problems:
         raise EvidenceError(_list(where, problems))
     del record["schema"]
@@ -405,7 +410,11 @@ def remove_leftovers(folder: Path, older_than: float = 3600.0) -> None:
 
 def read(path: Path) -> Evidence:
     """One record; raises EvidenceError when it is damaged or lies under a wrong name."""
-    evidence = decode(path.read_bytes(), path)
+    try:
+        data = strict_json.read_bytes(path)
+    except strict_json.JsonError as error:
+        raise EvidenceError(f"{path}: {error}: expected a record") from error
+    evidence = decode(data, path)
     expected = path_of(scopes.key_of(evidence))
     if not f"/{path.as_posix()}".endswith(f"/{expected}"):
         raise EvidenceError(f"{path}: holds the record of {evidence.cell['id']}, see {expected}")

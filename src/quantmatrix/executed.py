@@ -8,13 +8,13 @@ both of which the pytest plugin writes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from quantmatrix import strict_json
 from quantmatrix.errors import QuantmatrixError, UsageError
 from quantmatrix.exit_codes import CLAIM_VIOLATED, MEANINGS, NOT_EXECUTED, NOTHING_COLLECTED
 from quantmatrix.matrix import ON_REQUEST
@@ -109,9 +109,9 @@ def read_rows_or_jobs(path: Path) -> tuple[str, ...]:
     if not rows or not rows[0].startswith("{"):
         return rows
     try:
-        jobs = json.loads(path.read_text(encoding="utf-8"))
+        jobs = strict_json.read(path)
         return tuple(str(row) for job in jobs["include"] for row in list_rows(job["rows"]))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"--planned {path}: expected rows, one per line, or what `quantmatrix matrix jobs "
             f"--json` prints; found JSON without include[].rows ({error})"
@@ -161,8 +161,8 @@ def list_stale(
 def read_junit(path: Path) -> Verdicts:
     """Verdicts in a JUnit file; tests that are about no cell are left out."""
     try:
-        root = ElementTree.parse(path).getroot()
-    except (OSError, ElementTree.ParseError) as error:
+        root = ElementTree.fromstring(strict_json.read_bytes(path))
+    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
         raise ExecutedError(f"{path}: not a JUnit report: {error}") from error
     verdicts: Verdicts = {}
     for case in root.iter("testcase"):

@@ -30,12 +30,18 @@ from quantmatrix.checkpoint import (
     read_header,
 )
 from quantmatrix.errors import CheckpointError, UnreachableError
+from quantmatrix.links import explain_link
+from quantmatrix.quoting import quote
 
 PLACEHOLDER = "/path/to/"
 LOCAL_STARTS = ("/", "./", "../", "~")
 HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+PLAIN_NAME = re.compile(r"[\w-][\w.-]*")
+"""What a cache calls a commit; stand-ins of ours have digests of other lengths."""
+LONGEST_NAME = 256
+"""One more than the bytes that a file's name has at most."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class LocalFolder:
     """A directory on this machine."""
 
     root: Path
+    base: Path | None = None
+    """The folder that the user named, which nothing leads out of; None: the folder itself."""
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -61,24 +69,27 @@ class LocalFolder:
 
     def has(self, name: str) -> bool:
         """Whether there is a file of this name."""
+        check_name(name, self)
         return (self.root / name).is_file()
 
     def path(self, name: str) -> Path:
-        """A file of the folder as a path."""
-        return self.root / name
+        """A file of the folder as a path, which may be a link, but not one that leads out of it."""
+        check_name(name, self)
+        return check_link(self.root / name, self.base or self.root)
 
     def header(self, name: str) -> Header:
         """Header of a safetensors file."""
-        return read_header(self.root / name)
+        return read_header(self.path(name))
 
     def contents(self, name: str, tensors: list[str]) -> dict[str, bytes]:
         """Bytes of small tensors of a safetensors file, by name."""
-        with (self.root / name).open("rb") as file:
+        with self.path(name).open("rb") as file:
             return read_contents(file, tensors)
 
     def enter(self, sub: str) -> LocalFolder:
         """A folder below this one."""
-        return LocalFolder(self.root / sub) if sub else self
+        check_name(sub, self)
+        return LocalFolder(self.root / sub, self.base or self.root) if sub else self
 
     def is_local(self, name: str) -> bool:
         """Whether a file is on this machine."""
@@ -117,6 +128,7 @@ class HubFolder:
 
     def has(self, name: str) -> bool:
         """Whether there is a file of this name."""
+        check_name(name, self)
         return self.full(name) in self.all_names
 
     def full(self, name: str) -> str:
@@ -125,8 +137,9 @@ class HubFolder:
 
     def cached(self, name: str) -> Path | None:
         """A file of the folder if it is in the cache already."""
-        path = cache_folder(self.repo, self.cache_dir) / "snapshots" / self.commit / self.full(name)
-        return path if path.is_file() else None
+        root = cache_folder(self.repo, self.cache_dir) / "snapshots" / self.commit
+        path = root / self.full(name)
+        return check_link(path, root) if path.is_file() else None
 
     def path(self, name: str) -> Path:
         """A file of the folder as a path; downloaded when it is not in the cache."""
@@ -149,7 +162,7 @@ class HubFolder:
         ref = cache_folder(self.repo, self.cache_dir) / "refs" / self.revision
         if not COMMIT.fullmatch(self.revision) and not ref.exists():
             ref.parent.mkdir(parents=True, exist_ok=True)
-            ref.write_text(self.commit)
+            ref.write_text(self.commit, encoding="utf-8")
 
     def header(self, name: str) -> Header:
         """Header of a safetensors file; of a remote one only the header is transferred."""
@@ -187,6 +200,7 @@ class HubFolder:
 
     def enter(self, sub: str) -> HubFolder:
         """A folder below this one."""
+        check_name(sub, self)
         return replace(self, prefix=self.full(sub)) if sub else self
 
     def is_local(self, name: str) -> bool:
@@ -208,12 +222,39 @@ class HubFolder:
 Folder = LocalFolder | HubFolder
 
 
+def check_name(name: str, place: object) -> None:
+    """CheckpointError for the name of a file that does not lie in a folder: `../x`, `/x`.
+
+    `place` is the folder, or the file in it that names this one.
+    """
+    path = PurePosixPath(name)
+    plain = not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    if plain and all(len(part.encode("utf-8", "replace")) < LONGEST_NAME for part in path.parts):
+        return
+    what = "leads out of the folder" if not plain else "is longer than the name of any file"
+    raise CheckpointError(
+        f"{place}: the name {quote(name)} {what}: expected a file in it; the checkpoint is damaged, "
+        "or was made to read your other files: do not use it"
+    )
+
+
+def check_link(path: Path, base: Path) -> Path:
+    """The path itself; CheckpointError where a link in it leads out of the folder `base`.
+
+    The links of a hub cache, from its snapshots to its blobs, do not count.
+    """
+    if why := explain_link(path, base):
+        raise CheckpointError(f"{path}: {why}")
+    return path
+
+
 def open_folder(reference: str, hub: Hub) -> tuple[Folder, str]:
     """(folder, name of a file in it or "") that a reference leads to; raises CheckpointError."""
     local = find_local(reference, hub)
     if local is not None:
         if local.is_dir():
             return LocalFolder(enter_cached(local)), ""
+        check_link(local, local.parent)
         return LocalFolder(local.parent), local.name
     repo, inner, revision = parse_hub_reference(reference, hub)
     folder = open_repository(repo, replace(hub, revision=revision))
@@ -267,9 +308,9 @@ def enter_cached(path: Path) -> Path:
     commit = read_ref(path, "main")
     snapshots = sorted((path / "snapshots").iterdir())
     if commit is not None and (path / "snapshots" / commit).is_dir():
-        return path / "snapshots" / commit
+        return check_link(path / "snapshots" / commit, path)
     if len(snapshots) == 1:
-        return snapshots[0]
+        return check_link(snapshots[0], path)
     listed = "".join(f"\n  {snapshot}" for snapshot in snapshots)
     raise CheckpointError(
         f"{path}: a cache folder without refs/main and with {len(snapshots)} snapshots; name one "
@@ -375,7 +416,12 @@ def find_cached_commit(repo: str, hub: Hub) -> str | None:
 def read_ref(folder: Path, revision: str) -> str | None:
     """Commit that a branch or tag had when it was cached, or None."""
     ref = folder / "refs" / revision
-    return ref.read_text().strip() or None if ref.is_file() else None
+    if ".." in PurePosixPath(revision).parts or not ref.is_file():
+        return None
+    commit = check_link(ref, folder).read_bytes()[:LONGEST_NAME].decode("utf-8", "replace").strip()
+    if not PLAIN_NAME.fullmatch(commit or "-"):
+        raise CheckpointError(f"{ref}: {quote(commit)} is no commit; remove the file")
+    return commit or None
 
 
 def explain_partial(folder: Folder) -> str:

@@ -306,7 +306,7 @@ def read_instruction_sets() -> list[str]:
 def _read_cpuinfo() -> list[tuple[str, str]]:
     """(key, value) of each line of Linux's description of the processors."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     pairs = (line.partition(":") for line in lines)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from quantmatrix.errors import UsageError
 from quantmatrix.pages import write_table
 from quantmatrix.places import naming
+from quantmatrix.quoting import escape_markdown
 from quantmatrix.scopes import find_records, key_of, order_labels
 from quantmatrix.states import STATES, stand
 
@@ -46,7 +47,7 @@ class Shown:
     @property
     def line(self) -> tuple[str, str, str, str]:
         """A row of the table."""
-        return f"`{self.cell}`", self.before, self.now, self.reason
+        return f"`{self.cell}`", self.before, self.now, escape_markdown(self.reason, LONGEST)
 
 
 def list_cells(
@@ -77,7 +78,7 @@ def write_summary(cells: Sequence[Shown], problems: Iterable[str] = (), room: in
     changed = sum(one.changed for one in cells)
     head = [
         f"## quantmatrix: {len(cells)} cells, {changed} changed",
-        *(f"- {problem.partition(chr(10))[0][:LONGEST]}" for problem in problems),
+        *(f"- {escape_markdown(problem.partition(chr(10))[0], LONGEST)}" for problem in problems),
         write_table(
             ["state", "cells"], [(s, str(counts[s])) for s in order_labels(STATES) if counts[s]]
         ),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from quantmatrix.quoting import limit_message
 
 
 @contextmanager
@@ -24,3 +27,24 @@ def quiet() -> Iterator[None]:
             logger.set_verbosity(level)
             if bars:
                 logger.enable_progress_bar()
+
+
+@contextmanager
+def escaped() -> Iterator[None]:
+    """Let diffusers say what it finds in a configuration, its names and values escaped and cut."""
+    from diffusers.utils.logging import get_logger
+
+    handlers = get_logger("diffusers").handlers
+    for handler in handlers:
+        handler.addFilter(_escape)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_escape)
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    """Put the words of a record, as they may be shown, in its place."""
+    record.msg, record.args = limit_message(record.getMessage()), None
+    return True

@@ -8,13 +8,14 @@ library (does the family know the scheme, does a kernel have the rule) is left t
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from quantmatrix import families, models
+from quantmatrix import families, models, strict_json
 from quantmatrix.identify import AUTO
 from quantmatrix.lint_flags import list_flag_problems
 from quantmatrix.matrix import (
@@ -151,7 +152,8 @@ def read_table(path: Path, kind: type[Row], problems: list[str]) -> Table[Row]:
     table: Table[Row] = Table(f"{path.parent.name}/{path.name}", problems)
     columns = [column.name for column in fields(kind)]
     try:
-        with path.open(encoding="utf-8", newline="") as stream:
+        text = strict_json.read_bytes(path).decode("utf-8")
+        with io.StringIO(text, newline="") as stream:
             records = number_records(csv.reader(stream, strict=True))
             line, header = next(records, (1, []))
             added = [name for name in LATER.get(path.stem, ()) if name not in header]
@@ -172,6 +174,8 @@ def read_table(path: Path, kind: type[Row], problems: list[str]) -> Table[Row]:
         problems.append(f"{table.name}: no such file; the folder is {path.parent}")
     except OSError as error:
         problems.append(f"{table.name}: cannot be read: {error.strerror or error}")
+    except strict_json.JsonError as error:
+        problems.append(f"{table.name}: {error}")
     except (csv.Error, UnicodeDecodeError) as error:
         problems.append(f"{table.name}: not a CSV file in UTF-8: {error}")
     return table

@@ -27,10 +27,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix import evidence as records
-from quantmatrix.errors import QuantmatrixError, UsageError
+from quantmatrix import strict_json
+from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
 from quantmatrix.evidence import CheckResult, Evidence, EvidenceError
 from quantmatrix.freshness import sign
 from quantmatrix.places import check_place
+from quantmatrix.quoting import quote
 from quantmatrix.scopes import PUBLISHED, STAND_IN, make_key
 from quantmatrix.states import find_other_place
 
@@ -188,7 +190,7 @@ def recompute(
 def check(folder: Path, tables: Matrix) -> list[str]:
     """What is wrong with a packet, one line each; empty when it is sound."""
     try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        card = strict_json.read(folder / CARD)
     except (OSError, ValueError) as error:
         return [f"{folder / CARD}: cannot be read: {error}"]
     if problems := list_card_problems(card) or list_file_problems(folder, card["files"]):
@@ -237,11 +239,29 @@ def list_file_problems(folder: Path, told: Mapping[str, Any]) -> list[str]:
         path = folder / name
         if not path.is_file() or path.is_symlink():
             problems.append(f"{name}: missing")
-        elif (found := describe(path)) != wanted:
-            problems.append(f"{name}: is {found}, {CARD} says {wanted}: the file was changed")
+        elif why := explain_change(path, wanted):
+            problems.append(f"{name}: {why}")
     here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     strange = sorted(here - {CARD, *told})
     return problems + [f"{name}: not a part of a packet" for name in strange]
+
+
+def explain_change(path: Path, wanted: Any) -> str | None:
+    """Why a file is not the one that a card describes: size and header first, then its bytes."""
+    from quantmatrix.checkpoint import read_header
+
+    size = path.stat().st_size
+    if not isinstance(wanted, Mapping) or wanted.get("bytes") != size:
+        return f"has {size} bytes, {CARD} says {quote(wanted)}: the file was changed"
+    try:
+        if path.name == LATENTS:
+            read_header(path)
+    except CheckpointError as error:
+        return str(error)
+    found = describe(path)
+    if found == wanted:
+        return None
+    return f"is {found}, {CARD} says {quote(wanted)}: the file was changed"
 
 
 def read_latents(path: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -101,7 +101,10 @@ def show_number(value: float | None) -> str:
 
 
 def write_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; line breaks and bars inside cells are escaped."""
+    """A Markdown table; line breaks and bars inside cells are escaped.
+
+    Cells are Markdown: what strangers wrote in one goes through `quoting.escape_markdown`.
+    """
 
     def line(cells: Sequence[str]) -> str:
         clean = (str(c).replace("\n", " ").replace("\\|", "|").replace("|", "\\|") for c in cells)

@@ -69,7 +69,9 @@ def generate_together(request: Request, made: Plan) -> Run:
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode or not answer.is_file():
             told = Path(folder, PROBLEM)
-            said = told.read_text() if told.is_file() else done.stderr.strip()[-SHOWN:]
+            said = (
+                told.read_text(encoding="utf-8") if told.is_file() else done.stderr.strip()[-SHOWN:]
+            )
             raise QuantmatrixError(f"{made.processes} processes gave no run: {said}")
         return Run(**{**pickle.loads(answer.read_bytes()), "plan": made})
 

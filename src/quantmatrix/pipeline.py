@@ -106,13 +106,13 @@ def without_components(folder: str, names: tuple[str, ...]) -> Iterator[str]:
     folder even when one is passed, and the passed one is dropped without a word.
     """
     source = Path(folder)
-    index = json.loads((source / "model_index.json").read_text())
+    index = read_json(source / "model_index.json")
     with tempfile.TemporaryDirectory() as temporary:
         view = Path(temporary) / "pipeline"
         view.mkdir()
         for name in names:
             index[name] = [None, None]
-        (view / "model_index.json").write_text(json.dumps(index))
+        (view / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
         for path in source.iterdir():
             if path.name not in ("model_index.json", *names):
                 (view / path.name).symlink_to(path.resolve(), target_is_directory=path.is_dir())

@@ -16,10 +16,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix.checkpoint import Hub, find_config_block, read_header, read_json
+from quantmatrix.checkpoint import PICKLES, Hub, find_config_block, read_header, read_json
 from quantmatrix.errors import CheckpointError
-from quantmatrix.folders import LocalFolder, open_folder
+from quantmatrix.folders import LocalFolder, check_link, check_name, open_folder
 from quantmatrix.part_files import LIBRARIES, check_class, check_files
+from quantmatrix.references import read_components
 
 if TYPE_CHECKING:
     from quantmatrix.references import PipelineFolder
@@ -57,8 +58,41 @@ def explain_codes(folder: Path, name: str) -> str | None:
     return None
 
 
-def explain_part(folder: Path, name: str) -> str | None:
-    """Why the folder of a part cannot be loaded as what it is; None: it can be."""
+def explain_pickle(folder: Path, name: str) -> str | None:
+    """Why the weights of a part are not loaded: they are pickles, and nothing else is there."""
+    files = sorted(folder.glob("*"))
+    pickles = [file for file in files if file.suffix.lower() in PICKLES]
+    if not pickles or any(file.suffix == ".safetensors" for file in files):
+        return None
+    return (
+        f"{pickles[0]}: a pickle file can run code when it is opened, so it is refused: expected "
+        f"{name} as .safetensors. Convert it first, or name another: --{name.replace('_', '-')}-path"
+    )
+
+
+def check_inside(folder: Path, base: Path) -> None:
+    """CheckpointError for a file of a part that leads out of `base`, by a link or in an index.
+
+    The libraries that load the part would follow both.
+    """
+    part = LocalFolder(folder, base)
+    check_link(folder, base)
+    for name in part.top:
+        path = part.path(name)
+        if name.endswith(".index.json"):
+            weight_map = read_json(path).get("weight_map")
+            for shard in weight_map.values() if isinstance(weight_map, dict) else ():
+                check_name(str(shard), path)
+
+
+def explain_part(folder: Path, name: str, base: Path | None = None) -> str | None:
+    """Why the folder of a part cannot be loaded as what it is; None: it can be.
+
+    CheckpointError where something in it leads out of `base`, the model's folder.
+    """
+    check_inside(folder, base or folder)
+    if why := explain_pickle(folder, name):
+        return why
     file = folder / "config.json"
     if not file.is_file():
         return None
@@ -67,9 +101,9 @@ def explain_part(folder: Path, name: str) -> str | None:
     return explain_export(config, str(file), name) if declared else explain_codes(folder, name)
 
 
-def check_part(folder: Path, name: str) -> None:
-    """Refuse the folder of a part that ModelOpt, or the SVDQuant engine, quantized."""
-    if why := explain_part(folder, name):
+def check_part(folder: Path, name: str, base: Path | None = None) -> None:
+    """Refuse a part that ModelOpt or the SVDQuant engine quantized, pickles, and links elsewhere."""
+    if why := explain_part(folder, name, base):
         raise CheckpointError(why)
 
 
@@ -81,15 +115,16 @@ def check_folder(folder: Path, class_name: str, built: Collection[str]) -> None:
     """
     import diffusers
 
-    index = read_json(folder / "model_index.json")
+    file = LocalFolder(folder).path("model_index.json")
+    index = read_json(file)
     pipeline = getattr(diffusers, class_name, None)
     if pipeline is not None:
         expected = set(pipeline._get_signature_keys(pipeline)[0])
         needed = expected - set(pipeline._optional_components) - set(built)
         if missing := sorted(needed - index.keys()):
             raise CheckpointError(explain_partial(f"{folder}/model_index.json", ", ".join(missing)))
-    for name in sorted(index.keys() - set(built)):
-        check_part(folder / name, name)
+    for name in sorted(read_components(index, str(file)).keys() - set(built)):
+        check_part(folder / name, name, folder)
 
 
 def check_rest(
@@ -133,7 +168,7 @@ def list_warnings(pipeline: PipelineFolder, built: Collection[str]) -> list[str]
         return [explain_partial(str(folder.root / "model_index.json"), "the other components")]
     found = []
     for name in sorted(others):
-        why = explain_part(folder.root / name, name)
+        why = explain_part(folder.root / name, name, folder.base or folder.root)
         found += [why] if why else []
     return found
 

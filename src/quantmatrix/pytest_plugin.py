@@ -47,6 +47,7 @@ from quantmatrix.outcomes import (
     find_loosened,
     mark_problem,
 )
+from quantmatrix.places import check_place
 from quantmatrix.recorder import Proof, Recorder
 from quantmatrix.selection import FILTERS, EmptySelection
 
@@ -110,6 +111,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Harness(config), "quantmatrix-harness")
 
 
+def check_evidence_folder(folder: Path) -> None:
+    """pytest.UsageError where no record could be written: noticed before the first run, not after."""
+    if folder.exists() and not folder.is_dir():
+        raise pytest.UsageError(f"--evidence-dir {folder}: this is a file; name a folder")
+    try:
+        check_place(folder / "cpu", "--evidence-dir")
+    except UsageError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
 class CellItem(pytest.Function):
     """A suite's function for one cell; made without pytest's parameters, which cost ten times."""
 
@@ -146,6 +157,8 @@ class Harness:
         self.wanted = {name: selection.split_words(config.getoption(name)) for name in FILTERS}
         asked = config.getoption("evidence_dir")
         folder = Path(asked).absolute() if asked else None
+        if folder is not None:
+            check_evidence_folder(folder)
         expected = self._find_expected(config.getoption("expect_evidence"), folder)
         tiny = not config.getoption("full_size")
         rewrite = config.getoption("rewrite")

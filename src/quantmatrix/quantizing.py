@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from quantmatrix import families, models, safetensors_writer
+from quantmatrix.checkpoint import read_json
 from quantmatrix.errors import UsageError
 from quantmatrix.families.protocol import Calibration, Declaration, Family
 from quantmatrix.models import Dialect
@@ -211,7 +212,7 @@ def write_folder(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / f"{WEIGHTS}.index.json", index)
     if with_config:
-        config = json.loads((base / "config.json").read_text())
+        config = read_json(base / "config.json")
         if declaration.config is not None:
             config["quantization_config"] = declaration.config
         write_json(folder / "config.json", config)
@@ -226,7 +227,7 @@ def write_file(tensors: Tensors, declaration: Declaration, path: Path, base: Pat
     if declaration.config is not None:
         metadata["quantization_config"] = json.dumps(declaration.config, sort_keys=True)
     if "quantization_config" in metadata:
-        metadata["config"] = (base / "config.json").read_text()
+        metadata["config"] = (base / "config.json").read_text(encoding="utf-8")
     save(tensors, sorted(tensors), path, {"format": "pt", **metadata})
 
 
@@ -251,4 +252,4 @@ def save(tensors: Tensors, names: list[str], path: Path, metadata: Mapping[str, 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write sorted JSON."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -46,10 +46,12 @@ from quantmatrix.folders import (
     Folder,
     HubFolder,
     LocalFolder,
+    check_name,
     explain_partial,
     open_folder,
     translate_hub_errors,
 )
+from quantmatrix.quoting import quote_json
 
 WEIGHTS = ".safetensors"
 GGUF = ".gguf"
@@ -154,21 +156,46 @@ def open_pipeline(reference: str, hub: Hub) -> PipelineFolder:
     if name:
         raise CheckpointError(f"{reference}: a base model is a folder, this is a file")
     if folder.has("model_index.json"):
-        index = read_json(folder.path("model_index.json"))
-        components = {
-            key: (value[0], plain_class(value[1]))
-            for key, value in index.items()
-            if not key.startswith("_") and isinstance(value, list) and len(value) == 2 and value[1]
-        }
-        return PipelineFolder(reference, folder, index.get("_class_name"), components)
+        file = folder.path("model_index.json")
+        index = read_json(file)
+        components = read_components(index, str(file))
+        return PipelineFolder(reference, folder, read_class(index, str(file)), components)
     if folder.has("config.json"):
-        config = read_json(folder.path("config.json"))
-        return PipelineFolder(reference, folder, plain_class(config.get("_class_name")), {})
+        file = folder.path("config.json")
+        return PipelineFolder(reference, folder, read_class(read_json(file), str(file)), {})
     raise CheckpointError(
         f"{reference}: neither model_index.json nor config.json in it: expected a diffusers model "
         "folder. Weights alone go to --transformer-weights-path, beside a base --model-path"
         f"{explain_original([n for n in ORIGINAL_WAN if folder.enter(n).top])}"
         f"{explain_partial(folder)}"
+    )
+
+
+def read_components(
+    index: Mapping[str, Any], file: str
+) -> dict[str, tuple[str | None, str | None]]:
+    """(library, class) per component that a model_index.json names; its folder has its name."""
+    components = {}
+    for key, value in index.items():
+        if key.startswith("_") or not isinstance(value, list) or len(value) != 2 or not value[1]:
+            continue
+        if not key.isidentifier() or not all(isinstance(word, str | None) for word in value):
+            raise CheckpointError(
+                f"{file}: the component {key} is {quote_json(value)}: expected a plain name, of a "
+                "library and a class; the file is damaged"
+            )
+        components[key] = (value[0], plain_class(value[1]))
+    return components
+
+
+def read_class(config: Mapping[str, Any], file: str) -> str | None:
+    """The class that a config.json or model_index.json names; CheckpointError for another value."""
+    name = plain_class(config.get("_class_name"))
+    if name is None or (isinstance(name, str) and name.isidentifier()):
+        return name
+    raise CheckpointError(
+        f"{file}: _class_name is {quote_json(name)}, expected the name of a class; the file is "
+        "damaged"
     )
 
 
@@ -203,7 +230,9 @@ def read_component_config(
             f"{explain_partial(folder)}"
         )
     path = folder.path("config.json")
-    return read_json(path), str(path)
+    config = read_json(path)
+    read_class(config, str(path))
+    return config, str(path)
 
 
 def fetch(checkpoint: Checkpoint, hub: Hub) -> Checkpoint:
@@ -411,8 +440,13 @@ def read_index(folder: Folder, name: str) -> Selection:
         raise CheckpointError(f"{folder}/{name}: no weight_map in it: expected a safetensors index")
     shards: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items():
-        shards.setdefault(str(PurePosixPath(name).parent / str(shard)), set()).add(tensor)
+        if not isinstance(shard, str):
+            raise CheckpointError(
+                f"{folder}/{name}: the shard of {tensor} is {quote_json(shard)}, expected a name"
+            )
+        shards.setdefault(str(PurePosixPath(name).parent / shard), set()).add(tensor)
     for shard in shards:
+        check_name(shard, f"{folder}/{name}")
         refuse_pickle(PurePosixPath(shard))
     missing = sorted(shard for shard in shards if not folder.has(shard))
     if missing:

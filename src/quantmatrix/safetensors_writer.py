@@ -9,6 +9,7 @@ name, so that each one is aligned to its items.
 from __future__ import annotations
 
 import json
+import stat
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -68,14 +69,20 @@ def write_file(
 def save_tensors(
     tensors: dict[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file; what the system refuses is an OSError, as of any other writer."""
+    """Write a safetensors file; what the system refuses is an OSError, as of any other writer.
+
+    It may be read by whom other new files may: the library lets its owner alone read it.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata=dict(metadata) if metadata else None)
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    path.chmod(stat.S_IMODE(mode))
 
 
 def view_bytes(item: Item, path: str | Path) -> Any:

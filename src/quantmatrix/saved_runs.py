@@ -22,8 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quantmatrix import strict_json
 from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.links import explain_link
 from quantmatrix.places import check_place
+from quantmatrix.quoting import quote_json
 
 if TYPE_CHECKING:
     from quantmatrix.run import Run
@@ -102,6 +105,8 @@ def is_saved_run(path: Path) -> bool:
         return True
     from quantmatrix.checkpoint import read_header
 
+    if why := explain_link(path, path.parent):
+        raise CheckpointError(f"{path}: {why}")
     return "latents.000" in read_header(path)[0]
 
 
@@ -115,6 +120,10 @@ def read(path: Path) -> SavedRun:
             f"{path}: found the tensors {', '.join(sorted(tensors)[:8]) or 'none'}, expected "
             "latents.000 and so on without gaps; write it with `generate --save-latents`"
         )
+    odd = [name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]
+    if odd or not isinstance(about, Mapping):
+        what = f"{odd[0]} is no tensor" if odd else f"{KEY} is {quote_json(about)}"
+        raise CheckpointError(f"{path}: {what}: expected a run of `generate --save-latents`")
     return SavedRun(path.name, [tensors[name] for name in names], tensors.get("frames"), about)
 
 
@@ -123,9 +132,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str,
 
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            about = strict_json.parse((file.metadata() or {}).get(KEY, "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, strict_json.JsonError) as error:
         raise CheckpointError(f"{path}: no readable run: {error}") from error
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from quantmatrix import strict_json
 from quantmatrix.errors import UsageError
 
 if TYPE_CHECKING:
@@ -185,13 +186,15 @@ def read_rows(path: Path, option: str = "") -> tuple[str, ...]:
     """
     option = option or f"--rows {path}"
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = strict_json.read_bytes(path).decode("utf-8-sig").splitlines()
     except OSError as error:
         raise UsageError(f"{option}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{option}: no text in UTF-8 ({error.reason}); write one row or cell per line"
         ) from error
+    except strict_json.JsonError as error:
+        raise UsageError(f"{option}: {error}; write one row or cell per line") from error
     words = (line.partition("#")[0].strip() for line in lines)
     return tuple(dict.fromkeys(word for word in words if word))
 

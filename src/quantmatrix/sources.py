@@ -7,7 +7,6 @@ and weights. Nothing here looks at tensors beyond their headers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
@@ -15,7 +14,9 @@ from typing import Any
 
 from quantmatrix import experts, models, pipeline_parts
 from quantmatrix.checkpoint import Checkpoint, Hub, parse_block
+from quantmatrix.config_limits import check_config
 from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.quoting import quote, quote_json
 from quantmatrix.references import (
     SVDQUANT_PAIR,
     PipelineFolder,
@@ -177,7 +178,15 @@ def component_names(model: str, pipeline: PipelineFolder) -> list[str]:
     """Transformer components that the base has, primary first; a bare folder is `transformer`."""
     if not pipeline.components:
         return ["transformer"]
-    return [name for name in models.load(model).COMPONENTS if name in pipeline.components]
+    wanted = models.load(model).COMPONENTS
+    names = [name for name in wanted if name in pipeline.components]
+    if not names:
+        raise CheckpointError(
+            f"{pipeline.reference}: model_index.json names no {' or '.join(wanted)}, only "
+            f"{', '.join(pipeline.components)}: expected the transformer of a "
+            f"{models.load(model).NAME}; download the model again"
+        )
+    return names
 
 
 def check_overrides(request: Request, pipeline: PipelineFolder, names: list[str]) -> None:
@@ -232,6 +241,7 @@ def find_source(
     class_name = str(plain_class(config.get("_class_name")) or "")
     config = {**config, "_class_name": class_name}
     check_class(name, class_name, config_from, pipeline, checkpoint)
+    check_config(config, config_from, checkpoint)
     check_stated_config(class_name, config, config_from, checkpoint)
     return Source(checkpoint, class_name, config, config_from, primary)
 
@@ -270,7 +280,7 @@ def check_stated_config(
     named = plain_class(stated.get("_class_name"))
     if named and named != class_name:
         raise CheckpointError(
-            f"{place} says these are weights of {named}, {config_from} says {class_name}: wrong "
+            f"{place} says these are weights of {quote(named)}, {config_from} says {class_name}: wrong "
             "model for the checkpoint"
         )
     for key, value in stated.items():
@@ -279,8 +289,8 @@ def check_stated_config(
         if same or key.startswith("_") or key in UNCOMPARED:
             continue
         raise CheckpointError(
-            f"{place} says {key} {json.dumps(value)[:120]}, {config_from} says "
-            f"{json.dumps(here)[:120]}: these are weights of another model, or of another size; "
+            f"{place} says {key} {quote_json(value, 120)}, {config_from} says "
+            f"{quote_json(here, 120)}: these are weights of another model, or of another size; "
             "name the base model that they were made from"
         )
 

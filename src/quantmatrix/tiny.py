@@ -16,8 +16,9 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,6 +31,8 @@ from quantmatrix.library_logs import quiet
 from quantmatrix.matrix import CheckpointRow, Matrix, read, tables_folder
 
 PLACEHOLDER = "/path/to/"
+MAKING = ".making-"
+"""How the name of a folder begins in which a stand-in is being made."""
 
 
 @lru_cache(maxsize=1)
@@ -81,7 +84,8 @@ def ensure(reference: str, folder: Path, tables: Matrix | None = None) -> None:
             "real one is used"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as temporary:
+    remove_leftovers(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=MAKING) as temporary:
         made = Path(temporary) / "content"
         made.mkdir()
         with quiet(), one_thread(), errors_of_the_system(place):
@@ -91,6 +95,14 @@ def ensure(reference: str, folder: Path, tables: Matrix | None = None) -> None:
             move_into_place(files[0] if files and files[0].is_file() else made, place)
         else:
             move_into_place(wrap_snapshot(made, Path(temporary) / "cache"), place)
+
+
+def remove_leftovers(folder: Path, older_than: float = 3600.0) -> None:
+    """Delete what killed processes left half-made; what is younger than this many seconds stays."""
+    for path in folder.glob(f"{MAKING}*"):
+        with suppress(FileNotFoundError):  # another process may be quicker
+            if time.time() - path.lstat().st_mtime > older_than:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -124,7 +136,7 @@ def wrap_snapshot(content: Path, cache: Path) -> Path:
     snapshot.parent.mkdir(parents=True)
     content.rename(snapshot)
     (cache / "refs").mkdir()
-    (cache / "refs" / "main").write_text(commit)
+    (cache / "refs" / "main").write_text(commit, encoding="utf-8")
     return cache
 
 
@@ -190,13 +202,14 @@ def build_checkpoints(rows: list[CheckpointRow], made: Path, folder: Path, table
 def find_snapshot(repository: str, folder: Path) -> Path:
     """The content of a stand-in that was made."""
     cache = place_of(repository, folder)
-    return cache / "snapshots" / (cache / "refs" / "main").read_text()
+    return cache / "snapshots" / (cache / "refs" / "main").read_text(encoding="utf-8")
 
 
 def ensure_all(folder: Path) -> list[str]:
     """Make the stand-in of every repository in the tables; returns their names."""
     from tqdm import tqdm
 
+    remove_leftovers(folder)
     tables = read()
     written = families.written()
     unwritten = {row.id for row in tables.checkpoints.values() if row.family not in written}

@@ -61,10 +61,11 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
             part.to(torch.bfloat16)
     pipeline.save_pretrained(folder, safe_serialization=True)
     for path in folder.rglob("*.json"):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and path.name in ("config.json", "model_index.json"):
             content.pop("_name_or_path", None)
-            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+            text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+            path.write_text(text, encoding="utf-8")
 
 
 def build_clip(prefix: str) -> tuple[Any, Any]:

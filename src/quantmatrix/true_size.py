@@ -231,8 +231,8 @@ def write_once(
         stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         inner = Path(row.reference).name
         written = write_component(row, (stored, declaration), COMPONENT, inner, place, plain)
-        done.write_text(str(written))
-    return Path(done.read_text())
+        done.write_text(str(written), encoding="utf-8")
+    return Path(done.read_text(encoding="utf-8"))
 
 
 def name_base(folder: Path, row: CheckpointRow) -> Path:
@@ -370,7 +370,7 @@ def open_scheduler(base: str, module: nn.Module, inputs: Mapping[str, Any], devi
     folder = tiny.default_folder()
     tiny.ensure(base, folder)
     place = tiny.find_snapshot(base, folder) / "scheduler"
-    words = json.loads((place / "scheduler_config.json").read_text())
+    words = json.loads((place / "scheduler_config.json").read_text(encoding="utf-8"))
     scheduler = getattr(diffusers, words["_class_name"]).from_pretrained(place)
     options: dict[str, Any] = {}
     if words.get("use_dynamic_shifting"):

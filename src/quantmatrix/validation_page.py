@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from quantmatrix.validate import Validation
 
 KINDS = ("bf16", "quantized", "difference")
+LONGEST = 300
+"""Characters of a fact that a model card shows."""
 GAIN = 4
 """The difference is shown this many times as strong, around a middle grey."""
 MIB = 2**20
@@ -192,13 +194,16 @@ def quote(text: str) -> str:
 def write_card(report: dict[str, Any]) -> str:
     """A model card: the YAML that the hub reads, then what was measured."""
     from quantmatrix.pages import write_table
+    from quantmatrix.quoting import escape, escape_markdown
 
     title = "## Quantization, measured against the base model"
     note = (
         "Measured with `quantmatrix validate`. It times nothing: for speed beside BF16 there is "
         "`quantmatrix bench`."
     )
-    parts = [write_front_matter(report), title, write_table(["", ""], list_facts(report)), note]
+    facts = [(name, escape_markdown(value, LONGEST)) for name, value in list_facts(report)]
+    parts = [write_front_matter(report), title, write_table(["", ""], facts), note]
     if report["problems"]:
-        parts.append("\n".join(["Problems:", "", *(f"- {text}" for text in report["problems"])]))
-    return "\n\n".join([*parts, f"```bash\n{report['command']}\n```"]) + "\n"
+        problems = [f"- {escape_markdown(text, LONGEST)}" for text in report["problems"]]
+        parts.append("\n".join(["Problems:", "", *problems]))
+    return "\n\n".join([*parts, f"```bash\n{escape(report['command'])}\n```"]) + "\n"

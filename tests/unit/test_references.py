@@ -149,7 +149,7 @@ SELECTIONS = {
     "index of pickles": (f"{INDEX}=a.bin a.bin", "!pickle file can run", "!pickle file can run"),
     "shard outside": (
         f"sub/{INDEX}=../../a.safetensors",
-        "!1 are not there: sub/../../a.safetensors",
+        "!index.json: the name sub/../../a.safetensors leads out",
         "!no .safetensors weights",
     ),
 }

@@ -46,10 +46,11 @@ def add_to(commands: Any) -> None:
 def run_merge(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Merge, write, and name what is damaged or was planned and not executed (exit code 1)."""
     from quantmatrix import executed, matrix
-    from quantmatrix.cli import EXIT_PROBLEM, print_json
+    from quantmatrix.cli import EXIT_PROBLEM, print_json, say
     from quantmatrix.code_digest import own_code
     from quantmatrix.freshness import Now
     from quantmatrix.merge import merge_folders, write
+    from quantmatrix.quoting import limit_message
 
     output: Path = arguments.output_path
     compared = None
@@ -70,11 +71,11 @@ def run_merge(arguments: argparse.Namespace, rest: list[str]) -> int:
         print_json({"ok": not bad, "output": str(output), **found, **missing})
         return EXIT_PROBLEM if bad else 0
     for line in merged.damaged:
-        print(f"damaged: {line}")
+        say(limit_message(f"damaged: {line}"))
     for cell, why in stale.items():
-        print(f"stale: {cell}: {why}")
+        say(f"stale: {cell}: {why}")
     for cell, checks in compared.missing.items() if compared else ():
-        print(f"row not executed: {cell} ({', '.join(checks)})")
+        say(f"row not executed: {cell} ({', '.join(checks)})")
     if not shards.records:
         print("nothing collected: no record in these folders")
     print(f"{output}: {len(merged.records)} records, {len(changed)} of them changed")
@@ -84,7 +85,7 @@ def run_merge(arguments: argparse.Namespace, rest: list[str]) -> int:
 def run_check(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Compare; the exit code is the comparison's."""
     from quantmatrix import executed, matrix
-    from quantmatrix.cli import print_json
+    from quantmatrix.cli import print_json, say
 
     tables = matrix.read()
     stale: dict[str, str] = {}
@@ -94,7 +95,7 @@ def run_check(arguments: argparse.Namespace, rest: list[str]) -> int:
         print_json({**found.to_json(), "stale": stale})
     else:
         told = [f"stale: {cell}: {why}" for cell, why in stale.items()]
-        print("\n".join([*told, *found.describe(), f"{found.planned} cells were planned"]))
+        say("\n".join([*told, *found.describe(), f"{found.planned} cells were planned"]))
     return found.code
 
 

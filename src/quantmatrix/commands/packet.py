@@ -52,7 +52,8 @@ def run_make(arguments: argparse.Namespace, rest: list[str]) -> int:
 def run_check(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Check packets; 1 when one of them is not sound."""
     from quantmatrix import matrix, packets
-    from quantmatrix.cli import EXIT_PROBLEM, print_json
+    from quantmatrix.cli import EXIT_PROBLEM, print_json, say
+    from quantmatrix.quoting import limit_message
 
     tables = matrix.read()
     problems = {folder: packets.check(Path(folder), tables) for folder in arguments.folders}
@@ -61,5 +62,5 @@ def run_check(arguments: argparse.Namespace, rest: list[str]) -> int:
         print_json({"ok": not bad, "problems": problems})
     else:
         for folder, found in problems.items():
-            print("\n".join(found) or f"{folder}: sound")
+            say("\n".join(map(limit_message, found)) or f"{folder}: sound")
     return EXIT_PROBLEM if bad else 0

@@ -100,7 +100,8 @@ def check_groups(block: Mapping[str, Any], place: str) -> None:
     for name, group in groups.items():
         for part in ("weights", "input_activations"):
             stated = group.get(part) or {}
-            if any(stated.get(key, value) != value for key, value in NUMBER.items()):
+            known = isinstance(stated, Mapping)
+            if not known or any(stated.get(key, value) != value for key, value in NUMBER.items()):
                 raise CheckpointError(
                     f"{place}: config_groups.{name}.{part} is {json.dumps(stated)[:120]}, while "
                     f"quant_algo is FP8: expected {json.dumps(NUMBER)}. Correct the declaration, "

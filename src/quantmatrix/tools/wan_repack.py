@@ -350,7 +350,7 @@ def write_weights(source: Checkpoint, renamed: Mapping[str, str], path: Path) ->
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file as the other files of a pipeline are written."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def parse_words(words: Sequence[str] | None) -> argparse.Namespace:

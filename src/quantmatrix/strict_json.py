@@ -1,0 +1,148 @@
+"""Strict JSON: the one place where JSON that somebody else wrote is read.
+
+Weight files, configs, indexes, packets and records come from strangers. Python's own reader takes a
+file of any size, forty times its size in memory, names that stand twice, NaN, and numbers of
+thousands of digits, which take a time that grows with the square of their length. Here a text is
+judged in time linear in its bytes, and what is refused is refused before it takes memory:
+
+| limit | of what |
+| ----- | ------- |
+| `LIMIT` | bytes of a file, read off its size before it is opened |
+| `MEMORY` | bytes that the values would take, estimated from the brackets and commas |
+| `DEPTH` | lists and objects inside one another |
+| `DIGITS` | digits of a whole number; no number of 64 bits has more |
+| `NAME` | characters of a key, none of them a control character |
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from quantmatrix.links import explain_link
+from quantmatrix.quoting import quote
+
+LIMIT = 32 * 2**20
+MEMORY = 100 * 10**6
+DEPTH = 64
+DIGITS = 20
+NAME = 200
+
+VALUE, LIST, OBJECT = 60, 64, 184
+"""Bytes that Python takes for a short value in a list, for an empty list, and for an object."""
+
+Make = Callable[[dict[str, Any]], Any]
+
+
+class JsonError(ValueError):
+    """JSON that is too much, or that nobody honest writes; the message says what is wrong."""
+
+
+class NotJsonError(JsonError):
+    """Text that is no JSON."""
+
+
+def read(path: Path) -> Any:
+    """The value in a file; JsonError for one that `read_bytes` refuses, or that is damaged."""
+    return parse(read_bytes(path))
+
+
+def read_bytes(path: Path, base: Path | None = None) -> bytes:
+    """The bytes of a regular file of at most LIMIT; of another one nothing is read.
+
+    Nor is a link followed that leads out of `base` (None: the file's own folder).
+    """
+    if why := explain_link(path, base or path.parent):
+        raise JsonError(f"it {why}")
+    found = path.stat()
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise JsonError("it is no regular file")
+    if found.st_size > LIMIT:
+        raise JsonError(f"it has {found.st_size} bytes, the limit is {LIMIT}")
+    with path.open("rb") as file:
+        return file.read(LIMIT)
+
+
+def parse(text: bytes | str, make: Make | None = None) -> Any:
+    """The value of a text; `make` may put something smaller in the place of each object."""
+    check_size(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
+
+    def join(pairs: list[tuple[str, Any]]) -> Any:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+            raise JsonError(f"{quote(twice)!r} is in it twice")
+        made = table if make is None else make(table)
+        if made is table:  # what is made of known names needs no look at them
+            check_names(table)
+        return made
+
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=join,
+            parse_int=read_int,
+            parse_float=read_float,
+            parse_constant=read_float,
+        )
+    except RecursionError as error:
+        raise JsonError(f"it is nested more than {DEPTH} levels deep") from error
+    except JsonError:
+        raise
+    except ValueError as error:
+        raise NotJsonError(quote(str(error))) from error
+    check_depth(value)
+    return value
+
+
+def check_size(data: bytes) -> None:
+    """JsonError for a JSON text whose values, with itself, may take more than MEMORY bytes."""
+    values = VALUE * data.count(b",") + LIST * data.count(b"[") + OBJECT * data.count(b"{")
+    size = 2 * len(data) + values
+    if size > MEMORY:
+        raise JsonError(f"its values would take about {size} bytes, the limit is {MEMORY}")
+
+
+def check_names(table: Mapping[str, Any]) -> None:
+    """JsonError for a key of an object that cannot be shown as it is."""
+    for name in table:
+        if len(name) > NAME:
+            raise JsonError(f"a name has {len(name)} characters, at most {NAME}: {quote(name)}")
+        if not name.isprintable():
+            raise JsonError(f"a name has control characters: {quote(name)}")
+
+
+def read_int(text: str) -> int:
+    """A whole number of at most 20 digits."""
+    if len(text) > DIGITS:
+        raise JsonError(f"a number has {len(text)} digits, at most {DIGITS}: {quote(text)}")
+    return int(text)
+
+
+def read_float(text: str) -> float:
+    """A number with a fraction or an exponent, or NaN, which is refused as Infinity is."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise JsonError(f"{quote(text)} is not a finite number")
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """JsonError for lists and objects more than DEPTH levels inside one another."""
+    level = [value]
+    for _ in range(DEPTH + 1):
+        level = [v for outer in level for v in _list_inner(outer) if isinstance(v, (dict, list))]
+        if not level:
+            return
+    raise JsonError(f"it is nested more than {DEPTH} levels deep")
+
+
+def _list_inner(value: Any) -> Collection[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
