@@ -184,6 +184,13 @@ def read_header(path: str | Path) -> Header:
     return parse_header(text, str(path), data_bytes=size - 8 - length)
 
 
+def find_places(file: BinaryIO) -> dict[str, int]:
+    """First byte of every tensor in an open safetensors file, by its name there."""
+    (length,) = struct.unpack("<Q", file.read(8))
+    header = json.loads(file.read(length))
+    return {n: 8 + length + e["data_offsets"][0] for n, e in header.items() if n != "__metadata__"}
+
+
 def read_contents(file: BinaryIO, names: Sequence[str]) -> dict[str, bytes]:
     """Bytes of small tensors of an open safetensors file, by name; one read for those together."""
     (length,) = struct.unpack("<Q", file.read(8))

@@ -450,17 +450,24 @@ def show_comparison(arguments: argparse.Namespace, hub: Any) -> int:
         print_json(found)
     for name, part in () if arguments.json else found["components"].items():
         print(f"{name} beside {part['base']}: {part['verdict']}")
-        width = max(len(layer["layer"]) for layer in part["layers"])
+        names = [name_compared(layer) for layer in part["layers"]]
+        width = max(map(len, names))
         reading = max(len(layer["reading"]) for layer in part["layers"])
         print(f"  {'layer':{width}}  {'reading':{reading}}  cosine  rel. L2  verdict")
-        for layer in part["layers"]:
+        for shown, layer in zip(names, part["layers"], strict=True):
             print(
-                f"  {layer['layer']:{width}}  {layer['reading']:{reading}}  "
+                f"  {shown:{width}}  {layer['reading']:{reading}}  "
                 f"{layer['cosine']:6.4f}  {layer['relative_l2']:7.4f}  {layer['verdict']}"
             )
     for problem in [problem for part in parts for problem in part["problems"]]:
         print(f"quantmatrix: {problem}", file=sys.stderr)
     return 0 if all(part["verdict"] == "agrees" for part in parts) else EXIT_PROBLEM
+
+
+def name_compared(layer: Mapping[str, Any]) -> str:
+    """A layer on disk, and the module that it is compared with where that has another name."""
+    same = layer["layer"] == layer["module"]
+    return str(layer["layer"]) if same else f"{layer['layer']} -> {layer['module']}"
 
 
 def run_dequantize(arguments: argparse.Namespace, rest: list[str]) -> int:

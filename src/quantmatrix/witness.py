@@ -32,6 +32,7 @@ from quantmatrix.load import TensorReader, read_piece
 from quantmatrix.planning import ComponentPlan, Piece, Plan
 from quantmatrix.references import fetch
 from quantmatrix.request import Request
+from quantmatrix.row_reader import RowReader
 from quantmatrix.witness_base import Base, explain_missing
 from quantmatrix.witness_limits import Bounds
 from quantmatrix.witness_measure import Likeness, Sample, choose_samples, compare_sample
@@ -187,7 +188,7 @@ def measure(
     """A finding per sample whose layer the base has in the same size."""
     chosen = choose_samples(component) if samples is None else samples
     limits = witness_limits.read()
-    with TensorReader(stored, "cpu") as reader, TensorReader(weights, "cpu") as base:
+    with TensorReader(stored, "cpu") as reader, RowReader(weights) as base:
         for sample in chosen:
             header = weights.tensors.get(f"{sample.module}.weight")
             widths = sum(piece.in_features for piece in component.layers[sample.module])

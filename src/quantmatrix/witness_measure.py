@@ -17,8 +17,8 @@ into float32 [rows, columns]. With `d` the decoded rows and `b` the base model's
 |               | length | scales in another order, at whatever distance the weights are |
 
 `gain` and `scale_error` are of the coded part, too. A finetune moves single weights and hardly the
-length of a group, so they tell its weights from wrong scales. Everything here reads mapped files:
-what is not taken is not read.
+length of a group, so they tell its weights from wrong scales. Of the base only these rows are read
+(`row_reader`); the checkpoint's file is mapped, and will be read whole by the loader.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from quantmatrix.load import TensorReader, read_layer
 from quantmatrix.placement import select_rows
 from quantmatrix.planning import ComponentPlan, Piece
 from quantmatrix.rounding_bounds import split_groups
+from quantmatrix.row_reader import RowReader
 from quantmatrix.scheme import Scheme
 
 LAYERS = 3
@@ -133,7 +134,7 @@ def compare_sample(
     sample: Sample,
     scheme: Scheme,
     stored: TensorReader,
-    base: TensorReader,
+    base: RowReader,
 ) -> Likeness:
     """Decode a sample under a scheme, and compare it with the base model's rows."""
     piece = sample.piece
@@ -148,7 +149,7 @@ def compare_sample(
         if scheme.rank and name in canonical:
             bare = canonical | {name: torch.zeros_like(canonical[name])}
             decoded.append(kernels.decode(scheme, bare)[0])
-    plain = base.read(f"{sample.module}.weight")[rows]
+    plain = base.read(f"{sample.module}.weight", rows)
     plain = plain[:, sample.column : sample.column + piece.in_features].float()
     nbytes = sum(tensor.nbytes for tensor in cut.values()) + plain.numel() * 2
     own = slice(sample.start - first, sample.stop - first)

@@ -46,6 +46,34 @@ def observe(tables: Matrix, name: str, *, fails: str = "", **changes: Any) -> Ev
     return replace(record, cell=changes["cell"]) if "cell" in changes else record
 
 
+WITNESSED = {
+    "transformer": {
+        "base": "some/flux1",
+        "missing": None,
+        "layout": None,
+        "verdict": "agrees",
+        "layers": 3,
+        "bytes": 1000,
+        "seconds": 0.1,
+        "kinds": [
+            {
+                "kind": "fp8: blocks.{i}.ff",
+                "limit": "witness e4m3 tensor",
+                "reading": "e4m3 per tensor",
+                "layers": 3,
+                "cosine": 0.9996,
+                "coded_cosine": 0.9996,
+                "relative_l2": 0.027,
+                "gain": 1.0,
+                "scale_error": 0.001,
+                "verdict": "agrees",
+            }
+        ],
+    }
+}
+"""What a witness leaves in a record."""
+
+
 def observe_run(tables: Matrix, cell: Cell, steps: int = 4) -> Evidence:
     """A record of a working cell with everything that a run of the suites leaves."""
     drift = [min(step, 3) for step in range(steps)]  # a run that passes stays within its limits
@@ -91,6 +119,7 @@ def observe_run(tables: Matrix, cell: Cell, steps: int = 4) -> Evidence:
         versions={"torch": "2.13.0+cpu", "diffusers": "0.42.1"},
         commit="0" * 40,
         plan=plan,
+        witness=WITNESSED,
         timings={"denoise": 0.25, "generate": 0.3, "decode": 0.05},
         made="2026-11-23T10:00:00Z",
     )

@@ -522,3 +522,22 @@ def test_modelopt_divides_in_the_dtype_of_the_weight() -> None:
     once = (weight.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     assert torch.equal(made["weight"].view(torch.uint8), twice.view(torch.uint8))
     assert not torch.equal(made["weight"].view(torch.uint8), once.view(torch.uint8))
+
+
+def test_fp8r_in_the_header_means_a_scale_per_row_and_dynamic_inputs(tmp_path: Path) -> None:
+    """What diffusers' conversion script writes: nothing but this word declares it."""
+    weight, _, bias, _ = make_layer()
+    made = fp8.quantize(weight, fp8.CHANNEL, bias=bias)
+    tensors = {f"double_blocks.0.img_attn.qkv.{name}": tensor for name, tensor in made.items()}
+    path = tmp_path / "fp8r.safetensors"
+    save_file(tensors, path, metadata={"quantization": "fp8r"})
+    checkpoint = open_weights(str(path), Hub())
+    found = families.detect(checkpoint)
+    assert found is not None
+    assert found[0] == "fp8"
+    assert "quantization fp8r" in found[1]
+    assert fp8.schemes(checkpoint) == {"double_blocks.0.img_attn.qkv": fp8.CHANNEL}
+    tensors["double_blocks.0.img_attn.qkv.weight_scale"] = torch.ones(())
+    save_file(tensors, path, metadata={"quantization": "fp8r"})
+    with pytest.raises(CheckpointError, match=r"weight_scale is F32 \[\], expected F32"):
+        fp8.schemes(open_weights(str(path), Hub()))

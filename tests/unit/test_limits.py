@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from observed import WITNESSED
 
 from quantmatrix import evidence as records
 from quantmatrix import limits, matrix, witness_limits
@@ -84,6 +86,29 @@ def make(name: str, psnr: float, *, verdict: str = "pass", limited: bool = True)
     check = CheckResult(verdict, metrics, bounds, "far")
     found = {**cell, "model": "flux-1", "flags": [], "checks": []}
     return Evidence(cell=found, checks={"latents": check}, versions={"torch": "2.13.0"})
+
+
+def test_what_witnesses_measured_is_kept_where_no_record_tells_of_it(tmp_path: Path) -> None:
+    """The worst of the layers that agreed; older lines of other kinds stay, this one's do not."""
+    near, far, wrong = (copy.deepcopy(WITNESSED) for _ in range(3))
+    far["transformer"]["kinds"][0] |= {"cosine": 0.9, "relative_l2": 0.4, "scale_error": 0.02}
+    wrong["transformer"]["kinds"][0] |= {"cosine": 0.1, "verdict": "disagrees"}
+    records_of = {
+        name: replace(make(name, 45.0), witness=witness)
+        for name, witness in (("a@cpu", near), ("b@cpu", far), ("c@cpu", wrong))
+    }
+    older = [
+        replace(FLUX, kind="witness e4m3 tensor", cosine=0.5),
+        replace(FLUX, kind="witness int8 channel", cosine=0.99),
+    ]
+    path = tmp_path / "limits.csv"
+    path.write_text(limits.write_rows(Sample, older))
+    found = {sample.kind: sample for sample in limits.collect_witness(records_of, path)}
+    assert set(found) == {"witness e4m3 tensor", "witness int8 channel"}
+    measured = found["witness e4m3 tensor"]
+    assert (measured.cosine, measured.relative_l2, measured.layer_error) == (0.9, 0.4, 0.02)
+    assert (measured.cell, measured.cells, measured.model) == ("b@cpu", 2, "flux-1")
+    assert found["witness int8 channel"].cosine == 0.99
 
 
 def test_samples_are_the_worst_of_what_passed_or_had_no_limit() -> None:

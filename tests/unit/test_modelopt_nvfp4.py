@@ -244,6 +244,7 @@ def test_legacy_method_without_an_algorithm() -> None:
         ("a", {**BLOCK, KEYS[2]: True}, {}, 3),
         (PACKED, {**BLOCK, KEYS[0]: False, KEYS[1]: "linear", KEYS[2]: True}, {}, 0),
         (PACKED, {**BLOCK, KEYS[2]: False}, {}, 0),
+        ("a", BLOCK, LISTED, 0),  # ModelOpt's enable_layerwise_quant_metadata
         ("a", None, LISTED, 3),
         (PACKED, None, {**LISTED, "format": "pt"}, 3),
         (PACKED, None, SCRIPT, 0),

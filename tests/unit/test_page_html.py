@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from observed import PROVEN, REFUSED, fake_pictures, find, make_large, observe, observe_run
+from observed import (
+    PROVEN,
+    REFUSED,
+    WITNESSED,
+    fake_pictures,
+    find,
+    make_large,
+    observe,
+    observe_run,
+)
 from tables import CASES, write_tables
 
 from quantmatrix import evidence as records
@@ -187,3 +196,10 @@ def test_ten_thousand_cells_are_one_page(tmp_path: Path, monkeypatch: pytest.Mon
     assert f"{tmp_path / 'index.html'}: written" in done
     assert pages["index.html"].count(b'"file":"evidence/') == len(tables.cells) == 10_002
     assert len(pages["index.html"]) < 20e6
+
+
+def test_the_cosines_of_a_witness_are_on_the_page() -> None:
+    told = dict(page_data.describe_witness(WITNESSED["transformer"]))
+    assert told["verdict"] == "agrees"
+    assert told["base"] == "some/flux1"
+    assert told["cosine of fp8: blocks.{i}.ff"] == 0.9996

@@ -19,11 +19,13 @@ from quantmatrix import (
     families,
     kernels,
     matrix,
+    row_reader,
     tiny,
     witness,
     witness_limits,
     witness_measure,
 )
+from quantmatrix.checkpoint import Hub
 from quantmatrix.dequantize import dequantize, plan_decode
 from quantmatrix.errors import CheckpointError, UsageError, WitnessError
 from quantmatrix.families import modelopt_nvfp4
@@ -32,6 +34,7 @@ from quantmatrix.formats import swap_nibbles
 from quantmatrix.kernels.scale_layouts import tile_scales, untile_scales
 from quantmatrix.load import load_transformer
 from quantmatrix.planning import ComponentPlan, Plan, plan
+from quantmatrix.references import open_weights
 from quantmatrix.request import Request
 from quantmatrix.scheme import Scheme
 from quantmatrix.workbench import Workbench
@@ -70,7 +73,7 @@ def bench() -> Workbench:
     return Workbench(matrix.read())
 
 
-@pytest.mark.parametrize("one", list_cells(), ids=lambda cell: cell.row)
+@pytest.mark.parametrize("one", list(list_cells()), ids=lambda cell: cell.row)
 def test_every_stand_in_agrees_with_its_base_and_leaves_room(
     one: matrix.Cell, bench: Workbench
 ) -> None:
@@ -515,6 +518,21 @@ def test_tiles_of_the_oracle_are_those_of_the_stand_in(raw: dict[str, torch.Tens
 # ---- rows of a layer on disk ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rows", [slice(3, 9), torch.tensor([5, 6, 7, 2, 9, 0, 1])])
+def test_rows_are_read_by_their_place(rows: slice | torch.Tensor, tmp_path: Path) -> None:
+    weights = {"a": torch.randn(4, 3), "b": torch.randn(10, 7).bfloat16(), "c": torch.ones(2)}
+    save_file(weights, tmp_path / "weights.safetensors", metadata={"format": "pt"})
+    checkpoint = open_weights(str(tmp_path / "weights.safetensors"), Hub())
+    with row_reader.RowReader(checkpoint) as reader:
+        assert torch.equal(reader.read("b", rows), weights["b"][rows])
+    assert row_reader.find_runs(torch.tensor([5, 6, 7, 2, 0, 1])) == [(5, 8), (2, 3), (0, 2)]
+    with (
+        (tmp_path / "weights.safetensors").open("rb") as stream,
+        pytest.raises(OSError, match="ends"),
+    ):
+        row_reader.read_exactly(stream.fileno(), 0, 10**6)
+
+
 def list_schemes() -> Iterator[tuple[str, Scheme]]:
     """Every scheme of every family, NVFP4's in the raw layout, too."""
     for family in families.IDS:
@@ -525,7 +543,7 @@ def list_schemes() -> Iterator[tuple[str, Scheme]]:
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 128), (128, 384), (256, 384)])
-@pytest.mark.parametrize(("family", "scheme"), list_schemes())
+@pytest.mark.parametrize(("family", "scheme"), list(list_schemes()))
 def test_cut_rows_decode_to_those_rows(family: str, scheme: Scheme, start: int, stop: int) -> None:
     module = families.load(family)
     weight, high = (

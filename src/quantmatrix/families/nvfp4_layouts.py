@@ -7,7 +7,8 @@ whether block scales lie in rows or in tiles of 128 x 4. Who declares them, best
 | ------------------ | -------------- | --------------- |
 | keys of a ModelOpt block: `swap_weight_nibbles` true or false, | as said | as said |
 | `checkpoint_weight_scale_layout` `linear` or `swizzled`, `checkpoint_uses_packed_qkv` | | |
-| marker tensors `.comfy_quant`, or a header list of layers of format `nvfp4` | high nibble | tiles |
+| marker tensors `.comfy_quant`, or a header list of layers of format `nvfp4` that no ModelOpt block | |
+| stands beside (`enable_layerwise_quant_metadata` writes one) | high nibble | tiles |
 | a ModelOpt block, diffusers' names | low nibble | rows |
 | header `quantization: nvfp4` (diffusers' conversion script and its `bfl` quantizer) | low | rows |
 | packed names of the original model, in a file named as FLUX.2-dev-NVFP4's are | high | tiles |
@@ -97,7 +98,8 @@ def find_rest(checkpoint: Checkpoint, block: Mapping[str, Any], packed: bool | N
     place = checkpoint.quantization_from or checkpoint.reference
     modelopt = read_words(block)[0].startswith("modelopt")
     names = packed or (packed is None and any(PACKED.search(n) for n in checkpoint.tensors))
-    listed = lists_nvfp4(block) or any(n.endswith(MARKER) for n in checkpoint.tensors)
+    listed = lists_nvfp4(block) and not modelopt  # ModelOpt's own list says nothing of a layout
+    listed = listed or any(n.endswith(MARKER) for n in checkpoint.tensors)
     word = checkpoint.metadata.get("quantization", "").lower() == "nvfp4"
     comfy = Layout("high", "tiles", f"layers of format nvfp4 in {place}")
     plain = Layout("low", "rows", f"quantization: nvfp4 in the header of {checkpoint.files[0]}")
