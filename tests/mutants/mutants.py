@@ -72,7 +72,7 @@ def main(words: Sequence[str]) -> int:
     tree = place / "tree"
     copy_tree(tree)
     seen = read_seen(place, tree, given)
-    part = given.only.replace("/", "-") or "all"
+    part = hashlib.sha256(" ".join((*given.only, "|", *given.tests)).encode()).hexdigest()[:8]
     session = place / f"sample-{given.sample}-{given.seed}-{part}.sqlite"
     os.chdir(tree)
     if not session.is_file():
@@ -89,7 +89,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="mutants")
     parser.add_argument("--sample", type=int, default=300, help="mutants to run (default 300)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default 0)")
-    parser.add_argument("--only", default="", help="modules whose path holds this text")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of paths of modules")
     parser.add_argument("--seconds", type=float, default=60.0, help="of tests per mutant, at most")
     parser.add_argument("--tests", nargs="+", default=["tests/unit"], help="tests to look at")
     parser.add_argument("--workers", type=int, default=2, help="of the run that records the tests")
@@ -183,9 +183,9 @@ def make_session(session: Path, given: argparse.Namespace) -> None:
     partial.replace(session)
 
 
-def is_chosen(path: Path, only: str) -> bool:
+def is_chosen(path: Path, only: Sequence[str]) -> bool:
     """Whether a module is mutated."""
-    return only in str(path) and not path.stem.endswith(DEVICE_ONLY)
+    return any(part in str(path) for part in only) and not path.stem.endswith(DEVICE_ONLY)
 
 
 def order_of(item: Any) -> tuple[Any, ...]:

@@ -78,7 +78,9 @@ def test_a_reference_decides_between_snapshots(tmp_path: Path) -> None:
     (cache / "refs" / "main").write_text(OTHER_COMMIT)
     assert references.open_weights(str(cache), hub).files == (str(other / "y.safetensors"),)
     (cache / "refs" / "main").write_text("e" * 40)
-    with pytest.raises(CheckpointError, match=r"names e+ and with 2 snapshots; name one of them:\n"):
+    with pytest.raises(
+        CheckpointError, match=r"names e+ and with 2 snapshots; name one of them:\n"
+    ):
         references.open_weights(str(cache), hub)
     pinned = Hub(cache_dir=str(tmp_path), offline=True, revision=OTHER_COMMIT)
     assert find_cached_commit("o/r", pinned) == OTHER_COMMIT
