@@ -17,7 +17,7 @@ import pytest
 import torch
 from benched import make_memory, make_result
 
-from quantmatrix import bench, bench_gate, cli, ratios, speed, working_memory
+from quantmatrix import bench, bench_gate, bench_pages, cli, ratios, speed, working_memory
 from quantmatrix.agreement import COLOURS, Share, show_scopes
 from quantmatrix.bench_results import describe_sizes, summarize
 from quantmatrix.commands import agreement as agreement_command
@@ -345,3 +345,19 @@ def test_loosenings_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["ok"] is True
     assert thresholds.tell_loosened(["a"], "HEAD", True) == 1
     assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
+def test_the_page_keeps_both_sides_of_working_memory() -> None:
+    result = make_result()
+    part = result["components"]["transformer"]
+    part["memory"] = {**make_memory(2**25, 2**24, 2**20), "counted_by": "allocator"}
+    part["memory"]["quantized"]["working"] = 2**19
+    found = bench_pages.describe_result(result, SimpleNamespace(id="row@cpu"), "")  # type: ignore[arg-type]
+    assert found["memory"] == [
+        ["transformer weights", 2**25, 2**24], ["transformer step memory", 2**20, 2**19],
+    ]  # fmt: skip
+    step = next(timing for timing in found["timings"] if timing[0] == "transformer step")
+    assert step[1:3] == [10.0, 8.0]
+    assert step[4] < step[3] < step[5]
+    assert step[6:] == [part["step"]["detectable"], "faster"]
+    assert (found["counted"], found["clock"]) == ("allocator", "wall clock")
