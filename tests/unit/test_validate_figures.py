@@ -129,6 +129,15 @@ def make_step(psnr: float | None, cosine: float, error: float | None) -> dict[st
     return {"psnr_db": psnr, "cosine": cosine, "relative_l2": error}
 
 
+KIND = {"kind": "to_q", "reading": "as declared", "relative_l2": 0.0371, "verdict": "near"}
+WITNESS = {
+    "base": "some/base",
+    "verdict": "as promised",
+    "layers": 12,
+    "kinds": [{**KIND, "cosine": 0.9993}, {**KIND, "cosine": 0.9871}, {**KIND, "cosine": 0.9999}],
+}
+
+
 def make_report(*, ok: bool = True) -> dict[str, Any]:
     """Two runs; worst, final and best steps are all different, as are both components."""
     runs = []
@@ -138,8 +147,7 @@ def make_report(*, ok: bool = True) -> dict[str, Any]:
         latents = {"steps": steps, "worst": {**steps[1], "cosine": 0.95 + shift / 100},
                    "final": steps[2]}  # fmt: skip
         runs.append({"prompt": "a <fox>", "seed": 3, "latents": latents,
-                     "media": {"psnr_db": psnr, "ssim": 0.9 + shift / 100, "mean_abs": 1.5},
-                     "seconds": {"bf16": {"generate": 2.0}, "quantized": {"generate": 1.0}}})  # fmt: skip
+                     "media": {"psnr_db": psnr, "ssim": 0.9 + shift / 100, "mean_abs": 1.5}})  # fmt: skip
     part = {"family": "fp8", "precision": "FP8", "quantized": 30, "linear_layers": 40,
             "backends": {"decode": 30}, "not_as_declared": {}, "not_as_planned": {},
             "not_called": []}  # fmt: skip
@@ -157,8 +165,7 @@ def make_report(*, ok: bool = True) -> dict[str, Any]:
         "census": {"transformer": part, "transformer_2": other},
         "layers": {"summary": {}, "errors": {}},
         "runs": runs,
-        "speed": {"bf16": {"generate_seconds": 2.0}, "quantized": {"generate_seconds": 1.0},
-                  "times_as_fast": 2.0},
+        "witness": {"transformer": WITNESS},
         "memory": {"bf16": {"weight_bytes": 3000 * MIB}, "quantized": {"weight_bytes": 1500 * MIB}},
         "machine": {"processor": "Some CPU", "devices": []},
         "versions": {"torch": "2.13.0", "diffusers": "0.42.1"},
@@ -171,6 +178,7 @@ FACTS = {
     "verdict": "as declared",
     "quantized": "transformer: 30 of 40 linear layers, FP8; "
     "transformer_2: 20 of 50 linear layers, FP8",
+    "beside the base": "transformer: as promised (cosine at least 0.9871 in 12 decoded layers)",
     "not called": "3 layers of transformer_2",
     "latents, PSNR": "at least 40 dB after the last step",
     "latents, cosine": "at least 0.95 at the worst step",
@@ -198,6 +206,8 @@ def test_facts_stand_on_the_page() -> None:
     page = validation_page.write_page(make_report(), pictures)
     for value in FACTS.values():
         assert value in page
+    row = "<td>as declared</td><td>0.9993</td><td>0.0371</td><td>near</td>"
+    assert f'<tr><th scope="row">to_q</th>{row}</tr>' in page
     assert page.index("images/0-bf16.png") < page.index("images/1-bf16.png")
 
 
