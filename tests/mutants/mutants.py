@@ -307,8 +307,10 @@ def group_scores(scores: dict[str, Score]) -> dict[str, Score]:
 def write_table(scores: dict[str, Score], given: argparse.Namespace) -> str:
     """The Markdown table."""
     rows = [*group_scores(scores).items(), ("all", sum_scores(scores))]
+    modules = "all modules" if given.only == [""] else "modules " + " ".join(given.only)
+    tests = " ".join(path.removeprefix("tests/unit/test_") for path in given.tests)
     lines = [
-        f"Sample of {given.sample}, seed {given.seed}.",
+        f"Sample of {given.sample}, seed {given.seed}; {modules}; seen by {tests}.",
         "",
         "| folder | killed | survived | equivalent | killed of those that matter |",
         "| --- | ---: | ---: | ---: | ---: |",

@@ -18,7 +18,8 @@ from quantmatrix.errors import CheckpointError
 from quantmatrix.families import modelopt_fp8, modelopt_nvfp4, msmodelslim, nunchaku_svdq
 from quantmatrix.families.protocol import Calibration
 from quantmatrix.families.svdq_layers import BARE_SCALE
-from quantmatrix.formats import E4M3_MAX
+from quantmatrix.families.svdq_writer import code_nvfp4
+from quantmatrix.formats import E4M3_MAX, decode_e2m1
 from quantmatrix.kernels.nvfp4_arithmetic import decode_residual, encode, round_inputs
 from quantmatrix.placement import ignored_names
 from quantmatrix.stored_values import NUMBERS, check_plain, check_stored
@@ -350,3 +351,28 @@ def test_reasons_are_those_of_the_tensors() -> None:
     assert "calibration state" in str(modelopt_nvfp4.ignored("a.input_quantizer._amax"))
     assert "format marker" in str(modelopt_nvfp4.ignored("a.comfy_quant"))
     assert "unused where the layer" in str(modelopt_nvfp4.ignored("a.input_scale"))
+
+
+@pytest.mark.parametrize("largest", [2.0**-120, 0.3, 0.999, 1.0, 1.5, 448.0, 1e30])
+def test_blocks_of_mxfp8_have_the_power_of_two_of_their_largest_number(largest: float) -> None:
+    """OCP MX: the exponent of the largest number less 8, so that its code lies in 256 to 448."""
+    weight = torch.zeros(2, 64)
+    weight[0, 32:34] = torch.tensor([-largest, largest / 3])
+    stored = msmodelslim.quantize(weight, msmodelslim.SCHEMES["W8A8_MXFP8"])
+    exponents = stored["weight_scale"].int() - 127
+    assert exponents[0, 1] == max(math.frexp(largest)[1] - 1 - 8, -127)
+    assert (exponents[1] == -127).all()
+    code = abs(float(stored["weight"][0, 32].float()))
+    assert 256 <= code <= 448 or largest < 2.0**-118
+    decoded = msmodelslim.dequantize(stored, msmodelslim.SCHEMES["W8A8_MXFP8"])
+    assert (decoded - weight).abs().max() <= largest / 8
+
+
+def test_nvfp4_codes_of_svdquant_have_no_negative_zero() -> None:
+    """Small negative numbers round to code 0, never to 8, which the engine's format lacks."""
+    rest = torch.full((128, 128), -0.01)
+    rest[:, ::16] = 6.0
+    codes, decoded, _ = code_nvfp4(rest, 16, torch.bfloat16, 1)
+    assert set(codes.unique().tolist()) == {0, 7}
+    assert decoded[:, 1].abs().max() == 0
+    assert decode_e2m1(codes[:1, :2]).tolist() == [[6.0, 0.0]]
