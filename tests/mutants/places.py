@@ -1,0 +1,148 @@
+"""Places: which tests can see a change of one place of the source, and which places nobody can see.
+
+| place | seen by |
+| ----- | ------- |
+| a line of a function | the tests that executed it (coverage contexts, recorded by `watch_tests`) |
+| what runs at import: constants, defaults | tests of files that import the module, then those that ran it |
+| an annotation, the body of `if TYPE_CHECKING` | nobody: it is never executed |
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+Span = tuple[int, int]
+"""First and last line, counted from 1."""
+COMPOUND = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.FunctionDef, ast.ClassDef)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a run of the tests showed."""
+
+    lines: Mapping[str, Mapping[int, list[str]]] = field(default_factory=dict)
+    """Tests by line, by path of the source file."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of each test, set-up included."""
+
+
+def span_of(tree: ast.Module, line: int) -> tuple[Span, bool]:
+    """(lines of the innermost statement at a line, whether it runs at import).
+
+    Of a compound statement it is the head alone; a function's head (defaults, decorators) runs where
+    its definition does.
+    """
+    best: Span = (line, line)
+    at_import = True
+    for node, inside in walk(tree.body, inside=False):
+        first, last = head_of(node)
+        if first <= line <= last:
+            best, at_import = (first, last), not inside
+    return best, at_import
+
+
+def walk(body: Iterable[ast.stmt], *, inside: bool) -> Iterator[tuple[ast.stmt, bool]]:
+    """(statement, whether it is inside a function) of a body, outer ones first."""
+    for node in body:
+        yield node, inside
+        below = inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for part in ("body", "orelse", "finalbody"):
+            yield from walk(getattr(node, part, []), inside=below)
+        for handler in getattr(node, "handlers", []):
+            yield from walk(handler.body, inside=below)
+
+
+def head_of(node: ast.stmt) -> Span:
+    """Lines of a statement, of a compound one those before its body."""
+    decorators = getattr(node, "decorator_list", [])
+    first = min([node.lineno, *(item.lineno for item in decorators)])
+    if isinstance(node, COMPOUND):
+        return first, max(first, node.lineno, node.body[0].lineno - 1)
+    return first, node.end_lineno or node.lineno
+
+
+def list_unseen(tree: ast.Module) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """(start, end) of what is never executed, as (line, column) from (1, 0)."""
+    found: list[ast.AST] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign) or (
+            isinstance(node, ast.arg) and node.annotation is not None
+        ):
+            found.append(node.annotation)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.returns is not None:
+            found.append(node.returns)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            found.append(node)
+    return [
+        ((n.lineno, n.col_offset), (n.end_lineno, n.end_col_offset))  # type: ignore[attr-defined]
+        for n in found
+    ]
+
+
+def is_unseen(tree: ast.Module, position: tuple[int, int]) -> bool:
+    """Whether a place (line, column) is never executed."""
+    return any(start <= position < end for start, end in list_unseen(tree))
+
+
+def module_of(path: Path, source: Path) -> str:
+    """`quantmatrix.kernels.linear_fp8` of a file below the folder that holds the package."""
+    parts = path.relative_to(source).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(tree: ast.Module) -> set[str]:
+    """Modules that a file imports by name, at any depth; `from a import b` is `a` and `a.b`."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def choose_tests(
+    seen: Seen,
+    path: str,
+    tree: ast.Module,
+    line: int,
+    importers: Iterable[str],
+    budget: float,
+) -> tuple[list[str], int]:
+    """(tests to run, the quickest first, within a budget of seconds; how many were left out).
+
+    `importers` are test files that import the module; they come first where a place runs at import.
+    One test is run in any case.
+    """
+    (first, last), at_import = span_of(tree, line)
+    lines = seen.lines.get(path, {})
+    if at_import:
+        numbers: Iterable[int] = lines
+    else:
+        numbers = range(first, last + 1)
+    found = {test for number in numbers for test in lines.get(number, ())}
+    near = set(importers)
+    if at_import:
+        found |= {test for test in seen.seconds if test.partition("::")[0] in near}
+    ordered = sorted(found, key=lambda t: (test_file(t) not in near, seen.seconds.get(t, 0.0), t))
+    chosen: list[str] = []
+    spent = 0.0
+    for test in ordered:
+        spent += seen.seconds.get(test, 0.0)
+        if chosen and spent > budget:
+            break
+        chosen.append(test)
+    return chosen, len(ordered) - len(chosen)
+
+
+def test_file(test: str) -> str:
+    """The file in a test's id."""
+    return test.partition("::")[0]
+
+
+test_file.__test__ = False  # type: ignore[attr-defined]

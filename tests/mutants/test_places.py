@@ -1,0 +1,106 @@
+"""Which tests are run for a place of the source."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import places
+import pytest
+from places import Seen
+
+TEXT = '''"""A module."""
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    LIMIT_OF_TYPES = 1
+
+LIMITS = (
+    1,
+    2,
+)
+
+
+@cache
+def find(
+    values: list[int], start: int = 3
+) -> int | None:
+    if start > 4:
+        return max(
+            values[0],
+            5,
+        )
+    return None
+
+
+class Thing:
+    size: int | None = 6
+'''
+TREE = ast.parse(TEXT)
+LINE = {text.strip(): number for number, text in enumerate(TEXT.splitlines(), 1)}
+SEEN = Seen(
+    {"src/a.py": {15: ["t/x.py::one"], 16: ["t/x.py::one", "t/y.py::two"], 18: ["t/y.py::two"]}},
+    {"t/x.py::one": 5.0, "t/y.py::two": 1.0, "t/y.py::three": 0.5, "t/z.py::four": 0.1},
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "span", "at_import"),
+    [
+        ("2,", (7, 10), True),
+        ("@cache", (13, 16), True),
+        ("values: list[int], start: int = 3", (13, 16), True),
+        ("if start > 4:", (17, 17), False),
+        ("values[0],", (18, 21), False),
+        ("return None", (22, 22), False),
+        ("size: int | None = 6", (26, 26), True),
+    ],
+)
+def test_statements_of_places(text: str, span: tuple[int, int], at_import: bool) -> None:
+    assert places.span_of(TREE, LINE[text]) == (span, at_import)
+
+
+@pytest.mark.parametrize(
+    ("text", "part", "unseen"),
+    [
+        ("LIMIT_OF_TYPES = 1", "1", True),
+        ("values: list[int], start: int = 3", "list", True),
+        ("values: list[int], start: int = 3", "3", False),
+        (") -> int | None:", "|", True),
+        ("size: int | None = 6", "|", True),
+        ("size: int | None = 6", "6", False),
+        ("if start > 4:", ">", False),
+    ],
+)
+def test_what_is_never_executed(text: str, part: str, unseen: bool) -> None:
+    line = LINE[text]
+    assert places.is_unseen(TREE, (line, TEXT.splitlines()[line - 1].index(part))) is unseen
+
+
+def choose(
+    line: int, importers: tuple[str, ...] = (), budget: float = 99.0
+) -> tuple[list[str], int]:
+    return places.choose_tests(SEEN, "src/a.py", TREE, line, importers, budget)
+
+
+def test_tests_of_a_line_are_those_that_executed_it() -> None:
+    assert choose(LINE["values[0],"]) == (["t/y.py::two"], 0)
+    assert choose(LINE["return None"]) == ([], 0)
+    assert places.choose_tests(SEEN, "src/b.py", TREE, 17, (), 99.0) == ([], 0)
+
+
+def test_what_runs_at_import_is_seen_by_importers_first() -> None:
+    """Then by whatever executed the module, the quickest first, within the budget."""
+    assert choose(LINE["2,"]) == (["t/y.py::two", "t/x.py::one"], 0)
+    order = ["t/z.py::four", "t/y.py::two", "t/x.py::one"]
+    assert choose(LINE["2,"], ("t/z.py",)) == (order, 0)
+    assert choose(LINE["2,"], ("t/z.py",), 1.1) == (order[:2], 1)
+    assert choose(LINE["2,"], ("t/z.py",), 0.0) == (order[:1], 2)
+
+
+def test_names_of_modules() -> None:
+    source = Path("src")
+    assert places.module_of(source / "a" / "b.py", source) == "a.b"
+    assert places.module_of(source / "a" / "__init__.py", source) == "a"
+    tree = ast.parse("import a.b\ndef f():\n    from c import d as e\n")
+    assert places.imports_of(tree) == {"a.b", "c", "c.d"}

@@ -1,0 +1,50 @@
+"""A pytest plugin that records which lines every test executes, and how long it takes.
+
+`pytest -p watch_tests`, with the folder to write to in `QUANTMATRIX_SEEN`: one coverage file per
+process, whose contexts are the ids of the tests, and `seconds.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import coverage
+import pytest
+
+FOLDER = Path(os.environ["QUANTMATRIX_SEEN"])
+recorder = coverage.Coverage(
+    data_file=str(FOLDER / "coverage"),
+    data_suffix=True,
+    source_pkgs=["quantmatrix"],
+    config_file=False,
+)
+recorder.start()
+seconds: Counter[str] = Counter()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Put what a test executes, fixtures included, under its id."""
+    recorder.switch_context(item.nodeid)
+    try:
+        return (yield)
+    finally:
+        recorder.switch_context("")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up set-up, call and tear-down."""
+    seconds[report.nodeid] += report.duration
+
+
+def pytest_sessionfinish(session: Any) -> None:
+    """Keep what was recorded; with workers only their parent knows all durations."""
+    recorder.stop()
+    recorder.save()
+    if not hasattr(session.config, "workerinput"):
+        (FOLDER / "seconds.json").write_text(json.dumps(seconds))
