@@ -263,6 +263,8 @@ def read_pytest(path: Path, planned: Iterable[str] = ()) -> dict[str, dict[str, 
             raise BenchmarkError(f"{path}: missing or empty: was it run with workers (-n)?")
         found = strict_json.parse(data)["benchmarks"]
         entries = {b["extra_info"].get("what", b["fullname"]): b for b in found}
+    except BenchmarkError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BenchmarkError(f"{path}: no file of pytest-benchmark: {error!r}") from error
     problems = [f"{path}: {n}: no statistics" for n, b in entries.items() if not b.get("stats")]

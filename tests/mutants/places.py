@@ -4,6 +4,7 @@
 | ----- | ------- |
 | a line of a function | the tests that executed it (coverage contexts, recorded by `watch_tests`) |
 | what runs at import: constants, defaults | tests of files that import the module, then those that ran it |
+| what ran while tests were collected: data of a test file | tests of files that import the module |
 | an annotation, the body of `if TYPE_CHECKING` | nobody: it is never executed |
 
 Standard library only.
@@ -12,7 +13,7 @@ Standard library only.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -122,12 +123,13 @@ def choose_tests(
     (first, last), at_import = span_of(tree, line)
     lines = seen.lines.get(path, {})
     if at_import:
-        numbers: Iterable[int] = lines
+        numbers: Collection[int] = list(lines)
     else:
         numbers = range(first, last + 1)
     found = {test for number in numbers for test in lines.get(number, ())}
     near = set(importers)
-    if at_import:
+    collected = not found and any(number in lines for number in numbers)
+    if at_import or collected:
         found |= {test for test in seen.seconds if test.partition("::")[0] in near}
     ordered = sorted(found, key=lambda t: (test_file(t) not in near, seen.seconds.get(t, 0.0), t))
     chosen: list[str] = []

@@ -39,7 +39,14 @@ class Thing:
 TREE = ast.parse(TEXT)
 LINE = {text.strip(): number for number, text in enumerate(TEXT.splitlines(), 1)}
 SEEN = Seen(
-    {"src/a.py": {15: ["t/x.py::one"], 16: ["t/x.py::one", "t/y.py::two"], 18: ["t/y.py::two"]}},
+    {
+        "src/a.py": {
+            15: ["t/x.py::one"],
+            16: ["t/x.py::one", "t/y.py::two"],
+            18: ["t/y.py::two"],
+            22: [],
+        }
+    },
     {"t/x.py::one": 5.0, "t/y.py::two": 1.0, "t/y.py::three": 0.5, "t/z.py::four": 0.1},
 )
 
@@ -96,6 +103,11 @@ def test_what_runs_at_import_is_seen_by_importers_first() -> None:
     assert choose(LINE["2,"], ("t/z.py",)) == (order, 0)
     assert choose(LINE["2,"], ("t/z.py",), 1.1) == (order[:2], 1)
     assert choose(LINE["2,"], ("t/z.py",), 0.0) == (order[:1], 2)
+
+
+def test_what_ran_while_tests_were_collected_is_seen_by_importers() -> None:
+    assert choose(LINE["return None"], ("t/y.py",)) == (["t/y.py::three", "t/y.py::two"], 0)
+    assert choose(LINE["values[0],"], ("t/z.py",)) == (["t/y.py::two"], 0)
 
 
 def test_names_of_modules() -> None:

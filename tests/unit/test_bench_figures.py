@@ -361,3 +361,23 @@ def test_the_page_keeps_both_sides_of_working_memory() -> None:
     assert step[4] < step[3] < step[5]
     assert step[6:] == [part["step"]["detectable"], "faster"]
     assert (found["counted"], found["clock"]) == ("allocator", "wall clock")
+
+
+def test_each_unmatched_result_is_told_once_and_on_its_side() -> None:
+    one, two = make_result("one@cpu"), make_result("two@cpu")
+    elsewhere = make_result("two@cpu", "Another CPU")
+
+    def compare(kept: list[Any], measured: list[Any]) -> list[str]:
+        with pytest.raises(UsageError) as caught:
+            bench_gate.compare_results(kept, measured)
+        return str(caught.value).splitlines()
+
+    [line] = compare([one], [one, two])
+    assert line.endswith("the kept results do not have it; measure and keep it first")
+    [line] = compare([one, two], [one])
+    assert line == "two@cpu (tiny): kept for Some CPU, 1 thread and not measured now: partial"
+    [line] = compare([one, elsewhere], [one, two])
+    assert "kept for Another CPU, measured on Some CPU, 1 thread" in line
+    assert bench_gate.compare_results([one, elsewhere], [one])
+    with pytest.raises(UsageError, match="nothing was measured"):
+        bench_gate.compare_results([one], [])

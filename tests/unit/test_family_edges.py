@@ -14,12 +14,13 @@ import torch
 
 from quantmatrix import families, svdq_packing
 from quantmatrix.checkpoint import Checkpoint, TensorHeader
-from quantmatrix.errors import CheckpointError
+from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families import modelopt_fp8, modelopt_nvfp4, msmodelslim, nunchaku_svdq
 from quantmatrix.families.protocol import Calibration
 from quantmatrix.families.svdq_layers import BARE_SCALE
-from quantmatrix.families.svdq_writer import code_nvfp4
+from quantmatrix.families.svdq_writer import code_nvfp4, find_smoothing
 from quantmatrix.formats import E4M3_MAX, decode_e2m1
+from quantmatrix.kernels import kernels_of
 from quantmatrix.kernels.nvfp4_arithmetic import decode_residual, encode, round_inputs
 from quantmatrix.placement import ignored_names
 from quantmatrix.stored_values import NUMBERS, check_plain, check_stored
@@ -376,3 +377,31 @@ def test_nvfp4_codes_of_svdquant_have_no_negative_zero() -> None:
     assert set(codes.unique().tolist()) == {0, 7}
     assert decoded[:, 1].abs().max() == 0
     assert decode_e2m1(codes[:1, :2]).tolist() == [[6.0, 0.0]]
+
+
+def test_channels_that_are_never_used_are_smoothed_by_numbers() -> None:
+    """sqrt(input range / weight range): a range of zero counts as 1e-5, on either side."""
+    weight = torch.ones(4, 4)
+    weight[:, 1] = 0.0
+    limit = torch.tensor([1.0, 1.0, 0.0, 1.0])
+    found = find_smoothing(weight, Calibration(-limit, limit))
+    plain = torch.tensor([1.0, 1e5, 1e-5, 1.0], dtype=torch.float64).sqrt()
+    assert torch.allclose(found, plain / plain.log().mean().exp(), rtol=1e-6)
+    assert found.log().mean().abs() < 1e-12
+    assert find_smoothing(weight, None).equal(torch.ones(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+@pytest.mark.parametrize(("item", "size"), [(2, 256 * 2 * 129), (4, 256 * 4 * 129)])
+def test_bytes_of_a_merged_layer(item: int, size: int, unsigned: bool) -> None:
+    """A weight of 256 x 128 and a bias; of an unsigned layer a float32 sum per output, too."""
+    merged = next(k for k in kernels_of("linear.svdq") if k.backend == "merged")
+    scheme = replace(INT4, unsigned=unsigned)
+    assert merged.footprint(scheme, 256, 128, item) == size + 4 * 256 * unsigned
+
+
+def test_inputs_that_mxfp8_cannot_cut_are_told() -> None:
+    scheme = msmodelslim.SCHEMES["W8A8_MXFP8"]
+    assert msmodelslim.quantize(make_weight(4, 96), scheme)["weight_scale"].shape == (4, 3)
+    with pytest.raises(UsageError, match="inputs are a multiple of 32, not 80: keep"):
+        msmodelslim.quantize(make_weight(4, 80), scheme)

@@ -69,13 +69,16 @@ def test_a_file_without_branches_says_what_to_add(name: str, tmp_path: Path) -> 
 
 
 def test_branches_of_zeros_change_nothing(tmp_path: Path) -> None:
+    """A branch that was cut off leaves other weights than the base model's, hence no witness."""
+
     def edit(tensors: Tensors) -> None:
         drop_branches(tensors)
         add_zeros(tensors)
 
     path = write(tmp_path / "custom.safetensors", "flux-1 int4", edit, {})
     expected = forward("flux-1", build_plain("flux-1", read_flux(load_file(path))))
-    assert oracle.relative_error(forward("flux-1", load("flux-1", path)), expected) < ALIKE
+    found = forward("flux-1", load("flux-1", path, witness="off"))
+    assert oracle.relative_error(found, expected) < ALIKE
 
 
 def test_one_layer_without_a_branch_gets_the_rank_of_the_others(tmp_path: Path) -> None:
