@@ -56,7 +56,7 @@ def list_changes(older: Evidence, newer: Evidence) -> Iterator[str]:
         elif name == "cell":
             keep = [key for key in {**then, **now} if key not in UNCOUNTED]
             yield from (f"cell.{key}" for key in keep if then.get(key) != now.get(key))
-        elif then != now:
+        elif not is_same(then, now):
             yield name
 
 

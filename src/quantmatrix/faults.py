@@ -15,6 +15,7 @@ changes no bit there, is not injected and not counted.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ import torch
 from quantmatrix.families.protocol import Calibration
 from quantmatrix.matrix import CheckpointRow
 from quantmatrix.models import Dialect
+from quantmatrix.places import share_file
 from quantmatrix.planning import ComponentPlan, Plan
 from quantmatrix.scheme import Scheme
 
@@ -188,9 +190,16 @@ def exchange_experts(
     pair = ("transformer", "transformer_2")
     if not all((base / name).is_dir() for name in pair):
         return None
+
+    def share(source: str, target: str) -> None:
+        share_file(Path(source), Path(target))
+
     for path in base.iterdir():
         other = dict(zip(pair, reversed(pair), strict=True)).get(path.name, path.name)
-        (empty / other).symlink_to(path.resolve(), target_is_directory=path.is_dir())
+        if path.is_dir():
+            shutil.copytree(path, empty / other, copy_function=share)
+        else:
+            share_file(path, empty / other)
     return row, empty
 
 

@@ -13,7 +13,7 @@ machine finds the same. A change of the shared code that was shown to compute no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
@@ -167,8 +167,3 @@ def find_age_problem(evidence: Evidence, today: date, max_age_days: int) -> str 
     if age < -1:  # a day of grace for time zones
         return f"made {made}, which is after {today}"
     return f"{age} days old, the limit is {max_age_days}" if age > max_age_days else None
-
-
-def newest_date(evidence: Iterable[Evidence]) -> str:
-    """Day of the newest record, empty when there is none."""
-    return max((record.made[:10] for record in evidence), default="")

@@ -36,6 +36,7 @@ from quantmatrix.faults import FAULTS, Fault
 from quantmatrix.layer_errors import LayerErrors, watch_layers
 from quantmatrix.matrix import Cell, CheckpointRow, Matrix
 from quantmatrix.pipeline import build_pipeline
+from quantmatrix.places import share_file
 from quantmatrix.planning import Plan, Refusal, plan
 from quantmatrix.request import Request
 from quantmatrix.rounding_bounds import judge_weights
@@ -255,15 +256,17 @@ def judge_plan(row: CheckpointRow, made: Plan) -> str:
 
 
 def link_all(source: Path, target: Path, without: str = "") -> None:
-    """Link every entry of a folder into another, real folders being made for folders."""
+    """Share every file of a folder with another; folders are made, or linked beside `without`."""
     for path in source.iterdir():
         if path.name == without or path.name.startswith("."):
             continue
         if path.is_dir() and not without:
             (target / path.name).mkdir()
             link_all(path, target / path.name)
+        elif path.is_dir():
+            (target / path.name).symlink_to(path.resolve(), target_is_directory=True)
         else:
-            (target / path.name).symlink_to(path.resolve(), target_is_directory=path.is_dir())
+            share_file(path, target / path.name)
 
 
 def rewrite(

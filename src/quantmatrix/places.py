@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,18 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
+
+
+def share_file(source: Path, target: Path) -> None:
+    """Give a file a second name, or a copy where the two cannot be on one disk; never write in either.
+
+    A symbolic link would lead out of its folder, and such links are not followed.
+    """
+    real = source.resolve()
+    try:
+        os.link(real, target)
+    except OSError:
+        shutil.copyfile(real, target)
 
 
 def write_whole(path: Path, data: bytes) -> None:

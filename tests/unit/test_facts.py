@@ -28,7 +28,8 @@ def record(tmp_path: Path) -> Evidence:
     latents = made.checks["latents"]
     metrics = {**latents.metrics, "peak": {"bf16_bytes": 1000}, "stages": {"seconds": 0.5}}
     checks = {**made.checks, "latents": replace(latents, metrics=metrics)}
-    return records.decode(records.encode(replace(made, checks=checks)))
+    witness = {"transformer": {"seconds": 0.5, "bytes": 1, "kinds": []}}
+    return records.decode(records.encode(replace(made, checks=checks, witness=witness)))
 
 
 def with_metric(**metrics: Any) -> Change:
@@ -57,11 +58,15 @@ def with_step(value: float) -> Change:
         lambda r: {"machine": {**r.machine, "memory_bytes": 1}},
         lambda r: {"cell": {**r.cell, "checks": ["load", "latents", "true-size"]}},
         lambda r: {"checks": {"load": r.checks["load"]}, "latents_digest": ""},
+        lambda r: {"witness": {"transformer": {"seconds": 0.7, "bytes": 1, "kinds": []}}},
         with_metric(stages={"seconds": 0.7}),
         with_metric(peak={"bf16_bytes": 1010}),
         with_step(50.00001),
     ],
-    ids=["made", "commit", "timings", "machine", "row grew", "one check", "time", "peak", "digit"],
+    ids=[
+        *("made", "commit", "timings", "machine", "row grew", "one check"),
+        *("witness", "time", "peak", "digit"),
+    ],
 )
 def test_noise_is_no_news(record: Evidence, change: Change) -> None:
     newer = replace(record, **change(record))
@@ -74,6 +79,10 @@ def test_noise_is_no_news(record: Evidence, change: Change) -> None:
     [
         (lambda r: {"versions": {**r.versions, "torch": "2.14.0"}}, ["versions"]),
         (lambda r: {"plan": {**r.plan, "warnings": ["w"]}}, ["plan"]),
+        (
+            lambda r: {"witness": {"transformer": {"seconds": 0.5, "bytes": 2, "kinds": []}}},
+            ["witness"],
+        ),
         (lambda r: {"checkpoint": {"digest": "sha256:1"}}, ["checkpoint"]),
         (lambda r: {"latents_digest": "sha256:1"}, ["latents_digest"]),
         (lambda r: {"command": "other"}, ["command"]),
@@ -89,7 +98,17 @@ def test_noise_is_no_news(record: Evidence, change: Change) -> None:
         (with_step(50.001), ["checks.latents.metrics"]),
     ],
     ids=[
-        *("versions", "plan", "checkpoint", "latents", "command", "row", "verdict", "new check"),
+        *(
+            "versions",
+            "plan",
+            "witness",
+            "checkpoint",
+            "latents",
+            "command",
+            "row",
+            "verdict",
+            "new check",
+        ),
         *("new metric", "peak", "repeats", "step"),
     ],
 )

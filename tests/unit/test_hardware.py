@@ -238,7 +238,7 @@ class TestFingerprint:
 
     def test_instruction_sets(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def say(text: str) -> None:
-            monkeypatch.setattr(Path, "read_text", lambda _: text)
+            monkeypatch.setattr(Path, "read_text", lambda *_, **__: text)
 
         say("processor\t: 0\nmodel name\t: Some CPU: 3 GHz\nflags\t\t: fpu avx512f avx2 avx\n")
         assert hardware.read_processor() == "Some CPU: 3 GHz"
@@ -248,7 +248,7 @@ class TestFingerprint:
         assert hardware.read_processor()
 
     def test_systems_that_do_not_say(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(*_: Any) -> Any:
+        def fail(*_: Any, **__: Any) -> Any:
             raise OSError("not here")
 
         monkeypatch.setattr(Path, "read_text", fail)

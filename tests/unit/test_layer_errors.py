@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from quantmatrix import layer_errors
+from quantmatrix.checkpoint import TensorHeader
 from quantmatrix.layer_errors import USELESS, relative_error, watch_layers
 
 
@@ -42,7 +43,7 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, An
     model = Model()
     file = str(tmp_path / "base.safetensors")
     save_file(model.state_dict(), file)
-    known = {name: SimpleNamespace(file=file) for name in model.state_dict()}
+    known = {name: TensorHeader(name, "F32", (), str(file)) for name in model.state_dict()}
     base = SimpleNamespace(
         components={"transformer": SimpleNamespace(checkpoint=SimpleNamespace(tensors=known))},
         request=SimpleNamespace(hub=None),

@@ -99,7 +99,7 @@ def test_a_stand_in_with_few_heads_says_that_it_takes_fewer_processes() -> None:
 def test_plan_refuses_what_cannot_be_shared(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--tiny", "--nproc-per-node", "4", "--hardware"]
     assert cli.main([*words, "rtx-5090-x4", *FLUX]) == 0
-    assert "of weights in each of 2 processes" in capsys.readouterr().out
+    assert " GiB in each of 2 processes" in capsys.readouterr().out
     assert cli.main([*words, "rtx-5090", *FLUX]) == cli.EXIT_USAGE
     assert "NVIDIA GeForce RTX 5090 has 1 cuda devices" in capsys.readouterr().err
     assert cli.main([*words, "rtx-5090-x4", *Z_IMAGE]) == cli.EXIT_REFUSED

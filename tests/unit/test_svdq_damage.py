@@ -333,7 +333,10 @@ def test_numbers_that_cannot_be_meant(
 
 
 def test_scales_that_stand_alone_are_whole(tmp_path: Path) -> None:
-    """A missing wtscale is 1, and what is not used may be anything."""
+    """A missing wtscale is 1, and what is not used may be anything.
+
+    The layer is not the base model's any more, hence no witness.
+    """
 
     def edit(tensors: Tensors) -> None:
         scales = tensors[f"{LAST}.wscales"].float() * tensors.pop(f"{LAST}.wtscale").float() * 64
@@ -344,4 +347,9 @@ def test_scales_that_stand_alone_are_whole(tmp_path: Path) -> None:
     expected = forward(
         "qwen-image", build_plain("qwen-image", READERS["qwen-image"](load_file(path)))
     )
-    assert oracle.relative_error(forward("qwen-image", load("qwen-image", path)), expected) < ALIKE
+    assert (
+        oracle.relative_error(
+            forward("qwen-image", load("qwen-image", path, witness="off")), expected
+        )
+        < ALIKE
+    )
