@@ -194,11 +194,11 @@ def drop_layers(block: Mapping[str, Any], kept: frozenset[str]) -> dict[str, Any
 
 def warn_of_tiles(source: TransformerFolder) -> None:
     """Pass on what the export leaves open about its block scales: the output no longer tells."""
+    block = source.config.get("quantization_config")
+    declared = replace(source.checkpoint, quantization=block)
     for shard, metadata in source.metadata.items():
         names = (str(source.root / shard),)
-        if note := modelopt_nvfp4.caveat(
-            replace(source.checkpoint, files=names, metadata=metadata)
-        ):
+        if note := modelopt_nvfp4.caveat(replace(declared, files=names, metadata=metadata)):
             warnings.warn(note, stacklevel=2)
             return
 
