@@ -305,6 +305,16 @@ def list_record_problems(record: Evidence, metrics: Mapping[str, Any]) -> list[s
     return [f"checks.latents.metrics.{text}" for text in compare_metrics(told, metrics)]
 
 
+def is_near(told: Any, found: Any) -> bool:
+    """Whether two values are numbers that agree but for the sixth digit."""
+    if not (isinstance(told, int | float) and isinstance(found, int | float)):
+        return False
+    try:
+        return math.isclose(told, found, rel_tol=TOLERANCE, abs_tol=1e-9)
+    except OverflowError:  # an integer that no float holds
+        return False
+
+
 def compare_metrics(told: Any, found: Any, where: str = "metrics") -> list[str]:
     """Differences of nested metrics, in words; numbers may differ in the sixth digit."""
     if isinstance(found, Mapping) and isinstance(told, Mapping) and set(told) == set(found):
@@ -312,11 +322,7 @@ def compare_metrics(told: Any, found: Any, where: str = "metrics") -> list[str]:
     elif isinstance(found, list) and isinstance(told, list) and len(told) == len(found):
         pairs = [(f"{where}[{n}]", *pair) for n, pair in enumerate(zip(told, found, strict=True))]
     else:
-        numbers = (int, float)
-        if isinstance(found, numbers) and isinstance(told, numbers):
-            same = math.isclose(told, found, rel_tol=TOLERANCE, abs_tol=1e-9)
-        else:
-            same = told == found
+        same = told == found or is_near(told, found)
         return [] if same else [f"{where} is {told!r:.80}, the latents give {found!r:.80}"]
     return [
         problem for where, one, other in pairs for problem in compare_metrics(one, other, where)

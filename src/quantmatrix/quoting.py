@@ -82,4 +82,4 @@ def limit_message(text: str, most: int = MESSAGE) -> str:
 
 def escape_markdown(value: object, most: int = VALUE) -> str:
     """A value as Markdown that shows it and does nothing: no link, no tag, no mention."""
-    return MARKDOWN.sub(lambda match: f"\\{match[1]}" if match[1] else "\u200b", quote(value, most))
+    return MARKDOWN.sub(lambda match: f"\\{match[1] or ''}", quote(value, most))

@@ -154,13 +154,21 @@ def change_json(rng: random.Random, path: Path) -> None:
     replace(path, text.encode("utf-8", "surrogatepass"))
 
 
+def is_json(text: str) -> bool:
+    """Whether a text is an object in JSON, and no earlier change has made it something else."""
+    try:
+        return text[:1] == "{" and isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def change_header(rng: random.Random, path: Path) -> None:
     """A weight file whose header, or a JSON text in its metadata, has something wrong."""
     header, size = read_header(path)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         strings = header.get("__metadata__", {}) if isinstance(header, dict) else {}
         strings = strings if isinstance(strings, dict) else {}
-        texts = [key for key, text in strings.items() if type(text) is str and text[:1] == "{"]
+        texts = [key for key, text in strings.items() if type(text) is str and is_json(text)]
         if texts and rng.random() < 0.4:
             key = rng.choice(texts)
             strings[key] = dump(change_value(rng, json.loads(strings[key])))

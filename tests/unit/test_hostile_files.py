@@ -360,6 +360,8 @@ def test_markdown_for_others() -> None:
     assert "://" not in shown
     assert "www." not in shown
     assert shown.endswith("x_y")
+    assert shown.isascii()
+    assert "https:\\//evil" in shown
     summary = write_summary([Shown("cell", "proven", "failing", text, True)], [text])
     assert "\\[click\\]" in summary
     assert not re.search(r"(?<!\\)[\[<@]", summary.replace("`", ""))

@@ -122,6 +122,10 @@ NOTHING_ELSE = {"verdict": "pass", "metrics": {}, "limits": {}, "message": ""}
     [
         (lambda r: r["checks"].update(load=NOTHING_ELSE), "checks: load: latents prove nothing of"),
         (lambda r: r["checks"]["latents"]["metrics"].update({"class": "odd"}), "no limit is known"),
+        (
+            lambda r: r["checks"]["latents"]["metrics"]["worst"].update(cosine=10**400),
+            "worst.cosine is 1000",
+        ),
         (lambda r: r["plan"].pop("machine"), "tells no machine"),
         (
             lambda r: r["plan"]["machine"].update(arch="sm90", vendor="nvidia"),
