@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix import bench_pages
 from quantmatrix import evidence as records
+from quantmatrix.agreement import find_life, is_compiled
 from quantmatrix.carried import CARRIED
 from quantmatrix.freshness import CARRYING
 from quantmatrix.matrix import ASSIGNMENT
 from quantmatrix.offers import offer
 from quantmatrix.scopes import SCOPES, WEIGHTS, Standing, key_of, order_labels
-from quantmatrix.states import AGREEING, STATES, fails_as_claimed
+from quantmatrix.states import STATES
 
 if TYPE_CHECKING:
     from quantmatrix.bench_results import Result
@@ -71,11 +72,8 @@ class Joined:
         return {label: found[label] for label in LABELS if found[label]}
 
     def agrees(self, cell: Cell) -> bool:
-        """Whether claim and record say the same, a failure that is claimed included."""
-        state = self.states[cell.id]
-        return state in AGREEING or (
-            state == "failing" and fails_as_claimed(self.evidence[cell.id])
-        )
+        """Whether a run says what the claim says, a failure that is claimed included."""
+        return cell.claim != "planned" and find_life(self.standings[cell.id]) == "fresh"
 
     def link(self, cell: Cell, text: str, base: str) -> str:
         """Markdown link to the cell's record, or the text alone when there is none."""
@@ -118,7 +116,7 @@ def write_overview(joined: Joined) -> str:
     tables = joined.tables
     claims = [cell for cell in tables.cells if cell.claim != "planned"]
     agreeing = sum(joined.agrees(cell) for cell in claims)
-    share = f"{100 * agreeing / len(claims):.1f} %" if claims else "no"
+    share = f"{1000 * agreeing // len(claims) / 10} %" if claims else "no"
     counts = joined.count(tables.cells)
     picture = "![Support matrix: quant family by hardware](support-matrix.svg)"
     checkpoints = [row for row in tables.checkpoints.values() if row.algo]
@@ -148,8 +146,9 @@ def write_scopes(joined: Joined) -> str:
     rows = []
     for scope in SCOPES:
         cells = [cell for cell in joined.tables.cells if joined.standings[cell.id].scope == scope]
-        rows.append([f"`{scope}`", WEIGHTS[scope], str(sum(map(joined.agrees, cells)))])
-    return write_table(["scope", "what was run", "claims backed"], rows)
+        shown = [c for c in cells if joined.agrees(c) or is_compiled(joined.standings[c.id])]
+        rows.append([f"`{scope}`", WEIGHTS[scope], str(len(shown))])
+    return write_table(["scope", "what was run", "claims"], rows)
 
 
 def write_carried(joined: Joined) -> list[str]:

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from quantmatrix.matrix import Cell, Matrix
 
 STATES = ("proven", "refused", "failing", "stale", "unproven", "planned")
-AGREEING = ("proven", "refused")
-"""States in which claim and evidence say the same."""
 
 
 def stand_all(

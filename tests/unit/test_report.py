@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -308,3 +310,13 @@ def test_frame_holds_every_cell(reports: Path, tables: Matrix) -> None:
     frame = quantmatrix.matrix_frame(reports)
     assert list(frame["id"]) == [cell.id for cell in tables.cells]
     assert set(frame.loc[frame["state"] == "proven", "id"]) == {PROVEN}
+
+
+def test_overview_and_badge_say_the_same_share() -> None:
+    """The overview counted claims whose kernels were only compiled as backed by a run."""
+    folder = report.default_folder()
+    badge = json.loads((folder / "badge.json").read_text())["message"]
+    overview = (folder / "support-matrix.md").read_text()
+    share = re.search(r"claims \(([\d.]+ %)\) are backed by a run", overview)
+    assert share is not None
+    assert badge.startswith(share[1])
