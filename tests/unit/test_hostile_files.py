@@ -59,7 +59,7 @@ def test_headers_are_judged_in_linear_time(tmp_path: Path, case: str) -> None:
     began = time.process_time()
     with pytest.raises(CheckpointError, match=message):
         read_header(path)
-    assert time.process_time() - began < 0.5 + len(text) / 10e6  # was 19 s and more
+    assert time.process_time() - began < 5  # was 19 s and more; takes a tenth of a second
 
 
 def peak_of(act: Any) -> int:
