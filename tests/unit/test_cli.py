@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import quantmatrix
 from quantmatrix import tiny
-from quantmatrix.cli import FP4_BACKEND_VARIABLE, main
+from quantmatrix.cli import main
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE
 from quantmatrix.load import load_transformer
+from quantmatrix.request import FP4_BACKEND_VARIABLE
 
 FP8 = "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"
 FLUX = ["--tiny", "--model-path", "black-forest-labs/FLUX.1-dev"]
