@@ -179,6 +179,17 @@ def extract(commit: str, root: Path, folder: Path) -> None:
                 path.write_bytes(stream.read())
 
 
+def find_checkout(command: str) -> Path:
+    """The checkout whose history a command asks; UsageError where there is none around the package."""
+    root = matrix.tables_folder().parent
+    if not (root / ".git").exists():
+        raise UsageError(
+            f"{command} asks the history of the project, and there is none: {root} is no git "
+            "checkout. Clone the project and run it there"
+        )
+    return root
+
+
 def ask_git(root: Path, *words: str) -> subprocess.CompletedProcess[bytes]:
     """Run git in a repository; QuantmatrixError when there is no git."""
     try:

@@ -159,6 +159,11 @@ def _prepare(reports: str | os.PathLike[str] | None) -> tuple[Path, dict[str, by
     from quantmatrix import matrix
 
     folder = find_folder(reports)
+    if reports is None and not is_checkout() and not (folder / EVIDENCE).is_dir():
+        raise UsageError(
+            f"no evidence: there is no {folder / EVIDENCE} here, and no checkout around "
+            f"{Path(__file__).parent}; run this in a checkout, or name a folder with --reports"
+        )
     with keep_everything():
         evidence, timed = records.read_folder(folder / EVIDENCE), bench_results.read_reports(folder)
         return folder, render(matrix.read(), evidence, timed, read_now(folder, evidence))

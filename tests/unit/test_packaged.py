@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -117,26 +116,72 @@ def test_a_damaged_summary_is_refused(outside: Path, tmp_path: Path) -> None:
             packaged.read_records(damaged)
 
 
-@pytest.mark.skipif(find_spec("hatchling") is None, reason="hatchling is not installed")
-def test_a_wheel_answers_without_a_checkout(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    for name in ("src", "matrix", "reports"):
-        shutil.copytree(ROOT / name, source / name)
-    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    words = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(words, cwd=source, check=True, capture_output=True)
-    [wheel] = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "installed")
+ASK = """
+import json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from quantmatrix.cli import main
+
+said = []
+for words in json.load(sys.stdin):
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        code = main(words)
+    said.append([code, out.getvalue(), err.getvalue()])
+json.dump(said, sys.stdout)
+"""
+"""Runs commands, a list of words each; prints what each of them ended with and said."""
+
+
+def ask(words: list[list[str]], package: Path, folder: Path) -> list[tuple[int, str, str]]:
+    """(exit code, output, errors) of each command by the package in a folder of packages."""
     done = subprocess.run(
-        [sys.executable, "-m", "quantmatrix", "matrix", "list", "--json"],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path / "installed"), "PATH": ""},
+        [sys.executable, "-c", ASK],
+        cwd=folder,
+        env={"PYTHONPATH": str(package), "PATH": ""},
+        input=json.dumps(words),
         check=True,
         capture_output=True,
         text=True,
     )
-    found = json.loads(done.stdout)
-    assert {row["scope"] for row in found["rows"] if row["state"] == "proven"} != {""}
-    assert str(tmp_path / "installed") in found["read_from"]
+    return [(code, out, err) for code, out, err in json.loads(done.stdout)]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of this checkout, unpacked as an installation has it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in ("src", "matrix", "reports"):
+        shutil.copytree(ROOT / name, source / name)
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    words = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    done = subprocess.run(words, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr  # without hatchling: install the extra `test`
+    [wheel] = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site" / "packages")
+    return folder / "site" / "packages"
+
+
+def test_a_wheel_answers_without_a_checkout(
+    installed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = installed / "quantmatrix" / packaged.FOLDER.name
+    for words, (code, out, err) in zip(COMMANDS, ask(COMMANDS, installed, tmp_path), strict=True):
+        assert (code, out) == (main(words), capsys.readouterr().out)
+        assert f"read from {summary} (the summary in the installed package" in err
+
+
+def test_what_a_wheel_lacks_is_said(installed: Path, tmp_path: Path) -> None:
+    commands = {
+        ("matrix", "diff", "A..B"): "is no git checkout",
+        ("thresholds", "--diff", "HEAD"): "is no git checkout",
+        ("report",): "no evidence",
+        ("report", "--check"): "no evidence",
+    }
+    found = ask([list(words) for words in commands], installed, tmp_path)
+    for (code, out, err), reason in zip(found, commands.values(), strict=True):
+        assert (code, out) == (EXIT_USAGE, "")
+        assert reason in err
+    assert list(tmp_path.iterdir()) == []

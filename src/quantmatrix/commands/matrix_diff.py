@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from quantmatrix.errors import UsageError
-
 
 def add_to_matrix(actions: Any) -> None:
     """Add the action to those of `quantmatrix matrix`."""
@@ -20,15 +18,10 @@ def add_to_matrix(actions: Any) -> None:
 
 def run_diff(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Print the changes; 0 whatever they are."""
-    from quantmatrix import matrix, matrix_changes
+    from quantmatrix import matrix_changes
     from quantmatrix.cli import print_json
 
-    root = matrix.tables_folder().parent
-    if not (root / ".git").exists():
-        raise UsageError(
-            f"matrix diff compares two revisions of the project, and there is none: {root} is no git "
-            "checkout. Clone the project and run it there"
-        )
+    root = matrix_changes.find_checkout("matrix diff")
     found = matrix_changes.compare_revisions(arguments.revisions, root)
     if arguments.json:
         print_json({"ok": True, **found.to_json()})

@@ -32,10 +32,9 @@ def add_to(commands: Any) -> None:
 
 def run_thresholds(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Print limits or loosenings."""
-    from quantmatrix import limits, matrix, packaged, report
+    from quantmatrix import limits, packaged, report
     from quantmatrix.cli import print_json, tell_where
 
-    root = matrix.tables_folder().parent
     path = report.find_source(arguments.reports) / FILE
     if not path.is_file():
         raise UsageError(f"{path}: no such file; name the folder of the reports with --reports")
@@ -45,7 +44,7 @@ def run_thresholds(arguments: argparse.Namespace, rest: list[str]) -> int:
         return tell_loosened(measure_spread(path), str(path), arguments.json)
     ledger = limits.read(path)
     if arguments.diff:
-        loosened = limits.list_loosened(read_older(arguments.diff, root), ledger)
+        loosened = limits.list_loosened(read_older(arguments.diff), ledger)
         return tell_loosened(loosened, arguments.diff, arguments.json)
     found = ledger.list_limits()
     if arguments.json:
@@ -94,14 +93,15 @@ def print_limit(sample: Sample, allowed: Limits) -> None:
     )
 
 
-def read_older(word: str, root: Path) -> Ledger:
+def read_older(word: str) -> Ledger:
     """The ledger of a file and the spread.csv beside it, or of a revision of the project."""
     from quantmatrix import limit_samples, limits
-    from quantmatrix.matrix_changes import ask_git
+    from quantmatrix.matrix_changes import ask_git, find_checkout
 
     if Path(word).is_file():
         spreads = limit_samples.read_spreads(Path(word).with_name(limit_samples.SPREADS))
         return limits.Ledger(limit_samples.read_samples(Path(word)), spreads)
+    root = find_checkout(f"--diff {word}")
     texts = []
     for name in (FILE, limit_samples.SPREADS):
         done = ask_git(root, "show", f"{word}:reports/{name}")
