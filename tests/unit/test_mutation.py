@@ -98,7 +98,16 @@ def test_the_witness_is_held_to_what_it_must_catch() -> None:
     assert found["by_witness_alone"] == ["swapped-nibbles in row (layer)"]
     text = mutation_report.to_markdown([seen, unseen])
     assert text.count("- swapped-nibbles in `row` (layer)") == 1
-    assert "Caught by the witness alone" in text
+    assert "Caught by the witness alone, of all gates:\n" in text
+
+
+def test_what_only_the_witness_tells_a_user() -> None:
+    """A gate that needs a BF16 run beside it is none that a user passes."""
+    both = make("swapped-nibbles", witness="other weights", layers="far")
+    late = make("unit-scales", witness="other weights", generate="white")
+    text = mutation_report.to_markdown([both, both, late])
+    assert "load, generate): swapped-nibbles (2).\n" in text
+    assert "Caught by the witness alone, of all gates: none." in text
 
 
 @pytest.mark.parametrize(
