@@ -230,9 +230,9 @@ class NotApplicable(Exception):
 
 
 def judge_witness(made: Plan) -> dict[str, str]:
-    """What the witness says of the components of a plan."""
-    reports = witness.examine_plan(made)
-    problems = [text for report in reports for text in (*report.problems, *report.warnings)]
+    """What `--witness require` refuses in the components of a plan; a warning catches nothing."""
+    reports = witness.examine_plan(replace(made, request=replace(made.request, witness="require")))
+    problems = [text for report in reports for text in report.problems]
     return {"witness": "; ".join(problems)} if problems else {}
 
 

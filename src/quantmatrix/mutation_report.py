@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from quantmatrix.faults import FAULTS, MUST, WITNESSED
 from quantmatrix.mutation import GATES, Outcome
 
 LEAST_CAUGHT = 0.95
+USER_GATES = ("plan", "witness", "load", "generate")
+"""Gates of every run; the others need a BF16 run beside it."""
 
 
 def summarize(outcomes: Sequence[Outcome], gates: Sequence[str] = GATES) -> dict[str, Any]:
@@ -88,8 +91,24 @@ def to_markdown(outcomes: Sequence[Outcome]) -> str:
             lines.append(f"| {told} | {len(own)} | {sum(o.caught for o in own)} | {marks} |")
     missed = [f"- {o.fault} in `{o.row}` ({o.place})" for o in outcomes if not o.caught]
     lines += ["", *(["Missed:", "", *missed, ""] if missed else [])]
+    return "\n".join([*lines, *list_caught_by_witness(outcomes)])
+
+
+def list_caught_by_witness(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Lines about what only the witness caught: of all gates, and of those that a user passes."""
+    passed = [o for o in outcomes if set(o.gates) & set(USER_GATES) == {"witness"}]
+    counts = Counter(o.fault for o in passed)
+    told = ", ".join(f"{fault} ({count})" for fault, count in counts.most_common())
+    yield (
+        f"Caught by the witness alone, of the gates that a user passes ({', '.join(USER_GATES)}): "
+        f"{told or 'none'}."
+    )
+    yield ""
     alone = [f"- {o.fault} in `{o.row}` ({o.place})" for o in outcomes if {*o.gates} == {"witness"}]
-    return "\n".join([*lines, *(["Caught by the witness alone:", "", *alone, ""] if alone else [])])
+    yield f"Caught by the witness alone, of all gates:{'' if alone else ' none.'}"
+    yield ""
+    if alone:
+        yield from (*alone, "")
 
 
 def write_reports(outcomes: Sequence[Outcome], folder: Path) -> Iterator[Path]:

@@ -46,7 +46,8 @@ class Request:
     quantization_ignored_layers: tuple[str, ...] = ()
     witness: str = "auto"
     """Whether decoded layers are compared with the base model's own: where its weights are at hand
-    (`auto`), always (`require`: an error where they are not), or never (`off`)."""
+    (`auto`), always (`require`: an error where they are not, and where a base model that is only a
+    guess disagrees), or never (`off`)."""
     nibble_order: str | None = None
     """Where the even column of NVFP4 codes lies, `low` or `high`; None: as the file declares."""
     nvfp4_layout: str | None = None
@@ -256,7 +257,8 @@ def add_request_flags(parser: argparse.ArgumentParser, *, needed: bool = True) -
         "--witness",
         choices=WITNESS,
         help="compare decoded layers with the base model's own weights: when they are at hand "
-        "(auto, the default), always, or never",
+        "(auto, the default), always (an error where they are not, or where a base model that is only "
+        "a guess disagrees), or never",
     )
     what.add_argument(
         "--nvfp4-layout", choices=NVFP4_LAYOUTS, help="how NVFP4 block scales lie, where undeclared"

@@ -11,9 +11,10 @@ limits (`witness_limits`). The witness speaks at two places:
 |      | does; anything else, or no base weights at hand, is an error that names the readings |
 | load | confirms what was declared, chosen or decided; a layer that disagrees is an error |
 
-`--witness require` makes it an error when the base weights are not at hand, `off` leaves it out.
-Weights of the model's own repository that the request does not name (the base is a whole quantized
-pipeline) may be those of another finetune: where no layer agrees with them, a warning says so.
+Where the base model is certain (`witness_base` says when), or some layers agree with it, each layer
+that disagrees is an error. Where it is a guess and no layer at all agrees, the checkpoint may be of
+another finetune: a warning says so. `--witness require` takes no guess: it makes that an error, as it
+does where the base weights are not at hand. `--witness off` leaves the comparison out.
 """
 
 from __future__ import annotations
@@ -238,9 +239,14 @@ def judge(report: Report, component: ComponentPlan, request: Request) -> Report:
     reading = "" if other or not wrong else find_reading(component, request, wrong)
     text = describe_problem(report, component, wrong or report.findings, other, reading)
     alike = len(wrong) < len(report.findings) or bool(other) or bool(reading)
-    if report.base.named or alike:
+    if report.base.certain or alike or request.witness == "require":
         return replace(report, problems=(text,))
-    return replace(report, warnings=(f"{text}. The request names no base model in full precision",))
+    guess = (
+        f"{text}. This is a warning, because {report.base.reference} is a guess: neither --model-path "
+        "nor _name_or_path in the checkpoint's config.json names a base model in full precision; "
+        "--witness require makes it an error"
+    )
+    return replace(report, warnings=(guess,))
 
 
 def describe_problem(

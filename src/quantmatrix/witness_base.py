@@ -1,14 +1,21 @@
 """Witness base: the base model's own weights of a component, where they lie on this machine.
 
-They are those of the base model that the request names, or, where that is quantized itself (a whole
-quantized pipeline), those of the model's own repository. A folder counts, and so does the hub's
-cache; nothing is ever downloaded. Looked at are headers only.
+| looked for in turn | is |
+| ------------------ | -- |
+| the model that the request names, `--model-path`; it may be quantized itself | certain |
+| the repository that the checkpoint's config.json names, `_name_or_path` | certain |
+| the model's own repository | a guess: the checkpoint may be of a finetune |
+
+A folder that the request names counts, and so does the hub's cache; nothing is ever downloaded, and a
+path of another machine in a config is never opened. Looked at are headers only.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantmatrix import models
@@ -23,6 +30,10 @@ if TYPE_CHECKING:
 BY_NAME = "a file of FLUX.2-dev-NVFP4"
 """What `nvfp4_layouts` says of a layout that is known by a file's name."""
 FLOATS = ("BF16", "F16", "F32")
+NAMED = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""A repository's name."""
+CACHED = re.compile(r"(?:^|[/\\])models--([\w.-]+?)--([\w.-]+?)(?:[/\\]|$)")
+"""A repository's folder in a hub's cache."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +45,8 @@ class Base:
     weights: Mapping[str, Checkpoint] = field(default_factory=dict)
     """Weights in full precision by component, this one's first; empty where they are not here."""
     reference: str = ""
-    named: bool = True
-    """Whether the request names this model; the model's own repository may be another finetune."""
+    certain: bool = True
+    """Whether the request or the checkpoint's config names this model; otherwise it is a guess."""
     missing: str = ""
     """Why there are none."""
 
@@ -75,7 +86,7 @@ def list_unproved(base: Base, layout: str) -> list[str]:
 def look_for_base(name: str, source: Source, model: str, offline: Hub) -> Base:
     """The first place that has the component in full precision."""
     missing = []
-    for reference, siblings, named in list_places(name, source, model):
+    for reference, siblings, certain in list_places(name, source, model):
         try:
             own = open_plain(reference, offline, siblings[name], source)
         except (QuantmatrixError, OSError) as error:
@@ -88,18 +99,38 @@ def look_for_base(name: str, source: Source, model: str, offline: Hub) -> Base:
                     weights[other] = open_plain(reference, offline, folder, source)
                 except (QuantmatrixError, OSError):
                     continue
-        return Base(name, weights, reference, named)
+        return Base(name, weights, reference, certain)
     return Base(name, missing="; ".join(missing))
 
 
 def list_places(
     name: str, source: Source, model: str
 ) -> Iterator[tuple[str, Mapping[str, str], bool]]:
-    """(reference, folder of each component, whether the request names it) to look at, best first."""
+    """(reference, folder of each component, whether it is certain) to look at, best first."""
     yield source.base, source.siblings, True
     module = models.load(model)
-    if source.base != module.REPO and name in module.COMPONENTS:
-        yield module.REPO, {part: part for part in module.COMPONENTS}, False
+    if name not in module.COMPONENTS:
+        return
+    folders = {part: part for part in module.COMPONENTS}
+    declared = find_declared(source.checkpoint)
+    if declared not in ("", source.base):
+        yield declared, folders, True
+    if module.REPO not in (declared, source.base):
+        yield module.REPO, folders, False
+
+
+def find_declared(checkpoint: Checkpoint) -> str:
+    """The repository that a checkpoint's own config says it was made from, `org/name`; or ''.
+
+    `_name_or_path` is what was passed to `from_pretrained`: a repository's name, or a path in a
+    hub's cache. Any other path is of the machine where the checkpoint was made.
+    """
+    stated = (checkpoint.config or {}).get("_name_or_path")
+    if not isinstance(stated, str):
+        return ""
+    if cached := CACHED.search(stated):
+        return f"{cached[1]}/{cached[2]}"
+    return stated if NAMED.fullmatch(stated) and not Path(stated).exists() else ""
 
 
 def open_plain(reference: str, hub: Hub, folder: str, source: Source) -> Checkpoint:

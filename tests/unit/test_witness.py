@@ -19,9 +19,11 @@ from quantmatrix import (
     families,
     kernels,
     matrix,
+    models,
     row_reader,
     tiny,
     witness,
+    witness_base,
     witness_limits,
     witness_measure,
 )
@@ -375,24 +377,102 @@ def test_a_flag_without_nvfp4_codes_is_told() -> None:
     assert any("--nibble-order low is not used" in text for text in as_plan(request).warnings)
 
 
-def test_a_base_that_the_request_does_not_name_only_warns(tmp_path: Path, bench: Workbench) -> None:
-    """A whole quantized pipeline may be of another finetune than the model's own repository."""
+@pytest.fixture(scope="module")
+def whole(bench: Workbench) -> Plan:
+    """A whole quantized pipeline, which names no base model in full precision."""
     cell = next(c for c in bench.tables.cells if c.row == "msmodelslim-w8a8-dynamic")
     made = bench.plan(bench.request(cell))
+    assert isinstance(made, Plan)
+    return made
+
+
+def beside_another(made: Plan, folder: Path, *, certain: bool) -> ComponentPlan:
+    """The plan's transformer beside a base model none of whose layers is like its own."""
     part = made.components["transformer"]
-    assert not part.base.named
-    weights = part.base.weights
-    plain = load_file(weights["transformer"].files[0])
+    weights = part.base.weights["transformer"]
+    plain = load_file(weights.files[0])
     noise = {name: torch.randn(tensor.shape).bfloat16() for name, tensor in plain.items()}
-    save_file(noise, tmp_path / "other.safetensors")
-    headers = {n: replace(h, file=str(tmp_path / "other.safetensors"))
-               for n, h in weights["transformer"].tensors.items()}  # fmt: skip
-    foreign = replace(weights["transformer"], tensors=headers)
-    other = replace(part, base=replace(part.base, weights={"transformer": foreign}))
-    with pytest.warns(UserWarning, match="The request names no base model in full precision"):
-        report = witness.confirm(other, made.request)
+    save_file(noise, folder / "other.safetensors")
+    headers = {n: replace(h, file=str(folder / "other.safetensors"))
+               for n, h in weights.tensors.items()}  # fmt: skip
+    foreign = {"transformer": replace(weights, tensors=headers)}
+    return replace(part, base=replace(part.base, weights=foreign, certain=certain))
+
+
+def test_a_base_model_that_is_a_guess_only_warns(tmp_path: Path, whole: Plan) -> None:
+    """A whole quantized pipeline may be of another finetune than the model's own repository."""
+    assert not whole.components["transformer"].base.certain
+    other = beside_another(whole, tmp_path, certain=False)
+    with pytest.warns(UserWarning, match=r"is a guess: .*--witness require makes it an error"):
+        report = witness.confirm(other, whole.request)
     assert report is not None
     assert report.verdict == witness.DISAGREES
+    with pytest.raises(WitnessError, match="decodes to other weights"):
+        witness.confirm(other, replace(whole.request, witness="require"))
+
+
+def test_a_base_model_that_is_certain_is_an_error(tmp_path: Path, whole: Plan) -> None:
+    other = beside_another(whole, tmp_path, certain=True)
+    with pytest.raises(WitnessError, match="decodes to other weights") as caught:
+        witness.confirm(other, whole.request)
+    assert "guess" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stated", "certain"),
+    [
+        ("black-forest-labs/FLUX.1-dev", True),
+        ("/root/hub/models--black-forest-labs--FLUX.1-dev/snapshots/1a2b/transformer", True),
+        ("somebody/finetune-that-is-not-here", False),
+        ("/data/FLUX.1-dev", False),
+    ],
+)
+def test_the_base_model_that_a_config_names_is_certain(
+    tmp_path: Path, whole: Plan, stated: str, certain: bool
+) -> None:
+    part = whole.components["transformer"]
+    repository = models.load(part.model).REPO
+    stated = stated.replace("black-forest-labs--FLUX.1-dev", repository.replace("/", "--"))
+    stated = stated.replace("black-forest-labs/FLUX.1-dev", repository)
+    folder = tmp_path / "whole"
+    shutil.copytree(Path(part.checkpoint.files[0]).parents[1], folder)
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_name_or_path": stated}))
+    found = as_plan(replace(whole.request, model_path=str(folder))).components["transformer"].base
+    assert (found.reference, found.certain) == (repository, certain)
+
+
+@pytest.mark.parametrize(
+    ("stated", "declared"),
+    [
+        ("org/name", "org/name"),
+        (r"C:\hub\models--org--a.b-c\snapshots\1", "org/a.b-c"),
+        ("models--org--name", "org/name"),
+        ("../name", ""),
+        ("/etc/passwd", ""),
+        ("org/name/transformer", ""),
+        ("name", ""),
+        ("", ""),
+        (None, ""),
+        (["org/name"], ""),
+    ],
+)
+def test_only_the_name_of_a_repository_declares_a_base_model(
+    whole: Plan, stated: object, declared: str
+) -> None:
+    checkpoint = replace(
+        whole.components["transformer"].checkpoint, config={"_name_or_path": stated}
+    )
+    assert witness_base.find_declared(checkpoint) == declared
+
+
+def test_a_folder_that_a_config_names_is_not_a_repository(
+    tmp_path: Path, whole: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    part = whole.components["transformer"].checkpoint
+    assert witness_base.find_declared(replace(part, config={"_name_or_path": "org/name"})) == ""
 
 
 # ---- what is read ---------------------------------------------------------------------------
