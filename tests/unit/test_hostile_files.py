@@ -47,7 +47,7 @@ SLOW_HEADERS = {
         b'{"a":{"dtype":"U8","shape":[' + b"9,9," * 200_000 + b'9],"data_offsets":[0,1]}}',
         "has 400001 dimensions, expected at most 64",
     ),
-    "nested": (b'{"a":' * 300_000 + b"1" + b"}" * 300_000, "levels deep"),
+    "nested": (b'{"a":' * 200_000 + b"1" + b"}" * 200_000, "levels deep"),
 }
 
 
@@ -138,16 +138,30 @@ def test_strict_json_reads_what_json_writes(value: Any) -> None:
     assert strict_json.parse(json.dumps(value, ensure_ascii=False).encode()) == value
 
 
-def test_estimates_are_no_less_than_what_values_take() -> None:
-    for filler in ("{},", "[],", '"ab",', "1.5,", "999999,", '{"a":1},', '"a",'):
-        text = ("[" + filler * 20_000 + "0]").encode()
+FILLERS = {"object": "{}", "list": "[]", "text": '"ab"', "fraction": "1.5", "number": "999999"}
+FILLERS |= {
+    "small object": '{"a":1}',
+    "same name": '{"dtype":1}',
+    "new names": '{"a%d":1,"%db":[2]}',
+}
+
+
+@pytest.mark.parametrize("kind", FILLERS)
+def test_estimates_are_no_less_than_what_reading_takes(kind: str) -> None:
+    values = [FILLERS[kind].replace("%d", str(number)) for number in range(10_000)]
+    names = ",".join(f'"{number}":{value}' for number, value in enumerate(values))
+    for text in (f"[{','.join(values)}]".encode(), f"{{{names}}}".encode()):
         tracemalloc.start()
-        kept = json.loads(text)
-        taken = tracemalloc.get_traced_memory()[0]
+        json.loads(text, object_pairs_hook=dict)
+        taken = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        values = strict_json.VALUE * text.count(b",") + strict_json.OBJECT * text.count(b"{")
-        assert taken <= 2 * len(text) + values + strict_json.LIST * text.count(b"["), filler
-        del kept
+        assert taken <= strict_json.estimate_memory(text)
+
+
+def test_many_names_are_refused_unread(tmp_path: Path) -> None:
+    text = "{" + ",".join(f'"{number}":1' for number in range(400_000)) + "}"
+    (tmp_path / "config.json").write_text(text)  # 4 MB, which take 110
+    assert peak_of(lambda: read_json(tmp_path / "config.json")) < 5 * 10**7
 
 
 @pytest.fixture
