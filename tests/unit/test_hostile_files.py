@@ -23,6 +23,11 @@ from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.job_summary import Shown, write_summary
 from quantmatrix.quoting import escape_lines, escape_markdown, limit_message, quote
 from quantmatrix.references import open_component, open_pipeline, open_weights
+from quantmatrix.tools import (
+    build_modelopt_fp8_transformer,
+    build_modelopt_nvfp4_transformer,
+    wan_repack,
+)
 
 PACKAGE = Path(quantmatrix.__file__).parent
 CLASS = "WanTransformer3DModel"
@@ -258,6 +263,42 @@ def test_classes_of_wrong_types(tmp_path: Path, value: Any) -> None:
         with pytest.raises(CheckpointError, match=r"_class_name is .* expected the name") as caught:
             open_pipeline(str(tmp_path / name), Hub())
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [["FluxTransformer2DModel"], "a\n::error::b", 1])
+def test_classes_of_wrong_types_beside_weights(
+    tmp_path: Path, value: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_weights(tmp_path / "x.safetensors")
+    write_json(tmp_path / "config.json", {"_class_name": value})
+    base = ["--tiny", "--model-path", "black-forest-labs/FLUX.1-dev"]
+    assert cli.main(["plan", *base, "--transformer-path", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert re.search(r"config.json: _class_name is .* expected the name of a class", said)
+    assert said.count("\n") == 1
+
+
+BUILDERS = ("--modelopt-hf-dir=a", "--output-dir=b")
+TOOLS = {
+    wan_repack: ("repack", "--input-path=a", "--output-path=b"),
+    build_modelopt_fp8_transformer: ("build", *BUILDERS, "--modelopt-backbone-ckpt=c"),
+    build_modelopt_nvfp4_transformer: ("build", *BUILDERS, "--base-transformer-dir=c"),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_errors_of_tools_are_escaped_and_cut(
+    tool: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **_named: Any) -> None:
+        raise CheckpointError(f"\x1b[31m\n::error::{'x' * 5000}")
+
+    act, *words = TOOLS[tool]
+    monkeypatch.setattr(tool, act, fail)
+    assert tool.main(words) == 1
+    said = capsys.readouterr().err
+    assert "\\x1b[31m\n\\::error::xxx" in said
+    assert len(said) < 500
 
 
 @pytest.mark.parametrize("shard", [1, None, ["a.safetensors"], {}])
