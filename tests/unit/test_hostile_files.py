@@ -543,3 +543,30 @@ def test_groups_of_a_declaration_of_wrong_types(stated: Any) -> None:
     block = {"quant_algo": "FP8", "config_groups": {"group_0": {"weights": stated}}}
     with pytest.raises(CheckpointError, match=r"config_groups.group_0.weights is .*quant_algo is"):
         check_groups(block, "config.json")
+
+
+@pytest.mark.parametrize("value", [["diffusers", "a\nb\n::error::c"], ["a\nb", "AutoencoderKL"]])
+def test_a_component_whose_class_is_no_name(value: list[str]) -> None:
+    from quantmatrix.references import read_components
+
+    with pytest.raises(
+        CheckpointError, match="expected a plain name, of a library and a class"
+    ) as error:
+        read_components({"vae": value}, "model_index.json")
+    assert str(error.value).isprintable()
+    kept = read_components({"vae": ["my.pipeline", "Vae"], "a": [None, "B"]}, "model_index.json")
+    assert kept == {"vae": ("my.pipeline", "Vae"), "a": (None, "B")}
+
+
+@pytest.mark.parametrize("key", ["what", "size", "device", "command"])
+def test_a_benchmark_whose_names_are_several_lines(key: str) -> None:
+    from benched import make_result
+
+    from quantmatrix import bench_results
+
+    result = make_result()
+    assert bench_results.list_problems(result) == []
+    result[key] = "a\nb\n::error::c"
+    [problem] = bench_results.list_problems(result)
+    assert problem.startswith(f"{key}: ")
+    assert problem.isprintable()
