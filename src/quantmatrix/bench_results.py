@@ -33,6 +33,7 @@ from quantmatrix import strict_json
 from quantmatrix.bench_form import FORMS, check_part, check_told
 from quantmatrix.errors import UsageError
 from quantmatrix.evidence import path_of
+from quantmatrix.quoting import quote_json
 from quantmatrix.ratios import compare_pairs, name_size
 
 SCHEMA = 1
@@ -88,6 +89,11 @@ def list_problems(result: Any, *, deep: bool = True) -> list[str]:
         f"{key}: expected {kind.__name__}, found {result.get(key)!r}"
         for key, kind in KEYS.items()
         if not isinstance(result.get(key), kind)
+    ]
+    problems += [
+        f"{key}: {quote_json(result[key])} is not one line of printable characters"
+        for key in KEYS
+        if isinstance(result.get(key), str) and not result[key].isprintable()
     ]
     if problems:
         return problems

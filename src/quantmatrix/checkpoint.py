@@ -74,7 +74,7 @@ class Hub:
     revision: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorHeader:
     """One tensor as a header describes it; dtype in safetensors spelling."""
 
@@ -301,7 +301,7 @@ def check_ranges(
                 f"{MOST_DIMENSIONS}; the header is damaged"
             )
         numbers = (*shape, *offsets)
-        if len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in numbers):
+        if len(offsets) != 2 or {*map(type, numbers)} != {int} or min(numbers) < 0:
             raise CheckpointError(
                 f"{file}: tensor {name} has shape {quote(shape)} and data_offsets {quote(offsets)}: "
                 "expected whole numbers, two of them as offsets; the header is damaged"
@@ -314,7 +314,8 @@ def check_ranges(
                 f"the header gives it {offsets[1] - offsets[0]}; the header is damaged"
             )
     place, before = 0, "the start of the data"
-    for name, (_, _, (begin, end)) in sorted(ranges.items(), key=lambda item: item[1][2]):
+    for name in sorted(ranges, key=lambda name: ranges[name][2]):
+        begin, end = ranges[name][2]
         if begin != place:
             what = "overlap" if begin < place else "leave a gap"
             raise CheckpointError(

@@ -179,7 +179,11 @@ def read_components(
     for key, value in index.items():
         if key.startswith("_") or not isinstance(value, list) or len(value) != 2 or not value[1]:
             continue
-        if not key.isidentifier() or not all(isinstance(word, str | None) for word in value):
+        named = value if value[0] is not None else value[1:]
+        if not key.isidentifier() or not all(
+            isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
+            for name in named
+        ):
             raise CheckpointError(
                 f"{file}: the component {key} is {quote_json(value)}: expected a plain name, of a "
                 "library and a class; the file is damaged"

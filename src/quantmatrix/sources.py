@@ -27,6 +27,7 @@ from quantmatrix.references import (
     open_pipeline,
     open_weights,
     plain_class,
+    read_class,
     read_component_config,
 )
 from quantmatrix.request import PRECISIONS, Request
@@ -238,7 +239,7 @@ def find_source(
         )
     check_halves(checkpoint)
     check_layers(checkpoint)
-    class_name = str(plain_class(config.get("_class_name")) or "")
+    class_name = read_class(config, config_from) or ""
     config = {**config, "_class_name": class_name}
     check_class(name, class_name, config_from, pipeline, checkpoint)
     check_config(config, config_from, checkpoint)

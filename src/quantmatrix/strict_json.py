@@ -8,7 +8,7 @@ judged in time linear in its bytes, and what is refused is refused before it tak
 | limit | of what |
 | ----- | ------- |
 | `LIMIT` | bytes of a file, read off its size before it is opened |
-| `MEMORY` | bytes that the values would take, estimated from the brackets and commas |
+| `MEMORY` | bytes that the values would take, estimated from brackets, commas and colons |
 | `DEPTH` | lists and objects inside one another |
 | `DIGITS` | digits of a whole number; no number of 64 bits has more |
 | `NAME` | characters of a key, none of them a control character |
@@ -33,8 +33,10 @@ DEPTH = 64
 DIGITS = 20
 NAME = 200
 
-VALUE, LIST, OBJECT = 60, 64, 184
-"""Bytes that Python takes for a short value in a list, for an empty list, and for an object."""
+VALUE, LIST, OBJECT, KEY = 60, 64, 184, 200
+"""Bytes that Python takes for a short value in a list, an empty list, an object, and a new name in it."""
+KNOWN = (b'"dtype":', b'"shape":', b'"data_offsets":')
+"""Names that every entry of a header has: Python keeps each of them once."""
 
 Make = Callable[[dict[str, Any]], Any]
 
@@ -102,14 +104,22 @@ def parse(text: bytes | str, make: Make | None = None) -> Any:
 
 def check_size(data: bytes) -> None:
     """JsonError for a JSON text whose values, with itself, may take more than MEMORY bytes."""
-    values = VALUE * data.count(b",") + LIST * data.count(b"[") + OBJECT * data.count(b"{")
-    size = 2 * len(data) + values
+    size = estimate_memory(data)
     if size > MEMORY:
         raise JsonError(f"its values would take about {size} bytes, the limit is {MEMORY}")
 
 
+def estimate_memory(data: bytes) -> int:
+    """Bytes that reading a JSON text takes at most: the text twice, and its values."""
+    names = data.count(b":") - sum(map(data.count, KNOWN))
+    values = VALUE * data.count(b",") + LIST * data.count(b"[") + OBJECT * data.count(b"{")
+    return 2 * len(data) + values + KEY * names
+
+
 def check_names(table: Mapping[str, Any]) -> None:
     """JsonError for a key of an object that cannot be shown as it is."""
+    if max(map(len, table), default=0) <= NAME and "".join(table).isprintable():
+        return
     for name in table:
         if len(name) > NAME:
             raise JsonError(f"a name has {len(name)} characters, at most {NAME}: {quote(name)}")

@@ -236,7 +236,7 @@ def judge_text(ending: Ending, *, as_json: bool, as_lines: bool) -> list[str]:
     for line in shown.split("\n"):
         if not line.isprintable():
             problems.append(f"control characters: {line[:200]!r}")
-        if re.match(r"\s*::", line) or "##[" in line:
+        if re.match(r"\s*\\?::", line) or "##[" in line:  # `\::`: a value was not quoted
             problems.append(f"a command to a CI: {line[:200]!r}")
     message = ending.errors.partition("quantmatrix: ")[2]
     lines = message.split("\n") if as_lines else [message]

@@ -97,6 +97,7 @@ BAD = {
     "long value": (say("quantmatrix: " + "Q" * 201), "a value of 201 characters"),
     "control": (say("quantmatrix: \x1b[31m"), "control characters"),
     "command": (say("quantmatrix: x\n ::error::y"), "a command to a CI"),
+    "broken command": (say("quantmatrix: x\n\\::error::y"), "a command to a CI"),
     "secret": (say(f"quantmatrix: {fuzz_mutations.SECRET}"), "shows what is in another folder"),
 }
 

@@ -23,6 +23,11 @@ from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.job_summary import Shown, write_summary
 from quantmatrix.quoting import escape_lines, escape_markdown, limit_message, quote
 from quantmatrix.references import open_component, open_pipeline, open_weights
+from quantmatrix.tools import (
+    build_modelopt_fp8_transformer,
+    build_modelopt_nvfp4_transformer,
+    wan_repack,
+)
 
 PACKAGE = Path(quantmatrix.__file__).parent
 CLASS = "WanTransformer3DModel"
@@ -47,7 +52,7 @@ SLOW_HEADERS = {
         b'{"a":{"dtype":"U8","shape":[' + b"9,9," * 200_000 + b'9],"data_offsets":[0,1]}}',
         "has 400001 dimensions, expected at most 64",
     ),
-    "nested": (b'{"a":' * 300_000 + b"1" + b"}" * 300_000, "levels deep"),
+    "nested": (b'{"a":' * 200_000 + b"1" + b"}" * 200_000, "levels deep"),
 }
 
 
@@ -138,16 +143,30 @@ def test_strict_json_reads_what_json_writes(value: Any) -> None:
     assert strict_json.parse(json.dumps(value, ensure_ascii=False).encode()) == value
 
 
-def test_estimates_are_no_less_than_what_values_take() -> None:
-    for filler in ("{},", "[],", '"ab",', "1.5,", "999999,", '{"a":1},', '"a",'):
-        text = ("[" + filler * 20_000 + "0]").encode()
+FILLERS = {"object": "{}", "list": "[]", "text": '"ab"', "fraction": "1.5", "number": "999999"}
+FILLERS |= {
+    "small object": '{"a":1}',
+    "same name": '{"dtype":1}',
+    "new names": '{"a%d":1,"%db":[2]}',
+}
+
+
+@pytest.mark.parametrize("kind", FILLERS)
+def test_estimates_are_no_less_than_what_reading_takes(kind: str) -> None:
+    values = [FILLERS[kind].replace("%d", str(number)) for number in range(10_000)]
+    names = ",".join(f'"{number}":{value}' for number, value in enumerate(values))
+    for text in (f"[{','.join(values)}]".encode(), f"{{{names}}}".encode()):
         tracemalloc.start()
-        kept = json.loads(text)
-        taken = tracemalloc.get_traced_memory()[0]
+        json.loads(text, object_pairs_hook=dict)
+        taken = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        values = strict_json.VALUE * text.count(b",") + strict_json.OBJECT * text.count(b"{")
-        assert taken <= 2 * len(text) + values + strict_json.LIST * text.count(b"["), filler
-        del kept
+        assert taken <= strict_json.estimate_memory(text)
+
+
+def test_many_names_are_refused_unread(tmp_path: Path) -> None:
+    text = "{" + ",".join(f'"{number}":1' for number in range(400_000)) + "}"
+    (tmp_path / "config.json").write_text(text)  # 4 MB, which take 110
+    assert peak_of(lambda: read_json(tmp_path / "config.json")) < 5 * 10**7
 
 
 @pytest.fixture
@@ -244,6 +263,42 @@ def test_classes_of_wrong_types(tmp_path: Path, value: Any) -> None:
         with pytest.raises(CheckpointError, match=r"_class_name is .* expected the name") as caught:
             open_pipeline(str(tmp_path / name), Hub())
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [["FluxTransformer2DModel"], "a\n::error::b", 1])
+def test_classes_of_wrong_types_beside_weights(
+    tmp_path: Path, value: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_weights(tmp_path / "x.safetensors")
+    write_json(tmp_path / "config.json", {"_class_name": value})
+    base = ["--tiny", "--model-path", "black-forest-labs/FLUX.1-dev"]
+    assert cli.main(["plan", *base, "--transformer-path", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert re.search(r"config.json: _class_name is .* expected the name of a class", said)
+    assert said.count("\n") == 1
+
+
+BUILDERS = ("--modelopt-hf-dir=a", "--output-dir=b")
+TOOLS = {
+    wan_repack: ("repack", "--input-path=a", "--output-path=b"),
+    build_modelopt_fp8_transformer: ("build", *BUILDERS, "--modelopt-backbone-ckpt=c"),
+    build_modelopt_nvfp4_transformer: ("build", *BUILDERS, "--base-transformer-dir=c"),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_errors_of_tools_are_escaped_and_cut(
+    tool: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **_named: Any) -> None:
+        raise CheckpointError(f"\x1b[31m\n::error::{'x' * 5000}")
+
+    act, *words = TOOLS[tool]
+    monkeypatch.setattr(tool, act, fail)
+    assert tool.main(words) == 1
+    said = capsys.readouterr().err
+    assert "\\x1b[31m\n\\::error::xxx" in said
+    assert len(said) < 500
 
 
 @pytest.mark.parametrize("shard", [1, None, ["a.safetensors"], {}])
@@ -488,3 +543,30 @@ def test_groups_of_a_declaration_of_wrong_types(stated: Any) -> None:
     block = {"quant_algo": "FP8", "config_groups": {"group_0": {"weights": stated}}}
     with pytest.raises(CheckpointError, match=r"config_groups.group_0.weights is .*quant_algo is"):
         check_groups(block, "config.json")
+
+
+@pytest.mark.parametrize("value", [["diffusers", "a\nb\n::error::c"], ["a\nb", "AutoencoderKL"]])
+def test_a_component_whose_class_is_no_name(value: list[str]) -> None:
+    from quantmatrix.references import read_components
+
+    with pytest.raises(
+        CheckpointError, match="expected a plain name, of a library and a class"
+    ) as error:
+        read_components({"vae": value}, "model_index.json")
+    assert str(error.value).isprintable()
+    kept = read_components({"vae": ["my.pipeline", "Vae"], "a": [None, "B"]}, "model_index.json")
+    assert kept == {"vae": ("my.pipeline", "Vae"), "a": (None, "B")}
+
+
+@pytest.mark.parametrize("key", ["what", "size", "device", "command"])
+def test_a_benchmark_whose_names_are_several_lines(key: str) -> None:
+    from benched import make_result
+
+    from quantmatrix import bench_results
+
+    result = make_result()
+    assert bench_results.list_problems(result) == []
+    result[key] = "a\nb\n::error::c"
+    [problem] = bench_results.list_problems(result)
+    assert problem.startswith(f"{key}: ")
+    assert problem.isprintable()

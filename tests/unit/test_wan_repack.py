@@ -340,6 +340,7 @@ def test_nothing_is_written_when_something_is_wrong(quantized, tmp_path, change,
         ("{", "no readable JSON"),
         ("[]", "expected a JSON object"),
         ('{"_class_name": "FluxTransformer2DModel"}', "expected WanTransformer3DModel"),
+        ('{"_class_name": "a\\n::error::b"}', r"""_class_name is "a\n::error::b", expected"""),
     ],
 )
 def test_configuration_of_the_original_is_checked(

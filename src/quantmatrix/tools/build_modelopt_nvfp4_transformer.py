@@ -30,6 +30,7 @@ from quantmatrix.checkpoint import TensorHeader
 from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
 from quantmatrix.families import modelopt_nvfp4
 from quantmatrix.load import TensorReader
+from quantmatrix.quoting import limit_message
 from quantmatrix.request import normalize_words
 from quantmatrix.safetensors_writer import Item
 from quantmatrix.tools import runtime_names
@@ -261,7 +262,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         statistics = build(**vars(parse_words(words)))
     except (QuantmatrixError, OSError) as error:
-        print(f"build_modelopt_nvfp4_transformer: {error}", file=sys.stderr)
+        print(f"build_modelopt_nvfp4_transformer: {limit_message(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     print(json.dumps(statistics, indent=2))
     return 0

@@ -40,6 +40,7 @@ from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
 from quantmatrix.families.msmodelslim_description import check_known
 from quantmatrix.folders import open_folder
 from quantmatrix.models import Dialect
+from quantmatrix.quoting import limit_message, quote_json
 from quantmatrix.references import build_checkpoint, find_index, open_component, read_index
 from quantmatrix.request import normalize_words
 
@@ -242,7 +243,7 @@ def read_config(source: Checkpoint, config_file: Path | None) -> dict[str, Any] 
         config = read_json(config_file)
         if config.get("_class_name") != TRANSFORMER:
             raise CheckpointError(
-                f"{config_file}: _class_name is {config.get('_class_name')}, expected {TRANSFORMER}: "
+                f"{config_file}: _class_name is {quote_json(config.get('_class_name'))}, expected {TRANSFORMER}: "
                 "is the original another model?"
             )
         return config
@@ -389,7 +390,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 arguments.model_type, arguments.original_model_path, arguments.quant_path, output
             )
     except (QuantmatrixError, OSError) as error:
-        print(f"wan_repack: {error}", file=sys.stderr)
+        print(f"wan_repack: {limit_message(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     for name, count in counts.items():
         print(f"{output / name}: {count} tensors")
