@@ -44,7 +44,7 @@ TILE = "_bfloat16_"
 REASONS = (
     (r"fatal error: (\S+): No such file", "missing header {0}"),
     (r"cannot open source file \"(.+?)\"", "missing header {0}"),
-    (r"bad_alloc|[Oo]ut of memory|Cannot allocate memory|virtual memory exhausted", "memory: {gib}"),
+    (r"(?i)bad_alloc|out of memory|cannot allocate memory|memory exhausted", "memory: {gib}"),
     (r"(?m)^(.*\berror\b.*)$", "{0}"),
 )
 """What a compiler says, and what is told of it; the first that fits."""
