@@ -167,7 +167,7 @@ def producers_msmodelslim(session: nox.Session) -> None:
 
 @nox.session(name="compile-flashinfer")
 def compile_flashinfer(session: nox.Session) -> None:
-    """Build flashinfer's FP4 matmuls for sm100a and sm120a without a GPU, within --minutes and --gib."""
+    """Build an FP4 matmul of flashinfer for sm100a and sm120a each (-- --all) without a GPU."""
     session.env.update(ENVIRONMENT)
     session.install(TORCH)
     session.install("-r", "tests/producers/requirements-flashinfer.txt")
