@@ -43,4 +43,5 @@ def test_ten_thousand_cells(
     benchmark.extra_info["cpu_seconds"] = round(min(seconds), 2)
     page = (tmp_path / "index.html").read_bytes()
     assert page.count(b'"file":"evidence/') == len(tables.cells) == 10_002
+    assert len(page) < 20e6
     assert min(seconds) <= LIMIT, seconds

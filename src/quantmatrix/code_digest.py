@@ -139,6 +139,7 @@ class Code:
         self.package.edges = {self.package.find(*edge) for edge in known}
         self._device: dict[Way, str] = {}
         self._shared: dict[Way, str] = {}
+        self._owners: dict[Definition, set[str]] = {}
         self.tables = KernelTables(self.package)
         self._schemes: dict[str, dict[str, str]] = {}
 
@@ -232,11 +233,17 @@ class Code:
         crossed = {other for one in reached for other in self.package.list_crossed(one)}
         found = []
         for one in crossed:
-            needed = self.package.list_reached([one])
-            named = {owner for owner, parts in self.parts.items() if needed & parts}
+            named = self.find_owners(one)
             if not named or not named.isdisjoint(owners):
                 found.append(("", one))
         return found
+
+    def find_owners(self, one: Definition) -> set[str]:
+        """The families, models and ops of which a definition needs, or is, a part."""
+        if one not in self._owners:
+            needed = self.package.list_reached([one])
+            self._owners[one] = {owner for owner, parts in self.parts.items() if needed & parts}
+        return self._owners[one]
 
     @cached_property
     def parts(self) -> dict[str, set[Definition]]:

@@ -68,6 +68,7 @@ class Package:
         self._crossed: dict[Definition, set[Definition]] = {}
         self._modules: dict[str, Module | None] = {}
         self._pieces: dict[Definition, list[Piece]] = {}
+        self._named: dict[Definition, list[Definition]] = {}
         self._digests: dict[Definition, str] = {}
         self._exceptions: dict[Definition, bool] = {}
 
@@ -221,8 +222,10 @@ class Package:
 
     def list_named(self, definition: Definition) -> list[Definition]:
         """The definitions that one names, each once."""
-        found = dict.fromkeys(p for p in self.pieces(definition) if isinstance(p, Definition))
-        return list(found)
+        if definition not in self._named:
+            named = (p for p in self.pieces(definition) if isinstance(p, Definition))
+            self._named[definition] = list(dict.fromkeys(named))
+        return self._named[definition]
 
     def _digest_group(self, group: list[Definition]) -> None:
         """Digests of definitions that need each other: in round n each knows the others n deep."""

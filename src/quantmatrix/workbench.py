@@ -135,10 +135,14 @@ class Workbench:
         return self._baselines[key]
 
     def release(self) -> None:
-        """Let go of the pipeline that is kept."""
+        """Let go of the pipeline that is kept.
+
+        What is left are libraries: a million objects that no later collection need look at.
+        """
         if self._pipeline is not None:
             self._pipeline = None
             gc.collect()
+            gc.freeze()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 

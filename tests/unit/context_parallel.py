@@ -1,11 +1,17 @@
-"""One generation alone and in two processes: started as a program, this file is one of the two."""
+"""One generation alone and in two processes: started as a program, this file is one of the two.
+
+On a CPU the two are forked from the process of the tests, which has imported everything: a program
+spends ten seconds on imports. What holds a GPU cannot be forked.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +49,9 @@ def run_alone(words: Sequence[str]) -> dict[str, Any]:
 
 
 def run_together(target: Path, words: Sequence[str]) -> dict[str, Any]:
-    """What rank 0 of two processes saw, kept in a file meanwhile."""
+    """What rank 0 of two programs saw, kept in a file meanwhile."""
     done = subprocess.run(
-        [*parallel.name_launcher(2), __file__, str(target), *words, "--nproc-per-node", "2"],
+        [*parallel.name_launcher(2), __file__, str(target), *words],
         capture_output=True,
         text=True,
         check=False,
@@ -54,6 +60,66 @@ def run_together(target: Path, words: Sequence[str]) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(torch.load(target))
+
+
+def fork_together(target: Path, words: Sequence[str]) -> dict[str, Any]:
+    """The same of two processes that are forked."""
+    assert fork(lambda: keep_seen(target, words), 2) == [0, 0]
+    return dict(torch.load(target))
+
+
+def keep_seen(target: Path, words: Sequence[str]) -> None:
+    """What each of the two does."""
+    asked = read([*words, "--nproc-per-node", "2"])
+    with parallel.join(asked) as (rank, found, pipe):
+        seen = watch(asked, found, pipe)
+        if rank == 0:
+            torch.save(seen, target)
+
+
+def fork(act: Callable[[], None], processes: int) -> list[int]:
+    """Exit codes of processes that do the same, with the variables that torchrun gives each.
+
+    With 0 processes it is one, that nobody has given any.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(processes or 1):
+        child = os.fork()
+        if child == 0:
+            if processes:
+                os.environ.update(
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                    WORLD_SIZE=str(processes),
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(port),
+                )
+            be_child(act)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def be_child(act: Callable[[], None]) -> None:
+    """Do it, and end without what the process of the tests does at its end."""
+    try:
+        torch.set_num_threads(1)  # threads of the parent are not there
+        act()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def answer(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """In place of `subprocess.run`: the processes of `parallel.generate_together`, forked."""
+    *launcher, flag, module, folder = command
+    assert (flag, module) == ("-m", "quantmatrix.parallel")
+    assert launcher in (parallel.name_launcher(2), [sys.executable])
+    codes = fork(lambda: parallel.answer_request(Path(folder)), 2 if len(launcher) > 1 else 0)
+    return subprocess.CompletedProcess(command, max(codes), "", "")
 
 
 def check_shared(one: dict[str, Any], two: dict[str, Any], most: float) -> None:
@@ -72,8 +138,4 @@ def check_latents(one: Sequence[torch.Tensor], two: Sequence[torch.Tensor], most
 
 
 if __name__ == "__main__":
-    asked = read(sys.argv[2:])
-    with parallel.join(asked) as (rank, found, pipe):
-        seen = watch(asked, found, pipe)
-        if rank == 0:
-            torch.save(seen, sys.argv[1])
+    keep_seen(Path(sys.argv[1]), sys.argv[2:])

@@ -60,7 +60,7 @@ class Runner:
         lines = conftest.read_text().splitlines(keepends=True)
         true = ("evidence.tell_time =", "evidence.digest_code =")  # what freshness is judged by
         conftest.write_text("".join(line for line in lines if not line.startswith(true)))
-        source = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        source = shutil.ignore_patterns("*.egg-info")  # with bytecode: every step is a process
         shutil.copytree(ROOT / "src", self.checkout / "src", ignore=source)
         shutil.copytree(ROOT / ".ci", self.checkout / ".ci")
         for name in ("limits.csv", "spread.csv"):

@@ -100,30 +100,33 @@ def test_only_the_command_line_reads_the_environment(module: str) -> None:
     assert "getenv" not in source
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--help"],
-        ["matrix", "list"],
-        ["matrix", "check"],
-        ["matrix", "diff", "HEAD..HEAD"],
-        ["report", "--check"],
-        ["agreement"],
-        ["bench", "--compare", "kept.json", "new.json"],
-        ["thresholds"],
-        ["explain", "--checkpoint", "fp8-guide", "--hardware", "cpu"],
-    ],
+LIGHT_COMMANDS = (
+    *("--help", "matrix list", "matrix check", "matrix diff HEAD..HEAD", "report --check"),
+    *("agreement", "bench --compare kept.json new.json", "thresholds"),
+    "explain --checkpoint fp8-guide --hardware cpu",
 )
-def test_light_commands_import_no_torch(words: list[str]) -> None:
-    code = (
-        "import sys, contextlib, io, json\n"
-        "from quantmatrix.cli import main\n"
-        "with contextlib.redirect_stdout(io.StringIO()):\n"
-        "    try:\n"
-        f"        main({words!r})\n"
-        "    except SystemExit:\n"
-        "        pass\n"
-        "print(json.dumps(sorted(m for m in ('torch', 'diffusers', 'pandas') if m in sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == []
+PROGRAM = """
+import contextlib, io, json, sys
+from quantmatrix.cli import main
+
+found = {}
+for words in sys.argv[1:]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        main(words.split())
+    found[words] = [m for m in ("torch", "diffusers", "pandas") if m in sys.modules]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def heavy_imports() -> dict[str, list[str]]:
+    """What is imported after each command of one process."""
+    command = [sys.executable, "-c", PROGRAM, *LIGHT_COMMANDS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, list[str]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("words", LIGHT_COMMANDS)
+def test_light_commands_import_no_torch(words: str, heavy_imports: dict[str, list[str]]) -> None:
+    assert heavy_imports[words] == []

@@ -20,7 +20,7 @@ from tables import CASES, write_tables
 from quantmatrix import evidence as records
 from quantmatrix import matrix
 
-KILLS = int(os.environ.get("QUANTMATRIX_KILLS", "8"))
+KILLS = int(os.environ.get("QUANTMATRIX_KILLS", "5"))
 SCRIPT = Path(__file__).with_name("fake_run.py")
 
 

@@ -180,9 +180,9 @@ def test_flatten() -> None:
     assert list(flatten(nested, ("steps",))) == [("a", "1, 2"), ("b.y", 1), ("c", 0)]
 
 
-# That it takes at most five seconds is held by benchmarks/test_rendering.py.
-def test_ten_thousand_cells_are_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tables, evidence = make_large(tmp_path / "matrix")
+# Ten thousand, their size and the seconds that they take are held by benchmarks/test_rendering.py.
+def test_hundreds_of_cells_are_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, evidence = make_large(tmp_path / "matrix", rows=50)
     folder = tmp_path / "evidence"
     for record in evidence.values():
         path = folder / records.path_of(record.cell["id"])
@@ -194,8 +194,7 @@ def test_ten_thousand_cells_are_one_page(tmp_path: Path, monkeypatch: pytest.Mon
     assert gc.isenabled()
     pages = {"index.html": (tmp_path / "index.html").read_bytes()}
     assert f"{tmp_path / 'index.html'}: written" in done
-    assert pages["index.html"].count(b'"file":"evidence/') == len(tables.cells) == 10_002
-    assert len(pages["index.html"]) < 20e6
+    assert pages["index.html"].count(b'"file":"evidence/') == len(tables.cells) == 300
 
 
 def test_the_cosines_of_a_witness_are_on_the_page() -> None:

@@ -38,7 +38,7 @@ ROUNDING = 2.0**-7
 
 def test_two_processes_give_the_latents_of_one(tmp_path: Path) -> None:
     one = context_parallel.run_alone(WAN)
-    two = context_parallel.run_together(tmp_path / "seen.pt", WAN)
+    two = context_parallel.fork_together(tmp_path / "seen.pt", WAN)
     context_parallel.check_shared(one, two, ROUNDING)
 
 
@@ -112,6 +112,7 @@ def test_a_run_together_is_a_run_and_a_failure_says_why(monkeypatch: pytest.Monk
     made = parallel.find_plan(request)
     with pytest.raises(UsageError, match=r"2 processes, this is one of none: see .*together"):
         generate(request)
+    monkeypatch.setattr(parallel, "subprocess", SimpleNamespace(run=context_parallel.answer))
     run = parallel.generate_together(request, made)
     assert run.plan is made
     assert (len(run.latents), run.media[0].size, run.calls) == (1, (32, 32), {"transformer": 1})

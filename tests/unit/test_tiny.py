@@ -170,7 +170,7 @@ def test_every_build_gives_the_same_bytes_in_another_process_on_two_threads(
     for reference in references:
         tiny.ensure(reference, folder, tables)
     words = [sys.executable, "-c", script, str(tmp_path), *references]
-    threads = {**os.environ, "OMP_NUM_THREADS": "2"}
+    threads = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
     made = subprocess.run(
         words, check=True, timeout=300, capture_output=True, text=True, env=threads
     )

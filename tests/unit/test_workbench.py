@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import make_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,3 +149,19 @@ def test_tests_of_a_cell_are_grouped_and_others_go_by_file() -> None:
     groups = {"a@cpu+decode": "flux-1 x"}
     assert find_group("tests/suites/test_load.py::test_load[a@cpu+decode]", groups) == "flux-1 x"
     assert find_group("tests/unit/test_a.py::test_b[1]", groups) == "tests/unit/test_a.py"
+
+
+def test_a_pipeline_is_collected_and_libraries_are_left_alone(bench: Workbench) -> None:
+    """A collection over all objects of torch and diffusers takes a second, and came for every cell."""
+    pipeline = torch.nn.Linear(2, 2)
+    pipeline.itself = [pipeline]  # only a collection frees it
+    gone = weakref.ref(pipeline)
+    bench._pipeline = ("key", pipeline)
+    del pipeline
+    gc.unfreeze()
+    try:
+        bench.release()
+        assert gone() is None
+        assert gc.get_freeze_count() > len(gc.get_objects())
+    finally:
+        gc.unfreeze()
