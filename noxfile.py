@@ -22,9 +22,9 @@ nox.options.reuse_existing_virtualenvs = True
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "src"))  # the standard library is enough for these
 
-from quantmatrix import matrix as tables  # noqa: E402
-from quantmatrix import sessions  # noqa: E402
 from quantmatrix.errors import UsageError  # noqa: E402
+from quantmatrix.harness import sessions  # noqa: E402
+from quantmatrix.tables import read as tables  # noqa: E402
 
 if not sessions.asks_for_json(sys.argv):  # which lists what is selected: then every session is
     nox.options.sessions = ["tests"]
@@ -177,7 +177,7 @@ def compile_flashinfer(session: nox.Session) -> None:
 def identify(session: nox.Session, row: str, *words: str) -> None:
     """Stop with one line when this machine is not the hardware of a row."""
     told = session.run(
-        *(sys.executable if words else "python", "-m", "quantmatrix.identify", row, *words),
+        *(sys.executable if words else "python", "-m", "quantmatrix.tables.identify", row, *words),
         env={"PYTHONPATH": str(ROOT / "src")},
         external=True,
         silent=True,

@@ -1,7 +1,7 @@
 """Benchmarks run without workers; a result that measured nothing, or not every row, is an error.
 
 `test_rows.py` runs over the cells that the harness selects (`--hardware`, `--family`, `--rows` ...,
-by default those of the cpu), thinned by `quantmatrix.bench_rows`, and keeps one result per cell in
+by default those of the cpu), thinned by `quantmatrix.measure.bench.rows`, and keeps one result per cell in
 `--bench-dir`.
 """
 
@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from quantmatrix import bench_results
-from quantmatrix.bench_rows import LOCAL, choose_cells
+from quantmatrix.measure.bench.rows import LOCAL, choose_cells
+from quantmatrix.proof import bench_results
 
 HARNESS = "quantmatrix-harness"
 PLANNED = pytest.StashKey[list[str]]()

@@ -2,7 +2,7 @@
 
     python benchmarks/hopper.py --output-path results.json [--budget 540] [--tiny]
 
-Weights are random in the true formats (quantmatrix.synthetic), so nothing is downloaded. First
+Weights are random in the true formats (quantmatrix.measure.bench.synthetic), so nothing is downloaded. First
 every kernel that the machine has is compared with its op's `reference`; a kernel that is wrong is
 not timed. Then layers and whole transformer forwards are timed beside diffusers in BF16 in the same
 process, in turn, by CUDA events, as medians. The stages run in order of worth and stop when the
@@ -24,10 +24,12 @@ from typing import Any
 
 import torch
 
-from quantmatrix import families, hardware, kernels, models, speed
+from quantmatrix import families, kernels, models
 from quantmatrix.families.protocol import Calibration
-from quantmatrix.layers import QuantizedLinear
-from quantmatrix.synthetic import make_inputs, synthesize
+from quantmatrix.hardware import probe
+from quantmatrix.measure.bench import speed
+from quantmatrix.measure.bench.synthetic import make_inputs, synthesize
+from quantmatrix.runtime.quantized_linear import QuantizedLinear
 
 SHAPES = ((4608, 3072, 3072), (4608, 3072, 12288), (4608, 12288, 3072), (4608, 15360, 3072))
 """(M, K, N) of FLUX.1's blocks."""
@@ -81,12 +83,11 @@ class Bench:
 
     def __init__(self, path: Path, budget: float, tiny: bool) -> None:
         self.path, self.tiny = path, tiny
-        self.machine = hardware.probe("cpu" if tiny else "cuda")
+        self.machine = probe.probe("cpu" if tiny else "cuda")
         self.device = self.machine.device
         self.deadline = time.monotonic() + budget
         self.results: dict[str, Any] = {
-            "machine": hardware.fingerprint()
-            | {"name": self.machine.name, "arch": self.machine.arch},
+            "machine": probe.fingerprint() | {"name": self.machine.name, "arch": self.machine.arch},
             "torch": torch.__version__,
             "stages": {},
         }

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from quantmatrix.hardware import read_instruction_sets
+from quantmatrix.hardware.probe import read_instruction_sets
 
 Pairs = list[tuple[float, float]]
 

@@ -2,7 +2,7 @@
 
 The same bits come out, and the time of a forward is the same within 2 %: the harness does not tax its
 baseline. Both run in turn in one process, on one thread (or on the GPU that is there); the ratio is
-that of `quantmatrix.ratios`, and its interval must reach the bar, so noise cannot fail it.
+that of `quantmatrix.proof.ratios`, and its interval must reach the bar, so noise cannot fail it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from quantmatrix import load_transformer
-from quantmatrix.ratios import compare_pairs
+from quantmatrix.measure.bench.synthetic import make_inputs
+from quantmatrix.proof.ratios import compare_pairs
 from quantmatrix.request import Request
-from quantmatrix.synthetic import make_inputs
 
 LIMIT = 1.02
 ROUNDS = 40
@@ -28,12 +28,12 @@ MODELS = {"flux-1": "black-forest-labs/FLUX.1-dev", "z-image": "Tongyi-MAI/Z-Ima
 def test_full_precision_costs_nothing(benchmark: Any, model: str) -> None:
     import diffusers
 
-    from quantmatrix import planning
+    from quantmatrix.runtime.plan import decide, types
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     request = Request(model_path=MODELS[model], tiny=True)
-    made = planning.plan(request)
-    assert isinstance(made, planning.Plan)
+    made = decide.plan(request)
+    assert isinstance(made, types.Plan)
     ours = load_transformer(MODELS[model], tiny=True, device=device, dtype=torch.bfloat16)
     theirs = getattr(diffusers, type(ours).__name__).from_pretrained(
         Path(made.components["transformer"].checkpoint.files[0]).parent, dtype=torch.bfloat16

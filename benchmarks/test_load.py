@@ -31,7 +31,7 @@ import gc, json, sys, time
 way, base, quantized = sys.argv[1:]
 import torch, diffusers
 from diffusers import FluxTransformer2DModel
-import quantmatrix.load, quantmatrix.families.fp8, quantmatrix.families.modelopt_fp8
+import quantmatrix.runtime.load, quantmatrix.families.fp8, quantmatrix.families.modelopt_fp8
 from quantmatrix import stored_values
 
 if way.endswith("-unchecked"):
@@ -46,8 +46,8 @@ def load():
     if way == "diffusers":
         return FluxTransformer2DModel.from_pretrained(base, dtype=torch.bfloat16)
     if way == "quantmatrix":
-        return quantmatrix.load.load_transformer(base)
-    return quantmatrix.load.load_transformer(base, transformer_path=quantized, backend="reference")
+        return quantmatrix.api.load_transformer(base)
+    return quantmatrix.api.load_transformer(base, transformer_path=quantized, backend="reference")
 
 load()  # modules that are imported on first use are not what is measured
 gc.collect()
@@ -67,8 +67,8 @@ print(json.dumps({
 CHECK = """
 import json, sys, time
 import torch
-from quantmatrix.formats import is_finite
-from quantmatrix.load import load_transformer
+from quantmatrix.kernels.number_formats import is_finite
+from quantmatrix.runtime.load import load_transformer
 base, quantized = sys.argv[1:]
 model = load_transformer(base, transformer_path=quantized or None, backend=quantized and "reference")
 plain = [tensor.detach() for tensor in model.parameters()]

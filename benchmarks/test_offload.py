@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from quantmatrix.offloading import stream_blocks
-from quantmatrix.synthetic import make_inputs, synthesize
+from quantmatrix.measure.bench.synthetic import make_inputs, synthesize
+from quantmatrix.runtime.offloading import stream_blocks
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="not measured: peak device memory needs a CUDA device"
@@ -27,9 +27,9 @@ def measure_peak(
     family: str, scheme: str, *, offload: bool, benchmark: Any = None
 ) -> tuple[int, torch.Tensor]:
     """(bytes allocated at most, output) of one FLUX.1 forward at true size; a benchmark times more."""
-    from quantmatrix import hardware
+    from quantmatrix.hardware import probe
 
-    machine = hardware.probe("cuda")
+    machine = probe.probe("cuda")
     gc.collect()  # an earlier model may still wait for it, on the device
     model = synthesize("flux-1", machine, family=family, scheme=scheme)
     inputs = make_inputs("flux-1", model, "cuda", torch.bfloat16)

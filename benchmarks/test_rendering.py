@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from quantmatrix import evidence as records
-from quantmatrix import matrix, report
+from quantmatrix.proof import record as records
+from quantmatrix.report.render import write
+from quantmatrix.tables import read
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "unit"))
 LIMIT = 5.0
@@ -31,12 +32,12 @@ def test_ten_thousand_cells(
         path = tmp_path / "evidence" / records.path_of(record.cell["id"])
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record.to_json()))
-    monkeypatch.setattr(matrix, "tables_folder", lambda: tmp_path / "matrix")
+    monkeypatch.setattr(read, "tables_folder", lambda: tmp_path / "matrix")
     seconds = []
 
     def render() -> None:
         start = time.process_time()
-        report.write(tmp_path)
+        write(tmp_path)
         seconds.append(time.process_time() - start)
 
     benchmark.pedantic(render, rounds=3)

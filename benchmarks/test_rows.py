@@ -1,4 +1,4 @@
-"""Rows of the matrix, quantized beside BF16: layers, step, load, memory (see `quantmatrix.bench`).
+"""Rows of the matrix, quantized beside BF16: layers, step, load, memory (see `quantmatrix.measure.bench.timing`).
 
     python -m nox -s bench -- benchmarks/test_rows.py --bench-dir reports/benchmarks
 
@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from quantmatrix.bench import Part
-from quantmatrix.bench_results import list_comparisons
-from quantmatrix.bench_sources import bench_cell
-from quantmatrix.matrix import Cell
-from quantmatrix.workbench import Workbench
+from quantmatrix.measure.bench.pairs import bench_cell
+from quantmatrix.measure.bench.timing import Part
+from quantmatrix.measure.workbench import Workbench
+from quantmatrix.proof.bench_results import list_comparisons
+from quantmatrix.tables.rows import Cell
 
 
 def test_row(

@@ -35,7 +35,7 @@ base, quantized = sys.argv[1:]
 import torch
 torch.set_num_threads(1)
 from quantmatrix import witness
-from quantmatrix.planning import plan
+from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.request import Request
 
 FILE = f"{base}/diffusion_pytorch_model.safetensors"
@@ -150,9 +150,10 @@ def fill(base: Sparse, quantized: Sparse) -> None:
     import torch
 
     from quantmatrix.kernels.nvfp4_arithmetic import encode
-    from quantmatrix.planning import Plan, plan
     from quantmatrix.request import Request
-    from quantmatrix.witness_measure import choose_samples
+    from quantmatrix.runtime.plan.decide import plan
+    from quantmatrix.runtime.plan.types import Plan
+    from quantmatrix.runtime.witness.measure import choose_samples
 
     folders = {"transformer": str(quantized.path.parent)}
     made = plan(Request(str(base.path.parent), component_paths=folders, device="cpu"))

@@ -18,18 +18,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantmatrix.describe import inspect as inspect
-    from quantmatrix.load import load_transformer as load_transformer
-    from quantmatrix.pipeline import load_pipeline as load_pipeline
-    from quantmatrix.report import matrix_frame as matrix_frame
+    from quantmatrix.api import load_pipeline as load_pipeline
+    from quantmatrix.api import load_transformer as load_transformer
+    from quantmatrix.report.render import matrix_frame as matrix_frame
+    from quantmatrix.runtime.plan.inspect import inspect as inspect
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "inspect": "quantmatrix.describe",
-    "load_pipeline": "quantmatrix.pipeline",
-    "load_transformer": "quantmatrix.load",
-    "matrix_frame": "quantmatrix.report",
+    "inspect": "quantmatrix.runtime.plan.inspect",
+    "load_pipeline": "quantmatrix.api",
+    "load_transformer": "quantmatrix.api",
+    "matrix_frame": "quantmatrix.report.render",
 }
 
 __all__ = ["__version__", "inspect", "load_pipeline", "load_transformer", "matrix_frame", "plan"]
@@ -43,7 +43,7 @@ def __getattr__(name: str) -> Any:
 
 
 def plan(*args: Any, **fields: Any) -> Any:
-    """What would run, with which kernels, or a refusal; see `quantmatrix.planning`."""
-    from quantmatrix.planning import plan as decide
+    """What would run, with which kernels, or a refusal; see `quantmatrix.runtime.plan.decide`."""
+    from quantmatrix.runtime.plan.decide import plan as decide
 
     return decide(*args, **fields)

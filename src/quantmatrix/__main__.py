@@ -1,5 +1,5 @@
 """`python -m quantmatrix`."""
 
-from quantmatrix.cli import entry
+from quantmatrix.cli.main import entry
 
 entry()

@@ -49,3 +49,6 @@ def blames_environment(error: BaseException) -> bool:
             return True
         cause = cause.__cause__
     return False
+
+
+EXIT_PROBLEM, EXIT_USAGE, EXIT_REFUSED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 3, 130, 143

@@ -6,7 +6,15 @@ folder stays in it; only the links of a hub cache, from its snapshots to its blo
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from quantmatrix.errors import CheckpointError
+from quantmatrix.quoting import quote
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def explain_link(path: Path, base: Path) -> str | None:
@@ -30,3 +38,36 @@ def find_blobs(folder: Path) -> list[Path]:
         for parent in (folder, *folder.parents)
         if parent.name == "snapshots" and parent.parent.name.startswith("models--")
     ]
+
+
+PLAIN_NAME = re.compile(r"[\w-][\w.-]*")
+"""What a cache calls a commit; stand-ins of ours have digests of other lengths."""
+
+LONGEST_NAME = 256
+"""One more than the bytes that a file's name has at most."""
+
+
+def check_name(name: str, place: object) -> None:
+    """CheckpointError for the name of a file that does not lie in a folder: `../x`, `/x`.
+
+    `place` is the folder, or the file in it that names this one.
+    """
+    path = PurePosixPath(name)
+    plain = not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    if plain and all(len(part.encode("utf-8", "replace")) < LONGEST_NAME for part in path.parts):
+        return
+    what = "leads out of the folder" if not plain else "is longer than the name of any file"
+    raise CheckpointError(
+        f"{place}: the name {quote(name)} {what}: expected a file in it; the checkpoint is damaged, "
+        "or was made to read your other files: do not use it"
+    )
+
+
+def check_link(path: Path, base: Path) -> Path:
+    """The path itself; CheckpointError where a link in it leads out of the folder `base`.
+
+    The links of a hub cache, from its snapshots to its blobs, do not count.
+    """
+    if why := explain_link(path, base):
+        raise CheckpointError(f"{path}: {why}")
+    return path

@@ -13,12 +13,28 @@ import argparse
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quantmatrix.checkpoint import Hub
 from quantmatrix.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where hub ids and the guide's placeholder paths are looked up."""
+
+    cache_dir: str | None = None
+    """A hub cache folder; None: the user's own."""
+    offline: bool = False
+    local_root: str | None = None
+    """Folder whose `path/to/...` stands in for paths that begin with /path/to/."""
+    revision: str | None = None
+
 
 DTYPES = ("bfloat16", "float16", "float32")
 PRECISIONS = ("int4", "nvfp4")
@@ -313,3 +329,40 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--no-save-output", action="store_false", dest="save_output")
     out.add_argument("--output-path", default="outputs", help="a folder, or one file")
     out.add_argument("--json", action="store_true", help="print a performance dump as JSON")
+
+
+GENERATION = ("prompt", "negative_prompt", "height", "width", "num_frames", "num_inference_steps")
+
+GENERATION_FIELDS = (*GENERATION, "guidance_scale", "seed")
+
+
+def blank_generation() -> dict[str, Any]:
+    """Values with which a request no longer says what to generate."""
+    blank: dict[str, Any] = dict.fromkeys(GENERATION_FIELDS)
+    return {**blank, "prompt": ("",), "seed": (0,)}
+
+
+def strip_quantization(request: Request, base: str) -> Request:
+    """The request with everything removed that is about a quantized checkpoint."""
+
+    def keep(paths: Mapping[str, str]) -> dict[str, str]:
+        return {name: path for name, path in paths.items() if not name.startswith("transformer")}
+
+    return replace(
+        request,
+        model_path=base,
+        model_id=None,
+        component_paths=keep(request.component_paths),
+        weights_paths=keep(request.weights_paths),
+        enable_svdquant=None,
+        quantization_precision=None,
+        quantization_rank=None,
+        quantization=None,
+        quantization_ignored_layers=(),
+        witness="auto",
+        nibble_order=None,
+        nvfp4_layout=None,
+        nproc_per_node=1,
+        backend=None,
+        fp4_gemm_backend=None,
+    )

@@ -12,11 +12,13 @@ from benched import DEVICE, bench_cell
 from observed import PROVEN, REFUSED, find, make_large, observe, observe_run
 from tables import write_tables
 
-from quantmatrix import evidence as records
-from quantmatrix import matrix, page_data, report, thumbnails
-from quantmatrix.evidence import CheckResult, Evidence
-from quantmatrix.matrix import Matrix
-from quantmatrix.scopes import SCOPES
+from quantmatrix.measure import thumbnails
+from quantmatrix.proof import store as records
+from quantmatrix.proof.record import CheckResult, Evidence
+from quantmatrix.proof.scopes import SCOPES
+from quantmatrix.report import page_data, render
+from quantmatrix.tables import read
+from quantmatrix.tables.rows import Matrix
 
 FAILING = "fp8-flux-2@cpu"
 FRAMES, HEIGHT, WIDTH = 5, 30, 41
@@ -40,9 +42,9 @@ def make_records(tables: Matrix) -> dict[str, Evidence]:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")
-    tables = matrix.read(write_tables(folder / "matrix"))
+    tables = read.read(write_tables(folder / "matrix"))
     timed = {PROVEN: bench_cell(tables, PROVEN)}
-    pages = report.render(tables, make_records(tables), timed)
+    pages = render.render(tables, make_records(tables), timed)
     (folder / "index.html").write_bytes(pages["index.html"])
     return folder / "index.html"
 
@@ -122,7 +124,7 @@ def test_filters(page: Any, values: dict[str, str], count: int) -> None:
 
 def test_the_report_says_the_scope_in_every_proven_cell(browser: Any, tmp_path: Path) -> None:
     """Of the project's own matrix, as it is read: in the button, its name, and its class."""
-    pages = report.render(matrix.read(), report.read_evidence())
+    pages = render.render(read.read(), render.read_evidence())
     (tmp_path / "index.html").write_bytes(pages["index.html"])
     browser.get("about:blank")
     browser.get((tmp_path / "index.html").as_uri())
@@ -342,8 +344,8 @@ def test_pictures_without_room_are_told_of(
     browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page_data, "PICTURE_BYTES", 0)
-    tables = matrix.read(write_tables(tmp_path / "matrix"))
-    (tmp_path / "index.html").write_bytes(report.render(tables, make_records(tables))["index.html"])
+    tables = read.read(write_tables(tmp_path / "matrix"))
+    (tmp_path / "index.html").write_bytes(render.render(tables, make_records(tables))["index.html"])
     browser.get((tmp_path / "index.html").as_uri())
     text = open_cell(browser, PROVEN)
     assert "Its pictures are in the record" in text
@@ -353,7 +355,7 @@ def test_pictures_without_room_are_told_of(
 def test_the_committed_page_opens(browser: Any) -> None:
     browser.get((Path(__file__).parents[2] / "reports" / "index.html").as_uri())
     names = "return DATA.cells.map(nameOf)"
-    assert run(browser, names) == [cell.id for cell in matrix.read().cells]
+    assert run(browser, names) == [cell.id for cell in read.read().cells]
 
 
 def test_ten_thousand_cells_stay_usable(
@@ -362,7 +364,7 @@ def test_ten_thousand_cells_stay_usable(
     folder = tmp_path_factory.mktemp("large")
     tables, evidence = make_large(folder / "matrix")
     page = folder / "index.html"
-    page.write_bytes(report.render(tables, evidence)["index.html"])
+    page.write_bytes(render.render(tables, evidence)["index.html"])
     browser.get(page.as_uri())
     loaded = run(browser, "return performance.getEntriesByType('navigation')[0].duration")
     assert loaded < 5000

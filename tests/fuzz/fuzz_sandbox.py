@@ -69,11 +69,11 @@ class Ending:
 
 def list_allowed() -> list[str]:
     """Folders of Python, of the packages and of the tables, which may be read."""
-    from quantmatrix import matrix
+    from quantmatrix.tables import read
 
     found = [sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), *sys.path[1:]]
     here = Path(__file__).resolve()
-    found += [str(matrix.tables_folder()), str(here.parents[2] / "src"), str(here.parent)]
+    found += [str(read.tables_folder()), str(here.parents[2] / "src"), str(here.parent)]
     found += [str(here.parents[2] / "reports"), *SYSTEM]
     return sorted({os.path.realpath(path) for path in found if path})
 

@@ -57,12 +57,12 @@ class Seed:
 
 def make_seeds(root: Path) -> list[Seed]:
     """Every seed, below a folder; the first call makes the stand-ins, which takes a while."""
-    from quantmatrix import tiny
+    from quantmatrix.tiny import hub
 
-    cache = tiny.default_folder()
+    cache = hub.default_folder()
     references = [*(r for pair in OVERRIDES.values() for r in pair), *WHOLE.values()]
     for reference in references:
-        tiny.ensure(reference, cache)
+        hub.ensure(reference, cache)
     seeds = [make_override(root / name, cache, *OVERRIDES[name]) for name in OVERRIDES]
     seeds += [make_whole(root / name, cache, WHOLE[name]) for name in WHOLE]
     makers = (make_packet, make_records, make_bench, make_tables, make_gguf, make_saved)
@@ -84,11 +84,11 @@ def make_outside(root: Path) -> None:
 
 def make_override(folder: Path, cache: Path, base: str, reference: str) -> Seed:
     """A base model beside a quantized checkpoint, both damaged."""
-    from quantmatrix import tiny
+    from quantmatrix.tiny import hub
 
     full = folder.name in FULL
-    copy(tiny.find_snapshot(base, cache), folder / "base", full=full)
-    snapshot = tiny.find_snapshot(tiny.repository_of(reference), cache)
+    copy(hub.find_snapshot(base, cache), folder / "base", full=full)
+    snapshot = hub.find_snapshot(hub.repository_of(reference), cache)
     single = reference.endswith(".safetensors")
     source = snapshot / Path(reference).name if single else snapshot
     copy(source, folder / "weights" / (source.name if single else ""), full=full)
@@ -102,10 +102,10 @@ def make_override(folder: Path, cache: Path, base: str, reference: str) -> Seed:
 
 def make_whole(folder: Path, cache: Path, reference: str) -> Seed:
     """A model folder with quantized, or plain, transformers."""
-    from quantmatrix import tiny
+    from quantmatrix.tiny import hub
 
     full = folder.name in FULL
-    copy(tiny.find_snapshot(reference, cache), folder / "model", full=full)
+    copy(hub.find_snapshot(reference, cache), folder / "model", full=full)
     request = ("--model-path", "./model")
     commands = list_commands("./model", request, full=full)
     return Seed(folder.name, folder, list_files(folder, "model"), commands, 4)
@@ -158,10 +158,11 @@ def make_packet(folder: Path) -> Seed:
     """A packet that is sound but for its limits; after damage its digests are made to fit again."""
     import torch
 
-    from quantmatrix import evidence as records
-    from quantmatrix import matrix, packets
+    from quantmatrix.harness import packets
+    from quantmatrix.proof import record as records
+    from quantmatrix.tables import read
 
-    tables = matrix.read()
+    tables = read.read()
     record, _ = next(pick_records())
     cell = next(cell for cell in tables.cells if cell.id == record.cell["id"])
     steps = [torch.linspace(-1, 1, 64).reshape(1, 4, 16) * (n + 1) for n in range(3)]
@@ -180,10 +181,10 @@ def make_packet(folder: Path) -> Seed:
 
 def make_records(folder: Path) -> Seed:
     """Folders of evidence, and what reads them: merging, checking, the summary of a job."""
-    from quantmatrix import evidence as records
+    from quantmatrix.proof import store
 
     for number, (record, _) in enumerate(pick_records()):
-        records.write(record, folder / ("a" if number < RECORDS // 2 else "b"))
+        store.write(record, folder / ("a" if number < RECORDS // 2 else "b"))
         if number == RECORDS - 1:
             break
     (folder / "rows.txt").write_text(f"{record.cell['id']}\n# one row\n")
@@ -207,20 +208,19 @@ def make_records(folder: Path) -> Seed:
 
 def pick_records() -> Iterator[tuple[object, Path]]:
     """Committed records of cells that run on a CPU and compare latents."""
-    from quantmatrix import evidence as records
-    from quantmatrix import report
+    from quantmatrix.proof import reports_folder, store
 
-    for path in sorted((report.default_folder() / "evidence" / "cpu").glob("*.json")):
-        record = records.read(path)
+    for path in sorted((reports_folder.default_folder() / "evidence" / "cpu").glob("*.json")):
+        record = store.read(path)
         if "latents" in record.checks:
             yield record, path
 
 
 def make_bench(folder: Path) -> Seed:
     """Two saved results of a benchmark."""
-    from quantmatrix import report
+    from quantmatrix.proof import reports_folder
 
-    kept = sorted((report.default_folder() / "benchmarks" / "cpu").glob("*.json"))[0]
+    kept = sorted((reports_folder.default_folder() / "benchmarks" / "cpu").glob("*.json"))[0]
     folder.mkdir()
     for name in ("kept.json", "new.json"):
         shutil.copyfile(kept, folder / name)
@@ -230,12 +230,12 @@ def make_bench(folder: Path) -> Seed:
 
 def make_tables(folder: Path) -> Seed:
     """The tables of the matrix."""
-    from quantmatrix import matrix
+    from quantmatrix.tables import read
 
     folder.mkdir()
-    names = [path.name for path in sorted(matrix.tables_folder().glob("*.csv"))]
+    names = [path.name for path in sorted(read.tables_folder().glob("*.csv"))]
     for name in names:
-        shutil.copyfile(matrix.tables_folder() / name, folder / name)
+        shutil.copyfile(read.tables_folder() / name, folder / name)
     return Seed("tables", folder, tuple(names), (("TABLES", "."),), 2)
 
 
@@ -254,8 +254,8 @@ def make_saved(folder: Path) -> Seed:
     """A run that `generate --save-latents` wrote."""
     import torch
 
-    from quantmatrix.safetensors_writer import save_tensors
-    from quantmatrix.saved_runs import KEY
+    from quantmatrix.checkpoints.writer import save_tensors
+    from quantmatrix.measure.saved_runs import KEY
 
     folder.mkdir()
     latents = {f"latents.{n:03}": torch.ones(1, 4, 8) * n for n in range(3)}

@@ -63,12 +63,12 @@ def load_transformer(words: Sequence[str]) -> int:
 
 def check_parts(words: Sequence[str]) -> int:
     """PARTS: what stands before diffusers loads the other parts of a model."""
-    from quantmatrix import pipeline_parts
     from quantmatrix.errors import QuantmatrixError
+    from quantmatrix.runtime.plan import other_parts
 
     folder = Path(words[words.index("--model-path") + 1])
     try:
-        pipeline_parts.check_folder(folder, "WanPipeline", {"transformer", "transformer_2"})
+        other_parts.check_folder(folder, "WanPipeline", {"transformer", "transformer_2"})
     except QuantmatrixError as error:
         return report(error)
     return 0
@@ -76,11 +76,11 @@ def check_parts(words: Sequence[str]) -> int:
 
 def read_tables(words: Sequence[str]) -> int:
     """TABLES: the matrix of a folder."""
-    from quantmatrix import matrix
     from quantmatrix.errors import QuantmatrixError
+    from quantmatrix.tables import read
 
     try:
-        matrix.read(Path(words[0]).resolve())
+        read.read(Path(words[0]).resolve())
     except QuantmatrixError as error:
         return report(error)
     return 0
@@ -88,16 +88,17 @@ def read_tables(words: Sequence[str]) -> int:
 
 def report(error: Any) -> int:
     """An error as the command line prints it."""
-    from quantmatrix import cli
+    from quantmatrix import exit_codes
+    from quantmatrix.cli import output
 
-    return cli.report_error(error, cli.EXIT_PROBLEM, as_json=False)
+    return output.report_error(error, exit_codes.EXIT_PROBLEM, as_json=False)
 
 
 def run_words(words: Sequence[str]) -> int:
     """A command line."""
-    from quantmatrix import cli
+    from quantmatrix.cli import main as cli_main
 
-    return cli.main(list(words))
+    return cli_main.main(list(words))
 
 
 ACTS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -186,7 +187,7 @@ def link_folder(source: Path, target: Path) -> None:
 
 def refit_packet(folder: Path) -> None:
     """Digests that fit the damaged files of a packet, as somebody hostile would write them."""
-    from quantmatrix import packets
+    from quantmatrix.harness import packets
 
     card = folder / packets.CARD
     if not all(path.is_file() or path.is_dir() for path in folder.rglob("*")):

@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional
 
 from quantmatrix import models
-from quantmatrix.tiny_weights import fill
+from quantmatrix.tiny.weights import fill
 
 CONFIGS = {
     "FP8": mtq.FP8_DEFAULT_CFG,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantmatrix import image_metrics
+from quantmatrix.measure import pictures
 
 PAIRS = [(0, 64, 48, 5), (1, 33, 80, 40), (2, 16, 16, 255)]
 
@@ -23,7 +23,7 @@ def make_pair(seed: int, height: int, width: int, noise: int) -> tuple[torch.Ten
 def test_scikit_image(seed: int, height: int, width: int, noise: int) -> None:
     metrics = pytest.importorskip("skimage.metrics")
     one, two = make_pair(seed, height, width, noise)
-    found = image_metrics.measure_frames(one, two)
+    found = pictures.measure_frames(one, two)
     psnr = metrics.peak_signal_noise_ratio(one.numpy(), two.numpy(), data_range=255)
     assert found["psnr_db"] == pytest.approx(psnr, rel=1e-5)
     for r, c in zip(one, two, strict=True):
@@ -31,7 +31,7 @@ def test_scikit_image(seed: int, height: int, width: int, noise: int) -> None:
             r.double().numpy(), c.double().numpy(), data_range=255, channel_axis=2,
             gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
         )  # fmt: skip
-        assert image_metrics.compute_ssim(r, c) == pytest.approx(expected, abs=1e-10)
+        assert pictures.compute_ssim(r, c) == pytest.approx(expected, abs=1e-10)
 
 
 @pytest.mark.parametrize(("seed", "height", "width", "noise"), PAIRS)
@@ -39,7 +39,7 @@ def test_torchmetrics(seed: int, height: int, width: int, noise: int) -> None:
     image = pytest.importorskip("torchmetrics.functional.image")
     one, two = make_pair(seed, height, width, noise)
     planes = [x.permute(0, 3, 1, 2).double() for x in (two, one)]
-    found = image_metrics.measure_frames(one, two)
+    found = pictures.measure_frames(one, two)
     psnr = float(image.peak_signal_noise_ratio(*planes, data_range=255.0))
     assert found["psnr_db"] == pytest.approx(psnr, rel=1e-5)
     _, maps = image.structural_similarity_index_measure(

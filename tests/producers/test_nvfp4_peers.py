@@ -21,13 +21,13 @@ import torch
 from diffusers.quantizers.bfl import utils as bfl
 from safetensors.torch import save_file
 
+from quantmatrix.api import load_transformer
 from quantmatrix.families.modelopt_nvfp4 import NVFP4
-from quantmatrix.formats import swap_nibbles
 from quantmatrix.kernels import linear_nvfp4, nvfp4_arithmetic, nvfp4_flashinfer, scale_layouts
-from quantmatrix.load import load_transformer
+from quantmatrix.kernels.number_formats import swap_nibbles
 from quantmatrix.models import flux_2
-from quantmatrix.tiny_packing import pack_tensors
-from quantmatrix.tiny_weights import fill
+from quantmatrix.tiny.weights import fill
+from quantmatrix.tools.packing import pack_tensors
 
 SHAPES = [(128, 64), (256, 128), (130, 80), (5, 16), (200, 1008), (384, 96)]
 EACH = pytest.mark.parametrize(("rows", "columns"), SHAPES)

@@ -21,13 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from quantmatrix import families, models
-from quantmatrix.checkpoint import Checkpoint, Hub
+from quantmatrix.api import load_transformer
+from quantmatrix.checkpoints.checkpoint import Checkpoint
+from quantmatrix.checkpoints.comfyui import MARKER
+from quantmatrix.checkpoints.opening import open_weights
 from quantmatrix.errors import CheckpointError
-from quantmatrix.layer_lists import MARKER
-from quantmatrix.load import count_quantized, load_transformer
 from quantmatrix.models import flux_2
-from quantmatrix.references import open_weights
-from quantmatrix.tiny_packing import pack_tensors
+from quantmatrix.request import Hub
+from quantmatrix.runtime.load import count_quantized
+from quantmatrix.tools.packing import pack_tensors
 
 FORMS: Mapping[str, tuple[list[str], str, str]] = {
     "tensor": ([], "fp8", "fp8"),

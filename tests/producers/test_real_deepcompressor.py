@@ -21,7 +21,8 @@ import modelopt_exports as exports
 from deepcompressor.backend.nunchaku import convert
 from safetensors.torch import save_file
 
-from quantmatrix.load import count_quantized, load_transformer
+from quantmatrix.api import load_transformer
+from quantmatrix.runtime.load import count_quantized
 
 MODEL = "flux-1"
 SHIFT = 0.171875

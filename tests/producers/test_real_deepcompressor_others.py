@@ -30,8 +30,8 @@ from test_real_deepcompressor import (
 )
 
 from quantmatrix import plan
+from quantmatrix.api import load_transformer
 from quantmatrix.errors import CheckpointError
-from quantmatrix.load import load_transformer
 
 Tensors = dict[str, torch.Tensor]
 QWEN = {

@@ -18,16 +18,18 @@ from modelopt.torch import quantization as mtq
 from modelopt.torch.export import export_hf_checkpoint
 from torch import nn
 
-from quantmatrix import models, tiny
-from quantmatrix.checkpoint import Hub
-from quantmatrix.describe import inspect
+from quantmatrix import models
+from quantmatrix.api import load_transformer
+from quantmatrix.checkpoints.opening import open_component
 from quantmatrix.errors import CheckpointError
-from quantmatrix.families.fp8_declaration import WHOLE_INPUTS
-from quantmatrix.load import count_quantized, load_transformer
-from quantmatrix.pipeline import build_pipeline
-from quantmatrix.planning import Plan, plan
-from quantmatrix.references import open_component
-from quantmatrix.request import Request
+from quantmatrix.families.producers.comfyui import WHOLE_INPUTS
+from quantmatrix.request import Hub, Request
+from quantmatrix.runtime.load import count_quantized
+from quantmatrix.runtime.pipeline import build_pipeline
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.inspect import inspect
+from quantmatrix.runtime.plan.types import Plan
+from quantmatrix.tiny import hub
 from quantmatrix.tools import build_modelopt_nvfp4_transformer as builder
 
 E4M3 = {"num_bits": (4, 3)}
@@ -173,8 +175,8 @@ def open_tiny(model: str, folder: Path) -> Any:
     import diffusers
 
     reference = models.load(model).REPO
-    tiny.ensure(reference, tiny.default_folder())
-    shutil.copytree(tiny.find_snapshot(reference, tiny.default_folder()), folder)
+    hub.ensure(reference, hub.default_folder())
+    shutil.copytree(hub.find_snapshot(reference, hub.default_folder()), folder)
     return diffusers.DiffusionPipeline.from_pretrained(folder)
 
 

@@ -15,10 +15,11 @@ from torch import nn
 from torch.nn import functional
 
 from quantmatrix import models
-from quantmatrix.checkpoint import Hub
+from quantmatrix.api import load_transformer
+from quantmatrix.checkpoints.opening import open_component
 from quantmatrix.families import detect, modelopt_fp8
-from quantmatrix.load import count_quantized, load_transformer
-from quantmatrix.references import open_component
+from quantmatrix.request import Hub
+from quantmatrix.runtime.load import count_quantized
 
 SHARDS = {"flux-1": 3, "flux-2": 1, "wan-2-2": 3, "qwen-image": 1, "z-image": 3}
 Written = tuple[str, Path]

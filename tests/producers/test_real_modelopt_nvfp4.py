@@ -14,12 +14,13 @@ from modelopt.torch import opt as mto
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
 from quantmatrix import models
-from quantmatrix.checkpoint import Hub
+from quantmatrix.api import load_transformer
+from quantmatrix.checkpoints.opening import open_component
 from quantmatrix.families import detect, modelopt_nvfp4
 from quantmatrix.families.protocol import Calibration
 from quantmatrix.kernels import nvfp4_arithmetic
-from quantmatrix.load import count_quantized, load_transformer
-from quantmatrix.references import open_component
+from quantmatrix.request import Hub
+from quantmatrix.runtime.load import count_quantized
 from quantmatrix.tools import build_modelopt_nvfp4_transformer as builder
 
 Written = tuple[str, str, Path]

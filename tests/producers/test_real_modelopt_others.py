@@ -18,16 +18,18 @@ import modelopt_exports as exports
 from modelopt.torch import quantization as mtq
 from modelopt.torch.export import export_hf_checkpoint
 
-from quantmatrix import models, tiny
-from quantmatrix.checkpoint import Hub
+from quantmatrix import models
+from quantmatrix.api import load_transformer
+from quantmatrix.checkpoints.opening import open_component
 from quantmatrix.errors import CheckpointError
-from quantmatrix.fallback import Study, rank_modules
 from quantmatrix.families import modelopt_nvfp4
-from quantmatrix.load import count_quantized, load_transformer
-from quantmatrix.planning import Plan, plan
-from quantmatrix.references import open_component
-from quantmatrix.request import Request
-from quantmatrix.run import generate
+from quantmatrix.measure.fallback import Study, rank_modules
+from quantmatrix.request import Hub, Request
+from quantmatrix.runtime.generate import generate
+from quantmatrix.runtime.load import count_quantized
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.types import Plan
+from quantmatrix.tiny import hub
 
 BOTH = pytest.mark.parametrize(("backend", "limit"), [("decode", 1e-5), ("reference", 1e-3)])
 WORDS = ("W4A16_NVFP4", "NVFP4_AWQ", "NVFP4_AWQ", "W4A16_NVFP4", "W4A16_NVFP4")
@@ -157,8 +159,8 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Pat
 
     folder = tmp_path_factory.mktemp("pipelines")
     reference = "black-forest-labs/FLUX.1-dev"
-    tiny.ensure(reference, tiny.default_folder())
-    shutil.copytree(tiny.find_snapshot(reference, tiny.default_folder()), folder / "base")
+    hub.ensure(reference, hub.default_folder())
+    shutil.copytree(hub.find_snapshot(reference, hub.default_folder()), folder / "base")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "base")
     calls = [exports.make_inputs("flux-1", seed) for seed in (1, 2)]
     with exports.simulate_on_cpu(), torch.no_grad():

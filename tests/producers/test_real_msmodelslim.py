@@ -32,11 +32,11 @@ from msmodelslim.processor import LinearProcessorConfig
 from safetensors.torch import load_file
 from wan_original import CONFIG, OriginalWan, make_inputs, make_model, run_engine
 
-from quantmatrix.checkpoint import Hub
+from quantmatrix.api import load_transformer
+from quantmatrix.checkpoints.opening import open_component
 from quantmatrix.families import msmodelslim
-from quantmatrix.kernels import linear_int8
-from quantmatrix.load import load_transformer
-from quantmatrix.references import open_component
+from quantmatrix.kernels import int8_arithmetic, linear_int8
+from quantmatrix.request import Hub
 from quantmatrix.tools import wan_repack
 
 SAVERS = {"mindie": MindIEFormatConfig, "ascendv1": AscendV1Config}
@@ -238,17 +238,21 @@ def test_accumulators_are_bit_exact(written):
         tensors = msmodelslim.canonical(stored_layer(written.stored, name), written.scheme)
         layer = written.model.get_submodule(name)
         if written.word == "W8A8":
-            ours = linear_int8.quantize_static(x, tensors["input_scale"], tensors["input_offset"])
+            ours = int8_arithmetic.quantize_static(
+                x, tensors["input_scale"], tensors["input_offset"]
+            )
             asymmetric = QScheme(scope=QScope.PER_TENSOR, dtype=QDType.INT8, symmetric=False)
             ext = {"scale": layer.input_scale.data, "offset": layer.input_offset.data}
             theirs = quantize(QStorage(QDType.FLOAT, x), QParam(asymmetric, ext=ext)).value
         else:
-            ours, scale = linear_int8.quantize_tokens(x, linear_int8.LARGEST[written.scheme.weight])
+            ours, scale = int8_arithmetic.quantize_tokens(
+                x, int8_arithmetic.LARGEST[written.scheme.weight]
+            )
             kind = QDType.INT4 if written.scheme.weight == "int4" else QDType.INT8
             theirs, expected = quantize_tokens(x, kind)
             assert torch.equal(scale, expected)
         exact = theirs.long() @ layer.weight.data.long().t()
-        assert torch.equal(linear_int8.accumulate(ours, tensors["weight"]).long(), exact)
+        assert torch.equal(int8_arithmetic.accumulate(ours, tensors["weight"]).long(), exact)
         flat = ours.reshape(-1, ours.shape[-1])
         assert torch.equal(torch._int_mm(flat, tensors["weight"].t()).long().view_as(exact), exact)
 

@@ -10,7 +10,7 @@ import torch
 from quantmatrix import kernels
 from quantmatrix.families import nunchaku_svdq
 from quantmatrix.families.protocol import Calibration
-from quantmatrix.layers import QuantizedLinear
+from quantmatrix.runtime.quantized_linear import QuantizedLinear
 
 pytest.importorskip("comfy_kitchen")
 

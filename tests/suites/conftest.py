@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from quantmatrix.matrix import Cell
-    from quantmatrix.planning import Plan
-    from quantmatrix.recorder import Proof
+    from quantmatrix.harness.recorder import Proof
+    from quantmatrix.measure.workbench import Workbench
     from quantmatrix.request import Request
-    from quantmatrix.workbench import Workbench
+    from quantmatrix.runtime.plan.types import Plan
+    from quantmatrix.tables.rows import Cell
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Job:
 def plan_or_skip(workbench: Workbench, request: Request) -> Plan:
     """The plan; where this very machine computes the row's backend wrongly, nothing is proven."""
     from quantmatrix.errors import RefusedError
-    from quantmatrix.hardware import SATURATING
+    from quantmatrix.hardware.probe import SATURATING
 
     try:
         return workbench.plan(request)

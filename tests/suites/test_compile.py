@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from quantmatrix.compiled import Builder
-    from quantmatrix.matrix import Cell
-    from quantmatrix.recorder import Proof
-    from quantmatrix.workbench import Workbench
+    from quantmatrix.harness.recorder import Proof
+    from quantmatrix.measure.compiled import Builder
+    from quantmatrix.measure.workbench import Workbench
+    from quantmatrix.tables.rows import Cell
 
 
 @pytest.fixture(scope="session")
 def builder() -> Builder:
-    from quantmatrix import compiled
+    from quantmatrix.measure import compiled
 
     return compiled.Builder(compiled.default_folder())
 
 
 @pytest.mark.check("compile")
 def test_compile(cell: Cell, workbench: Workbench, proof: Proof, builder: Builder) -> None:
-    from quantmatrix import compiling
+    from quantmatrix.kernels import compiling
     from quantmatrix.kernels.launching import has_triton
 
     if not has_triton():

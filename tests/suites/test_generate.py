@@ -12,9 +12,9 @@ import pytest
 if TYPE_CHECKING:
     from conftest import Job
 
-    from quantmatrix.matrix import Cell
-    from quantmatrix.recorder import Proof
-    from quantmatrix.workbench import Workbench
+    from quantmatrix.harness.recorder import Proof
+    from quantmatrix.measure.workbench import Workbench
+    from quantmatrix.tables.rows import Cell
 
 
 @pytest.mark.check("generate")
@@ -27,15 +27,16 @@ def test_generate(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    from quantmatrix import cli, compare
+    from quantmatrix.cli import main
     from quantmatrix.errors import UnusableError
     from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE
+    from quantmatrix.runtime import media
 
     for name, value in cell.environment.items():
         monkeypatch.setenv(name, value)
     words = [*workbench.words(cell)[1:], "--device", job.request.device or "cpu"]
     start = time.perf_counter()
-    code = cli.main([*words, "--output-path", str(tmp_path), "--json"])
+    code = main.main([*words, "--output-path", str(tmp_path), "--json"])
     proof.timings["command"] = time.perf_counter() - start
     out, err = capfd.readouterr()
     proof.places[str(tmp_path)] = "$OUTPUT"
@@ -57,7 +58,7 @@ def test_generate(
     proof.limits.update({"frames": count, "height": height, "width": width, "constant": False})
     assert tuple(frames.shape[:3]) == (count, height, width), "frames, height, width"
     assert run["quantized_layers"] == {n: len(p.layers) for n, p in job.plan.components.items()}
-    degenerate = compare.find_degeneration(frames)
+    degenerate = media.find_degeneration(frames)
     assert degenerate is None, f"{run['output']}: {degenerate}"
 
 

@@ -13,39 +13,41 @@ import pytest
 if TYPE_CHECKING:
     from conftest import Job
 
-    from quantmatrix.layer_errors import LayerErrors
-    from quantmatrix.matrix import Cell
-    from quantmatrix.recorder import Proof
-    from quantmatrix.workbench import Workbench
+    from quantmatrix.harness.recorder import Proof
+    from quantmatrix.measure.layers import LayerErrors
+    from quantmatrix.measure.workbench import Workbench
+    from quantmatrix.tables.rows import Cell
 
 SAMPLES = Path(__file__).parents[2] / "reports" / "limits.csv"
 
 
 @pytest.mark.check("latents")
 def test_latents(cell: Cell, job: Job, workbench: Workbench, proof: Proof) -> None:
-    from quantmatrix import compare, image_metrics, limits, rounding_bounds, thumbnails
+    from quantmatrix.measure import latents, pictures, rounding_bounds, thumbnails
+    from quantmatrix.proof import limits
+    from quantmatrix.runtime import media
 
     baseline = workbench.baseline(cell, job.request)
     run = workbench.run(job.request, job.plan)
     alone, errors = workbench.run_watched(cell, job.request, job.plan)
     again = workbench.run(job.request, job.plan) if job.plan.processes > 1 else alone
-    steps = compare.compare_trajectories(baseline.latents, run.latents)
-    frames = [compare.stack_frames(one.media) for one in (baseline, run)]
+    steps = latents.compare_trajectories(baseline.latents, run.latents)
+    frames = [media.stack_frames(one.media) for one in (baseline, run)]
     pieces = [piece for part in job.quantized.values() for piece in part.pieces()]
     kind = limits.name_class((piece.scheme.weight, piece.numerics) for piece in pieces)
     proof.metrics.update(
         {
-            **compare.summarize(steps),
+            **latents.summarize(steps),
             "class": kind,
             "layers": errors.to_json(),
-            "media": image_metrics.measure_frames(*frames),
+            "media": pictures.measure_frames(*frames),
             "thumbnails": thumbnails.draw(*frames),
-            "repeats": compare.digest_latents(run.latents) == compare.digest_latents(again.latents),
+            "repeats": latents.digest_latents(run.latents) == latents.digest_latents(again.latents),
             "quantized_layers": {part: sum(found.values()) for part, found in run.census.items()},
             "transformer_calls": run.calls,
         }
     )
-    proof.latents_digest = compare.digest_latents(run.latents)
+    proof.latents_digest = latents.digest_latents(run.latents)
     proof.timings.update(run.seconds)
     for name, part in job.quantized.items():
         uncalled = set(part.layers) - set(errors.found[name])
@@ -53,7 +55,7 @@ def test_latents(cell: Cell, job: Job, workbench: Workbench, proof: Proof) -> No
     assert proof.metrics["repeats"], "the same seed gave other bits the second time"
     allowed = limits.read(SAMPLES).find(kind, cell.model, cell.hardware)
     proof.limits.update({**allowed.to_json(), "repeats": True})
-    problems = [*compare.judge(steps, allowed), *judge_layers(job, errors, allowed.layer_error)]
+    problems = [*latents.judge(steps, allowed), *judge_layers(job, errors, allowed.layer_error)]
     if workbench.tiny:  # a real checkpoint's codes may be searched for instead of rounded
         base = workbench.plan(workbench.base_request(cell, job.request))
         problems += rounding_bounds.judge_weights(job.plan, base)

@@ -12,9 +12,9 @@ import pytest
 if TYPE_CHECKING:
     from conftest import Job
 
-    from quantmatrix.matrix import Cell, CheckpointRow
-    from quantmatrix.recorder import Proof
-    from quantmatrix.workbench import Workbench
+    from quantmatrix.harness.recorder import Proof
+    from quantmatrix.measure.workbench import Workbench
+    from quantmatrix.tables.rows import Cell, CheckpointRow
 
 
 @pytest.mark.check("load")
@@ -73,7 +73,7 @@ def load_component(job: Job, name: str) -> Any:
 
 def count_layers(part: Any, model: Any) -> dict[str, Any]:
     """Census: the planned layers, and no other, are quantized, each by the planned kernel."""
-    from quantmatrix.layers import QuantizedLinear
+    from quantmatrix.runtime.quantized_linear import QuantizedLinear
 
     found = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     owners = {name.partition(".parts.")[0] for name in found}
@@ -86,7 +86,7 @@ def count_layers(part: Any, model: Any) -> dict[str, Any]:
 def count_tensors(part: Any, model: Any) -> dict[str, int]:
     """Every tensor of the checkpoint is part of a quantized layer, in the model, or left out for
     a reason that the family gives; every tensor of the model has a value."""
-    from quantmatrix.placement import is_below
+    from quantmatrix.runtime.plan.placement import is_below
 
     layers = {piece.layer for piece in part.pieces()}
     targets: dict[str, list[str]] = {}
@@ -123,7 +123,7 @@ def holds_numbers(kernel: Any) -> bool:
 def count_dtypes(job: Job, part: Any, model: Any) -> dict[str, int]:
     """Plain tensors have the compute dtype (or float32 where the model asks for it); a backend that
     keeps codes really keeps one byte or less per weight."""
-    from quantmatrix.layers import QuantizedLinear
+    from quantmatrix.runtime.quantized_linear import QuantizedLinear
 
     allowed = {f"torch.{job.request.dtype}", "torch.float32"}
     wrong = [n for n, p in model.named_parameters() if str(p.dtype) not in allowed]

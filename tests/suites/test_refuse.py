@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from quantmatrix.matrix import Cell
-    from quantmatrix.recorder import Proof
-    from quantmatrix.workbench import Workbench
+    from quantmatrix.harness.recorder import Proof
+    from quantmatrix.measure.workbench import Workbench
+    from quantmatrix.tables.rows import Cell
 
 
 @pytest.mark.check("refuse")
 def test_refuse(cell: Cell, workbench: Workbench, proof: Proof) -> None:
-    from quantmatrix.planning import plan
+    from quantmatrix.runtime.plan.decide import plan
 
     request = workbench.planned_request(cell)
     made = plan(request)

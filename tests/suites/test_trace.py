@@ -15,8 +15,8 @@ import pytest
 if TYPE_CHECKING:
     from conftest import Job
 
-    from quantmatrix.recorder import Proof
-    from quantmatrix.workbench import Workbench
+    from quantmatrix.harness.recorder import Proof
+    from quantmatrix.measure.workbench import Workbench
 
 STEPS = {1: 1, 2: 3}
 """Denoising steps by number of transformers."""
@@ -24,7 +24,7 @@ STEPS = {1: 1, 2: 3}
 
 @pytest.mark.check("trace")
 def test_trace(job: Job, workbench: Workbench, proof: Proof) -> None:
-    from quantmatrix.trace import trace_pipeline
+    from quantmatrix.measure.trace import trace_pipeline
 
     short = replace(job.request, num_inference_steps=STEPS[len(job.plan.components)])
     pipeline = workbench.pipeline(job.request, job.plan)

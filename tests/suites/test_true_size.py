@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from quantmatrix.matrix import Cell
-    from quantmatrix.recorder import Proof
-    from quantmatrix.workbench import Workbench
+    from quantmatrix.harness.recorder import Proof
+    from quantmatrix.measure.workbench import Workbench
+    from quantmatrix.tables.rows import Cell
 
 SAMPLES = Path(__file__).parents[2] / "reports" / "limits.csv"
 
@@ -27,7 +27,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.check("true-size")
 def test_true_size(cell: Cell, workbench: Workbench, proof: Proof, written: Path) -> None:
-    from quantmatrix import limits, true_size
+    from quantmatrix.measure import true_size
+    from quantmatrix.proof import limits
 
     workbench.release()
     row = workbench.tables.checkpoints[cell.checkpoint]

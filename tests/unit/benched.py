@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quantmatrix import evidence as records
-from quantmatrix.bench_pages import sign
-from quantmatrix.bench_results import describe_sizes, summarize
-from quantmatrix.matrix import Matrix
+from quantmatrix.proof import record as records
+from quantmatrix.proof.bench_results import describe_sizes, sign, summarize
+from quantmatrix.tables.rows import Matrix
 
 DEVICE = "Some CPU, 1 thread"
 NOISE = (1.0, 1.01, 0.99, 1.02, 0.98, 1.0, 1.005, 0.995)

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from quantmatrix import parallel
-from quantmatrix.layers import QuantizedLinear
-from quantmatrix.pipeline import build_pipeline
 from quantmatrix.request import Request
-from quantmatrix.run import generate
+from quantmatrix.runtime import parallel
+from quantmatrix.runtime.generate import generate
+from quantmatrix.runtime.pipeline import build_pipeline
+from quantmatrix.runtime.quantized_linear import QuantizedLinear
 
 
 def read(words: list[str]) -> Request:
@@ -116,7 +116,7 @@ def be_child(act: Callable[[], None]) -> None:
 def answer(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
     """In place of `subprocess.run`: the processes of `parallel.generate_together`, forked."""
     *launcher, flag, module, folder = command
-    assert (flag, module) == ("-m", "quantmatrix.parallel")
+    assert (flag, module) == ("-m", "quantmatrix.runtime.parallel")
     assert launcher in (parallel.name_launcher(2), [sys.executable])
     codes = fork(lambda: parallel.answer_request(Path(folder)), 2 if len(launcher) > 1 else 0)
     return subprocess.CompletedProcess(command, max(codes), "", "")

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from observed import observe_run
 
-from quantmatrix import evidence as records
-from quantmatrix import matrix
+from quantmatrix.proof import store as records
+from quantmatrix.tables import read
 
 
 def main(tables_folder: Path, evidence_folder: Path) -> None:
     """Write what is missing."""
-    tables = matrix.read(tables_folder)
+    tables = read.read(tables_folder)
     records.remove_leftovers(evidence_folder, older_than=-1.0)
     done = records.read_folder(evidence_folder)
     print("ready", flush=True)

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantmatrix.formats import round_e4m3
 from quantmatrix.kernels import (
     fp8_triton,
+    int8_arithmetic,
     int8_triton,
     launching,
-    linear_int8,
     nvfp4_arithmetic,
     packed_triton,
 )
 from quantmatrix.kernels.linear_w4a16 import UINT4_VALUES
+from quantmatrix.kernels.number_formats import round_e4m3
 
 INT4_VALUES = tuple(float(code if code < 8 else code - 16) for code in range(16))
 DTYPES = {
@@ -134,14 +134,14 @@ def multiply(arch: str, rows: int, *, static: bool) -> int:
 def quantize_int8(largest: int) -> int:
     x = draw(5, 300).bfloat16()
     found = int8_triton.quantize_tokens(x, largest)
-    plain = linear_int8.quantize_tokens(x, largest)
+    plain = int8_arithmetic.quantize_tokens(x, largest)
     return sum(map(differ, found, plain))
 
 
 def quantize_int8_static() -> int:
     x, step, offset = draw(40, 300).bfloat16(), torch.tensor(0.0173), torch.tensor(-3.0)
     found = int8_triton.quantize_static(x, step, offset)
-    return differ(found, linear_int8.quantize_static(x, step, offset))
+    return differ(found, int8_arithmetic.quantize_static(x, step, offset))
 
 
 def quantize_e4m3(kind: str) -> int:

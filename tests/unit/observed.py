@@ -10,11 +10,12 @@ from typing import Any
 
 from tables import CASES, write_tables
 
-from quantmatrix import evidence as records
-from quantmatrix import matrix, thumbnails
-from quantmatrix.evidence import CheckResult, Evidence
-from quantmatrix.freshness import sign
-from quantmatrix.matrix import Cell, Matrix
+from quantmatrix.proof import record as records
+from quantmatrix.proof import thumbnails
+from quantmatrix.proof.freshness import sign
+from quantmatrix.proof.record import CheckResult, Evidence
+from quantmatrix.tables import read
+from quantmatrix.tables.rows import Cell, Matrix
 
 PROVEN = "fp8-flux-1@cpu+decode"
 REFUSED = "svdq-flux-1-hopper@h100"
@@ -143,5 +144,5 @@ def make_large(folder: Path, rows: int = 1667) -> tuple[Matrix, dict[str, Eviden
         {**CASES[0], **place, "id": f"row-{number:04}", "flags": f"--seed {number}"}
         for number in range(rows)
     ]
-    tables = matrix.read(write_tables(folder, cases))
+    tables = read.read(write_tables(folder, cases))
     return tables, {cell.id: observe_run(tables, cell) for cell in tables.cells}

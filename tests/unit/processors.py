@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 
-from quantmatrix.hardware import multiplies_int8_exactly
+from quantmatrix.hardware.probe import multiplies_int8_exactly
 
 
 @cache

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tables import CHECKPOINTS, write_tables
 
-from quantmatrix import matrix
-from quantmatrix.matrix import Matrix
+from quantmatrix.tables import read
+from quantmatrix.tables.rows import Matrix
 
 COUNT = 6
 CASES = [
@@ -104,7 +104,7 @@ def make_project(folder: Path) -> Matrix:
     (folder / "pytest.ini").write_text(INI)
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_suites.py").write_text(SUITE)
-    return matrix.read(folder / "matrix")
+    return read.read(folder / "matrix")
 
 
 def start(
@@ -144,6 +144,6 @@ def read_bytes(folder: Path) -> dict[str, bytes]:
 
 def names_of(cells: Sequence[str]) -> set[str]:
     """Record files of cells."""
-    from quantmatrix.evidence import path_of
+    from quantmatrix.proof.record import path_of
 
     return {str(path_of(cell)) for cell in cells}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantmatrix import acceleration, hardware
+from quantmatrix.api import load_pipeline
 from quantmatrix.errors import UsageError
-from quantmatrix.layers import QuantizedLinear
-from quantmatrix.pipeline import load_pipeline
+from quantmatrix.hardware import probe
+from quantmatrix.measure.bench.synthetic import make_inputs, synthesize
 from quantmatrix.request import Request
-from quantmatrix.synthetic import make_inputs, synthesize
+from quantmatrix.runtime import acceleration
+from quantmatrix.runtime.quantized_linear import QuantizedLinear
 
 FORMS = [
     ("flux-1", "modelopt-fp8", "FP8", "reference"),
@@ -31,7 +32,7 @@ def _fresh_compiler():
 def test_compiled_blocks_give_the_same_numbers(form: tuple[str, str, str, str]) -> None:
     """One graph per block, without a break: a quantized layer hides nothing from the compiler."""
     model, family, scheme, backend = form
-    machine = hardware.probe("cpu")
+    machine = probe.probe("cpu")
     made = synthesize(
         model, machine, family=family, scheme=scheme, backend=backend, size="tiny",
         dtype=torch.float32,
@@ -74,7 +75,7 @@ def test_offloaded_transformers_are_not_accelerated(flag: str, offload: str) -> 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_replayed_forward_gives_the_same_numbers() -> None:
-    machine = hardware.probe("cuda")
+    machine = probe.probe("cuda")
     made = synthesize("flux-1", machine, family="modelopt-fp8", scheme="FP8", size="tiny")
     inputs = make_inputs("flux-1", made, "cuda", torch.bfloat16, size="tiny")
     others = make_inputs("flux-1", made, "cuda", torch.bfloat16, size="tiny", seed=2)

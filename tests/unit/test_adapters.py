@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from weight_files import write_index, write_json, write_weights
 
-from quantmatrix.adapters import explain_adapter, is_adapter
-from quantmatrix.checkpoint import Checkpoint, Hub
-from quantmatrix.cli import main
-from quantmatrix.describe import inspect
+from quantmatrix.checkpoints.adapters import explain_adapter, is_adapter
+from quantmatrix.checkpoints.checkpoint import Checkpoint
+from quantmatrix.checkpoints.opening import open_component, open_weights
+from quantmatrix.cli.main import main
 from quantmatrix.errors import CheckpointError
-from quantmatrix.references import open_component, open_weights
+from quantmatrix.request import Hub
+from quantmatrix.runtime.plan.inspect import inspect
 
 LAYER = "transformer_blocks.0.attn.to_q"
 ADAPTERS = {
@@ -117,12 +118,12 @@ def test_weights_are_not_explained(kind: str, tmp_path: Path) -> None:
 def test_a_plan_warns_of_it(tmp_path: Path) -> None:
     import shutil
 
-    from quantmatrix import tiny
-    from quantmatrix.planning import plan
+    from quantmatrix.runtime.plan.decide import plan
+    from quantmatrix.tiny import hub
 
-    reference, folder = "Qwen/Qwen-Image", tiny.default_folder()
-    tiny.ensure(reference, folder)
-    base = tiny.find_snapshot(reference, folder)
+    reference, folder = "Qwen/Qwen-Image", hub.default_folder()
+    hub.ensure(reference, folder)
+    base = hub.find_snapshot(reference, folder)
     shutil.copytree(base / "transformer", tmp_path / "transformer")
     lora = write(tmp_path / "transformer" / NAME, ADAPTERS["peft"])
     made = plan(

@@ -11,20 +11,21 @@ import pytest
 from observed import PROVEN, REFUSED, observe
 from tables import CASES, write_tables
 
-from quantmatrix import evidence as records
-from quantmatrix import matrix, report
-from quantmatrix.agreement import Share, count_lives, measure, write_badge
-from quantmatrix.cli import main
-from quantmatrix.evidence import CheckResult, Evidence
-from quantmatrix.matrix import Matrix
-from quantmatrix.scopes import Standing
+from quantmatrix.cli.main import main
+from quantmatrix.proof import store as records
+from quantmatrix.proof.agreement import Share, count_lives, measure, write_badge
+from quantmatrix.proof.record import CheckResult, Evidence
+from quantmatrix.proof.scopes import Standing
+from quantmatrix.report import render
+from quantmatrix.tables import read
+from quantmatrix.tables.rows import Matrix
 
 FAILING = "fp8-flux-2@cpu"
 
 
 @pytest.fixture
 def tables(tmp_path: Path) -> Matrix:
-    return matrix.read(write_tables(tmp_path / "matrix"))
+    return read.read(write_tables(tmp_path / "matrix"))
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_old_evidence_is_due_and_keeps_its_state(
 
 def test_a_claimed_failure_agrees_until_it_works(tmp_path: Path) -> None:
     words = {"claim": "failing", "rule": "latents", "notes": "codes are read wrongly"}
-    tables = matrix.read(write_tables(tmp_path / "failing", [{**CASES[0], **words}]))
+    tables = read.read(write_tables(tmp_path / "failing", [{**CASES[0], **words}]))
 
     def life(record: Evidence | None) -> tuple[str, str]:
         found = measure(tables, {PROVEN: record} if record else {})
@@ -109,7 +110,7 @@ def test_badge_stands_still(tables: Matrix, evidence: dict[str, Evidence]) -> No
         "color": "orange",
     }
     assert json.loads(write_badge(tables, {}))["color"] == "red"
-    assert report.render(tables, evidence)["badge.json"] == write_badge(tables, evidence)
+    assert render.render(tables, evidence)["badge.json"] == write_badge(tables, evidence)
 
 
 def test_command(
@@ -119,7 +120,7 @@ def test_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(matrix, "tables_folder", lambda: tmp_path / "matrix")
+    monkeypatch.setattr(read, "tables_folder", lambda: tmp_path / "matrix")
     folder = tmp_path / "reports" / "evidence"
     for name in (PROVEN, REFUSED):
         records.write(evidence[name], folder)
@@ -161,7 +162,7 @@ def test_the_command_lists_a_few_cells_unless_asked(
         {**CASES[1], "id": f"row-{number}", "flags": f"--seed {number}"} for number in range(12)
     ]
     write_tables(tmp_path / "matrix", rows)
-    monkeypatch.setattr(matrix, "tables_folder", lambda: tmp_path / "matrix")
+    monkeypatch.setattr(read, "tables_folder", lambda: tmp_path / "matrix")
     assert main(["agreement"]) == 0
     assert "and 2 more: --all" in capsys.readouterr().out
     assert main(["agreement", "--all"]) == 0

@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from quantmatrix import bench, bench_sources, hardware, speed
-from quantmatrix.bench import Part
 from quantmatrix.errors import CheckpointError, MachineError, UsageError
-from quantmatrix.layers import QuantizedLinear, SharedInput
-from quantmatrix.ratios import FEWEST
+from quantmatrix.hardware import probe
+from quantmatrix.measure.bench import pairs, speed, timing
+from quantmatrix.measure.bench.synthetic import make_inputs, synthesize
+from quantmatrix.measure.bench.timing import Part
+from quantmatrix.measure.bench.working_memory import LIVE_TENSORS, measure_working
+from quantmatrix.proof.ratios import FEWEST
 from quantmatrix.request import Request
-from quantmatrix.synthetic import make_inputs, synthesize
-from quantmatrix.working_memory import LIVE_TENSORS, measure_working
+from quantmatrix.runtime.quantized_linear import QuantizedLinear, SharedInput
 
 FP8 = "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"
 
@@ -26,7 +27,7 @@ FP8 = "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"
 @pytest.fixture(scope="module")
 def part() -> Part:
     """A tiny FLUX.1 in BF16 and with FP8 layers that may share codes of their inputs."""
-    machine = hardware.probe("cpu")
+    machine = probe.probe("cpu")
     plain = synthesize("flux-1", machine, size="tiny")
     made = synthesize(
         "flux-1", machine, family="modelopt-fp8", scheme="FP8", backend="reference", size="tiny"
@@ -42,7 +43,7 @@ def test_who_begins_changes_from_round_to_round() -> None:
         calls.append(form[0])
         return float(len(calls))
 
-    found = bench.take_turns(time_one, 4)
+    found = timing.take_turns(time_one, 4)
     assert "".join(calls) == "bqqbbqqb"
     assert found == {"bf16": [1.0, 4.0, 5.0, 8.0], "quantized": [2.0, 3.0, 6.0, 7.0]}
 
@@ -55,10 +56,10 @@ def test_both_forms_run_in_turn_in_bursts(monkeypatch: pytest.MonkeyPatch) -> No
         timed.append((way(), burst))
         return costs[timed[-1][0]]
 
-    monkeypatch.setattr(bench, "time_calls", pretend)
-    found = bench.time_pair({"bf16": lambda: "b", "quantized": lambda: "q"}, "cpu", 6)
+    monkeypatch.setattr(timing, "time_calls", pretend)
+    found = timing.time_pair({"bf16": lambda: "b", "quantized": lambda: "q"}, "cpu", 6)
     assert found["burst"] == {"bf16": 4, "quantized": 1}  # 4 x 0.5 ms are a burst of 2 ms
-    measured = timed[2 * bench.TRIALS :]
+    measured = timed[2 * timing.TRIALS :]
     assert measured == [("b", 4), ("q", 1), ("q", 1), ("b", 4)] * 3
     assert found["ratio"] == found["low"] == found["high"] == 8.0
     assert found["milliseconds"] == {"bf16": [0.5] * 6, "quantized": [4.0] * 6}
@@ -68,12 +69,12 @@ def test_the_clock_of_one_thread_does_not_count_neighbours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    clock, name = bench.choose_clock("cpu")
-    assert clock is bench.time.process_time
+    clock, name = timing.choose_clock("cpu")
+    assert clock is timing.time.process_time
     assert "CPU time" in name
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    assert bench.choose_clock("cpu") == (bench.time.perf_counter, "wall clock")
-    assert "events" in bench.choose_clock("cuda:0")[1]
+    assert timing.choose_clock("cpu") == (timing.time.perf_counter, "wall clock")
+    assert "events" in timing.choose_clock("cuda:0")[1]
 
 
 def test_the_clock_that_is_given_counts() -> None:
@@ -83,8 +84,8 @@ def test_the_clock_that_is_given_counts() -> None:
 
 def test_every_quantized_layer_is_of_one_of_the_kinds(part: Part) -> None:
     with torch.no_grad():
-        found = bench.find_layers(part)
-    names = [name for name, _ in bench.list_quantized(part.quantized)]
+        found = timing.find_layers(part)
+    names = [name for name, _ in timing.list_quantized(part.quantized)]
     assert sum(facts["count"] for facts, _, _ in found) == len(names)
     assert len({str({**facts, "count": 0}) for facts, _, _ in found}) == len(found) < len(names)
     for facts, name, x in found:
@@ -100,7 +101,7 @@ def test_every_quantized_layer_is_of_one_of_the_kinds(part: Part) -> None:
 
 
 def test_a_timed_layer_quantizes_its_input_on_every_call(part: Part) -> None:
-    first = next(module for _, module in bench.list_quantized(part.quantized))
+    first = next(module for _, module in timing.list_quantized(part.quantized))
     assert isinstance(first, QuantizedLinear)
     kernel, done = first.kernel, []
 
@@ -123,7 +124,7 @@ def test_a_timed_layer_quantizes_its_input_on_every_call(part: Part) -> None:
         layer(x)
     assert done == ["encode", "multiply", "multiply", "multiply"]  # codes of x were kept
     done.clear()
-    with bench.unshared(layer):
+    with timing.unshared(layer):
         for _ in range(3):
             layer(x)
     assert done == ["encode", "multiply"] * 3
@@ -132,7 +133,7 @@ def test_a_timed_layer_quantizes_its_input_on_every_call(part: Part) -> None:
 
 def test_all_parts_of_a_component(part: Part) -> None:
     said: list[str] = []
-    found = bench.measure_part(part, FEWEST, said.append)
+    found = timing.measure_part(part, FEWEST, said.append)
     assert said == [f"transformer: {what}" for what in ("layers", "step", "memory")]
     assert "load" not in found  # random weights have no files
     assert {layer["backend"] for layer in found["layers"]} == {"reference"}
@@ -149,7 +150,7 @@ def test_an_output_that_is_no_number_is_not_timed(part: Part) -> None:
     kwargs = {**part.kwargs, "hidden_states": part.kwargs["hidden_states"] * float("nan")}
     broken = Part("transformer", "cpu", part.bf16, part.quantized, (), kwargs)
     with pytest.raises(CheckpointError, match="bf16 output has NaN"):
-        bench.check_finite(broken, "bf16")
+        timing.check_finite(broken, "bf16")
 
 
 def test_live_tensors_are_counted_while_they_live() -> None:
@@ -172,11 +173,11 @@ def test_every_page_is_touched() -> None:
     model = nn.Linear(64, 128, bias=False)
     model.weight.data = torch.ones(64, 128).t()  # as FP8 weights are kept for their matmul
     model.register_buffer("codes", torch.full((3 * 4096,), 2, dtype=torch.uint8))
-    assert bench.touch(model) == 3 * 2 + 8 * 0  # 1.0 in float32 begins with a zero byte
+    assert timing.touch(model) == 3 * 2 + 8 * 0  # 1.0 in float32 begins with a zero byte
     model.weight.data = (
         torch.full((8, 1024), 1.0).view(torch.int32).bitwise_or(1).view(torch.float32)
     )  # and with a one
-    assert bench.touch(model) == 3 * 2 + 8 * 1
+    assert timing.touch(model) == 3 * 2 + 8 * 1
 
 
 def test_loads_are_fresh_and_take_turns() -> None:
@@ -187,7 +188,7 @@ def test_loads_are_fresh_and_take_turns() -> None:
         return nn.Linear(64, 64)
 
     forms = {form: lambda form=form: load(form) for form in ("bf16", "quantized")}
-    found = bench.time_loads(forms, "cpu", 2 * FEWEST)
+    found = timing.time_loads(forms, "cpu", 2 * FEWEST)
     assert "".join(loaded) == "bq" + "bqqb" * (FEWEST // 2)
     assert len(found["milliseconds"]["bf16"]) == FEWEST
 
@@ -195,7 +196,7 @@ def test_loads_are_fresh_and_take_turns() -> None:
 def test_inputs_are_those_of_the_first_step() -> None:
     request = Request(model_path="black-forest-labs/FLUX.1-dev", tiny=True, device="cpu",
                       prompt=("a",), height=64, width=96)  # fmt: skip
-    args, kwargs = bench_sources.capture_inputs(bench_sources.decide(request))
+    args, kwargs = pairs.capture_inputs(pairs.decide(request))
     assert args == ()
     assert kwargs["hidden_states"].shape[1] == (64 // 16) * (96 // 16)
     assert {"timestep", "encoder_hidden_states", "img_ids"} <= set(kwargs)
@@ -212,25 +213,25 @@ def test_requests_that_cannot_be_measured(fields: Any, said: str) -> None:
     base = "black-forest-labs/FLUX.1-dev"
     request = Request(model_path=base, tiny=True, device="cpu", **fields)
     with pytest.raises(UsageError, match=said):
-        bench_sources.bench_request(request, base, FEWEST)
+        pairs.bench_request(request, base, FEWEST)
 
 
 def test_two_forms_that_do_not_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
     def fill(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
-    monkeypatch.setattr(bench_sources, "measure_part", fill)
+    monkeypatch.setattr(pairs, "measure_part", fill)
     base = "black-forest-labs/FLUX.1-dev"
     request = Request(
         model_path=base, component_paths={"transformer": FP8}, tiny=True, device="cpu"
     )
     with pytest.raises(MachineError, match="cannot hold BF16 and the quantized form together"):
-        bench_sources.bench_request(request, base, FEWEST)
+        pairs.bench_request(request, base, FEWEST)
 
 
 def test_requests_are_named_by_what_they_say() -> None:
     one = Request(model_path="a", component_paths={"transformer": FP8}, device="cpu", seed=(0,))
     other = Request(component_paths={"transformer": FP8}, model_path="a", device="cuda:1")
-    assert bench_sources.name_request(one) == bench_sources.name_request(other)
-    assert FP8 in bench_sources.name_request(one)
-    assert bench_sources.name_request(Request(model_path="b")) == "model_path=b"
+    assert pairs.name_request(one) == pairs.name_request(other)
+    assert FP8 in pairs.name_request(one)
+    assert pairs.name_request(Request(model_path="b")) == "model_path=b"

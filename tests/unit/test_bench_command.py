@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from benched import DEVICE, make_result
 
-from quantmatrix import bench_results, cli
-from quantmatrix.bench import BURST_MS
-from quantmatrix.ratios import VERDICTS
+from quantmatrix.cli import main
+from quantmatrix.measure.bench.timing import BURST_MS
+from quantmatrix.proof import bench_results
+from quantmatrix.proof.ratios import VERDICTS
 
 BASE = "black-forest-labs/FLUX.1-dev"
 FP8 = "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"
@@ -24,7 +25,7 @@ def test_a_tiny_checkpoint_from_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "kept.json"
-    assert cli.main([*WORDS, "--output-path", str(file)]) == 0
+    assert main.main([*WORDS, "--output-path", str(file)]) == 0
     shown = capsys.readouterr().out
     [result] = bench_results.read(file)
     assert shown.startswith(f"{result['what']}, tiny, on {result['device']}")
@@ -50,7 +51,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Say what a measurement will give."""
 
     def give(*results: dict[str, Any]) -> None:
-        monkeypatch.setattr("quantmatrix.commands.bench.measure", lambda *_: list(results))
+        monkeypatch.setattr("quantmatrix.cli.bench.measure", lambda *_: list(results))
 
     return give
 
@@ -83,7 +84,7 @@ def test_the_gate(
 ) -> None:
     kept = keep(tmp_path / "kept.json", make_result())
     measured(make_result(step=step))
-    assert cli.main([*ANY, "--baseline", kept, *words]) == code
+    assert main.main([*ANY, "--baseline", kept, *words]) == code
     told = capsys.readouterr()
     if code == 1:
         assert (
@@ -93,7 +94,7 @@ def test_the_gate(
     if code == 0:
         assert "0 worse" in told.out
     capsys.readouterr()
-    assert cli.main([*ANY, "--baseline", kept, *words, "--json"]) == code
+    assert main.main([*ANY, "--baseline", kept, *words, "--json"]) == code
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] == (code == 0)
     if code != 2:
@@ -119,7 +120,7 @@ def test_what_cannot_be_judged_is_an_error(
 ) -> None:
     measured(*results)
     file = keep(tmp_path / "kept.json", *kept)
-    assert cli.main([*ANY, "--baseline", file]) == 2
+    assert main.main([*ANY, "--baseline", file]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -127,9 +128,9 @@ def test_a_baseline_that_is_none_stops_before_measuring(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.json").touch()
-    assert cli.main([*ANY, "--baseline", str(tmp_path / "empty.json")]) == 2
+    assert main.main([*ANY, "--baseline", str(tmp_path / "empty.json")]) == 2
     assert "empty file" in capsys.readouterr().err
-    assert cli.main([*ANY, "--baseline", str(tmp_path / "none.json")]) == 2
+    assert main.main([*ANY, "--baseline", str(tmp_path / "none.json")]) == 2
     assert "No such file" in capsys.readouterr().err
 
 
@@ -137,18 +138,18 @@ def test_nothing_is_kept_of_an_empty_measurement(
     tmp_path: Path, measured: Callable[..., None]
 ) -> None:
     measured()
-    assert cli.main([*ANY, "--output-path", str(tmp_path / "kept.json")]) == 2
+    assert main.main([*ANY, "--output-path", str(tmp_path / "kept.json")]) == 2
     assert list(tmp_path.iterdir()) == []
-    assert cli.main(ANY) == 2
+    assert main.main(ANY) == 2
 
 
 def test_two_saved_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = keep(tmp_path / "old.json", make_result())
     new = keep(tmp_path / "new.json", make_result(step=1.2))
-    assert cli.main(["bench", "--compare", old, old]) == 0
-    assert cli.main(["bench", "--compare", new, old]) == 0
+    assert main.main(["bench", "--compare", old, old]) == 0
+    assert main.main(["bench", "--compare", new, old]) == 0
     capsys.readouterr()
-    assert cli.main(["bench", "--compare", old, new]) == 1
+    assert main.main(["bench", "--compare", old, new]) == 1
     told = capsys.readouterr()
     assert "transformer step: ratio to BF16 was 0.8, is 1.2" in told.err
     assert told.out.splitlines()[-1] == "1 worse; 0 better; 4 no measurable change"
@@ -176,13 +177,13 @@ def test_two_saved_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ],
 )
 def test_wrong_words(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", *words]) == 2
+    assert main.main(["bench", *words]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_random_weights_have_no_load(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bench", "--synthetic", "tiny", "--model-id", "wan-2-2", "--family", "msmodelslim"]
-    assert cli.main([*words, "--device", "cpu", "--repeats", "6", "--json"]) == 0
+    assert main.main([*words, "--device", "cpu", "--repeats", "6", "--json"]) == 0
     [result] = json.loads(capsys.readouterr().out)["results"]
     assert result["what"].startswith("synthetic tiny wan-2-2 msmodelslim W8A8")
     part = result["components"]["transformer"]
@@ -192,5 +193,5 @@ def test_random_weights_have_no_load(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_a_refusal_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*WORDS[:8], "--backend", "torch"]
-    assert cli.main(words) == 3
+    assert main.main(words) == 3
     assert "nvidia" in capsys.readouterr().err

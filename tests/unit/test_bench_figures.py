@@ -17,14 +17,17 @@ import pytest
 import torch
 from benched import make_memory, make_result
 
-from quantmatrix import bench, bench_gate, bench_pages, cli, ratios, speed, working_memory
-from quantmatrix.agreement import COLOURS, Share, show_scopes
-from quantmatrix.bench_results import describe_sizes, summarize
-from quantmatrix.commands import agreement as agreement_command
-from quantmatrix.commands import bench as bench_command
-from quantmatrix.commands import thresholds, trace
+from quantmatrix.cli import agreement as agreement_command
+from quantmatrix.cli import bench as bench_command
+from quantmatrix.cli import main, thresholds, trace
 from quantmatrix.errors import UsageError
-from quantmatrix.trace_census import Census, LayerTrace, Timeline, read_call
+from quantmatrix.measure.bench import speed, working_memory
+from quantmatrix.measure.bench import timing as bench
+from quantmatrix.measure.trace_census import Census, LayerTrace, Timeline, read_call
+from quantmatrix.proof import bench_gate, ratios
+from quantmatrix.proof.agreement import COLOURS, Share, show_scopes
+from quantmatrix.proof.bench_results import describe_sizes, summarize
+from quantmatrix.report import bench_pages
 
 # --- trace -----------------------------------------------------------------------------------
 
@@ -237,7 +240,7 @@ def test_the_words_of_speed(
              "repeats_bit_identical": True, "finite": True}  # fmt: skip
     monkeypatch.setattr(speed, "compare_forms", lambda *_, **__: found)
     words = ["speed", "--model-id", "flux-1", "--family", "fp8", "--device", "cpu"]
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     assert capsys.readouterr().out.splitlines() == [
         "flux-1 (full) on Some GPU",
         "  layers   3 torch",
@@ -246,7 +249,7 @@ def test_the_words_of_speed(
         "  repeats  bit-identical",
     ]
     found["repeats_bit_identical"] = False
-    cli.main(words)
+    main.main(words)
     assert capsys.readouterr().out.endswith("  repeats  differ\n")
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from benched import DEVICE, make_result, make_timing
 
-from quantmatrix.bench_gate import BETTER, EQUAL, WORSE, compare_results, judge
-from quantmatrix.bench_results import BenchmarkError
+from quantmatrix.proof.bench_gate import BETTER, EQUAL, WORSE, compare_results, judge
+from quantmatrix.proof.bench_results import BenchmarkError
 
 KEY = ("some-row@cpu", DEVICE)
 

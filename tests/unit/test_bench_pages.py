@@ -11,17 +11,19 @@ from observed import PROVEN, find, observe_run
 from tables import CASES, write_tables
 from test_page_html import read_data
 
-from quantmatrix import bench_results, matrix, report
-from quantmatrix.code_digest import own_code
-from quantmatrix.freshness import Now
-from quantmatrix.matrix import Matrix
+from quantmatrix.proof import bench_results
+from quantmatrix.proof.code_digest import own_code
+from quantmatrix.proof.freshness import Now
+from quantmatrix.report import render as report
+from quantmatrix.tables import read
+from quantmatrix.tables.rows import Matrix
 
 PLACE = "benchmarks/cpu/fp8-flux-1+decode.json"
 
 
 @pytest.fixture
 def tables(tmp_path: Path) -> Matrix:
-    return matrix.read(write_tables(tmp_path / "matrix"))
+    return read.read(write_tables(tmp_path / "matrix"))
 
 
 def render(tables: Matrix, *results: dict[str, Any]) -> dict[str, bytes]:
@@ -70,7 +72,7 @@ def test_the_family_page_has_a_line_per_component(tables: Matrix) -> None:
 def test_what_changed_since_is_said(tables: Matrix, tmp_path: Path) -> None:
     result = bench_cell(tables, PROVEN)
     cases = [{**CASES[0], "flags": "--seed 7"}, *CASES[1:]]
-    changed = matrix.read(write_tables(tmp_path / "changed", cases))
+    changed = read.read(write_tables(tmp_path / "changed", cases))
     pages = render(changed, result)
     [told] = read_data(pages["index.html"])["benchmarks"].values()
     assert told["old"] == "the row changed since"
@@ -92,7 +94,7 @@ def test_equal_input_equal_bytes(tables: Matrix, tmp_path: Path) -> None:
 def test_written_checked_and_orphaned(
     tables: Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matrix, "tables_folder", lambda: tmp_path / "matrix")
+    monkeypatch.setattr(read, "tables_folder", lambda: tmp_path / "matrix")
     report.write(tmp_path)
     assert report.check(tmp_path) == []
     path = bench_results.write_cell(bench_cell(tables, PROVEN), tmp_path / "benchmarks")

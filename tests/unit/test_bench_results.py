@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from benched import make_result
 
-from quantmatrix import bench_results
-from quantmatrix.bench_results import BenchmarkError
+from quantmatrix.proof import bench_results
+from quantmatrix.proof.bench_results import BenchmarkError
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -10,52 +10,54 @@ from pathlib import Path
 
 import pytest
 
-from quantmatrix import bench_results, bench_rows, matrix
 from quantmatrix.errors import UsageError
 from quantmatrix.exit_codes import NOTHING_COLLECTED
+from quantmatrix.measure.bench.rows import CLAIMED, choose_cells, find_cells, why_not
+from quantmatrix.proof import bench_results
+from quantmatrix.tables import read
 
 ROOT = Path(__file__).parents[2]
-TABLES = matrix.read()
+TABLES = read.read()
 ROW = "modelopt-fp8-wan-2-2@cpu+decode"
 
 
 def test_a_cpu_has_one_cell_per_family_model_and_backend() -> None:
     cells = TABLES.select(hardware=["cpu"])
-    chosen = bench_rows.choose_cells(cells)
+    chosen = choose_cells(cells)
     kinds = [(cell.family, cell.model, cell.backend) for cell in chosen]
     assert len(set(kinds)) == len(kinds)
     named = {
         (cell.family, cell.model, cell.backend)
         for cell in cells
-        if cell.claim in bench_rows.CLAIMED and cell.backend
+        if cell.claim in CLAIMED and cell.backend
     }
     assert {kind for kind in kinds if kind[2]} == named
     blank = {kind[:2] for kind in kinds if not kind[2]}
     assert not blank & {kind[:2] for kind in named}
     assert {family for family, _, _ in kinds} == set(TABLES.families)
-    assert all(not bench_rows.why_not(cell) for cell in chosen)
+    assert all(not why_not(cell) for cell in chosen)
     assert chosen == sorted(chosen, key=TABLES.cells.index)
 
 
 def test_an_accelerator_has_every_cell_that_runs() -> None:
     cells = TABLES.select(hardware=["h200"])
-    chosen = bench_rows.choose_cells(cells)
+    chosen = choose_cells(cells)
     left = [cell for cell in cells if cell not in chosen]
     assert chosen
-    assert all(bench_rows.why_not(cell) for cell in left)
-    assert any("--dit-layerwise-offload" in bench_rows.why_not(cell) for cell in left)
+    assert all(why_not(cell) for cell in left)
+    assert any("--dit-layerwise-offload" in why_not(cell) for cell in left)
 
 
 def test_cells_by_name() -> None:
-    assert [cell.id for cell in bench_rows.find_cells(TABLES, [ROW, ROW])] == [ROW]
+    assert [cell.id for cell in find_cells(TABLES, [ROW, ROW])] == [ROW]
     with pytest.raises(UsageError, match="--row nothing: no such cell"):
-        bench_rows.find_cells(TABLES, ["nothing"])
+        find_cells(TABLES, ["nothing"])
     refused = next(cell for cell in TABLES.cells if cell.claim == "refused")
     with pytest.raises(UsageError, match="claimed to be refused"):
-        bench_rows.find_cells(TABLES, [refused.id])
+        find_cells(TABLES, [refused.id])
     offloaded = next(cell for cell in TABLES.cells if "--dit-cpu-offload" in cell.flags)
     with pytest.raises(UsageError, match="would time the transfers"):
-        bench_rows.find_cells(TABLES, [offloaded.id])
+        find_cells(TABLES, [offloaded.id])
 
 
 def run_benchmarks(*words: str) -> subprocess.CompletedProcess[str]:

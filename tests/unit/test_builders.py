@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from quantmatrix import models
-from quantmatrix.checkpoint import Hub
+from quantmatrix.checkpoints.opening import open_component
 from quantmatrix.families import modelopt_fp8, modelopt_nvfp4
 from quantmatrix.families.protocol import Calibration
-from quantmatrix.formats import round_e4m3
 from quantmatrix.kernels import nvfp4_arithmetic
-from quantmatrix.references import open_component
+from quantmatrix.kernels.number_formats import round_e4m3
+from quantmatrix.request import Hub
 from quantmatrix.tools import build_modelopt_fp8_transformer as fp8
 from quantmatrix.tools import build_modelopt_nvfp4_transformer as nvfp4
 

@@ -11,13 +11,22 @@ import pytest
 from observed import PROVEN, REFUSED, observe
 from tables import CASES, write_tables
 
-from quantmatrix import carry, evidence, matrix
-from quantmatrix.carried import CARRIED, Carried, Pair
-from quantmatrix.carry import Candidates, explain_difference, judge, list_candidates, name_twin
-from quantmatrix.cli import main
-from quantmatrix.code_digest import own_code
+from quantmatrix.cli.main import main
 from quantmatrix.errors import QuantmatrixError
-from quantmatrix.matrix import Matrix
+from quantmatrix.measure import carry
+from quantmatrix.measure.carry import (
+    Candidates,
+    explain_difference,
+    judge,
+    list_candidates,
+    name_twin,
+)
+from quantmatrix.proof import store
+from quantmatrix.proof.carried import CARRIED, Carried, Pair
+from quantmatrix.proof.code_digest import own_code
+from quantmatrix.proof.record import Evidence
+from quantmatrix.tables import read
+from quantmatrix.tables.rows import Matrix
 
 OLD, NEW, OTHER = (f"sha256:{letter * 64}" for letter in "abc")
 REFERENCE = "fp8-flux-1@cpu+reference"
@@ -35,11 +44,11 @@ class FakeCode:
 
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Matrix:
-    monkeypatch.setattr(matrix, "tables_folder", lambda: tmp_path / "matrix")
-    return matrix.read(write_tables(tmp_path / "matrix"))
+    monkeypatch.setattr(read, "tables_folder", lambda: tmp_path / "matrix")
+    return read.read(write_tables(tmp_path / "matrix"))
 
 
-def make(tables: Matrix, name: str, shared: str) -> evidence.Evidence:
+def make(tables: Matrix, name: str, shared: str) -> Evidence:
     record = observe(tables, name)
     return replace(record, cell={**record.cell, "shared_digest": shared})
 
@@ -72,7 +81,7 @@ def test_records_of_neither_code_are_named(tables: Matrix) -> None:
 def test_a_twin_is_the_command_without_what_only_an_accelerator_has(tmp_path: Path) -> None:
     flags = "--cuda-graph --seed 7"
     case = {**CASES[0], "hardware": "h100 cpu", "backend": "torch", "flags": flags}
-    tables = matrix.read(write_tables(tmp_path / "other", [case]))
+    tables = read.read(write_tables(tmp_path / "other", [case]))
     far, here = (
         next(cell for cell in tables.cells if cell.hardware == place) for place in ("h100", "cpu")
     )
@@ -154,7 +163,7 @@ def test_the_command_writes_pairs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     reports = tmp_path / "reports"
-    evidence.write(observe(tables, PROVEN), reports / "evidence")
+    store.write(observe(tables, PROVEN), reports / "evidence")
     digest = observe(tables, PROVEN).cell["shared_digest"]
     monkeypatch.setattr(carry, "own_code", lambda: FakeCode(NEW))
     monkeypatch.setattr(carry, "Code", lambda folder: own_code())

@@ -12,20 +12,18 @@ from typing import Any
 import pytest
 from weight_files import join_file, make_header, write_index, write_json, write_weights
 
-from quantmatrix.checkpoint import (
+from quantmatrix.checkpoints.checkpoint import Checkpoint
+from quantmatrix.checkpoints.declaration import find_block, merge_headers, read_json
+from quantmatrix.checkpoints.header import (
     HEADER_LIMIT,
     ITEM_BITS,
-    Checkpoint,
-    Hub,
     TensorHeader,
-    find_block,
-    merge_headers,
     parse_header,
     read_header,
-    read_json,
 )
+from quantmatrix.checkpoints.opening import open_weights
 from quantmatrix.errors import CheckpointError
-from quantmatrix.references import open_weights
+from quantmatrix.request import Hub
 
 TENSORS = {
     "a.weight": ("F8_E4M3", (4, 6)),

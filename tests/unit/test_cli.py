@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import quantmatrix
-from quantmatrix import tiny
-from quantmatrix.cli import main
+from quantmatrix.api import load_transformer
+from quantmatrix.cli.main import main
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE
-from quantmatrix.load import load_transformer
 from quantmatrix.request import FP4_BACKEND_VARIABLE
+from quantmatrix.tiny import hub
 
 FP8 = "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"
 FLUX = ["--tiny", "--model-path", "black-forest-labs/FLUX.1-dev"]
@@ -142,8 +142,8 @@ def test_dequantize_gives_the_decoded_weights(
     made = run_json(capsys, "dequantize", *words)
     assert made["dtype"] == "float32"
     plain = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "plain")
-    folder = tiny.default_folder()
-    source = load_file(tiny.find_snapshot(FP8, folder) / "diffusion_pytorch_model.safetensors")
+    folder = hub.default_folder()
+    source = load_file(hub.find_snapshot(FP8, folder) / "diffusion_pytorch_model.safetensors")
     layer = "transformer_blocks.0.attn.to_q"
     expected = source[f"{layer}.weight"].float() * source[f"{layer}.weight_scale"]
     assert torch.equal(plain.get_submodule(layer).weight, expected)
@@ -196,7 +196,7 @@ def test_a_full_disk_is_json_too(
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device", "reports/index.html")
 
-    monkeypatch.setattr("quantmatrix.report.write", fail)
+    monkeypatch.setattr("quantmatrix.report.render.write", fail)
     found = run_json(capsys, "report", code=ENVIRONMENT_UNUSABLE)
     assert found["error"]["message"].startswith("reports/index.html: No space left on device")
 
@@ -222,7 +222,7 @@ def test_a_place_for_the_output_is_looked_at_before_the_work(
         raise AssertionError("work before the output path was looked at")
 
     (tmp_path / "file").touch()
-    monkeypatch.setattr("quantmatrix.run.build_pipeline", work)
+    monkeypatch.setattr("quantmatrix.runtime.generate.build_pipeline", work)
     words = ["generate", *FLUX, "--output-path", str(tmp_path / target)]
     assert "--output-path" in run_json(capsys, *words, code=2)["error"]["message"]
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 import quantmatrix
-from quantmatrix import code_digest, matrix
-from quantmatrix.code_digest import EDGES, Code, Digests, Way, find_way
-from quantmatrix.scopes import STAND_IN
-from quantmatrix.source_modules import CodeError, Definition
+from quantmatrix.proof import code_digest
+from quantmatrix.proof.code_digest import EDGES, Code, Digests, Way, find_way
+from quantmatrix.proof.scopes import STAND_IN
+from quantmatrix.proof.source_modules import CodeError, Definition
+from quantmatrix.tables import read
 
 PACKAGE = Path(quantmatrix.__file__).parent
 REPORTS = PACKAGE.parents[1] / "reports"
@@ -30,7 +31,7 @@ MODELS = ("flux-1", "wan-2-2")
 @pytest.fixture(scope="module")
 def ways() -> Mapping[str, Way]:
     """The ways of committed records, each once, by one of their cells."""
-    tables = matrix.read()
+    tables = read.read()
     found: dict[Way, str] = {}
     for path in sorted(REPORTS.glob("evidence/*/*.json")):
         record = json.loads(path.read_bytes())
@@ -316,7 +317,7 @@ def test_edges_and_optional_names_are_there() -> None:
 def test_digests_of_all_cells_take_a_second_or_two(ways: Mapping[str, Way]) -> None:
     import time
 
-    from quantmatrix import source_modules
+    from quantmatrix.proof import source_modules
 
     source_modules.parse.cache_clear()
     start = time.process_time()
@@ -344,7 +345,7 @@ def test_every_python_gives_the_same_digests(name: str) -> None:
         pytest.skip(f"no {name} here")
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from quantmatrix.code_digest import own_code\n"
+        "from quantmatrix.proof.code_digest import own_code\n"
         "print(own_code().digest_stand_ins())"
     )
     words = [python, "-c", code, str(PACKAGE.parent)]

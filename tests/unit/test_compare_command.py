@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantmatrix.cli import main
+from quantmatrix.cli.main import main
 
 BASE = "black-forest-labs/FLUX.1-dev"
 FP8 = "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"
@@ -73,7 +73,7 @@ def test_backends_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_pickle_is_read_without_being_executed(
     saved: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from quantmatrix import saved_runs
+    from quantmatrix.measure import saved_runs
 
     run = saved_runs.read(saved[0])
     torch.save({"latents": run.latents}, tmp_path / "run.pt")

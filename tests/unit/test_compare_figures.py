@@ -16,14 +16,15 @@ from typing import Any
 import pytest
 import torch
 
-from quantmatrix import cli, compare, limits
-from quantmatrix.commands import compare as compare_command
-from quantmatrix.compare import StepMetrics, compare_tensors, find_worst
-from quantmatrix.compare_sides import Bounds, compare_sides, judge
+from quantmatrix.cli import compare as compare_command
+from quantmatrix.cli import main
 from quantmatrix.errors import UsageError
-from quantmatrix.limit_samples import Sample, Spread
-from quantmatrix.limits import Ledger
-from quantmatrix.saved_runs import SavedRun
+from quantmatrix.measure.comparison import Bounds, compare_sides, judge
+from quantmatrix.measure.latents import StepMetrics, compare_tensors, find_worst, summarize
+from quantmatrix.measure.saved_runs import SavedRun
+from quantmatrix.proof import limits
+from quantmatrix.proof.limit_samples import Sample, Spread
+from quantmatrix.proof.limits import Ledger
 
 # --- compare ---------------------------------------------------------------------------------
 
@@ -40,12 +41,12 @@ def make_steps() -> list[StepMetrics]:
 def test_the_worst_of_the_steps_and_what_a_step_loses() -> None:
     worst = find_worst(make_steps())
     assert worst == StepMetrics(0.90, 0.3, 31.0, 3.0, nonfinite=2, identical=False)
-    found = compare.summarize(make_steps())
+    found = summarize(make_steps())
     assert found["drift_db_per_step"] == 4.5  # 40 dB at first, 31 dB after two more steps
     assert found["final"]["psnr_db"] == 31.0
     assert [step["psnr_db"] for step in found["steps"]] == [40.0, 50.0, 31.0]
-    assert compare.summarize(make_steps()[:1])["drift_db_per_step"] == 0.0
-    assert compare.summarize(make_steps()[::-1])["drift_db_per_step"] == -4.5
+    assert summarize(make_steps()[:1])["drift_db_per_step"] == 0.0
+    assert summarize(make_steps()[::-1])["drift_db_per_step"] == -4.5
 
 
 def test_what_is_divided_by_is_the_reference() -> None:
@@ -115,7 +116,7 @@ def test_sides_of_a_comparison_are_not_swapped() -> None:
 
 
 def test_the_table_of_a_comparison(capsys: pytest.CaptureFixture[str]) -> None:
-    latents = {**compare.summarize(make_steps()[:2]), "identical": False}
+    latents = {**summarize(make_steps()[:2]), "identical": False}
     found = {"reference": {"name": "one"}, "candidate": {"name": "two"}, "latents": latents,
              "media": {"psnr_db": 28.0, "ssim": 0.75}, "problems": ["far"]}  # fmt: skip
     compare_command.print_comparison(found)
@@ -177,7 +178,7 @@ def write_limits(folder: Path, *samples: Sample) -> Path:
 
 def test_thresholds_as_json_and_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_limits(tmp_path, make_sample())
-    assert cli.main(["thresholds", "--json", "--reports", str(tmp_path)]) == 0
+    assert main.main(["thresholds", "--json", "--reports", str(tmp_path)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["ok"], found["margin"]) == (True, 1.5)
     [row] = found["limits"]
@@ -186,7 +187,7 @@ def test_thresholds_as_json_and_as_text(tmp_path: Path, capsys: pytest.CaptureFi
     assert row["cosine"] == {"at_least": 0.9775}
     assert row["relative_l2"] == {"at_most": 0.15}
     assert found["spreads"]["flux-1"]["psnr_db"] == 60.0
-    assert cli.main(["thresholds", "--reports", str(tmp_path)]) == 0
+    assert main.main(["thresholds", "--reports", str(tmp_path)]) == 0
     line = capsys.readouterr().out
     assert line.startswith("e4m3 W8A8 ")
     assert " 36.48 dB  rel L2 0.1500  cosine 0.97750  layer 0." in line
@@ -199,14 +200,14 @@ def test_loosened_limits_are_not_ok(
     older = write_limits(tmp_path / "older", make_sample())
     write_limits(tmp_path / "newer", make_sample(psnr_db=psnr))
     words = ["thresholds", "--reports", str(tmp_path / "newer"), "--diff", str(older)]
-    assert cli.main([*words, "--json"]) == (0 if ok else 1)
+    assert main.main([*words, "--json"]) == (0 if ok else 1)
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] is ok
     assert found["against"] == str(older)
     assert len(found["loosened"]) == (0 if ok else 1)
     if not ok:
         assert "psnr_db 36.4782 -> 35.4782" in found["loosened"][0]
-    assert cli.main(words) == (0 if ok else 1)
+    assert main.main(words) == (0 if ok else 1)
     out = capsys.readouterr().out
     assert (out == f"no limit is wider than in {older}\n") is ok
 

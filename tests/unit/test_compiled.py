@@ -10,16 +10,22 @@ from typing import Any
 import pytest
 import torch
 
-from quantmatrix import cli, compiled, compiling, evidence, matrix, report, scopes
-from quantmatrix.compiled import Builder, Compiled
-from quantmatrix.compiling import Program
+from quantmatrix import exit_codes
+from quantmatrix.cli import main
 from quantmatrix.errors import UsageError
-from quantmatrix.explain import Explainer
-from quantmatrix.kernels import int8_triton, launching
+from quantmatrix.kernels import compiling, int8_triton, launching
+from quantmatrix.kernels.compiling import Program
 from quantmatrix.kernels.launching import TRITON, Launch
-from quantmatrix.states import stand
+from quantmatrix.measure import compiled
+from quantmatrix.measure.compiled import Builder, Compiled
+from quantmatrix.proof import scopes, store
+from quantmatrix.proof.record import CheckResult, Evidence, EvidenceError, describe_cell
+from quantmatrix.proof.states import stand
+from quantmatrix.report import render
+from quantmatrix.report.explain import Explainer
+from quantmatrix.tables import read, rows
 
-TABLES = matrix.read()
+TABLES = read.read()
 CELLS = {cell.id: cell for cell in TABLES.cells}
 CELL = CELLS["modelopt-nvfp4-flux-1-packed-elsewhere@rtx-3090"]
 RUN = ("load", "latents", "generate", "trace")
@@ -35,39 +41,39 @@ def see_quantizer(columns: int = 512) -> Launch:
     return seen[0]
 
 
-def make_record(**changes: Any) -> evidence.Evidence:
+def make_record(**changes: Any) -> Evidence:
     """A record of the check, as the suite leaves it."""
     one = Program("decode", "sm86", "size 1", 8, 3, 40, 0, 4096, 101376, "sha256:1")
     found = Compiled("sm86", "3.9.0", (one, replace(one, registers=48)))
-    passed = evidence.CheckResult("pass", found.to_metrics(), found.to_limits())
+    passed = CheckResult("pass", found.to_metrics(), found.to_limits())
     machine = {"vendor": "nvidia", "arch": "sm86", "name": "NVIDIA GeForce RTX 3090"}
     whole = {
-        "cell": evidence.describe_cell(CELL, TABLES),
+        "cell": describe_cell(CELL, TABLES),
         "checks": {"compile": passed},
         "command": f"quantmatrix compile --hardware rtx-3090 --row {CELL.id}",
         "plan": {"ok": True, "machine": machine, "components": {}, "warnings": []},
         "made": "2026-11-28T23:00:00Z",
     }
-    return evidence.Evidence(**{**whole, **changes})
+    return Evidence(**{**whole, **changes})
 
 
 def test_a_record_is_of_scope_compiled_and_lies_in_a_file_of_its_own(tmp_path: Path) -> None:
     record = make_record()
     assert scopes.read_scope(record) == scopes.COMPILED
-    path = evidence.write(record, tmp_path)
+    path = store.write(record, tmp_path)
     assert path.name == "modelopt-nvfp4-flux-1-packed-elsewhere.compiled.json"
-    assert evidence.read(path) == record
-    told = evidence.read_folder(tmp_path)
+    assert store.read(path) == record
+    told = store.read_folder(tmp_path)
     standing = stand(CELL, told, TABLES)
     assert (standing.label, standing.reason) == ("proven · compiled", "")
-    ran = make_record(checks={name: evidence.CheckResult("pass") for name in RUN})
+    ran = make_record(checks={name: CheckResult("pass") for name in RUN})
     standing = stand(CELL, {**told, scopes.key_of(ran): ran}, TABLES)
     assert standing.label == "proven · stand-in"
 
 
 def test_kernels_that_cannot_be_built_are_never_hidden() -> None:
-    failed = make_record(checks={"compile": evidence.CheckResult("fail", {}, {}, "spills")})
-    ran = make_record(checks={name: evidence.CheckResult("pass") for name in RUN})
+    failed = make_record(checks={"compile": CheckResult("fail", {}, {}, "spills")})
+    ran = make_record(checks={name: CheckResult("pass") for name in RUN})
     both = {scopes.key_of(record): record for record in (failed, ran)}
     standing = stand(CELL, both, TABLES)
     assert (standing.label, standing.reason) == ("failing · compiled", "compile: spills")
@@ -77,8 +83,8 @@ def test_a_record_that_contradicts_its_limits_is_none() -> None:
     record = make_record()
     metrics = {**record.checks["compile"].metrics, "shared": 120 * 1024}
     forged = replace(record.checks["compile"], metrics=metrics)
-    with pytest.raises(evidence.EvidenceError, match="shared is 122880, at most 101376 is allowed"):
-        evidence.encode(replace(record, checks={"compile": forged}))
+    with pytest.raises(EvidenceError, match="shared is 122880, at most 101376 is allowed"):
+        store.encode(replace(record, checks={"compile": forged}))
 
 
 @pytest.mark.parametrize(
@@ -96,13 +102,13 @@ def test_a_record_that_contradicts_its_limits_is_none() -> None:
 def test_a_pass_that_tells_of_a_fault_is_refused(metrics: dict[str, Any], message: str) -> None:
     told = make_record().checks["compile"]
     forged = replace(told, metrics={**told.metrics, **metrics})
-    with pytest.raises(evidence.EvidenceError, match=message):
-        evidence.encode(make_record(checks={"compile": forged}))
+    with pytest.raises(EvidenceError, match=message):
+        store.encode(make_record(checks={"compile": forged}))
 
 
 def test_the_page_shows_each_program_on_a_line() -> None:
     record = make_record()
-    page = report.render(TABLES, {scopes.key_of(record): record})["index.html"].decode()
+    page = render.render(TABLES, {scopes.key_of(record): record})["index.html"].decode()
     assert "40 registers, 0 bytes spilled, 4096 of 101376 bytes of shared memory" in page
     assert "decode for sm86" in page
     assert "modelopt-nvfp4-flux-1-packed-elsewhere.compiled.json" in page
@@ -120,8 +126,8 @@ def test_explain_says_compiled_and_never_run_and_what_was_run_instead() -> None:
 @needs_triton
 def test_no_cell_of_ours_in_triton_lacks_the_check() -> None:
     """The suite fails where a cell has the check and nothing to build."""
-    from quantmatrix.true_launches import list_launches
-    from quantmatrix.workbench import Workbench
+    from quantmatrix.measure.true_launches import list_launches
+    from quantmatrix.measure.workbench import Workbench
 
     bench = Workbench(TABLES, tiny=True)
     lacking = []
@@ -129,7 +135,7 @@ def test_no_cell_of_ours_in_triton_lacks_the_check() -> None:
         claimed = cell.claim not in ("refused", "planned")
         on_gpu = TABLES.hardware[cell.hardware].vendor in TRITON
         assert (claimed and on_gpu) or "compile" not in cell.checks
-        plain = cell.backend in matrix.PLAIN_BACKENDS
+        plain = cell.backend in rows.PLAIN_BACKENDS
         if claimed and on_gpu and not plain and "compile" not in cell.checks:
             launches, problems = list_launches(bench.plan(bench.planned_request(cell)))
             lacking += [cell.id] if launches or problems else []
@@ -161,12 +167,12 @@ def test_the_command_builds_one_row(
 ) -> None:
     monkeypatch.setattr(compiled, "default_folder", lambda: tmp_path)
     words = ["compile", "--hardware", "rtx-3090", "--row", CELL.row]
-    assert cli.main([*words, "--json"]) == 0
+    assert main.main([*words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["ok"], told["arch"], told["built"]) == (True, "sm86", 1)
     [program] = told["cells"][CELL.id]["programs"]
     assert (program["kernel"], program["faults"]) == ("decode", [])
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     text = capsys.readouterr().out
     assert text.startswith("NVIDIA GeForce RTX 3090 (sm86), Triton 3.")
     assert "built, never run" in text
@@ -179,7 +185,9 @@ def test_a_fault_is_told_and_ends_with_1(
 ) -> None:
     monkeypatch.setattr(compiled, "default_folder", lambda: tmp_path)
     monkeypatch.setattr(compiling, "MOST_THREADS", 128)
-    assert cli.main(["compile", "--hardware", "mi300x", "--row", CELL.row]) == cli.EXIT_PROBLEM
+    assert (
+        main.main(["compile", "--hardware", "mi300x", "--row", CELL.row]) == exit_codes.EXIT_PROBLEM
+    )
     text = capsys.readouterr().out
     assert "FAULT decode on gfx942 8 warps of 64 threads are 512 threads" in text
 
@@ -201,5 +209,5 @@ def test_without_triton_the_command_says_what_to_install(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiling, "has_triton", lambda: False)
-    assert cli.main(["compile", "--hardware", "rtx-3090"]) == cli.EXIT_USAGE
+    assert main.main(["compile", "--hardware", "rtx-3090"]) == exit_codes.EXIT_USAGE
     assert "pip install 'quantmatrix[compile]'" in capsys.readouterr().err

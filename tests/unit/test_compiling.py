@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from quantmatrix import compiling, matrix
-from quantmatrix.compiling import TARGETS, Program
 from quantmatrix.errors import UsageError
-from quantmatrix.kernels import fp8_triton, int8_triton, launching, packed_triton
+from quantmatrix.kernels import compiling, fp8_triton, int8_triton, launching, packed_triton
+from quantmatrix.kernels.compiling import TARGETS, Program
 from quantmatrix.kernels.launching import Launch
+from quantmatrix.tables import read
 
 triton = pytest.importorskip("triton", reason="needs triton: the extra `compile`")
 
@@ -44,7 +44,7 @@ def see_multiply(arch: str, rows: int) -> Launch:
 
 
 def test_every_architecture_of_the_tables_has_a_target_or_no_triton() -> None:
-    rows = matrix.read().hardware.values()
+    rows = read.read().hardware.values()
     assert {row.arch for row in rows if row.vendor in launching.TRITON} <= set(TARGETS)
     with pytest.raises(UsageError, match="910b: no target of Triton is known"):
         compiling.find_target("910b")

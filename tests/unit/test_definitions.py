@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from quantmatrix.definitions import Package
-from quantmatrix.source_modules import CodeError, Definition
+from quantmatrix.proof.definitions import Package
+from quantmatrix.proof.source_modules import CodeError, Definition
 
 HEAD = "import math\nfrom quantmatrix.other import helper, LIMIT\nfrom quantmatrix import other\n"
 OTHER = (

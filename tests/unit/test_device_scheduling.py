@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from quantmatrix.device_scheduling import CELLS, SLOT, Workers, drop_first, read_worker
+from quantmatrix.harness.workers import CELLS, SLOT, Workers, drop_first, read_worker
 
 
 def start(workers: Workers, name: str) -> SimpleNamespace:
@@ -57,7 +57,7 @@ class Node:
 
 def make_scheduler(tests: list[str], names: list[str]) -> tuple[object, list[Node]]:
     pytest.importorskip("xdist")
-    from quantmatrix.device_scheduling import make_scheduler
+    from quantmatrix.harness.workers import make_scheduler
 
     option = SimpleNamespace(loadscopereorder=False)
     config = SimpleNamespace(getvalue=lambda name: ["popen"] * len(names), option=option)

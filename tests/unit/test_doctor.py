@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 
-from quantmatrix import cli, doctor, families, hardware
-from quantmatrix.hardware import Machine
+from quantmatrix import families
+from quantmatrix.cli import main
+from quantmatrix.hardware import packages as hardware_packages
+from quantmatrix.hardware import probe
+from quantmatrix.hardware.machine import Machine
+from quantmatrix.runtime import doctor
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +29,8 @@ def test_this_machine(found: dict[str, Any]) -> None:
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["torch"]["version"] == torch.__version__
     assert found["torch"]["error"] is None
-    assert found["machine"]["device"] == hardware.probe().device
-    assert set(found["packages"]) == set(hardware.OPTIONAL_PACKAGES)
+    assert found["machine"]["device"] == probe.probe().device
+    assert set(found["packages"]) == set(hardware_packages.OPTIONAL_PACKAGES)
     assert found["versions"]["quantmatrix"]
     assert Path(found["hub"]["cache"]).is_absolute()
 
@@ -60,7 +64,7 @@ def test_a_scheme_without_a_kernel_says_why(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_in_words(found: dict[str, Any]) -> None:
     text = doctor.to_text(found)
-    for word in (*hardware.OPTIONAL_PACKAGES, *families.IDS, found["torch"]["version"]):
+    for word in (*hardware_packages.OPTIONAL_PACKAGES, *families.IDS, found["torch"]["version"]):
         assert word in text
     assert text.endswith("no problems found") == (not found["problems"])
     assert "nan" not in text.split()
@@ -82,10 +86,10 @@ def test_a_gpu_in_words(found: dict[str, Any]) -> None:
 
 
 def test_flaws_in_words(found: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "multiplies_int8_exactly", lambda: False)
+    monkeypatch.setattr(probe, "multiplies_int8_exactly", lambda: False)
     text = doctor.to_text(doctor.examine())
     assert "flaw          linear.int8: int8: torch's integer product is not exact" in text
-    monkeypatch.setattr(hardware, "multiplies_int8_exactly", lambda: True)
+    monkeypatch.setattr(probe, "multiplies_int8_exactly", lambda: True)
     assert "flaw" not in doctor.to_text(doctor.examine())
 
 
@@ -93,7 +97,7 @@ def test_flaws_in_words(found: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
 def test_the_command(
     flags: list[str], capsys: pytest.CaptureFixture[str], found: dict[str, Any]
 ) -> None:
-    assert cli.main(["doctor", *flags]) == 0
+    assert main.main(["doctor", *flags]) == 0
     out = capsys.readouterr().out
     if flags:
         assert json.loads(out) == found
@@ -105,10 +109,10 @@ def test_the_command(
     ("kind", "state"), [("engine", "installed"), ("look-alike", "look-alike"), (None, "missing")]
 )
 def test_nunchaku(monkeypatch: pytest.MonkeyPatch, kind: str | None, state: str) -> None:
-    monkeypatch.setattr(hardware, "inspect_nunchaku", lambda: (kind, "the explanation"))
+    monkeypatch.setattr(hardware_packages, "inspect_nunchaku", lambda: (kind, "the explanation"))
     package = doctor.examine_package("nunchaku")
     assert package["state"] == state
-    packages = {name: doctor.examine_package(name) for name in hardware.OPTIONAL_PACKAGES}
+    packages = {name: doctor.examine_package(name) for name in hardware_packages.OPTIONAL_PACKAGES}
     problems = doctor.find_problems(doctor.examine_torch(), packages)
     assert ("the explanation" in problems) == (state == "look-alike")
 
@@ -130,9 +134,11 @@ def test_torch_that_cannot_be_imported(
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     monkeypatch.delitem(sys.modules, "torch")
-    installed = hardware.is_installed
+    installed = hardware_packages.is_installed
     monkeypatch.setattr(
-        hardware, "is_installed", lambda name: npu if name == "torch_npu" else installed(name)
+        hardware_packages,
+        "is_installed",
+        lambda name: npu if name == "torch_npu" else installed(name),
     )
     found = doctor.examine()
     assert found["machine"] is None
@@ -149,7 +155,7 @@ def test_torch_that_cannot_be_imported(
 def test_a_driver_without_a_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: str
 ) -> None:
-    monkeypatch.setattr(hardware, "inspect_nunchaku", lambda: (None, ""))
+    monkeypatch.setattr(hardware_packages, "inspect_nunchaku", lambda: (None, ""))
     loaded = tmp_path / "version"
     loaded.touch()
     drivers = {
@@ -157,7 +163,7 @@ def test_a_driver_without_a_device(
     }
     advice = doctor.DRIVERS[driver][1]
     monkeypatch.setattr(doctor, "DRIVERS", {**drivers, driver: (str(loaded), advice)})
-    packages = {name: doctor.examine_package(name) for name in hardware.OPTIONAL_PACKAGES}
+    packages = {name: doctor.examine_package(name) for name in hardware_packages.OPTIONAL_PACKAGES}
     here = {**doctor.examine_torch(), "devices": {"cpu": 1, "cuda": 0, "npu": 0, "mps": 0}}
     assert doctor.find_problems(here, packages) == [advice]
     seen = {**here, "devices": {"cpu": 1, "cuda": 1, "npu": 1, "mps": 0}}

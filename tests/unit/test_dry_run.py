@@ -8,14 +8,18 @@ from dataclasses import replace
 
 import pytest
 
-from quantmatrix import cli, dry_run, matrix, synthetic
+from quantmatrix.cli import main
 from quantmatrix.errors import UsageError
 from quantmatrix.exit_codes import NOTHING_COLLECTED
-from quantmatrix.planning import Plan, plan
+from quantmatrix.harness import dry_run
+from quantmatrix.measure.workbench import Workbench
 from quantmatrix.request import Request
-from quantmatrix.workbench import Workbench
+from quantmatrix.runtime import empty_model
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.types import Plan
+from quantmatrix.tables import read
 
-TABLES = matrix.read()
+TABLES = read.read()
 GUIDE = {  # the table of the guide, with what makes its weights on a B200
     "BBuf/flux1-dev-modelopt-fp8-sglang-transformer": "linear.fp8: torch",
     "BBuf/flux2-dev-modelopt-fp8-sglang-transformer": "linear.fp8: torch",
@@ -27,7 +31,7 @@ GUIDE = {  # the table of the guide, with what makes its weights on a B200
 
 
 def test_b200_job_is_the_six_checkpoints_of_the_guide(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["matrix", "dry-run", "--hardware", "b200", "--json"]) == 0
+    assert main.main(["matrix", "dry-run", "--hardware", "b200", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["ok"], told["job"]) == (True, "multimodal-gen-test-1-b200")
     cells = {cell["checkpoint"]: cell for cell in told["cells"]}
@@ -43,7 +47,7 @@ def test_b200_job_is_the_six_checkpoints_of_the_guide(capsys: pytest.CaptureFixt
 
 
 def test_four_cards_share_the_guides_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["matrix", "dry-run", "--hardware", "rtx-5090-x4"]) == 0
+    assert main.main(["matrix", "dry-run", "--hardware", "rtx-5090-x4"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("gpu-rtx-5090-x4: 1 checkpoint of the guide on 4x NVIDIA GeForce")
     assert "--nproc-per-node 4" in text
@@ -63,8 +67,8 @@ def test_true_sizes_lie_between_all_and_nothing_quantized() -> None:
 def test_same_arithmetic_gives_what_a_plan_measures_in_files(
     row: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = synthetic.build_plain
-    monkeypatch.setattr(synthetic, "build_plain", lambda model, size: build(model, "tiny"))
+    build = empty_model.build_plain
+    monkeypatch.setattr(empty_model, "build_plain", lambda model, size: build(model, "tiny"))
     dry_run.list_parameters.cache_clear()
     cell = next(cell for cell in TABLES.cells if cell.id == f"{row}@b200")
     made = plan(Workbench(TABLES, tiny=True).planned_request(cell))
@@ -80,7 +84,7 @@ def test_refused_plan_is_told_and_fails(
 ) -> None:
     cell = next(cell for cell in TABLES.cells if cell.claim == "refused" and "b200" in cell.id)
     monkeypatch.setattr(dry_run, "choose_cells", lambda tables, hardware: [cell])
-    assert cli.main(["matrix", "dry-run", "--hardware", "b200"]) == 1
+    assert main.main(["matrix", "dry-run", "--hardware", "b200"]) == 1
     assert f"refused [{cell.rule}]" in capsys.readouterr().out
 
 
@@ -88,7 +92,7 @@ def test_nothing_to_run_is_not_success(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(dry_run, "choose_cells", lambda tables, hardware: [])
-    assert cli.main(["matrix", "dry-run", "--hardware", "b200"]) == NOTHING_COLLECTED
+    assert main.main(["matrix", "dry-run", "--hardware", "b200"]) == NOTHING_COLLECTED
     monkeypatch.undo()
     with pytest.raises(UsageError, match=r"b300.*known: cpu, a100"):
         dry_run.choose_cells(TABLES, "b300")

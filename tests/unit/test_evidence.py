@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from observed import fake_pictures
 
-from quantmatrix import evidence as records
-from quantmatrix.evidence import CheckResult, Evidence, EvidenceError
+from quantmatrix.proof import record as records
+from quantmatrix.proof import store
+from quantmatrix.proof.record import CheckResult, Evidence, EvidenceError
 
 CELL = {
     "id": "flux-1-fp8@cpu+decode",
@@ -52,16 +53,16 @@ def make(**changes: object) -> Evidence:
 
 
 def test_a_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
-    path = records.write(make(), tmp_path)
+    path = store.write(make(), tmp_path)
     assert path == tmp_path / "cpu" / "flux-1-fp8+decode.json"
-    assert records.read(path) == make()
-    assert records.read_folder(tmp_path) == {"flux-1-fp8@cpu+decode": make()}
+    assert store.read(path) == make()
+    assert store.read_folder(tmp_path) == {"flux-1-fp8@cpu+decode": make()}
 
 
 def test_bytes_are_sorted_and_equal_for_equal_records() -> None:
     shuffled = dict(sorted(CELL.items(), reverse=True))
-    assert records.encode(make()) == records.encode(make(cell=shuffled))
-    record = json.loads(records.encode(make()))
+    assert store.encode(make()) == store.encode(make(cell=shuffled))
+    record = json.loads(store.encode(make()))
     assert list(record) == sorted(record)
     assert record["schema"] == 1
 
@@ -72,16 +73,16 @@ def test_only_finite_numbers(value: float, tmp_path: Path) -> None:
     with pytest.raises(
         EvidenceError, match=r"checks\.load\.metrics\.steps\[0\]\.psnr_db: .*finite"
     ):
-        records.write(make(checks={"load": check}), tmp_path)
+        store.write(make(checks={"load": check}), tmp_path)
     assert not list(tmp_path.rglob("*"))
 
 
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_a_file_with_other_numbers_is_refused(word: str, tmp_path: Path) -> None:
-    path = records.write(make(), tmp_path)
+    path = store.write(make(), tmp_path)
     path.write_text(path.read_text().replace("0.25", word))
     with pytest.raises(EvidenceError, match=r"decode\.json: timings\.load: .*not a finite number"):
-        records.read(path)
+        store.read(path)
 
 
 def test_pictures_of_a_record_are_exactly_thumbnails(tmp_path: Path) -> None:
@@ -89,8 +90,8 @@ def test_pictures_of_a_record_are_exactly_thumbnails(tmp_path: Path) -> None:
         return make(checks={"latents": CheckResult("pass", {"thumbnails": pictures})})
 
     whole = fake_pictures("a")
-    path = records.write(hold(whole), tmp_path)
-    assert records.read(path).checks["latents"].metrics["thumbnails"] == whole
+    path = store.write(hold(whole), tmp_path)
+    assert store.read(path).checks["latents"].metrics["thumbnails"] == whole
     where = r"checks\.latents\.metrics\.thumbnails: "
     for wrong, why in (
         ({**whole, "quantized": "https://example.org/x.png"}, "quantized: 'https"),
@@ -98,15 +99,15 @@ def test_pictures_of_a_record_are_exactly_thumbnails(tmp_path: Path) -> None:
         (None, "expected an object with baseline"),
     ):
         with pytest.raises(EvidenceError, match=where + why):
-            records.write(hold(wrong), tmp_path)
+            store.write(hold(wrong), tmp_path)
     path.write_text(path.read_text().replace('"gain": 8', '"gain": "8"'))
     with pytest.raises(EvidenceError, match=where + "gain: '8'"):
-        records.read(path)
+        store.read(path)
 
 
 def test_only_plain_data() -> None:
     with pytest.raises(EvidenceError, match=r"Path|Posix"):
-        records.encode(make(plan={"file": Path("x")}))
+        store.encode(make(plan={"file": Path("x")}))
 
 
 @pytest.mark.parametrize(
@@ -129,31 +130,31 @@ def test_only_plain_data() -> None:
     ],
 )
 def test_problems_are_named(change: dict[str, object], problem: str) -> None:
-    record = {**json.loads(records.encode(make())), **change}
+    record = {**json.loads(store.encode(make())), **change}
     with pytest.raises(EvidenceError, match=r"some\.json") as caught:
-        records.decode(json.dumps(record).encode(), "some.json")
+        store.decode(json.dumps(record).encode(), "some.json")
     assert problem in str(caught.value)
 
 
 def test_a_missing_key_and_torn_json_are_named() -> None:
-    record = json.loads(records.encode(make()))
+    record = json.loads(store.encode(make()))
     del record["machine"]
     with pytest.raises(EvidenceError, match="machine: missing"):
-        records.decode(json.dumps(record).encode())
+        store.decode(json.dumps(record).encode())
     with pytest.raises(EvidenceError, match="not JSON"):
-        records.decode(records.encode(make())[:-20])
+        store.decode(store.encode(make())[:-20])
 
 
 def test_a_record_under_a_wrong_name_is_refused(tmp_path: Path) -> None:
-    path = records.write(make(), tmp_path)
+    path = store.write(make(), tmp_path)
     other = path.with_name("other.json")
     path.rename(other)
     with pytest.raises(EvidenceError, match=r"holds the record of flux-1-fp8@cpu\+decode"):
-        records.read_folder(tmp_path)
+        store.read_folder(tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_record(tmp_path: Path, monkeypatch) -> None:
-    path = records.write(make(), tmp_path)
+    path = store.write(make(), tmp_path)
     before = path.read_bytes()
 
     def full(*_: object) -> None:
@@ -161,7 +162,7 @@ def test_a_failed_write_leaves_the_old_record(tmp_path: Path, monkeypatch) -> No
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        records.write(make(commit="def"), tmp_path)
+        store.write(make(commit="def"), tmp_path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
@@ -179,7 +180,7 @@ while True:
 
 def test_a_killed_writer_leaves_a_whole_record(tmp_path: Path) -> None:
     big = CheckResult("pass", {"steps": [{"psnr_db": 30.0 + i} for i in range(3000)]})
-    path = records.write(make(checks={"latents": big}), tmp_path)
+    path = store.write(make(checks={"latents": big}), tmp_path)
     random.seed(0)
     for _ in range(5):
         command = [sys.executable, "-c", WRITER, str(tmp_path)]
@@ -188,8 +189,8 @@ def test_a_killed_writer_leaves_a_whole_record(tmp_path: Path) -> None:
             assert writer.stdout.readline() == "ready\n"
             time.sleep(random.random() * 0.05)
             writer.send_signal(signal.SIGKILL)
-        assert records.read(path).checks["latents"] == big
-    records.remove_leftovers(tmp_path, older_than=-1.0)
+        assert store.read(path).checks["latents"] == big
+    store.remove_leftovers(tmp_path, older_than=-1.0)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 

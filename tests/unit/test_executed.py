@@ -11,11 +11,14 @@ import pytest
 import shards
 from tables import write_tables
 
-from quantmatrix import cli, evidence, executed, matrix
-from quantmatrix.evidence import CheckResult, Evidence
+from quantmatrix.cli import main
 from quantmatrix.exit_codes import CLAIM_VIOLATED, NOT_EXECUTED, NOTHING_COLLECTED
-from quantmatrix.freshness import sign
-from quantmatrix.matrix import Matrix
+from quantmatrix.harness import completeness
+from quantmatrix.proof import store
+from quantmatrix.proof.freshness import sign
+from quantmatrix.proof.record import CheckResult, Evidence, describe_cell
+from quantmatrix.tables import read
+from quantmatrix.tables.rows import Matrix
 
 GOOD = "row-1@cpu+reference"
 
@@ -31,14 +34,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tables(project: Path) -> Matrix:
     """Its tables."""
-    return matrix.read(project / "matrix")
+    return read.read(project / "matrix")
 
 
 @pytest.fixture
 def check(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """`quantmatrix evidence check`, on the project's tables."""
-    monkeypatch.setattr(matrix, "tables_folder", lambda: project / "matrix")
-    return lambda *words: cli.main(["evidence", "check", *map(str, words)])
+    monkeypatch.setattr(read, "tables_folder", lambda: project / "matrix")
+    return lambda *words: main.main(["evidence", "check", *map(str, words)])
 
 
 def fill(tables: Matrix, folder: Path, **verdicts: str) -> Path:
@@ -50,8 +53,8 @@ def fill(tables: Matrix, folder: Path, **verdicts: str) -> Path:
             if verdict:
                 results[name] = CheckResult(verdict, message="no" if verdict == "fail" else "")
         if results:
-            record = Evidence(evidence.describe_cell(cell, tables), results)
-            evidence.write(sign(record, tables.hardware[cell.hardware]), folder)
+            record = Evidence(describe_cell(cell, tables), results)
+            store.write(sign(record, tables.hardware[cell.hardware]), folder)
     return folder
 
 
@@ -181,21 +184,21 @@ def test_junit_cases(cases: list[tuple[str, str]], verdict: str | None, tmp_path
     text = "".join(CASE.format(cell=GOOD, told=told, end=end) for told, end in cases)
     path.write_text(f"<testsuites><testsuite>{text}</testsuite></testsuites>")
     wanted = {} if verdict is None else {GOOD: {"latents": verdict}}
-    assert executed.read_junit(path) == wanted
+    assert completeness.read_junit(path) == wanted
 
 
 def test_a_failure_in_any_file_is_a_failure() -> None:
     good, bad = {GOOD: {"load": "pass", "latents": "pass"}}, {GOOD: {"latents": "fail"}}
     for order in ((good, bad), (bad, good)):
-        assert executed.combine(order) == {GOOD: {"load": "pass", "latents": "fail"}}
+        assert completeness.combine(order) == {GOOD: {"load": "pass", "latents": "fail"}}
 
 
 def test_a_file_that_is_no_junit_is_named(tmp_path: Path, check: Callable[..., int]) -> None:
     path = tmp_path / "junit.xml"
     path.write_text("<testsuites>")
     assert check(path, "--planned", "cpu") == 1
-    with pytest.raises(executed.ExecutedError, match=r"junit\.xml: not a JUnit report"):
-        executed.read_junit(path)
+    with pytest.raises(completeness.ExecutedError, match=r"junit\.xml: not a JUnit report"):
+        completeness.read_junit(path)
 
 
 def test_the_record_of_a_changed_row_was_not_executed(
@@ -211,7 +214,7 @@ def test_the_record_of_a_changed_row_was_not_executed(
     assert out[0] == "stale: row-1@cpu+reference: flags was ['--seed', '7'], is []"
     assert "row not executed: row-1@cpu+reference (load, latents)" in out
     words = ["evidence", "merge", str(folder), "--output-path", str(tmp_path / "merged")]
-    assert cli.main([*words, "--planned", "cpu", "--json"]) == 1
+    assert main.main([*words, "--planned", "cpu", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert set(found["stale"]) == set(found["missing"]) == {GOOD, "row-1@cpu+decode"}
 
@@ -222,10 +225,10 @@ def test_a_claimed_failure_holds_while_it_fails(
 ) -> None:
     case = {**shards.CASES[0], "checkpoint": "flux-1-fp8", "claim": "failing"}
     case |= {"rule": "latents", "notes": "white pictures"}
-    tables = matrix.read(write_tables(tmp_path / "matrix", [case]))
-    monkeypatch.setattr(matrix, "tables_folder", lambda: tmp_path / "matrix")
+    tables = read.read(write_tables(tmp_path / "matrix", [case]))
+    monkeypatch.setattr(read, "tables_folder", lambda: tmp_path / "matrix")
     folder = fill(tables, tmp_path / "found", row0_latents=verdict)
-    assert cli.main(["evidence", "check", str(folder), "--planned", "cpu"]) == code
+    assert main.main(["evidence", "check", str(folder), "--planned", "cpu"]) == code
 
 
 @pytest.mark.parametrize(
@@ -256,10 +259,12 @@ def test_a_check_on_request_is_planned_where_it_is_named(tables: Matrix) -> None
     cells = [replace(cell, checks=("load", "true-size")) for cell in tables.cells[:1]]
     name = cells[0].id
     done = {name: {"load": "pass"}}
-    assert executed.compare(cells, done).code == 0
-    asked = executed.compare(cells, done, ["true-size"])
+    assert completeness.compare(cells, done).code == 0
+    asked = completeness.compare(cells, done, ["true-size"])
     assert (asked.code, asked.missing) == (NOT_EXECUTED, {name: ("true-size",)})
     both = {name: {"load": "pass", "true-size": "pass"}}
     assert (
-        executed.compare(cells, both).code == executed.compare(cells, both, ["true-size"]).code == 0
+        completeness.compare(cells, both).code
+        == completeness.compare(cells, both, ["true-size"]).code
+        == 0
     )

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from quantmatrix import tiny
-from quantmatrix.experts import EXPERTS, read_noise, warn_of_expert
-from quantmatrix.planning import plan
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.experts import EXPERTS, read_noise, warn_of_expert
+from quantmatrix.tiny import hub
 
 NAMES = {
     "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors": "low",
@@ -59,9 +59,9 @@ def test_a_model_without_experts_has_none() -> None:
 @pytest.mark.parametrize("noise", ["low", "high"])
 @pytest.mark.parametrize("form", ["weights", "folder", "named folder"])
 def test_a_plan_warns(tmp_path: Path, component: str, noise: str, form: str) -> None:
-    reference, folder = "Wan-AI/Wan2.2-T2V-A14B-Diffusers", tiny.default_folder()
-    tiny.ensure(reference, folder)
-    base = tiny.find_snapshot(reference, folder)
+    reference, folder = "Wan-AI/Wan2.2-T2V-A14B-Diffusers", hub.default_folder()
+    hub.ensure(reference, folder)
+    base = hub.find_snapshot(reference, folder)
     place = tmp_path / "given" / ("x" if form == "weights" else f"{noise}_noise_model")
     place.mkdir(parents=True)
     name = f"wan_{noise}_noise.safetensors" if form == "weights" else "w.safetensors"
@@ -78,8 +78,8 @@ def test_a_plan_warns(tmp_path: Path, component: str, noise: str, form: str) -> 
 
 
 def test_the_base_itself_is_not_judged_by_its_place(tmp_path: Path) -> None:
-    reference, folder = "Wan-AI/Wan2.2-T2V-A14B-Diffusers", tiny.default_folder()
-    tiny.ensure(reference, folder)
+    reference, folder = "Wan-AI/Wan2.2-T2V-A14B-Diffusers", hub.default_folder()
+    hub.ensure(reference, folder)
     base = tmp_path / "low_noise"
-    base.symlink_to(tiny.find_snapshot(reference, folder))
+    base.symlink_to(hub.find_snapshot(reference, folder))
     assert not [text for text in plan(model_path=str(base)).warnings if "by its name" in text]

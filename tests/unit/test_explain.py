@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 from tables import CASES, CHECKPOINTS, write_tables
 
-from quantmatrix import evidence as records
-from quantmatrix import hardware, matrix
-from quantmatrix.cli import main
+from quantmatrix.cli.main import main
 from quantmatrix.errors import UsageError
-from quantmatrix.evidence import CheckResult, Evidence
-from quantmatrix.explain import Explainer, find_checkpoints, find_hardware
-from quantmatrix.freshness import sign
-from quantmatrix.matrix import Matrix
+from quantmatrix.hardware import probe
+from quantmatrix.proof import record as records
+from quantmatrix.proof import store
+from quantmatrix.proof.freshness import sign
+from quantmatrix.proof.record import CheckResult, Evidence
+from quantmatrix.report.explain import Explainer, find_checkpoints, find_hardware
+from quantmatrix.tables import identify, read
+from quantmatrix.tables.rows import Matrix
 
 PROVEN = "fp8-flux-1@cpu+decode"
 REFUSED = "svdq-flux-1-hopper@h100"
@@ -23,7 +25,7 @@ REFUSED = "svdq-flux-1-hopper@h100"
 
 @pytest.fixture
 def tables(tmp_path: Path) -> Matrix:
-    return matrix.read(write_tables(tmp_path / "matrix"))
+    return read.read(write_tables(tmp_path / "matrix"))
 
 
 def observe(tables: Matrix, name: str, *, fails: str = "") -> Evidence:
@@ -67,7 +69,7 @@ def test_a_name_shared_by_models_is_told_apart_by_model(tmp_path: Path) -> None:
     twin = {"id": "flux-2-svdq", "model": "flux-2", "base": "some/flux-2"}
     name = {"reference": "some/svdq/svdq-int4_r32-flux2.safetensors"}
     rows = [*CHECKPOINTS, {**CHECKPOINTS[2], **twin, **name}]
-    tables = matrix.read(write_tables(tmp_path / "m", CASES, rows))
+    tables = read.read(write_tables(tmp_path / "m", CASES, rows))
     both = find_checkpoints(tables, "some/svdq")
     assert [row.id for row in both] == ["flux-1-svdq", "flux-2-svdq"]
     [one] = find_checkpoints(tables, "some/svdq", "flux-2")
@@ -89,7 +91,7 @@ def test_unknown_words_are_answered_with_near_ones(tables: Matrix) -> None:
 
 
 def test_auto_is_the_row_of_this_machine(tables: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "probe", lambda: hardware.from_row(tables.hardware["h100"]))
+    monkeypatch.setattr(probe, "probe", lambda: identify.from_row(tables.hardware["h100"]))
     assert find_hardware(tables, "auto") == ("h100",)
 
 
@@ -139,7 +141,7 @@ def test_proven_is_nearer_than_the_same_family(tmp_path: Path) -> None:
     other = {"id": "flux-1-svdq-2", "reference": "some/svdq/svdq-int4_r32-other.safetensors"}
     twin = {"id": "svdq-twin", "checkpoint": "flux-1-svdq-2", "hardware": "h100"}
     rows = [*CHECKPOINTS, {**CHECKPOINTS[2], **other}]
-    tables = matrix.read(write_tables(tmp_path / "m", [*CASES, {**CASES[0], **twin}], rows))
+    tables = read.read(write_tables(tmp_path / "m", [*CASES, {**CASES[0], **twin}], rows))
     [found] = Explainer(tables, {}).explain("flux-1-svdq", "h100")
     assert [a.checkpoint for a in found.alternatives] == ["flux-1-svdq-2"]
     far = "fp8-flux-1@h100+decode"
@@ -160,8 +162,8 @@ def test_a_gap_is_said_and_can_be_planned(explainer: Explainer) -> None:
 def test_command(
     tables: Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(matrix, "tables_folder", lambda: tmp_path / "matrix")
-    records.write(observe(tables, PROVEN), tmp_path / "reports" / "evidence")
+    monkeypatch.setattr(read, "tables_folder", lambda: tmp_path / "matrix")
+    store.write(observe(tables, PROVEN), tmp_path / "reports" / "evidence")
     words = ["explain", "--checkpoint", "some/flux1-fp8", "--hardware", "cpu"]
     assert main(words) == 0
     text = capsys.readouterr().out

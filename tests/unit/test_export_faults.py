@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from quantmatrix import families
-from quantmatrix.checkpoint import Checkpoint, TensorHeader
+from quantmatrix.checkpoints.checkpoint import Checkpoint
+from quantmatrix.checkpoints.header import TensorHeader
 from quantmatrix.errors import CheckpointError
-from quantmatrix.export_faults import check_export, list_doubts
-from quantmatrix.unknown_quantization import explain_unknown
+from quantmatrix.families.producers.modelopt_faults import check_export, list_doubts
+from quantmatrix.families.unknown_quantization import explain_unknown
 
 Headers = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -110,8 +111,8 @@ def test_other_methods_are_none_of_its_business() -> None:
 def test_a_saved_simulation_is_no_model_in_full_precision(tmp_path: Path) -> None:
     from weight_files import write_json, write_weights
 
-    from quantmatrix.describe import inspect
-    from quantmatrix.planning import plan
+    from quantmatrix.runtime.plan.decide import plan
+    from quantmatrix.runtime.plan.inspect import inspect
 
     layer = "transformer_blocks.0.attn.to_q"
     write_json(tmp_path / "config.json", {"_class_name": "FluxTransformer2DModel"})

@@ -12,9 +12,10 @@ import pytest
 from observed import PROVEN, find, observe_run
 from tables import CASES, write_tables
 
-from quantmatrix import evidence as records
-from quantmatrix import facts, matrix, merge
-from quantmatrix.evidence import CheckResult, Evidence
+from quantmatrix.proof import facts, merge
+from quantmatrix.proof import store as records
+from quantmatrix.proof.record import CheckResult, Evidence
+from quantmatrix.tables import read
 
 pytest_plugins = "pytester"
 TODAY = date(2026, 11, 24)
@@ -23,7 +24,7 @@ Change = Callable[[Evidence], dict[str, Any]]
 
 @pytest.fixture
 def record(tmp_path: Path) -> Evidence:
-    tables = matrix.read(write_tables(tmp_path / "matrix"))
+    tables = read.read(write_tables(tmp_path / "matrix"))
     made = observe_run(tables, find(tables, PROVEN))
     latents = made.checks["latents"]
     metrics = {**latents.metrics, "peak": {"bf16_bytes": 1000}, "stages": {"seconds": 0.5}}

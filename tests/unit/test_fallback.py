@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from quantmatrix import cli, models, quantize
+from quantmatrix import models
+from quantmatrix.cli import main
 from quantmatrix.errors import UsageError
-from quantmatrix.fallback import Share, Study, find_smallest, group_modules, rank_modules
+from quantmatrix.measure.fallback import Share, Study, find_smallest, group_modules, rank_modules
 from quantmatrix.request import Request
-from quantmatrix.run import generate
+from quantmatrix.runtime.generate import generate
+from quantmatrix.tools import quantize
 
 BASES = {"flux-1": "black-forest-labs/FLUX.1-dev", "qwen-image": "Qwen/Qwen-Image"}
 CASES = [
@@ -110,7 +112,7 @@ CHECKPOINT = ["--transformer-path", "BBuf/flux1-dev-modelopt-nvfp4-sglang-transf
 def test_the_command_writes_numbers_and_a_picture(tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     words = [*WORDS, *CHECKPOINT, "--by", "block", "--target-psnr", "20", "--output-path", str(out)]
-    assert cli.main([*words, "--json"]) == 0
+    assert main.main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((out / "fallback.json").read_text())
     assert found["kept"] == []
@@ -124,7 +126,7 @@ def test_the_command_writes_numbers_and_a_picture(tmp_path: Path, capsys: Any) -
 
 
 def test_a_target_that_cannot_be_met_by_quantized_layers_keeps_all(capsys: Any) -> None:
-    assert cli.main([*WORDS, *CHECKPOINT, "--by", "block", "--target-psnr", "500"]) == 0
+    assert main.main([*WORDS, *CHECKPOINT, "--by", "block", "--target-psnr", "500"]) == 0
     assert "which meets 500 dB" in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -139,5 +141,5 @@ def test_a_target_that_cannot_be_met_by_quantized_layers_keeps_all(capsys: Any) 
     ],
 )
 def test_what_cannot_be_studied(words: list[str], said: str, capsys: Any) -> None:
-    assert cli.main(words) == 2
+    assert main.main(words) == 2
     assert said in capsys.readouterr().err

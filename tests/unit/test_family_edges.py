@@ -12,18 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from quantmatrix import families, svdq_packing
-from quantmatrix.checkpoint import Checkpoint, TensorHeader
+from quantmatrix import families
+from quantmatrix.checkpoints.checkpoint import Checkpoint
+from quantmatrix.checkpoints.header import TensorHeader
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families import modelopt_fp8, modelopt_nvfp4, msmodelslim, nunchaku_svdq
+from quantmatrix.families.nunchaku_svdq.layers import BARE_SCALE
+from quantmatrix.families.nunchaku_svdq.writer import code_nvfp4, find_smoothing
 from quantmatrix.families.protocol import Calibration
-from quantmatrix.families.svdq_layers import BARE_SCALE
-from quantmatrix.families.svdq_writer import code_nvfp4, find_smoothing
-from quantmatrix.formats import E4M3_MAX, decode_e2m1
-from quantmatrix.kernels import kernels_of
+from quantmatrix.kernels import kernels_of, svdq_packing
+from quantmatrix.kernels.number_formats import E4M3_MAX, decode_e2m1
 from quantmatrix.kernels.nvfp4_arithmetic import decode_residual, encode, round_inputs
-from quantmatrix.placement import ignored_names
-from quantmatrix.stored_values import NUMBERS, check_plain, check_stored
+from quantmatrix.runtime.plan.placement import ignored_names
+from quantmatrix.runtime.stored_values import NUMBERS, check_plain, check_stored
 
 TINY = torch.finfo(torch.float32).tiny
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",

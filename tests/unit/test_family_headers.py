@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from quantmatrix import families
-from quantmatrix.checkpoint import Checkpoint, TensorHeader
+from quantmatrix.checkpoints.checkpoint import Checkpoint
+from quantmatrix.checkpoints.header import TensorHeader
 from quantmatrix.errors import CheckpointError
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]

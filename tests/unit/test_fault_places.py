@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from quantmatrix import faults, matrix, mutation
-from quantmatrix.mutation import Mutator
-from quantmatrix.pipeline import build_pipeline
+from quantmatrix.harness.mutation import faults
+from quantmatrix.harness.mutation.judge import Mutator, NotApplicable, choose_rows
+from quantmatrix.runtime.pipeline import build_pipeline
+from quantmatrix.tables import read
 
 REPORTS = Path(__file__).resolve().parents[2] / "reports"
 with (REPORTS / "mutation.csv").open() as stream:
@@ -35,7 +36,7 @@ def choose_places() -> list[tuple[str, str, bool]]:
 
 @pytest.fixture(scope="module")
 def mutator() -> Mutator:
-    return Mutator(matrix.read(), REPORTS / "limits.csv")
+    return Mutator(read.read(), REPORTS / "limits.csv")
 
 
 @pytest.mark.parametrize(("name", "row", "happens"), choose_places())
@@ -43,7 +44,7 @@ def test_where_a_fault_happens(
     name: str, row: str, happens: bool, mutator: Mutator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault = BY_NAME[name]
-    [cell] = mutation.choose_rows(mutator.tables, [row])
+    [cell] = choose_rows(mutator.tables, [row])
     request = mutator.bench.request(cell)
 
     def judge(_: Any, sound: Any, faulty: Any, model: Any) -> dict[str, str]:
@@ -51,7 +52,7 @@ def test_where_a_fault_happens(
             made = mutator.bench.plan(request)
             base = mutator.bench.plan(mutator.bench.base_request(cell, request))
             if not model.model(build_pipeline(made), made, base):
-                raise mutation.NotApplicable
+                raise NotApplicable
         else:
             assert faulty.hub != sound.hub
         return {"plan": "judged"}

@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from quantmatrix import families
-from quantmatrix.checkpoint import Checkpoint, Hub
+from quantmatrix.checkpoints.checkpoint import Checkpoint
+from quantmatrix.checkpoints.opening import open_weights
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families import fp8, modelopt_fp8
 from quantmatrix.families.protocol import Calibration
 from quantmatrix.kernels import kernels_of, linear_fp8, take_rows
-from quantmatrix.references import open_weights
+from quantmatrix.request import Hub
 from quantmatrix.scheme import Scheme
 
 CASES = [("fp8", name) for name in fp8.SCHEMES] + [("modelopt-fp8", "FP8")]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from quantmatrix.families import fp8
-from quantmatrix.formats import round_e4m3
 from quantmatrix.kernels import linear_fp8
+from quantmatrix.kernels.number_formats import round_e4m3
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

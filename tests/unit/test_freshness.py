@@ -11,12 +11,13 @@ import pytest
 from observed import PROVEN, REFUSED, find, observe
 from tables import CASES, write_tables
 
-from quantmatrix import matrix, states
-from quantmatrix.carried import Carried, CarriedError, Pair
-from quantmatrix.code_digest import own_code
-from quantmatrix.evidence import Evidence
-from quantmatrix.freshness import Now, find_age_problem, find_upgrades, shorten_version
-from quantmatrix.matrix import Matrix
+from quantmatrix.proof import states
+from quantmatrix.proof.carried import Carried, CarriedError, Pair
+from quantmatrix.proof.code_digest import own_code
+from quantmatrix.proof.freshness import Now, find_age_problem, find_upgrades, shorten_version
+from quantmatrix.proof.record import Evidence
+from quantmatrix.tables import read
+from quantmatrix.tables.rows import Matrix
 
 MACHINE = {"processor": "some", "devices": ["H100"], "memory_bytes": 2**37, "system": "Linux"}
 OLDER, OTHER = (f"sha256:{letter * 64}" for letter in "ab")
@@ -24,7 +25,7 @@ OLDER, OTHER = (f"sha256:{letter * 64}" for letter in "ab")
 
 @pytest.fixture
 def tables(tmp_path: Path) -> Matrix:
-    return matrix.read(write_tables(tmp_path / "matrix"))
+    return read.read(write_tables(tmp_path / "matrix"))
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_changed_code(tables: Matrix, now: Now, changes: dict[str, Any], reason:
 def test_a_changed_row_comes_before_the_code(tables: Matrix, now: Now, tmp_path: Path) -> None:
     record = observe(tables, PROVEN)
     cases = [{**CASES[0], "flags": "--seed 7"}, *CASES[1:]]
-    changed = matrix.read(write_tables(tmp_path / "changed", cases))
+    changed = read.read(write_tables(tmp_path / "changed", cases))
     state, reason = judge(changed, record, now)
     assert (state, "flags was" in reason) == ("stale", True)
 

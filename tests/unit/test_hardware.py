@@ -12,9 +12,19 @@ from typing import Any
 
 import pytest
 
-from quantmatrix import hardware
 from quantmatrix.errors import UsageError
-from quantmatrix.hardware import Machine
+from quantmatrix.hardware import probe
+from quantmatrix.hardware.machine import Machine
+from quantmatrix.hardware.packages import (
+    DISTRIBUTIONS,
+    OPTIONAL_PACKAGES,
+    find_package,
+    inspect_nunchaku,
+    installed_packages,
+    is_installed,
+    read_versions,
+)
+from quantmatrix.tables import identify
 
 BOMB = "raise RuntimeError('imported')\n"
 
@@ -26,7 +36,7 @@ def install(site: Path, name: str, files: tuple[str, ...], version: str = "") ->
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(BOMB)
     if version:
-        distribution = hardware.DISTRIBUTIONS.get(name, name).replace("-", "_")
+        distribution = DISTRIBUTIONS.get(name, name).replace("-", "_")
         info = site / f"{distribution}-{version}.dist-info"
         info.mkdir()
         text = f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
@@ -37,7 +47,7 @@ def install(site: Path, name: str, files: tuple[str, ...], version: str = "") ->
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that comes first on the import path; the optional packages of this place are hidden."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    find_spec = hardware.util.find_spec
+    find_spec = probe.util.find_spec
 
     def find_here(name: str) -> Any:
         spec = find_spec(name)
@@ -46,8 +56,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         )
         return spec if any(place.startswith(str(tmp_path)) for place in places) else None
 
-    monkeypatch.setattr(hardware.util, "find_spec", find_here)
-    for name in hardware.OPTIONAL_PACKAGES:  # another test may have imported it
+    monkeypatch.setattr(probe.util, "find_spec", find_here)
+    for name in OPTIONAL_PACKAGES:  # another test may have imported it
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
@@ -67,15 +77,15 @@ def test_a_row_is_a_machine(name: str) -> None:
         name=name, vendor=vendor, arch=arch, memory_gib=gib, packages=packages, devices=4
     )
     brought = {"triton"} if device == "cuda" else set()
-    assert hardware.from_row(row) == Machine(
+    assert identify.from_row(row) == Machine(
         name, vendor, arch, int(gib * 2**30), frozenset({*packages, *brought}), device, 4
     )
 
 
 def test_every_row_of_the_tables_is_a_machine() -> None:
-    from quantmatrix import matrix
+    from quantmatrix.tables import read
 
-    machines = {name: hardware.from_row(row) for name, row in matrix.read().hardware.items()}
+    machines = {name: identify.from_row(row) for name, row in read.read().hardware.items()}
     assert machines["cpu"].device == "cpu"
     assert machines["rtx-5090"].arch == "sm120"
     assert all(hash(machine) for machine in machines.values())
@@ -85,10 +95,10 @@ class TestProbe:
     """torch is the real one, its devices are not."""
 
     def test_cpu(self) -> None:
-        machine = hardware.probe("cpu")
+        machine = probe.probe("cpu")
         assert (machine.vendor, machine.arch, machine.device) == ("cpu", "cpu", "cpu")
         assert machine.memory_bytes > 2**30
-        assert machine.packages == hardware.installed_packages()
+        assert machine.packages == installed_packages()
 
     @pytest.fixture
     def give(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
@@ -125,14 +135,14 @@ class TestProbe:
     ) -> None:
         give(name="NVIDIA X", major=capability[0], minor=capability[1], gcnArchName="ignored")
         expected = Machine(
-            "NVIDIA X", "nvidia", arch, 2**34, hardware.installed_packages(), device or "cuda", 2
+            "NVIDIA X", "nvidia", arch, 2**34, installed_packages(), device or "cuda", 2
         )
-        assert hardware.probe(device) == expected
+        assert probe.probe(device) == expected
 
     def test_amd(self, give: Callable[..., None]) -> None:
         name = "gfx942:sramecc+:xnack-"
         give(hip="6.4", name="AMD Instinct MI300X", major=9, minor=4, gcnArchName=name)
-        machine = hardware.probe()
+        machine = probe.probe()
         assert (machine.vendor, machine.arch, machine.device) == ("amd", "gfx942", "cuda")
 
     @pytest.mark.parametrize(
@@ -140,7 +150,7 @@ class TestProbe:
     )
     def test_ascend(self, give: Callable[..., None], name: str, arch: str) -> None:
         give("npu", name=name)
-        machine = hardware.probe()
+        machine = probe.probe()
         assert (machine.vendor, machine.arch, machine.device) == ("ascend", arch, "npu")
         assert (machine.memory_bytes, machine.count) == (2**34, 2)
 
@@ -148,71 +158,71 @@ class TestProbe:
     def test_devices_that_are_not_here(self, give: Callable[..., None], device: str) -> None:
         give(name="NVIDIA X", major=9, minor=0)
         with pytest.raises(UsageError, match=r"no such device here; found: cpu \(1\), cuda \(2\)"):
-            hardware.probe(device)
+            probe.probe(device)
 
     def test_names_of_devices_are_in_the_fingerprint(self, give: Callable[..., None]) -> None:
         give(name="NVIDIA X", major=9, minor=0)
-        assert hardware.fingerprint()["devices"] == ["NVIDIA X", "NVIDIA X"]
+        assert probe.fingerprint()["devices"] == ["NVIDIA X", "NVIDIA X"]
 
 
 class TestPackages:
     """Found on disk, never imported."""
 
-    @pytest.mark.parametrize("name", sorted(set(hardware.OPTIONAL_PACKAGES) - {"nunchaku"}))
+    @pytest.mark.parametrize("name", sorted(set(OPTIONAL_PACKAGES) - {"nunchaku"}))
     def test_installed_without_import(self, site: Path, name: str) -> None:
-        assert not hardware.is_installed(name)
+        assert not is_installed(name)
         install(site, name, (), version="1.2.3")
-        assert hardware.is_installed(name)
-        assert hardware.find_package(name) == site / name
-        assert hardware.installed_packages() == {name}
-        assert hardware.read_versions((name,)) == {name: "1.2.3"}
+        assert is_installed(name)
+        assert find_package(name) == site / name
+        assert installed_packages() == {name}
+        assert read_versions((name,)) == {name: "1.2.3"}
         assert name not in sys.modules
 
     def test_a_folder_of_that_name_is_no_package(self, site: Path) -> None:
         (site / "triton").mkdir()
-        assert not hardware.is_installed("triton")
+        assert not is_installed("triton")
 
     def test_names_that_cannot_be_looked_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         broken = SimpleNamespace(__spec__=None)
         monkeypatch.setitem(sys.modules, "humming", broken)  # type: ignore[arg-type]
-        assert not hardware.is_installed("humming")
+        assert not is_installed("humming")
 
     ENGINE = ("ops/gemm.py", "models/linear.py", "_C.cpython-311-x86_64-linux-gnu.so")
     LOOK_ALIKE = ("nunchaku.py", "gibbs_sampler.py")
 
     def test_no_nunchaku(self, site: Path) -> None:
-        kind, text = hardware.inspect_nunchaku()
+        kind, text = inspect_nunchaku()
         assert kind is None
         assert "no package named nunchaku" in text
 
     @pytest.mark.parametrize("extension", [ENGINE[2], "_C.cp311-win_amd64.pyd"])
     def test_the_engine(self, site: Path, extension: str) -> None:
         install(site, "nunchaku", (*self.ENGINE[:2], extension), version="1.2.0+cu12.8torch2.9")
-        assert hardware.inspect_nunchaku() == ("engine", "the SVDQuant engine 1.2.0+cu12.8torch2.9")
-        assert hardware.installed_packages() == {"nunchaku"}
+        assert inspect_nunchaku() == ("engine", "the SVDQuant engine 1.2.0+cu12.8torch2.9")
+        assert installed_packages() == {"nunchaku"}
         assert "nunchaku" not in sys.modules
 
     def test_the_look_alike(self, site: Path) -> None:
         install(site, "nunchaku", self.LOOK_ALIKE, version="0.16.1")
-        kind, text = hardware.inspect_nunchaku()
+        kind, text = inspect_nunchaku()
         assert kind == "look-alike"
         for word in ("0.16.1", "statistics", "uninstall", "wheel"):
             assert word in text
-        assert hardware.installed_packages() == frozenset()
+        assert installed_packages() == frozenset()
         assert "nunchaku" not in sys.modules
 
     @pytest.mark.parametrize("missing", range(3))
     def test_half_an_engine(self, site: Path, missing: int) -> None:
         files = tuple(file for i, file in enumerate(self.ENGINE) if i != missing)
         install(site, "nunchaku", files)
-        kind, text = hardware.inspect_nunchaku()
+        kind, text = inspect_nunchaku()
         assert kind == "look-alike"
         assert ("_C", "ops/gemm.py", "models/linear.py")[(missing + 1) % 3] in text
-        assert "nunchaku" not in hardware.installed_packages()
+        assert "nunchaku" not in installed_packages()
 
 
 def test_versions_of_what_is_not_there_are_left_out() -> None:
-    assert set(hardware.read_versions(("pytest", "no-such-package-at-all"))) == {"pytest"}
+    assert set(read_versions(("pytest", "no-such-package-at-all"))) == {"pytest"}
 
 
 class TestFingerprint:
@@ -221,12 +231,12 @@ class TestFingerprint:
     def test_fields(self) -> None:
         import torch
 
-        found = hardware.fingerprint()
+        found = probe.fingerprint()
         assert found["processors"] == os.cpu_count()
         assert found["threads"] == torch.get_num_threads()
         assert found["versions"]["torch"] == torch.__version__
         assert found["python"] == ".".join(map(str, sys.version_info[:3]))
-        assert found == hardware.fingerprint()
+        assert found == probe.fingerprint()
 
     def test_torch_is_not_imported_for_it(self) -> None:
         code = (
@@ -241,11 +251,11 @@ class TestFingerprint:
             monkeypatch.setattr(Path, "read_text", lambda *_, **__: text)
 
         say("processor\t: 0\nmodel name\t: Some CPU: 3 GHz\nflags\t\t: fpu avx512f avx2 avx\n")
-        assert hardware.read_processor() == "Some CPU: 3 GHz"
-        assert hardware.read_instruction_sets() == ["avx2", "avx512f"]
+        assert probe.read_processor() == "Some CPU: 3 GHz"
+        assert probe.read_instruction_sets() == ["avx2", "avx512f"]
         say("processor\t: 0\nFeatures\t: fp asimd i8mm\n")
-        assert hardware.read_instruction_sets() == ["asimd", "i8mm"]
-        assert hardware.read_processor()
+        assert probe.read_instruction_sets() == ["asimd", "i8mm"]
+        assert probe.read_processor()
 
     def test_systems_that_do_not_say(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: Any, **__: Any) -> Any:
@@ -253,6 +263,6 @@ class TestFingerprint:
 
         monkeypatch.setattr(Path, "read_text", fail)
         monkeypatch.setattr(os, "sysconf", fail)
-        assert hardware.read_instruction_sets() == []
-        assert hardware.read_processor()
-        assert hardware.read_memory() == 0
+        assert probe.read_instruction_sets() == []
+        assert probe.read_processor()
+        assert probe.read_memory() == 0

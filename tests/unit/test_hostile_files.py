@@ -17,12 +17,20 @@ import pytest
 from weight_files import join_file, link_blob, make_cache, write_json, write_weights
 
 import quantmatrix
-from quantmatrix import cli, config_limits, evidence, pipeline_parts, places, strict_json, tiny
-from quantmatrix.checkpoint import Checkpoint, Hub, TensorHeader, read_header, read_json
+from quantmatrix import files, strict_json
+from quantmatrix.checkpoints.checkpoint import Checkpoint
+from quantmatrix.checkpoints.declaration import read_json
+from quantmatrix.checkpoints.header import TensorHeader, read_header
+from quantmatrix.checkpoints.opening import open_component, open_pipeline, open_weights
+from quantmatrix.cli import main
 from quantmatrix.errors import CheckpointError, UsageError
-from quantmatrix.job_summary import Shown, write_summary
+from quantmatrix.proof import store
+from quantmatrix.proof.record import EvidenceError
 from quantmatrix.quoting import escape_lines, escape_markdown, limit_message, quote
-from quantmatrix.references import open_component, open_pipeline, open_weights
+from quantmatrix.report.job_summary import Shown, write_summary
+from quantmatrix.request import Hub
+from quantmatrix.runtime.plan import config_limits, other_parts
+from quantmatrix.tiny.hub import remove_leftovers
 from quantmatrix.tools import (
     build_modelopt_fp8_transformer,
     build_modelopt_nvfp4_transformer,
@@ -108,8 +116,8 @@ def test_json_files_have_a_size_limit(tmp_path: Path) -> None:
     record = tmp_path / "cpu" / "a+b.json"
     record.parent.mkdir()
     path.rename(record)
-    with pytest.raises(evidence.EvidenceError, match="the limit is"):
-        evidence.read(record)
+    with pytest.raises(EvidenceError, match="the limit is"):
+        store.read(record)
 
 
 BAD_JSON = {
@@ -272,7 +280,7 @@ def test_classes_of_wrong_types_beside_weights(
     write_weights(tmp_path / "x.safetensors")
     write_json(tmp_path / "config.json", {"_class_name": value})
     base = ["--tiny", "--model-path", "black-forest-labs/FLUX.1-dev"]
-    assert cli.main(["plan", *base, "--transformer-path", str(tmp_path)]) == 1
+    assert main.main(["plan", *base, "--transformer-path", str(tmp_path)]) == 1
     said = capsys.readouterr().err
     assert re.search(r"config.json: _class_name is .* expected the name of a class", said)
     assert said.count("\n") == 1
@@ -351,9 +359,9 @@ def test_pickled_parts_are_refused_by_name(tmp_path: Path, name: str) -> None:
     write_json(folder / "config.json", {"_class_name": "AutoencoderKLWan"})
     (folder / name).write_bytes(b"\x80\x02}q\0.")
     with pytest.raises(CheckpointError, match=f"{name}: a pickle file .*--vae-path"):
-        pipeline_parts.check_part(folder, "vae", tmp_path)
+        other_parts.check_part(folder, "vae", tmp_path)
     write_weights(folder / "diffusion_pytorch_model.safetensors")
-    pipeline_parts.check_part(folder, "vae", tmp_path)  # what is read is not the pickle
+    other_parts.check_part(folder, "vae", tmp_path)  # what is read is not the pickle
 
 
 @pytest.mark.parametrize("kind", ["link", "folder", "index"])
@@ -369,7 +377,7 @@ def test_other_parts_that_lead_outside(tmp_path: Path, outside: Path, kind: str)
         weight_map = {"weight_map": {"a": "../../outside/secret.safetensors"}}
         write_json(folder / "model.safetensors.index.json", weight_map)
     with pytest.raises(CheckpointError, match=r"leads out of the folder|expected the file itself"):
-        pipeline_parts.check_part(folder, "vae", tmp_path / "in")
+        other_parts.check_part(folder, "vae", tmp_path / "in")
 
 
 def test_quoting() -> None:
@@ -400,7 +408,7 @@ def test_an_error_of_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str
     text = f'{{"a":{{"dtype":"{name}","shape":[1],"data_offsets":[0,1]}}}}'
     path = tmp_path / "x.safetensors"
     path.write_bytes(join_file(text.encode(), b"\0"))
-    assert cli.main(["inspect", str(path), "--json"]) == 1
+    assert main.main(["inspect", str(path), "--json"]) == 1
     said = capsys.readouterr()
     assert "has the dtype \\n::error::q q" in said.err
     assert len(said.err) < 1000
@@ -427,12 +435,12 @@ def test_leftovers_of_killed_processes(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_text("x")
         os.utime(tmp_path / name, (time.time() - age,) * 2)
-    tiny.remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".making-new"]
 
 
 def test_an_evidence_folder_that_is_a_file(tmp_path: Path) -> None:
-    from quantmatrix.pytest_plugin import check_evidence_folder
+    from quantmatrix.harness.plugin import check_evidence_folder
 
     path = tmp_path / "evidence"
     check_evidence_folder(path)
@@ -446,7 +454,7 @@ def test_an_evidence_folder_that_is_a_file(tmp_path: Path) -> None:
 def test_weights_are_written_with_the_ordinary_mode(tmp_path: Path) -> None:
     import torch
 
-    from quantmatrix.safetensors_writer import save_tensors
+    from quantmatrix.checkpoints.writer import save_tensors
 
     save_tensors({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
     (tmp_path / "y").touch()
@@ -481,12 +489,12 @@ def test_places_that_cannot_be_written(tmp_path: Path, where: str) -> None:
     path.write_text("x")
     if where == "below a file":
         with pytest.raises(UsageError, match="leads through it"):
-            places.check_place(path / "y" / "z")
+            files.check_place(path / "y" / "z")
 
 
 @pytest.mark.parametrize("about", ['"words"', "[1]", "1", "null"])
 def test_a_saved_run_that_describes_itself_in_a_wrong_type(tmp_path: Path, about: str) -> None:
-    from quantmatrix import saved_runs
+    from quantmatrix.measure import saved_runs
 
     path = tmp_path / "x.safetensors"
     write_weights(path, {"latents.000": ("F32", (1, 2))}, {saved_runs.KEY: about})
@@ -500,7 +508,7 @@ def test_words_of_diffusers_about_a_configuration() -> None:
 
     from diffusers.utils.logging import get_logger
 
-    from quantmatrix.library_logs import escaped
+    from quantmatrix.runtime.library_logs import escaped
 
     handler = get_logger("diffusers").handlers[0]
     with escaped():
@@ -511,7 +519,7 @@ def test_words_of_diffusers_about_a_configuration() -> None:
 
 
 def test_a_huge_file_in_a_packet_is_refused_by_its_header(tmp_path: Path) -> None:
-    from quantmatrix import packets
+    from quantmatrix.harness import packets
 
     path = tmp_path / packets.LATENTS
     with path.open("wb") as file:
@@ -526,9 +534,9 @@ def test_a_huge_file_in_a_packet_is_refused_by_its_header(tmp_path: Path) -> Non
 
 
 def test_a_model_index_without_a_transformer() -> None:
-    from quantmatrix.folders import LocalFolder
-    from quantmatrix.references import PipelineFolder
-    from quantmatrix.sources import component_names
+    from quantmatrix.checkpoints.local import LocalFolder
+    from quantmatrix.checkpoints.opening import PipelineFolder
+    from quantmatrix.runtime.plan.sources import component_names
 
     parts = {"vae": ("diffusers", "AutoencoderKL")}
     found = PipelineFolder("x", LocalFolder(Path("x")), "FluxPipeline", parts)
@@ -547,7 +555,7 @@ def test_groups_of_a_declaration_of_wrong_types(stated: Any) -> None:
 
 @pytest.mark.parametrize("value", [["diffusers", "a\nb\n::error::c"], ["a\nb", "AutoencoderKL"]])
 def test_a_component_whose_class_is_no_name(value: list[str]) -> None:
-    from quantmatrix.references import read_components
+    from quantmatrix.checkpoints.opening import read_components
 
     with pytest.raises(
         CheckpointError, match="expected a plain name, of a library and a class"
@@ -562,7 +570,7 @@ def test_a_component_whose_class_is_no_name(value: list[str]) -> None:
 def test_a_benchmark_whose_names_are_several_lines(key: str) -> None:
     from benched import make_result
 
-    from quantmatrix import bench_results
+    from quantmatrix.proof import bench_results
 
     result = make_result()
     assert bench_results.list_problems(result) == []

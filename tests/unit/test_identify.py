@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import shards
 
-from quantmatrix import hardware, identify, matrix
 from quantmatrix.errors import MachineError
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE
-from quantmatrix.hardware import Machine
+from quantmatrix.hardware import probe
+from quantmatrix.hardware.machine import Machine
+from quantmatrix.tables import identify, read
 
-ROWS = matrix.read().hardware
+ROWS = read.read().hardware
 GIB = 2**30
 FOUND = {
     "a100": Machine("NVIDIA A100-SXM4-80GB", "nvidia", "sm80", 79 * GIB),
@@ -32,7 +33,7 @@ FOUND = {
 
 @pytest.mark.parametrize("name", FOUND)
 def test_auto_is_the_row_of_the_machine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "probe", lambda device=None: FOUND[name])
+    monkeypatch.setattr(probe, "probe", lambda device=None: FOUND[name])
     assert identify.resolve("auto", ROWS) == name
     assert identify.resolve("b200", ROWS) == "b200"
 
@@ -59,7 +60,7 @@ def test_several_devices_must_be_there_and_asked_for(monkeypatch: pytest.MonkeyP
     row = ROWS["rtx-5090-x4"]
     for count, name in ((1, "rtx-5090"), (4, "rtx-5090")):
         machine = replace(FOUND["rtx-5090"], count=count, packages=frozenset({"flashinfer"}))
-        monkeypatch.setattr(hardware, "probe", lambda device=None, found=machine: found)
+        monkeypatch.setattr(probe, "probe", lambda device=None, found=machine: found)
         for rows in (list(ROWS.values()), list(ROWS.values())[::-1]):
             assert identify.find_row(machine, rows).id == name
         if count == 4:
@@ -70,11 +71,11 @@ def test_several_devices_must_be_there_and_asked_for(monkeypatch: pytest.MonkeyP
 
 
 def test_a_wrong_machine_or_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "probe", lambda device=None: FOUND["h100"])
+    monkeypatch.setattr(probe, "probe", lambda device=None: FOUND["h100"])
     with pytest.raises(MachineError, match=r"wants one NVIDIA B200 .*; here: architecture sm90"):
         identify.require(ROWS["b200"])
     assert identify.require(ROWS["h100"]) is FOUND["h100"]
-    monkeypatch.setattr(hardware, "probe", lambda device=None: FOUND["b200"])
+    monkeypatch.setattr(probe, "probe", lambda device=None: FOUND["b200"])
     with pytest.raises(MachineError, match="here is one, without flashinfer: see `quantmatrix doc"):
         identify.require(ROWS["b200"])
 
@@ -93,7 +94,7 @@ def test_a_driver_is_looked_for_without_torch(
 
 
 def ask(*words: str) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "quantmatrix.identify", *words]
+    command = [sys.executable, "-m", "quantmatrix.tables.identify", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout.strip(), done.stderr.strip()
 

@@ -8,8 +8,9 @@ import pytest
 
 from quantmatrix import models
 from quantmatrix.errors import UsageError
-from quantmatrix.planning import is_part_of_path, plan
 from quantmatrix.request import Request
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.schemes import is_part_of_path
 
 PARTS = {
     "flux-1": [

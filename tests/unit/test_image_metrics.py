@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from quantmatrix import image_metrics
-from quantmatrix.compare import ShapeError
+from quantmatrix.measure import pictures
+from quantmatrix.measure.latents import ShapeError
 
 
 def picture(seed: int, height: int = 14, width: int = 13, channels: int = 2) -> torch.Tensor:
@@ -51,23 +51,23 @@ def test_ssim_follows_its_formula() -> None:
     )
     for two in (picture(1), noisy.to(torch.uint8)):
         expected = ssim_by_loops(one, two)
-        assert image_metrics.compute_ssim(one, two) == pytest.approx(expected, abs=1e-10)
-    assert image_metrics.compute_ssim(one, one) == pytest.approx(1.0, abs=1e-15)
+        assert pictures.compute_ssim(one, two) == pytest.approx(expected, abs=1e-10)
+    assert pictures.compute_ssim(one, one) == pytest.approx(1.0, abs=1e-15)
 
 
 def test_a_clip_is_the_mean_of_its_frames() -> None:
     one = torch.stack([picture(0), picture(1)])
     two = torch.stack([picture(0), picture(2)])
-    found = image_metrics.measure_frames(one, two)
+    found = pictures.measure_frames(one, two)
     assert found["ssim_per_frame"][0] == 1
     assert found["ssim"] == pytest.approx(sum(found["ssim_per_frame"]) / 2, abs=1e-6)
-    single = image_metrics.measure_frames(one[1:], two[1:])
+    single = pictures.measure_frames(one[1:], two[1:])
     assert "ssim_per_frame" not in single
     assert found["psnr_db"] == pytest.approx(single["psnr_db"] + 10 * math.log10(2), abs=1e-4)
 
 
 def test_small_and_unequal_pictures_are_errors() -> None:
     with pytest.raises(ShapeError, match="11 x 11"):
-        image_metrics.compute_ssim(picture(0, 10, 20), picture(1, 10, 20))
+        pictures.compute_ssim(picture(0, 10, 20), picture(1, 10, 20))
     with pytest.raises(ShapeError, match="expected two of one"):
-        image_metrics.compute_ssim(picture(0, 12, 20), picture(1, 20, 12))
+        pictures.compute_ssim(picture(0, 12, 20), picture(1, 20, 12))

@@ -7,7 +7,7 @@ import torch
 
 from quantmatrix.families import msmodelslim
 from quantmatrix.families.protocol import Calibration
-from quantmatrix.kernels import linear_int8
+from quantmatrix.kernels import int8_arithmetic, linear_int8
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -39,7 +39,7 @@ def test_outputs_equal_the_reference(word, shape, dtype, fused, monkeypatch):
     x, bias, scheme, tensors = make_layer(word, shape, dtype)
     buffers = linear_int8.prepare_int8(tensors, scheme, dtype)
     y = linear_int8.run_int8(x, buffers, bias, scheme)
-    expected = linear_int8.reference(x, tensors, scheme, bias)
+    expected = int8_arithmetic.reference(x, tensors, scheme, bias)
     assert y.dtype == dtype
     assert y.shape == expected.shape
     limit = 1e-6 if dtype == torch.float32 else 1e-4
@@ -53,9 +53,9 @@ def test_codes_equal_those_of_a_cpu(largest, dtype):
 
     x = torch.randn(500, 5120, generator=torch.Generator().manual_seed(0)).to(dtype)
     codes, scale = int8_triton.quantize_tokens(x.cuda(), largest)
-    expected, expected_scale = linear_int8.quantize_tokens(x, largest)
+    expected, expected_scale = int8_arithmetic.quantize_tokens(x, largest)
     assert torch.equal(scale.cpu(), expected_scale)
     assert torch.equal(codes.cpu(), expected)
     step, offset = torch.tensor(0.0273), torch.tensor(-9.0)
     codes = int8_triton.quantize_static(x.cuda(), step.cuda(), offset.cuda())
-    assert torch.equal(codes.cpu(), linear_int8.quantize_static(x, step, offset))
+    assert torch.equal(codes.cpu(), int8_arithmetic.quantize_static(x, step, offset))

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import shards
 
-from quantmatrix import cli, evidence, job_summary, matrix
-from quantmatrix.evidence import CheckResult, Evidence
+from quantmatrix.cli import main
 from quantmatrix.exit_codes import NOTHING_COLLECTED
-from quantmatrix.freshness import sign
-from quantmatrix.job_summary import LIMIT, Shown
-from quantmatrix.matrix import Cell, Matrix
+from quantmatrix.proof import store
+from quantmatrix.proof.freshness import sign
+from quantmatrix.proof.record import CheckResult, Evidence, describe_cell
+from quantmatrix.report import job_summary
+from quantmatrix.report.job_summary import LIMIT, Shown
+from quantmatrix.tables import read
+from quantmatrix.tables.rows import Cell, Matrix
 
 MANY = [Shown(f"row-{i}@cpu", "unproven", "failing", "x" * 200, i < 9) for i in range(9000)]
 
@@ -29,14 +32,14 @@ def tables(tmp_path: Path) -> Matrix:
 @pytest.fixture
 def command(tables: Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The command line, on the project's tables, outside of any CI."""
-    monkeypatch.setattr(matrix, "tables_folder", lambda: tmp_path / "project" / "matrix")
+    monkeypatch.setattr(read, "tables_folder", lambda: tmp_path / "project" / "matrix")
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
-    return lambda *words: cli.main([str(word) for word in words])
+    return lambda *words: main.main([str(word) for word in words])
 
 
 def make(cell: Cell, tables: Matrix, verdict: str = "pass", digest: str = "a") -> Evidence:
     result = CheckResult(verdict, message="too far | away" if verdict == "fail" else "")
-    described = evidence.describe_cell(cell, tables)
+    described = describe_cell(cell, tables)
     record = Evidence(described, dict.fromkeys(cell.checks, result), latents_digest=digest)
     return sign(record, tables.hardware[cell.hardware])
 
@@ -47,9 +50,9 @@ def folders(tables: Matrix, tmp_path: Path) -> tuple[Path, Path]:
     earlier, newer = tmp_path / "earlier", tmp_path / "newer"
     for index, cell in enumerate(tables.cells[:11]):
         if index != 9:
-            evidence.write(make(cell, tables), earlier)
+            store.write(make(cell, tables), earlier)
         verdict, digest = ("fail" if index == 7 else "pass"), ("b" if index == 8 else "a")
-        evidence.write(make(cell, tables, verdict, digest), newer)
+        store.write(make(cell, tables, verdict, digest), newer)
     return earlier, newer
 
 
@@ -143,7 +146,7 @@ def test_a_row_that_changed_is_not_compared_as_the_same(
     tables: Matrix, folders: tuple[Path, Path]
 ) -> None:
     cell = tables.cells[0]
-    old = evidence.read_folder(folders[0])
+    old = store.read_folder(folders[0])
     stale = {**old[cell.id].cell, "row_digest": "sha256:other"}
     before = {**old, cell.id: replace(old[cell.id], cell=stale)}
     shown = job_summary.list_cells(tables, before, old)

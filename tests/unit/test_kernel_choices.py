@@ -14,10 +14,11 @@ from dataclasses import fields, replace
 
 import pytest
 
-from quantmatrix import choosing, families, hardware, kernels, matrix
-from quantmatrix.hardware import Machine
-from quantmatrix.kernels import Kernel, Needs
+from quantmatrix import families, kernels
+from quantmatrix.hardware.machine import Machine
+from quantmatrix.kernels import Kernel, Needs, choosing
 from quantmatrix.scheme import Scheme
+from quantmatrix.tables import identify, read
 
 TABLE = """
 linear.fp8: FP8 tensor-static, tensor-static, tensor-dynamic, channel-dynamic, channel-static
@@ -273,7 +274,7 @@ SCHEMES = {
     "W8A8_DYNAMIC": scheme_of("msmodelslim", "W8A8_DYNAMIC"),
     "W4A4_DYNAMIC": scheme_of("msmodelslim", "W4A4_DYNAMIC"),
 }
-MACHINES = {row.id: hardware.from_row(row) for row in matrix.read().hardware.values()}
+MACHINES = {row.id: identify.from_row(row) for row in read.read().hardware.values()}
 
 
 def read_table() -> Iterator[tuple[str, str, tuple[int, ...], str, dict[str, str]]]:

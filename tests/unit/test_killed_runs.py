@@ -17,8 +17,9 @@ import pytest
 from observed import make_large, observe_run
 from tables import CASES, write_tables
 
-from quantmatrix import evidence as records
-from quantmatrix import matrix
+from quantmatrix.proof import record as records
+from quantmatrix.proof import store
+from quantmatrix.tables import read
 
 KILLS = int(os.environ.get("QUANTMATRIX_KILLS", "5"))
 SCRIPT = Path(__file__).with_name("fake_run.py")
@@ -59,7 +60,7 @@ def test_killed_runs_resume(tmp_path: Path) -> None:
         again = promised & set(said)
         assert not again, f"finished before, and run again: {sorted(again)}"
         promised |= set(said)
-        found = records.read_folder(evidence)  # raises when a file is torn or damaged
+        found = store.read_folder(evidence)  # raises when a file is torn or damaged
         assert promised <= set(found)
         assert len(set(found) - promised) <= KILLS  # written, but killed before it could say so
         torn += len(list(evidence.glob("*/.*.tmp")))
@@ -69,7 +70,7 @@ def test_killed_runs_resume(tmp_path: Path) -> None:
     assert whole.returncode == 0
     rest = set(said_at_last.split()) - {"ready", "finished"}
     assert not rest & promised
-    found = records.read_folder(evidence)
+    found = store.read_folder(evidence)
     assert set(found) == {cell.id for cell in tables.cells}
     for cell in tables.cells:
         assert found[cell.id].checks == observe_run(tables, cell, steps=200).checks
@@ -79,23 +80,23 @@ def test_killed_runs_resume(tmp_path: Path) -> None:
 
 def test_only_old_leftovers_are_removed(tmp_path: Path) -> None:
     """A worker beside this one may be writing at this moment."""
-    tables = matrix.read(write_tables(tmp_path / "matrix", CASES[:1]))
-    path = records.write(observe_run(tables, tables.cells[0]), tmp_path / "evidence")
+    tables = read.read(write_tables(tmp_path / "matrix", CASES[:1]))
+    path = store.write(observe_run(tables, tables.cells[0]), tmp_path / "evidence")
     old, young = (path.with_name(f".{name}.x.tmp") for name in ("old", "young"))
     for leftover in (old, young):
         leftover.write_bytes(b'{"schema')
     os.utime(old, (0, 0))
-    assert len(records.read_folder(tmp_path / "evidence")) == 1  # neither is taken for a record
-    records.remove_leftovers(tmp_path / "evidence")
+    assert len(store.read_folder(tmp_path / "evidence")) == 1  # neither is taken for a record
+    store.remove_leftovers(tmp_path / "evidence")
     assert sorted(path.parent.iterdir()) == sorted([path, young])
 
 
 def test_a_torn_file_would_be_found(tmp_path: Path) -> None:
     """What the first test relies on: a file that is cut off anywhere cannot be read."""
-    tables = matrix.read(write_tables(tmp_path / "matrix", CASES[:1]))
-    path = records.write(observe_run(tables, tables.cells[0]), tmp_path / "evidence")
+    tables = read.read(write_tables(tmp_path / "matrix", CASES[:1]))
+    path = store.write(observe_run(tables, tables.cells[0]), tmp_path / "evidence")
     data = path.read_bytes()
     for length in (0, 1, len(data) // 2, len(data) - 2):
         path.write_bytes(data[:length])
         with pytest.raises(records.EvidenceError, match="not JSON"):
-            records.read_folder(tmp_path / "evidence")
+            store.read_folder(tmp_path / "evidence")

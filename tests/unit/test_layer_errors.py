@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from quantmatrix import layer_errors
-from quantmatrix.checkpoint import TensorHeader
-from quantmatrix.layer_errors import USELESS, relative_error, watch_layers
+from quantmatrix.checkpoints.header import TensorHeader
+from quantmatrix.measure import layers as layer_errors
+from quantmatrix.measure.layers import USELESS, relative_error, watch_layers
 
 
 def test_relative_error_is_bounded_and_finite() -> None:

@@ -14,15 +14,16 @@ import pytest
 from weight_files import COMMIT, join_file, make_header
 
 from quantmatrix import families
-from quantmatrix.checkpoint import NEAR, Checkpoint, Hub, read_contents
-from quantmatrix.describe import describe
+from quantmatrix.checkpoints.checkpoint import Checkpoint
+from quantmatrix.checkpoints.header import NEAR, read_contents
+from quantmatrix.checkpoints.hub import HubFolder
+from quantmatrix.checkpoints.opening import open_component, open_weights
 from quantmatrix.errors import CheckpointError
-from quantmatrix.folders import HubFolder
-from quantmatrix.planning import find_schemes
-from quantmatrix.references import open_component, open_weights
-from quantmatrix.request import Request
-from quantmatrix.sources import Source
-from quantmatrix.unknown_quantization import explain_unknown
+from quantmatrix.families.unknown_quantization import explain_unknown
+from quantmatrix.request import Hub, Request
+from quantmatrix.runtime.plan.inspect import describe
+from quantmatrix.runtime.plan.schemes import find_schemes
+from quantmatrix.runtime.plan.sources import Source
 
 FP8 = {"format": "float8_e4m3fn"}
 FULL = {**FP8, "full_precision_matrix_mult": True}

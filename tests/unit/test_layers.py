@@ -12,7 +12,12 @@ from torch import nn
 from quantmatrix.families import fp8, modelopt_fp8, msmodelslim
 from quantmatrix.families.protocol import Calibration
 from quantmatrix.kernels import kernels_of, linear_int8
-from quantmatrix.layers import QuantizedLinear, SharedInput, SplitInputLinear, share_inputs
+from quantmatrix.runtime.quantized_linear import (
+    QuantizedLinear,
+    SharedInput,
+    SplitInputLinear,
+    share_inputs,
+)
 from quantmatrix.scheme import Scheme
 
 KERNELS = {kernel.backend: kernel for kernel in kernels_of("linear.fp8")}

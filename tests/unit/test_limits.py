@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from observed import WITNESSED
 
-from quantmatrix import evidence as records
-from quantmatrix import limits, matrix, witness_limits
-from quantmatrix.evidence import CheckResult, Evidence
-from quantmatrix.limit_samples import LimitsError, Sample, Spread, read_samples
-from quantmatrix.limits import Ledger
+from quantmatrix.proof import limits, store, witness_limits
+from quantmatrix.proof import record as records
+from quantmatrix.proof.limit_samples import LimitsError, Sample, Spread, read_samples
+from quantmatrix.proof.limits import Ledger
+from quantmatrix.proof.record import CheckResult, Evidence
+from quantmatrix.tables import read
 
 FLUX = Sample("e4m3 W8A8", "flux-1", 47.5, 0.9996, 0.03, 0.04, "a@cpu", 3, "2.13.0")
 WAN = replace(FLUX, model="wan-2-2", psnr_db=40.0, cell="b@cpu")
@@ -272,13 +273,13 @@ def test_every_source_can_loosen(sample: Sample, spread: Spread, metric: str) ->
 def test_measuring_writes_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "limits.csv"
     (tmp_path / "spread.csv").write_text(limits.write_rows(Spread, [SPREAD]))
-    records.write(make("a@cpu", 50.0), tmp_path / "evidence")
+    store.write(make("a@cpu", 50.0), tmp_path / "evidence")
     assert limits.main([str(tmp_path / "evidence"), str(path)]) == 0
-    records.write(make("b@cpu", 40.0), tmp_path / "evidence")
+    store.write(make("b@cpu", 40.0), tmp_path / "evidence")
     assert limits.main([str(tmp_path / "evidence"), str(path)]) == 0
     assert "loosened: e4m3 W8A8 on flux-1 (cpu): psnr_db 46.4782" in capsys.readouterr().out
     assert [sample.cell for sample in limits.read(path).samples] == ["b@cpu"]
-    records.write(make("c@cpu", 5.0, verdict="fail"), tmp_path / "evidence")
+    store.write(make("c@cpu", 5.0, verdict="fail"), tmp_path / "evidence")
     assert limits.main(["--anew", str(tmp_path / "evidence"), str(path)]) == 0
     assert [sample.cell for sample in limits.read(path).samples] == ["c@cpu"]
     assert list(limits.read(path).spreads) == ["flux-1"]
@@ -290,7 +291,7 @@ def test_the_samples_of_this_project_are_sound() -> None:
     samples = ledger.samples
     assert path.read_text() == limits.write_rows(Sample, samples)
     assert len({(s.kind, s.model, s.side) for s in samples}) == len(samples)
-    evidence = records.read_folder(REPORTS / "evidence")
+    evidence = store.read_folder(REPORTS / "evidence")
     for sample, allowed in ledger.list_limits():
         assert 0 < sample.psnr_db < 100
         assert allowed.cosine > 0.7, sample  # else the limit proves nothing
@@ -306,7 +307,7 @@ def test_the_samples_of_this_project_are_sound() -> None:
 
 def test_every_model_of_this_project_has_a_spread() -> None:
     spreads = limits.read(REPORTS / "limits.csv").spreads
-    assert set(spreads) == set(matrix.read().models)
+    assert set(spreads) == set(read.read().models)
     for spread in spreads.values():
         assert 30 < spread.psnr_db < 90, spread
         assert 0 < spread.layer_error < 0.01, spread  # half a unit of BF16 is 2^-9

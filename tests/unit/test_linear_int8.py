@@ -15,12 +15,13 @@ import pytest
 import torch
 from processors import skip_without_exact_int8
 
-from quantmatrix import hardware, kernels
-from quantmatrix.choosing import choose
+from quantmatrix import kernels
 from quantmatrix.errors import RefusedError
 from quantmatrix.exit_codes import NOT_EXECUTED
-from quantmatrix.hardware import Machine
-from quantmatrix.kernels import linear_int8
+from quantmatrix.hardware import probe
+from quantmatrix.hardware.machine import Machine
+from quantmatrix.kernels import int8_arithmetic, int8_npu, linear_int8, portable
+from quantmatrix.kernels.choosing import choose
 from quantmatrix.scheme import Scheme
 
 STATIC = Scheme("linear.int8", "W8A8", "int8", "channel", "tensor-static")
@@ -40,7 +41,7 @@ NPU = Machine("910b", "ascend", "910b", 2**36, frozenset({"torch_npu"}))
 
 def make_layer(scheme: Scheme, n: int, k: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(n * 1000 + k)
-    largest = linear_int8.LARGEST[scheme.weight]
+    largest = int8_arithmetic.LARGEST[scheme.weight]
     weight = torch.randint(-largest, largest + 1, (n, k), dtype=torch.int8, generator=generator)
     scale = torch.rand(n, generator=generator) * 0.01 + 0.001
     tensors = {"weight": weight, "weight_scale": scale}
@@ -76,7 +77,7 @@ def test_accumulators_are_exact_where_float32_is_not():
     codes = torch.full((1, 13824), -128, dtype=torch.int8)
     codes[0, 0] = -127
     exact = -128 * 127 * 13824 + 127
-    assert linear_int8.accumulate(codes, weight).tolist() == [[exact, exact]]
+    assert int8_arithmetic.accumulate(codes, weight).tolist() == [[exact, exact]]
     inexact = torch.nn.functional.linear(codes.float(), weight.float())
     assert inexact[0, 0].item() != exact
 
@@ -87,7 +88,7 @@ def test_accumulators_match_the_integer_matmul(k):
     codes = torch.randint(-128, 128, (5, k), dtype=torch.int8, generator=generator)
     weight = torch.randint(-128, 128, (7, k), dtype=torch.int8, generator=generator)
     exact = codes.long() @ weight.long().t()
-    assert torch.equal(linear_int8.accumulate(codes, weight).long(), exact)
+    assert torch.equal(int8_arithmetic.accumulate(codes, weight).long(), exact)
     skip_without_exact_int8()
     assert torch.equal(torch._int_mm(codes, weight.t()).long(), exact)
 
@@ -105,7 +106,7 @@ def test_int8_equals_reference(scheme, rows):
 @pytest.mark.parametrize("backend", ["reference", "int8", "decode"])
 def test_backends_approximate_the_plain_layer(backend, scheme):
     tensors, x = make_layer(scheme, 96, 256), make_input(2, 33, 256)
-    plain = torch.nn.functional.linear(x, linear_int8.decode(tensors, scheme), tensors["bias"])
+    plain = torch.nn.functional.linear(x, int8_arithmetic.decode(tensors, scheme), tensors["bias"])
     y = run(backend, x, tensors, scheme)
     assert y.shape == (2, 33, 96)
     limit = {"decode": 1e-6, "reference": 0.02, "int8": 0.02}[backend]
@@ -160,7 +161,7 @@ def test_scales_are_per_token(backend):
 
 
 def test_int4_activations_take_15_codes():
-    codes, _ = linear_int8.quantize_tokens(make_input(50, 64), 7)
+    codes, _ = int8_arithmetic.quantize_tokens(make_input(50, 64), 7)
     assert set(codes.unique().tolist()) == set(range(-7, 8))
 
 
@@ -242,9 +243,9 @@ def test_cuda_path_equals_reference(scheme, monkeypatch):
 
     monkeypatch.setattr(torch, "_int_mm", strict)
     tensors, x = make_layer(scheme, 21, 43), make_input(5, 43)
-    buffers = linear_int8.keep_used(tensors, scheme, torch.float32)
+    buffers = portable.keep_used(tensors, scheme, torch.float32)
     buffers["weight"] = linear_int8.pad_to(buffers["weight"], 8, 8)
-    smoothed = linear_int8.smooth(x, tensors, scheme)
+    smoothed = int8_arithmetic.smooth(x, tensors, scheme)
     y = linear_int8.multiply_on_cuda(smoothed, buffers, tensors["bias"], scheme)
     torch.testing.assert_close(y, run("reference", x, tensors, scheme), rtol=0, atol=1e-6)
 
@@ -261,7 +262,7 @@ def test_choice_of_backends():
 
 
 def test_a_processor_that_saturates_gets_another_backend():
-    saturating, warnings = replace(CPU, flaws=(hardware.SATURATING,)), []
+    saturating, warnings = replace(CPU, flaws=(probe.SATURATING,)), []
     ask = partial(choose, "linear.int8", saturating, DYNAMIC, (64, 64))
     assert ask(warnings=warnings).backend == "decode"
     assert ask(warnings=warnings).backend == "decode"
@@ -278,14 +279,14 @@ def test_a_processor_that_saturates_gets_another_backend():
 
 
 def test_a_probed_processor_tells_its_flaw(monkeypatch):
-    for exact, flaws in ((True, ()), (False, (hardware.SATURATING,))):
-        monkeypatch.setattr(hardware, "multiplies_int8_exactly", lambda exact=exact: exact)
-        assert hardware.probe("cpu").flaws == flaws
+    for exact, flaws in ((True, ()), (False, (probe.SATURATING,))):
+        monkeypatch.setattr(probe, "multiplies_int8_exactly", lambda exact=exact: exact)
+        assert probe.probe("cpu").flaws == flaws
 
 
 PROGRAM = """
 import torch
-from quantmatrix.hardware import multiplies_int8_exactly
+from quantmatrix.hardware.probe import multiplies_int8_exactly
 
 generator = torch.Generator().manual_seed(0)
 exact = True
@@ -322,7 +323,7 @@ def test_the_suites_skip_what_the_processor_computes_wrongly(monkeypatch, capsys
     root = Path(__file__).parents[2]
     cells = [f"msmodelslim-w8a8@cpu+{backend}" for backend in ("int8", "decode")]
     tests = [f"tests/suites/test_load.py::test_load[{cell}]" for cell in cells]
-    monkeypatch.setattr(hardware, "multiplies_int8_exactly", lambda: False)
+    monkeypatch.setattr(probe, "multiplies_int8_exactly", lambda: False)
     monkeypatch.chdir(root)
     code = pytest.main([*tests, "-q", "-rs", "-p", "no:xdist", "-p", "no:cacheprovider"])
     out = capsys.readouterr().out
@@ -375,7 +376,7 @@ def test_npu_calls_bind_and_equal_reference(npu, dtype, biased, scheme):
 
 def test_npu_packs_int4_weights(npu):
     tensors = make_layer(INT4, 24, 40)
-    kept = linear_int8.prepare_npu(tensors, INT4, torch.bfloat16)
+    kept = int8_npu.prepare_npu(tensors, INT4, torch.bfloat16)
     assert kept["weight"].shape == (40, 3)
     assert torch.equal(npu_simulator.unpack(kept["weight"]), tensors["weight"].t().long())
 
@@ -385,6 +386,6 @@ def test_npu_footprint_is_what_is_kept(npu, scheme):
     tensors = make_layer(scheme, 24, 40)
     if scheme.smoothed:
         tensors["mul_scale"] = tensors["mul_scale"].bfloat16()
-    kept = linear_int8.prepare_npu(tensors, scheme, torch.bfloat16)
+    kept = int8_npu.prepare_npu(tensors, scheme, torch.bfloat16)
     size = sum(t.numel() * t.element_size() for t in kept.values())
-    assert linear_int8.count_npu(scheme, 24, 40, 2) == pytest.approx(size, abs=8)
+    assert int8_npu.count_npu(scheme, 24, 40, 2) == pytest.approx(size, abs=8)

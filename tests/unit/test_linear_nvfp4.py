@@ -13,7 +13,7 @@ from processors import skip_without_scaled_product
 
 from quantmatrix import kernels
 from quantmatrix.families.modelopt_nvfp4 import SCHEMES
-from quantmatrix.hardware import Machine
+from quantmatrix.hardware.machine import Machine
 from quantmatrix.kernels import linear_nvfp4, nvfp4_arithmetic, scale_layouts
 from quantmatrix.scheme import Scheme
 

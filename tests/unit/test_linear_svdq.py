@@ -12,12 +12,14 @@ import svdq_oracle as oracle
 import torch
 from torch.nn import functional
 
-from quantmatrix import hardware, kernels, svdq_packing, tiny_weights
+from quantmatrix import kernels
 from quantmatrix.families import nunchaku_svdq
 from quantmatrix.families.protocol import Calibration
-from quantmatrix.hardware import Machine
-from quantmatrix.kernels import Kernel, linear_svdq, svdq_arithmetic, svdq_engines
+from quantmatrix.hardware import packages as hardware
+from quantmatrix.hardware.machine import Machine
+from quantmatrix.kernels import Kernel, linear_svdq, svdq_arithmetic, svdq_engines, svdq_packing
 from quantmatrix.scheme import Scheme
+from quantmatrix.tiny import weights
 
 INT4, NVFP4 = nunchaku_svdq.SCHEMES["int4_r32"], nunchaku_svdq.SCHEMES["nvfp4_r32"]
 UNSIGNED = replace(INT4, unsigned=True)
@@ -39,7 +41,7 @@ def make_layer(
     scheme: Scheme, rows: int = 256, columns: int = 384, parts: int = 2
 ) -> dict[str, torch.Tensor]:
     """A layer on disk that uses everything that its kind may have."""
-    weight = tiny_weights.draw_weight("svdq", (rows, columns), structured=True).bfloat16()
+    weight = weights.draw_weight("svdq", (rows, columns), structured=True).bfloat16()
     weight[: rows // 2] *= 3
     x = make_input(scheme, columns)
     bias = torch.randn(rows, generator=torch.Generator().manual_seed(6))

@@ -14,13 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantmatrix
-from quantmatrix import cli, tiny
-from quantmatrix.dequantize import dequantize
+from quantmatrix.api import load_transformer
+from quantmatrix.cli import main
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError, WitnessError
-from quantmatrix.hardware import multiplies_int8_exactly
-from quantmatrix.layers import QuantizedLinear
-from quantmatrix.load import count_quantized, load_transformer
+from quantmatrix.hardware.probe import multiplies_int8_exactly
 from quantmatrix.request import Request
+from quantmatrix.runtime.load import count_quantized
+from quantmatrix.runtime.quantized_linear import QuantizedLinear
+from quantmatrix.tiny import hub
+from quantmatrix.tools.dequantize import dequantize
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BASES = {
@@ -35,9 +37,9 @@ FLUX_FP8 = "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"
 
 
 def find(reference: str) -> Path:
-    folder = tiny.default_folder()
-    tiny.ensure(reference, folder)
-    return tiny.find_snapshot(reference, folder)
+    folder = hub.default_folder()
+    hub.ensure(reference, folder)
+    return hub.find_snapshot(reference, folder)
 
 
 @pytest.fixture
@@ -367,7 +369,7 @@ def test_algorithms_that_no_family_takes_are_refused_by_name(
     message = rf"config\.json.* declares quant_method modelopt, quant_algo {algorithm}, which no"
     with pytest.raises(CheckpointError, match=message):
         load_transformer(str(flux), transformer_path=str(copy))
-    assert cli.main(["inspect", str(copy)]) == 0
+    assert main.main(["inspect", str(copy)]) == 0
     told = capsys.readouterr().out
     assert f"transformer: unknown quantization ({copy}" in told
     assert algorithm in told
@@ -381,7 +383,7 @@ def test_quantized_tensors_without_a_declaration(
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="nothing declares how"):
         load_transformer(str(flux), transformer_path=str(copy))
-    assert cli.main(["inspect", str(copy)]) == 0
+    assert main.main(["inspect", str(copy)]) == 0
     assert "unknown quantization" in capsys.readouterr().out
 
 
@@ -428,7 +430,7 @@ def pack_bfl(scheme: str | None, path: Path, block: tuple[int, int] = (128, 128)
     """FLUX.2 in one file under the original names, q, k and v packed; scheme None: BF16."""
     from quantmatrix.families import fp8
     from quantmatrix.models import flux_2
-    from quantmatrix.tiny_packing import pack_tensors
+    from quantmatrix.tools.packing import pack_tensors
 
     tensors = load_file(find(BASES["flux-2"]) / "transformer" / WEIGHTS)
     packed = pack_tensors(tensors, flux_2.BFL)

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from tables import CASES, write_tables
 
-from quantmatrix import matrix
-from quantmatrix.matrix import Matrix, MatrixError
-from quantmatrix.scopes import Standing
+from quantmatrix.proof import joined
+from quantmatrix.proof.scopes import Standing
+from quantmatrix.tables import read
+from quantmatrix.tables.rows import Matrix, MatrixError
 
 Edit = Callable[[list[str], list[list[str]]], None]
 
@@ -24,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tables(folder: Path) -> Matrix:
-    return matrix.read(folder)
+    return read.read(folder)
 
 
 def set_cell(folder: Path, table: str, line: int, column: str, text: str) -> None:
@@ -38,7 +39,7 @@ def set_cell(folder: Path, table: str, line: int, column: str, text: str) -> Non
 
 def problems_of(folder: Path) -> list[str]:
     with pytest.raises(MatrixError) as caught:
-        matrix.read(folder)
+        read.read(folder)
     assert str(caught.value) == "\n".join(caught.value.problems)
     return list(caught.value.problems)
 
@@ -65,7 +66,7 @@ def test_a_line_becomes_one_cell_per_hardware_and_backend(tables: Matrix) -> Non
 
 def test_one_backend_is_not_part_of_the_id(folder: Path) -> None:
     set_cell(folder, "cases", 2, "backend", "decode")
-    ids = [(cell.id, cell.backend) for cell in matrix.read(folder).cells[:2]]
+    ids = [(cell.id, cell.backend) for cell in read.read(folder).cells[:2]]
     assert ids == [("fp8-flux-1@cpu", "decode"), ("fp8-flux-1@h100", "decode")]
 
 
@@ -74,7 +75,7 @@ def test_groups_stand_for_their_hardware(folder: Path, word: str, count: int) ->
     for line in (3, 4):
         set_cell(folder, "hardware", line, "group", "cuda fast")
     set_cell(folder, "cases", 3, "hardware", word)
-    tables = matrix.read(folder)
+    tables = read.read(folder)
     assert len([cell for cell in tables.cells if cell.row == "fp8-flux-2"]) == count
     assert tables.groups["fast"] == ("h100", "b200")
     assert len(tables.select(hardware=["fast"])) == len(tables.select(hardware=["h100", "b200"]))
@@ -94,7 +95,7 @@ def test_select_combines_its_filters(tables: Matrix) -> None:
 def test_command_is_checkpoint_flags_backend_and_prompt(folder: Path) -> None:
     set_cell(folder, "cases", 2, "flags", "SOME_BACKEND=cudnn --seed 3")
     set_cell(folder, "cases", 3, "flags", "--prompt 'two words' --save-output")
-    tables = matrix.read(folder)
+    tables = read.read(folder)
     first, other = tables.cells[0], tables.cells[4]
     given = "quantmatrix generate --model-path some/flux-1 --transformer-path some/flux1-fp8"
     tail = "--seed 3 --backend reference --prompt 'a curious pikachu'"
@@ -107,7 +108,7 @@ def test_command_is_checkpoint_flags_backend_and_prompt(folder: Path) -> None:
 def test_a_checkpoint_named_by_model_path_replaces_the_base(folder: Path) -> None:
     set_cell(folder, "checkpoints", 2, "form", "pipeline")
     set_cell(folder, "checkpoints", 2, "selector", "--model-path")
-    tables = matrix.read(folder)
+    tables = read.read(folder)
     assert tables.checkpoints["flux-1-fp8"].words == ("--model-path", "some/flux1-fp8")
     assert "some/flux-1" in tables.checkpoints["flux-1-fp8"].repositories
 
@@ -118,21 +119,21 @@ def test_repositories_are_what_runs_read(folder: Path) -> None:
     for column, text in (("rule", ""), ("checks", "load")):
         set_cell(folder, "cases", 4, column, text)
     set_cell(folder, "cases", 5, "hardware", "cpu")
-    names = matrix.read(folder).repositories
+    names = read.read(folder).repositories
     assert "some/flux1-fp8" in names
     assert "some/svdq/svdq-int4_r32-flux1.safetensors" not in names
     assert len(names) == len(set(names))
 
 
 def test_rows_as_dicts_have_states_and_commands(tables: Matrix) -> None:
-    rows = matrix.rows_as_dicts(
+    rows = joined.rows_as_dicts(
         tables, {c.id: Standing("proven", "", "stand-in") for c in tables.cells}
     )
     assert rows[0]["id"] == "fp8-flux-1@cpu+reference"
     assert (rows[0]["state"], rows[0]["scope"]) == ("proven", "stand-in")
     assert rows[0]["command"].startswith("quantmatrix generate --model-path some/flux-1 ")
     with pytest.raises(KeyError):
-        matrix.rows_as_dicts(tables, {})
+        joined.rows_as_dicts(tables, {})
 
 
 ONE_EDIT = [
@@ -289,7 +290,7 @@ def test_a_cell_stands_in_one_line_only(tmp_path: Path) -> None:
     folder = write_tables(tmp_path / "matrix", [*CASES, twin])
     assert problems_of(folder) == ["matrix/cases.csv:6: flux-2-fp8 cpu: the same cell as in line 3"]
     folder = write_tables(tmp_path / "matrix", [*CASES, {**twin, "flags": "--seed 1"}])
-    assert len(matrix.read(folder).cells) == 9
+    assert len(read.read(folder).cells) == 9
 
 
 def test_no_cell_is_refused_and_claimed(tmp_path: Path) -> None:
@@ -367,8 +368,8 @@ def test_processes_are_the_devices_of_the_hardware(
     folder = write_tables(tmp_path / "matrix", [case])
     set_cell(folder, "hardware", 3, "devices", devices)
     if problem is None:
-        assert {row.devices for row in matrix.read(folder).hardware.values()} <= {1, 4}
+        assert {row.devices for row in read.read(folder).hardware.values()} <= {1, 4}
         return
     with pytest.raises(MatrixError) as raised:
-        matrix.read(folder)
+        read.read(folder)
     assert raised.value.problems == (f"matrix/cases.csv:2: {problem}",)

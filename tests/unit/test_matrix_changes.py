@@ -12,11 +12,11 @@ import pytest
 from observed import PROVEN, observe
 from tables import CASES, CHECKPOINTS, write_tables
 
-from quantmatrix import evidence as records
-from quantmatrix import matrix
-from quantmatrix.cli import main
+from quantmatrix.cli.main import main
 from quantmatrix.errors import QuantmatrixError, UsageError
-from quantmatrix.matrix_changes import Changes, compare_revisions, write_markdown
+from quantmatrix.proof import store as records
+from quantmatrix.report.changes import Changes, compare_revisions, write_markdown
+from quantmatrix.tables import read
 
 Commit = Callable[[], str]
 
@@ -104,7 +104,7 @@ def test_gained_lost_and_changed(root: Path, commit: Commit) -> None:
 
 def test_states_come_from_the_evidence_of_each_revision(root: Path, commit: Commit) -> None:
     first = commit()
-    tables = matrix.read(root / "matrix")
+    tables = read.read(root / "matrix")
     records.write(observe(tables, PROVEN), root / "reports" / "evidence")
     second = commit()
     [changed] = compare(root, first, second).changed
@@ -151,7 +151,7 @@ def test_revisions_that_cannot_be_read(root: Path, commit: Commit) -> None:
 def test_command(
     root: Path, commit: Commit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(matrix, "tables_folder", lambda: root / "matrix")
+    monkeypatch.setattr(read, "tables_folder", lambda: root / "matrix")
     first = commit()
     write_tables(root / "matrix", CASES[1:])
     commit()

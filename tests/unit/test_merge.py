@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 import shards
 
-from quantmatrix import cli, evidence, executed, matrix, merge, sharding
-from quantmatrix.evidence import CheckResult, Evidence
+from quantmatrix.cli import main
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, NOT_EXECUTED
-from quantmatrix.matrix import Matrix
+from quantmatrix.harness import completeness
+from quantmatrix.harness.shards import cut, list_jobs, runnable
+from quantmatrix.proof import merge, store
+from quantmatrix.proof.record import CheckResult, Evidence, os
+from quantmatrix.tables import read
+from quantmatrix.tables.rows import Matrix
 
 PARTS = 3
 BASE = ("-p", "no:xdist")
@@ -32,7 +36,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tables(project: Path) -> Matrix:
     """Its tables."""
-    return matrix.read(project / "matrix")
+    return read.read(project / "matrix")
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +51,12 @@ def whole(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def command(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The command line, on the project's tables."""
-    monkeypatch.setattr(matrix, "tables_folder", lambda: project / "matrix")
-    return lambda *words: cli.main([str(word) for word in words])
+    monkeypatch.setattr(read, "tables_folder", lambda: project / "matrix")
+    return lambda *words: main.main([str(word) for word in words])
 
 
 def shard_cells(tables: Matrix, number: int) -> tuple[str, ...]:
-    return sharding.cut(sharding.runnable(tables), {}, PARTS)[number - 1].cells
+    return cut(runnable(tables), {}, PARTS)[number - 1].cells
 
 
 def test_any_shards_in_any_order_give_the_bytes_of_one_machine(
@@ -135,14 +139,14 @@ def test_a_fault_costs_unfinished_rows_of_its_shard_only(
 
 
 def copy(record: Evidence, folder: Path, **changes: object) -> Path:
-    evidence.write(replace(record, **changes), folder)  # type: ignore[arg-type]
+    store.write(replace(record, **changes), folder)  # type: ignore[arg-type]
     return folder
 
 
 @pytest.fixture
 def record(whole: Path) -> Evidence:
     """A record of the whole run."""
-    return evidence.read_folder(whole)["row-0@cpu+decode"]
+    return store.read_folder(whole)["row-0@cpu+decode"]
 
 
 def test_two_results_of_one_program_are_refused(
@@ -243,7 +247,7 @@ def test_a_full_disk_leaves_the_merged_folder_as_it_was(
         if len(calls) == 5:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(evidence.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         merge.write(merge.merge_folders([whole]).records.values(), output)
     assert shards.read_bytes(tmp_path) == before
@@ -260,17 +264,19 @@ def test_no_folder_and_no_record(
 
 
 def test_planned_words(tables: Matrix, tmp_path: Path) -> None:
-    assert len(executed.read_planned(["cpu"], tables)) == 12
+    assert len(completeness.read_planned(["cpu"], tables)) == 12
     rows = tmp_path / "rows"
     rows.write_text("row-1  # both backends\nrow-2@cpu+decode\n")
-    found = [cell.id for cell in executed.read_planned([str(rows)], tables)]
+    found = [cell.id for cell in completeness.read_planned([str(rows)], tables)]
     assert found == ["row-1@cpu+reference", "row-1@cpu+decode", "row-2@cpu+decode"]
-    jobs = sharding.list_jobs(tables, {}, ["cpu"], PARTS)
+    jobs = list_jobs(tables, {}, ["cpu"], PARTS)
     rows.write_text(json.dumps({"include": jobs["include"][:1]}))
-    found = [cell.id for cell in executed.read_planned([str(rows)], tables)]
+    found = [cell.id for cell in completeness.read_planned([str(rows)], tables)]
     assert tuple(found) == shard_cells(tables, 1)
     rows.write_text('{"rows": []}')
-    with pytest.raises(executed.UsageError, match=r"include\[\]\.rows"):
-        executed.read_planned([str(rows)], tables)
-    with pytest.raises(executed.UsageError, match="neither a hardware of the tables nor a file"):
-        executed.read_planned(["b201"], tables)
+    with pytest.raises(completeness.UsageError, match=r"include\[\]\.rows"):
+        completeness.read_planned([str(rows)], tables)
+    with pytest.raises(
+        completeness.UsageError, match="neither a hardware of the tables nor a file"
+    ):
+        completeness.read_planned(["b201"], tables)

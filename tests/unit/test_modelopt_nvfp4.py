@@ -13,9 +13,12 @@ import torch
 from torch.nn import functional
 
 from quantmatrix import families
-from quantmatrix.checkpoint import Checkpoint, TensorHeader, find_block
+from quantmatrix.checkpoints.checkpoint import Checkpoint
+from quantmatrix.checkpoints.declaration import find_block
+from quantmatrix.checkpoints.header import TensorHeader
 from quantmatrix.errors import CheckpointError, UsageError
-from quantmatrix.families import modelopt_layers, modelopt_nvfp4
+from quantmatrix.families import modelopt_nvfp4
+from quantmatrix.families.producers import modelopt
 from quantmatrix.families.protocol import Calibration
 from quantmatrix.kernels import linear_fp8
 from quantmatrix.scheme import Scheme
@@ -58,7 +61,7 @@ def quantize(scheme: Scheme = NVFP4, rows: int = N, columns: int = K) -> dict[st
 
 
 def quantize_fp8() -> dict[str, torch.Tensor]:
-    return quantize(modelopt_layers.FP8)
+    return quantize(modelopt.FP8)
 
 
 def make_checkpoint(
@@ -106,7 +109,7 @@ def read(
 def test_bf16_fp8_and_nvfp4_side_by_side() -> None:
     layers = {"a": quantize(), "b": quantize_fp8(), "c": PLAIN}
     found = read(layers, BLOCK)
-    assert found == {"a": NVFP4, "b": modelopt_layers.FP8}
+    assert found == {"a": NVFP4, "b": modelopt.FP8}
     weight = make_weight().float()
     for name, scheme in found.items():
         error = modelopt_nvfp4.dequantize(layers[name], scheme) - weight
@@ -115,11 +118,11 @@ def test_bf16_fp8_and_nvfp4_side_by_side() -> None:
 
 def test_fp8_layers_use_the_fp8_arithmetic() -> None:
     stored, x = quantize_fp8(), make_input()
-    canonical = modelopt_nvfp4.canonical(stored, modelopt_layers.FP8)
+    canonical = modelopt_nvfp4.canonical(stored, modelopt.FP8)
     assert canonical["weight"] is stored["weight"]
     assert canonical["weight_scale"].shape == ()
-    expected = linear_fp8.reference(x, canonical, modelopt_layers.FP8)
-    assert torch.equal(modelopt_nvfp4.reference(x, stored, modelopt_layers.FP8), expected)
+    expected = linear_fp8.reference(x, canonical, modelopt.FP8)
+    assert torch.equal(modelopt_nvfp4.reference(x, stored, modelopt.FP8), expected)
 
 
 @pytest.mark.parametrize("word", ["false", 1])
@@ -470,10 +473,10 @@ def test_mixed_precision_must_agree_with_the_tensors() -> None:
     listed = {"a": {"quant_algo": "NVFP4", "group_size": 16}, "b": {"quant_algo": "FP8"}}
     block = {**BLOCK, "quant_algo": "MIXED_PRECISION", "quantized_layers": listed}
     layers = {"a": quantize(), "b": quantize_fp8(), "c": PLAIN}
-    assert read(layers, block) == {"a": NVFP4, "b": modelopt_layers.FP8}
+    assert read(layers, block) == {"a": NVFP4, "b": modelopt.FP8}
     with pytest.raises(CheckpointError, match=r"layer b is NVFP4, but .* declares it FP8"):
         read({**layers, "b": quantize()}, block)
-    assert read({**layers, "a": PLAIN}, block) == {"b": modelopt_layers.FP8}
+    assert read({**layers, "a": PLAIN}, block) == {"b": modelopt.FP8}
     only = {**block, "quantized_layers": {"a": {"quant_algo": "W4A16_NVFP4"}}}
     weight_only = modelopt_nvfp4.quantize(make_weight(), WORDS["W4A16_NVFP4"])
     assert read({"a": weight_only}, only)["a"].activation == "none"
@@ -524,7 +527,7 @@ def test_other_fp8_formats_are_refused_by_name(scale: torch.Tensor | None, messa
 
 @pytest.mark.parametrize("word", [*WORDS, "FP8", "raw"])
 def test_specs_describe_what_is_written(word: str) -> None:
-    scheme = {**WORDS, "FP8": modelopt_layers.FP8, "raw": LAYOUTS[3]}[word]
+    scheme = {**WORDS, "FP8": modelopt.FP8, "raw": LAYOUTS[3]}[word]
     stored = quantize(scheme)
     specs = modelopt_nvfp4.tensors(scheme, N, K)
     assert set(stored) == set(specs)
@@ -552,7 +555,7 @@ def test_a_weight_of_zeros() -> None:
 
 @pytest.mark.parametrize("word", [*WORDS, "mixed", "raw", "swapped"])
 def test_what_is_declared_is_read_back(word: str) -> None:
-    mixed = {"a": NVFP4, "b": modelopt_layers.FP8}
+    mixed = {"a": NVFP4, "b": modelopt.FP8}
     schemes = {
         "mixed": mixed,
         "raw": {"single_blocks.0.linear1": LAYOUTS[3]},

@@ -18,10 +18,10 @@ from diffusers.models.modeling_utils import no_init_weights
 
 from quantmatrix import models
 from quantmatrix.errors import UsageError
-from quantmatrix.load import select_rows
-from quantmatrix.models import Dialect
+from quantmatrix.models.dialect import Dialect, Target
 from quantmatrix.request import Request
-from quantmatrix.tiny_packing import pack_tensors
+from quantmatrix.runtime.load import select_rows
+from quantmatrix.tools.packing import pack_tensors
 
 FULL: dict[str, dict[str, Any]] = {"flux-1": {"guidance_embeds": True}}
 SIZES = ("tiny", "full")
@@ -240,7 +240,7 @@ def unpack(
 
 
 def test_parts_that_invite_mistakes() -> None:
-    def one(model: str, layer: str) -> models.Target:
+    def one(model: str, layer: str) -> Target:
         return models.load(model).DIALECTS[1].layer_targets(layer)[0]
 
     flux = "transformer_blocks.3."

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from quantmatrix.checkpoint import Checkpoint, TensorHeader
+from quantmatrix.checkpoints.checkpoint import Checkpoint
+from quantmatrix.checkpoints.header import TensorHeader
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families import msmodelslim
 from quantmatrix.families.protocol import Calibration
-from quantmatrix.kernels import linear_int8
+from quantmatrix.kernels import int8_arithmetic
 
 WORDS = ("W8A8", "W8A8_DYNAMIC", "W4A4_DYNAMIC")
 ALL = pytest.mark.parametrize("word", [*WORDS, "W8A8_MXFP8"])
@@ -134,7 +135,7 @@ def test_round_trip(word):
     scheme = msmodelslim.SCHEMES[word]
     weight, bias = make_weight()
     stored = quantize(word)
-    steps = weight.float().abs().amax(dim=1, keepdim=True) / linear_int8.LARGEST[scheme.weight]
+    steps = weight.float().abs().amax(dim=1, keepdim=True) / int8_arithmetic.LARGEST[scheme.weight]
     error = (msmodelslim.dequantize(stored, scheme) - weight.float()).abs()
     assert (error <= steps * 0.5001).all()
     exact = torch.nn.functional.linear(make_input(), weight.float(), bias.float())

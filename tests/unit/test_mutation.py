@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from quantmatrix import faults, matrix, mutation, mutation_report, rounding_bounds
-from quantmatrix.cli import main
+from quantmatrix.cli.main import main
 from quantmatrix.errors import QuantmatrixError, UsageError
-from quantmatrix.mutation import Mutator, Outcome
+from quantmatrix.harness.mutation import faults, judge, report
+from quantmatrix.harness.mutation.judge import Mutator, Outcome
+from quantmatrix.measure import rounding_bounds
+from quantmatrix.runtime.witness import measure
+from quantmatrix.tables import read
 
 SAMPLES = Path(__file__).parents[2] / "reports" / "limits.csv"
 ROW = "modelopt-nvfp4-svd-flux-1"
@@ -20,12 +23,12 @@ ROW = "modelopt-nvfp4-svd-flux-1"
 
 @pytest.fixture(scope="module")
 def mutator() -> Mutator:
-    return Mutator(matrix.read(), SAMPLES)
+    return Mutator(read.read(), SAMPLES)
 
 
 def inject(mutator: Mutator, row: str, *names: str) -> dict[str, Outcome]:
-    cells = mutation.choose_rows(mutator.tables, [row])
-    found = mutator.run(cells, mutation.choose_faults(names), lambda _: None)
+    cells = judge.choose_rows(mutator.tables, [row])
+    found = mutator.run(cells, judge.choose_faults(names), lambda _: None)
     return {outcome.fault: outcome for outcome in found}
 
 
@@ -52,17 +55,17 @@ def test_faults_of_every_place_are_caught(mutator: Mutator) -> None:
 def test_a_fault_that_no_gate_looks_at_is_missed(
     mutator: Mutator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mutation, "judge_weights", lambda *_: [])
-    monkeypatch.setattr(mutation, "judge_witness", lambda *_: {})
+    monkeypatch.setattr(judge, "judge_weights", lambda *_: [])
+    monkeypatch.setattr(judge, "judge_witness", lambda *_: {})
     found = inject(mutator, ROW, "transposed-scales")
     assert not found["transposed-scales"].caught
-    summary = mutation_report.summarize(list(found.values()))
+    summary = report.summarize(list(found.values()))
     assert not summary["ok"]
     assert "must never be" in summary["problems"][0]
 
 
 def test_an_unsound_row_proves_nothing(mutator: Mutator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mutation, "judge_weights", lambda *_: ["off"])
+    monkeypatch.setattr(judge, "judge_weights", lambda *_: ["off"])
     with pytest.raises(QuantmatrixError, match="not sound"):
         inject(mutator, ROW, "swapped-nibbles")
 
@@ -74,11 +77,11 @@ def make(fault: str, **gates: str) -> Outcome:
 def test_shares_and_tables(tmp_path: Path) -> None:
     caught = [make("unit-scales", layers="far") for _ in range(19)]
     missed = make("corrupted-tensor")
-    assert mutation_report.summarize([*caught, missed])["ok"]
-    assert not mutation_report.summarize([*caught[:18], missed])["ok"]
+    assert report.summarize([*caught, missed])["ok"]
+    assert not report.summarize([*caught[:18], missed])["ok"]
     with pytest.raises(UsageError, match="nothing was tested"):
-        mutation_report.summarize([])
-    paths = list(mutation_report.write_reports([*caught, missed], tmp_path))
+        report.summarize([])
+    paths = list(report.write_reports([*caught, missed], tmp_path))
     assert [path.name for path in paths] == ["mutation.csv", "mutation.md"]
     assert "20 faults injected into 1 rows, 19 caught (95.0%)" in paths[1].read_text()
     assert paths[0].read_text().count("\n") == 21
@@ -89,14 +92,14 @@ def test_the_witness_is_held_to_what_it_must_catch() -> None:
     seen = make("swapped-nibbles", witness="other weights")
     unseen = make("swapped-nibbles", latents="far")
     planned = make("dropped-scales", plan="no weight_scale")
-    for gates in (mutation.GATES, mutation.LIGHT_GATES):
-        assert mutation_report.summarize([seen, planned], gates)["ok"]
-        found = mutation_report.summarize([seen, unseen], gates)
+    for gates in (judge.GATES, judge.LIGHT_GATES):
+        assert report.summarize([seen, planned], gates)["ok"]
+        found = report.summarize([seen, unseen], gates)
         assert found["problems"] == [
             "swapped-nibbles in row (layer): the witness says nothing, and must"
         ]
     assert found["by_witness_alone"] == ["swapped-nibbles in row (layer)"]
-    text = mutation_report.to_markdown([seen, unseen])
+    text = report.to_markdown([seen, unseen])
     assert text.count("- swapped-nibbles in `row` (layer)") == 1
     assert "Caught by the witness alone, of all gates:\n" in text
 
@@ -105,7 +108,7 @@ def test_what_only_the_witness_tells_a_user() -> None:
     """A gate that needs a BF16 run beside it is none that a user passes."""
     both = make("swapped-nibbles", witness="other weights", layers="far")
     late = make("unit-scales", witness="other weights", generate="white")
-    text = mutation_report.to_markdown([both, both, late])
+    text = report.to_markdown([both, both, late])
     assert "load, generate): swapped-nibbles (2).\n" in text
     assert "Caught by the witness alone, of all gates: none." in text
 
@@ -117,8 +120,8 @@ def test_what_only_the_witness_tells_a_user() -> None:
 )  # fmt: skip
 def test_the_witness_alone_catches_its_faults(row: str) -> None:
     """No other gate is asked: no model runs."""
-    tables = matrix.read()
-    light = Mutator(tables, SAMPLES, mutation.LIGHT_GATES)
+    tables = read.read()
+    light = Mutator(tables, SAMPLES, judge.LIGHT_GATES)
     found = inject(light, row, *faults.WITNESSED, "unit-scales", "corrupted-tensor")
     assert {"unit-scales", "corrupted-tensor", "dropped-scales"} <= set(found)
     assert ("wrong-expert" in found) == (found["unit-scales"].model == "wan-2-2")
@@ -135,14 +138,14 @@ def test_the_table_of_this_project() -> None:
 
     with (SAMPLES.parent / "mutation.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    tables = matrix.read()
-    cells = mutation.choose_rows(tables, ())
+    tables = read.read()
+    cells = judge.choose_rows(tables, ())
     assert {row["row"] for row in rows} == {cell.row for cell in cells}
     assert {row["fault"] for row in rows} == {fault.name for fault in faults.FAULTS}
     caught = [row for row in rows if row["caught"] == "1"]
-    assert len(caught) >= mutation_report.LEAST_CAUGHT * len(rows)
+    assert len(caught) >= report.LEAST_CAUGHT * len(rows)
     assert not [r for r in rows if r["caught"] == "0" and r["fault"] in faults.MUST]
-    assert set(mutation.GATES) <= rows[0].keys()
+    assert set(judge.GATES) <= rows[0].keys()
     seen = [r for r in rows if r["fault"] in faults.WITNESSED and r["plan"] == "0"]
     assert {r["family"] for r in seen} == {cell.family for cell in cells}
     assert [(r["fault"], r["row"]) for r in seen if r["witness"] == "0"] == []
@@ -170,7 +173,7 @@ def test_bounds_are_those_of_rounding_to_the_nearest(scale: str, steps: int, wei
 
     scheme = Scheme("linear.svdq", "", weight, scale, "none", group_size=64)
     base = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
-    groups = rounding_bounds.split_groups(base, scheme)
+    groups = measure.split_groups(base, scheme)
     step = groups.abs().amax(dim=1, keepdim=True) / steps
     decoded = ((groups / step).round() * step).reshape(base.shape)
     bound = rounding_bounds.find_bound(scheme)
@@ -188,7 +191,7 @@ def test_blocks_share_a_scale() -> None:
 
     scheme = Scheme("linear.fp8", "", "e4m3", "block", "none", block=(2, 3))
     weight = torch.arange(20.0).view(4, 5)
-    groups = rounding_bounds.split_groups(weight, scheme)
+    groups = measure.split_groups(weight, scheme)
     assert groups.tolist()[0] == [0, 1, 2, 5, 6, 7]
     assert groups.tolist()[1] == [3, 4, 0, 8, 9, 0]
     assert groups.shape == (4, 6)

@@ -12,13 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quantmatrix import tiny
-from quantmatrix.describe import inspect
+from quantmatrix.api import load_transformer
+from quantmatrix.checkpoints.name_prefixes import PREFIXES, find_prefix, strip_block, strip_prefix
 from quantmatrix.errors import CheckpointError
-from quantmatrix.load import load_transformer
-from quantmatrix.name_prefixes import PREFIXES, find_prefix, strip_block, strip_prefix
-from quantmatrix.planning import Plan, plan
 from quantmatrix.request import Request
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.inspect import inspect
+from quantmatrix.runtime.plan.types import Plan
+from quantmatrix.tiny import hub
 
 FLUX, FLUX_2, WAN = (
     "black-forest-labs/FLUX.1-dev",
@@ -45,9 +46,9 @@ Rename = Callable[[str], str]
 
 
 def find(reference: str) -> Path:
-    folder = tiny.default_folder()
-    tiny.ensure(reference, folder)
-    snapshot = tiny.find_snapshot(tiny.repository_of(reference), folder)
+    folder = hub.default_folder()
+    hub.ensure(reference, folder)
+    snapshot = hub.find_snapshot(hub.repository_of(reference), folder)
     if reference.endswith(".safetensors"):
         return snapshot / reference.rpartition("/")[2]
     inner = snapshot / "transformer"

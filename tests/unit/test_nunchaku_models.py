@@ -21,11 +21,14 @@ from processors import keeps_bits_with_threads
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quantmatrix import matrix, plan, tiny, tiny_checkpoints
+from quantmatrix import plan
+from quantmatrix.api import load_transformer
 from quantmatrix.errors import CheckpointError
-from quantmatrix.layers import SplitInputLinear
-from quantmatrix.load import count_quantized, load_transformer
-from quantmatrix.planning import Plan
+from quantmatrix.runtime.load import count_quantized
+from quantmatrix.runtime.plan.types import Plan
+from quantmatrix.runtime.quantized_linear import SplitInputLinear
+from quantmatrix.tables import read
+from quantmatrix.tiny import checkpoints, hub
 
 Tensors = dict[str, torch.Tensor]
 BASES = {
@@ -47,12 +50,12 @@ ALIKE = 2e-5
 
 def find(reference: str) -> Path:
     """The stand-in of a hub id, of a file in one, or of a path of the guide."""
-    folder = tiny.default_folder()
-    tiny.ensure(reference, folder)
+    folder = hub.default_folder()
+    hub.ensure(reference, folder)
     if reference.startswith("/"):
         return folder / "local" / reference.lstrip("/")
     owner, name, *inner = reference.split("/")
-    return tiny.find_snapshot(f"{owner}/{name}", folder).joinpath(*inner)
+    return hub.find_snapshot(f"{owner}/{name}", folder).joinpath(*inner)
 
 
 def read_file(path: Path) -> tuple[Tensors, dict[str, str]]:
@@ -368,11 +371,11 @@ def test_half_precision_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", ["int4_r16", "nvfp4_r32"])
 def test_plain_refiners(word: str, tmp_path: Path) -> None:
     """Z-Image with skip_refiners: ordinary attention names, but fused feed-forward names."""
-    rows = matrix.read().checkpoints.values()
+    rows = read.read().checkpoints.values()
     row = next(row for row in rows if row.reference == FILES["z-image int4"])
     row = replace(row, scheme=word, kept="z-image-refiners")
     name = f"svdq-{word.replace('nv', '')}-z-image.safetensors"
-    tiny_checkpoints.write_checkpoint(row, name, tmp_path, find(BASES["z-image"]))
+    checkpoints.write_checkpoint(row, name, tmp_path, find(BASES["z-image"]))
     tensors, metadata = read_file(tmp_path / name)
     assert '"skip_refiners": true' in metadata["quantization_config"]
     assert "noise_refiner.0.attention.to_q.weight" in tensors

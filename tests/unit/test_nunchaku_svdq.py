@@ -16,14 +16,18 @@ from safetensors.torch import save_file
 from torch.nn import functional
 from weight_files import write_json, write_weights
 
-from quantmatrix import families, tiny_weights
-from quantmatrix.checkpoint import Checkpoint, Hub, TensorHeader, parse_block
+from quantmatrix import families
+from quantmatrix.checkpoints.checkpoint import Checkpoint
+from quantmatrix.checkpoints.declaration import parse_block
+from quantmatrix.checkpoints.header import TensorHeader
+from quantmatrix.checkpoints.opening import open_weights
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families import nunchaku_svdq as svdq
-from quantmatrix.families import svdq_writer
+from quantmatrix.families.nunchaku_svdq import writer
 from quantmatrix.families.protocol import Calibration
-from quantmatrix.references import open_weights
-from quantmatrix.unknown_quantization import explain_unknown
+from quantmatrix.families.unknown_quantization import explain_unknown
+from quantmatrix.request import Hub
+from quantmatrix.tiny import weights
 
 INT4, NVFP4 = svdq.SCHEMES["int4_r32"], svdq.SCHEMES["nvfp4_r32"]
 Headers = dict[str, tuple[str, tuple[int, ...]]]
@@ -384,7 +388,7 @@ def test_declaration_is_the_engines(tmp_path: Path) -> None:
 
 
 def make_weight(rows: int = 256, columns: int = 384) -> torch.Tensor:
-    return tiny_weights.draw_weight("w", (rows, columns), structured=True).bfloat16()
+    return weights.draw_weight("w", (rows, columns), structured=True).bfloat16()
 
 
 def make_range(weight: torch.Tensor) -> Calibration:
@@ -458,11 +462,11 @@ def test_smoothing_and_rank_each_lower_the_error() -> None:
 @pytest.mark.parametrize("shape", [(256, 384), (384, 256)])
 def test_low_rank_part_is_the_best_of_its_rank(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(7)).double()
-    down, up = svdq_writer.find_low_rank(weight, 48)
+    down, up = writer.find_low_rank(weight, 48)
     left, size, right = torch.linalg.svd(weight, full_matrices=False)
     best = (left[:, :48] * size[:48]) @ right[:48]
     assert torch.allclose(up @ down, best, atol=1e-9)
-    again = svdq_writer.find_low_rank(weight.clone(), 48)
+    again = writer.find_low_rank(weight.clone(), 48)
     assert torch.equal(again[0], down)
     basis = up if shape[0] <= shape[1] else down.T
     assert (basis.gather(0, basis.abs().argmax(0, keepdim=True)) > 0).all()

@@ -12,8 +12,9 @@ import torch
 from diffusers.hooks import group_offloading
 from torch import nn
 
-from quantmatrix import hardware, offloading
-from quantmatrix.synthetic import make_inputs, synthesize
+from quantmatrix.hardware import probe
+from quantmatrix.measure.bench.synthetic import make_inputs, synthesize
+from quantmatrix.runtime import offloading
 
 FORMS = [("modelopt-fp8", "FP8", "reference"), ("modelopt-nvfp4", "NVFP4", "reference"),
          ("msmodelslim", "W8A8", "int8")]  # fmt: skip
@@ -64,7 +65,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
 @pytest.mark.parametrize("form", FORMS, ids=" ".join)
 def test_only_a_few_blocks_are_on_the_device(form: tuple[str, str, str], device: Device) -> None:
     family, scheme, backend = form
-    machine = hardware.probe("cpu")
+    machine = probe.probe("cpu")
     model = synthesize(
         "flux-1", machine, family=family, scheme=scheme, backend=backend, size="tiny"
     )
@@ -87,7 +88,7 @@ def test_only_a_few_blocks_are_on_the_device(form: tuple[str, str, str], device:
 
 
 def test_without_a_stream_nothing_is_changed() -> None:
-    model = synthesize("flux-1", hardware.probe("cpu"), size="tiny")
+    model = synthesize("flux-1", probe.probe("cpu"), size="tiny")
     offloading.stream_blocks(model, "cpu")
     hooks = [m._diffusers_hook for m in model.modules() if hasattr(m, "_diffusers_hook")]
     groups = [h.get_hook("group_offloading").group for h in hooks if h.get_hook("group_offloading")]

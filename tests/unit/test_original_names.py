@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from weight_files import write_weights
 
-from quantmatrix import models, tiny
-from quantmatrix.cli import main
-from quantmatrix.describe import inspect
+from quantmatrix import models
+from quantmatrix.checkpoints.original_names import explain_original, find_original
+from quantmatrix.cli.main import main
 from quantmatrix.errors import CheckpointError
-from quantmatrix.original_names import explain_original, find_original
-from quantmatrix.planning import plan
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.inspect import inspect
+from quantmatrix.tiny import hub
 
 DOUBLE, SINGLE = "double_blocks.0", "single_blocks.0"
 SHARED = (f"{DOUBLE}.img_attn.qkv.weight", f"{SINGLE}.linear1.weight", "img_in.weight")
@@ -75,9 +76,9 @@ def test_no_dialect_of_a_model_is_taken_for_one_that_is_not_read(model: str) -> 
     for dialect in models.load(model).DIALECTS:
         rules = (*dialect.layers, *dialect.tensors)
         assert find_original(f"{rule.source.replace('{i}', '0')}.weight" for rule in rules) is None
-    reference, folder = models.load(model).REPO, tiny.default_folder()
-    tiny.ensure(reference, folder)
-    for part in inspect(str(tiny.find_snapshot(reference, folder)))["components"].values():
+    reference, folder = models.load(model).REPO, hub.default_folder()
+    hub.ensure(reference, folder)
+    for part in inspect(str(hub.find_snapshot(reference, folder)))["components"].values():
         assert part["names"] == ["diffusers"]
         assert part["names_note"] is None
 
@@ -94,11 +95,11 @@ def test_a_plan_says_whose_names_they_are(tmp_path: Path, base: str, coded: bool
         }
         header["quantization_config"] = '{"quant_method": "fp8"}'
     write_weights(tmp_path / "w.safetensors", names, header)
-    reference, folder = models.load(base).REPO, tiny.default_folder()
-    tiny.ensure(reference, folder)
+    reference, folder = models.load(base).REPO, hub.default_folder()
+    hub.ensure(reference, folder)
     with pytest.raises(CheckpointError) as caught:
         plan(
-            model_path=str(tiny.find_snapshot(reference, folder)),
+            model_path=str(hub.find_snapshot(reference, folder)),
             weights_paths={"transformer": str(tmp_path / "w.safetensors")},
         )
     text = str(caught.value)

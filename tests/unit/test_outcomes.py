@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import shards
 
-from quantmatrix import exit_codes, outcomes
+from quantmatrix import exit_codes
 from quantmatrix.errors import CheckpointError, MachineError, MissingPackageError, UnreachableError
 from quantmatrix.exit_codes import (
     CLAIM_VIOLATED,
@@ -20,6 +20,7 @@ from quantmatrix.exit_codes import (
     NOT_EXECUTED,
     NOTHING_COLLECTED,
 )
+from quantmatrix.harness import outcomes
 
 ALONE = ("-p", "no:xdist")
 SPREAD = ("-n", "2")

@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from quantmatrix import evidence as records
-from quantmatrix import matrix, packaged, packets, report
-from quantmatrix.cli import EXIT_USAGE, main
-from quantmatrix.evidence import EvidenceError
+from quantmatrix.cli.main import main
+from quantmatrix.exit_codes import EXIT_USAGE
+from quantmatrix.harness import packets
+from quantmatrix.proof import packaged, reports_folder
+from quantmatrix.proof import store as records
+from quantmatrix.proof.record import EvidenceError
+from quantmatrix.report import render
+from quantmatrix.tables import read
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
@@ -37,7 +41,7 @@ def carried(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outside(carried: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """As if the package was installed, without a checkout around it."""
     monkeypatch.setattr(packaged, "FOLDER", carried)
-    monkeypatch.setattr(report, "is_checkout", lambda: False)
+    monkeypatch.setattr(reports_folder, "is_checkout", lambda: False)
     return carried
 
 
@@ -51,7 +55,7 @@ def test_the_same_is_said_outside(
     codes = [main(words), main([*words, "--json"])]
     inside = capsys.readouterr()
     monkeypatch.setattr(packaged, "FOLDER", carried)
-    monkeypatch.setattr(report, "is_checkout", lambda: False)
+    monkeypatch.setattr(reports_folder, "is_checkout", lambda: False)
     assert [main(words), main([*words, "--json"])] == codes
     found = capsys.readouterr()
     assert "read from" not in inside.err
@@ -68,10 +72,10 @@ def test_a_summary_is_small_and_gives_every_standing(carried: Path) -> None:
     whole = records.read_folder(ROOT / "reports" / "evidence")
     short = packaged.read_records(carried / packaged.RECORDS)
     assert list(short) == sorted(whole)
-    tables = matrix.read()
+    tables = read.read()
     told = [
         {name: (one.label, one.reason, one.others) for name, one in standings.items()}
-        for standings in (report.stand_all(tables, found) for found in (whole, short))
+        for standings in (render.stand_all(tables, found) for found in (whole, short))
     ]
     assert told[0] == told[1]
     assert (carried / packaged.RECORDS).stat().st_size < 6000 * len(whole)
@@ -82,7 +86,7 @@ def test_a_packet_is_judged_by_the_packaged_limits(
     outside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr("quantmatrix.limits.read", lambda path: seen.append(path) or 1 / 0)
+    monkeypatch.setattr("quantmatrix.proof.limits.read", lambda path: seen.append(path) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         packets.read_ledger()
     assert seen == [outside / "limits.csv"]
@@ -92,11 +96,11 @@ def test_what_is_not_there_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(packaged, "FOLDER", tmp_path / "nothing")
-    monkeypatch.setattr(report, "is_checkout", lambda: False)
+    monkeypatch.setattr(reports_folder, "is_checkout", lambda: False)
     for words in COMMANDS:
         assert main(words) == EXIT_USAGE
         assert "carries no" in capsys.readouterr().err
-    monkeypatch.setattr(matrix, "tables_folder", lambda: tmp_path / "tables")
+    monkeypatch.setattr(read, "tables_folder", lambda: tmp_path / "tables")
     assert main(["matrix", "diff", "A..B"]) == EXIT_USAGE
     assert "is no git checkout" in capsys.readouterr().err
 
@@ -120,7 +124,7 @@ ASK = """
 import json, sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
-from quantmatrix.cli import main
+from quantmatrix.cli.main import main
 
 said = []
 for words in json.load(sys.stdin):

@@ -7,7 +7,7 @@ import torch
 
 from quantmatrix import families, kernels
 from quantmatrix.families.protocol import Calibration
-from quantmatrix.layers import QuantizedLinear
+from quantmatrix.runtime.quantized_linear import QuantizedLinear
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -14,19 +14,21 @@ from observed import PROVEN, find, observe
 from safetensors.torch import load_file, save_file
 from tables import CASES, write_tables
 
-from quantmatrix import evidence as records
-from quantmatrix import matrix, packets, thumbnails
-from quantmatrix.cli import main
-from quantmatrix.evidence import CheckResult, Evidence
-from quantmatrix.limits import Limits
-from quantmatrix.matrix import Matrix
+from quantmatrix.cli.main import main
+from quantmatrix.harness import packets
+from quantmatrix.proof import record as records
+from quantmatrix.proof import store, thumbnails
+from quantmatrix.proof.limits import Limits
+from quantmatrix.proof.record import CheckResult, Evidence
+from quantmatrix.tables import read
+from quantmatrix.tables.rows import Matrix
 
 STEPS = 3
 
 
 @pytest.fixture
 def tables(tmp_path: Path) -> Matrix:
-    return matrix.read(write_tables(tmp_path / "matrix"))
+    return read.read(write_tables(tmp_path / "matrix"))
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def packet(tables: Matrix, sides: Any, tmp_path: Path) -> Path:
 
 def test_a_whole_packet_is_sound_and_is_an_evidence_folder(packet: Path, tables: Matrix) -> None:
     assert packets.check(packet, tables) == []
-    assert list(records.read_folder(packet)) == [PROVEN]
+    assert list(store.read_folder(packet)) == [PROVEN]
     card = json.loads((packet / "packet.json").read_text())
     assert card["command"].startswith("quantmatrix generate")
     assert len(card["metrics"]["steps"]) == STEPS
@@ -213,9 +215,9 @@ def test_nan_in_the_baseline_is_no_reference(packet: Path, tables: Matrix) -> No
 
 def test_a_row_that_changed_or_is_unknown(packet: Path, tmp_path: Path) -> None:
     cases = [{**CASES[0], "flags": "--seed 7"}, *CASES[1:]]
-    changed = matrix.read(write_tables(tmp_path / "changed", cases))
+    changed = read.read(write_tables(tmp_path / "changed", cases))
     assert "changed since the run" in packets.check(packet, changed)[0]
-    without = matrix.read(write_tables(tmp_path / "without", CASES[1:]))
+    without = read.read(write_tables(tmp_path / "without", CASES[1:]))
     assert f"no cell {PROVEN} in the tables" in packets.check(packet, without)[0]
 
 
@@ -262,7 +264,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert (made["verdict"], made["cell"]) == ("pass", cell)
-    [record] = records.read_folder(folder).values()
+    [record] = store.read_folder(folder).values()
     metrics = record.checks["latents"].metrics
     assert thumbnails.list_problems(metrics["thumbnails"]) == []
     assert 0.9 < metrics["media"]["ssim"] < 1

@@ -22,13 +22,16 @@ from observed import (
 )
 from tables import CASES, write_tables
 
-from quantmatrix import evidence as records
-from quantmatrix import matrix, page_data, report
-from quantmatrix.evidence import CheckResult, Evidence
-from quantmatrix.matrix import Matrix
-from quantmatrix.page_data import flatten
-from quantmatrix.page_html import encode_data
-from quantmatrix.thumbnails import PICTURES
+from quantmatrix.proof import record as records
+from quantmatrix.proof import store
+from quantmatrix.proof.record import CheckResult, Evidence
+from quantmatrix.proof.thumbnails import PICTURES
+from quantmatrix.report import page_data
+from quantmatrix.report import render as report
+from quantmatrix.report.page import encode_data
+from quantmatrix.report.page_data import flatten
+from quantmatrix.tables import read
+from quantmatrix.tables.rows import Matrix
 
 
 class Elements(HTMLParser):
@@ -52,7 +55,7 @@ class Elements(HTMLParser):
 
 @pytest.fixture
 def tables(tmp_path: Path) -> Matrix:
-    return matrix.read(write_tables(tmp_path / "matrix"))
+    return read.read(write_tables(tmp_path / "matrix"))
 
 
 def render(tables: Matrix, evidence: dict[str, Evidence]) -> bytes:
@@ -77,7 +80,7 @@ def test_nothing_is_loaded_from_anywhere(tables: Matrix) -> None:
 def test_equal_input_equal_bytes(tables: Matrix) -> None:
     evidence = {name: observe_run(tables, find(tables, name)) for name in (PROVEN, REFUSED)}
     first = render(tables, evidence)
-    again = {name: records.decode(records.encode(r)) for name, r in evidence.items()}
+    again = {name: store.decode(store.encode(r)) for name, r in evidence.items()}
     assert first == render(tables, dict(reversed(again.items())))
     assert first.endswith(b"</html>\n")
 
@@ -167,7 +170,7 @@ def test_pictures_that_the_page_has_no_room_for(
 def test_words_cannot_leave_the_data(tables: Matrix, tmp_path: Path) -> None:
     evil = "</script><img src=x onerror=alert(1)><!--DATA-->/*SCRIPT*/"
     cases = [{**CASES[0], "notes": evil}, *CASES[1:]]
-    hostile = matrix.read(write_tables(tmp_path / "hostile", cases))
+    hostile = read.read(write_tables(tmp_path / "hostile", cases))
     page = render(hostile, {PROVEN: observe(hostile, PROVEN, commit=evil)})
     assert evil.encode() not in page
     assert not any(tag == "img" for tag, _ in Elements(page).found)
@@ -189,7 +192,7 @@ def test_hundreds_of_cells_are_one_page(tmp_path: Path, monkeypatch: pytest.Monk
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record.to_json()))
     del evidence, record
-    monkeypatch.setattr(matrix, "tables_folder", lambda: tmp_path / "matrix")
+    monkeypatch.setattr(read, "tables_folder", lambda: tmp_path / "matrix")
     done = report.write(tmp_path)
     assert gc.isenabled()
     pages = {"index.html": (tmp_path / "index.html").read_bytes()}

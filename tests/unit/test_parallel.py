@@ -14,11 +14,14 @@ from typing import Any
 import context_parallel
 import pytest
 
-from quantmatrix import cli, parallel, sharing
+from quantmatrix import exit_codes
+from quantmatrix.cli import main
 from quantmatrix.errors import QuantmatrixError, RefusedError, UsageError
-from quantmatrix.planning import Plan
 from quantmatrix.request import Request
-from quantmatrix.run import generate
+from quantmatrix.runtime import parallel
+from quantmatrix.runtime.generate import generate
+from quantmatrix.runtime.plan import context_parallel as sharing
+from quantmatrix.runtime.plan.types import Plan
 
 FLUX = (
     *("--model-path", "black-forest-labs/FLUX.1-dev"),
@@ -47,7 +50,7 @@ def test_only_the_first_process_writes_and_prints(
 ) -> None:
     words = ["generate", *FLUX, "--tiny", "--device", "cpu", "--prompt", "a fox", "--json"]
     more = ["--nproc-per-node", "2", "--output-path", str(tmp_path)]
-    assert cli.main([*words, *more]) == 0
+    assert main.main([*words, *more]) == 0
     out = capfd.readouterr().out
     [run] = json.loads(out)["runs"]
     assert [str(path) for path in tmp_path.iterdir()] == [run["output"]]
@@ -56,7 +59,7 @@ def test_only_the_first_process_writes_and_prints(
 
 def test_model_without_a_plan_is_refused_by_name(capfd: pytest.CaptureFixture[str]) -> None:
     words = ["generate", *Z_IMAGE, "--tiny", "--device", "cpu", "--nproc-per-node", "2"]
-    assert cli.main(words) == cli.EXIT_REFUSED
+    assert main.main(words) == exit_codes.EXIT_REFUSED
     err = capfd.readouterr().err
     assert "ZImageTransformer2DModel" in err
     assert "has no context-parallel plan" in err
@@ -98,11 +101,11 @@ def test_a_stand_in_with_few_heads_says_that_it_takes_fewer_processes() -> None:
 
 def test_plan_refuses_what_cannot_be_shared(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--tiny", "--nproc-per-node", "4", "--hardware"]
-    assert cli.main([*words, "rtx-5090-x4", *FLUX]) == 0
+    assert main.main([*words, "rtx-5090-x4", *FLUX]) == 0
     assert " GiB in each of 2 processes" in capsys.readouterr().out
-    assert cli.main([*words, "rtx-5090", *FLUX]) == cli.EXIT_USAGE
+    assert main.main([*words, "rtx-5090", *FLUX]) == exit_codes.EXIT_USAGE
     assert "NVIDIA GeForce RTX 5090 has 1 cuda devices" in capsys.readouterr().err
-    assert cli.main([*words, "rtx-5090-x4", *Z_IMAGE]) == cli.EXIT_REFUSED
+    assert main.main([*words, "rtx-5090-x4", *Z_IMAGE]) == exit_codes.EXIT_REFUSED
     assert f"refused [{sharing.RULE}]: z-image: transformer is" in capsys.readouterr().out
 
 

@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from quantmatrix import matrix, models, tiny
+from quantmatrix import models
+from quantmatrix.api import load_transformer
+from quantmatrix.checkpoints.local import LocalFolder
 from quantmatrix.errors import CheckpointError
-from quantmatrix.folders import LocalFolder
-from quantmatrix.load import load_transformer
-from quantmatrix.part_files import check_class, check_files, explain_vocabulary
-from quantmatrix.pipeline import build_pipeline, errors_in_words
-from quantmatrix.planning import Plan, plan
 from quantmatrix.request import Request
+from quantmatrix.runtime.pipeline import build_pipeline, errors_in_words
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.part_files import check_class, check_files, explain_vocabulary
+from quantmatrix.runtime.plan.types import Plan
+from quantmatrix.tables import read
+from quantmatrix.tiny import hub
 
 Damage = Callable[[Path], object]
 
@@ -26,9 +29,9 @@ Damage = Callable[[Path], object]
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A copy of a model's stand-in that a test may damage."""
     repo = models.load(request.param).REPO
-    tiny.ensure(repo, tiny.default_folder())
+    hub.ensure(repo, hub.default_folder())
     target = tmp_path / "base"
-    shutil.copytree(tiny.find_snapshot(repo, tiny.default_folder()), target)
+    shutil.copytree(hub.find_snapshot(repo, hub.default_folder()), target)
     return target
 
 
@@ -118,8 +121,8 @@ def test_the_transformer_does_without_the_rest(base: Path) -> None:
 @pytest.mark.parametrize("model", models.IDS)
 def test_an_override_takes_the_place_of_a_damaged_part(model: str, tmp_path: Path) -> None:
     repo = models.load(model).REPO
-    tiny.ensure(repo, tiny.default_folder())
-    sound = tiny.find_snapshot(repo, tiny.default_folder())
+    hub.ensure(repo, hub.default_folder())
+    sound = hub.find_snapshot(repo, hub.default_folder())
     base = tmp_path / "base"
     shutil.copytree(sound, base)
     shutil.rmtree(base / "vae")
@@ -133,10 +136,10 @@ def test_an_override_takes_the_place_of_a_damaged_part(model: str, tmp_path: Pat
 
 
 def test_a_shard_of_a_text_encoder_that_is_missing(tmp_path: Path) -> None:
-    repo = matrix.read().models["flux-1"].repo
-    tiny.ensure(repo, tiny.default_folder())
+    repo = read.read().models["flux-1"].repo
+    hub.ensure(repo, hub.default_folder())
     base = tmp_path / "base"
-    shutil.copytree(tiny.find_snapshot(repo, tiny.default_folder()), base)
+    shutil.copytree(hub.find_snapshot(repo, hub.default_folder()), base)
     weights = base / "text_encoder_2/model.safetensors"
     shard = "model-00001-of-00002.safetensors"
     weights.rename(weights.with_name(shard))

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from quantmatrix import pipeline
-from quantmatrix.planning import Plan, plan
 from quantmatrix.request import Request
+from quantmatrix.runtime import pipeline
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.types import Plan
 
 
 @pytest.mark.parametrize(

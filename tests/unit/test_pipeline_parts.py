@@ -11,11 +11,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from quantmatrix import tiny
 from quantmatrix.errors import CheckpointError
-from quantmatrix.pipeline import build_pipeline
-from quantmatrix.planning import Plan, plan
 from quantmatrix.request import Request
+from quantmatrix.runtime.pipeline import build_pipeline
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.types import Plan
+from quantmatrix.tiny import hub
 
 FLUX = "black-forest-labs/FLUX.1-dev"
 BLOCK = {"quant_method": "modelopt", "quant_algo": "FP8"}
@@ -24,9 +25,9 @@ BLOCK = {"quant_method": "modelopt", "quant_algo": "FP8"}
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """A copy of the tiny FLUX.1 that a test may change."""
-    tiny.ensure(FLUX, tiny.default_folder())
+    hub.ensure(FLUX, hub.default_folder())
     target = tmp_path / "base"
-    shutil.copytree(tiny.find_snapshot(FLUX, tiny.default_folder()), target)
+    shutil.copytree(hub.find_snapshot(FLUX, hub.default_folder()), target)
     return target
 
 

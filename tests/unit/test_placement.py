@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantmatrix import tiny
-from quantmatrix.checkpoint import Header, TensorHeader
+from quantmatrix.checkpoints.header import Header, TensorHeader
+from quantmatrix.checkpoints.local import LocalFolder
 from quantmatrix.errors import CheckpointError
-from quantmatrix.folders import LocalFolder
-from quantmatrix.models import Target
-from quantmatrix.placement import explain_rows, select_rows
-from quantmatrix.planning import Plan, plan
+from quantmatrix.models.dialect import Target
 from quantmatrix.request import Request
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.placement import explain_rows, select_rows
+from quantmatrix.runtime.plan.types import Plan
+from quantmatrix.tiny import hub
 
 FLUX, FLUX_2, WAN = (
     "black-forest-labs/FLUX.1-dev",
@@ -33,9 +34,9 @@ Tensors = dict[str, TensorHeader]
 
 
 def find(reference: str) -> Path:
-    folder = tiny.default_folder()
-    tiny.ensure(reference, folder)
-    snapshot = tiny.find_snapshot(tiny.repository_of(reference), folder)
+    folder = hub.default_folder()
+    hub.ensure(reference, folder)
+    snapshot = hub.find_snapshot(hub.repository_of(reference), folder)
     file = reference.rpartition("/")[2]
     return snapshot / file if file.endswith(".safetensors") else snapshot
 

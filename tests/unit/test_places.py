@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from quantmatrix import job_summary, quantize
-from quantmatrix.cli import EXIT_TERMINATED
+from quantmatrix.checkpoints.writer import save_tensors
 from quantmatrix.errors import UsageError
-from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE
-from quantmatrix.places import check_place, naming, write_whole
-from quantmatrix.report import read_evidence
-from quantmatrix.safetensors_writer import save_tensors
+from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, EXIT_TERMINATED
+from quantmatrix.files import check_place, naming, write_whole
+from quantmatrix.report import job_summary
+from quantmatrix.report.render import read_evidence
+from quantmatrix.tools import quantize
 
 FULL = Path("/dev/full")
 
@@ -102,7 +102,7 @@ def test_an_interruption_puts_the_old_checkpoint_back(
             raise KeyboardInterrupt
         replace(source, place)
 
-    monkeypatch.setattr("quantmatrix.quantize.os.replace", interrupt)
+    monkeypatch.setattr("quantmatrix.tools.quantize.os.replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         quantize.replace_target(made, target)
     assert target.read_text() == "old"

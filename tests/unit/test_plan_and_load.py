@@ -17,17 +17,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantmatrix import matrix, models
-from quantmatrix.checkpoint import ITEM_BITS, Header, TensorHeader
-from quantmatrix.dequantize import list_tensors
+from quantmatrix import models
+from quantmatrix.checkpoints.header import ITEM_BITS, Header, TensorHeader
+from quantmatrix.checkpoints.local import LocalFolder
+from quantmatrix.checkpoints.name_prefixes import PREFIXES
+from quantmatrix.checkpoints.reader import TensorReader
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
-from quantmatrix.folders import LocalFolder
-from quantmatrix.load import TensorReader, load_component
-from quantmatrix.matrix import Cell
-from quantmatrix.name_prefixes import PREFIXES
-from quantmatrix.planning import Plan, plan
 from quantmatrix.request import Request
-from quantmatrix.sources import use_tiny
+from quantmatrix.runtime.load import load_component
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.types import Plan
+from quantmatrix.tables import read as tables_read
+from quantmatrix.tables import rows
+from quantmatrix.tables.rows import Cell
+from quantmatrix.tiny.hub import use_tiny
+from quantmatrix.tools.dequantize import list_tensors
 
 CHANGES_PER_CHECKPOINT = 30
 DTYPES = {
@@ -49,10 +53,10 @@ Tensors = dict[str, TensorHeader]
 
 
 @cache
-def list_cells() -> dict[str, tuple[Cell, matrix.Matrix]]:
+def list_cells() -> dict[str, tuple[Cell, rows.Matrix]]:
     """The first cell of each checkpoint that a CPU takes."""
-    tables = matrix.read()
-    found: dict[str, tuple[Cell, matrix.Matrix]] = {}
+    tables = tables_read.read()
+    found: dict[str, tuple[Cell, rows.Matrix]] = {}
     for cell in tables.cells:
         if cell.hardware == "cpu" and cell.claim not in ("refused", "planned"):
             found.setdefault(cell.checkpoint, (cell, tables))

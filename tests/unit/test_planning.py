@@ -8,12 +8,13 @@ from pathlib import Path, PurePath
 
 import pytest
 
-from quantmatrix import sources
-from quantmatrix.describe import inspect
+from quantmatrix.checkpoints.opening import fetch_pipeline
 from quantmatrix.errors import UsageError
-from quantmatrix.planning import Plan, Refusal, plan
-from quantmatrix.references import fetch_pipeline
 from quantmatrix.request import Request
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.inspect import inspect
+from quantmatrix.runtime.plan.types import Plan, Refusal
+from quantmatrix.tiny.hub import open_tiny_hub
 
 FLUX = ["--tiny", "--model-path", "black-forest-labs/FLUX.1-dev"]
 FP8 = ["--transformer-path", "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"]
@@ -113,7 +114,7 @@ def test_the_compatibility_use_of_model_path_gives_way_to_a_flag(
 
 def test_a_whole_model_of_a_compatible_name_is_itself(tmp_path: Path) -> None:
     """A saved pipeline in a folder that is called like the weights-only repository."""
-    hub = sources.open_tiny_hub([BASE_2, FLUX_2_FP8])
+    hub = open_tiny_hub([BASE_2, FLUX_2_FP8])
     folder = tmp_path / "FLUX.2-dev-NVFP4"
     shutil.copytree(fetch_pipeline(BASE_2, hub), folder)
     made = plan(Request(model_path=str(folder), device="cpu", hub=hub))
@@ -191,8 +192,8 @@ def test_contradictions(words: list[str], message: str) -> None:
 
 
 def test_memory_that_does_not_suffice_is_a_warning() -> None:
-    from quantmatrix.hardware import Machine
-    from quantmatrix.planning import check_memory
+    from quantmatrix.hardware.machine import Machine
+    from quantmatrix.runtime.plan.decide import check_memory
 
     made = decide(*FP8)
     assert isinstance(made, Plan)

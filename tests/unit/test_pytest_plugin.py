@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from tables import CASES, write_tables
 
-from quantmatrix import evidence as records
 from quantmatrix.exit_codes import CLAIM_VIOLATED, NOTHING_COLLECTED
+from quantmatrix.proof import record as records
+from quantmatrix.proof import store
 
 pytest_plugins = ["pytester"]
 
@@ -248,7 +249,7 @@ def test_a_row_that_is_claimed_to_fail_must_fail(project: pytest.Pytester) -> No
     result.assert_outcomes(passed=2)
     assert result.ret == 0
     [path] = (project.path / "evidence").rglob("*.json")
-    checks = records.read(path).checks
+    checks = store.read(path).checks
     assert {name: check.verdict for name, check in checks.items()} == {
         "load": "pass",
         "latents": "fail",
@@ -262,7 +263,7 @@ def test_a_row_that_is_claimed_to_fail_and_works_fails(project: pytest.Pytester)
     assert result.ret == CLAIM_VIOLATED
     result.stdout.fnmatch_lines(["*claimed to fail, and it passes: change the claim*"])
     [path] = (project.path / "evidence").rglob("*.json")
-    assert records.read(path).checks["latents"].verdict == "pass"
+    assert store.read(path).checks["latents"].verdict == "pass"
 
 
 def test_another_check_of_a_failing_row_must_pass(project: pytest.Pytester) -> None:
@@ -397,7 +398,7 @@ def test_results_that_are_no_record_fail_their_cell_alone(project: pytest.Pytest
     result = project.runpytest("-q", "--evidence-dir=ev")
     assert result.ret == CLAIM_VIOLATED
     result.stdout.fnmatch_lines(["*fp8-flux-1@cpu+reference: no evidence is kept of it:*nan*"])
-    assert set(records.read_folder(project.path / "ev")) == {
+    assert set(store.read_folder(project.path / "ev")) == {
         "fp8-flux-1@cpu+decode",
         "fp8-flux-2@cpu",
         "svdq-flux-1-hopper@h100",
@@ -416,7 +417,7 @@ def test_damaged_records_end_no_session(project: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["*fp8-flux-2@cpu: no evidence is kept of it:*not JSON*"])
     result = project.runpytest(*words, "--evidence-dir=ev")
     assert result.ret == 0, result.stdout.str()
-    assert "fp8-flux-2@cpu" in records.read_folder(project.path / "ev")
+    assert "fp8-flux-2@cpu" in store.read_folder(project.path / "ev")
 
 
 def test_true_size_runs_on_request_and_leaves_a_record_of_its_own(
@@ -436,10 +437,10 @@ def test_true_size_runs_on_request_and_leaves_a_record_of_its_own(
         """
     )
     project.runpytest("--evidence-dir=ev").assert_outcomes(passed=1)
-    assert set(records.read_folder(project.path / "ev")) == {"fp8-flux-1@cpu"}
+    assert set(store.read_folder(project.path / "ev")) == {"fp8-flux-1@cpu"}
     done = project.runpytest("--evidence-dir=ev", "--check", "true-size")
     done.assert_outcomes(passed=1)
-    found = records.read_folder(project.path / "ev")
+    found = store.read_folder(project.path / "ev")
     assert {key: set(record.checks) for key, record in found.items()} == {
         "fp8-flux-1@cpu": {"load"},
         "fp8-flux-1@cpu:true-size": {"true-size"},

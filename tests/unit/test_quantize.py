@@ -11,12 +11,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from quantmatrix import cli, load_pipeline, models, quantize
+from quantmatrix import load_pipeline, models
+from quantmatrix.checkpoints.opening import fetch_pipeline
+from quantmatrix.cli import main
 from quantmatrix.errors import UsageError
-from quantmatrix.planning import Plan, plan
-from quantmatrix.references import fetch_pipeline
 from quantmatrix.request import Request
-from quantmatrix.run import generate
+from quantmatrix.runtime.generate import generate
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.types import Plan
+from quantmatrix.tools import quantize
 
 BASES = {
     "flux-1": "black-forest-labs/FLUX.1-dev",
@@ -241,7 +244,7 @@ def test_wrong_words_are_refused_before_any_work(
     monkeypatch.setattr(quantize, "calibrate", fail)
     monkeypatch.chdir(tmp_path)
     start = ["quantize", "--tiny", "--model-path", BASES["flux-1"], "--output-path", "out"]
-    assert cli.main([*start, *words]) == 2
+    assert main.main([*start, *words]) == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -251,11 +254,11 @@ def test_what_is_there_stays_unless_it_may_go(tmp_path: Path, capsys: Any) -> No
     target.write_text("old")
     words = ["quantize", "--tiny", "--model-path", BASES["z-image"], "--family", "fp8"]
     words += ["--output-path", str(target), "--device", "cpu", "--json"]
-    assert cli.main(words) == 2
+    assert main.main(words) == 2
     assert target.read_text() == "old"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a fox\n\na cat\n")
-    assert cli.main([*words, "--overwrite", "--calibration-prompts", str(prompts)]) == 0
+    assert main.main([*words, "--overwrite", "--calibration-prompts", str(prompts)]) == 0
     found = json.loads(capsys.readouterr().out.rpartition("\n{")[2].join(["{", ""]))
     assert found["prompts"] == 2
     assert found["bytes"] == target.stat().st_size > 1000

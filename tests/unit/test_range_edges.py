@@ -11,24 +11,27 @@ from typing import Any
 import pytest
 import torch
 
-from quantmatrix import compare, sharding, thumbnails
-from quantmatrix.compare import StepMetrics
 from quantmatrix.errors import UsageError
-from quantmatrix.image_metrics import WINDOW, compute_ssim
-from quantmatrix.limits import Limits
+from quantmatrix.harness import shards
+from quantmatrix.measure import latents
+from quantmatrix.measure.latents import StepMetrics
+from quantmatrix.measure.pictures import WINDOW, compute_ssim
+from quantmatrix.proof import thumbnails
+from quantmatrix.proof.limits import Limits
 from quantmatrix.request import parse_number
+from quantmatrix.runtime import media
 
 
 @pytest.mark.parametrize("text", ["1/1", "1/3", "3/3", "12/12", "01/3"])
 def test_shards_that_there_are(text: str) -> None:
     number, _, count = text.partition("/")
-    assert sharding.read_shard(text) == (int(number), int(count))
+    assert shards.read_shard(text) == (int(number), int(count))
 
 
 @pytest.mark.parametrize("text", ["0/1", "2/1", "4/3", "0/0"])
 def test_shards_that_there_are_not(text: str) -> None:
     with pytest.raises(UsageError, match=f"--shard {text}: expected i/n"):
-        sharding.read_shard(text)
+        shards.read_shard(text)
 
 
 @pytest.mark.parametrize(
@@ -38,17 +41,17 @@ def test_shards_that_there_are_not(text: str) -> None:
 def test_parts_of_a_job_last_at_most_as_long_as_asked(
     seconds: float, units: int, parts: int
 ) -> None:
-    assert sharding.count_parts(seconds, units, 100.0) == parts
-    assert sharding.count_parts(1e9, 10**6) == sharding.MOST_PARTS
+    assert shards.count_parts(seconds, units, 100.0) == parts
+    assert shards.count_parts(1e9, 10**6) == shards.MOST_PARTS
 
 
 def test_seconds_of_a_cell_are_loads_once_and_three_generations() -> None:
     cell: Any = SimpleNamespace(checks=("load", "latents"))
     timings = {"load": 2.0, "load_base": 5.0, "generate": 10.0, "decode": 100.0, "command": 1.0}
     record: Any = SimpleNamespace(timings=timings)
-    assert sharding.estimate(cell, record) == 2.0 + 5.0 + 30.0 + 1.0
-    assert sharding.estimate(cell, None, 7.5) == 7.5
-    assert sharding.estimate(cell, SimpleNamespace(timings={}), 7.5) == 7.5  # type: ignore[arg-type]
+    assert shards.estimate(cell, record) == 2.0 + 5.0 + 30.0 + 1.0
+    assert shards.estimate(cell, None, 7.5) == 7.5
+    assert shards.estimate(cell, SimpleNamespace(timings={}), 7.5) == 7.5  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,7 @@ def make_frames(*pairs: tuple[int, int]) -> torch.Tensor:
     ],
 )
 def test_pictures_that_show_nothing(frames: torch.Tensor, why: str) -> None:
-    found = compare.find_degeneration(frames)
+    found = media.find_degeneration(frames)
     assert (found is None) if not why else (found is not None and why in found)
 
 
@@ -96,7 +99,7 @@ def test_the_smallest_picture_that_ssim_takes() -> None:
     assert compute_ssim(picture, picture) == pytest.approx(1.0)
     for shape in ((WINDOW - 1, WINDOW, 3), (WINDOW, WINDOW - 1, 3)):
         small = torch.zeros(shape, dtype=torch.uint8)
-        with pytest.raises(compare.ShapeError, match="SSIM needs 11 x 11"):
+        with pytest.raises(latents.ShapeError, match="SSIM needs 11 x 11"):
             compute_ssim(small, small)
 
 
@@ -123,19 +126,19 @@ WORST = StepMetrics(cosine=0.5, relative_l2=0.25, psnr_db=32.0, max_abs=1.0)
 def test_limits_of_latents_at_their_edges(name: str, better: float) -> None:
     """A step that meets the limit exactly passes; so do better ones; the next worse one does not."""
     own = getattr(WORST, name)
-    assert compare.judge([WORST, replace(WORST, **{name: better})], ALLOWED) == []
+    assert latents.judge([WORST, replace(WORST, **{name: better})], ALLOWED) == []
     worse = replace(WORST, **{name: math.nextafter(own, 2 * own - better)})
     for steps in ([WORST, worse], [worse, WORST]):
-        [problem] = compare.judge(steps, ALLOWED)
+        [problem] = latents.judge(steps, ALLOWED)
         assert problem.startswith(f"{name} ")
         assert f"the limit is at {'most' if name == 'relative_l2' else 'least'}" in problem
 
 
 def test_a_run_that_equals_bf16_in_every_step_fails() -> None:
     same = StepMetrics(cosine=1.0, relative_l2=0.0, psnr_db=math.inf, max_abs=0.0, identical=True)
-    assert "bit for bit" in compare.judge([same, same], ALLOWED)[0]
-    assert compare.judge([same, WORST], ALLOWED) == []
+    assert "bit for bit" in latents.judge([same, same], ALLOWED)[0]
+    assert latents.judge([same, WORST], ALLOWED) == []
     broken = replace(WORST, nonfinite=3)
-    assert compare.judge([same, broken], ALLOWED) == [
+    assert latents.judge([same, broken], ALLOWED) == [
         "3 elements of the latents are NaN or infinite"
     ]

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from quantmatrix.errors import UsageError
-from quantmatrix.ratios import (
+from quantmatrix.proof.ratios import (
     CONFIDENCE,
     FASTER,
     FEWEST,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quantmatrix.cli import main
+from quantmatrix.cli.main import main
 
 README = Path(__file__).parents[2] / "README.md"
 

@@ -12,10 +12,11 @@ import pytest
 from observed import REFUSED, find, observe, observe_run
 from tables import write_tables
 
-from quantmatrix import evidence as records
-from quantmatrix import matrix
-from quantmatrix.evidence import CheckResult, EvidenceError
-from quantmatrix.matrix import Matrix
+from quantmatrix.proof import record as records
+from quantmatrix.proof import store
+from quantmatrix.proof.record import CheckResult, EvidenceError
+from quantmatrix.tables import read as matrix
+from quantmatrix.tables.rows import Matrix
 
 VALUES = (None, 3, -1.5, True, "x", "", [], {}, [1], {"a": 1}, {"b": None}, [[]], 10**400)
 
@@ -32,7 +33,7 @@ def record(tables: Matrix) -> dict[str, Any]:
     latents = run.checks["latents"]
     told = CheckResult("pass", latents.metrics, {**latents.limits, **limits})
     whole = records.Evidence(**{**vars(run), "checks": {**run.checks, "latents": told}})
-    found: dict[str, Any] = json.loads(records.encode(whole))
+    found: dict[str, Any] = json.loads(store.encode(whole))
     return found
 
 
@@ -43,7 +44,7 @@ def refusal(tables: Matrix) -> dict[str, Any]:
     plan = {"ok": False, "refusal": told, "components": {}}
     checks = {"refuse": CheckResult("pass", {"rule": rule}, {"rule": rule})}
     found: dict[str, Any] = json.loads(
-        records.encode(observe(tables, REFUSED, plan=plan, checks=checks))
+        store.encode(observe(tables, REFUSED, plan=plan, checks=checks))
     )
     return found
 
@@ -67,7 +68,7 @@ def list_paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 def problems_of(record: dict[str, Any]) -> str:
     with pytest.raises(EvidenceError, match=r"^some\.json") as caught:
-        records.decode(json.dumps(record).encode(), "some.json")
+        store.decode(json.dumps(record).encode(), "some.json")
     return str(caught.value)
 
 
@@ -98,7 +99,7 @@ def test_a_record_that_contradicts_itself_is_refused(
 def test_a_failed_check_may_be_beyond_its_limit(record: dict[str, Any]) -> None:
     changed = put(record, (*LATENTS, "worst", "psnr_db"), 3.0)
     changed["checks"]["latents"] |= {"verdict": "fail", "message": "too far"}
-    records.decode(json.dumps(changed).encode())
+    store.decode(json.dumps(changed).encode())
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_whatever_stands_in_a_record_is_read_or_refused(
     for path in list_paths(record):
         for value in VALUES:
             try:
-                found = records.decode(json.dumps(put(record, path, value)).encode())
+                found = store.decode(json.dumps(put(record, path, value)).encode())
             except EvidenceError:
                 continue
             use(found)
@@ -132,10 +133,13 @@ def test_whatever_stands_in_a_record_is_read_or_refused(
 @pytest.fixture
 def use(tables: Matrix) -> Callable[[Any], None]:
     """Whatever reads records: none of it may trip over one that was taken."""
-    from quantmatrix import agreement, limits, merge, page_data, scopes, sharding, states
-    from quantmatrix.code_digest import own_code
-    from quantmatrix.freshness import Now, find_upgrades
-    from quantmatrix.pages import Joined, write_measurements, write_refusals
+    from quantmatrix.harness import shards
+    from quantmatrix.proof import agreement, limits, merge, scopes, states
+    from quantmatrix.proof.code_digest import own_code
+    from quantmatrix.proof.freshness import Now, find_upgrades
+    from quantmatrix.proof.joined import Joined
+    from quantmatrix.report import page_data
+    from quantmatrix.report.markdown import write_measurements, write_refusals
 
     def read(record: records.Evidence) -> None:
         found = {scopes.key_of(record): record}
@@ -143,7 +147,7 @@ def use(tables: Matrix) -> Callable[[Any], None]:
         standings = states.stand_all(tables, found, now)
         agreement.measure(tables, found, now, standings)
         limits.collect_samples(found)
-        sharding.estimate_all(tables.cells, found)
+        shards.estimate_all(tables.cells, found)
         joined = Joined(tables, standings)
         page_data.collect(joined)
         known = [cell for cell in tables.cells if standings[cell.id].record]
@@ -156,4 +160,4 @@ def use(tables: Matrix) -> Callable[[Any], None]:
 
 def test_a_record_nested_without_end_is_refused() -> None:
     with pytest.raises(EvidenceError, match="nested too deeply"):
-        records.decode(b'{"a":' * 100_000, "some.json")
+        store.decode(b'{"a":' * 100_000, "some.json")

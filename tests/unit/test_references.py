@@ -19,9 +19,12 @@ import pytest
 from huggingface_hub.errors import SafetensorsParsingError
 from weight_files import COMMIT, link_blob, make_cache, write_index, write_json, write_weights
 
-from quantmatrix import folders, references
-from quantmatrix.checkpoint import Checkpoint, Hub, TensorHeader
+from quantmatrix.checkpoints import folders, opening
+from quantmatrix.checkpoints.checkpoint import Checkpoint
+from quantmatrix.checkpoints.header import TensorHeader
+from quantmatrix.checkpoints.hub import is_unreachable, list_repository, translate_hub_errors
 from quantmatrix.errors import CheckpointError, UnreachableError, UnusableError
+from quantmatrix.request import Hub
 
 INDEX = "d.safetensors.index.json"
 OTHER_COMMIT = "f" * 40
@@ -38,9 +41,9 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(huggingface_hub.HfApi, name, refuse)
     for name in ("hf_hub_download", "snapshot_download"):
         monkeypatch.setattr(huggingface_hub, name, refuse)
-    folders.list_repository.cache_clear()
+    list_repository.cache_clear()
     yield
-    folders.list_repository.cache_clear()
+    list_repository.cache_clear()
 
 
 def fill(root: Path, content: str) -> Path:
@@ -171,20 +174,20 @@ def check_selection(found: Callable[[], Checkpoint], root: Path, expected: str) 
 def test_files_of_a_weights_reference(tmp_path: Path, case: str, slash: str) -> None:
     content, expected, _ = SELECTIONS[case]
     root = fill(tmp_path / "here", content)
-    check_selection(lambda: references.open_weights(f"{root}{slash}", Hub()), root, expected)
+    check_selection(lambda: opening.open_weights(f"{root}{slash}", Hub()), root, expected)
 
 
 @pytest.mark.parametrize("case", SELECTIONS)
 def test_files_of_a_component_folder(tmp_path: Path, case: str) -> None:
     content, _, expected = SELECTIONS[case]
     root = fill(tmp_path / "here", content)
-    check_selection(lambda: references.open_component(str(root), Hub()), root, expected)
+    check_selection(lambda: opening.open_component(str(root), Hub()), root, expected)
 
 
 def test_two_candidates_are_listed(tmp_path: Path) -> None:
     fill(tmp_path, "a.safetensors b.safetensors")
     with pytest.raises(CheckpointError, match="name one of them") as caught:
-        references.open_weights(str(tmp_path), Hub())
+        opening.open_weights(str(tmp_path), Hub())
     for name in ("a.safetensors", "b.safetensors"):
         assert str(tmp_path / name) in str(caught.value)
 
@@ -192,39 +195,39 @@ def test_two_candidates_are_listed(tmp_path: Path) -> None:
 def test_named_files_are_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, f"{INDEX}=a.safetensors a.safetensors d.safetensors d.fp16.safetensors")
     for name, expected in (("d.fp16.safetensors", "d.fp16"), ("d.safetensors", "d"), (INDEX, "a")):
-        found = references.open_weights(str(tmp_path / name), Hub())
+        found = opening.open_weights(str(tmp_path / name), Hub())
         assert names(found, tmp_path) == [f"{expected}.safetensors"]
     monkeypatch.chdir(tmp_path)
     for reference in ("./d.safetensors", "d.safetensors", f"../{tmp_path.name}/d.safetensors"):
-        assert Path(references.open_weights(reference, Hub()).files[0]).is_absolute()
+        assert Path(opening.open_weights(reference, Hub()).files[0]).is_absolute()
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert names(references.open_weights("~/d.safetensors", Hub()), tmp_path) == ["d.safetensors"]
+    assert names(opening.open_weights("~/d.safetensors", Hub()), tmp_path) == ["d.safetensors"]
 
 
 def test_a_pickle_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(b"\x80")
     with pytest.raises(CheckpointError, match="pickle file can run code"):
-        references.open_weights(str(tmp_path / "x.pt"), Hub())
+        opening.open_weights(str(tmp_path / "x.pt"), Hub())
 
 
 def test_index_and_shards_of_two_checkpoints(tmp_path: Path) -> None:
     fill(tmp_path, f"{INDEX}=a.safetensors,b.safetensors a.safetensors")
     write_weights(tmp_path / "b.safetensors", {"c.weight": ("F32", (1,))})
     with pytest.raises(CheckpointError, match=r"b\.safetensors: the index promises .*b\.weight"):
-        references.open_weights(str(tmp_path), Hub())
+        opening.open_weights(str(tmp_path), Hub())
 
 
 def test_component_files_that_hold_one_tensor_twice(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_weights(tmp_path / f"{name}.safetensors", {"same": ("F32", (1,))})
     with pytest.raises(CheckpointError, match=r"tensor same is in .*one.* and in .*two"):
-        references.open_component(str(tmp_path), Hub())
+        opening.open_component(str(tmp_path), Hub())
 
 
 def test_a_component_is_a_folder(tmp_path: Path) -> None:
     path = write_weights(tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="weights-path"):
-        references.open_component(str(path), Hub())
+        opening.open_component(str(path), Hub())
 
 
 def test_a_whole_pipeline_stands_for_its_component_of_the_name(tmp_path: Path) -> None:
@@ -233,23 +236,23 @@ def test_a_whole_pipeline_stands_for_its_component_of_the_name(tmp_path: Path) -
         fill(tmp_path / part, "config.json x.safetensors")
     write_json(tmp_path / "model_index.json", {})
     for part in ("transformer", "transformer_2"):
-        found = references.open_component(str(tmp_path), Hub(), name=part)
+        found = opening.open_component(str(tmp_path), Hub(), name=part)
         assert found.files == (str(tmp_path / part / "x.safetensors"),)
-        _, file = references.read_component_config(str(tmp_path), Hub(), name=part)
+        _, file = opening.read_component_config(str(tmp_path), Hub(), name=part)
         assert file == str(tmp_path / part / "config.json")
     (tmp_path / "transformer_2").rename(tmp_path / "other")
-    found = references.open_component(str(tmp_path), Hub(), name="transformer_2")
+    found = opening.open_component(str(tmp_path), Hub(), name="transformer_2")
     assert found.files == (str(tmp_path / "transformer" / "x.safetensors"),)
 
 
 def test_an_index_that_was_left_behind(tmp_path: Path) -> None:
     fill(tmp_path, f"{INDEX}=a.safetensors,b.safetensors d.safetensors")
-    for read in (references.open_component, references.open_weights):
+    for read in (opening.open_component, opening.open_weights):
         with pytest.raises(CheckpointError, match=r"there is d\.safetensors instead.*remove it"):
             read(str(tmp_path), Hub())
     write_weights(tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match=r"b\.safetensors; download them again"):
-        references.open_component(str(tmp_path), Hub())
+        opening.open_component(str(tmp_path), Hub())
 
 
 def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
@@ -263,7 +266,7 @@ def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
     for name in ("_w8a8", "-a", ""):
         write_json(tmp_path / "t" / f"quant_model_description{name}.json", {"x.weight": name})
     write_weights(tmp_path / "t" / "x.safetensors", metadata={"format": "pt"})
-    found = references.open_weights(str(tmp_path), Hub())
+    found = opening.open_weights(str(tmp_path), Hub())
     assert found.config == {"_class_name": "X"}
     assert found.config_file == str(tmp_path / "t" / "config.json")
     assert found.quantization == {
@@ -276,7 +279,7 @@ def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
     assert found.metadata == {"format": "pt"}
     assert found.remote is None
     (tmp_path / "t" / "quant_model_description.json").unlink()
-    found = references.open_weights(str(tmp_path / "t" / "x.safetensors"), Hub())
+    found = opening.open_weights(str(tmp_path / "t" / "x.safetensors"), Hub())
     assert found.description_file == str(tmp_path / "t" / "quant_model_description-a.json")
 
 
@@ -286,7 +289,7 @@ def test_headers_of_shards_disagree(tmp_path: Path) -> None:
         write_weights(tmp_path / f"{name}.safetensors", metadata={"quantization_config": block})
     write_index(tmp_path / INDEX, ["a.safetensors", "b.safetensors"])
     with pytest.raises(CheckpointError) as caught:
-        references.open_weights(str(tmp_path), Hub())
+        opening.open_weights(str(tmp_path), Hub())
     for word in ("quant_method", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")):
         assert word in str(caught.value)
 
@@ -300,7 +303,7 @@ def test_a_huge_folder_is_not_searched_for_a_named_file(
         raise AssertionError("searched the whole folder")
 
     monkeypatch.setattr(Path, "rglob", refuse)
-    assert references.open_weights(str(path), Hub()).files == (str(path),)
+    assert opening.open_weights(str(path), Hub()).files == (str(path),)
 
 
 class TestCompat:
@@ -319,11 +322,11 @@ class TestCompat:
     )
     def test_mixed_is_looked_for_first(self, tmp_path: Path, content: str, expected: str) -> None:
         root = fill(tmp_path / "FLUX.2-dev-NVFP4", content)
-        check_selection(lambda: references.open_compat(str(root), Hub()), root, expected)
+        check_selection(lambda: opening.open_compat(str(root), Hub()), root, expected)
 
     def test_named_file(self, tmp_path: Path) -> None:
         fill(tmp_path, "x.safetensors x-mixed.safetensors")
-        found = references.open_compat(str(tmp_path / "x.safetensors"), Hub())
+        found = opening.open_compat(str(tmp_path / "x.safetensors"), Hub())
         assert names(found, tmp_path) == ["x.safetensors"]
 
     @pytest.mark.parametrize("whole", [True, False])
@@ -332,17 +335,17 @@ class TestCompat:
         make_cache(tmp_path, "black-forest-labs/FLUX.2-dev-NVFP4", OTHER_COMMIT, ref=None)
         fill(snapshot, "x.safetensors x-mixed.safetensors")
         folder = snapshot.parents[1] if whole else snapshot
-        found = references.open_compat(str(folder), Hub())
+        found = opening.open_compat(str(folder), Hub())
         assert names(found, snapshot) == ["x-mixed.safetensors"]
 
 
 def test_cache_folder_of_unknown_commit(tmp_path: Path) -> None:
     snapshot = fill(make_cache(tmp_path, "o/r", ref=None), "x.safetensors")
     cache = snapshot.parents[1]
-    assert names(references.open_weights(str(cache), Hub()), snapshot) == ["x.safetensors"]
+    assert names(opening.open_weights(str(cache), Hub()), snapshot) == ["x.safetensors"]
     make_cache(tmp_path, "o/r", OTHER_COMMIT, ref=None)
     with pytest.raises(CheckpointError, match="without refs/main and with 2 snapshots"):
-        references.open_weights(str(cache), Hub())
+        opening.open_weights(str(cache), Hub())
 
 
 class TestPipeline:
@@ -357,36 +360,36 @@ class TestPipeline:
             "boundary_ratio": 0.875,
         }
         write_json(tmp_path / "model_index.json", index)
-        found = references.open_pipeline(str(tmp_path), Hub())
+        found = opening.open_pipeline(str(tmp_path), Hub())
         assert found.class_name == "FluxPipeline"
         assert found.components == {"transformer": ("diffusers", "FluxTransformer2DModel")}
 
     def test_bare_component(self, tmp_path: Path) -> None:
         write_json(tmp_path / "config.json", {"_class_name": "FluxTransformer2DModel"})
-        found = references.open_pipeline(str(tmp_path), Hub())
+        found = opening.open_pipeline(str(tmp_path), Hub())
         assert (found.class_name, found.components) == ("FluxTransformer2DModel", {})
-        config, file = references.read_component_config(str(tmp_path), Hub())
+        config, file = opening.read_component_config(str(tmp_path), Hub())
         assert (config["_class_name"], file) == (found.class_name, str(tmp_path / "config.json"))
 
     def test_neither(self, tmp_path: Path) -> None:
         path = write_weights(tmp_path / "x.safetensors")
         with pytest.raises(CheckpointError, match=r"neither model_index\.json nor config\.json"):
-            references.open_pipeline(str(tmp_path), Hub())
+            opening.open_pipeline(str(tmp_path), Hub())
         with pytest.raises(CheckpointError, match="a base model is a folder"):
-            references.open_pipeline(str(path), Hub())
+            opening.open_pipeline(str(path), Hub())
         with pytest.raises(CheckpointError, match=r"no config\.json"):
-            references.read_component_config(str(tmp_path), Hub())
+            opening.read_component_config(str(tmp_path), Hub())
 
     def test_components_lie_in_their_folders(self, tmp_path: Path) -> None:
         for part in ("transformer", "transformer_2"):
             fill(tmp_path / part, f"{part}.safetensors config.json")
         for part in ("transformer", "transformer_2"):
-            found = references.open_component(str(tmp_path), Hub(), part)
+            found = opening.open_component(str(tmp_path), Hub(), part)
             assert names(found, tmp_path) == [f"{part}/{part}.safetensors"]
-        found = references.open_component(str(tmp_path), Hub())
+        found = opening.open_component(str(tmp_path), Hub())
         assert names(found, tmp_path) == ["transformer/transformer.safetensors"]
         with pytest.raises(CheckpointError, match=r"transformer_3: no \.safetensors"):
-            references.open_component(str(tmp_path), Hub(), "transformer_3")
+            opening.open_component(str(tmp_path), Hub(), "transformer_3")
 
 
 # reference, --revision -> (repository, path in it, revision), or the text of an error
@@ -438,7 +441,7 @@ def test_hub_references(case: str) -> None:
         assert folders.parse_hub_reference(reference, hub) == expected
     else:
         with pytest.raises(CheckpointError) as caught:
-            references.open_weights(reference, hub)
+            opening.open_weights(reference, hub)
         assert expected in str(caught.value)
         assert reference in str(caught.value)
 
@@ -460,7 +463,7 @@ def test_hub_references(case: str) -> None:
 )
 def test_paths_that_are_not_there(reference: str, message: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        references.open_weights(reference, Hub())
+        opening.open_weights(reference, Hub())
     assert message in str(caught.value)
     assert "hub" not in message or "owner/repo" in str(caught.value)
 
@@ -475,11 +478,11 @@ def test_placeholders_lead_to_stand_ins(tmp_path: Path) -> None:
         ("/path/to/folder/x.safetensors", "folder/x"),
         ("/path/to/y.safetensors", "y"),
     ):
-        found = references.open_weights(reference, hub)
+        found = opening.open_weights(reference, hub)
         assert names(found, tmp_path / "path/to") == [f"{name}.safetensors"]
         assert found.reference == reference
     with pytest.raises(CheckpointError, match="a placeholder of the guide"):
-        references.open_weights("/path/to/other", hub)
+        opening.open_weights("/path/to/other", hub)
 
 
 def test_a_folder_of_that_name_comes_before_the_hub(
@@ -487,7 +490,7 @@ def test_a_folder_of_that_name_comes_before_the_hub(
 ) -> None:
     fill(tmp_path / "o/r", "x.safetensors")
     monkeypatch.chdir(tmp_path)
-    assert names(references.open_weights("o/r", Hub()), tmp_path / "o/r") == ["x.safetensors"]
+    assert names(opening.open_weights("o/r", Hub()), tmp_path / "o/r") == ["x.safetensors"]
 
 
 class TestCache:
@@ -515,41 +518,41 @@ class TestCache:
     def test_found(
         self, tmp_path: Path, snapshot: Path, reference: str, expected: str, offline: bool
     ) -> None:
-        found = references.open_weights(reference, Hub(str(tmp_path), offline=offline))
+        found = opening.open_weights(reference, Hub(str(tmp_path), offline=offline))
         assert names(found, snapshot) == [f"{expected}.safetensors"]
         assert found.remote is None
-        assert references.fetch(found, Hub(str(tmp_path))) is found
+        assert opening.fetch(found, Hub(str(tmp_path))) is found
 
     def test_not_in_the_cache_and_offline(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError) as caught:
-            references.open_weights("o/missing", Hub(str(tmp_path), offline=True))
+            opening.open_weights("o/missing", Hub(str(tmp_path), offline=True))
         for word in ("o/missing", str(tmp_path), "offline", "hf download", "--tiny", "tiny-hub"):
             assert word in str(caught.value)
 
     def test_not_in_the_cache_and_no_network(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError) as caught:
-            references.open_weights("o/missing", Hub(str(tmp_path)))
+            opening.open_weights("o/missing", Hub(str(tmp_path)))
         for word in ("o/missing", "no network in tests", "--tiny", "hf auth login"):
             assert word in str(caught.value)
 
     def test_another_revision_is_another_snapshot(self, tmp_path: Path, snapshot: Path) -> None:
         other = fill(make_cache(tmp_path, "o/r", OTHER_COMMIT, ref="v2"), "y.safetensors")
         for revision in ("v2", OTHER_COMMIT):
-            found = references.open_weights("o/r", Hub(str(tmp_path), True, revision=revision))
+            found = opening.open_weights("o/r", Hub(str(tmp_path), True, revision=revision))
             assert names(found, other) == ["y.safetensors"]
         with pytest.raises(CheckpointError, match="not in the cache"):
-            references.open_weights("o/r", Hub(str(tmp_path), True, revision="v3"))
+            opening.open_weights("o/r", Hub(str(tmp_path), True, revision="v3"))
 
     def test_the_users_own_cache(
         self, tmp_path: Path, snapshot: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-        found = references.open_weights("o/r/x.safetensors", Hub(offline=True))
+        found = opening.open_weights("o/r/x.safetensors", Hub(offline=True))
         assert names(found, snapshot) == ["x.safetensors"]
 
     def test_nothing_of_that_name_inside(self, tmp_path: Path, snapshot: Path) -> None:
         with pytest.raises(CheckpointError) as caught:
-            references.open_weights("o/r/nothing", Hub(str(tmp_path), offline=True))
+            opening.open_weights("o/r/nothing", Hub(str(tmp_path), offline=True))
         for word in ("has no file or folder nothing", "sub, x.safetensors", "cached snapshot"):
             assert word in str(caught.value)
 
@@ -557,13 +560,13 @@ class TestCache:
     def test_a_partial_snapshot_says_so(self, tmp_path: Path, offline: bool) -> None:
         fill(make_cache(tmp_path, "o/r"), f"config.json {INDEX}=a.safetensors")
         with pytest.raises(CheckpointError, match="a cached snapshot, which may hold a part"):
-            references.open_component("o/r", Hub(str(tmp_path), offline=offline))
+            opening.open_component("o/r", Hub(str(tmp_path), offline=offline))
 
     def test_offline_opens_no_connection(self, tmp_path: Path, snapshot: Path) -> None:
         """The hub client is not even imported: the cache is plain folders."""
         code = (
             "import sys; from quantmatrix import references\n"
-            "from quantmatrix.checkpoint import Hub\n"
+            "from quantmatrix.checkpoints.checkpoint import Hub\n"
             f"references.open_weights('o/r/sub', Hub({str(tmp_path)!r}, offline=True))\n"
             "assert 'huggingface_hub' not in sys.modules and 'torch' not in sys.modules"
         )
@@ -638,7 +641,7 @@ class TestRemote:
     def test_headers_only_then_everything(self, remote: FakeHub, hub: Hub) -> None:
         fill(remote.files / "t", f"{INDEX}=a.safetensors,b.safetensors a.safetensors b.safetensors")
         write_json(remote.files / "t/config.json", {"quantization_config": {"quant_method": "fp8"}})
-        found = references.open_component("o/r/t", hub)
+        found = opening.open_component("o/r/t", hub)
         assert remote.asked == [
             "info o/r None",
             f"file t/{INDEX}",
@@ -653,7 +656,7 @@ class TestRemote:
         assert found.remote is not None
         assert (found.remote.repo, found.remote.commit) == ("o/r", COMMIT)
         remote.asked.clear()
-        local = references.fetch(found, hub)
+        local = opening.fetch(found, hub)
         assert remote.asked == ["file t/a.safetensors", "file t/b.safetensors"]
         assert local.remote is None
         assert all(Path(file).is_file() for file in local.files)
@@ -665,7 +668,7 @@ class TestRemote:
         for tensor, shard in shards.items():
             write_weights(remote.files / shard, {tensor: ("F32", (1,))})
         write_json(remote.files / INDEX, {"weight_map": shards})
-        local = references.fetch(references.open_weights("o/r", hub), hub)
+        local = opening.fetch(opening.open_weights("o/r", hub), hub)
         assert {n: Path(t.file).parent.name for n, t in local.tensors.items()} == {
             "x.weight": "one",
             "y.weight": "two",
@@ -675,12 +678,12 @@ class TestRemote:
         fill(remote.files, f"{INDEX}=a.safetensors,b.safetensors a.safetensors b.safetensors")
         assert hub.cache_dir is not None
         snapshot = fill(make_cache(Path(hub.cache_dir), "o/r"), "a.safetensors")
-        found = references.open_weights("o/r", hub)
+        found = opening.open_weights("o/r", hub)
         assert found.files[0] == str(snapshot / "a.safetensors")
         assert found.remote is not None
         assert found.remote.files == ("b.safetensors",)
         assert "header a.safetensors" not in remote.asked
-        local = references.fetch(found, hub)
+        local = opening.fetch(found, hub)
         assert names(local, snapshot) == ["a.safetensors", "b.safetensors"]
         assert remote.asked.count("file a.safetensors") == 0
 
@@ -689,21 +692,21 @@ class TestRemote:
         fill(remote.files, "x.safetensors x-mixed.safetensors")
         assert hub.cache_dir is not None
         fill(make_cache(Path(hub.cache_dir), "o/r"), "x.safetensors")
-        found = references.open_weights("o/r", hub)
+        found = opening.open_weights("o/r", hub)
         assert found.files == (f"hf://o/r@{COMMIT}/x-mixed.safetensors",)
         assert remote.asked[0] == f"info o/r {COMMIT}"
 
     def test_one_commit_per_process(self, remote: FakeHub, hub: Hub) -> None:
         fill(remote.files, "x.safetensors")
-        first = references.open_weights("o/r", hub)
+        first = opening.open_weights("o/r", hub)
         remote.commit = OTHER_COMMIT
-        assert references.open_weights("o/r", hub).files == first.files
+        assert opening.open_weights("o/r", hub).files == first.files
         assert sum(word.startswith("info") for word in remote.asked) == 1
 
     def test_revision(self, remote: FakeHub, hub: Hub) -> None:
         fill(remote.files, "x.safetensors")
-        references.open_weights("o/r", Hub(hub.cache_dir, revision="v1"))
-        references.open_weights("https://huggingface.co/o/r/tree/v2", hub)
+        opening.open_weights("o/r", Hub(hub.cache_dir, revision="v1"))
+        opening.open_weights("https://huggingface.co/o/r/tree/v2", hub)
         infos = [word for word in remote.asked if word.startswith("info")]
         assert infos == ["info o/r v1", "info o/r v2"]
 
@@ -713,27 +716,27 @@ class TestRemote:
     ) -> None:
         fill(remote.files, "x.safetensors")
         online = Hub(hub.cache_dir, revision=revision)
-        fetched = references.fetch(references.open_weights("o/r", online), online)
+        fetched = opening.fetch(opening.open_weights("o/r", online), online)
         offline = Hub(hub.cache_dir, offline=True, revision=revision)
-        assert references.open_weights("o/r", offline).files == fetched.files
+        assert opening.open_weights("o/r", offline).files == fetched.files
         remote.asked.clear()
-        folders.list_repository.cache_clear()
-        references.open_weights("o/r", online)
+        list_repository.cache_clear()
+        opening.open_weights("o/r", online)
         assert remote.asked == [f"info o/r {COMMIT}"]
 
     def test_no_such_file(self, remote: FakeHub, hub: Hub) -> None:
         fill(remote.files, "x.safetensors sub/y.safetensors")
         with pytest.raises(CheckpointError, match="o/r has no file or folder z; o/r has sub, x"):
-            references.open_weights("o/r/z", hub)
+            opening.open_weights("o/r/z", hub)
 
     def test_a_damaged_remote_header(self, remote: FakeHub, hub: Hub) -> None:
         path = write_weights(remote.files / "x.safetensors")
         path.write_bytes(path.read_bytes().replace(b"BF16", b"F99x"))
         with pytest.raises(CheckpointError, match=r"hf://o/r@.*x\.safetensors: tensor x\.weight"):
-            references.open_weights("o/r", hub)
+            opening.open_weights("o/r", hub)
         path.write_bytes(path.read_bytes().replace(b"{", b"[", 1))
         with pytest.raises(CheckpointError, match=r"o/r/x\.safetensors: its header cannot be read"):
-            references.open_weights("o/r", hub)
+            opening.open_weights("o/r", hub)
 
     def test_errors_of_the_client_are_ours(
         self, remote: FakeHub, hub: Hub, monkeypatch: pytest.MonkeyPatch
@@ -742,7 +745,7 @@ class TestRemote:
 
         http_error = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
         fill(remote.files, "x.safetensors")
-        found = references.open_weights("o/r", hub)
+        found = opening.open_weights("o/r", hub)
         for error in (http_error("refused\nmore"), OSError("refused"), ValueError("refused")):
 
             def fail(*_: Any, error: Exception = error, **__: Any) -> Any:
@@ -750,7 +753,7 @@ class TestRemote:
 
             monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
             with pytest.raises(CheckpointError) as caught:
-                references.fetch(found, hub)
+                opening.fetch(found, hub)
             assert "o/r/x.safetensors: cannot be downloaded" in str(caught.value)
             assert "refused)" in str(caught.value)
 
@@ -764,7 +767,7 @@ class TestRemote:
         )
         parts = {name: ["diffusers", "X"] for name in ("transformer", "vae", "tokenizer")}
         write_json(remote.files / "model_index.json", {"_class_name": "P", **parts})
-        root = Path(references.fetch_pipeline("o/r", hub, without=("transformer",)))
+        root = Path(opening.fetch_pipeline("o/r", hub, without=("transformer",)))
         here = {path.relative_to(root).as_posix() for path in root.rglob("*.*")}
         assert here == {
             "model_index.json",
@@ -780,19 +783,19 @@ class TestRemote:
         self, remote: FakeHub, hub: Hub
     ) -> None:
         write_json(remote.files / "model_index.json", {"_class_name": "P", "vae": ["d", "X"]})
-        root = references.fetch_pipeline("o/r", Hub(hub.cache_dir, revision=COMMIT))
-        assert references.fetch_pipeline("o/r", hub) == root
-        assert references.fetch_pipeline("o/r", Hub(hub.cache_dir, offline=True)) == root
+        root = opening.fetch_pipeline("o/r", Hub(hub.cache_dir, revision=COMMIT))
+        assert opening.fetch_pipeline("o/r", hub) == root
+        assert opening.fetch_pipeline("o/r", Hub(hub.cache_dir, offline=True)) == root
 
     def test_a_component_of_a_repository_is_downloaded(self, remote: FakeHub, hub: Hub) -> None:
         fill(remote.files, "vae/config.json vae/d.safetensors other/x.safetensors")
-        root = Path(references.fetch_pipeline("o/r/vae", hub))
+        root = Path(opening.fetch_pipeline("o/r/vae", hub))
         assert {path.name for path in root.rglob("*.*")} == {"config.json", "d.safetensors"}
         assert root.name == "vae"
 
     def test_a_local_pipeline_stays_where_it_is(self, tmp_path: Path) -> None:
         write_json(tmp_path / "model_index.json", {})
-        assert references.fetch_pipeline(str(tmp_path), Hub()) == str(tmp_path)
+        assert opening.fetch_pipeline(str(tmp_path), Hub()) == str(tmp_path)
 
 
 class HubServer(BaseHTTPRequestHandler):
@@ -876,7 +879,7 @@ def test_the_real_client_transfers_headers_first_and_weights_when_fetched(tmp_pa
     code = (
         "import json\n"
         "from quantmatrix import references\n"
-        "from quantmatrix.checkpoint import Hub\n"
+        "from quantmatrix.checkpoints.checkpoint import Hub\n"
         f"hub = Hub({str(tmp_path / 'cache')!r})\n"
         "found = references.open_weights('o/r/t', hub)\n"
         "print(json.dumps([found.files, found.nbytes, found.quantization, found.config]))\n"
@@ -890,7 +893,7 @@ def test_the_real_client_transfers_headers_first_and_weights_when_fetched(tmp_pa
     assert len(sizes) == 2
     assert sizes[0] < 200_000 < 4_000_000 < sizes[1]
     offline = Hub(str(tmp_path / "cache"), offline=True)
-    assert references.open_weights("o/r/t/x.safetensors", offline).files == tuple(second)
+    assert opening.open_weights("o/r/t/x.safetensors", offline).files == tuple(second)
 
 
 def test_the_real_client_reads_small_tensors_alone(tmp_path: Path) -> None:
@@ -912,7 +915,7 @@ def test_the_real_client_reads_small_tensors_alone(tmp_path: Path) -> None:
     code = (
         "import json\n"
         "from quantmatrix import references\n"
-        "from quantmatrix.checkpoint import Hub\n"
+        "from quantmatrix.checkpoints.checkpoint import Hub\n"
         f"found = references.open_weights('o/r/t', Hub({str(tmp_path / 'cache')!r}))\n"
         "print(json.dumps([found.quantization['layers'], found.quantization_from]))\n"
     )
@@ -954,18 +957,18 @@ class TestWhoIsToBlame:
         monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
         error = getattr(errors, kind).__new__(getattr(errors, kind), "no")
         error.response = SimpleNamespace(status_code=status)
-        assert folders.is_unreachable(error) == unreachable
-        with pytest.raises(CheckpointError) as caught, folders.translate_hub_errors("o/r", "o/r"):
+        assert is_unreachable(error) == unreachable
+        with pytest.raises(CheckpointError) as caught, translate_hub_errors("o/r", "o/r"):
             raise error
         assert isinstance(caught.value, UnusableError) == unreachable
 
     def test_no_connection_and_no_file(self) -> None:
         from huggingface_hub import errors
 
-        assert folders.is_unreachable(OSError("no route"))
-        assert folders.is_unreachable(errors.LocalEntryNotFoundError("offline"))
-        assert not folders.is_unreachable(ValueError("no header"))
+        assert is_unreachable(OSError("no route"))
+        assert is_unreachable(errors.LocalEntryNotFoundError("offline"))
+        assert not is_unreachable(ValueError("no header"))
 
     def test_offline_without_a_copy(self, tmp_path: Path) -> None:
         with pytest.raises(UnreachableError, match="we are offline"):
-            references.open_weights("o/missing", Hub(str(tmp_path), offline=True))
+            opening.open_weights("o/missing", Hub(str(tmp_path), offline=True))

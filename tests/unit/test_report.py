@@ -13,12 +13,14 @@ from xml.etree import ElementTree
 import pytest
 from tables import CASES, CHECKPOINTS, write_tables
 
-from quantmatrix import evidence as records
-from quantmatrix import matrix, report
 from quantmatrix.errors import UsageError
-from quantmatrix.evidence import CheckResult, Evidence
-from quantmatrix.freshness import sign
-from quantmatrix.matrix import Cell, Matrix
+from quantmatrix.proof import record as records
+from quantmatrix.proof import reports_folder, store
+from quantmatrix.proof.freshness import sign
+from quantmatrix.proof.record import CheckResult, Evidence
+from quantmatrix.report import render as report_render
+from quantmatrix.tables import read
+from quantmatrix.tables.rows import Cell, Matrix
 
 WORST = {"psnr_db": 41.25, "cosine": 0.9991, "relative_l2": 0.01234}
 COMPONENT = {"quantized_layers": 10, "total_layers": 12, "backends": {"decode": 10}}
@@ -26,7 +28,7 @@ COMPONENT = {"quantized_layers": 10, "total_layers": 12, "backends": {"decode": 
 
 @pytest.fixture
 def tables(tmp_path: Path) -> Matrix:
-    return matrix.read(write_tables(tmp_path / "matrix"))
+    return read.read(write_tables(tmp_path / "matrix"))
 
 
 def find(tables: Matrix, name: str) -> Cell:
@@ -57,7 +59,7 @@ PROVEN = "fp8-flux-1@cpu+decode"
 
 def test_states(tables: Matrix) -> None:
     def state(name: str, record: Evidence | None) -> str:
-        return report.state_of(find(tables, name), record, tables)
+        return report_render.state_of(find(tables, name), record, tables)
 
     assert state(PROVEN, None) == "unproven"
     assert state(PROVEN, observe(tables, PROVEN)) == "proven"
@@ -84,12 +86,12 @@ def test_a_changed_row_makes_its_evidence_stale(
 ) -> None:
     record = observe(tables, PROVEN)
     cases = [{**CASES[0], column: value}, *CASES[1:]]
-    changed = matrix.read(write_tables(tmp_path / "changed" / "matrix", cases))
-    state, why = report.explain_state(find(changed, PROVEN), record, changed)
+    changed = read.read(write_tables(tmp_path / "changed" / "matrix", cases))
+    state, why = report_render.explain_state(find(changed, PROVEN), record, changed)
     assert state == "stale"
     assert reason in why
     other = "fp8-flux-2@cpu"
-    assert report.state_of(find(changed, other), observe(tables, other), changed) == "proven"
+    assert report_render.state_of(find(changed, other), observe(tables, other), changed) == "proven"
 
 
 @pytest.mark.parametrize("column", ["reference", "scheme", "revision"])
@@ -98,8 +100,8 @@ def test_a_changed_checkpoint_makes_evidence_stale(
 ) -> None:
     record = observe(tables, PROVEN)
     rows = [{**CHECKPOINTS[0], column: "0" * 40}, *CHECKPOINTS[1:]]
-    changed = matrix.read(write_tables(tmp_path / "changed" / "matrix", checkpoints=rows))
-    state, why = report.explain_state(find(changed, PROVEN), record, changed)
+    changed = read.read(write_tables(tmp_path / "changed" / "matrix", checkpoints=rows))
+    state, why = report_render.explain_state(find(changed, PROVEN), record, changed)
     assert (state, why) == ("stale", "the row of checkpoint flux-1-fp8 changed")
 
 
@@ -120,9 +122,9 @@ def test_a_changed_hardware_or_model_makes_its_evidence_stale(
     record = observe(tables, PROVEN)
     rows = getattr(tables, table)
     changed = replace(tables, **{table: {**rows, name: replace(rows[name], **change)}})
-    assert report.state_of(find(changed, PROVEN), record, changed) == state
+    assert report_render.state_of(find(changed, PROVEN), record, changed) == state
     older = replace(record, cell={k: v for k, v in record.cell.items() if k != "place_digest"})
-    assert report.state_of(find(changed, PROVEN), older, changed) == "proven"
+    assert report_render.state_of(find(changed, PROVEN), older, changed) == "proven"
 
 
 def test_a_record_of_another_architecture_proves_nothing(tables: Matrix) -> None:
@@ -131,7 +133,7 @@ def test_a_record_of_another_architecture_proves_nothing(tables: Matrix) -> None
         vendor, arch = machine.split()
         record = observe(tables, cell.id)
         told = {**record.plan, "machine": {"vendor": vendor, "arch": arch, "name": "x"}}
-        found = report.explain_state(cell, replace(record, plan=told), tables)
+        found = report_render.explain_state(cell, replace(record, plan=told), tables)
         assert found[0] == state
     assert found[1] == "made on cpu cpu, h100 is nvidia sm90"
 
@@ -140,8 +142,8 @@ def test_notes_may_change_and_checks_may_be_added(tables: Matrix, tmp_path: Path
     record = observe(tables, PROVEN)
     rows = [{**CHECKPOINTS[0], "notes": "new", "scope": "new"}, *CHECKPOINTS[1:]]
     cases = [{**CASES[0], "notes": "new", "checks": "load latents generate"}, *CASES[1:]]
-    changed = matrix.read(write_tables(tmp_path / "changed" / "matrix", cases, rows))
-    found = report.explain_state(find(changed, PROVEN), record, changed)
+    changed = read.read(write_tables(tmp_path / "changed" / "matrix", cases, rows))
+    found = report_render.explain_state(find(changed, PROVEN), record, changed)
     assert found == ("unproven", "not run: generate")
 
 
@@ -154,8 +156,8 @@ def observed(tables: Matrix) -> dict[str, Evidence]:
 
 
 def test_rendering_is_pure(tables: Matrix, observed: dict[str, Evidence]) -> None:
-    first = report.render(tables, observed)
-    assert first == report.render(tables, dict(reversed(observed.items())))
+    first = report_render.render(tables, observed)
+    assert first == report_render.render(tables, dict(reversed(observed.items())))
     assert set(first) == {
         "support-matrix.md",
         "support-matrix.csv",
@@ -168,7 +170,7 @@ def test_rendering_is_pure(tables: Matrix, observed: dict[str, Evidence]) -> Non
 
 
 def test_overview(tables: Matrix, observed: dict[str, Evidence]) -> None:
-    text = report.render(tables, observed)["support-matrix.md"].decode()
+    text = report_render.render(tables, observed)["support-matrix.md"].decode()
     assert "2 of 6 claims (33.3 %)" in text
     link = "evidence/cpu/fp8-flux-1+decode.json"
     proof = f"**proven · stand-in**: [cpu decode]({link}); **unproven**: cpu reference, h100 refer"
@@ -184,15 +186,15 @@ def test_overview(tables: Matrix, observed: dict[str, Evidence]) -> None:
 def test_a_claimed_failure_counts_as_agreement(tmp_path: Path) -> None:
     words = {"claim": "failing", "rule": "latents", "notes": "codes are read wrongly"}
     row = {**CASES[0], "hardware": "cpu", "backend": "decode", **words}
-    tables = matrix.read(write_tables(tmp_path / "failing", [row]))
+    tables = read.read(write_tables(tmp_path / "failing", [row]))
     [cell] = tables.cells
     for fails, count in (("latents", 1), ("", 0), ("load", 0)):
-        page = report.render(tables, {cell.id: observe(tables, cell.id, fails=fails)})
+        page = report_render.render(tables, {cell.id: observe(tables, cell.id, fails=fails)})
         assert f"{count} of 1 claims" in page["support-matrix.md"].decode(), fails
 
 
 def test_family_page(tables: Matrix, observed: dict[str, Evidence]) -> None:
-    pages = report.render(tables, observed)
+    pages = report_render.render(tables, observed)
     text = pages["families/fp8.md"].decode()
     assert (
         f"| [{PROVEN}](../evidence/cpu/fp8-flux-1+decode.json) | stand-in | 10 of 12 | decode (10) |"
@@ -211,15 +213,15 @@ def test_family_page(tables: Matrix, observed: dict[str, Evidence]) -> None:
 
 def test_family_page_has_the_docstring_of_its_module(tables: Matrix) -> None:
     for name in tables.families:
-        text = report.render(tables, {})[f"families/{name}.md"].decode()
-        module = Path(report.__file__).parent / "families" / f"{name.replace('-', '_')}.py"
+        text = report_render.render(tables, {})[f"families/{name}.md"].decode()
+        module = Path(report_render.__file__).parent / "families" / f"{name.replace('-', '_')}.py"
         if module.is_file():
             first = module.read_text().splitlines()[0].removeprefix('"""').removesuffix('"""')
             assert f"## Format\n\n{first}" in text
 
 
 def test_csv_has_a_line_per_cell(tables: Matrix, observed: dict[str, Evidence]) -> None:
-    text = report.render(tables, observed)["support-matrix.csv"].decode()
+    text = report_render.render(tables, observed)["support-matrix.csv"].decode()
     rows = {row["id"]: row for row in csv.DictReader(io.StringIO(text))}
     assert list(rows) == [cell.id for cell in tables.cells]
     assert rows[PROVEN]["state"] == "proven"
@@ -236,7 +238,7 @@ def test_csv_has_a_line_per_cell(tables: Matrix, observed: dict[str, Evidence]) 
 def test_picture_is_wellformed_and_says_its_content(
     tables: Matrix, observed: dict[str, Evidence]
 ) -> None:
-    root = ElementTree.fromstring(report.render(tables, observed)["support-matrix.svg"])
+    root = ElementTree.fromstring(report_render.render(tables, observed)["support-matrix.svg"])
     texts = ["".join(node.itertext()) for node in root.iter()]
     assert "1 proven · stand-in" in texts
     assert "prefers-color-scheme:dark" in "".join(texts)
@@ -250,21 +252,21 @@ def test_picture_is_wellformed_and_says_its_content(
 def reports(tables: Matrix, observed: dict[str, Evidence], tmp_path: Path, monkeypatch) -> Path:
     folder = tmp_path / "reports"
     for record in observed.values():
-        records.write(record, folder / "evidence")
-    monkeypatch.setattr(matrix, "tables_folder", lambda: tmp_path / "matrix")
+        store.write(record, folder / "evidence")
+    monkeypatch.setattr(read, "tables_folder", lambda: tmp_path / "matrix")
     return folder
 
 
 def test_write_then_check(reports: Path) -> None:
-    assert {line.rpartition(": ")[2] for line in report.write(reports)} == {"written"}
-    assert {line.rpartition(": ")[2] for line in report.write(reports)} == {"unchanged"}
-    assert report.check(reports) == []
-    assert report.check() == []  # reports/ beside the tables is the default
+    assert {line.rpartition(": ")[2] for line in report_render.write(reports)} == {"written"}
+    assert {line.rpartition(": ")[2] for line in report_render.write(reports)} == {"unchanged"}
+    assert report_render.check(reports) == []
+    assert report_render.check() == []  # reports/ beside the tables is the default
 
 
 def test_a_misspelt_folder_is_not_made(reports: Path) -> None:
     missing = reports.with_name("reprots")
-    for render in (report.write, report.check):
+    for render in (report_render.write, report_render.check):
         with pytest.raises(UsageError, match="no such folder"):
             render(missing)
     assert not missing.exists()
@@ -272,35 +274,35 @@ def test_a_misspelt_folder_is_not_made(reports: Path) -> None:
 
 @pytest.mark.parametrize("name", ["support-matrix.md", "support-matrix.svg", "families/fp8.md"])
 def test_check_finds_a_hand_edit_and_a_missing_file(reports: Path, name: str) -> None:
-    report.write(reports)
+    report_render.write(reports)
     path = reports / name
     path.write_bytes(path.read_bytes().replace(b"unproven", b"proven", 1))
-    assert report.check(reports) == [
+    assert report_render.check(reports) == [
         f"{path}: differs from claims and evidence; run `quantmatrix report`"
     ]
     path.unlink()
-    assert "missing" in report.check(reports)[0]
+    assert "missing" in report_render.check(reports)[0]
 
 
 def test_check_finds_new_evidence_and_orphans(reports: Path, tables: Matrix) -> None:
-    report.write(reports)
+    report_render.write(reports)
     reference = "fp8-flux-1@cpu+reference"
-    records.write(observe(tables, reference), reports / "evidence")
-    assert any("differs" in line for line in report.check(reports))
-    report.write(reports)
+    store.write(observe(tables, reference), reports / "evidence")
+    assert any("differs" in line for line in report_render.check(reports))
+    report_render.write(reports)
     stray = observe(tables, reference)
     stray = replace(stray, cell={**stray.cell, "id": "gone@cpu", "row": "gone"})
-    path = records.write(stray, reports / "evidence")
-    assert report.check(reports) == [f"{path}: no cell gone@cpu in the tables; delete it"]
+    path = store.write(stray, reports / "evidence")
+    assert report_render.check(reports) == [f"{path}: no cell gone@cpu in the tables; delete it"]
     for name in ("old.md", "fp8.html"):
         (reports / "families" / name).write_text("x")
-        assert any(f"{name}: no such family" in line for line in report.check(reports))
+        assert any(f"{name}: no such family" in line for line in report_render.check(reports))
 
 
 def test_read_standings_joins(reports: Path, tables: Matrix) -> None:
-    found = report.read_standings(tables, reports)
+    found = report_render.read_standings(tables, reports)
     assert set(found) == {cell.id for cell in tables.cells}
-    assert {one.state for one in found.values()} <= set(report.STATES)
+    assert {one.state for one in found.values()} <= set(report_render.STATES)
     assert found[PROVEN].label == "proven · stand-in"
 
 
@@ -314,7 +316,7 @@ def test_frame_holds_every_cell(reports: Path, tables: Matrix) -> None:
 
 def test_overview_and_badge_say_the_same_share() -> None:
     """The overview counted claims whose kernels were only compiled as backed by a run."""
-    folder = report.default_folder()
+    folder = reports_folder.default_folder()
     badge = json.loads((folder / "badge.json").read_text())["message"]
     overview = (folder / "support-matrix.md").read_text()
     share = re.search(r"claims \(([\d.]+ %)\) are backed by a run", overview)

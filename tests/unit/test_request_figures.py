@@ -11,9 +11,9 @@ import pytest
 from quantmatrix import models
 from quantmatrix.errors import UsageError
 from quantmatrix.models import Defaults
-from quantmatrix.planning import count_rows
 from quantmatrix.request import Request
-from quantmatrix.run import generate_all
+from quantmatrix.runtime.generate import generate_all
+from quantmatrix.runtime.plan.kernel_choice import count_rows
 
 ODD = Defaults(height=48, width=80, steps=3, guidance=2.5, frames=5, negative_prompt="dull", fps=7)
 GUIDANCE = {"qwen-image": "true_cfg_scale"}
@@ -146,8 +146,10 @@ def test_every_prompt_with_every_seed_in_order(monkeypatch: pytest.MonkeyPatch) 
         events.append(("run", prompt, seed))
         return SimpleNamespace(prompt=prompt, seed=seed, seconds={"generate": 1.0})
 
-    monkeypatch.setattr("quantmatrix.run.generate_one", one)
-    monkeypatch.setattr("quantmatrix.run.build_pipeline", lambda made, progress: "pipeline")
+    monkeypatch.setattr("quantmatrix.runtime.generate.generate_one", one)
+    monkeypatch.setattr(
+        "quantmatrix.runtime.generate.build_pipeline", lambda made, progress: "pipeline"
+    )
     request = Request(model_path="x", prompt=("a", "b"), seed=(1, 2))
     runs = generate_all(
         request, made=made, save=lambda run: events.append(("save", run.prompt, run.seed))

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantmatrix import formats, limits
-from quantmatrix.rounding_bounds import BOUNDS
-from quantmatrix.rounding_model import bound_class, bound_format, bound_layer, find_crest
+from quantmatrix.kernels import number_formats
+from quantmatrix.measure.rounding_bounds import BOUNDS
+from quantmatrix.proof import limits
+from quantmatrix.proof.rounding_model import bound_class, bound_format, bound_layer, find_crest
 
 GROUPS = 4096
 
@@ -40,10 +41,15 @@ def round_to(name: str, groups: torch.Tensor) -> torch.Tensor:
     largest = groups.abs().amax(dim=1, keepdim=True)
     if name == "e4m3":
         scale = largest / 448.0
-        return formats.round_e4m3((groups / scale).float()).double() * scale
+        return number_formats.round_e4m3((groups / scale).float()).double() * scale
     if name == "e2m1":
-        scale = formats.round_e4m3((largest / 6.0).float()).double()
-        return formats.decode_e2m1(formats.encode_e2m1((groups / scale).float())).double() * scale
+        scale = number_formats.round_e4m3((largest / 6.0).float()).double()
+        return (
+            number_formats.decode_e2m1(
+                number_formats.encode_e2m1((groups / scale).float())
+            ).double()
+            * scale
+        )
     steps = {"int8": 127.0, "int4": 7.0}[name]
     scale = largest / steps
     return (groups / scale).round().clamp(-steps, steps) * scale

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from quantmatrix.kernels.nvfp4_flashinfer import CUTLASS_ROWS
-from quantmatrix.planning import Plan, Refusal, count_rows, plan
 from quantmatrix.request import Request
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.kernel_choice import count_rows
+from quantmatrix.runtime.plan.types import Plan, Refusal
 
 WAN = {
     "model_path": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",

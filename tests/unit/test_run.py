@@ -16,22 +16,17 @@ import pytest
 import torch
 from PIL import Image
 
-from quantmatrix import matrix
-from quantmatrix.cli import EXIT_PROBLEM, main
+from quantmatrix.cli.main import main
 from quantmatrix.errors import UsageError, WitnessError
-from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE
-from quantmatrix.pipeline import build_pipeline, enable_layerwise
-from quantmatrix.planning import Plan, plan
+from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, EXIT_PROBLEM
 from quantmatrix.request import Request
-from quantmatrix.run import (
-    Run,
-    generate,
-    generate_all,
-    name_output,
-    read_peak,
-    reset_peak,
-    save_media,
-)
+from quantmatrix.runtime.generate import generate, generate_all, read_peak, reset_peak
+from quantmatrix.runtime.media import name_output, save_media
+from quantmatrix.runtime.pipeline import build_pipeline, enable_layerwise
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.types import Plan
+from quantmatrix.runtime.run import Run
+from quantmatrix.tables import read
 
 FLUX = ["--tiny", "--model-path", "black-forest-labs/FLUX.1-dev", "--transformer-path"]
 FLUX += ["BBuf/flux1-dev-modelopt-fp8-sglang-transformer", "--num-inference-steps", "2"]
@@ -137,12 +132,12 @@ def test_a_missing_video_writer_is_said_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "quantmatrix.run.find_spec",
+        "quantmatrix.runtime.generate.find_spec",
         lambda name: None if name == "imageio_ffmpeg" else find_spec(name),
     )
     words = ["generate", "--model-path", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "--tiny", "--json"]
     monkeypatch.setattr(
-        "quantmatrix.pipeline.build_pipeline", lambda *_, **__: pytest.fail("loaded")
+        "quantmatrix.runtime.pipeline.build_pipeline", lambda *_, **__: pytest.fail("loaded")
     )
     assert main([*words, "--output-path", str(tmp_path)]) == ENVIRONMENT_UNUSABLE
     told = json.loads(capsys.readouterr().out)["error"]
@@ -158,15 +153,13 @@ def test_guidance_and_size_reach_the_pipeline() -> None:
     assert run.media[0].size == (48, 32)
 
 
-MODELOPT = [
-    row.id for row in matrix.read().checkpoints.values() if row.family.startswith("modelopt")
-]
+MODELOPT = [row.id for row in read.read().checkpoints.values() if row.family.startswith("modelopt")]
 
 
 @pytest.mark.parametrize("checkpoint", MODELOPT)
 def test_layerwise_offload_of_every_modelopt_checkpoint(checkpoint: str) -> None:
     """Blocks that come and go give the same bits, and keep the strides of their weights."""
-    row = matrix.read().checkpoints[checkpoint]
+    row = read.read().checkpoints[checkpoint]
     words = ["--tiny", "--model-path", row.base, "--num-inference-steps", "2"]
     if row.selector != "--model-path":
         words += [row.selector, row.reference]
@@ -264,5 +257,5 @@ def break_pipeline(monkeypatch: pytest.MonkeyPatch, part: str, value: float) -> 
         operator.attrgetter(part)(pipeline).register_forward_hook(fill)
         return pipeline
 
-    monkeypatch.setattr("quantmatrix.run.build_pipeline", build)
+    monkeypatch.setattr("quantmatrix.runtime.generate.build_pipeline", build)
     return calls

@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quantmatrix.checkpoint import read_header
+from quantmatrix.checkpoints.header import read_header
+from quantmatrix.checkpoints.writer import Item, write_file
 from quantmatrix.errors import CheckpointError
-from quantmatrix.safetensors_writer import Item, write_file
 
 TENSORS = {
     "b.weight": (torch.arange(15).view(3, 5).to(torch.int8), "I8"),

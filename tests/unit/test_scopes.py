@@ -11,13 +11,15 @@ import pytest
 from observed import PROVEN, REFUSED, find, observe
 from tables import CHECKPOINTS, write_tables
 
-from quantmatrix import evidence as records
-from quantmatrix import matrix, offers, report, scopes
-from quantmatrix.agreement import measure
-from quantmatrix.evidence import CheckResult, Evidence, EvidenceError
-from quantmatrix.matrix import Matrix
-from quantmatrix.scopes import COMPILED, PUBLISHED, SCOPES, STAND_IN, TRUE_SIZE
-from quantmatrix.states import STATES, stand
+from quantmatrix.proof import offers, scopes, store
+from quantmatrix.proof import record as records
+from quantmatrix.proof.agreement import measure
+from quantmatrix.proof.record import CheckResult, Evidence, EvidenceError
+from quantmatrix.proof.scopes import COMPILED, PUBLISHED, SCOPES, STAND_IN, TRUE_SIZE
+from quantmatrix.proof.states import STATES, stand
+from quantmatrix.report import render
+from quantmatrix.tables import read
+from quantmatrix.tables.rows import Matrix
 
 PROGRAM = {
     **dict.fromkeys(("kernel", "arch", "specialised", "digest"), "x"),
@@ -32,7 +34,7 @@ REPOSITORY = {"repository": "some/flux1-fp8", "revision": "a" * 40}
 
 @pytest.fixture
 def tables(tmp_path: Path) -> Matrix:
-    rows = matrix.read(write_tables(tmp_path / "matrix"))
+    rows = read.read(write_tables(tmp_path / "matrix"))
     cells = tuple(
         replace(cell, checks=(*cell.checks, "true-size", "compile")) if cell.id == PROVEN else cell
         for cell in rows.cells
@@ -66,10 +68,10 @@ def test_a_scope_is_derived_and_has_a_file_of_its_own(
 ) -> None:
     record = make(tables, scope)
     assert scopes.read_scope(record) == scope
-    path = records.write(record, tmp_path)
+    path = store.write(record, tmp_path)
     suffix = "" if scope == STAND_IN else f".{scope.replace(' ', '-')}"
     assert path == tmp_path / "cpu" / f"fp8-flux-1+decode{suffix}.json"
-    assert records.read_folder(tmp_path) == {scopes.key_of(record): record}
+    assert store.read_folder(tmp_path) == {scopes.key_of(record): record}
     assert scopes.cell_of(scopes.key_of(record)) == PROVEN
     assert records.path_of(f"fp8-flux-2@cpu{':true-size' * (scope == TRUE_SIZE)}").name == (
         "fp8-flux-2.true-size.json" if scope == TRUE_SIZE else "fp8-flux-2.json"
@@ -79,9 +81,9 @@ def test_a_scope_is_derived_and_has_a_file_of_its_own(
 def test_a_record_under_the_name_of_another_scope_is_refused(
     tables: Matrix, tmp_path: Path
 ) -> None:
-    path = records.write(make(tables, STAND_IN), tmp_path)
+    path = store.write(make(tables, STAND_IN), tmp_path)
     with pytest.raises(EvidenceError, match="holds the record of"):
-        records.read(path.rename(path.with_name("fp8-flux-1+decode.published.json")))
+        store.read(path.rename(path.with_name("fp8-flux-1+decode.published.json")))
 
 
 def test_nothing_is_taken_for_more_than_it_shows(tables: Matrix) -> None:
@@ -95,7 +97,7 @@ def test_nothing_is_taken_for_more_than_it_shows(tables: Matrix) -> None:
 def test_checks_of_two_scopes_make_two_records(tables: Matrix) -> None:
     both = {**make(tables, STAND_IN).checks, **make(tables, TRUE_SIZE).checks}
     with pytest.raises(EvidenceError, match="true-size makes a record of its own"):
-        records.encode(make(tables, STAND_IN, checks=both))
+        store.encode(make(tables, STAND_IN, checks=both))
 
 
 def test_a_snapshot_of_the_hub_has_an_origin_and_a_stand_in_has_none(tmp_path: Path) -> None:
@@ -149,7 +151,7 @@ def test_what_is_stale_hides_no_pass(tables: Matrix) -> None:
 
 def test_every_scope_is_on_every_surface(tables: Matrix) -> None:
     found = by_key(*(make(tables, scope) for scope in (COMPILED, STAND_IN, TRUE_SIZE)))
-    pages = report.render(tables, found)
+    pages = render.render(tables, found)
     for name in ("support-matrix.md", "support-matrix.csv", "families/fp8.md", "index.html"):
         text = pages[name].decode()
         assert "true size" in text, name
@@ -190,7 +192,7 @@ def test_what_nobody_can_download_is_made(
 ) -> None:
     row = {**CHECKPOINTS[0], **changes}
     rows = [row, *CHECKPOINTS[1:], *([CHECKPOINTS[0]] if changes else [])]
-    tables = matrix.read(write_tables(tmp_path / "m", checkpoints=rows))
+    tables = read.read(write_tables(tmp_path / "m", checkpoints=rows))
     cell = replace(tables.cells[0], checkpoint=row["id"])
     found = offers.offer(cell, tables)
     assert bool(made) == bool(found.make)
@@ -202,10 +204,10 @@ def test_what_nobody_can_download_is_made(
 
 def test_offers_of_all_cells_can_be_copied() -> None:
     """Every `quantmatrix quantize` of the real tables is one that its command takes."""
-    from quantmatrix.cli import build_parser
-    from quantmatrix.quantize import find_scheme
+    from quantmatrix.cli.main import build_parser
+    from quantmatrix.tools.quantize import find_scheme
 
-    tables = matrix.read()
+    tables = read.read()
     made = {command for c in tables.cells if (command := offers.offer(c, tables).make)}
     assert len(made) > 30
     for command in sorted(made):

@@ -8,8 +8,8 @@ import pytest
 import shards
 
 from quantmatrix.errors import UsageError
-from quantmatrix.matrix import Matrix
-from quantmatrix.selection import EmptySelection, select_cells, show_options, split_words
+from quantmatrix.harness.selection import EmptySelection, select_cells, show_options, split_words
+from quantmatrix.tables.rows import Matrix
 
 
 @pytest.fixture(scope="module")

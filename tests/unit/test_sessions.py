@@ -20,11 +20,12 @@ import nox.registry
 import pytest
 from nox.command import CommandFailed
 
-from quantmatrix import identify, matrix, sessions
 from quantmatrix.errors import MachineError, UsageError
+from quantmatrix.harness import sessions
+from quantmatrix.tables import identify, read
 
 ROOT = Path(__file__).parents[2]
-TABLES = matrix.read()
+TABLES = read.read()
 ROWS = TABLES.hardware
 JOBS = sessions.list_sessions(TABLES)
 WHEELS = {"NUNCHAKU_WHEEL": "engine.whl", "TORCH_INDEX_URL": "https://example.org/rocm"}
@@ -206,7 +207,7 @@ class FakeSession:
 
     def run(self, *words: str, **options: object) -> str:
         name = " ".join(words[:2])
-        if "quantmatrix.identify" in words:
+        if "quantmatrix.tables.identify" in words:
             return self.row
         self.ran.append(name)
         files = {

@@ -6,8 +6,11 @@ import json
 
 import pytest
 
-from quantmatrix import cli, families, hardware, models, speed
-from quantmatrix.synthetic import synthesize
+from quantmatrix import families, models
+from quantmatrix.cli import main
+from quantmatrix.hardware import probe
+from quantmatrix.measure.bench import speed
+from quantmatrix.measure.bench.synthetic import synthesize
 
 
 @pytest.mark.parametrize("model", models.IDS)
@@ -15,7 +18,7 @@ from quantmatrix.synthetic import synthesize
 def test_every_family_runs_on_every_model(family: str, model: str) -> None:
     scheme = next(iter(families.load(family).SCHEMES))
     found = speed.compare_forms(
-        model, hardware.probe("cpu"), family=family, scheme=scheme, backend="reference",
+        model, probe.probe("cpu"), family=family, scheme=scheme, backend="reference",
         size="tiny", repeats=1,
     )  # fmt: skip
     assert set(found["backends"]) == {"reference"}
@@ -48,7 +51,7 @@ WORDS = [
 
 
 def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*WORDS, "--family", "msmodelslim", "--backend", "int8", "--json"]) == 0
+    assert main.main([*WORDS, "--family", "msmodelslim", "--backend", "int8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["backends"]) == {"int8"}
     assert found["size"] == "tiny"
@@ -64,19 +67,19 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_wrong_words(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*WORDS, *words]) == 2
+    assert main.main([*WORDS, *words]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_a_backend_that_does_not_run_here_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*WORDS, "--family", "modelopt-nvfp4", "--backend", "packed"]) == 3
+    assert main.main([*WORDS, "--family", "modelopt-nvfp4", "--backend", "packed"]) == 3
     assert "nvidia" in capsys.readouterr().err
 
 
 def test_random_layers_of_one_input_share_its_codes() -> None:
     """As in a real checkpoint, scale and zero point of q, k and v are equal: they were measured once."""
     made = synthesize(
-        "flux-1", hardware.probe("cpu"), family="msmodelslim", scheme="W8A8", size="tiny"
+        "flux-1", probe.probe("cpu"), family="msmodelslim", scheme="W8A8", size="tiny"
     )
     block = made.get_submodule("transformer_blocks.0.attn")
     assert block.to_q.shared is block.to_k.shared is block.to_v.shared is not None

@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from quantmatrix import limits, matrix, models, spread
+from quantmatrix import models
+from quantmatrix.measure import spread
+from quantmatrix.proof import limits
+from quantmatrix.tables import read
 
 COMMITTED = limits.read(Path(__file__).parents[2] / "reports" / "limits.csv").spreads
 
 
 def test_bf16_is_near_fp32_and_not_equal() -> None:
-    found = spread.measure("flux-2", matrix.read().models["flux-2"].repo)
+    found = spread.measure("flux-2", read.read().models["flux-2"].repo)
     assert (found.model, found.size, found.steps) == ("flux-2", "1x64x64", 4)
     assert found.layers == COMMITTED["flux-2"].layers
     assert 2**-10 < found.layer_error < 2**-8  # BF16 rounds outputs by at most 2^-9

@@ -9,12 +9,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quantmatrix import tiny
-from quantmatrix.dequantize import dequantize
+from quantmatrix.api import load_transformer
 from quantmatrix.errors import CheckpointError
-from quantmatrix.formats import is_finite
-from quantmatrix.load import load_transformer
+from quantmatrix.kernels.number_formats import is_finite
 from quantmatrix.request import Request
+from quantmatrix.tiny import hub
+from quantmatrix.tools.dequantize import dequantize
 
 FLUX, QWEN, WAN = (
     "black-forest-labs/FLUX.1-dev",
@@ -38,9 +38,9 @@ CASES = [
 
 def find(reference: str) -> Path:
     """The weights of a stand-in: its file, or that of its transformer."""
-    folder = tiny.default_folder()
-    tiny.ensure(reference, folder)
-    snapshot = tiny.find_snapshot(tiny.repository_of(reference), folder)
+    folder = hub.default_folder()
+    hub.ensure(reference, folder)
+    snapshot = hub.find_snapshot(hub.repository_of(reference), folder)
     if reference.endswith(".safetensors"):
         return snapshot / reference.rpartition("/")[2]
     inner = snapshot / "transformer"

@@ -20,11 +20,12 @@ from tables import write_tables
 from test_page_html import read_data
 
 import quantmatrix
-from quantmatrix import code_digest, evidence, matrix
-from quantmatrix.agreement import BY_STATE
-from quantmatrix.cli import main
-from quantmatrix.code_digest import Code
-from quantmatrix.matrix import Matrix
+from quantmatrix.cli.main import main
+from quantmatrix.proof import code_digest, store
+from quantmatrix.proof.agreement import BY_STATE
+from quantmatrix.proof.code_digest import Code
+from quantmatrix.tables import read as matrix
+from quantmatrix.tables.rows import Matrix
 
 PACKAGE = Path(quantmatrix.__file__).parent
 
@@ -46,7 +47,7 @@ def reports(tables: Matrix, tmp_path: Path) -> Path:
             record = replace(record, cell={**record.cell, "shared_digest": "sha256:0"})
         if number == 3:
             record = replace(record, cell={**record.cell, "row_digest": "sha256:0"})
-        evidence.write(record, folder / "evidence")
+        store.write(record, folder / "evidence")
     return folder
 
 
@@ -105,7 +106,7 @@ def test_other_packages_here_and_another_day_change_nothing(
 ) -> None:
     before = read_surfaces()
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "99.0")
-    monkeypatch.setattr("quantmatrix.commands.agreement.read_today", lambda text: date(2031, 1, 1))
+    monkeypatch.setattr("quantmatrix.cli.agreement.read_today", lambda text: date(2031, 1, 1))
     assert read_surfaces() == before
 
 

@@ -30,9 +30,9 @@ from test_nunchaku_models import (
 from weight_files import write_json
 
 from quantmatrix import plan
-from quantmatrix.dequantize import dequantize
 from quantmatrix.errors import CheckpointError
 from quantmatrix.request import Request
+from quantmatrix.tools.dequantize import dequantize
 
 Edit = Callable[[Tensors], object]
 QKV = "transformer_blocks.0.attn.to_qkv"

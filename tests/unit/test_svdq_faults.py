@@ -27,11 +27,13 @@ from test_nunchaku_models import (
 from test_svdq_damage import QKV, Edit, change_config, drop, write
 from weight_files import write_json
 
-from quantmatrix import describe, plan, quantize
-from quantmatrix.dequantize import dequantize
+from quantmatrix import plan
+from quantmatrix.api import load_transformer
 from quantmatrix.errors import CheckpointError
-from quantmatrix.load import load_transformer
 from quantmatrix.request import Request
+from quantmatrix.runtime.plan import inspect
+from quantmatrix.tools import quantize
+from quantmatrix.tools.dequantize import dequantize
 
 SHIFT = 0.171875
 
@@ -62,7 +64,7 @@ def test_a_file_without_branches_says_what_to_add(name: str, tmp_path: Path) -> 
     path = write(tmp_path / "custom.safetensors", name, drop_branches, {})
     for use in (
         lambda: plan(request(name.split()[0], path)),
-        lambda: describe.inspect(str(path)),
+        lambda: inspect.inspect(str(path)),
     ):
         with pytest.raises(CheckpointError, match=r"no low-rank branch .*one of zeros.*, 16\]"):
             use()

@@ -14,15 +14,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quantmatrix import load_transformer, models, quantize
-from quantmatrix.compare import compare_tensors, digest_latents
+from quantmatrix import load_transformer, models
+from quantmatrix.checkpoints.opening import fetch_pipeline
 from quantmatrix.errors import CheckpointError, UsageError
-from quantmatrix.families import svdq_writer
-from quantmatrix.planning import Plan, plan
-from quantmatrix.quantizing import WEIGHTS
-from quantmatrix.references import fetch_pipeline
+from quantmatrix.families.nunchaku_svdq import writer
+from quantmatrix.measure.latents import compare_tensors, digest_latents
 from quantmatrix.request import Request
-from quantmatrix.run import generate
+from quantmatrix.runtime.generate import generate
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.types import Plan
+from quantmatrix.tools import quantize
+from quantmatrix.tools.recipe import WEIGHTS
 
 BASES = {
     "flux-1": "black-forest-labs/FLUX.1-dev",
@@ -96,9 +98,9 @@ def test_rank_32_gains_over_plain_int4(
         shape = torch.zeros(rank, columns, dtype=torch.float64)
         return shape, torch.zeros(rows, rank, dtype=torch.float64)
 
-    monkeypatch.setattr(svdq_writer, "find_low_rank", no_branch)
+    monkeypatch.setattr(writer, "find_low_rank", no_branch)
     monkeypatch.setattr(
-        svdq_writer,
+        writer,
         "find_smoothing",
         lambda weight, _: torch.ones(weight.shape[1], dtype=torch.float64),
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from quantmatrix import svdq_packing as packing
+from quantmatrix.kernels import svdq_packing as packing
 
 SHAPES = [(128, 128), (256, 128), (128, 256), (384, 256)]
 EACH = pytest.mark.parametrize(("rows", "columns"), SHAPES)

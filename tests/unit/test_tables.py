@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 import quantmatrix
-from quantmatrix import families, matrix, models
-from quantmatrix.matrix import Cell
+from quantmatrix import families, models
 from quantmatrix.request import Request
+from quantmatrix.tables import read
+from quantmatrix.tables.rows import Cell
 
 PACKAGE = Path(quantmatrix.__file__).parent
-TABLES = matrix.read()
+TABLES = read.read()
 GUIDE = {
     "guide-quick-reference": """
         quantmatrix generate
@@ -292,11 +293,12 @@ def test_schemes_are_the_families(family: str) -> None:
 @pytest.mark.parametrize("claim", named(CHOSEN))
 def test_claims_agree_with_what_kernels_need(claim: Cell) -> None:
     """A backend that a row names takes the row's layers, or refuses them by the row's rule."""
-    from quantmatrix import hardware, kernels
+    from quantmatrix import kernels
+    from quantmatrix.tables import identify
 
     row = TABLES.checkpoints[claim.checkpoint]
     scheme = families.load(claim.family).SCHEMES[row.scheme]
-    machine = hardware.from_row(TABLES.hardware[claim.hardware])
+    machine = identify.from_row(TABLES.hardware[claim.hardware])
     shape = (256, 256)
     if claim.claim == "refused":
         with pytest.raises(kernels.NoKernel) as caught:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from quantmatrix import limits, witness_limits
-from quantmatrix.cli import main
-from quantmatrix.commands.thresholds import read_older
-from quantmatrix.limit_samples import Sample
+from quantmatrix.cli.main import main
+from quantmatrix.cli.thresholds import read_older
+from quantmatrix.proof import limits, witness_limits
+from quantmatrix.proof.limit_samples import Sample
 
 REPORTS = Path(__file__).parents[2] / "reports"
 
@@ -112,7 +112,7 @@ def test_measuring_the_spread_writes_both_files(
     ledger = limits.read(REPORTS / "limits.csv")
     limits.write(ledger, tmp_path / "limits.csv")
     wide = {m: replace(s, psnr_db=s.psnr_db - 30.0) for m, s in ledger.spreads.items()}
-    monkeypatch.setattr("quantmatrix.spread.measure_all", lambda tables, say: wide)
+    monkeypatch.setattr("quantmatrix.measure.spread.measure_all", lambda tables, say: wide)
     words = ("--measure-spread", "--reports", str(tmp_path))
     loosened = ask(capsys, *words, code=1)["loosened"]
     assert len(loosened) > 10
@@ -144,7 +144,7 @@ def test_files_that_were_damaged_or_added_to(
 
 
 def test_revisions_and_wrong_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from quantmatrix.matrix_changes import ask_git
+    from quantmatrix.proof.revisions import ask_git
 
     done = ask_git(REPORTS.parent, "show", "HEAD:reports/limits.csv")
     if done.returncode == 0:

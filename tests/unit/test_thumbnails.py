@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from quantmatrix import thumbnails
-from quantmatrix.thumbnails import GAIN, PICTURES, PNG, draw, list_problems
+from quantmatrix.measure.thumbnails import GAIN, draw
+from quantmatrix.proof import thumbnails
+from quantmatrix.proof.thumbnails import PICTURES, PNG, list_problems
 
 
 def read(picture: str) -> Any:

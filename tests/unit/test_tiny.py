@@ -16,13 +16,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from quantmatrix import models, tiny, tiny_checkpoints, tiny_weights
+from quantmatrix import models
+from quantmatrix.api import load_transformer
 from quantmatrix.errors import CheckpointError
 from quantmatrix.families.protocol import Calibration
-from quantmatrix.library_logs import quiet
-from quantmatrix.load import count_quantized, load_transformer
-from quantmatrix.matrix import CheckpointRow, Matrix, read
 from quantmatrix.request import Request
+from quantmatrix.runtime.library_logs import quiet
+from quantmatrix.runtime.load import count_quantized
+from quantmatrix.tables.read import read
+from quantmatrix.tables.rows import CheckpointRow, Matrix
+from quantmatrix.tiny import checkpoints, hub, weights
 
 PROMPTS = ("a curious pikachu", "a fox walking through neon rain")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -37,12 +40,12 @@ def tables() -> Matrix:
 @pytest.fixture(scope="module")
 def folder() -> Path:
     """The user's own, whose name changes with the code: what other tests made is not made again."""
-    return tiny.default_folder()
+    return hub.default_folder()
 
 
 def find(reference: str, folder: Path, tables: Matrix) -> Path:
-    tiny.ensure(reference, folder, tables)
-    return tiny.find_snapshot(tiny.repository_of(reference), folder)
+    hub.ensure(reference, folder, tables)
+    return hub.find_snapshot(hub.repository_of(reference), folder)
 
 
 def open_pipeline(model: str, folder: Path, dtype: torch.dtype) -> Any:
@@ -113,7 +116,7 @@ def code_fp8(weight: torch.Tensor) -> torch.Tensor:
 def test_blocks_prompts_and_number_formats_show_in_the_latents(
     model: str, folder: Path, tables: Matrix
 ) -> None:
-    tiny.ensure(models.load(model).REPO, folder, tables)
+    hub.ensure(models.load(model).REPO, folder, tables)
     pipeline = open_pipeline(model, folder, torch.float32)
     calls = dict.fromkeys(models.load(model).COMPONENTS, 0)
 
@@ -168,7 +171,7 @@ def test_every_build_gives_the_same_bytes_in_another_process_on_two_threads(
         "for name in sys.argv[2:]: tiny.ensure(name, Path(sys.argv[1]))"
     )
     for reference in references:
-        tiny.ensure(reference, folder, tables)
+        hub.ensure(reference, folder, tables)
     words = [sys.executable, "-c", script, str(tmp_path), *references]
     threads = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
     made = subprocess.run(
@@ -188,9 +191,9 @@ def test_a_slower_process_keeps_what_the_quicker_one_made(
 ) -> None:
     """Both found nothing and built; the second rename meets the finished stand-in."""
     for reference in ("quantmatrix/wan-2-2-fp8-single-file", "/path/to/base-model"):
-        tiny.ensure(reference, tmp_path, tables)
+        hub.ensure(reference, tmp_path, tables)
         before = list_hashes(tmp_path)
-        place = tiny.place_of(reference, tmp_path)
+        place = hub.place_of(reference, tmp_path)
         asked: list[Path] = []
 
         def exists(path: Path, *, place: Path = place, asked: list[Path] = asked) -> bool:
@@ -200,7 +203,7 @@ def test_a_slower_process_keeps_what_the_quicker_one_made(
             return os.path.exists(path)
 
         monkeypatch.setattr(Path, "exists", exists)
-        tiny.ensure(reference, tmp_path, tables)
+        hub.ensure(reference, tmp_path, tables)
         monkeypatch.undo()
         assert asked, "the stand-in was not built again"
         assert list_hashes(tmp_path) == before
@@ -220,7 +223,7 @@ def test_a_build_that_fails_leaves_nothing_and_had_one_thread(
     torch.set_num_threads(2)
     try:
         with pytest.raises(OSError, match="No space"):
-            tiny.ensure("black-forest-labs/FLUX.1-dev", tmp_path, tables)
+            hub.ensure("black-forest-labs/FLUX.1-dev", tmp_path, tables)
         assert [*counts, torch.get_num_threads()] == [1, 2]
     finally:
         torch.set_num_threads(before)
@@ -229,14 +232,14 @@ def test_a_build_that_fails_leaves_nothing_and_had_one_thread(
 
 def test_an_unknown_reference_is_named(tmp_path: Path, tables: Matrix) -> None:
     with pytest.raises(CheckpointError, match="someone/else: there is no tiny stand-in"):
-        tiny.ensure("someone/else", tmp_path, tables)
+        hub.ensure("someone/else", tmp_path, tables)
     with pytest.raises(CheckpointError, match="no tiny stand-in"):
-        tiny.ensure("/path/to/nothing", tmp_path, tables)
+        hub.ensure("/path/to/nothing", tmp_path, tables)
 
 
 def test_local_paths_need_no_stand_in(tmp_path: Path, tables: Matrix) -> None:
     (tmp_path / "mine").mkdir()
-    tiny.ensure(str(tmp_path / "mine"), tmp_path / "hub", tables)
+    hub.ensure(str(tmp_path / "mine"), tmp_path / "hub", tables)
     assert not (tmp_path / "hub").exists()
 
 
@@ -279,16 +282,16 @@ def test_every_layer_of_a_checkpoint_acts_like_the_one_it_was_made_from(
     row = tables.checkpoints[name]
     base = tables.models[row.model].repo
     for reference in (base, row.reference):
-        tiny.ensure(reference, folder, tables)
+        hub.ensure(reference, folder, tables)
     pipeline = row.form == "pipeline"
     made = load_transformer(
         row.reference if pipeline else base,
         transformer_weights_path=None if pipeline else row.reference,
         backend="decode",
         dtype=torch.float32,
-        hub=tiny.hub(folder),
+        hub=hub.hub(folder),
     )
-    plain = load_transformer(base, dtype=torch.float32, hub=tiny.hub(folder))
+    plain = load_transformer(base, dtype=torch.float32, hub=hub.hub(folder))
     noise = torch.Generator().manual_seed(0)
     names = count_quantized(made)
     assert len(names) >= 20
@@ -309,7 +312,7 @@ def test_forms(folder: Path, tables: Matrix) -> None:
     single = find("quantmatrix/wan-2-2-fp8-single-file", folder, tables)
     with safe_open(single / "wan-2-2-fp8.safetensors", "pt") as file:
         assert {"config", "quantization_config", "format"} <= file.metadata().keys()
-    tiny.ensure("/path/to/quantized-transformer", folder, tables)
+    hub.ensure("/path/to/quantized-transformer", folder, tables)
     assert (folder / "local/path/to/quantized-transformer/config.json").exists()
 
 
@@ -329,7 +332,7 @@ def test_what_a_row_quantizes(folder: Path, tables: Matrix) -> None:
         str(base), transformer_path=str(find(row.reference, folder, tables)), backend="decode"
     )
     found = count_quantized(model)
-    kept = tiny_checkpoints.find_kept(row)
+    kept = checkpoints.find_kept(row)
     inside = [
         name
         for name, module in load_transformer(str(base)).named_modules()
@@ -342,7 +345,7 @@ def test_what_a_row_quantizes(folder: Path, tables: Matrix) -> None:
 
 def test_ranges_are_widened_to_powers_of_two() -> None:
     seen = Calibration(torch.tensor([-3.0, -4.0, 0.0, 0.3]), torch.tensor([5.0, 8.0, 0.0, 0.5]))
-    wide = tiny_checkpoints.round_up(seen)
+    wide = checkpoints.round_up(seen)
     assert wide.low.tolist() == [-4.0, -4.0, 0.0, 0.5]
     assert wide.high.tolist() == [8.0, 8.0, 0.0, 0.5]
 
@@ -350,7 +353,7 @@ def test_ranges_are_widened_to_powers_of_two() -> None:
 def test_ranges_cover_the_inputs_of_every_quantized_layer(folder: Path, tables: Matrix) -> None:
     for model in ("flux-1", "wan-2-2"):
         base = find(models.load(model).REPO, folder, tables)
-        ranges = tiny_checkpoints.calibrate(model, str(base))
+        ranges = checkpoints.calibrate(model, str(base))
         assert set(ranges) == set(models.load(model).COMPONENTS)
         for component in ranges.values():
             assert all((seen.low <= seen.high).all() for seen in component.values())
@@ -358,11 +361,11 @@ def test_ranges_cover_the_inputs_of_every_quantized_layer(folder: Path, tables: 
 
 
 def test_weights_have_gain_one_structure_and_depend_on_the_name_alone() -> None:
-    plain = tiny_weights.draw_weight("a", (256, 256))
+    plain = weights.draw_weight("a", (256, 256))
     assert plain.std().item() == pytest.approx(1 / 16, rel=0.02)
-    assert torch.equal(plain, tiny_weights.draw_weight("a", (256, 256)))
-    assert not torch.equal(plain, tiny_weights.draw_weight("b", (256, 256)))
-    structured = tiny_weights.draw_weight("a", (256, 256), structured=True)
+    assert torch.equal(plain, weights.draw_weight("a", (256, 256)))
+    assert not torch.equal(plain, weights.draw_weight("b", (256, 256)))
+    structured = weights.draw_weight("a", (256, 256), structured=True)
     assert structured.std().item() == pytest.approx(2**0.5 / 16, rel=0.1)
     share = torch.linalg.svdvals(structured).square()
     assert share[:8].sum() > 0.4 * share.sum()
@@ -371,7 +374,7 @@ def test_weights_have_gain_one_structure_and_depend_on_the_name_alone() -> None:
 
 
 def test_fast_sinusoids_are_damped() -> None:
-    damped = tiny_weights.damp_frequencies(torch.ones(4, 256))
+    damped = weights.damp_frequencies(torch.ones(4, 256))
     assert damped[0, 0] < damped[0, 127] / 5
     assert torch.equal(damped[:, :128], damped[:, 128:])
     assert damped.square().mean().item() == pytest.approx(1)
@@ -382,4 +385,4 @@ def test_a_row_of_an_unknown_set_is_an_error(tables: Matrix) -> None:
 
     row: CheckpointRow = replace(tables.checkpoints["modelopt-fp8-flux-1"], kept="flux9")
     with pytest.raises(KeyError, match="flux9"):
-        tiny_checkpoints.find_kept(row)
+        checkpoints.find_kept(row)

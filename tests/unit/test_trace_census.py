@@ -13,9 +13,9 @@ from processors import skip_without_scaled_product
 from quantmatrix.families import fp8, msmodelslim
 from quantmatrix.families.protocol import Calibration
 from quantmatrix.kernels import Kernel, kernels_of, linear_fp8
-from quantmatrix.layers import QuantizedLinear
-from quantmatrix.trace import named_ranges
-from quantmatrix.trace_census import Census, take_census
+from quantmatrix.measure.trace import named_ranges
+from quantmatrix.measure.trace_census import Census, take_census
+from quantmatrix.runtime.quantized_linear import QuantizedLinear
 
 WIDE, NARROW = 96, 64
 SCHEME = fp8.SCHEMES["tensor-dynamic"]

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from quantmatrix import planning, sessions
-from quantmatrix.cli import build_parser, main
-from quantmatrix.commands.trace import choose_cells
-from quantmatrix.matrix import read
-from quantmatrix.planning import Plan
+from quantmatrix.cli.main import build_parser, main
+from quantmatrix.cli.trace import choose_cells
+from quantmatrix.harness import sessions
 from quantmatrix.request import Request
+from quantmatrix.runtime.plan import decide
+from quantmatrix.runtime.plan.types import Plan
+from quantmatrix.tables.read import read
 
 FP8 = "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"
 WORDS = ("--tiny", "--model-path", "black-forest-labs/FLUX.1-dev", "--transformer-path", FP8,
@@ -27,7 +28,7 @@ def test_every_planned_layer_ran(tmp_path: Path, capsys: pytest.CaptureFixture[s
     capsys.readouterr()
     assert main(["trace", *WORDS, "--output-path", str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    made = planning.plan(Request.from_words(WORDS))
+    made = decide.plan(Request.from_words(WORDS))
     assert isinstance(made, Plan)
     layers = found["layers"]
     assert set(layers) == {f"transformer.{name}" for name in made.components["transformer"].layers}

@@ -18,17 +18,20 @@ from typing import Any
 import pytest
 import torch
 
-from quantmatrix import compiled, compiling, families, hardware, kernels, matrix, true_launches
-from quantmatrix.kernels import linear_fp8, linear_int8, linear_nvfp4
+from quantmatrix import families, kernels
+from quantmatrix.hardware.probe import name_arch
+from quantmatrix.kernels import compiling, linear_fp8, linear_int8, linear_nvfp4
 from quantmatrix.kernels.launching import TRITON, watch
-from quantmatrix.layers import QuantizedLinear
+from quantmatrix.measure import compiled, true_launches
+from quantmatrix.measure.bench.synthetic import DTYPES
+from quantmatrix.runtime.quantized_linear import QuantizedLinear
 from quantmatrix.scheme import Scheme
-from quantmatrix.synthetic import DTYPES
+from quantmatrix.tables import identify, read
 
 pytest.importorskip("triton", reason="needs triton: the extra `compile`")
 
 SHAPE, ROWS = (3072, 3072), (1, 512)
-MACHINES = {row.arch: hardware.from_row(row) for row in matrix.read().hardware.values()}
+MACHINES = {row.arch: identify.from_row(row) for row in read.read().hardware.values()}
 GPUS = {arch: machine for arch, machine in MACHINES.items() if machine.vendor in TRITON}
 
 
@@ -173,4 +176,4 @@ def test_matmuls_are_called_in_the_shapes_that_torch_documents() -> None:
 
 def test_a_target_is_never_asked_for_more_than_it_has() -> None:
     probe = SimpleNamespace(major=8, minor=6, gcnArchName="gfx942:sramecc+")
-    assert hardware.name_arch(probe) in compiling.TARGETS
+    assert name_arch(probe) in compiling.TARGETS

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
-from quantmatrix import matrix, models, true_bytes
-from quantmatrix.cli import main
-from quantmatrix.planning import Plan, plan
+from quantmatrix import models
+from quantmatrix.cli.main import main
 from quantmatrix.request import Request
-from quantmatrix.true_bytes import Size
+from quantmatrix.runtime import true_bytes
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.types import Plan
+from quantmatrix.runtime.true_bytes import Size
+from quantmatrix.tables import read
 
 FLUX = ["--tiny", "--model-path", "black-forest-labs/FLUX.1-dev"]
 WAN = ["--tiny", "--model-path", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"]
@@ -35,7 +38,7 @@ def count_linear(model: str) -> int:
 
 @pytest.mark.parametrize("model", models.IDS)
 def test_full_precision_is_two_bytes_a_parameter(model: str) -> None:
-    base = matrix.read().models[model].repo
+    base = read.read().models[model].repo
     sizes = true_bytes.measure_all(make_plan("--tiny", "--model-path", base))
     assert {size.whole for size in sizes.values()} == {2 * count_linear(model)}
     assert all(len(size.blocks) > 20 for size in sizes.values())

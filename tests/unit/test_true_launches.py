@@ -7,14 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quantmatrix import kernels, matrix, models, true_launches
+from quantmatrix import kernels, models
 from quantmatrix.kernels import launching, packed_triton
-from quantmatrix.planning import Plan
-from quantmatrix.workbench import Workbench
+from quantmatrix.measure import true_launches
+from quantmatrix.measure.workbench import Workbench
+from quantmatrix.runtime.plan.types import Plan
+from quantmatrix.tables import read, rows
 
 pytest.importorskip("triton", reason="needs triton: the extra `compile`")
 
-TABLES = matrix.read()
+TABLES = read.read()
 CELLS = {cell.id: cell for cell in TABLES.cells}
 ROWS = {"flux-1": 4608, "flux-2": 4608, "wan-2-2": 32760, "qwen-image": 4096, "z-image": 4224}
 """Tokens of a picture of 1024 x 1024 pixels (a clip of 81 frames in 480p), with text where it joins."""
@@ -96,7 +98,7 @@ def test_nothing_is_watched_afterwards() -> None:
     assert not launching.can_launch(x)
 
 
-@pytest.mark.parametrize("backend", matrix.PLAIN_BACKENDS)
+@pytest.mark.parametrize("backend", rows.PLAIN_BACKENDS)
 def test_plain_backends_start_nothing(backend: str) -> None:
     """Their cells have no check `compile`, whatever their row says."""
     for op in kernels.OPS:

@@ -10,14 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from quantmatrix import limits, matrix, models, synthetic, true_size
+from quantmatrix import models
 from quantmatrix.errors import UsageError
-from quantmatrix.load import load_component
-from quantmatrix.matrix import Cell, Matrix
-from quantmatrix.speed import flatten_output
-from quantmatrix.workbench import Workbench
+from quantmatrix.measure import true_size
+from quantmatrix.measure.bench.speed import flatten_output
+from quantmatrix.measure.workbench import Workbench
+from quantmatrix.proof import limits
+from quantmatrix.runtime import empty_model
+from quantmatrix.runtime.load import load_component
+from quantmatrix.tables import read
+from quantmatrix.tables.rows import Cell, Matrix
 
-TABLES = matrix.read()
+TABLES = read.read()
 SAMPLES = Path(__file__).parents[2] / "reports" / "limits.csv"
 
 
@@ -38,7 +42,7 @@ def list_cells() -> list[Cell]:
 def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Matrix]:
     """The models at the stand-ins' width: two blocks of each kind are their true depth."""
     tiny = {name: dict(models.load(name).TINY) for name in models.IDS}
-    monkeypatch.setattr(synthetic, "FULL_OPTIONS", tiny)
+    monkeypatch.setattr(empty_model, "FULL_OPTIONS", tiny)
     true_size.measure_plain.cache_clear()
     yield TABLES
     true_size.measure_plain.cache_clear()
@@ -76,7 +80,7 @@ def test_blocks_are_repeated_with_memory_of_their_own(narrow: Matrix) -> None:
     first, second = (block.attn.to_q.weight for block in deep.transformer_blocks)
     assert torch.equal(first, second)
     assert first.data_ptr() != second.data_ptr()
-    assert synthetic.build_plain("flux-1", "blocks").config.guidance_embeds
+    assert empty_model.build_plain("flux-1", "blocks").config.guidance_embeds
 
 
 def test_a_checkpoint_is_written_once_for_the_cells_of_a_row(
@@ -108,12 +112,14 @@ def test_a_wrong_kernel_shows(
     narrow: Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error of a layer tells when its output is off by a tenth."""
-    from quantmatrix import layers
+    from quantmatrix.runtime import quantized_linear
 
     cell = list_cells()[0]
     right = measure(cell, narrow, tmp_path).errors.worst
-    forward = layers.QuantizedLinear.forward
-    monkeypatch.setattr(layers.QuantizedLinear, "forward", lambda self, x: forward(self, x) * 1.1)
+    forward = quantized_linear.QuantizedLinear.forward
+    monkeypatch.setattr(
+        quantized_linear.QuantizedLinear, "forward", lambda self, x: forward(self, x) * 1.1
+    )
     assert measure(cell, narrow, tmp_path).errors.worst > right + 0.05
 
 

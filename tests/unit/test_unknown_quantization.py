@@ -11,15 +11,14 @@ import pytest
 from weight_files import write_json, write_weights
 
 from quantmatrix import families
-from quantmatrix.checkpoint import Hub
-from quantmatrix.cli import main
-from quantmatrix.describe import inspect
+from quantmatrix.checkpoints.opening import open_component
+from quantmatrix.cli.main import main
 from quantmatrix.errors import CheckpointError
-from quantmatrix.planning import find_schemes
-from quantmatrix.references import open_component
-from quantmatrix.request import Request
-from quantmatrix.sources import Source
-from quantmatrix.unknown_quantization import FORMATS, LISTED, explain_unknown
+from quantmatrix.families.unknown_quantization import FORMATS, LISTED, explain_unknown
+from quantmatrix.request import Hub, Request
+from quantmatrix.runtime.plan.inspect import inspect
+from quantmatrix.runtime.plan.schemes import find_schemes
+from quantmatrix.runtime.plan.sources import Source
 
 LAYER = "transformer_blocks.0.attn.to_q"
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -249,12 +248,12 @@ TAKEN = {
 
 @pytest.mark.parametrize("name", TAKEN)
 def test_what_a_family_takes_is_in_no_such_format(name: str) -> None:
-    from quantmatrix import tiny
-    from quantmatrix.describe import open_any
+    from quantmatrix.runtime.plan.inspect import open_any
+    from quantmatrix.tiny import hub
 
     reference, family = TAKEN[name]
-    tiny.ensure(reference, tiny.default_folder())
-    for checkpoint in open_any(reference, tiny.hub(tiny.default_folder())).values():
+    hub.ensure(reference, hub.default_folder())
+    for checkpoint in open_any(reference, hub.hub(hub.default_folder())).values():
         assert explain_unknown(checkpoint) is None
         assert (families.detect(checkpoint) or (None,))[0] == family
 

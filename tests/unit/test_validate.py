@@ -14,15 +14,22 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from quantmatrix import planning, validate
-from quantmatrix.census import find_differences, find_undeclared, is_left_alone, matches, name_kind
-from quantmatrix.checkpoint import Checkpoint
-from quantmatrix.cli import main
-from quantmatrix.evidence import make_portable
-from quantmatrix.pipeline import build_pipeline
-from quantmatrix.planning import Plan
+from quantmatrix.checkpoints.checkpoint import Checkpoint
+from quantmatrix.cli.main import main
+from quantmatrix.measure import validate
+from quantmatrix.measure.census import (
+    find_differences,
+    find_undeclared,
+    is_left_alone,
+    matches,
+    name_kind,
+)
+from quantmatrix.measure.validation_page import describe_scope, quote
+from quantmatrix.proof.record import make_portable
 from quantmatrix.request import Request
-from quantmatrix.validation_page import describe_scope, quote
+from quantmatrix.runtime.pipeline import build_pipeline
+from quantmatrix.runtime.plan import decide
+from quantmatrix.runtime.plan.types import Plan
 
 FLUX = ["--tiny", "--model-path", "black-forest-labs/FLUX.1-dev"]
 FP8 = "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"
@@ -30,7 +37,7 @@ LAYER = "transformer_blocks.0.attn.to_q"
 
 
 def plan_fp8(path: str | Path = FP8) -> Plan:
-    made = planning.plan(Request.from_words([*FLUX, "--transformer-path", str(path)]))
+    made = decide.plan(Request.from_words([*FLUX, "--transformer-path", str(path)]))
     assert isinstance(made, Plan)
     return made
 

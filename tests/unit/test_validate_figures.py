@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from quantmatrix import validate, validation_page
 from quantmatrix.errors import UsageError
-from quantmatrix.layer_errors import USELESS, LayerErrors, relative_error
+from quantmatrix.measure import validate, validation_page
+from quantmatrix.measure.layers import USELESS, LayerErrors, relative_error
+from quantmatrix.measure.validate import USELESS_LAYER
 from quantmatrix.request import Request
-from quantmatrix.run import Run
-from quantmatrix.validate import USELESS_LAYER
+from quantmatrix.runtime.run import Run
 
 MIB = 2**20
 CPU, GPU = SimpleNamespace(vendor="cpu"), SimpleNamespace(vendor="nvidia")

@@ -14,32 +14,28 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quantmatrix import (
-    cli,
-    families,
-    kernels,
-    matrix,
-    models,
-    row_reader,
-    tiny,
-    witness,
-    witness_base,
-    witness_limits,
-    witness_measure,
-)
-from quantmatrix.checkpoint import Hub
-from quantmatrix.dequantize import dequantize, plan_decode
+from quantmatrix import families, kernels, models
+from quantmatrix.api import load_transformer
+from quantmatrix.checkpoints import row_reader
+from quantmatrix.checkpoints.opening import open_weights
+from quantmatrix.cli import main
 from quantmatrix.errors import CheckpointError, UsageError, WitnessError
 from quantmatrix.families import modelopt_nvfp4
 from quantmatrix.families.protocol import Calibration
-from quantmatrix.formats import swap_nibbles
+from quantmatrix.kernels.number_formats import swap_nibbles
 from quantmatrix.kernels.scale_layouts import tile_scales, untile_scales
-from quantmatrix.load import load_transformer
-from quantmatrix.planning import ComponentPlan, Plan, plan
-from quantmatrix.references import open_weights
-from quantmatrix.request import Request
+from quantmatrix.measure.workbench import Workbench
+from quantmatrix.proof import witness_limits
+from quantmatrix.request import Hub, Request
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.types import ComponentPlan, Plan
+from quantmatrix.runtime.witness import measure, verdict
+from quantmatrix.runtime.witness.base import find_declared
 from quantmatrix.scheme import Scheme
-from quantmatrix.workbench import Workbench
+from quantmatrix.tables import read
+from quantmatrix.tables.rows import Cell
+from quantmatrix.tiny import hub
+from quantmatrix.tools.dequantize import dequantize, plan_decode
 
 BASES = {
     "flux-1": "black-forest-labs/FLUX.1-dev",
@@ -53,14 +49,14 @@ LAYOUTS = list(itertools.product(("low", "high"), ("rows", "tiles")))
 
 
 def find(reference: str) -> Path:
-    folder = tiny.default_folder()
-    tiny.ensure(reference, folder)
-    return tiny.find_snapshot(reference, folder)
+    folder = hub.default_folder()
+    hub.ensure(reference, folder)
+    return hub.find_snapshot(reference, folder)
 
 
-def list_cells() -> Iterator[matrix.Cell]:
+def list_cells() -> Iterator[Cell]:
     """A cpu cell per family, model and scheme."""
-    tables = matrix.read()
+    tables = read.read()
     seen = set()
     for cell in tables.cells:
         row = tables.checkpoints[cell.checkpoint]
@@ -72,24 +68,22 @@ def list_cells() -> Iterator[matrix.Cell]:
 
 @pytest.fixture(scope="module")
 def bench() -> Workbench:
-    return Workbench(matrix.read())
+    return Workbench(read.read())
 
 
 @pytest.mark.parametrize("one", list(list_cells()), ids=lambda cell: cell.row)
-def test_every_stand_in_agrees_with_its_base_and_leaves_room(
-    one: matrix.Cell, bench: Workbench
-) -> None:
+def test_every_stand_in_agrees_with_its_base_and_leaves_room(one: Cell, bench: Workbench) -> None:
     made = bench.plan(bench.request(one))
-    reports = witness.examine_plan(made)
+    reports = verdict.examine_plan(made)
     assert {report.component for report in reports} == set(
         bench.tables.checkpoints[one.checkpoint].components
     )
     for report in reports:
-        assert report.verdict == witness.AGREES, report.problems
+        assert report.verdict == verdict.AGREES, report.problems
         assert not report.problems
         assert report.findings
         layers = {finding.sample.module for finding in report.findings}
-        kinds = {witness_measure.name_kind(p) for p in made.components[report.component].pieces()}
+        kinds = {measure.name_kind(p) for p in made.components[report.component].pieces()}
         assert {finding.sample.kind for finding in report.findings} == kinds  # each was looked at
         assert layers <= set(made.components[report.component].layers)
         for finding in report.findings:
@@ -175,7 +169,7 @@ def test_the_base_weights_decide_what_nothing_declares(
     model = load_transformer(
         str(find(BASES["flux-2"])), transformer_weights_path=str(path), backend="decode"
     )
-    assert model.witness.verdict == witness.AGREES
+    assert model.witness.verdict == verdict.AGREES
 
 
 @pytest.mark.parametrize(("nibbles", "scales"), LAYOUTS)
@@ -188,12 +182,12 @@ def test_flags_choose_and_the_witness_confirms(
     assert read_layout(component) == {(nibbles, scales)}
     assert f"--nvfp4-layout {scales}" in component.layout
     if (nibbles, scales) == ("low", "rows"):
-        report = witness.confirm(component, ask(path))
+        report = verdict.confirm(component, ask(path))
         assert report is not None
-        assert report.verdict == witness.AGREES
+        assert report.verdict == verdict.AGREES
         return
     with pytest.raises(WitnessError, match=r"--nibble-order low --nvfp4-layout rows reads it"):
-        witness.confirm(component, ask(path))
+        verdict.confirm(component, ask(path))
 
 
 @pytest.mark.parametrize(
@@ -340,8 +334,8 @@ def test_weights_of_another_finetune_pass(tmp_path: Path) -> None:
     save_file(tensors, folder / "transformer" / WEIGHTS)
     for reference in (WAN_FP8, WAN_FP8.replace("fp8", "nvfp4")):
         request = wan(find(reference), folder)
-        [report] = witness.examine_plan(as_plan(request))
-        assert report.verdict == witness.AGREES, report.problems
+        [report] = verdict.examine_plan(as_plan(request))
+        assert report.verdict == verdict.AGREES, report.problems
         assert min(finding.likeness.cosine for finding in report.findings) < 0.95
 
 
@@ -404,17 +398,17 @@ def test_a_base_model_that_is_a_guess_only_warns(tmp_path: Path, whole: Plan) ->
     assert not whole.components["transformer"].base.certain
     other = beside_another(whole, tmp_path, certain=False)
     with pytest.warns(UserWarning, match=r"is a guess: .*--witness require makes it an error"):
-        report = witness.confirm(other, whole.request)
+        report = verdict.confirm(other, whole.request)
     assert report is not None
-    assert report.verdict == witness.DISAGREES
+    assert report.verdict == verdict.DISAGREES
     with pytest.raises(WitnessError, match="decodes to other weights"):
-        witness.confirm(other, replace(whole.request, witness="require"))
+        verdict.confirm(other, replace(whole.request, witness="require"))
 
 
 def test_a_base_model_that_is_certain_is_an_error(tmp_path: Path, whole: Plan) -> None:
     other = beside_another(whole, tmp_path, certain=True)
     with pytest.raises(WitnessError, match="decodes to other weights") as caught:
-        witness.confirm(other, whole.request)
+        verdict.confirm(other, whole.request)
     assert "guess" not in str(caught.value)
 
 
@@ -463,7 +457,7 @@ def test_only_the_name_of_a_repository_declares_a_base_model(
     checkpoint = replace(
         whole.components["transformer"].checkpoint, config={"_name_or_path": stated}
     )
-    assert witness_base.find_declared(checkpoint) == declared
+    assert find_declared(checkpoint) == declared
 
 
 def test_a_folder_that_a_config_names_is_not_a_repository(
@@ -472,7 +466,7 @@ def test_a_folder_that_a_config_names_is_not_a_repository(
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     part = whole.components["transformer"].checkpoint
-    assert witness_base.find_declared(replace(part, config={"_name_or_path": "org/name"})) == ""
+    assert find_declared(replace(part, config={"_name_or_path": "org/name"})) == ""
 
 
 # ---- what is read ---------------------------------------------------------------------------
@@ -482,34 +476,34 @@ def test_rows_are_spread_and_aligned() -> None:
     scheme = Scheme("linear.fp8", "", "e4m3", "block", "none", block=(96, 128))
     made = plan_decode(wan(find(WAN_FP8)), "transformer")
     piece = replace(next(made.pieces()), out_features=9216, in_features=4096, scheme=scheme)
-    runs = [witness_measure.choose_rows(piece, place) for place in range(3)]
+    runs = [measure.choose_rows(piece, place) for place in range(3)]
     assert all(start % 96 == start % 128 == 0 for start, _ in runs)
     assert runs[0][0] == 0
     assert runs[0][1] <= runs[1][0] < runs[1][1] <= runs[2][0] < runs[2][1] <= 9216
     small = replace(piece, out_features=100, in_features=64)
-    assert witness_measure.choose_rows(small, 2) == (0, 100)
+    assert measure.choose_rows(small, 2) == (0, 100)
 
 
 def test_likeness_of_known_numbers() -> None:
     scheme = Scheme("linear.fp8", "", "e4m3", "channel", "none")
     base = torch.tensor([[3.0, 4.0], [0.0, 5.0]])
-    same = witness_measure.measure_likeness(base, base, scheme)
+    same = measure.measure_likeness(base, base, scheme)
     assert (same.relative_l2, same.gain, same.scale_error) == (0, 1, 0)
     assert same.cosine == pytest.approx(1)
-    double = witness_measure.measure_likeness(base * 2, base, scheme)
+    double = measure.measure_likeness(base * 2, base, scheme)
     assert double.cosine == pytest.approx(1)
     assert (double.gain, double.relative_l2) == (2, 1)
     assert double.scale_error == pytest.approx(0, abs=1e-6)
-    rows = witness_measure.measure_likeness(base * torch.tensor([[2.0], [1.0]]), base, scheme)
+    rows = measure.measure_likeness(base * torch.tensor([[2.0], [1.0]]), base, scheme)
     expected = torch.tensor([2, 1]) / 5**0.5 - torch.tensor([1, 1]) / 2**0.5
     assert rows.scale_error == pytest.approx(float(expected.norm()), rel=1e-5)
-    branch = witness_measure.measure_likeness(base, base, scheme, base * 0.1)
+    branch = measure.measure_likeness(base, base, scheme, base * 0.1)
     assert branch.coded_cosine == pytest.approx(1)
-    lost = witness_measure.measure_likeness(base * float("nan"), base, scheme)
+    lost = measure.measure_likeness(base * float("nan"), base, scheme)
     assert lost.cosine == 0
     assert lost.scale_error == float("inf")
     zero = torch.zeros(2, 2)
-    assert witness_measure.measure_likeness(zero, zero, scheme).cosine == 1
+    assert measure.measure_likeness(zero, zero, scheme).cosine == 1
 
 
 def test_bounds_follow_from_the_sample() -> None:
@@ -527,8 +521,8 @@ def test_bounds_follow_from_the_sample() -> None:
 
 def test_a_storage_that_nobody_measured_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(witness_limits, "read", lambda: ())
-    [report] = witness.examine_plan(as_plan(wan(find(WAN_FP8))))
-    assert report.verdict == witness.UNJUDGED
+    [report] = verdict.examine_plan(as_plan(wan(find(WAN_FP8))))
+    assert report.verdict == verdict.UNJUDGED
 
 
 # ---- the command ----------------------------------------------------------------------------
@@ -539,7 +533,7 @@ def test_inspect_against_prints_every_open_reading(
 ) -> None:
     path = write(raw, tmp_path, "low", "rows")
     words = ["inspect", str(path), "--against", str(find(BASES["flux-2"]))]
-    assert cli.main([*words, "--json"]) == 0
+    assert main.main([*words, "--json"]) == 0
     part = json.loads(capsys.readouterr().out)["components"]["transformer"]
     assert part["verdict"] == "agrees"
     readings = {layer["reading"]: layer["verdict"] for layer in part["layers"]}
@@ -549,11 +543,11 @@ def test_inspect_against_prints_every_open_reading(
         "even column in the high nibble, block scales in rows": "disagrees",
         "even column in the high nibble, block scales in 128 x 4 tiles": "disagrees",
     }
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     out = capsys.readouterr().out
     assert "cosine" in out
     assert "disagrees" in out
-    assert cli.main(["inspect", str(path), "--json"]) == 0
+    assert main.main(["inspect", str(path), "--json"]) == 0
     alone = json.loads(capsys.readouterr().out)["components"]["transformer"]
     [layout] = alone["layouts"]
     assert layout.startswith("unknown: nothing in")
@@ -563,11 +557,11 @@ def test_inspect_against_another_model_fails(
     broken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["inspect", str(broken), "--against", str(find(BASES["wan-2-2"]))]
-    assert cli.main(words) == 1
+    assert main.main(words) == 1
     assert "2 times as long" in capsys.readouterr().err
-    assert cli.main([*words, "--component", "transformer_2"]) == 1
+    assert main.main([*words, "--component", "transformer_2"]) == 1
     assert "agrees with transformer" in capsys.readouterr().err
-    assert cli.main(["inspect", str(broken), "--against", str(broken)]) == 1
+    assert main.main(["inspect", str(broken), "--against", str(broken)]) == 1
     assert "is the checkpoint itself" in capsys.readouterr().err
 
 
@@ -576,7 +570,7 @@ def test_a_run_tells_what_its_witness_found(
 ) -> None:
     words = ["generate", "--tiny", "--model-path", BASES["flux-1"], "--transformer-path"]
     words += ["BBuf/flux1-dev-modelopt-fp8-sglang-transformer", "--num-inference-steps", "1"]
-    assert cli.main([*words, "--device", "cpu", "--no-save-output", "--json"]) == 0
+    assert main.main([*words, "--device", "cpu", "--no-save-output", "--json"]) == 0
     [run] = json.loads(capsys.readouterr().out)["runs"]
     found = run["witness"]["transformer"]
     assert found["verdict"] == "agrees"
@@ -645,8 +639,8 @@ def test_rows_that_no_tile_begins_with_are_cut_out_of_whole_tiles() -> None:
     made = plan_decode(wan(find(WAN_FP8)), "transformer")
     piece = replace(next(made.pieces()), out_features=200, in_features=2048)
     piece = replace(piece, target=replace(piece.target, part=(1, 3)))
-    start, stop = witness_measure.choose_rows(piece, 1)
+    start, stop = measure.choose_rows(piece, 1)
     assert 200 <= start < stop <= 400
-    first, end = witness_measure.find_cut(piece, start, stop)
+    first, end = measure.find_cut(piece, start, stop)
     assert first % 128 == 0
     assert first <= start < stop <= end <= 600

@@ -12,12 +12,14 @@ import pytest
 import torch
 from tables import CASES, write_tables
 
-from quantmatrix import hardware, matrix, workbench
-from quantmatrix.device_scheduling import find_group
 from quantmatrix.errors import UsageError
-from quantmatrix.hardware import Machine
-from quantmatrix.request import FP4_BACKEND_VARIABLE, Request
-from quantmatrix.workbench import Workbench
+from quantmatrix.hardware import probe
+from quantmatrix.hardware.machine import Machine
+from quantmatrix.harness.workers import find_group
+from quantmatrix.measure import workbench
+from quantmatrix.measure.workbench import Workbench
+from quantmatrix.request import FP4_BACKEND_VARIABLE, Request, strip_quantization
+from quantmatrix.tables import read
 
 H100 = Machine("NVIDIA H100 80GB HBM3", "nvidia", "sm90", 80 * 2**30, device="cuda:0", count=2)
 
@@ -25,7 +27,7 @@ H100 = Machine("NVIDIA H100 80GB HBM3", "nvidia", "sm90", 80 * 2**30, device="cu
 @pytest.fixture
 def bench(tmp_path: Path) -> Workbench:
     cases = [{**CASES[0], "flags": f"{FP4_BACKEND_VARIABLE}=cudnn --seed 3 --height 32"}]
-    return Workbench(matrix.read(write_tables(tmp_path / "matrix", cases)))
+    return Workbench(read.read(write_tables(tmp_path / "matrix", cases)))
 
 
 def test_a_cell_becomes_the_request_of_its_command(bench: Workbench) -> None:
@@ -45,7 +47,7 @@ def test_planning_for_other_hardware_needs_none(bench: Workbench) -> None:
 
 
 def test_each_worker_has_its_own_device(bench: Workbench, monkeypatch) -> None:
-    monkeypatch.setattr(hardware, "probe", lambda: H100)
+    monkeypatch.setattr(probe, "probe", lambda: H100)
     row = replace(bench.tables.hardware["h100"], memory_gib=80.0)
     assert bench.find_device(row) == "cuda:0"
     bench.worker = 1
@@ -69,7 +71,7 @@ def test_a_worker_computes_with_one_thread(bench: Workbench) -> None:
 
 
 def test_several_devices_belong_to_one_worker(bench: Workbench, monkeypatch) -> None:
-    monkeypatch.setattr(hardware, "probe", lambda: H100)
+    monkeypatch.setattr(probe, "probe", lambda: H100)
     row = replace(bench.tables.hardware["h100"], memory_gib=80.0, devices=2)
     assert bench.find_device(row) == "cuda"
     bench.worker = 0
@@ -90,7 +92,7 @@ def test_a_shared_run_is_made_in_processes_of_its_own(bench: Workbench, monkeypa
     made = SimpleNamespace(processes=2)
     assert bench.run(request, made) is made
     assert calls == [made]
-    assert workbench.strip_quantization(request, "some/base").nproc_per_node == 1
+    assert strip_quantization(request, "some/base").nproc_per_node == 1
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_the_bf16_run_has_nothing_of_the_checkpoint() -> None:
     words += " --transformer-2-path y --vae-path z --enable-svdquant --quantization-precision int4"
     words += " --quantization-rank 32 --backend decode --seed 5 --height 64 --prompt fox"
     request = Request.from_words(words.split())
-    plain = workbench.strip_quantization(request, "some/base")
+    plain = strip_quantization(request, "some/base")
     assert plain == Request(
         model_path="some/base",
         component_paths={"vae": "z"},

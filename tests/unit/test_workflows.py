@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from runner import FILES, WORKFLOWS
 
-from quantmatrix import cli, matrix, sessions
+from quantmatrix.cli import main
+from quantmatrix.harness import sessions
+from quantmatrix.tables import read
 
 STEPS = [
     (f"{name}-{job}-{number}", step)
@@ -22,7 +24,7 @@ STEPS = [
     for job, body in workflow["jobs"].items()
     for number, step in enumerate(body["steps"])
 ]
-TABLES = matrix.read()
+TABLES = read.read()
 
 
 def find_step(workflow: str, job: str, words: str) -> str:
@@ -73,7 +75,7 @@ def test_commands_of_the_steps_are_commands_of_the_package() -> None:
     commands = project_commands()
     assert len(commands) >= 8
     for name, words in commands:
-        arguments, rest = cli.build_parser().parse_known_args(words[1:])
+        arguments, rest = main.build_parser().parse_known_args(words[1:])
         assert (rest, hasattr(arguments, "handler")) == ([], True), f"{name}: {words}"
 
 
@@ -129,5 +131,5 @@ def test_freshness_opens_updates_and_closes_one_issue(
 
 
 def test_agreement_gives_what_the_freshness_step_reads(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["agreement", "--json"]) in (0, 1)
+    assert main.main(["agreement", "--json"]) in (0, 1)
     assert {"stale", "contradicting"} <= set(json.loads(capsys.readouterr().out)["overall"])

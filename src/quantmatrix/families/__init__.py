@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from quantmatrix.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from quantmatrix.checkpoint import Checkpoint
+    from quantmatrix.checkpoints.checkpoint import Checkpoint
     from quantmatrix.families.protocol import Family
 
 IDS = ("fp8", "modelopt-fp8", "modelopt-nvfp4", "nunchaku-svdq", "msmodelslim")
@@ -24,14 +24,14 @@ def load(family: str) -> Family:
 
 def written() -> tuple[str, ...]:
     """Ids of the families that have a module; the tables may name more."""
-    folder = Path(__file__).parent
-    return tuple(name for name in IDS if (folder / f"{name.replace('-', '_')}.py").is_file())
+    files = {path.stem for path in Path(__file__).parent.iterdir()}
+    return tuple(name for name in IDS if name.replace("-", "_") in files)
 
 
 def detect(checkpoint: Checkpoint) -> tuple[str, str] | None:
     """(family id, reason) of a checkpoint, or None when no family takes it.
 
-    `quantmatrix.unknown_quantization` tells then what it is.
+    `quantmatrix.families.unknown_quantization` tells then what it is.
     """
     found = {name: why for name in written() if (why := load(name).detect(checkpoint))}
     if len(found) > 1:

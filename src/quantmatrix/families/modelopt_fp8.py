@@ -27,19 +27,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantmatrix.errors import CheckpointError, UsageError
-from quantmatrix.families.modelopt_layers import (
+from quantmatrix.families.producers.modelopt import (
     StoredLayer,
     read_block,
     read_words,
     refuse_others,
 )
 from quantmatrix.families.protocol import Calibration, Declaration
-from quantmatrix.formats import E4M3_MAX
 from quantmatrix.kernels import linear_fp8
+from quantmatrix.kernels.number_formats import E4M3_MAX
 from quantmatrix.scheme import Scheme, TensorSpec
 
 if TYPE_CHECKING:
-    from quantmatrix.checkpoint import Checkpoint
+    from quantmatrix.checkpoints.checkpoint import Checkpoint
 
 ID = "modelopt-fp8"
 FP8 = Scheme("linear.fp8", "FP8", "e4m3", "tensor", "tensor-static")

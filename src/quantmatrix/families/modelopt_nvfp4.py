@@ -33,10 +33,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantmatrix.checkpoint import parse_block
+from quantmatrix.checkpoints.declaration import parse_block
 from quantmatrix.errors import CheckpointError, UsageError
-from quantmatrix.families.fp8_declaration import read_whole_inputs
-from quantmatrix.families.modelopt_layers import (
+from quantmatrix.families.nvfp4_layouts import find_layout, list_readings, require_layout
+from quantmatrix.families.producers.comfyui import read_whole_inputs
+from quantmatrix.families.producers.modelopt import (
     WEIGHT_ONLY,
     StoredLayer,
     is_nvfp4,
@@ -45,16 +46,15 @@ from quantmatrix.families.modelopt_layers import (
     read_block,
     read_words,
 )
-from quantmatrix.families.nvfp4_layouts import find_layout, list_readings, require_layout
 from quantmatrix.families.protocol import Calibration, Declaration
-from quantmatrix.formats import E2M1_MAX, E4M3_MAX, round_e4m3, swap_nibbles
 from quantmatrix.kernels import linear_fp8, linear_nvfp4
+from quantmatrix.kernels.number_formats import E2M1_MAX, E4M3_MAX, round_e4m3, swap_nibbles
 from quantmatrix.kernels.nvfp4_arithmetic import GROUP, encode, find_scale
 from quantmatrix.kernels.scale_layouts import TILE_ROWS, tile_scales, untile_scales
 from quantmatrix.scheme import Scheme, TensorSpec
 
 if TYPE_CHECKING:
-    from quantmatrix.checkpoint import Checkpoint
+    from quantmatrix.checkpoints.checkpoint import Checkpoint
 
 ID = "modelopt-nvfp4"
 NVFP4 = Scheme("linear.nvfp4", "NVFP4", "e2m1", "group", "group-dynamic", group_size=GROUP)

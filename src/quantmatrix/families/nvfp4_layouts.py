@@ -15,7 +15,7 @@ whether block scales lie in rows or in tiles of 128 x 4. Who declares them, best
 | anything else: packed names alone, nothing, two that contradict each other | unknown | unknown |
 
 `checkpoint_uses_packed_qkv: true` alone means high nibble and tiles, as in SGLang. What is unknown
-is chosen by the user (`Checkpoint.chosen`), or by the base model's weights (`quantmatrix.witness`);
+is chosen by the user (`Checkpoint.chosen`), or by the base model's weights (`quantmatrix.runtime.witness.verdict`);
 a reading is never assumed. A user's choice counts more than any declaration: exports whose
 declaration is wrong exist (ModelOpt's `enable_swizzle_layout` shows nowhere).
 """
@@ -30,10 +30,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import CheckpointError
-from quantmatrix.families.modelopt_layers import read_block, read_words
+from quantmatrix.families.producers.modelopt import read_block, read_words
 
 if TYPE_CHECKING:
-    from quantmatrix.checkpoint import Checkpoint
+    from quantmatrix.checkpoints.checkpoint import Checkpoint
 
 NIBBLES, SCALES = ("low", "high"), ("rows", "tiles")
 """Values of `nibble_order` (where the even column lies) and `nvfp4_layout`, ModelOpt's first."""

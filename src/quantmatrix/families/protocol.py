@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from quantmatrix.checkpoint import Checkpoint
+from quantmatrix.checkpoints.checkpoint import Checkpoint
 from quantmatrix.scheme import Scheme, TensorSpec
 
 

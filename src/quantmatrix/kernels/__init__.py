@@ -16,7 +16,8 @@ from importlib import import_module
 
 import torch
 
-from quantmatrix.hardware import Machine, inspect_nunchaku
+from quantmatrix.hardware.machine import Machine
+from quantmatrix.hardware.packages import inspect_nunchaku
 from quantmatrix.scheme import Scheme
 
 Tensors = dict[str, torch.Tensor]

@@ -8,7 +8,7 @@ program that the first of them got.
 
 Inside `watch` nothing is started: tensors of the device `meta` take the same way through the layers,
 and each launch that they would lead to is kept, with its grid and everything that it is specialised
-on. `quantmatrix.compiling` builds these for any architecture, so no second table says how kernels
+on. `quantmatrix.kernels.compiling` builds these for any architecture, so no second table says how kernels
 are launched.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from quantmatrix.hardware import name_arch
+from quantmatrix.hardware.probe import name_arch
 
 TRITON = ("nvidia", "amd")
 """Vendors of GPUs that kernels of ours are built for."""

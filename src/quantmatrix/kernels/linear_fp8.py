@@ -23,9 +23,9 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional
 
-from quantmatrix.formats import E4M3_MAX, expand_blocks, round_e4m3
 from quantmatrix.kernels import Kernel, Needs, Tensors
 from quantmatrix.kernels.launching import can_launch
+from quantmatrix.kernels.number_formats import E4M3_MAX, expand_blocks, round_e4m3
 from quantmatrix.scheme import Scheme
 
 ROWS = 4

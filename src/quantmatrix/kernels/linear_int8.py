@@ -33,90 +33,36 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import torch
 from torch.nn import functional
 
-from quantmatrix.errors import RefusedError
 from quantmatrix.kernels import Kernel, Needs, Tensors
+from quantmatrix.kernels.int8_arithmetic import (
+    LARGEST,
+    PER_ROW,
+    ROWS,
+    WHOLE_ROW,
+    count_codes,
+    decode,
+    quantize_static,
+    quantize_tokens,
+    reference,
+    smooth,
+)
+from quantmatrix.kernels.int8_npu import ACTIVATIONS, NPU, WEIGHTS, count_npu, prepare_npu, run_npu
 from quantmatrix.kernels.launching import TRITON, is_watched
+from quantmatrix.kernels.portable import keep_used
 from quantmatrix.scheme import Scheme
 
-LARGEST = {"int8": 127, "int4": 7}
-"""Largest code of a symmetric number format."""
-PER_ROW = ("weight", "weight_scale", "deq_scale", "quant_bias", "bias")
-ROWS = 512
-"""Rows per integer matmul on a CPU."""
 CUDA_ROWS = 32
 CUDA_MULTIPLE = 8
 """cuBLAS takes more than 16 rows, and columns in multiples of 8."""
-WHOLE_ROW = 16384
-"""Longest row that the fused kernel quantizes."""
-FRACTAL_NZ = 29
-"""The NPU's own weight layout, as `npu_format_cast` numbers it."""
-
-
-def decode(tensors: Tensors, scheme: Scheme) -> torch.Tensor:
-    """The weight in plain numbers, float32 [N, K], smoothing included."""
-    weight = tensors["weight"].float() * tensors["weight_scale"].float()[:, None]
-    return weight * tensors["mul_scale"].float() if scheme.smoothed else weight
 
 
 def take_rows(tensors: Tensors, rows: torch.Tensor | slice) -> Tensors:
     """The layer with some of its outputs only; `rows` indexes them."""
     return {name: t[rows] if name in PER_ROW else t for name, t in tensors.items()}
-
-
-def smooth(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
-    """The layer's input after its smoothing, in x's dtype."""
-    return x * tensors["mul_scale"].to(x.dtype) if scheme.smoothed else x
-
-
-def quantize_static(x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """Codes int8 of x with one scale and zero point for the whole tensor."""
-    return (x.float() / scale + offset).round_().clamp_(-128, 127).to(torch.int8)
-
-
-def quantize_tokens(x: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes int8 [..., K], scales float32 [..., 1]): each token's largest magnitude fits."""
-    wide = x.float()
-    amax = wide.abs().amax(dim=-1, keepdim=True)
-    scale = amax / torch.full_like(amax, largest)  # CUDA multiplies by a number's reciprocal
-    return (wide / torch.where(scale > 0, scale, 1)).round().to(torch.int8), scale
-
-
-def accumulate(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The exact product of int8 codes [..., K] and weight codes [N, K], integral float64.
-
-    Float32 holds every integer up to 2**24 and float64 up to 2**53, so sums of K products of at
-    most 2**14 are exact in the one for K <= 1024 and in the other always.
-    """
-    exact = torch.float32 if codes.shape[-1] * 128 * 128 <= 2**24 else torch.float64
-    return functional.linear(codes.to(exact), weight.to(exact)).double()
-
-
-def reference(
-    x: torch.Tensor, tensors: Tensors, scheme: Scheme, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The layer's arithmetic with an exact accumulator; `bias` defaults to that of `tensors`."""
-    bias = tensors.get("bias") if bias is None else bias
-    smoothed = smooth(x, tensors, scheme)
-    if scheme.activation == "tensor-static":
-        codes = quantize_static(smoothed, tensors["input_scale"], tensors["input_offset"])
-        total = accumulate(codes, tensors["weight"]) + tensors["quant_bias"]
-        return (total.float() * tensors["deq_scale"]).to(x.dtype)
-    codes, scale = quantize_tokens(smoothed, LARGEST[scheme.weight])
-    total = accumulate(codes, tensors["weight"]).float() * tensors["weight_scale"] * scale
-    return (total if bias is None else total + bias.float()).to(x.dtype)
-
-
-def keep_used(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """The tensors that the scheme's arithmetic reads, as they are."""
-    static = ("input_scale", "input_offset", "deq_scale", "quant_bias")
-    used = static if scheme.activation == "tensor-static" else ("weight_scale",)
-    smoothing = ("mul_scale",) if scheme.smoothed else ()
-    return {name: tensors[name] for name in ("weight", *used, *smoothing)}
 
 
 def run_reference(
@@ -281,96 +227,11 @@ def has_compiler() -> bool:
     return has_triton() and any(shutil.which(name) for name in ("cc", "gcc", "clang"))
 
 
-def import_npu() -> Any:
-    """torch_npu; without CANN its import fails, and with it every other import of torch."""
-    try:
-        import torch_npu
-    except (ImportError, RuntimeError) as error:
-        raise RefusedError(
-            NPU.rule,
-            f"backend npu needs torch_npu with a working CANN installation: {error}; install "
-            f"CANN and source its set_env.sh, or use {NPU.remedy}",
-        ) from error
-    return torch_npu
-
-
-def prepare_npu(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """Weights as [K, N] in the NPU's layout, int4 packed by eight; scales in x's terms."""
-    npu = import_npu()
-    if dtype not in (torch.bfloat16, torch.float16):
-        raise RefusedError(
-            NPU.rule,
-            f"backend npu computes in bfloat16 or float16, not {dtype}: use --dtype bfloat16 or "
-            f"{NPU.remedy}",
-        )
-    kept = keep_used(tensors, scheme, dtype)
-    turned = kept["weight"].t().contiguous()
-    if scheme.weight == "int4":
-        kept["weight"] = npu.npu_convert_weight_to_int4pack(turned.to(torch.int32))
-    else:
-        kept["weight"] = npu.npu_format_cast(turned, FRACTAL_NZ)
-    if scheme.activation == "tensor-static":
-        width = kept["weight"].shape[0]
-        kept["input_scale"] = (1 / kept["input_scale"]).to(dtype).repeat(width)
-        kept["input_offset"] = kept["input_offset"].to(dtype).repeat(width)
-        if dtype == torch.float16:
-            kept["deq_scale"] = npu.npu_trans_quant_param(kept["deq_scale"])
-    return kept
-
-
-def run_npu(
-    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
-) -> torch.Tensor:
-    """x [..., K] -> [..., N] through torch_npu's quantize and quantized matmul."""
-    npu = import_npu()
-    flat = smooth(x, buffers, scheme).reshape(-1, x.shape[-1])
-    if scheme.activation == "tensor-static":
-        scale, offset = buffers["input_scale"], buffers["input_offset"]
-        y: torch.Tensor = npu.npu_quant_matmul(
-            npu.npu_quantize(flat, scale, offset, torch.qint8, -1, False),
-            buffers["weight"],
-            buffers["deq_scale"],
-            bias=buffers["quant_bias"],
-            output_dtype=x.dtype,
-        )
-        return y.view(*x.shape[:-1], y.shape[-1])
-    kind = torch.quint4x2 if scheme.weight == "int4" else torch.int8
-    codes, scale = npu.npu_dynamic_quant(flat, dst_type=kind)
-    inside = None if scheme.weight == "int4" else bias  # the int4 matmul takes no float bias
-    y = npu.npu_quant_matmul(
-        codes,
-        buffers["weight"],
-        buffers["weight_scale"],
-        pertoken_scale=scale,
-        bias=inside,
-        output_dtype=x.dtype,
-    )
-    if bias is not None and inside is None:
-        y = y + bias
-    return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def count_codes(scheme: Scheme, out_features: int, in_features: int, item: int) -> int:
-    """Bytes of int8 codes with their scales."""
-    static = scheme.activation == "tensor-static"
-    vectors = out_features * 8 + 8 if static else out_features * 4
-    return out_features * in_features + vectors + (in_features * item if scheme.smoothed else 0)
-
-
-def count_npu(scheme: Scheme, out_features: int, in_features: int, item: int) -> int:
-    """Bytes of the NPU's codes with their scales."""
-    packed = out_features * in_features // 2 if scheme.weight == "int4" else 0
-    vectors = 2 * in_features * item if scheme.activation == "tensor-static" else 0
-    return count_codes(scheme, out_features, in_features, item) - packed + vectors
-
-
 def count_decoded(scheme: Scheme, out_features: int, in_features: int, item: int) -> int:
     """Bytes of the weight in the compute dtype."""
     return out_features * in_features * item
 
 
-WEIGHTS = ("int8", "int4")
-ACTIVATIONS = ("tensor-static", "token-dynamic")
 INT8 = Needs(
     rule="int8-matmul",
     vendors=("cpu", *TRITON),
@@ -379,17 +240,6 @@ INT8 = Needs(
     activations=ACTIVATIONS,
     in_multiple=2,  # torch._int_mm of one column (K = 1) is wrong on a CPU, torch 2.13
     remedy="--backend decode computes the same checkpoint anywhere",
-)
-NPU = Needs(
-    rule="msmodelslim-npu-ascend",
-    vendors=("ascend",),
-    package="torch_npu",
-    weights=WEIGHTS,
-    scales=("channel",),
-    activations=ACTIVATIONS,
-    out_multiple=8,
-    in_multiple=8,
-    remedy="--backend decode or --backend reference, which compute the same checkpoint anywhere",
 )
 KERNELS = (
     Kernel(

@@ -32,9 +32,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from quantmatrix.formats import E2M1_MAX, E4M3_MAX, round_e4m3
 from quantmatrix.kernels import Kernel, Needs, Tensors, linear_fp8, nvfp4_flashinfer
 from quantmatrix.kernels.launching import TRITON
+from quantmatrix.kernels.number_formats import E2M1_MAX, E4M3_MAX, round_e4m3
 from quantmatrix.kernels.nvfp4_arithmetic import (
     GROUP,
     cut_rows,

@@ -13,8 +13,14 @@ from functools import lru_cache
 import torch
 from torch.nn import functional
 
-from quantmatrix.formats import E2M1_MAX, E2M1_VALUES, E4M3_MAX, encode_e2m1, pack_nibbles
 from quantmatrix.kernels import Tensors
+from quantmatrix.kernels.number_formats import (
+    E2M1_MAX,
+    E2M1_VALUES,
+    E4M3_MAX,
+    encode_e2m1,
+    pack_nibbles,
+)
 from quantmatrix.scheme import Scheme
 
 GROUP = 16

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional
 
-from quantmatrix.formats import E2M1_MAX, E2M1_VALUES, E4M3_MAX, round_e4m3
 from quantmatrix.kernels import Tensors
+from quantmatrix.kernels.number_formats import E2M1_MAX, E2M1_VALUES, E4M3_MAX, round_e4m3
 from quantmatrix.kernels.nvfp4_arithmetic import decode_codes, round_to_e2m1
 from quantmatrix.scheme import Scheme
 

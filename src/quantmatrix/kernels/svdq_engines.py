@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import torch
 
-from quantmatrix import svdq_packing as packing
 from quantmatrix.kernels import Needs, Tensors
+from quantmatrix.kernels import svdq_packing as packing
 from quantmatrix.kernels.svdq_arithmetic import SHIFT, sum_shift
 from quantmatrix.scheme import Scheme
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix.models import DIFFUSERS, Defaults, Dialect, Rule, Target, refuse_flags
+from quantmatrix.models import Defaults, refuse_flags
+from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target
 
 if TYPE_CHECKING:
     from quantmatrix.request import Request
@@ -124,17 +125,17 @@ def build_tiny(folder: Path) -> None:
         FluxTransformer2DModel,
     )
 
-    from quantmatrix import tiny_text
-    from quantmatrix.tiny_weights import fill
+    from quantmatrix.tiny import text_encoders
+    from quantmatrix.tiny.weights import fill
 
     transformer = FluxTransformer2DModel(**TINY)
     fill(transformer, f"{ID}.transformer", structured=BLOCKS)
     vae = AutoencoderKL(
-        **tiny_text.IMAGE_VAE, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159
+        **text_encoders.IMAGE_VAE, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159
     )
     fill(vae, f"{ID}.vae")
-    clip, clip_tokenizer = tiny_text.build_clip(ID)
-    t5, t5_tokenizer = tiny_text.build_t5(ID)
+    clip, clip_tokenizer = text_encoders.build_clip(ID)
+    t5, t5_tokenizer = text_encoders.build_t5(ID)
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
         vae=vae,
@@ -144,4 +145,4 @@ def build_tiny(folder: Path) -> None:
         tokenizer_2=t5_tokenizer,
         transformer=transformer,
     )
-    tiny_text.save_pipeline(pipeline, folder)
+    text_encoders.save_pipeline(pipeline, folder)

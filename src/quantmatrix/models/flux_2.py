@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix.models import DIFFUSERS, Defaults, Dialect, Rule, Target, refuse_flags
+from quantmatrix.models import Defaults, refuse_flags
+from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target
 
 if TYPE_CHECKING:
     from quantmatrix.request import Request
@@ -145,17 +146,17 @@ def build_tiny(folder: Path) -> None:
         Flux2Transformer2DModel,
     )
 
-    from quantmatrix import tiny_text
-    from quantmatrix.tiny_weights import fill
+    from quantmatrix.tiny import text_encoders
+    from quantmatrix.tiny.weights import fill
 
     transformer = Flux2Transformer2DModel(**TINY)
     fill(transformer, f"{ID}.transformer", structured=BLOCKS)
-    vae = AutoencoderKLFlux2(**tiny_text.IMAGE_VAE, latent_channels=32)
+    vae = AutoencoderKLFlux2(**text_encoders.IMAGE_VAE, latent_channels=32)
     fill(vae, f"{ID}.vae")
     ramp = torch.linspace(0, 1, vae.bn.running_mean.numel())
     vae.bn.running_mean.copy_(ramp * 0.2 - 0.1)
     vae.bn.running_var.copy_(ramp * 0.5 + 0.75)
-    text, tokenizer = tiny_text.build_mistral(ID)
+    text, tokenizer = text_encoders.build_mistral(ID)
     pipeline = Flux2Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
         vae=vae,
@@ -163,4 +164,4 @@ def build_tiny(folder: Path) -> None:
         tokenizer=tokenizer,
         transformer=transformer,
     )
-    tiny_text.save_pipeline(pipeline, folder)
+    text_encoders.save_pipeline(pipeline, folder)

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix.models import DIFFUSERS, Defaults, Dialect, Rule, Target, refuse_flags
+from quantmatrix.models import Defaults, refuse_flags
+from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target
 
 if TYPE_CHECKING:
     from quantmatrix.request import Request
@@ -106,14 +107,14 @@ def build_tiny(folder: Path) -> None:
         QwenImageTransformer2DModel,
     )
 
-    from quantmatrix import tiny_text
-    from quantmatrix.tiny_weights import fill
+    from quantmatrix.tiny import text_encoders
+    from quantmatrix.tiny.weights import fill
 
     transformer = QwenImageTransformer2DModel(**TINY)
     fill(transformer, f"{ID}.transformer", structured=BLOCKS)
-    vae = AutoencoderKLQwenImage(**tiny_text.VIDEO_VAE)
+    vae = AutoencoderKLQwenImage(**text_encoders.VIDEO_VAE)
     fill(vae, f"{ID}.vae")
-    text, tokenizer = tiny_text.build_qwen25(ID)
+    text, tokenizer = text_encoders.build_qwen25(ID)
     pipeline = QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=1.0),
         vae=vae,
@@ -121,4 +122,4 @@ def build_tiny(folder: Path) -> None:
         tokenizer=tokenizer,
         transformer=transformer,
     )
-    tiny_text.save_pipeline(pipeline, folder)
+    text_encoders.save_pipeline(pipeline, folder)

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix.models import DIFFUSERS, Defaults, Dialect, Rule, Target
+from quantmatrix.models import Defaults
+from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target
 
 if TYPE_CHECKING:
     from quantmatrix.request import Request
@@ -125,16 +126,16 @@ def build_tiny(folder: Path) -> None:
         WanTransformer3DModel,
     )
 
-    from quantmatrix import tiny_text
-    from quantmatrix.tiny_weights import fill
+    from quantmatrix.tiny import text_encoders
+    from quantmatrix.tiny.weights import fill
 
     experts = {}
     for name in COMPONENTS:
         experts[name] = WanTransformer3DModel(**TINY)
         fill(experts[name], f"{ID}.{name}", structured=BLOCKS)
-    vae = AutoencoderKLWan(**tiny_text.VIDEO_VAE)
+    vae = AutoencoderKLWan(**text_encoders.VIDEO_VAE)
     fill(vae, f"{ID}.vae")
-    text, tokenizer = tiny_text.build_umt5(ID)
+    text, tokenizer = text_encoders.build_umt5(ID)
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=12.0
     )
@@ -146,4 +147,4 @@ def build_tiny(folder: Path) -> None:
         boundary_ratio=0.875,
         **experts,
     )
-    tiny_text.save_pipeline(pipeline, folder)
+    text_encoders.save_pipeline(pipeline, folder)

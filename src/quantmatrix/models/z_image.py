@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix.models import DIFFUSERS, Defaults, Dialect, Rule, Target, refuse_flags
+from quantmatrix.models import Defaults, refuse_flags
+from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target
 
 if TYPE_CHECKING:
     from quantmatrix.request import Request
@@ -92,16 +93,16 @@ def build_tiny(folder: Path) -> None:
         ZImageTransformer2DModel,
     )
 
-    from quantmatrix import tiny_text
-    from quantmatrix.tiny_weights import fill
+    from quantmatrix.tiny import text_encoders
+    from quantmatrix.tiny.weights import fill
 
     transformer = ZImageTransformer2DModel(**TINY)
     fill(transformer, f"{ID}.transformer", structured=BLOCKS)
     vae = AutoencoderKL(
-        **tiny_text.IMAGE_VAE, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159
+        **text_encoders.IMAGE_VAE, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159
     )
     fill(vae, f"{ID}.vae")
-    text, tokenizer = tiny_text.build_qwen3(ID)
+    text, tokenizer = text_encoders.build_qwen3(ID)
     pipeline = ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False, shift=6.0),
         vae=vae,
@@ -109,4 +110,4 @@ def build_tiny(folder: Path) -> None:
         tokenizer=tokenizer,
         transformer=transformer,
     )
-    tiny_text.save_pipeline(pipeline, folder)
+    text_encoders.save_pipeline(pipeline, folder)

@@ -36,14 +36,14 @@ from typing import Any
 import torch
 
 from quantmatrix import models
-from quantmatrix.checkpoint import TensorHeader
+from quantmatrix.checkpoints.header import TensorHeader
+from quantmatrix.checkpoints.reader import TensorReader
+from quantmatrix.checkpoints.writer import Item
 from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
-from quantmatrix.formats import E4M3_MAX, round_e4m3
+from quantmatrix.kernels.number_formats import E4M3_MAX, round_e4m3
 from quantmatrix.kernels.nvfp4_arithmetic import cut_rows
-from quantmatrix.load import TensorReader
 from quantmatrix.quoting import limit_message
 from quantmatrix.request import normalize_words
-from quantmatrix.safetensors_writer import Item
 from quantmatrix.tools import runtime_names
 from quantmatrix.tools.transformer_folder import (
     FLOATS,

@@ -26,13 +26,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quantmatrix.checkpoint import TensorHeader
+from quantmatrix.checkpoints.header import TensorHeader
+from quantmatrix.checkpoints.reader import TensorReader
+from quantmatrix.checkpoints.writer import Item
 from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
 from quantmatrix.families import modelopt_nvfp4
-from quantmatrix.load import TensorReader
 from quantmatrix.quoting import limit_message
 from quantmatrix.request import normalize_words
-from quantmatrix.safetensors_writer import Item
 from quantmatrix.tools import runtime_names
 from quantmatrix.tools.transformer_folder import (
     FLOATS,

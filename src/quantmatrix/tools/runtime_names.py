@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
-from quantmatrix.models import Dialect, Rule, Target
+from quantmatrix.models.dialect import Dialect, Rule, Target
 
 HUNYUAN_VIDEO = "HunyuanVideoTransformer3DModel"
 """The one class with these layers: `HunyuanVideo15Transformer3DModel` has others."""

@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantmatrix.checkpoint import Checkpoint, TensorHeader, merge_headers, read_header, read_json
+from quantmatrix.checkpoints.checkpoint import Checkpoint
+from quantmatrix.checkpoints.declaration import merge_headers, read_json
+from quantmatrix.checkpoints.header import TensorHeader, read_header
+from quantmatrix.checkpoints.writer import Item, write_file
 from quantmatrix.errors import CheckpointError, UsageError
-from quantmatrix.safetensors_writer import Item, write_file
 
 WEIGHTS = ".safetensors"
 INDEX = ".safetensors.index.json"

@@ -35,14 +35,16 @@ from pathlib import Path
 from typing import Any
 
 from quantmatrix import models
-from quantmatrix.checkpoint import Checkpoint, Hub, TensorHeader, read_json
+from quantmatrix.checkpoints.checkpoint import Checkpoint
+from quantmatrix.checkpoints.declaration import read_json
+from quantmatrix.checkpoints.folders import open_folder
+from quantmatrix.checkpoints.header import TensorHeader
+from quantmatrix.checkpoints.opening import build_checkpoint, find_index, open_component, read_index
 from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
-from quantmatrix.families.msmodelslim_description import check_known
-from quantmatrix.folders import open_folder
-from quantmatrix.models import Dialect
+from quantmatrix.families.msmodelslim.description import check_known
+from quantmatrix.models.dialect import Dialect
 from quantmatrix.quoting import limit_message, quote_json
-from quantmatrix.references import build_checkpoint, find_index, open_component, read_index
-from quantmatrix.request import normalize_words
+from quantmatrix.request import Hub, normalize_words
 
 MODEL = "wan-2-2"
 TRANSFORMER = "WanTransformer3DModel"
@@ -338,8 +340,8 @@ def verify(
 
 def write_weights(source: Checkpoint, renamed: Mapping[str, str], path: Path) -> None:
     """Copy every tensor under its new name, one at a time."""
-    from quantmatrix.load import TensorReader
-    from quantmatrix.safetensors_writer import Item, write_file
+    from quantmatrix.checkpoints.reader import TensorReader
+    from quantmatrix.checkpoints.writer import Item, write_file
 
     with TensorReader(source, "cpu") as reader:
         items = []

@@ -1,0 +1,153 @@
+"""The command line. Every command has `--json`; nothing heavy is imported before it is needed.
+
+Exit codes: 0 done, 1 something is wrong with a file or a claim, 2 the words contradict each other,
+3 a refusal (the plan ended in a rule), 14 the environment is unusable (the hub cannot be read, a package
+is missing, the disk is full), 130 interrupted, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from quantmatrix import __version__
+from quantmatrix.cli.dequantize import _add_dequantize
+from quantmatrix.cli.doctor import _add_doctor
+from quantmatrix.cli.generate import _add_generate
+from quantmatrix.cli.inspect import _add_inspect
+from quantmatrix.cli.matrix import _add_matrix
+from quantmatrix.cli.output import Parser, drop_output, explain_os_error, report_error
+from quantmatrix.cli.plan import _add_plan
+from quantmatrix.cli.report import _add_report
+from quantmatrix.cli.tiny_hub import _add_tiny_hub
+from quantmatrix.errors import QuantmatrixError, RefusedError, UsageError
+from quantmatrix.exit_codes import (
+    ENVIRONMENT_UNUSABLE,
+    EXIT_INTERRUPTED,
+    EXIT_PROBLEM,
+    EXIT_REFUSED,
+    EXIT_TERMINATED,
+    EXIT_USAGE,
+    blames_environment,
+)
+from quantmatrix.request import (
+    normalize_words,
+)
+
+if TYPE_CHECKING:
+    from quantmatrix.cli.output import Handler
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    words = normalize_words(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in words
+    try:
+        code = run_command(words)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except RefusedError as error:
+        return report_error(error, EXIT_REFUSED, as_json=as_json)
+    except QuantmatrixError as error:
+        code = EXIT_USAGE if isinstance(error, UsageError) else EXIT_PROBLEM
+        code = ENVIRONMENT_UNUSABLE if blames_environment(error) else code
+        return report_error(error, code, as_json=as_json)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        drop_output()  # whoever read it went away
+        return EXIT_PROBLEM
+    except OSError as error:
+        code = ENVIRONMENT_UNUSABLE if blames_environment(error) else EXIT_PROBLEM
+        try:
+            report_error(explain_os_error(error), code, as_json=as_json)
+            sys.stdout.flush()
+        except OSError:  # it was the output that could not be written
+            drop_output()
+        return code
+
+
+def run_command(words: list[str]) -> int:
+    """Parse the words and run their command."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(words)
+    arguments.words = words
+    handler: Handler | None = getattr(arguments, "handler", None)
+    if handler is None:
+        if rest:
+            raise UsageError(f"{' '.join(rest)}: which command? See `{parser.prog} --help`")
+        parser.print_help()
+        return EXIT_USAGE
+    if rest and not getattr(arguments, "takes_overrides", False):
+        raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
+    return handler(arguments, rest)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    parser = Parser(
+        prog="quantmatrix",
+        description="Which quantized diffusion checkpoint works on which hardware, with proof.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"quantmatrix {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_generate(commands)
+    _add_plan(commands)
+    _add_inspect(commands)
+    _add_dequantize(commands)
+    _add_doctor(commands)
+    _add_matrix(commands)
+    _add_tiny_hub(commands)
+    _add_report(commands)
+    for name in NAMES:
+        import_module(f"quantmatrix.cli.{name}").add_to(commands)
+    return parser
+
+
+def terminate(number: int, frame: Any) -> NoReturn:
+    """Leave on a signal as on any error, so that nothing half-written stays."""
+    print("terminated", file=sys.stderr)
+    sys.exit(EXIT_TERMINATED)
+
+
+def entry() -> None:
+    """Console entry point."""
+    signal.signal(signal.SIGTERM, terminate)
+    for stream in (sys.stdout, sys.stderr):  # whatever a locale cannot write is escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()
+
+# fmt: off
+NAMES: tuple[str, ...] = (
+    "explain",
+    "agreement",
+    "validate",
+    "packet",
+    "evidence",
+    "summary",
+    "speed",
+    "quantize",
+    "fallback",
+    "compare",
+    "mutate",
+    "thresholds",
+    "trace",
+    "true_size",
+    "bench",
+    "compile",
+)
+# fmt: on
+"""The modules, in the order of `quantmatrix --help`. One name a line, so that changes merge."""

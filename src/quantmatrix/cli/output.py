@@ -1,0 +1,105 @@
+"""Output: what every command needs to read its flags and to print its results and errors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from quantmatrix.errors import QuantmatrixError, UsageError
+from quantmatrix.quoting import escape_lines, limit_message
+from quantmatrix.request import FP4_BACKEND_VARIABLE, Request
+from quantmatrix.tables.rows import MatrixError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any, NoReturn
+
+
+Handler = Callable[[argparse.Namespace, list[str]], int]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are errors like all others, so that `--json` has them, too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError, where argparse would print its usage and exit."""
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+def drop_output() -> None:
+    """Send what is still buffered nowhere, or Python tries to write it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def explain_os_error(error: OSError) -> QuantmatrixError:
+    """What the system would not do, for people."""
+    if error.filename is None:
+        return QuantmatrixError(str(error))
+    return QuantmatrixError(
+        f"{error.filename}: {error.strerror}; look at the path, its permissions and the free space"
+    )
+
+
+def report_error(error: QuantmatrixError, code: int, *, as_json: bool) -> int:
+    """Print an error: words on standard error, and the same as JSON where that was asked for."""
+    message = shorten_error(error)
+    print(f"quantmatrix: {message}", file=sys.stderr)
+    if as_json:
+        rule = getattr(error, "rule", None)
+        refusal = {"rule": rule, "message": message} if rule else None
+        kind = type(error).__name__
+        print_json({"ok": False, "refusal": refusal, "error": {"type": kind, "message": message}})
+    return code
+
+
+def shorten_error(error: QuantmatrixError) -> str:
+    """The words of an error, without what names and values of strangers may do in them.
+
+    Only the list of what is wrong with the tables, which are the user's own, is shown to its end.
+    """
+    if not isinstance(error, MatrixError):
+        return limit_message(str(error))
+    return "\n".join(limit_message(line) for line in str(error).split("\n"))
+
+
+def say(text: str, *, to_errors: bool = False) -> None:
+    """Print lines for people, in which names and values of strangers are escaped."""
+    print(escape_lines(text), file=sys.stderr if to_errors else sys.stdout)
+
+
+def print_json(value: Any) -> None:
+    """Print finite, sorted JSON."""
+    print(json.dumps(value, indent=2, sort_keys=True, allow_nan=False, default=str))
+
+
+def add_command(commands: Any, name: str, text: str, handler: Handler) -> argparse.ArgumentParser:
+    """Add the parser of one command; `handler` runs it."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text, allow_abbrev=False
+    )
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def read_request(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
+    """The request of parsed flags; the only place where environment variables are read."""
+    from quantmatrix.request import Hub
+
+    extra: dict[str, Any] = {"fp4_gemm_backend": os.environ.get(FP4_BACKEND_VARIABLE)}
+    if arguments.revision:
+        extra["hub"] = Hub(revision=arguments.revision)
+    return Request.from_arguments(arguments, rest, **extra)
+
+
+def read_variable(name: str) -> str | None:
+    """An environment variable, for commands in modules of their own."""
+    return os.environ.get(name)
+
+
+def backends_text(found: Mapping[str, int]) -> str:
+    """`28 decode, 4 reference`."""
+    return ", ".join(f"{count} {name}" for name, count in found.items()) or "none"

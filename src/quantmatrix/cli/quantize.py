@@ -1,0 +1,87 @@
+"""`quantmatrix quantize`: make a checkpoint of any family from a full-precision model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from quantmatrix.errors import UsageError
+
+
+def add_to(commands: Any) -> None:
+    """Add the parser."""
+    from quantmatrix.cli.output import add_command
+    from quantmatrix.request import add_request_flags
+
+    text = "make a checkpoint of a family from a full-precision model, calibrated by running it"
+    parser = add_command(commands, "quantize", text, run_quantize)
+    add_request_flags(parser)
+    made = parser.add_argument_group("what is made")
+    made.add_argument("--family", required=True, help="fp8, modelopt-fp8, nunchaku-svdq ...")
+    made.add_argument("--scheme", help="of the family: FP8, NVFP4, W8A8_DYNAMIC, tensor-static ...")
+    made.add_argument("--precision", help="int4 or nvfp4, for nunchaku-svdq")
+    made.add_argument("--rank", type=int, help="low-rank size, for nunchaku-svdq (default 32)")
+    made.add_argument(
+        "--keep", nargs="*", metavar="SET|REGEX",
+        help="layers left alone (default: those of the validated checkpoints; nothing: none)",
+    )  # fmt: skip
+    made.add_argument("--calibration-prompts", metavar="FILE", help="one prompt a line")
+    made.add_argument("--output-path", required=True, help="a folder, or one .safetensors file")
+    made.add_argument("--overwrite", action="store_true", help="replace what is there")
+    made.add_argument("--json", action="store_true")
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a file that are not empty; UsageError for none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UsageError(f"--calibration-prompts {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"--calibration-prompts {path}: {error}; expected text, one prompt a line"
+        ) from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UsageError(f"--calibration-prompts {path}: holds no prompt, expected one a line")
+    return prompts
+
+
+def show_progress(what: str, things: Iterable[Any]) -> Iterable[Any]:
+    """A progress bar on standard error, where that is a terminal."""
+    from tqdm import tqdm
+
+    bar: Iterable[Any] = tqdm(things, desc=what, disable=not sys.stderr.isatty())
+    return bar
+
+
+def run_quantize(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """`quantmatrix quantize`."""
+    from quantmatrix.cli.output import print_json, read_request
+    from quantmatrix.tools import quantize as work
+
+    if rest:
+        raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
+    given = arguments.calibration_prompts
+    found = work.quantize(
+        read_request(arguments, rest),
+        family=arguments.family,
+        output=arguments.output_path,
+        scheme=arguments.scheme,
+        precision=arguments.precision,
+        rank=arguments.rank,
+        kept=arguments.keep,
+        prompts=work.PROMPTS if given is None else read_prompts(given),
+        overwrite=arguments.overwrite,
+        show=show_progress,
+    )
+    if arguments.json:
+        print_json({"ok": True, **found})
+        return 0
+    print(f"{found['output']}: {found['scheme']}, {found['bytes'] / 2**20:,.1f} MiB")
+    for name, counts in found["components"].items():
+        print(f"  {name}: {counts['quantized']} layers quantized, {counts['kept']} kept")
+    return 0

@@ -1,0 +1,80 @@
+"""`quantmatrix validate`: a checkpoint against its base model, as a folder to publish with it."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from quantmatrix.errors import UsageError
+
+
+def add_to(commands: Any) -> None:
+    """Add the parser."""
+    from quantmatrix.cli.output import add_command
+    from quantmatrix.request import add_output_flags, add_request_flags
+
+    text = "measure a quantized checkpoint against its base model: page, JSON, model-card block"
+    parser = add_command(commands, "validate", text, run_validate)
+    add_request_flags(parser)
+    add_output_flags(parser)
+    parser.add_argument("--prompts", metavar="FILE", help="prompts, one per line")
+    parser.set_defaults(takes_overrides=True, output_path=None)
+
+
+def run_validate(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Write the folder; 1 when a layer is not quantized as declared, 3 for a refusal."""
+    from quantmatrix.cli.output import print_json, read_request
+    from quantmatrix.exit_codes import EXIT_PROBLEM
+    from quantmatrix.tables.rows import PROMPT
+
+    if not arguments.output_path:
+        raise UsageError("--output-path is missing: name the folder to write")
+    if arguments.prompts and arguments.prompt:
+        raise UsageError("--prompts and --prompt: give one of them")
+    request = read_request(arguments, rest)
+    folder = Path(arguments.output_path)
+    from quantmatrix.measure.validate import check_output, read_prompts, validate, write_folder
+
+    check_output(folder)
+    if arguments.prompts:
+        request = replace(request, prompt=read_prompts(Path(arguments.prompts)))
+    elif not arguments.prompt:
+        request = replace(request, prompt=(PROMPT,))
+
+    def say(text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"quantmatrix: {text}", file=sys.stderr)
+
+    found = validate(request, tell_command(arguments, rest), say)
+    write_folder(found, folder)
+    if arguments.json:
+        print_json({**found.report, "output": str(folder)})
+    else:
+        from quantmatrix.measure.validation_page import list_facts
+
+        print("\n".join(f"{name:17} {value}" for name, value in list_facts(found.report)))
+        print(folder / "index.html")
+        for problem in found.problems:
+            print(f"quantmatrix: {problem}", file=sys.stderr)
+    return EXIT_PROBLEM if found.problems else 0
+
+
+def tell_command(arguments: argparse.Namespace, rest: list[str]) -> str:
+    """The command that repeats the measurement."""
+    words = ["quantmatrix", "validate", "--model-path", arguments.model_path, *rest]
+    flags = ("backend", "device", "dtype", "quantization", "quantization_precision", "revision", "witness",
+             "nibble_order", "nvfp4_layout",
+             "quantization_rank", "height", "width", "num_frames", "num_inference_steps",
+             "guidance_scale", "negative_prompt", "prompts")  # fmt: skip
+    for name in flags:
+        if (value := getattr(arguments, name, None)) is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    for name in ("prompt", "seed"):
+        if values := getattr(arguments, name):
+            words += [f"--{name}", *map(str, values)]
+    words += ["--tiny"] * bool(arguments.tiny)
+    return shlex.join([*words, "--output-path", arguments.output_path])

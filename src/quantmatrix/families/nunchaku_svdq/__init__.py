@@ -1,0 +1,262 @@
+"""nunchaku-svdq: SVDQuant transformers as the nunchaku engine reads them, one safetensors file each.
+
+A W4A4 layer with N outputs, K inputs and rank R (older files write the names in brackets):
+
+| tensor | dtype | shape | meaning |
+| ------ | ----- | ----- | ------- |
+| `qweight` | I8 | [N, K/2] | int4 or e2m1 codes, in tiles |
+| `wscales` | BF16 or F16 (int4), F8_E4M3 (nvfp4) | [K/64, N], [K/16, N] | group scales, in tiles |
+| `smooth_factor` (`smooth`) | BF16 | [K] | inputs are divided by it |
+| `smooth_factor_orig` (`smooth_orig`) | BF16 | [K] | not used |
+| `proj_down`, `proj_up` (`lora_down`, `lora_up`) | BF16 | [K, R], [N, R] | low-rank branch, in tiles |
+| `bias` | BF16 | [N] | in tiles, too |
+| `wtscale`, `wcscales` | BF16 | [1], [N] | nvfp4: scale of the layer, of each output; default 1 |
+
+and an AWQ W4A16 layer, for modulation:
+
+| tensor | dtype | shape | meaning |
+| ------ | ----- | ----- | ------- |
+| `qweight` | I32 | [N/4, K/2] | codes 0..15, in tiles |
+| `wscales`, `wzeros` | BF16 | [K/64, N] | plain; some files add rows of zeros |
+| `bias` | BF16 | [N] | plain |
+
+`svdq_packing` undoes the tiles. What rows mean (fused q, k and v, interleaved chunks, a folded +1)
+and which layers follow a GELU is the business of a model's `nunchaku` dialect. What a file is, its
+header says (`quantization_config` with `"method": "svdquant"`), else its tensors; precision and
+rank are read from the tensors. A header, a flag or a file name that says otherwise is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quantmatrix.checkpoints.declaration import METHOD_KEYS
+from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.families.nunchaku_svdq import writer
+from quantmatrix.families.nunchaku_svdq.layers import INT4, OLDER_NAMES, PRECISIONS
+from quantmatrix.families.nunchaku_svdq.layers import RANKS as RANKS
+from quantmatrix.families.nunchaku_svdq.layers import SCHEMES as SCHEMES
+from quantmatrix.families.nunchaku_svdq.layers import find_fault as find_fault
+from quantmatrix.families.nunchaku_svdq.layers import schemes as schemes
+from quantmatrix.families.nunchaku_svdq.layers import tensors as tensors
+from quantmatrix.families.protocol import Calibration, Declaration
+from quantmatrix.kernels import linear_svdq, linear_w4a16
+from quantmatrix.kernels import svdq_packing as packing
+from quantmatrix.scheme import Scheme
+
+if TYPE_CHECKING:
+    from quantmatrix.checkpoints.checkpoint import Checkpoint
+
+ID = "nunchaku-svdq"
+DIALECT = "nunchaku"
+"""A model's dialect of that name says what the layers of its files stand for; others have none."""
+METHODS = ("svdquant", "nunchaku")
+"""Words that declare the engine's layout; diffusers' `nunchaku_lite` is another one."""
+FILE_NAME = re.compile(r"svdq-(int4|fp4)_r(\d+)")
+LIGHTNING = re.compile(r"lightning.*?(\d+)-?steps?", re.IGNORECASE)
+
+
+def infer_from_name(reference: str) -> tuple[str, int] | None:
+    """(`int4` or `nvfp4`, rank) of a path whose last part holds svdq-{int4|fp4}_r{rank}."""
+    match = FILE_NAME.search(PurePosixPath(reference.rstrip("/")).name)
+    if match is None:
+        return None
+    return ("int4" if match[1] == "int4" else "nvfp4"), int(match[2])
+
+
+def lightning_steps(reference: str) -> int | None:
+    """Denoising steps that a Lightning checkpoint is named for, or None."""
+    match = LIGHTNING.search(PurePosixPath(reference.rstrip("/")).name)
+    return int(match[1]) if match else None
+
+
+def detect(checkpoint: Checkpoint) -> str | None:
+    """What declares SVDQuant, or the first layer whose tensors show it."""
+    coded = next((n for n, s in checkpoint.layers().items() if {"qweight", "wscales"} <= s), None)
+    block, source = checkpoint.quantization or {}, checkpoint.quantization_from
+    source = source or checkpoint.reference
+    for key in METHOD_KEYS if coded else ():
+        if block.get(key) and str(block[key]).lower() not in METHODS:
+            raise CheckpointError(
+                f"{source} declares {key} {block[key]}, but {coded} holds qweight and wscales, "
+                f"which are SVDQuant's: expected {' or '.join(METHODS)}. Of layouts with these "
+                "tensors only the engine's is read; name a file that was made for it"
+            )
+    if str(block.get("method", "")).lower() in METHODS:
+        if coded is None:
+            raise CheckpointError(
+                f"{source} says svdquant, but no layer of {checkpoint.reference} has qweight and "
+                "wscales: the header belongs to another file, or the file is incomplete"
+            )
+        return f"method svdquant in {source}"
+    return None if coded is None else f"{coded} holds qweight and wscales"
+
+
+def check_request(
+    enable: bool | None,
+    precision: str | None,
+    rank: int | None,
+    checkpoint: Checkpoint,
+    steps: int | None = None,
+) -> list[str]:
+    """Compare the guide's three SVDQuant flags and the file name with what the file holds.
+
+    `enable` is None when the flag was not given; an explicit False makes the name count for
+    nothing. A flag overrules the name. `steps` are those that the run will take. Returns warnings;
+    contradictions raise UsageError or CheckpointError.
+    """
+    why = detect(checkpoint)
+    if enable is False:
+        if why is not None:
+            raise UsageError(
+                f"--enable-svdquant false, but {checkpoint.reference} is an SVDQuant checkpoint "
+                f"({why}): leave the flag out, or name full-precision weights"
+            )
+        return []
+    names = (checkpoint.reference, *(checkpoint.files if len(checkpoint.files) == 1 else ()))
+    named = next(filter(None, map(infer_from_name, names)), None)
+    if why is None:
+        return refuse_plain(checkpoint, bool(enable), named, (precision, rank))
+    layers = [s for s in schemes(checkpoint).values() if s.op == "linear.svdq"]
+    held_words = {PRECISIONS[scheme.weight] for scheme in layers}
+    held_ranks = {scheme.rank for scheme in layers}
+    for flag, given, of_name, held in (
+        ("--quantization-precision", precision, named and named[0], held_words),
+        ("--quantization-rank", rank, named and named[1], held_ranks),
+    ):
+        wanted = of_name if given is None else given
+        if wanted is not None and wanted not in held:
+            source = f"{flag} {given}" if given is not None else f"the file name says {of_name}"
+            words = " and ".join(map(str, sorted(held))) or "AWQ layers only, which have neither"
+            raise CheckpointError(
+                f"{checkpoint.files[0]}: {source}, but its tensors are of {words}: correct the "
+                f"{'flag' if given is not None else f'name, or overrule it with {flag}'}"
+            )
+    expected = next(filter(None, map(lightning_steps, names)), None)
+    if expected is not None and steps is not None and steps != expected:
+        return [
+            f"{checkpoint.reference} is a Lightning checkpoint for {expected} steps, this run "
+            f"takes {steps}: pass --num-inference-steps {expected}"
+        ]
+    return []
+
+
+def refuse_plain(
+    checkpoint: Checkpoint,
+    enable: bool,
+    named: tuple[str, int] | None,
+    flags: tuple[str | None, int | None],
+) -> list[str]:
+    """Nothing in the file is SVDQuant: an error where that was promised, else warnings."""
+    if enable or named:
+        promise = "--enable-svdquant was given" if enable else "it is named like an SVDQuant file"
+        raise CheckpointError(
+            f"{checkpoint.reference}: {promise}, but no header says svdquant and no layer has "
+            "qweight and wscales; --enable-svdquant false loads it as what it is"
+        )
+    if flags != (None, None):
+        return ["--quantization-precision and --quantization-rank count for SVDQuant files only"]
+    return []
+
+
+def quantize(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    *,
+    bias: torch.Tensor | None = None,
+    calibration: Calibration | None = None,
+    parts: int = 1,
+) -> dict[str, torch.Tensor]:
+    """On-disk tensors of a layer with weight [N, K], rows in the order of the file.
+
+    Without a calibration nothing is smoothed. `parts` is how many original layers are stacked in
+    it: each gets its own nvfp4 scale. Raises UsageError for sizes that the tiles cannot hold.
+    """
+    if scheme.op == "linear.w4a16":
+        return writer.quantize_awq(weight, scheme, bias, calibration)
+    return writer.quantize_svdq(weight, scheme, bias, calibration, parts)
+
+
+def cut_rows(
+    tensors: Mapping[str, torch.Tensor], scheme: Scheme, start: int, stop: int
+) -> dict[str, torch.Tensor]:
+    """On-disk tensors of the rows [start, stop) of a layer; see the protocol.
+
+    Whole tiles of rows lie together on disk, those of `wscales` after all groups of the tile before.
+    """
+    cut = dict(tensors)
+    for suffix, tensor in tensors.items():
+        today = OLDER_NAMES.get(suffix, suffix)
+        if scheme.op == "linear.w4a16":
+            if today == "qweight":
+                cut[suffix] = tensor[start // 4 : stop // 4]
+            else:
+                cut[suffix] = tensor[..., start:stop]
+        elif today in ("qweight", "proj_up", "wcscales", "bias"):
+            cut[suffix] = tensor[start:stop]
+        elif today == "wscales":
+            groups = tensor.shape[0]
+            cut[suffix] = tensor.flatten()[start * groups : stop * groups].view(groups, -1)
+    return cut
+
+
+def canonical(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
+    """On-disk tensors of one layer as canonical tensors of `scheme.op`, rows in the file's order."""
+    own = {OLDER_NAMES.get(suffix, suffix): tensor for suffix, tensor in tensors.items()}
+    if scheme.op == "linear.w4a16":
+        found = {"weight": packing.unpack_awq(own["qweight"])}
+        groups = 2 * own["qweight"].shape[1] // scheme.group_size
+        for suffix, name in (("wscales", "weight_scale"), ("wzeros", "weight_zero")):
+            found[name] = own[suffix][:groups].T.contiguous()
+        return found if "bias" not in own else {**found, "bias": own["bias"]}
+    channel = torch.ones(own["qweight"].shape[0], device=own["qweight"].device)
+    if "wtscale" in own:
+        channel = channel * own["wtscale"].float()
+    if "wcscales" in own:
+        channel = channel * packing.unpack_channels(own["wcscales"].float())
+    found = {
+        "weight": packing.unpack_codes(own["qweight"]),
+        "weight_scale": packing.unpack_scales(own["wscales"]),
+        "channel_scale": channel,
+        "smooth": packing.unpack_channels(own["smooth_factor"]),
+        "proj_down": packing.unpack_down(own["proj_down"]),
+        "proj_up": packing.unpack_up(own["proj_up"]),
+    }
+    return found if "bias" not in own else {**found, "bias": packing.unpack_channels(own["bias"])}
+
+
+def dequantize(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """The weight that multiplies the layer's raw input, float32 [N, K], low-rank part merged."""
+    decode = linear_w4a16.decode if scheme.op == "linear.w4a16" else linear_svdq.decode
+    return decode(canonical(tensors, scheme), scheme)
+
+
+def reference(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """The layer's exact arithmetic on on-disk tensors, activations quantized too."""
+    compute = linear_w4a16.reference if scheme.op == "linear.w4a16" else linear_svdq.reference
+    return compute(x, canonical(tensors, scheme), scheme)
+
+
+def declare(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> Declaration:
+    """The header that the engine's own files have; no `quant_method` is in it."""
+    main = next((s for s in schemes.values() if s.op == "linear.svdq"), INT4)
+    int4 = main.weight == "int4"
+    number: dict[str, Any] = {
+        "dtype": "int4" if int4 else "fp4_e2m1_all",
+        "group_size": main.group_size,
+    }
+    block: dict[str, Any] = {
+        "method": "svdquant",
+        "rank": main.rank,
+        "weight": {**number, "scale_dtype": None if int4 else [None, "fp8_e4m3_nan"]},
+        "activation": {**number, "scale_dtype": None if int4 else "fp8_e4m3_nan"},
+    }
+    if any("_refiner." in layer and layer.endswith(".attention.to_q") for layer in kept):
+        block["skip_refiners"] = True
+    return Declaration(metadata={"quantization_config": json.dumps(block, sort_keys=True)})

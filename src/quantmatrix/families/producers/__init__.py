@@ -1,0 +1,1 @@
+"""Producers: what the files of one writer have in common, whatever the family."""

@@ -1,0 +1,220 @@
+"""What an fp8 checkpoint declares, every value checked before a layer is judged by it.
+
+| key | values |
+| --- | ------ |
+| `activation_scheme` | `dynamic` (also when absent) or `static` |
+| `weight_block_size` | two positive whole numbers, rows and columns of a block; absent: no blocks |
+| `ignored_layers`, `modules_to_not_convert` | names of layers that were left alone |
+| `fmt`, `scale_fmt` | how codes and scales are coded, where they are named at all: `e4m3`, `float` |
+| `format_version` | `1.0` or `1.1`, of a header that lists layers |
+| `layers` | format word per layer: one with `float8` in it, or one for full precision (`bf16`) |
+|          | beside it `full_precision_matrix_mult`: inputs are left alone, only weights have codes |
+| `quant_configs` | `scale_recipe` per format word: `rowwise` |
+
+A header entry `quantization: fp8r` (diffusers' conversion script) declares one F32 scale a row and
+dynamic inputs, and nothing else.
+
+An entry of an ignore list is a layer's full name, the name of a level above it, a pattern with `*`,
+or the name that a runtime gives to projections that it fuses (`to_qkv`). A value that is not in the
+table is refused: a wrong guess would give other numbers without an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quantmatrix.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from quantmatrix.checkpoints.checkpoint import Checkpoint
+
+IGNORE_KEYS = ("ignored_layers", "modules_to_not_convert")
+VERSIONS = ("1.0", "1.1")
+CODED = "float8"
+FOREIGN_CODES = ("e5m2", "fnuz", "e8m0")
+"""Formats of eight bits that are not float8_e4m3fn."""
+PLAIN_WORDS = ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
+WHOLE_INPUTS = "full_precision_matrix_mult"
+ROWWISE = "rowwise"
+FP8R = "fp8r"
+WORDS: Mapping[str, tuple[str | None, ...]] = {
+    "activation_scheme": (None, "dynamic", "static"),
+    "quant_algo": (None, "FP8"),
+    "fmt": (None, "e4m3", "e4m3fn", "float8_e4m3fn"),
+    "scale_fmt": (None, "float", "float32"),
+}
+"""Keys that may have a few values only."""
+FUSED = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "w13": ("w1", "w3"),
+}
+"""Projections by the name under which runtimes fuse them; on disk each has its own."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A checked declaration."""
+
+    place: str
+    """Where it stands."""
+    method: bool
+    """Whether it names its quant_method; a header may just list layers."""
+    static: bool
+    block: tuple[int, int] | None
+    formats: Mapping[str, str]
+    """Format word per listed layer."""
+    rowwise: frozenset[str]
+    """Listed layers with one scale per output channel."""
+    whole_inputs: frozenset[str]
+    """Listed layers whose inputs are not quantized."""
+    ignored: tuple[re.Pattern[str], ...]
+
+    def is_coded(self, layer: str) -> bool:
+        """Whether the list says that a layer holds e4m3 codes."""
+        return CODED in self.formats.get(layer, "")
+
+    def is_left_alone(self, layer: str) -> bool:
+        """Whether a layer is said to stay in full precision.
+
+        A list of layers without a quant_method is all there is: who is not on it has no codes.
+        """
+        if any(pattern.match(layer) for pattern in self.ignored):
+            return True
+        return not self.is_coded(layer) and (layer in self.formats or not self.method)
+
+
+def is_fp8r(checkpoint: Checkpoint) -> bool:
+    """Whether the header's word for the quantization is that of scales per row, and nothing else is."""
+    word = checkpoint.metadata.get("quantization", "").lower()
+    return word == FP8R and not checkpoint.quantization
+
+
+def read_declaration(checkpoint: Checkpoint) -> Declared:
+    """The declaration of a checkpoint; raises CheckpointError for what is not known."""
+    block = checkpoint.quantization or {}
+    place = checkpoint.quantization_from or checkpoint.reference
+    if is_fp8r(checkpoint):
+        block, place = {"quant_method": "fp8"}, f"{checkpoint.files[0]}: quantization {FP8R}"
+    for key, known in WORDS.items():
+        if block.get(key) not in known:
+            raise wrong(place, key, block[key], f"{' or '.join(filter(None, known))}, or no {key}")
+    version = block.get("format_version")
+    if version is not None and str(version) not in VERSIONS:
+        raise CheckpointError(
+            f"{place}: format_version {version} is unknown; known: {', '.join(VERSIONS)}"
+        )
+    formats = read_formats(block)
+    recipes = read_recipes(block, place, formats)
+    for layer, word in formats.items():
+        check_word(place, layer, word, block["layers"][layer])
+    return Declared(
+        place=place,
+        method="quant_method" in block,
+        static=block.get("activation_scheme") == "static",
+        block=read_block_size(block, place),
+        formats=formats,
+        rowwise=frozenset(
+            layer
+            for layer, word in formats.items()
+            if word.startswith(ROWWISE) or recipes.get(word) == ROWWISE
+        ),
+        whole_inputs=read_whole_inputs(block),
+        ignored=tuple(read_ignored(block, place)),
+    )
+
+
+def wrong(place: str, key: str, value: Any, expected: str) -> CheckpointError:
+    """The error about one value of a declaration."""
+    return CheckpointError(
+        f"{place}: {key} is {json.dumps(value)[:120]}: expected {expected}. Correct the "
+        "declaration, or quantize with a scheme that is known"
+    )
+
+
+def read_formats(block: Mapping[str, Any]) -> dict[str, str]:
+    """Format word per layer of a header's `layers`, which holds words or objects."""
+    layers = block.get("layers")
+    if not isinstance(layers, Mapping):
+        return {}
+    return {
+        str(layer): str(entry.get("format", "") if isinstance(entry, Mapping) else entry)
+        for layer, entry in layers.items()
+    }
+
+
+def read_whole_inputs(block: Mapping[str, Any]) -> frozenset[str]:
+    """Layers of a header's `layers` whose inputs are not quantized, as ComfyUI's writers say it."""
+    layers = block.get("layers")
+    entries = layers.items() if isinstance(layers, Mapping) else ()
+    return frozenset(
+        str(layer)
+        for layer, entry in entries
+        if isinstance(entry, Mapping) and entry.get(WHOLE_INPUTS) is True
+    )
+
+
+def check_word(place: str, layer: str, word: str, entry: Any) -> None:
+    """A format word must be known, and nothing beside it may ask for more."""
+    coded = CODED in word and not any(part in word for part in FOREIGN_CODES)
+    if not coded and word not in PLAIN_WORDS:
+        raise wrong(place, f"the format of {layer}", word, "float8_e4m3fn or bf16")
+    more = {key: value for key, value in entry.items() if value} if isinstance(entry, dict) else {}
+    more.pop("format", None)
+    if more.get(WHOLE_INPUTS) is True:
+        del more[WHOLE_INPUTS]
+    if coded and more:
+        raise wrong(place, f"what {layer} has beside its format", more, "nothing")
+
+
+def read_recipes(
+    block: Mapping[str, Any], place: str, formats: Mapping[str, str]
+) -> dict[str, str]:
+    """`scale_recipe` per format word that some layer has; only `rowwise` is known."""
+    configs = block.get("quant_configs") or {}
+    if not isinstance(configs, Mapping):
+        raise wrong(place, "quant_configs", configs, "a JSON object")
+    found = {}
+    for word, recipe in configs.items():
+        stated = recipe.get("scale_recipe") if isinstance(recipe, Mapping) else recipe
+        if word in formats.values() and stated != ROWWISE:
+            raise CheckpointError(
+                f"{place}: scale_recipe {stated} of {word} is unknown; known: {ROWWISE}"
+            )
+        found[word] = ROWWISE
+    return found
+
+
+def read_block_size(block: Mapping[str, Any], place: str) -> tuple[int, int] | None:
+    """Rows and columns of a block, or None when scales are not by blocks."""
+    size = block.get("weight_block_size")
+    if size is None:
+        return None
+    numbers = size if isinstance(size, list) else []
+    if len(numbers) != 2 or not all(type(n) is int and n > 0 for n in numbers):
+        raise wrong(place, "weight_block_size", size, "rows and columns of a block, as [128, 128]")
+    if block.get("activation_scheme") == "static":
+        raise CheckpointError(
+            f"{place}: weight_block_size with static activations: expected activation_scheme "
+            "dynamic"
+        )
+    return numbers[0], numbers[1]
+
+
+def read_ignored(block: Mapping[str, Any], place: str) -> list[re.Pattern[str]]:
+    """Patterns of the layers that were left alone, for `match` on a layer's full name."""
+    patterns = []
+    for key in IGNORE_KEYS:
+        entries = block.get(key) or []
+        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+            raise wrong(place, key, entries, "a list of layer names")
+        for entry in entries:
+            above, dot, last = entry.rpartition(".")
+            for part in FUSED.get(last, (last,)):
+                text = re.escape(above + dot + part).replace(r"\*", ".*")
+                patterns.append(re.compile(rf"{text}(\.|\Z)"))
+    return patterns

@@ -1,0 +1,1 @@
+"""Hardware: the machine, how it is probed, and which optional packages it has."""

@@ -1,0 +1,1 @@
+"""Mutation: planted faults of checkpoints, and which gate catches each."""

@@ -1,0 +1,454 @@
+"""The harness, as a pytest plugin: cells of the matrix are tests, their outcomes are evidence.
+
+A project opts in with one line of its pytest configuration, `quantmatrix_tables = "matrix"`, the
+folder of the tables. Elsewhere the plugin adds no option, no fixture and no hook. A suite is a
+function that asks for `cell` and says which check it performs:
+
+    @pytest.mark.check("latents")
+    def test_latents(cell, workbench, proof): ...
+
+It becomes one test per cell whose row names that check, and the cell's id is the test's id. Cells
+run on the `cpu` hardware unless `--hardware` says otherwise, except for `refuse`, which only plans
+and therefore runs for every hardware. `true-size` runs where `--check true-size` asks for it. What
+the suite puts into `proof` becomes the cell's evidence, one file per cell and scope, written when the
+last check of the cell is done. A run that keeps its evidence to itself must give the verdicts that
+are committed beside the tables, better ones included.
+
+Under xdist all tests of one checkpoint run on one worker, and each worker has one thread and one of
+the devices that are visible. `--rows FILE` and `--shard i/n` run a part of the cells. How a
+run ends is told by `quantmatrix.exit_codes`: nothing collected, a row without a verdict or a wrong
+machine is never success. Nothing here imports torch; `quantmatrix.measure.workbench` does, once a test
+needs it.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from quantmatrix.errors import MachineError, UsageError
+from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, GATE_LOOSENED, NOTHING_COLLECTED
+from quantmatrix.files import check_place
+from quantmatrix.harness import selection
+from quantmatrix.harness.outcomes import (
+    Outcomes,
+    classify,
+    expect_failure,
+    find_loosened,
+    mark_problem,
+)
+from quantmatrix.harness.recorder import Proof, Recorder
+from quantmatrix.harness.selection import FILTERS, EmptySelection
+from quantmatrix.harness.workers import CELLS, Workers, read_worker
+from quantmatrix.proof.code_digest import own_code
+from quantmatrix.proof.record import EvidenceError, path_of
+from quantmatrix.proof.store import remove_leftovers
+from quantmatrix.tables import identify
+from quantmatrix.tables.rows import ON_REQUEST
+
+if TYPE_CHECKING:
+    from quantmatrix.measure.workbench import Workbench
+    from quantmatrix.tables.rows import Cell, Matrix
+
+TABLES = "quantmatrix_tables"
+PLAN_ONLY = ("refuse", "compile")
+"""Checks that need no device: they run for every hardware of the tables."""
+MANY = 1000
+"""Tests from which on the garbage collector's time is noticed."""
+LOCAL = "cpu"
+"""Hardware on which the other checks run when nothing is said."""
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Add the options, in projects that have opted in."""
+    parser.addini(TABLES, "folder of the tables whose cells are to be tested", default="")
+    config = pluginmanager.get_plugin("pytestconfig")
+    if config is None or not config.getini(TABLES):
+        return
+    group = parser.getgroup("quantmatrix", "quantmatrix: cells of the support matrix")
+    for name in FILTERS:
+        text = f"run cells of this {name} only; repeat it, or separate several by commas"
+        more = "; auto: the row of this machine" if name == "hardware" else ""
+        group.addoption(
+            f"--{name}", action="append", default=[], metavar=name.upper(), help=text + more
+        )
+    group.addoption("--rows", metavar="FILE", help="run the rows or cells that a file lists")
+    group.addoption("--shard", metavar="I/N", help="run part I of N, cut by the last timings")
+    group.addoption(
+        "--evidence-dir",
+        metavar="DIR",
+        help="write one record per cell there (default: a temporary folder)",
+    )
+    group.addoption(
+        "--expect-evidence",
+        metavar="DIR",
+        help="fail where a verdict differs from the record there (default: the committed ones, "
+        "unless --evidence-dir is given; none: expect nothing)",
+    )
+    group.addoption(
+        "--rewrite",
+        action="store_true",
+        help="write records again that say nothing new (default: they keep their date)",
+    )
+    group.addoption(
+        "--full-size",
+        action="store_true",
+        help="use the real checkpoints instead of the tiny stand-ins",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the harness, in projects that have opted in."""
+    if config.getini(TABLES) and hasattr(config.option, "evidence_dir"):
+        config.addinivalue_line(
+            "markers", "check(*names): checks of the rows that a suite performs"
+        )
+        config.pluginmanager.register(Harness(config), "quantmatrix-harness")
+
+
+def check_evidence_folder(folder: Path) -> None:
+    """pytest.UsageError where no record could be written: noticed before the first run, not after."""
+    if folder.exists() and not folder.is_dir():
+        raise pytest.UsageError(f"--evidence-dir {folder}: this is a file; name a folder")
+    try:
+        check_place(folder / "cpu", "--evidence-dir")
+    except UsageError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+class CellItem(pytest.Function):
+    """A suite's function for one cell; made without pytest's parameters, which cost ten times."""
+
+    cell: Cell
+    check: str
+    proof: Proof
+
+
+def takes_cells(item: pytest.Item) -> bool:
+    """Whether a test has a cell among its ordinary parameters, as benchmarks do."""
+    from quantmatrix.tables.rows import Cell
+
+    spec = getattr(item, "callspec", None)
+    return spec is not None and any(isinstance(value, Cell) for value in spec.params.values())
+
+
+@contextmanager
+def fail_on_bad_record(item: CellItem, report: pytest.TestReport) -> Iterator[None]:
+    """Fail the test whose record, kept or new, is none: an error here would end the whole session."""
+    try:
+        yield
+    except EvidenceError as error:
+        report.outcome = "failed"
+        report.longrepr = f"{item.cell.id}: no evidence is kept of it: {error}"
+
+
+class Harness:
+    """Hooks and fixtures of one pytest session."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        """Read the options; the tables are read when they are needed."""
+        self.config = config
+        self.tables_folder = config.rootpath / config.getini(TABLES)
+        self.wanted = {name: selection.split_words(config.getoption(name)) for name in FILTERS}
+        asked = config.getoption("evidence_dir")
+        folder = Path(asked).absolute() if asked else None
+        if folder is not None:
+            check_evidence_folder(folder)
+        expected = self._find_expected(config.getoption("expect_evidence"), folder)
+        tiny = not config.getoption("full_size")
+        rewrite = config.getoption("rewrite")
+        self.recorder = Recorder(lambda: self.tables, folder, expected, tiny=tiny, rewrite=rewrite)
+        self.worker = read_worker(config)
+        if folder is not None and self.worker is None:
+            remove_leftovers(folder)
+        self.pending: dict[str, int] = {}
+        if self.worker is None:  # workers report to their controller, which counts
+            self.outcomes = Outcomes(self.is_cell)
+            config.pluginmanager.register(self.outcomes, "quantmatrix-outcomes")
+            config.pluginmanager.register(Workers(lambda: self.cells), "quantmatrix-workers")
+        if self.narrowed:
+            _ = self.cells  # a selection that is empty or misspelt ends the session at once
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether an option selects cells."""
+        given = (self.config.getoption("rows"), self.config.getoption("shard"))
+        return any(self.wanted.values()) or any(given)
+
+    def _find_expected(self, asked: str | None, folder: Path | None) -> Path | None:
+        if asked:
+            return None if asked == "none" else Path(asked).absolute()
+        beside = self.tables_folder.parent / "reports" / "evidence"
+        return beside if folder is None and beside.is_dir() else None
+
+    @cached_property
+    def tables(self) -> Matrix:
+        """The tables of the project."""
+        from quantmatrix.tables import read
+        from quantmatrix.tables.rows import MatrixError
+
+        try:
+            return read.read(self.tables_folder)
+        except MatrixError as error:
+            raise pytest.UsageError(str(error)) from error
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """The cells that the options select, in the order of the tables.
+
+        Workers are given theirs: what they would read may have changed since.
+        """
+        given: dict[str, Any] = getattr(self.config, "workerinput", {})
+        if CELLS in given:
+            chosen = set(given[CELLS])
+            return [cell for cell in self.tables.cells if cell.id in chosen]
+        rows, shard = self.config.getoption("rows"), self.config.getoption("shard")
+        timings = self.tables_folder.parent / "reports" / "evidence"
+        if shard and self.recorder.folder and self.recorder.folder.resolve() == timings.resolve():
+            raise pytest.UsageError(
+                f"--shard {shard} is cut by the timings in {timings}, and --evidence-dir would change "
+                "them between two parts, so that rows are in none: name another folder, and "
+                "`quantmatrix evidence merge` it"
+            )
+        try:
+            self.resolve_hardware()
+            listed = Path(rows) if rows else None
+            cells = selection.select_cells(self.tables, self.wanted, listed, shard, timings)
+            if listed is not None and not self.wanted["hardware"]:
+                selection.check_reach(self.tables.cells, listed, self.runs_here)
+            return cells
+        except EmptySelection as error:
+            pytest.exit(str(error), returncode=NOTHING_COLLECTED)
+        except MachineError as error:
+            pytest.exit(str(error), returncode=ENVIRONMENT_UNUSABLE)
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from error
+
+    def runs_here(self, cell: Cell) -> bool:
+        """Whether any check of a cell is run where no hardware is asked for."""
+        return cell.hardware == LOCAL or not set(cell.checks).isdisjoint(PLAN_ONLY)
+
+    @cached_property
+    def ids(self) -> frozenset[str]:
+        """Ids of the selected cells."""
+        return frozenset(cell.id for cell in self.cells)
+
+    def is_cell(self, words: str) -> bool:
+        """Whether these are the id of a selected cell; never, if nothing needed the tables."""
+        return "cells" in vars(self) and words in self.ids
+
+    def resolve_hardware(self) -> None:
+        """Replace `auto` by the row of this machine."""
+        given = self.wanted["hardware"]
+        self.wanted["hardware"] = tuple(
+            identify.resolve(word, self.tables.hardware) for word in given
+        )
+
+    def cells_for(self, checks: Iterable[str]) -> Iterator[tuple[Cell, str]]:
+        """(cell, check) for every selected cell that a suite of these checks must run."""
+        for check in checks:
+            asked = self.wanted["check"]
+            if check not in asked and (asked or check in ON_REQUEST):
+                continue
+            anywhere = check in PLAN_ONLY or self.wanted["hardware"]
+            for cell in self.cells:
+                if check in cell.checks and (anywhere or cell.hardware == LOCAL):
+                    yield cell, check
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_collection(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Keep the garbage collector away from ten thousands of items that live to the end."""
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            result = yield
+            if len(session.items) > MANY:
+                gc.freeze()
+            return result
+        finally:
+            if enabled:
+                gc.enable()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_pycollect_makeitem(
+        self, collector: pytest.Module | pytest.Class, name: str, obj: object
+    ) -> list[CellItem] | None:
+        """Turn a function that asks for `cell` into one item per cell."""
+        if not inspect.isfunction(obj) or not collector.funcnamefilter(name):
+            return None
+        manager: Any = collector.session._fixturemanager
+        parent = collector.getparent(pytest.Class)
+        info = manager.getfixtureinfo(collector, obj, parent.obj if parent else None)
+        providers = info.name2fixturedefs.get("cell", ())
+        if not providers or getattr(providers[-1].func, "__self__", None) is not self:
+            return None  # no cell, or one of the project's own
+        marks = {mark.name: mark for mark in getattr(obj, "pytestmark", ())}
+        if "check" not in marks or "parametrize" in marks:
+            raise pytest.UsageError(
+                f"{collector.nodeid}::{name} asks for `cell`: mark it with "
+                '@pytest.mark.check("<a check of cases.csv>"), and give it no other parameters'
+            )
+        items = []
+        for cell, check in self.cells_for(marks["check"].args):
+            item: CellItem = CellItem.from_parent(
+                collector,
+                name=f"{name}[{cell.id}]",
+                callobj=obj,
+                fixtureinfo=info,
+                originalname=name,
+            )
+            item.cell, item.check, item.proof = cell, check, Proof()
+            items.append(item)
+        return items
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Bring the tests of one checkpoint together, so that it is loaded once."""
+        found = [item for item in items if isinstance(item, CellItem)]
+        if not found:
+            others_use = any(takes_cells(item) for item in items)
+            if self.narrowed and self.worker is None and not others_use:
+                chosen = selection.show_options(self.wanted) or "this selection"
+                message = f"{chosen}: no test was collected for these cells"
+                pytest.exit(message, returncode=NOTHING_COLLECTED)
+            return
+        from quantmatrix.tables.rows import CHECKS
+
+        rank: dict[tuple[str, str], int] = {}
+        places: dict[str, tuple[int, int]] = {}
+        for index, cell in enumerate(self.cells):
+            group = rank.setdefault((cell.model, cell.checkpoint), index)
+            places[cell.id] = (group, index)
+        others = [item for item in items if not isinstance(item, CellItem)]
+        turn = {check: index for index, check in enumerate(CHECKS)}
+        items[:] = [*others, *sorted(found, key=lambda i: (places[i.cell.id], turn[i.check]))]
+        for item in found:
+            self.pending[item.cell.id] = self.pending.get(item.cell.id, 0) + 1
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
+        """Name the cell in reports."""
+        if isinstance(item, CellItem):
+            record = str(path_of(item.cell.id))
+            item.user_properties += [("row", item.cell.row), ("cell", item.cell.id)]
+            item.user_properties += [("check", item.check), ("evidence", record)]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Take the outcome of a check as its verdict; write a record after a cell's last check."""
+        report = yield
+        if isinstance(item, CellItem):
+            with fail_on_bad_record(item, report):
+                self.note_outcome(item, call, report)
+            self.pending[item.cell.id] -= call.when == "teardown"
+            if not self.pending[item.cell.id]:
+                self.write_record(item, report)
+        return report
+
+    def write_record(self, item: CellItem, report: pytest.TestReport) -> None:
+        """Write the record of a cell; a disk that takes no more is no failure of the claim."""
+        try:
+            with fail_on_bad_record(item, report):
+                self.recorder.finish(item.cell)
+        except OSError as error:
+            mark_problem(item, report, ENVIRONMENT_UNUSABLE)
+            report.outcome = "failed"
+            report.longrepr = f"{item.cell.id}: its evidence cannot be written: {error}"
+
+    def note_outcome(
+        self, item: CellItem, call: pytest.CallInfo[None], report: pytest.TestReport
+    ) -> None:
+        """Keep the verdict of a check; a pass that nobody expects any more is a failure."""
+        if report.skipped or (report.passed and call.when != "call"):
+            return
+        if call.excinfo and (code := classify(call.excinfo.value)):
+            mark_problem(item, report, code)
+            return  # the machine is to blame, the claim is as open as before
+        message = call.excinfo.exconly(tryshort=True)[:2000] if call.excinfo else ""
+        verdict = "pass" if report.passed else "fail"
+        self.recorder.add(item.cell, item.check, verdict, message, item.proof)
+        if item.cell.claim == "failing" and item.cell.rule == item.check and call.when == "call":
+            expect_failure(item, report)
+        elif verdict == "pass":
+            self.compare_with_committed(item, report)
+
+    def compare_with_committed(self, item: CellItem, report: pytest.TestReport) -> None:
+        """Fail a pass that the committed record does not expect, or held to a tighter limit."""
+        before = self.recorder.expected_result(item.cell, item.check)
+        if before is None:
+            return
+        again = "run the cell again with --evidence-dir and commit its record"
+        where = f"the evidence in {self.recorder.expected}"
+        if before.verdict == "fail":
+            message = f"{item.check} fails in {where}, and passes now: {again}"
+        elif wider := find_loosened(before.limits, item.proof.limits):
+            message = (
+                f"{item.check} was held to tighter limits in {where}: {'; '.join(wider)}; {again}"
+            )
+            mark_problem(item, report, GATE_LOOSENED)
+        else:
+            return
+        report.outcome = "failed"
+        report.longrepr = f"{item.cell.id}: {message}"
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Read the code that records are tied to now, not in the time of the first test."""
+        if any(isinstance(item, CellItem) for item in session.items):
+            own_code().prepare()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> None:
+        """Stop on a machine that is not the hardware that was asked for."""
+        words = self.wanted["hardware"]
+        if self.worker is not None or session.config.option.collectonly:
+            return
+        for place in words:
+            row = self.tables.hardware[place]
+            wanted = {check for cell in self.cells for check in cell.checks} - set(PLAN_ONLY)
+            asked = set(self.wanted["check"] or wanted) & wanted
+            if row.vendor != "cpu" and asked and (why := identify.ask(place, self.tables_folder)):
+                pytest.exit(why, returncode=ENVIRONMENT_UNUSABLE)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Say where the records are."""
+        asked = self.config.getoption("evidence_dir")
+        if asked or self.recorder.written:  # with workers, the records are written by them
+            count = f"{len(self.recorder.written)} " if self.recorder.written else ""
+            kept = f", {self.recorder.kept} say nothing new" if self.recorder.kept else ""
+            where = self.recorder.folder
+            terminalreporter.write_line(f"evidence: {count}records in {where}{kept}")
+
+    @pytest.fixture(name="cell")
+    def provide_cell(self, request: pytest.FixtureRequest) -> Cell:
+        """The cell that this test is about."""
+        cell: Cell = request.node.cell
+        return cell
+
+    @pytest.fixture(name="proof")
+    def provide_proof(
+        self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    ) -> Proof:
+        """What this check shows; it becomes part of the cell's evidence."""
+        if self.recorder.folder is None:
+            self.recorder.folder = tmp_path_factory.mktemp("evidence")
+        proof: Proof = request.node.proof
+        return proof
+
+    @pytest.fixture(scope="session", name="workbench")
+    def provide_workbench(self) -> Iterator[Workbench]:
+        """Requests, pipelines and BF16 runs of cells; loads each checkpoint once."""
+        from quantmatrix.measure.workbench import Workbench
+
+        tiny = not self.config.getoption("full_size")
+        bench = Workbench(self.tables, tiny=tiny, worker=self.worker)
+        yield bench
+        bench.release()

@@ -1,0 +1,1 @@
+"""Bench: timings beside BF16 in one process."""

@@ -1,0 +1,197 @@
+"""Synthetic: a transformer at its true size with random weights in a family's true format.
+
+Speed and memory depend on shapes and formats, not on values, so nothing is downloaded: the model is
+built without memory from diffusers' own defaults, plain tensors are drawn on the device, and each
+linear layer of the blocks gets random on-disk tensors of the family's specification, then takes the
+loader's way: canonical tensors, kernel, preparation. Only the numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from quantmatrix import families, kernels, models
+from quantmatrix.errors import RefusedError
+from quantmatrix.kernels.choosing import choose
+from quantmatrix.runtime.empty_model import build_plain
+from quantmatrix.runtime.quantized_linear import QuantizedLinear, share_inputs
+from quantmatrix.scheme import Scheme, TensorSpec
+
+if TYPE_CHECKING:
+    from quantmatrix.hardware.machine import Machine
+
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+
+
+def synthesize(
+    model: str,
+    machine: Machine,
+    *,
+    family: str | None = None,
+    scheme: str = "",
+    backend: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    size: str = "full",
+    kept: tuple[str, ...] = (),
+    seed: int = 0,
+) -> nn.Module:
+    """A transformer of a base model on the machine's device; `family` None: full precision.
+
+    `size` is `full` or `tiny`; `kept` are regular expressions over names of layers left alone.
+    Raises RefusedError where no kernel fits.
+    """
+    made = build_plain(model, size)
+    generator = torch.Generator(machine.device).manual_seed(seed)
+    if family is not None:
+        chosen = families.load(family).SCHEMES[scheme]
+        blocks = models.load(model).BLOCKS
+        patterns = [re.compile(pattern) for pattern in kept]
+        for name, module in list(made.named_modules()):
+            inside = isinstance(module, nn.Linear) and name.split(".")[0] in blocks
+            if inside and not any(pattern.fullmatch(name) for pattern in patterns):
+                layer = make_layer(module, chosen, family, machine, backend, dtype, generator)
+                parent, _, child = name.rpartition(".")
+                setattr(made.get_submodule(parent), child, layer)
+    fill_plain(made, machine.device, dtype, generator)
+    share_inputs(made)
+    return made.eval().requires_grad_(False)
+
+
+def make_layer(
+    linear: nn.Linear,
+    scheme: Scheme,
+    family: str,
+    machine: Machine,
+    backend: str | None,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> QuantizedLinear:
+    """A quantized layer of a linear layer's shape, from random tensors as on disk."""
+    shape = (linear.out_features, linear.in_features)
+    module = families.load(family)
+    try:
+        kernel = choose(scheme.op, machine, scheme, shape, backend)
+    except kernels.NoKernel as error:
+        raise RefusedError(error.rule, error.message) from error
+    stored = {
+        suffix: draw(suffix, spec, shape, generator)
+        for suffix, spec in module.tensors(scheme, *shape).items()
+        if not spec.optional
+    }
+    if linear.bias is not None:
+        stored["bias"] = torch.zeros(shape[0], dtype=dtype, device=machine.device)
+    canonical = module.canonical(stored, replace(scheme))
+    return QuantizedLinear(shape[1], shape[0], kernel, scheme, canonical, dtype)
+
+
+def draw(
+    suffix: str, spec: TensorSpec, shape: tuple[int, int], generator: torch.Generator
+) -> torch.Tensor:
+    """Random codes, or scales that give weights of gain 1; layers of one input have one zero point."""
+    dtype, device = DTYPES[spec.dtypes[0]], generator.device
+    size = spec.shapes[0]
+    if "offset" in suffix:
+        return torch.zeros(size, dtype=dtype, device=device)
+    if "scale" in suffix or "smooth" in suffix:
+        value = 1.0 / (224 * math.sqrt(shape[1])) if dtype == torch.float32 else 1.0
+        return torch.full(size, value, device=device).to(dtype)
+    if dtype == torch.float8_e4m3fn:
+        return torch.randn(size, generator=generator, device=device).mul_(64).to(dtype)
+    if dtype.is_floating_point:
+        spread = 1 / math.sqrt(shape[1])
+        return (torch.randn(size, generator=generator, device=device) * spread).to(dtype)
+    low, high = {torch.uint8: (0, 256), torch.int8: (-127, 128)}.get(dtype, (-(2**20), 2**20))
+    return torch.randint(low, high, size, generator=generator, device=device, dtype=dtype)
+
+
+def fill_plain(
+    model: nn.Module, device: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Draw every parameter that has no memory yet, and move the rest to the device."""
+    for name, parameter in list(model.named_parameters()):
+        if not parameter.is_meta:
+            continue
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name) if owner_name else model
+        numbers = torch.randn(parameter.shape, generator=generator, device=device)
+        if parameter.ndim >= 2:
+            numbers /= math.sqrt(math.prod(parameter.shape[1:]))
+        elif leaf == "weight":
+            numbers = 1 + 0.1 * numbers
+        else:
+            numbers *= 0.02
+        owner._parameters[leaf] = nn.Parameter(numbers.to(dtype), requires_grad=False)
+    model.to(device)
+
+
+def make_inputs(
+    model: str,
+    module: nn.Module,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    size: str = "full",
+    seed: int = 1,
+) -> dict[str, Any]:
+    """Arguments of one forward at the model's usual size: 1024 pixels, or 480p and 81 frames.
+
+    On `meta` they are shapes alone, which is enough to follow a forward without memory.
+    """
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
+    config: Any = module.config
+    tiny = size == "tiny"
+
+    def draw_normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    side, text = (4, 16) if tiny else (64, 512)
+    if model == "wan-2-2":
+        frames, height, width = (2, 4, 4) if tiny else (21, 60, 104)
+        return {
+            "hidden_states": draw_normal(1, config.in_channels, frames, height, width),
+            "timestep": torch.tensor([500], device=device),
+            "encoder_hidden_states": draw_normal(1, text, config.text_dim),
+            "return_dict": False,
+        }
+    if model == "z-image":
+        return {
+            "x": [draw_normal(16, 1, 2 * side, 2 * side)],
+            "t": torch.tensor([0.5], device=device, dtype=dtype),
+            "cap_feats": [draw_normal(16 if tiny else 128, config.cap_feat_dim)],
+            "return_dict": False,
+        }
+    inputs: dict[str, Any] = {
+        "hidden_states": draw_normal(1, side * side, config.in_channels),
+        "encoder_hidden_states": draw_normal(1, text, config.joint_attention_dim),
+        "timestep": torch.tensor([0.5], device=device, dtype=dtype),
+        "return_dict": False,
+    }
+    if model == "qwen-image":
+        return {**inputs, "img_shapes": [[(1, side, side)]]}
+    axes = len(config.axes_dims_rope)
+    ids = torch.zeros(side, side, axes, device=device)
+    ids[..., 1] = torch.arange(side, device=device)[:, None]
+    ids[..., 2] = torch.arange(side, device=device)[None, :]
+    inputs |= {
+        "img_ids": ids.view(-1, axes),
+        "txt_ids": torch.zeros(text, axes, device=device),
+        "guidance": torch.tensor([4.0], device=device, dtype=dtype),
+    }
+    if model == "flux-1":
+        inputs["pooled_projections"] = draw_normal(1, config.pooled_projection_dim)
+    return inputs

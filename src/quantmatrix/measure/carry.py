@@ -1,0 +1,226 @@
+"""Carry: shows that a change of the shared code computes nothing else, by running twins twice.
+
+The `cpu` twin of a cell (same checkpoint, flags and seed) is run by the code of a revision and by the
+code here, each with the stand-ins that it writes itself, one after the other on this machine. Where
+the latents and the checkpoint of every twin of a pair of shared digests are the same to the last bit,
+the pair goes to `carried.csv`. A single twin that differs, or that one side cannot run, and the pair
+is left out: its records are stale.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantmatrix.errors import QuantmatrixError
+from quantmatrix.files import write_whole
+from quantmatrix.proof import record as records
+from quantmatrix.proof import store
+from quantmatrix.proof.carried import CARRIED, Carried, Pair
+from quantmatrix.proof.code_digest import Code, own_code
+from quantmatrix.proof.freshness import describe
+from quantmatrix.proof.revisions import SOURCES, extract, find_commit
+
+if TYPE_CHECKING:
+    from quantmatrix.proof.record import Evidence
+    from quantmatrix.tables.rows import Cell, Matrix
+
+RUNNER = """
+import json, sys, warnings
+sys.path.insert(0, sys.argv[1])
+import torch
+from quantmatrix.measure.latents import digest_latents
+from quantmatrix.proof.record import describe_files
+from quantmatrix.request import Request
+from quantmatrix.runtime.generate import generate
+
+torch.set_num_threads(1)
+warnings.simplefilter("ignore")
+for line in sys.stdin:
+    try:
+        run = generate(Request.from_words(json.loads(line), device="cpu"))
+        files = [f for part in run.plan.components.values() for f in part.checkpoint.files]
+        told = {"latents": digest_latents(run.latents), "files": describe_files(files)["digest"]}
+    except Exception as error:
+        told = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(told), flush=True)
+"""
+"""Runs twins, a line of words each, by whichever package stands on the path; prints a line each."""
+ACCELERATOR = {"--cuda-graph": 1, "--compile": 1, "--nproc-per-node": 2}
+"""Flags that a twin leaves out, and of how many words they are."""
+NAMES = {"latents": "latents", "weights of the stand-in": "files"}
+SOURCES_ROOT = "src"
+Say = Callable[[str], object]
+Twin = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Records whose shared digest the code here has no more, by their pair of digests."""
+
+    twins: Mapping[tuple[str, str], tuple[Twin, ...]]
+    cells: Mapping[tuple[str, str], tuple[str, ...]]
+    foreign: tuple[str, ...]
+    """Cells whose record is of neither code."""
+
+    def list_twins(self) -> list[Twin]:
+        """The twins of all pairs, each once."""
+        return list(dict.fromkeys(twin for own in self.twins.values() for twin in own))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What running the twins of the pairs showed."""
+
+    pairs: tuple[Pair, ...]
+    cells: tuple[str, ...]
+    """Cells whose records are carried by the pairs."""
+    differing: Mapping[str, str]
+    """By the twin's words: why its pairs are left out."""
+    foreign: tuple[str, ...]
+
+
+def list_candidates(
+    tables: Matrix,
+    evidence: Mapping[str, Evidence],
+    before: Code,
+    after: Code,
+    carried: Carried,
+) -> Candidates:
+    """Which pairs would carry records of the code before to the code here, and their twins.
+
+    Records of stand-ins only; refusals are left out, for any machine plans them again.
+    """
+    twins: dict[tuple[str, str], dict[Twin, None]] = {}
+    cells: dict[tuple[str, str], list[str]] = {}
+    foreign = []
+    for cell in tables.cells:
+        record = evidence.get(cell.id)
+        if record is None or cell.claim in ("refused", "planned"):
+            continue
+        then = record.cell.get("shared_digest")
+        row = tables.hardware[cell.hardware]
+        old, new = (describe(record, row, code)["shared_digest"] for code in (before, after))
+        if then is None or then == new or carried.find_way(then, new):
+            continue
+        if then != old and not carried.find_way(then, old):
+            foreign.append(cell.id)
+            continue
+        twins.setdefault((old, new), {})[name_twin(cell, tables)] = None
+        cells.setdefault((old, new), []).append(cell.id)
+    return Candidates(
+        {pair: tuple(found) for pair, found in twins.items()},
+        {pair: tuple(found) for pair, found in cells.items()},
+        tuple(foreign),
+    )
+
+
+def name_twin(cell: Cell, tables: Matrix) -> Twin:
+    """The words of a cell's twin, from the flags on; a cell of a CPU is its own."""
+    words = [*cell.command(tables)[2:], "--tiny"]
+    kept: list[str] = []
+    while words:
+        word = words.pop(0)
+        count = ACCELERATOR.get(word, 0)
+        if word == "--backend" and tables.hardware[cell.hardware].vendor != "cpu":
+            count = 2
+        if count:
+            del words[: count - 1]
+        else:
+            kept.append(word)
+    return tuple(kept)
+
+
+def run_twins(sources: Path, twins: Sequence[Twin], say: Say) -> list[dict[str, str]]:
+    """What each twin gives by the package below a folder of sources, in a process of its own."""
+    words = [sys.executable, "-c", RUNNER, str(sources)]
+    found: list[dict[str, str]] = []
+    with tempfile.TemporaryFile("w+") as given:
+        given.writelines(f"{json.dumps(twin)}\n" for twin in twins)
+        given.seek(0)
+        with subprocess.Popen(words, stdin=given, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                found.append(json.loads(line))
+                say(f"{len(found)} of {len(twins)} twins by {sources}")
+    if len(found) != len(twins):
+        raise QuantmatrixError(
+            f"{sources}: the process that runs the twins ended with {process.returncode} after "
+            f"{len(found)} of {len(twins)}; its message stands above"
+        )
+    return found
+
+
+def explain_difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """Why two runs of a twin are not the same, in words; empty where they are."""
+    for side, told in (("before", old), ("after", new)):
+        if "error" in told:
+            return f"{side}: {told['error'].partition(chr(10))[0]}"
+    changed = [name for name, key in NAMES.items() if old[key] != new[key]]
+    return f"other {' and other '.join(changed)}" if changed else ""
+
+
+def judge(
+    found: Candidates, old: Sequence[Mapping[str, str]], new: Sequence[Mapping[str, str]]
+) -> Outcome:
+    """The pairs of which every twin gave the same before and after.
+
+    `old` and `new` are what the twins of `found.list_twins()` gave, in that order.
+    """
+    twins = found.list_twins()
+    gave = dict(zip(twins, new, strict=True))
+    differing = {
+        twin: why
+        for twin, one, other in zip(twins, old, new, strict=True)
+        if (why := explain_difference(one, other))
+    }
+    commit, machine = records.find_commit() or "unknown", name_machine()
+    pairs, cells = [], list[str]()
+    for pair, own in found.twins.items():
+        if differing.keys().isdisjoint(own):
+            latents = records.digest_json([[*twin, gave[twin]["latents"]] for twin in sorted(own)])
+            pairs.append(Pair(*pair, commit, machine, latents, str(len(own))))
+            cells += found.cells[pair]
+    told = {shlex.join(twin): why for twin, why in differing.items()}
+    return Outcome(tuple(pairs), tuple(cells), told, found.foreign)
+
+
+def name_machine() -> str:
+    """Processor and system of this machine."""
+    from quantmatrix.hardware import probe
+
+    told = probe.fingerprint()
+    return f"{told['processor']}, {told['system']}"
+
+
+def carry(revision: str, reports: Path, say: Say) -> Outcome:
+    """Run twins by a revision's code and by the code here, and write the pairs that compute nothing
+    else to the carried.csv of a reports folder. UsageError for a revision without code.
+    """
+    from quantmatrix.tables import read
+
+    package = Path(__file__).parents[1]
+    root = package.parents[1]
+    tables, evidence = read.read(), store.read_folder(reports / "evidence")
+    known = Carried.read(reports / CARRIED)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        extract(find_commit(revision, root), root, folder)
+        before = Code(folder / SOURCES)
+        found = list_candidates(tables, evidence, before, own_code(), known)
+        twins = found.list_twins()
+        old, new = (
+            run_twins(sources, twins, say) if twins else []
+            for sources in (folder / SOURCES_ROOT, package.parent)
+        )
+    outcome = judge(found, old, new)
+    if outcome.pairs:
+        write_whole(reports / CARRIED, known.add(outcome.pairs).encode())
+    return outcome

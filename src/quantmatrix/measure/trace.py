@@ -1,0 +1,115 @@
+"""Trace: a profiled run as a Chrome trace, with named stages and a census of its quantized layers.
+
+`quantmatrix.measure.trace_census` says what the named ranges are, and what is read from them. The trace is
+gzipped JSON for any viewer of Chrome traces. Ranges stand in the trace of an ordinary run only:
+compiled blocks and CUDA graphs do not call the layers one by one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import record_function
+
+from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix.measure.trace_census import LAYER, Census, take_census
+from quantmatrix.request import Request
+from quantmatrix.runtime.generate import STAGE, generate
+from quantmatrix.runtime.pipeline import build_pipeline
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.types import Plan, Refusal
+from quantmatrix.runtime.quantized_linear import QuantizedLinear
+
+ENDING = ".json.gz"
+
+
+def trace(request: Request, path: Path) -> Census:
+    """Profile one generation of a request into a gzipped Chrome trace.
+
+    Raises UsageError for another ending than `.json.gz`, RefusedError where the plan is a refusal.
+    """
+    if not path.name.endswith(ENDING):
+        raise UsageError(f"--output-path {path}: expected a file ending in {ENDING}")
+    made = plan(request)
+    if isinstance(made, Refusal):
+        raise RefusedError(made.rule, made.message)
+    refuse_acceleration(request)
+    return trace_pipeline(request, made, build_pipeline(made), path)
+
+
+def refuse_acceleration(request: Request) -> None:
+    """Raise UsageError for runs that do not call the layers one by one."""
+    for flag, given in (("--compile", request.compile), ("--cuda-graph", request.cuda_graph)):
+        if given:
+            raise UsageError(f"{flag}: a trace names the layers of an ordinary run; leave it out")
+
+
+def trace_pipeline(request: Request, made: Plan, pipeline: Any, path: Path | None = None) -> Census:
+    """Profile one generation with the pipeline of a plan; the trace is written where `path` is.
+
+    Of a plan for several processes only this one is there: it generates alone.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if made.machine.device.startswith("cuda"):
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    profiler = torch.profiler.profile(activities=activities, record_shapes=True)
+    with named_ranges(pipeline, made), profiler:
+        generate(request, made=replace(made, processes=1), pipeline=pipeline)
+    census = take_census(profiler.events() or [], made)
+    if path is not None:
+        write_trace(profiler, path)
+    return census
+
+
+@contextmanager
+def named_ranges(pipeline: Any, made: Plan) -> Iterator[None]:
+    """Name the forwards of a pipeline's transformers and of their quantized layers meanwhile."""
+    with ExitStack() as stack:
+        for component in made.components:
+            transformer = getattr(pipeline, component)
+            stack.enter_context(name_calls(transformer, f"{STAGE}{component}"))
+            for name, module in transformer.named_modules():
+                if isinstance(module, QuantizedLinear):
+                    label = f"{LAYER}{component}|{name}|{module.kernel.backend}"
+                    stack.enter_context(name_calls(module, label))
+        yield
+
+
+@contextmanager
+def name_calls(module: torch.nn.Module, label: str) -> Iterator[None]:
+    """Put a named range around every forward of a module."""
+    ranges: list[Any] = []
+
+    def enter(*_: Any) -> None:
+        ranges.append(record_function(label))
+        ranges[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        ranges.pop().__exit__(None, None, None)
+
+    handles = [
+        module.register_forward_pre_hook(enter),
+        module.register_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def write_trace(profiler: Any, path: Path) -> None:
+    """Write the Chrome trace; the file appears whole or not at all."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(temporary))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,209 @@
+"""Validation page: what `validate` found, as a page, as JSON, and as a block for a model card.
+
+| file              | content |
+| ----------------- | ------- |
+| `index.html`      | the page; pictures lie beside it |
+| `validation.json` | everything that was measured |
+| `model-card.md`   | a model card: YAML front matter, and what was measured |
+| `images/`         | per run the BF16 picture, the quantized one and their difference (PNG) |
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantmatrix.proof.scopes import WEIGHTS
+
+if TYPE_CHECKING:
+    from quantmatrix.measure.validate import Validation
+    from quantmatrix.runtime.run import Run
+
+KINDS = ("bf16", "quantized", "difference")
+LONGEST = 300
+"""Characters of a fact that a model card shows."""
+GAIN = 4
+"""The difference is shown this many times as strong, around a middle grey."""
+MIB = 2**20
+YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
+"""Words that a reader of YAML takes for something else than a text."""
+
+
+def write_files(found: Validation, folder: Path) -> None:
+    """Write the four things of the module's table into a folder that exists."""
+    (folder / "images").mkdir()
+    pictures = []
+    for number, pair in enumerate(found.runs):
+        names = [f"images/{number}-{kind}.png" for kind in KINDS]
+        for name, picture in zip(names, draw_pictures(pair), strict=True):
+            picture.save(folder / name)
+        pictures.append(names)
+    text = json.dumps(found.report, indent=1, sort_keys=True, allow_nan=False)
+    (folder / "validation.json").write_text(f"{text}\n", encoding="utf-8")
+    (folder / "model-card.md").write_text(write_card(found.report), encoding="utf-8")
+    (folder / "index.html").write_text(write_page(found.report, pictures), encoding="utf-8")
+
+
+def draw_pictures(pair: tuple[Run, Run]) -> list[Any]:
+    """BF16, quantized and difference as PIL images; of a video the middle frame."""
+    import numpy as np
+    from PIL import Image
+
+    from quantmatrix.runtime.media import stack_frames
+
+    base, run = (stack_frames(r.media).numpy() for r in pair)
+    middle = len(base) // 2
+    left, right = base[middle], run[middle]
+    distance = right.astype(np.float64) - left.astype(np.float64)
+    shown = (128 + GAIN * distance).round().clip(0, 255).astype(np.uint8)
+    return [Image.fromarray(array) for array in (left, right, shown)]
+
+
+def write_page(report: dict[str, Any], pictures: Sequence[Sequence[str]]) -> str:
+    """The page; every word of it is escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    folder = resources.files("quantmatrix.report") / "templates"
+    template = environment.from_string((folder / "validation.html").read_text(encoding="utf-8"))
+    style = (folder / "page.css").read_text(encoding="utf-8")
+    runs = list(zip(report["runs"], pictures, strict=True))
+    curves = [draw_curve(run["latents"]["steps"]) for run in report["runs"]]
+    return template.render(
+        report=report,
+        runs=runs,
+        curves=curves,
+        style=style,
+        facts=list_facts(report),
+        gain=GAIN,
+        scope=describe_scope(report["scope"]),
+    )
+
+
+def draw_curve(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Points of the relative L2 error over the steps, for a box of 300 by 110."""
+    values = [step["relative_l2"] for step in steps if step["relative_l2"] is not None]
+    top = max(values, default=0.0) or 1.0
+    width = 290 / max(len(values) - 1, 1)
+    points = [
+        (round(5 + n * width, 2), round(105 - 100 * v / top, 2)) for n, v in enumerate(values)
+    ]
+    told = ", ".join(f"step {n + 1}: {value}" for n, value in enumerate(values))
+    return {"points": points, "line": " ".join(f"{x},{y}" for x, y in points), "told": told}
+
+
+def list_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The findings in short lines: what a reader of a model card wants."""
+    finals = [run["latents"]["final"] for run in report["runs"]]
+    worst = [run["latents"]["worst"] for run in report["runs"]]
+    media, ssim = ([run["media"][name] for run in report["runs"]] for name in ("psnr_db", "ssim"))
+    memory = report["memory"]
+    layers = [
+        f"{name}: {part['quantized']} of {part['linear_layers']} linear layers, {part['precision']}"
+        for name, part in report["census"].items()
+    ]
+    unseen = {name: len(part["not_called"]) for name, part in report["census"].items()}
+    weights = [memory[kind]["weight_bytes"] / MIB for kind in ("bf16", "quantized")]
+    facts = [
+        ("verdict", "as declared" if report["ok"] else f"{len(report['problems'])} problems"),
+        ("scope", describe_scope(report["scope"])),
+        ("base model", report["base"]),
+        ("checkpoint", ", ".join(map(str, report["references"].values()))),
+        ("quantized", "; ".join(layers)),
+        ("beside the base", "; ".join(describe_witness(report.get("witness", {})))),
+        ("not called", ", ".join(f"{n} layers of {name}" for name, n in unseen.items() if n)),
+        ("latents, PSNR", f"{show_worst(finals, 'psnr_db')} dB after the last step"),
+        ("latents, cosine", f"{show_worst(worst, 'cosine')} at the worst step"),
+        ("pictures, PSNR", f"{show_least(media)} dB"),
+        ("pictures, SSIM", show_least(ssim)),
+        ("files", f"{report['checkpoint']['bytes'] / MIB:,.1f} MiB"),
+        ("revision", report["checkpoint"].get("revision", "")),
+        ("weights in memory", f"{weights[0]:,.1f} MiB in BF16, {weights[1]:,.1f} MiB quantized"),
+        (
+            "backends",
+            ", ".join(sorted({b for p in report["census"].values() for b in p["backends"]})),
+        ),
+        ("processor", str(report["machine"].get("processor", ""))),
+        ("devices", ", ".join(report["machine"].get("devices", []))),
+        ("versions", ", ".join(f"{k} {v}" for k, v in sorted(report["versions"].items()))),
+        ("measured", str(report["made"])),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def describe_scope(scope: str) -> str:
+    """A scope with what was run; a card never leaves open whether its weights are random."""
+    return f"{scope}: {WEIGHTS.get(scope, 'weights that are in no repository yet')}"
+
+
+def describe_witness(witness: dict[str, Any]) -> list[str]:
+    """Per component the lowest cosine of a decoded layer with the base model's own."""
+    told = []
+    for name, part in witness.items():
+        cosines = [kind["cosine"] for kind in part["kinds"]]
+        lowest = f"cosine at least {min(cosines):.4f} in " if cosines else ""
+        told.append(f"{name}: {part['verdict']} ({lowest}{part['layers']} decoded layers)")
+    return told
+
+
+def show_worst(steps: Sequence[dict[str, Any]], metric: str) -> str:
+    """The smallest value of a metric over the runs."""
+    return show_least([step[metric] for step in steps])
+
+
+def show_least(values: Sequence[float | None]) -> str:
+    """The smallest number, with `at least` where there are several runs; null means infinite."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return "infinite"
+    return f"{'at least ' if len(values) > 1 else ''}{min(numbers):.5g}"
+
+
+def write_front_matter(report: dict[str, Any]) -> str:
+    """The YAML that the hub reads at the top of a model card."""
+    parts = report["census"].values()
+    tags = {
+        str(word) for part in parts for word in (part["family"], *split_words(part["precision"]))
+    }
+    lines = [
+        f"base_model: {quote(report['base_id'])}",
+        "base_model_relation: quantized",
+        "library_name: diffusers",
+        f"pipeline_tag: {report['pipeline_tag']}",
+        "tags:",
+        *(f"- {quote(tag)}" for tag in ("quantized", *sorted(tags))),
+    ]
+    return "\n".join(["---", *lines, "---"])
+
+
+def split_words(precision: str | None) -> list[str]:
+    """The words of `FP8 + INT8`."""
+    return (precision or "").lower().split(" + ") if precision else []
+
+
+def quote(text: str) -> str:
+    """A YAML scalar, quoted unless it is a plain word."""
+    plain = re.fullmatch(r"[A-Za-z][\w./-]*", text) and text.lower() not in YAML_WORDS
+    return text if plain else json.dumps(text)
+
+
+def write_card(report: dict[str, Any]) -> str:
+    """A model card: the YAML that the hub reads, then what was measured."""
+    from quantmatrix.quoting import escape, escape_markdown
+    from quantmatrix.report.table import write_table
+
+    title = "## Quantization, measured against the base model"
+    note = (
+        "Measured with `quantmatrix validate`. It times nothing: for speed beside BF16 there is "
+        "`quantmatrix bench`."
+    )
+    facts = [(name, escape_markdown(value, LONGEST)) for name, value in list_facts(report)]
+    parts = [write_front_matter(report), title, write_table(["", ""], facts), note]
+    if report["problems"]:
+        problems = [f"- {escape_markdown(text, LONGEST)}" for text in report["problems"]]
+        parts.append("\n".join(["Problems:", "", *problems]))
+    return "\n\n".join([*parts, f"```bash\n{escape(report['command'])}\n```"]) + "\n"

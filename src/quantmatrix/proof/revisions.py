@@ -1,0 +1,59 @@
+"""Revisions: the files of a commit, as they were, in a folder."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import tarfile
+from typing import TYPE_CHECKING
+
+from quantmatrix.errors import QuantmatrixError, UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+TABLES, REPORTS, SOURCES = "matrix", "reports", "src/quantmatrix"
+
+EVIDENCE = f"{REPORTS}/evidence"
+
+BESIDE = tuple(f"{REPORTS}/{name}.csv" for name in ("carried", "limits", "spread"))
+"""Files that records are judged against; a revision may have none of them."""
+
+
+def find_commit(revision: str, root: Path) -> str:
+    """Commit of a revision; UsageError when git does not know it."""
+    words = ["rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}"]
+    done = ask_git(root, *words)
+    if done.returncode:
+        raise UsageError(f"{revision}: no such revision in {root}; see `git log`")
+    return done.stdout.decode().strip()
+
+
+def extract(commit: str, root: Path, folder: Path) -> None:
+    """Put tables, evidence and code of a commit in a folder; only tables must be there."""
+    wanted = (TABLES, EVIDENCE, SOURCES, *BESIDE)
+    listed = ask_git(root, "ls-tree", "--name-only", commit, *wanted)
+    present = listed.stdout.decode().split()
+    if TABLES not in present:
+        raise UsageError(f"{commit[:12]}: has no {TABLES}/ at the top of the repository")
+    done = ask_git(root, "archive", "--format=tar", commit, *present)
+    if done.returncode:
+        raise QuantmatrixError(f"git archive {commit[:12]}: {done.stderr.decode().strip()}")
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        for member in archive.getmembers():
+            path = folder / member.name
+            stream = archive.extractfile(member) if member.isfile() else None
+            if stream is not None and path.resolve().is_relative_to(folder.resolve()):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(stream.read())
+
+
+def ask_git(root: Path, *words: str) -> subprocess.CompletedProcess[bytes]:
+    """Run git in a repository; QuantmatrixError when there is no git."""
+    try:
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, check=False, timeout=120
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise QuantmatrixError(f"git {words[0]}: {error}") from error

@@ -1,0 +1,201 @@
+"""Store: records as files; reading, writing, refusing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantmatrix import strict_json
+from quantmatrix.proof import form, scopes, thumbnails
+from quantmatrix.proof.record import (
+    CELL_KEYS,
+    SCHEMA,
+    VERDICTS,
+    CheckResult,
+    Evidence,
+    EvidenceError,
+    _list,
+    path_of,
+)
+from quantmatrix.quoting import quote
+
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def list_problems(record: Any) -> list[str]:
+    """What is wrong with plain data that should be a record; empty when nothing is."""
+    problems = _form_problems(record)
+    return problems if _is_json(record) else problems + _number_problems("", record)
+
+
+def _form_problems(record: Any) -> list[str]:
+    """The same, numbers left out."""
+    if not isinstance(record, dict):
+        return ["not a JSON object"]
+    if record.get("schema") != SCHEMA:
+        return [f"schema: found {record.get('schema')!r}, expected {SCHEMA}"]
+    objects = ("cell", "checks", "machine", "versions", "checkpoint", "plan", "timings")
+    types: dict[str, type] = dict.fromkeys(objects, dict)
+    types |= dict.fromkeys(("command", "commit", "made", "latents_digest"), str)
+    types["schema"] = int
+    problems = [f"{key}: missing" for key in types if key not in record]
+    types["witness"] = dict  # records that were written before there was one have none
+    problems += [f"{key}: not a key of a record" for key in record if key not in types]
+    for key, kind in types.items():
+        if key in record and not isinstance(record[key], kind):
+            problems.append(f"{key}: expected {kind.__name__}, found {record[key]!r}")
+    if problems:
+        return problems
+    problems += [f"cell.{key}: missing" for key in CELL_KEYS if key not in record["cell"]]
+    if not record["checks"]:
+        problems.append("checks: empty; a record shows the result of at least one check")
+    for name, check in record["checks"].items():
+        problems += _check_problems(f"checks.{name}", check)
+    return problems or form.list_problems(record)
+
+
+def _check_problems(where: str, check: Any) -> list[str]:
+    wanted = {"verdict", "metrics", "limits", "message"}
+    if not isinstance(check, dict) or set(check) != wanted:
+        return [f"{where}: expected an object with {', '.join(sorted(wanted))}"]
+    problems = []
+    if check["verdict"] not in VERDICTS:
+        problems.append(f"{where}.verdict: {check['verdict']!r} is not pass or fail")
+    if check["verdict"] == "fail" and not check["message"]:
+        problems.append(f"{where}.message: empty, although the check failed")
+    if isinstance(check["metrics"], dict) and "thumbnails" in check["metrics"]:
+        found = thumbnails.list_problems(check["metrics"]["thumbnails"])
+        problems += [f"{where}.metrics.thumbnails: {problem}" for problem in found]
+    return problems
+
+
+def _is_json(value: Any) -> bool:
+    """Whether plain data is JSON with finite numbers; the quick answer, without names."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _number_problems(where: str, value: Any) -> list[str]:
+    if isinstance(value, dict):
+        found = [_number_problems(f"{where}.{key}".lstrip("."), v) for key, v in value.items()]
+    elif isinstance(value, (list, tuple)):
+        found = [_number_problems(f"{where}[{i}]", item) for i, item in enumerate(value)]
+    elif isinstance(value, float) and not math.isfinite(value):
+        return [f"{where}: {value} is not a finite number"]
+    elif value is None or isinstance(value, (str, bool, int, float)):
+        return []
+    else:
+        return [f"{where}: {type(value).__name__} is not JSON"]
+    return [problem for problems in found for problem in problems]
+
+
+def encode(evidence: Evidence) -> bytes:
+    """The bytes of a record's file; raises EvidenceError for what is not a valid record."""
+    record = json.loads(json.dumps(evidence.to_json(), default=_refuse, allow_nan=True))
+    if problems := list_problems(record):
+        raise EvidenceError(_list(evidence.cell.get("id", "evidence"), problems))
+    return (json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _refuse(value: Any) -> Any:
+    raise EvidenceError(f"evidence: {type(value).__name__} is not JSON: {value!r}")
+
+
+def _read_finite(text: str) -> float:
+    """A number of JSON; OverflowError for one that is not finite, by its name or by its size."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise OverflowError(text)
+    return value
+
+
+FINITE = json.JSONDecoder(parse_float=_read_finite, parse_constant=_read_finite)
+"""Reads a record and looks at its numbers in one go."""
+
+
+def decode(data: bytes, where: object = "evidence") -> Evidence:
+    """The record in a file's bytes; raises EvidenceError naming `where` and every problem."""
+    try:
+        strict_json.check_size(data)
+        try:
+            record = FINITE.decode(data.decode())
+            look = _form_problems
+        except OverflowError:  # an infinite number: the slower look names its place
+            record = json.loads(data)
+            look = list_problems
+        strict_json.check_depth(record)
+        problems = look(record)
+    except RecursionError as error:
+        raise EvidenceError(f"{where}: nested too deeply to be a record") from error
+    except ValueError as error:
+        raise EvidenceError(f"{where}: not JSON: {quote(str(error))}") from error
+    if problems:
+        raise EvidenceError(_list(where, problems))
+    del record["schema"]
+    record["checks"] = {name: CheckResult(**check) for name, check in record["checks"].items()}
+    return Evidence(**record)
+
+
+def write(evidence: Evidence, folder: Path) -> Path:
+    """Put a record in its place below the evidence folder, whole or not at all."""
+    data = encode(evidence)
+    path = folder / path_of(scopes.key_of(evidence))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def remove_leftovers(folder: Path, older_than: float = 3600.0) -> None:
+    """Delete what killed runs left half-written; files younger than this many seconds stay."""
+    for path in folder.glob("*/.*.tmp"):
+        if time.time() - path.stat().st_mtime > older_than:
+            path.unlink(missing_ok=True)
+
+
+def read(path: Path) -> Evidence:
+    """One record; raises EvidenceError when it is damaged or lies under a wrong name."""
+    try:
+        data = strict_json.read_bytes(path)
+    except strict_json.JsonError as error:
+        raise EvidenceError(f"{path}: {error}: expected a record") from error
+    evidence = decode(data, path)
+    expected = path_of(scopes.key_of(evidence))
+    if not f"/{path.as_posix()}".endswith(f"/{expected}"):
+        raise EvidenceError(f"{path}: holds the record of {evidence.cell['id']}, see {expected}")
+    return evidence
+
+
+def read_folder(folder: Path) -> dict[str, Evidence]:
+    """Every record below an evidence folder, by its key (`scopes.key_of`), which is the cell's id for
+    those of scope `stand-in`; all problems in one error."""
+    found: dict[str, Evidence] = {}
+    problems = []
+    for path in sorted(folder.glob("*/[!.]*.json")):
+        try:
+            evidence = read(path)
+        except EvidenceError as error:
+            problems.append(str(error))
+        else:
+            found[scopes.key_of(evidence)] = evidence
+    if problems:
+        raise EvidenceError("\n".join(problems))
+    return found

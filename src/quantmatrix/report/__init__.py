@@ -1,0 +1,1 @@
+"""Report: what claims and evidence render to. No torch, ever."""

@@ -1,0 +1,244 @@
+"""Page data: what `reports/index.html` knows, as plain data that is small and in a fixed order.
+
+A matrix of thousands of cells repeats itself: machines, versions, limits, plans and pictures are in
+`shared` once, and a record refers to them by their place in that list.
+
+| key           | content |
+| ------------- | ------- |
+| `states`, `scopes`, `weights`, `families`, `models`, `hardware`, `checkpoints` | tables that |
+|               | numbers below point into |
+| `rows`        | rows of cases.csv: id, family, model, checkpoint |
+| `cells`       | row, hardware, backend, state, scope (-1: none), claim, rule, reason, offer (a place in |
+|               | `shared`: title and commands), record (or null), other records ([scope, state, file]) |
+| `records`     | evidence of a cell: see `describe_record` |
+| `benchmarks`  | by the cell's place in `cells`: see `bench_pages.describe_result` |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from quantmatrix.proof import record as records
+from quantmatrix.proof.scopes import SCOPES, WEIGHTS, key_of, make_key
+from quantmatrix.proof.states import STATES
+from quantmatrix.proof.thumbnails import KEYS, PICTURES
+from quantmatrix.report.bench_pages import describe_result
+
+if TYPE_CHECKING:
+    from quantmatrix.proof.joined import Joined
+    from quantmatrix.proof.record import CheckResult, Evidence
+    from quantmatrix.tables.rows import Cell
+
+STEP_METRICS = ("psnr_db", "cosine", "relative_l2")
+COMPONENT_FACTS = (
+    "family",
+    "class",
+    "precision",
+    "rank",
+    "quantized_layers",
+    "total_layers",
+    "backends",
+    "numerics",
+    "bytes",
+)
+"""What of a planned component is shown; paths are not."""
+UNTOLD_METRICS = ("steps", "thumbnails", "final", "programs")
+"""Metrics that have a form of their own on the page, or that others repeat."""
+
+
+PICTURE_BYTES = 4 * 2**20
+"""Pictures that the page holds, as text, in the order of cells; the rest stays in the records."""
+
+
+class Shared:
+    """Values that stand in the page once, whoever uses them."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+        self._places: dict[str, int] = {}
+        self._pictures: dict[str, int] = {}
+        self._room = PICTURE_BYTES
+
+    def put(self, value: Any) -> int:
+        """The place of a value in the list."""
+        key = repr(value)
+        if key not in self._places:
+            self._places[key] = len(self.values)
+            self.values.append(value)
+        return self._places[key]
+
+    def put_pictures(self, pictures: Sequence[str]) -> list[int]:
+        """The places of pictures, or none of them where the page has no room for all."""
+        new = [p for p in dict.fromkeys(pictures) if p not in self._pictures]
+        cost = sum(map(len, new))
+        if cost > self._room:
+            return []
+        self._room -= cost
+        for picture in new:
+            self._pictures[picture] = len(self.values)
+            self.values.append(picture)
+        return [self._pictures[picture] for picture in pictures]
+
+
+def collect(joined: Joined) -> dict[str, Any]:
+    """Everything that the page shows; see the module's table."""
+    tables = joined.tables
+    families, models, hardware = (
+        list(t) for t in (tables.families, tables.models, tables.hardware)
+    )
+    checkpoints = list(tables.checkpoints)
+    rows: dict[str, Cell] = {}
+    for cell in tables.cells:
+        rows.setdefault(cell.row, cell)
+    numbers = {name: number for number, name in enumerate(rows)}
+    shared = Shared()
+    observed: list[dict[str, Any]] = []
+    cells: list[list[Any]] = []
+    for cell in tables.cells:
+        place = None
+        standing, offered = joined.standings[cell.id], joined.offers[cell.id]
+        if record := standing.record:
+            place = len(observed)
+            observed.append(describe_record(record, shared))
+        cells.append(
+            [
+                numbers[cell.row],
+                hardware.index(cell.hardware),
+                cell.backend,
+                STATES.index(standing.state),
+                SCOPES.index(standing.scope) if standing.scope else -1,
+                cell.claim,
+                cell.rule,
+                standing.reason or cell.notes,
+                shared.put([offered.title, *offered.commands]),
+                place,
+                [
+                    [SCOPES.index(s), STATES.index(n), name_file(make_key(cell.id, s))]
+                    for s, n in standing.others
+                ],
+            ]
+        )
+    return {
+        "states": list(STATES),
+        "scopes": list(SCOPES),
+        "weights": [WEIGHTS[scope] for scope in SCOPES],
+        "families": families,
+        "models": models,
+        "hardware": [[row.id, row.name, row.arch] for row in tables.hardware.values()],
+        "checkpoints": [[c.id, c.reference, c.base] for c in tables.checkpoints.values()],
+        "rows": [
+            [
+                name,
+                families.index(cell.family),
+                models.index(cell.model),
+                checkpoints.index(cell.checkpoint),
+            ]
+            for name, cell in rows.items()
+        ],
+        "cells": cells,
+        "records": observed,
+        "benchmarks": {
+            str(number): describe_result(joined.benchmarks[cell.id], cell, joined.changes[cell.id])
+            for number, cell in enumerate(tables.cells)
+            if cell.id in joined.benchmarks
+        },
+        "shared": shared.values,
+    }
+
+
+def describe_record(record: Evidence, shared: Shared) -> dict[str, Any]:
+    """A record as the page shows it; numbers in `machine` ... `limits` are places in `shared`."""
+    plan = record.plan
+    parts = {
+        name: {fact: part[fact] for fact in COMPONENT_FACTS if part.get(fact)}
+        for name, part in sorted(plan.get("components", {}).items())
+    }
+    proofs = {
+        f"{name} beside the base weights": describe_witness(part)
+        for name, part in sorted(record.witness.items())
+    }
+    return {
+        "file": name_file(key_of(record)),
+        "made": record.made,
+        "commit": record.commit,
+        "command": record.command,
+        "machine": shared.put(flatten(record.machine, ("versions",))),
+        "versions": shared.put(flatten(record.versions)),
+        "plan": shared.put({**{name: flatten(part) for name, part in parts.items()}, **proofs}),
+        "refusal": str((plan.get("refusal") or {}).get("message", "")),
+        "warnings": list(plan.get("warnings", ())),
+        "timings": dict(sorted(record.timings.items())),
+        "checks": [
+            describe_check(name, check, shared) for name, check in sorted(record.checks.items())
+        ],
+    }
+
+
+def name_file(key: str) -> str:
+    """The file of a record below the reports folder, by its key."""
+    return f"evidence/{records.path_of(key)}"
+
+
+def describe_witness(part: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What a witness found of a component: its verdict, and the cosine of each kind of layers."""
+    told = flatten(part, ("kinds", "bytes", "seconds"))
+    return [*told, *((f"cosine of {kind['kind']}", kind["cosine"]) for kind in part["kinds"])]
+
+
+def describe_check(name: str, check: CheckResult, shared: Shared) -> dict[str, Any]:
+    """A check: verdict, message, metrics and limits as pairs, steps, and pictures if there are.
+
+    Limits and pictures are places in `shared`: rows of one model have one BF16 picture. A list
+    without pictures means that there are some, in the record only.
+    """
+    told: dict[str, Any] = {
+        "name": name,
+        "verdict": check.verdict,
+        "message": check.message,
+        "metrics": [
+            *flatten(check.metrics, UNTOLD_METRICS),
+            *map(describe_program, check.metrics.get("programs", ())),
+        ],
+        "limits": shared.put(flatten(check.limits)),
+    }
+    steps = check.metrics.get("steps")
+    if isinstance(steps, Sequence) and steps:
+        told["steps"] = [[step.get(metric) for metric in STEP_METRICS] for step in steps]
+    pictures = check.metrics.get("thumbnails")
+    if isinstance(pictures, Mapping) and set(pictures) == KEYS:
+        told["pictures"] = shared.put_pictures([pictures[kind] for kind in PICTURES])
+        told["gain"], told["shown"] = pictures["gain"], pictures["shown"]
+    return told
+
+
+def describe_program(program: Mapping[str, Any]) -> tuple[str, str]:
+    """(kernel, what its program takes, in words) of a program that was built."""
+    takes = (
+        f"{program['registers']} registers, {program['spilled']} bytes spilled, "
+        f"{program['shared']} of {program['shared_limit']} bytes of shared memory, "
+        f"{program['warps']} warps, code {program['digest'][:19]}"
+    )
+    text = "; ".join(program["faults"]) or takes
+    return f"{program['kernel']} for {program['arch']}", f"{text} ({program['specialised']})"
+
+
+def flatten(
+    value: Mapping[str, Any], without: Sequence[str] = (), base: str = ""
+) -> list[tuple[str, Any]]:
+    """(dotted name, number or text) of nested data, in the order of names; empty values left out."""
+    found: list[tuple[str, Any]] = []
+    for name in sorted(value):
+        item = value[name]
+        if name in without or item is None or item == "":
+            continue
+        if isinstance(item, (str, float, int)):  # most are
+            found.append((f"{base}{name}", item))
+        elif isinstance(item, dict):
+            found += flatten(item, (), f"{base}{name}.")
+        elif isinstance(item, (list, tuple)):
+            if item:
+                found.append((f"{base}{name}", ", ".join(map(str, item))))
+        else:
+            found.append((f"{base}{name}", item))
+    return found

@@ -1,0 +1,183 @@
+"""Run: generate with a planned pipeline, and keep what proves it.
+
+The latents of every denoising step are kept, the seconds of every stage and step, the peak memory,
+and the census of quantized layers that stood in the model. Same seed, same machine, same bits: the
+noise comes from a fresh CPU generator for every image.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import distributed
+
+from quantmatrix import models
+from quantmatrix.errors import UsageError
+from quantmatrix.request import Request
+from quantmatrix.runtime.load import count_quantized
+from quantmatrix.runtime.media import find_degeneration, stack_frames
+from quantmatrix.runtime.pipeline import build_pipeline
+from quantmatrix.runtime.plan.decide import require_plan
+from quantmatrix.runtime.plan.types import Plan
+from quantmatrix.runtime.run import Run
+
+STAGE = "stage|"
+"""What the names of stages begin with in a profiler's trace."""
+
+
+def generate(
+    request: Request,
+    *,
+    made: Plan | None = None,
+    pipeline: Any = None,
+    progress: bool = False,
+) -> Run:
+    """Generate for the first prompt and seed of a request; see `generate_all` for every one."""
+    return next(iter(generate_all(request, made=made, pipeline=pipeline, progress=progress)))
+
+
+def generate_all(
+    request: Request,
+    *,
+    made: Plan | None = None,
+    pipeline: Any = None,
+    progress: bool = False,
+    save: Callable[[Run], None] | None = None,
+) -> list[Run]:
+    """Generate for every prompt and seed of a request, calling `save` after each."""
+    if made is None:
+        made = require_plan(request)
+    if made.processes > 1 and not distributed.is_initialized():
+        raise UsageError(
+            f"the plan has {made.processes} processes, this is one of none: "
+            "see `quantmatrix.runtime.parallel.generate_together`"
+        )
+    models.load(made.model).call_arguments(request)  # a wrong flag is an error before the loading
+    seconds = {}
+    if pipeline is None:
+        start = time.perf_counter()
+        pipeline = build_pipeline(made, progress=progress)
+        seconds["load"] = time.perf_counter() - start
+    runs = []
+    for prompt in request.prompt:
+        for seed in request.seed:
+            run = generate_one(request, made, pipeline, prompt, seed)
+            run.seconds.update(seconds)
+            seconds = {}
+            if save is not None:
+                save(run)
+            runs.append(run)
+    return runs
+
+
+def generate_one(request: Request, made: Plan, pipeline: Any, prompt: str, seed: int) -> Run:
+    """One prompt, one seed."""
+    model = models.load(made.model)
+    latents: list[torch.Tensor] = []
+    marks: list[float] = []
+    calls: Counter[str] = Counter()
+    handles = [
+        getattr(pipeline, name).register_forward_hook(lambda *_, name=name: calls.update([name]))
+        for name in made.components
+    ]
+
+    def keep(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        latents.append(tensors["latents"].detach().to("cpu", copy=True))
+        marks.append(time.perf_counter())
+        return tensors
+
+    arguments = model.call_arguments(request)
+    defaults = model.TINY_DEFAULTS if request.tiny else model.DEFAULTS
+    reset_peak(made.machine.device)
+    stages: dict[str, float] = {}
+    start = time.perf_counter()
+    try:
+        with torch.no_grad(), timed_stages(pipeline, stages):
+            result = pipeline(
+                prompt=prompt,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                callback_on_step_end=keep,
+                callback_on_step_end_tensor_inputs=["latents"],
+                output_type="pil",
+                **arguments,
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+    total = time.perf_counter() - start
+    is_video = hasattr(result, "frames")
+    media = list(result.frames[0] if is_video else result.images)
+    return Run(
+        plan=made,
+        prompt=prompt,
+        seed=seed,
+        latents=latents,
+        media=media,
+        is_video=is_video,
+        fps=defaults.fps,
+        seconds={
+            **stages,
+            "denoise": total - sum(stages.values()),
+            "generate": total,
+        },
+        step_seconds=[after - before for before, after in pairwise(marks)],
+        peak_bytes=read_peak(made.machine.device),
+        census={
+            name: dict(Counter(count_quantized(getattr(pipeline, name)).values()))
+            for name in made.components
+        },
+        calls=dict(calls),
+        witness=read_reports(pipeline, made),
+        degenerate=find_degeneration(stack_frames(media)),
+    )
+
+
+def read_reports(pipeline: Any, made: Plan) -> dict[str, Any]:
+    """What the witness found when the components of a pipeline were loaded, as plain data."""
+    found = {name: getattr(getattr(pipeline, name), "witness", None) for name in made.components}
+    return {name: report.to_json() for name, report in found.items() if report is not None}
+
+
+@contextmanager
+def timed_stages(pipeline: Any, seconds: dict[str, float]) -> Iterator[None]:
+    """Add up the seconds of text encoding and of decoding while a pipeline runs."""
+
+    def timed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                with torch.profiler.record_function(f"{STAGE}{stage}"):
+                    return function(*args, **kwargs)
+            finally:
+                seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+        return call
+
+    encode, decode = pipeline.encode_prompt, pipeline.vae.decode
+    pipeline.encode_prompt = timed("encode", encode)
+    pipeline.vae.decode = timed("decode", decode)
+    try:
+        yield
+    finally:
+        del pipeline.encode_prompt
+        del pipeline.vae.decode
+
+
+def reset_peak(device: str) -> None:
+    """Start a new peak-memory measurement where the device has a counter."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def read_peak(device: str) -> int:
+    """Peak memory in bytes (accelerator counter, else the process's largest resident size)."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,150 @@
+"""Parallel: one generation on several devices of a machine (`--nproc-per-node 4`).
+
+torchrun starts one process per device. Each holds the whole quantized transformer and works on its
+share of the tokens; diffusers' context parallelism (Ulysses) exchanges heads for tokens around every
+attention. The layers see fewer rows and compute each row as before, so the latents are those of one
+process, within the rounding of the compute dtype. Only the first process writes and prints.
+
+diffusers 0.42.1 divides by the number of accelerators, which is 0 on a CPU; `count_processor` gives
+it 1 there, and everything else works over gloo.
+"""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import distributed
+
+from quantmatrix.errors import QuantmatrixError, RefusedError, UsageError
+from quantmatrix.request import Request
+from quantmatrix.runtime.generate import generate
+from quantmatrix.runtime.library_logs import quiet
+from quantmatrix.runtime.pipeline import build_pipeline
+from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.runtime.plan.types import Plan, Refusal
+from quantmatrix.runtime.run import Run
+
+SHOWN = 2000
+"""Characters of what failed processes said that are shown."""
+PROBLEM = "problem"
+"""File in which one of them says what went wrong."""
+TRANSPORTS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+"""How processes talk, by torch's name of their device."""
+
+
+def is_worker() -> bool:
+    """Whether torchrun has started this process."""
+    return bool(distributed.is_torchelastic_launched())
+
+
+def launch(request: Request, words: Sequence[str]) -> int:
+    """Run a quantmatrix command in the processes of its plan; its exit code."""
+    command = [*name_launcher(find_plan(request).processes), "-m", "quantmatrix", *words]
+    with subprocess.Popen(command) as launcher:
+        try:
+            return launcher.wait()
+        except BaseException:  # a signal to this process is one to all of them
+            launcher.terminate()
+            launcher.wait()
+            raise
+
+
+def generate_together(request: Request, made: Plan) -> Run:
+    """The run of a request's first prompt and seed in the processes of its plan.
+
+    Raises QuantmatrixError with what they said when they fail.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answer = Path(folder, "request"), Path(folder, "run")
+        asked.write_bytes(pickle.dumps(request))
+        command = [*name_launcher(made.processes), "-m", "quantmatrix.runtime.parallel", folder]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode or not answer.is_file():
+            told = Path(folder, PROBLEM)
+            said = (
+                told.read_text(encoding="utf-8") if told.is_file() else done.stderr.strip()[-SHOWN:]
+            )
+            raise QuantmatrixError(f"{made.processes} processes gave no run: {said}")
+        return Run(**{**pickle.loads(answer.read_bytes()), "plan": made})
+
+
+def answer_request(folder: Path) -> None:
+    """What each process of `generate_together` does: the run of the first, or what went wrong."""
+    request: Request = pickle.loads((folder / "request").read_bytes())
+    try:
+        with join(request) as (rank, made, pipeline):
+            run = generate(request, made=made, pipeline=pipeline)
+            if rank == 0:
+                temporary = folder / "half"
+                temporary.write_bytes(pickle.dumps({**vars(run), "plan": None}))
+                temporary.replace(folder / "run")
+    except Exception as error:
+        (folder / PROBLEM).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+        raise
+
+
+def name_launcher(processes: int) -> list[str]:
+    """Words that start a module or file in several processes of this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc-per-node", str(processes)]
+
+
+def find_plan(request: Request) -> Plan:
+    """The plan of a request; RefusedError when there is none."""
+    made = plan(request)
+    if isinstance(made, Refusal):
+        raise RefusedError(made.rule, made.message)
+    return made
+
+
+@contextmanager
+def join(request: Request) -> Iterator[tuple[int, Plan, Any]]:
+    """(rank, plan, pipeline) of this process among those that torchrun started."""
+    found = find_plan(request)
+    kind = found.machine.device.partition(":")[0]
+    distributed.init_process_group(TRANSPORTS[kind])
+    try:
+        rank, count = distributed.get_rank(), distributed.get_world_size()
+        if count != found.processes:
+            raise UsageError(f"{count} processes were started, the plan has {found.processes}")
+        if kind != "cpu":
+            getattr(torch, kind).set_device(rank)
+            alone = replace(request, device=f"{kind}:{rank}", nproc_per_node=1)
+            found = replace(find_plan(alone), processes=count)
+        pipeline = build_pipeline(found)
+        if count > 1:
+            split(pipeline, found, count)
+        yield rank, found, pipeline
+        distributed.barrier()
+    finally:
+        distributed.destroy_process_group()
+
+
+def split(pipeline: Any, made: Plan, count: int) -> None:
+    """Let each transformer of a pipeline work on this process's share of the tokens."""
+    from diffusers import ContextParallelConfig
+
+    on_cpu = made.machine.device == "cpu"
+    for name in made.components:
+        config = ContextParallelConfig(ulysses_degree=count, ulysses_anything=True)
+        with quiet(), count_processor() if on_cpu else nullcontext():
+            getattr(pipeline, name).enable_parallelism(config=config)
+
+
+def count_processor() -> Any:
+    """A context in which torch counts the processor as one accelerator."""
+    return mock.patch.object(torch.accelerator, "device_count", return_value=1)
+
+
+if __name__ == "__main__":
+    answer_request(Path(sys.argv[1]))

@@ -1,0 +1,73 @@
+"""Sharing: whether several devices can work on one generation, decided from the plan alone.
+
+diffusers' context parallelism gives each process a share of the tokens, and around every attention
+exchanges heads for tokens. So it needs a model that diffusers knows how to split, a number of heads
+that the number of processes divides, and the whole transformer on each device. A tiny stand-in has
+fewer heads than its model; its plan says so and takes as many processes as divide them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from quantmatrix.errors import RefusedError, UsageError
+
+if TYPE_CHECKING:
+    from quantmatrix.runtime.plan.types import Plan
+
+RULE = "context-parallel-plan"
+
+
+def share(made: Plan) -> Plan:
+    """The plan with its number of processes; UsageError or RefusedError when they cannot share it."""
+    count = made.request.nproc_per_node
+    if count == 1:
+        return made
+    flag = f"--nproc-per-node {count}"
+    check_devices(made, count, flag)
+    if made.layerwise_offload or made.cpu_offload:
+        raise UsageError(f"{flag} needs the transformer on its device: leave out the offload")
+    if made.request.cuda_graph:
+        raise UsageError(f"{flag}: processes that wait for each other cannot replay --cuda-graph")
+    for name, component in made.components.items():
+        require_plan(made.model, name, component.class_name)
+    heads = {n: int(p.config.get("num_attention_heads", 0)) for n, p in made.components.items()}
+    odd = [name for name, found in heads.items() if not found or found % count]
+    if not odd:
+        return replace(made, processes=count)
+    fewer = math.gcd(count, *heads.values())
+    if made.request.tiny and all(heads.values()) and fewer > 1:
+        return fit_stand_in(made, fewer, flag)
+    raise UsageError(f"{flag}: {odd[0]} has {heads[odd[0]]} attention heads, which it must divide")
+
+
+def check_devices(made: Plan, count: int, flag: str) -> None:
+    """UsageError for a number of processes that the machine of a plan has no devices for."""
+    machine = made.machine
+    kind, colon, _ = machine.device.partition(":")
+    if count < 1:
+        raise UsageError(f"{flag}: expected 1 or more")
+    if colon:
+        raise UsageError(f"{flag} takes the first devices: give --device {kind} without a number")
+    if kind != "cpu" and machine.count < count:
+        raise UsageError(f"{flag}: {machine.name} has {machine.count} {kind} devices")
+
+
+def fit_stand_in(made: Plan, processes: int, flag: str) -> Plan:
+    """The plan of a tiny stand-in, with as many processes as its heads allow."""
+    note = f"{flag}: {processes} processes share the heads of the tiny stand-in"
+    return replace(made, processes=processes, warnings=(*made.warnings, note))
+
+
+def require_plan(model: str, component: str, class_name: str) -> None:
+    """RefusedError for a transformer that diffusers cannot split."""
+    import diffusers
+
+    if getattr(getattr(diffusers, class_name), "_cp_plan", None) is None:
+        raise RefusedError(
+            RULE,
+            f"{model}: {component} is a {class_name}, for which diffusers {diffusers.__version__} "
+            "has no context-parallel plan: leave out --nproc-per-node",
+        )

@@ -1,0 +1,247 @@
+"""Planning: everything about a run decided once, from headers and JSON, before any tensor is read.
+
+For each transformer component the plan says where its configuration and its weights come from,
+which family they are of and why, how every linear layer is stored (its scheme), where in the file
+it lies (its pieces) and which kernel will compute it on the machine at hand, or on any machine of
+the tables. What cannot run ends in a `Refusal` that names its rule; what is wrong with the input
+raises. Nothing is decided later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from quantmatrix import families, kernels
+from quantmatrix.checkpoints.checkpoint import Checkpoint
+from quantmatrix.errors import CheckpointError, RefusedError, UsageError
+from quantmatrix.families.producers import modelopt_faults
+from quantmatrix.hardware.machine import Machine
+from quantmatrix.request import Request
+from quantmatrix.runtime.empty_model import measure_model
+from quantmatrix.runtime.plan import context_parallel, layout_choice, other_parts
+from quantmatrix.runtime.plan.dialects import choose_dialect
+from quantmatrix.runtime.plan.kernel_choice import (
+    choose_kernel,
+    count_rows,
+    name_numerics,
+    wanted_backend,
+)
+from quantmatrix.runtime.plan.placement import (
+    Part,
+    Site,
+    count_plain_linears,
+    ignored_names,
+    place,
+    sort_layers,
+)
+from quantmatrix.runtime.plan.schemes import find_schemes
+from quantmatrix.runtime.plan.sources import Source, Sources, find_sources
+from quantmatrix.runtime.plan.types import ComponentPlan, Piece, Plan, Refusal
+from quantmatrix.runtime.witness.base import Base, find_base, list_unproved
+from quantmatrix.scheme import Scheme
+from quantmatrix.tiny.hub import use_tiny
+
+if TYPE_CHECKING:
+    from quantmatrix.request import Request
+    from quantmatrix.runtime.plan.types import Plan
+
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def plan(request: Request | None = None, /, **fields: Any) -> Plan | Refusal:
+    """Decide how a request will run, or why it cannot. Keyword arguments are Request's fields.
+
+    Raises CheckpointError and UsageError for what is wrong with the input, whichever part of the
+    pipeline it is in.
+    """
+    request = use_tiny(request if request is not None else Request(**fields))
+    found = find_sources(request)
+    made = decide(request, found)
+    other_parts.check_rest(found.pipeline, found.components, request.component_paths, request.hub)
+    return made
+
+
+def plan_transformers(request: Request) -> Plan | Refusal:
+    """The plan for the transformers alone: the rest of the pipeline need not be there."""
+    request = use_tiny(request)
+    return decide(request, find_sources(request))
+
+
+def decide(request: Request, found: Sources) -> Plan | Refusal:
+    """How a request with these sources will run, or why it cannot."""
+    machine = find_machine(request)
+    warnings = list(found.warnings)
+    components: dict[str, ComponentPlan] = {}
+    for name, source in found.components.items():
+        try:
+            components[name] = plan_component(name, source, found.model, request, machine, warnings)
+        except kernels.NoKernel as error:
+            return Refusal(error.rule, f"{source.checkpoint.reference}: {error.message}")
+    primary = next(iter(components.values()))
+    check_memory(components, machine, warnings)
+    if request.backend is not None and not any(part.layers for part in components.values()):
+        warnings.append(f"--backend {request.backend} is not used: no layer is quantized")
+    layerwise, cpu = decide_offload(request, primary.family, warnings)
+    made = Plan(
+        request=request,
+        model=found.model,
+        machine=machine,
+        base=found.base,
+        pipeline_class=found.pipeline_class,
+        components=components,
+        layerwise_offload=layerwise,
+        cpu_offload=cpu,
+        warnings=tuple(warnings),
+    )
+    try:
+        return context_parallel.share(made)
+    except RefusedError as error:
+        return Refusal(error.rule, str(error))
+
+
+def find_machine(request: Request) -> Machine:
+    """The machine of `--hardware`, or the one we stand on."""
+    from quantmatrix.hardware import probe
+    from quantmatrix.tables import identify, read
+
+    if request.hardware is None:
+        return probe.probe(request.device)
+    rows = read.read().hardware
+    if request.hardware not in rows:
+        raise UsageError(f"--hardware {request.hardware}: no such row; known: {', '.join(rows)}")
+    return identify.from_row(rows[request.hardware])
+
+
+def plan_component(
+    name: str,
+    source: Source,
+    model: str,
+    request: Request,
+    machine: Machine,
+    warnings: list[str],
+) -> ComponentPlan:
+    """Plan one transformer component; raises NoKernel when a layer has none."""
+
+    def plan_reading(other: Checkpoint) -> ComponentPlan:
+        tried = replace(source, checkpoint=other)
+        return plan_component(name, tried, model, replace(request, witness="auto"), machine, [])
+
+    settled, layout = layout_choice.settle(source, request, plan_reading, warnings)
+    checkpoint = settled.checkpoint
+    family, why, schemes, online = find_schemes(settled, model, request)
+    base = Base() if online or family is None else find_base(name, settled, model, request)
+    warnings += list_unproved(base, layout)
+    warnings += list_doubts(checkpoint, family, schemes)
+    dialect = choose_dialect(checkpoint, model, family, schemes)
+    parts, plain = sort_layers(checkpoint, schemes, dialect, family, online=online)
+    total = len(parts) + count_plain_linears(checkpoint, plain, dialect)
+    if not total:
+        raise CheckpointError(
+            f"{checkpoint.reference}: no linear layer in it, found the tensors "
+            f"{', '.join(sorted(checkpoint.tensors)[:4]) or 'none'}; expected the weights of "
+            f"{name}, a {source.class_name}"
+        )
+    shapes = measure_model(source.class_name, source.config, source.config_from)
+    site = Site(checkpoint, dialect, shapes, source.class_name, source.config_from, online)
+    placed = place(site, parts, plain)
+    layers = choose_kernels(parts, model, request, machine, warnings)
+    kept = sum(checkpoint.tensors[n].nbytes for n in plain)
+    return ComponentPlan(
+        name=name,
+        class_name=source.class_name,
+        config=source.config,
+        config_from=source.config_from,
+        checkpoint=checkpoint,
+        family=family,
+        why=why,
+        online=online,
+        dialect=dialect,
+        layers=layers,
+        plain=placed,
+        ignored=ignored_names(checkpoint, family),
+        total_layers=total,
+        model=model,
+        layout=layout,
+        base=base,
+        bytes=kept + sum(piece.bytes for pieces in layers.values() for piece in pieces),
+    )
+
+
+def list_doubts(
+    checkpoint: Checkpoint, family: str | None, schemes: Mapping[str, Scheme]
+) -> list[str]:
+    """Warnings about a checkpoint that is taken: what its files leave open, or hold besides."""
+    found = []
+    if family and (note := families.find_caveat(family, checkpoint)):
+        found.append(note)
+    if checkpoint.aside:
+        parts = ", ".join(f"{count} of {part}*" for part, count in checkpoint.aside.items())
+        found.append(
+            f"{checkpoint.reference} is a whole checkpoint: of its tensors those of the transformer "
+            f"({checkpoint.prefix}*) are used, {parts} are left aside; the base model's own "
+            "components take their place"
+        )
+    return found + modelopt_faults.list_doubts(checkpoint, schemes)
+
+
+def choose_kernels(
+    parts: Mapping[str, Sequence[Part]],
+    model: str,
+    request: Request,
+    machine: Machine,
+    warnings: list[str],
+) -> dict[str, tuple[Piece, ...]]:
+    """The pieces of each quantized module in the order of their columns, each with its kernel."""
+    item = ITEM_BYTES[request.dtype]
+    wanted, rows = wanted_backend(request, warnings), count_rows(model, request)
+    layers: dict[str, tuple[Piece, ...]] = {}
+    for module, own in parts.items():
+        chosen = []
+        for part in sorted(own, key=lambda part: part.target.columns):
+            scheme, out, into = part.scheme, part.out_features, part.in_features
+            kernel = choose_kernel(scheme, machine, (out, into), rows, request, wanted, warnings)
+            size = kernel.footprint(scheme, out, into, item)
+            numerics = name_numerics(kernel, scheme)
+            chosen.append(
+                Piece(part.layer, part.target, scheme, out, into, kernel.backend, numerics, size)
+            )
+        layers[module] = tuple(chosen)
+    return layers
+
+
+def decide_offload(request: Request, family: str | None, warnings: list[str]) -> tuple[bool, bool]:
+    """(layerwise, whole component): the guide's rules for the two offload flags."""
+    layerwise = bool(request.dit_layerwise_offload)
+    whole = bool(request.dit_cpu_offload)
+    if whole and family == "modelopt-fp8":
+        warnings.append(
+            "--dit-cpu-offload stays disabled for modelopt-fp8 checkpoints; "
+            "--dit-layerwise-offload is supported"
+        )
+        whole = False
+    if whole and layerwise:
+        warnings.append("--dit-layerwise-offload wins over --dit-cpu-offload")
+        whole = False
+    return layerwise, whole
+
+
+def check_memory(
+    components: Mapping[str, ComponentPlan], machine: Machine, warnings: list[str]
+) -> None:
+    """Warn when the weights alone do not fit."""
+    need = sum(component.bytes for component in components.values())
+    if machine.memory_bytes and need > machine.memory_bytes:
+        warnings.append(
+            f"the transformer weights need {need / 2**30:.1f} GiB, {machine.name} has "
+            f"{machine.memory_bytes / 2**30:.1f} GiB: try --dit-layerwise-offload"
+        )
+
+
+def require_plan(request: Request) -> Plan:
+    """The plan of a request; RefusedError where it is a refusal."""
+    made = plan(request)
+    if isinstance(made, Refusal):
+        raise RefusedError(made.rule, made.message)
+    return made

@@ -1,0 +1,41 @@
+"""Layouts: where codes and scales of a checkpoint lie, in words, and whether that can be open."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from quantmatrix import families
+from quantmatrix.families.nvfp4_layouts import describe_reading
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from quantmatrix.checkpoints.checkpoint import Checkpoint
+    from quantmatrix.families.nvfp4_layouts import Layout
+    from quantmatrix.scheme import Scheme
+
+
+def describe_layouts(schemes: Mapping[str, Scheme], layout: Layout | None) -> dict[str, int]:
+    """Layers per layout in words; one that is open is called unknown."""
+    told = Counter(filter(None, map(describe_layout, schemes.values())))
+    if layout is None or layout.known:
+        return dict(told)
+    return {f"unknown: {layout.why}; the base model's weights, or flags, decide": told.total()}
+
+
+def describe_layout(scheme: Scheme) -> str:
+    """Where NVFP4 codes and block scales lie, in words; empty for other codes."""
+    if scheme.op != "linear.nvfp4":
+        return ""
+    nibble = "high" if scheme.swap_nibbles else "low"
+    return describe_reading(nibble, "tiles" if scheme.tiled_scales else "rows")
+
+
+def has_layout(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is of the family whose codes can lie in several ways, and has such."""
+    tensors = checkpoint.tensors.items()
+    if not any(h.dtype == "U8" and name.endswith(".weight") for name, h in tensors):
+        return False
+    detected = families.detect(checkpoint)
+    return detected is not None and hasattr(families.load(detected[0]), "readings")

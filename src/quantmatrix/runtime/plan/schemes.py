@@ -1,0 +1,97 @@
+"""Schemes: the family of a checkpoint and how each of its layers is stored."""
+
+from __future__ import annotations
+
+from collections import Counter
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from quantmatrix import families, models
+from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.families.producers import modelopt_faults
+from quantmatrix.families.producers.comfyui import FUSED
+from quantmatrix.families.unknown_quantization import explain_unknown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from quantmatrix.checkpoints.checkpoint import Checkpoint
+    from quantmatrix.request import Request
+    from quantmatrix.runtime.plan.sources import Source
+    from quantmatrix.scheme import Scheme
+
+
+def find_schemes(
+    source: Source, model: str, request: Request
+) -> tuple[str | None, str, dict[str, Scheme], bool]:
+    """(family, why, scheme of each quantized layer on disk, whether it is made while loading)."""
+    checkpoint = source.checkpoint
+    if unknown := explain_unknown(checkpoint):
+        raise CheckpointError(unknown)
+    detected = families.detect(checkpoint)
+    if detected:
+        if request.quantization and source.primary:
+            raise UsageError(
+                f"--quantization {request.quantization} asks to quantize, but "
+                f"{checkpoint.reference} is quantized already ({detected[1]}): leave the flag out"
+            )
+        family, why = detected
+        modelopt_faults.check_export(checkpoint)
+        schemes = families.load(family).schemes(checkpoint)
+        if not schemes:
+            raise CheckpointError(
+                f"{checkpoint.reference}: declared as {family} ({why}), but no layer in "
+                f"{', '.join(checkpoint.files)} is quantized"
+            )
+        return family, why, schemes, False
+    if request.quantization and source.primary:
+        schemes = online_schemes(checkpoint, model, request)
+        return request.quantization, f"--quantization {request.quantization}", schemes, True
+    return None, "nothing in it is quantized", {}, False
+
+
+def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict[str, Scheme]:
+    """Schemes of `--quantization fp8`: every linear layer of the blocks that is not ignored."""
+    if request.quantization != "fp8":
+        raise UsageError(
+            f"--quantization {request.quantization}: only fp8 can be made while loading"
+        )
+    scheme = families.load("fp8").SCHEMES["tensor-dynamic"]
+    blocks, dialect = models.load(model).BLOCKS, models.dialect_of(model, checkpoint.tensors)
+    ignored = request.quantization_ignored_layers
+    hits: Counter[str] = Counter()
+    schemes: dict[str, Scheme] = {}
+    for name, header in checkpoint.tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        modules = [target.module for target in dialect.layer_targets(layer)]
+        matching = [p for p in ignored if is_part_of_path(p, (layer, *modules))]
+        hits.update(matching)
+        inside = any(module.split(".")[0] in blocks for module in modules)
+        if leaf == "weight" and len(header.shape) == 2 and inside and not matching:
+            schemes[layer] = scheme
+    unmatched = [pattern for pattern in ignored if not hits[pattern]]
+    if unmatched:
+        raise UsageError(
+            f"--quantization-ignored-layers {' '.join(unmatched)}: matches no linear layer "
+            f"of {checkpoint.reference}, nor any other; one is named like "
+            f"{next(iter(schemes), 'to_q')}: expected such a name, dotted parts of it, or a "
+            "pattern with *"
+        )
+    if not schemes:
+        raise UsageError(
+            f"--quantization fp8: no linear layer of {checkpoint.reference} is left to quantize: "
+            f"expected some in {', '.join(blocks)} that --quantization-ignored-layers leaves over"
+        )
+    return schemes
+
+
+def is_part_of_path(pattern: str, paths: Iterable[str]) -> bool:
+    """Whether a name from --quantization-ignored-layers is a path, or dotted parts of one.
+
+    A level above a layer is a part of its path (`transformer_blocks.0`), as are those in the middle
+    (`attn.to_k`); `*` stands for any characters, as in a shell. The last part may be the name under
+    which runtimes fuse projections (`to_qkv`).
+    """
+    above, dot, last = pattern.rstrip(".").rpartition(".")
+    parts = [f"*.{above}{dot}{name}.*" for name in FUSED.get(last, (last,))]
+    return any(fnmatchcase(f".{path}.", part) for path in paths for part in parts)

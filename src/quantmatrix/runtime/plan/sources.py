@@ -1,0 +1,293 @@
+"""Sources: which files each transformer component of a request comes from.
+
+Precedence, best first: the weights override of the component, the component override, the base
+model. The weights override replaces weights only, the component override replaces configuration
+and weights. Nothing here looks at tensors beyond their headers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import PurePath
+from typing import Any
+
+from quantmatrix import models
+from quantmatrix.checkpoints.checkpoint import Checkpoint
+from quantmatrix.checkpoints.declaration import parse_block
+from quantmatrix.checkpoints.foreign import SVDQUANT_PAIR, explain_original, plain_class
+from quantmatrix.checkpoints.opening import (
+    PipelineFolder,
+    is_whole,
+    open_compat,
+    open_component,
+    open_pipeline,
+    open_weights,
+    read_class,
+    read_component_config,
+)
+from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.families.nunchaku_svdq.faults import check_halves, check_layers
+from quantmatrix.families.nunchaku_svdq.flags import check_svdquant_flags
+from quantmatrix.quoting import quote, quote_json
+from quantmatrix.request import Request
+from quantmatrix.runtime.plan import experts, other_parts
+from quantmatrix.runtime.plan.config_limits import check_config
+
+COMPATIBLE_BASES = {"FLUX.2-dev-NVFP4": "black-forest-labs/FLUX.2-dev"}
+"""Repositories that hold only weights and may stand in `--model-path`, with their real base."""
+
+UNCOMPARED = ("quantization_config", "axes_lens", "rope_max_seq_len", "dtype", "torch_dtype")
+"""Words of a model's configuration that change none of its numbers; two are lengths of tables."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one transformer component comes from."""
+
+    checkpoint: Checkpoint
+    class_name: str
+    config: Mapping[str, Any]
+    config_from: str
+    primary: bool
+    base: str = ""
+    """The base model."""
+    siblings: Mapping[str, str] = field(default_factory=dict)
+    """Folder of each transformer component in the base model, by name."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where everything comes from."""
+
+    base: str
+    model: str
+    pipeline_class: str | None
+    components: Mapping[str, Source]
+    pipeline: PipelineFolder
+    warnings: list[str] = field(default_factory=list)
+
+
+def find_sources(request: Request) -> Sources:
+    """Resolve a request to checkpoints; raises UsageError or CheckpointError."""
+    check_svdquant_flags(request)
+    base, weights = find_base(request)
+    pipeline = open_pipeline(base, request.hub)
+    model, warnings = find_model(request, pipeline)
+    names = component_names(model, pipeline)
+    check_overrides(request, pipeline, names)
+    folders = {name: subfolder_of(name, pipeline) for name in names}
+    components = {
+        name: replace(
+            find_source(name, request, pipeline, weights.get(name), primary=name == names[0]),
+            base=base,
+            siblings=folders,
+        )
+        for name in names
+    }
+    for name in names[1:]:
+        if names[0] in weights and name not in weights:
+            warnings.append(
+                f"{name} keeps the base checkpoint; the override is for {names[0]} only"
+            )
+        if request.quantization:
+            warnings.append(
+                f"--quantization {request.quantization} is for {names[0]} only: {name} is loaded "
+                "as it is stored"
+            )
+    for name, source in components.items():
+        given = name in weights or name in request.component_paths
+        files = source.checkpoint.files if given else ()
+        if note := experts.warn_of_expert(name, files, names):
+            warnings.append(note)
+        warnings += [
+            f"{file} holds a LoRA, which is no part of the weights: it is left out, and not applied"
+            for file in source.checkpoint.left_out
+        ]
+    warnings += other_parts.list_warnings(pipeline, {*names, *request.component_paths})
+    warnings += check_svdquant_file(request, model, components[names[0]].checkpoint)
+    return Sources(base, model, pipeline.class_name, components, pipeline, warnings)
+
+
+def find_base(request: Request) -> tuple[str, dict[str, str]]:
+    """(base model, weights overrides), the compatibility use of `--model-path` resolved.
+
+    There `--model-path` stands for the base and, unless a flag names another transformer, for its
+    weights. A folder of that name that is a whole model, with a transformer of its own, is one.
+    """
+    if not request.model_path:
+        raise UsageError("--model-path is missing: name the base model, a folder or a hub id")
+    weights = dict(request.weights_paths)
+    for marker, base in COMPATIBLE_BASES.items():
+        if marker in request.model_path and not is_whole(request.model_path, request.hub):
+            if "transformer" not in request.component_paths:
+                weights.setdefault("transformer", f"compat:{request.model_path}")
+            return base, weights
+    return request.model_path, weights
+
+
+def find_model(request: Request, pipeline: PipelineFolder) -> tuple[str, list[str]]:
+    """(model id, warnings): by `--model-id`, else by the class the base model names."""
+    warnings: list[str] = []
+    if request.model_id:
+        named, stated = (
+            models.by_short_name(request.model_id),
+            models.by_class(pipeline.class_name or ""),
+        )
+        if named and stated and named != stated:
+            raise UsageError(
+                f"--model-id {request.model_id}, but {pipeline.reference} is a {pipeline.class_name}: "
+                f"expected {models.load(stated).NAME}, or a mirror of {models.load(named).NAME}"
+            )
+        if named:
+            return named, warnings
+        known = ", ".join(models.load(name).NAME for name in models.IDS)
+        warnings.append(
+            f"--model-id {request.model_id} is no known model ({known}); "
+            "the model is taken from the base checkpoint instead"
+        )
+    found = models.by_class(pipeline.class_name or "")
+    if found is None:
+        known = ", ".join(models.load(name).PIPELINE for name in models.IDS)
+        raise CheckpointError(
+            f"{pipeline.reference}: {pipeline.class_name} is none of the base models ({known}); "
+            "pass --model-id if this is a mirror of one of them"
+            f"{explain_original([pipeline.class_name or ''])}"
+        )
+    return found, warnings
+
+
+def component_names(model: str, pipeline: PipelineFolder) -> list[str]:
+    """Transformer components that the base has, primary first; a bare folder is `transformer`."""
+    if not pipeline.components:
+        return ["transformer"]
+    wanted = models.load(model).COMPONENTS
+    names = [name for name in wanted if name in pipeline.components]
+    if not names:
+        raise CheckpointError(
+            f"{pipeline.reference}: model_index.json names no {' or '.join(wanted)}, only "
+            f"{', '.join(pipeline.components)}: expected the transformer of a "
+            f"{models.load(model).NAME}; download the model again"
+        )
+    return names
+
+
+def check_overrides(request: Request, pipeline: PipelineFolder, names: list[str]) -> None:
+    """An override must name a component that the base model has."""
+    known = set(pipeline.components) | set(names)
+    for suffix, overrides in (
+        ("path", request.component_paths),
+        ("weights-path", request.weights_paths),
+    ):
+        for name in overrides:
+            if name not in known:
+                raise UsageError(
+                    f"--{name.replace('_', '-')}-{suffix}: {pipeline.reference} has no component "
+                    f"{name}; it has {', '.join(sorted(known))}"
+                )
+    strange = [name for name in request.weights_paths if name not in names]
+    if strange:
+        raise UsageError(
+            f"--{strange[0].replace('_', '-')}-weights-path: only transformer components take a "
+            f"weights override ({', '.join(names)})"
+        )
+
+
+def find_source(
+    name: str, request: Request, pipeline: PipelineFolder, weights: str | None, *, primary: bool
+) -> Source:
+    """Where one component comes from, its class checked against the base's."""
+    override = request.component_paths.get(name)
+    if weights and weights.startswith("compat:"):
+        checkpoint = open_compat(weights.removeprefix("compat:"), request.hub)
+    elif weights:
+        checkpoint = open_weights(weights, request.hub)
+    elif override:
+        checkpoint = open_component(override, request.hub, name=name)
+    else:
+        checkpoint = open_component(pipeline.reference, request.hub, subfolder_of(name, pipeline))
+    if override and not weights:
+        config, config_from = checkpoint.config, checkpoint.config_file
+        if config is None or config_from is None:
+            raise CheckpointError(
+                f"{override}: no config.json beside {', '.join(checkpoint.files)}; a component "
+                f"folder has one. For weights alone use --{name.replace('_', '-')}-weights-path"
+            )
+    elif override:
+        config, config_from = read_component_config(override, request.hub, name=name)
+    else:
+        config, config_from = read_component_config(
+            pipeline.reference, request.hub, subfolder_of(name, pipeline)
+        )
+    check_halves(checkpoint)
+    check_layers(checkpoint)
+    class_name = read_class(config, config_from) or ""
+    config = {**config, "_class_name": class_name}
+    check_class(name, class_name, config_from, pipeline, checkpoint)
+    check_config(config, config_from, checkpoint)
+    check_stated_config(class_name, config, config_from, checkpoint)
+    return Source(checkpoint, class_name, config, config_from, primary)
+
+
+def subfolder_of(name: str, pipeline: PipelineFolder) -> str:
+    """Folder of a component inside the base; a bare component folder is its own."""
+    return name if pipeline.components else ""
+
+
+def check_class(
+    name: str, class_name: str, config_from: str, pipeline: PipelineFolder, checkpoint: Checkpoint
+) -> None:
+    """The base model and the override's config must name one class."""
+    expected = pipeline.components[name][1] if name in pipeline.components else class_name
+    if class_name != expected:
+        raise CheckpointError(
+            f"{config_from}: this is a {class_name or 'component without _class_name'}, "
+            f"{name} of {pipeline.reference} is a {expected}: wrong model for the checkpoint"
+            f"{explain_original([class_name])}"
+        )
+
+
+def check_stated_config(
+    class_name: str, config: Mapping[str, Any], config_from: str, checkpoint: Checkpoint
+) -> None:
+    """Weights that bring a configuration of the model must agree with the one that is used.
+
+    It stands in the header, or beside an SVDQuant folder of two files. Numbers of heads or of
+    positions shape no tensor, so that nothing else would tell of them. What one of the two leaves
+    out, or leaves empty, is not compared, nor what changes no number.
+    """
+    stated: Mapping[str, Any] = parse_block(checkpoint.metadata.get("config", ""))
+    place = f"{checkpoint.files[0]}: the header's config"
+    if not stated and sorted(PurePath(file).name for file in checkpoint.files) == SVDQUANT_PAIR:
+        stated, place = checkpoint.config or {}, f"{checkpoint.config_file}: this config"
+    named = plain_class(stated.get("_class_name"))
+    if named and named != class_name:
+        raise CheckpointError(
+            f"{place} says these are weights of {quote(named)}, {config_from} says {class_name}: wrong "
+            "model for the checkpoint"
+        )
+    for key, value in stated.items():
+        here = config.get(key)
+        same = value is None or here is None or value == here
+        if same or key.startswith("_") or key in UNCOMPARED:
+            continue
+        raise CheckpointError(
+            f"{place} says {key} {quote_json(value, 120)}, {config_from} says "
+            f"{quote_json(here, 120)}: these are weights of another model, or of another size; "
+            "name the base model that they were made from"
+        )
+
+
+def check_svdquant_file(request: Request, model: str, checkpoint: Checkpoint) -> list[str]:
+    """The three SVDQuant flags and the file name against what the primary's file holds."""
+    from quantmatrix.families import nunchaku_svdq
+
+    module = models.load(model)
+    defaults = module.TINY_DEFAULTS if request.tiny else module.DEFAULTS
+    return nunchaku_svdq.check_request(
+        request.enable_svdquant,
+        request.quantization_precision,
+        request.quantization_rank,
+        checkpoint,
+        request.num_inference_steps or defaults.steps,
+    )

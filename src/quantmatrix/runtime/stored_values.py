@@ -1,0 +1,133 @@
+"""Stored values: numbers of a checkpoint that cannot be meant are refused before a layer is built.
+
+Every check names the file, the tensor and what was found. A family adds what only it knows in a
+function `find_fault`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantmatrix import families
+from quantmatrix.errors import CheckpointError
+from quantmatrix.families.nunchaku_svdq import faults
+from quantmatrix.kernels.number_formats import expand_blocks, holds_nan, is_finite
+from quantmatrix.scheme import Scheme
+
+if TYPE_CHECKING:
+    from quantmatrix.checkpoints.checkpoint import Checkpoint
+    from quantmatrix.runtime.plan.types import ComponentPlan, Piece
+
+NUMBERS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""What a tensor in full precision may hold; anything else is codes, or damage."""
+UNUSED = ("smooth_factor_orig", "smooth_orig")
+"""Suffixes of a quantized layer that nothing computes with."""
+
+
+def check_stored(
+    checkpoint: Checkpoint, layer: str, scheme: Scheme, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Scales and biases of a quantized layer [N, K] that would void the image.
+
+    Scales must be finite and weights' not negative, inputs' positive; a weight's may be zero where
+    its codes are. Biases are numbers, and so are all codes.
+    """
+    for suffix, tensor in tensors.items():
+        name = f"{layer}.{suffix}"
+        if suffix in ("bias", "linear.bias"):
+            check_plain(checkpoint, name, name, tensor)
+        if suffix == "weight" and scheme.weight == "e4m3" and holds_nan(tensor):
+            raise CheckpointError(
+                f"{checkpoint.tensors[name].file}: tensor {name} holds NaN codes: expected numbers "
+                "within 448; casts of older writers gave NaN beyond: hold values within 448 before "
+                f"the cast, and quantize again{explain_zeros(tensors)}"
+            )
+        if "scale" not in suffix or not tensor.is_floating_point():
+            continue
+        what, expected = "", "finite"
+        if not torch.isfinite(tensor.float()).all():
+            what = "NaN or infinite"
+        elif suffix == "input_scale" and not (tensor > 0).all():
+            what, expected = "zero or negative", "positive"
+        elif suffix.startswith("weight_scale") and (tensor.float() < 0).any():
+            what, expected = "negative", "positive"
+        elif suffix.startswith("weight_scale") and voids_codes(tensor, scheme, tensors):
+            what, expected = "zero (beside codes that are not)", "positive"
+        if what:
+            raise CheckpointError(
+                f"{checkpoint.tensors[name].file}: tensor {name} holds {what} scales: "
+                f"expected {expected} numbers; the checkpoint is damaged or was exported wrongly"
+                f"{explain_zeros(tensors)}"
+            )
+
+
+def explain_zeros(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A hint for the end of an error about a layer whose largest scale is zero.
+
+    ModelOpt divides a weight by its own scale, so that one of zeros alone gives NaN: in the codes
+    of FP8, in the block scales of NVFP4.
+    """
+    scale = tensors.get("weight_scale_2", tensors.get("weight_scale"))
+    if scale is None or scale.numel() != 1 or scale.any():
+        return ""
+    return (
+        ". ModelOpt writes this of a layer whose weights are all zero: switch its quantizers off "
+        "and export again"
+    )
+
+
+def voids_codes(scales: torch.Tensor, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a scale of zero stands beside e4m3 codes [N, K] that are not zero."""
+    zero = scales == 0
+    if scheme.weight != "e4m3" or not zero.any():
+        return False
+    codes = tensors["weight"].view(torch.uint8) & 0x7F
+    if scheme.scale == "block":
+        zero = expand_blocks(zero, scheme.block, (codes.shape[0], codes.shape[1]))
+    elif scheme.scale == "channel":
+        zero = zero.reshape(-1, 1)
+    return bool((codes * zero).any())
+
+
+def check_values(
+    component: ComponentPlan, piece: Piece, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """What the family says can never be among a layer's values is refused, and so is NaN."""
+    assert component.family is not None
+    find_fault = getattr(families.load(component.family), "find_fault", None)
+    fault = None if find_fault is None else find_fault(tensors, piece.scheme)
+    fault = fault or faults.find_lost_scale(piece.scheme, tensors)
+    if fault is not None:
+        suffix, what = fault
+        name = f"{piece.layer}.{suffix}"
+        raise CheckpointError(
+            f"{component.checkpoint.tensors[name].file}: tensor {name} {what}. The checkpoint is "
+            "damaged or was exported wrongly: download it again, or quantize again"
+        )
+    for suffix, tensor in tensors.items():
+        if tensor.dtype in NUMBERS and suffix not in UNUSED:
+            check_finite(component.checkpoint, f"{piece.layer}.{suffix}", tensor)
+
+
+def check_plain(checkpoint: Checkpoint, name: str, parameter: str, tensor: torch.Tensor) -> None:
+    """Codes must never be taken as numbers, and numbers are finite."""
+    if tensor.dtype not in NUMBERS:
+        raise CheckpointError(
+            f"{checkpoint.tensors[name].file}: tensor {name} holds {tensor.dtype} codes, but the "
+            f"checkpoint describes {parameter} as full precision: its scale is missing, or its "
+            "exclusion list is wrong; expected BF16, F16 or F32"
+        )
+    check_finite(checkpoint, name, tensor)
+
+
+def check_finite(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> None:
+    """One NaN or infinite number in a model makes every picture of it black, or noise."""
+    if not is_finite(tensor):
+        raise CheckpointError(
+            f"{checkpoint.tensors[name].file}: tensor {name} holds NaN or infinite numbers: expected "
+            "finite ones; the checkpoint is damaged, or its numbers were too large for the dtype "
+            "that they were cast to"
+        )

@@ -1,0 +1,1 @@
+"""Witness: what a quantized file means, proved by the base model's own weights."""

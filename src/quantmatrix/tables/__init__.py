@@ -1,0 +1,1 @@
+"""Tables: what people claim, as typed rows. Standard library only."""

@@ -1,0 +1,108 @@
+"""Read: the five tables of a folder; lines of cases become cells."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantmatrix.tables.lint import (
+    check_case,
+    check_checkpoints,
+    check_families,
+    check_hardware,
+    check_models,
+    check_sharing,
+    check_twin,
+    list_checks,
+)
+from quantmatrix.tables.rows import (
+    Cell,
+    CheckpointRow,
+    FamilyRow,
+    HardwareRow,
+    Matrix,
+    MatrixError,
+    ModelRow,
+)
+from quantmatrix.tables.table import CaseRow, read_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from quantmatrix.tables.table import Table
+
+
+def read_tables(folder: Path) -> Matrix:
+    """All five tables of a folder; raises MatrixError with every problem."""
+    problems: list[str] = []
+    family_table = read_table(folder / "families.csv", FamilyRow, problems)
+    model_table = read_table(folder / "models.csv", ModelRow, problems)
+    hardware_table = read_table(folder / "hardware.csv", HardwareRow, problems)
+    checkpoint_table = read_table(folder / "checkpoints.csv", CheckpointRow, problems)
+    case_table = read_table(folder / "cases.csv", CaseRow, problems)
+    tables = Matrix(
+        families=family_table.by_id(),
+        models=model_table.by_id(),
+        hardware=hardware_table.by_id(),
+        checkpoints=checkpoint_table.by_id(),
+        cells=(),
+    )
+    case_table.by_id()
+    check_families(family_table, tables)
+    check_models(model_table)
+    check_hardware(hardware_table)
+    check_checkpoints(checkpoint_table, tables)
+    cells = tuple(expand_cases(case_table, tables))
+    if problems:
+        raise MatrixError(problems)
+    return replace(tables, cells=cells)
+
+
+def expand_cases(table: Table[CaseRow], tables: Matrix) -> Iterator[Cell]:
+    """The cells of all lines; a line with an unknown word gives those that can be named."""
+    groups = tables.groups
+    words = [*tables.hardware, *groups]
+    places: dict[tuple[str, ...], list[str]] = {}
+    seen: dict[tuple[Any, ...], int] = {}
+    for line, row in table.rows:
+        check_case(table, line, row, tables)
+        if row.hardware not in places and table.check(line, "hardware", row.hardware, words):
+            places[row.hardware] = [p for w in row.hardware for p in groups.get(w, (w,))]
+        listed = places.get(row.hardware, [])
+        for place in {p for p in listed if listed.count(p) > 1}:
+            table.note(line, f"hardware: {place} is named twice, once by a group")
+        for hardware in dict.fromkeys(listed):
+            check_sharing(table, line, row, tables.hardware[hardware])
+            for backend in row.backend or ("",):
+                check_twin(table, line, row, hardware, backend, seen)
+                suffix = f"+{backend}" if len(row.backend) > 1 else ""
+                yield Cell(
+                    id=f"{row.id}@{hardware}{suffix}",
+                    row=row.id,
+                    checkpoint=row.checkpoint,
+                    family=row.family,
+                    model=row.model,
+                    hardware=hardware,
+                    backend=backend,
+                    flags=row.flags,
+                    checks=list_checks(row.checks, backend),
+                    claim=row.claim,
+                    rule=row.rule,
+                    notes=row.notes,
+                    line=line,
+                )
+
+
+def tables_folder() -> Path:
+    """`matrix/` of the checkout that the package runs from, else the copy in the package."""
+    package = Path(__file__).parents[1]
+    checkout = package.parents[1] / "matrix"
+    return checkout if (checkout / "cases.csv").is_file() else package / "tables"
+
+
+def read(folder: Path | None = None) -> Matrix:
+    """The tables of a folder; raises MatrixError with every problem of all five files."""
+
+    return read_tables(folder or tables_folder())

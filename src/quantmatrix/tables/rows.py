@@ -1,0 +1,267 @@
+"""The matrix: five tables written by people, read into typed rows, every problem named at once.
+
+| table             | one line is |
+| ----------------- | ----------- |
+| `families.csv`    | a quant family, in the words of the quantization guide |
+| `models.csv`      | a base model and its transformer components |
+| `hardware.csv`    | a machine: vendor, architecture, memory, devices, groups, packages there |
+| `checkpoints.csv` | a quantized checkpoint: how a user names it, and what is in it |
+| `cases.csv`       | a claim: this checkpoint, there, with these flags, passes these checks |
+
+A line of cases.csv names any number of hardware ids, groups (`hopper`, or `all`) and backends, and
+stands for one `Cell` for each of them: `<row>@<hardware>`, with `+<backend>` where the row names
+more than one. A blank backend is the one that the hardware runs by default. Claims:
+
+| claim       | meaning |
+| ----------- | ------- |
+| `validated` | the quantization guide says that it works |
+| `expected`  | we say so, beyond the guide |
+| `refused`   | it must end in the refusal `rule`; `notes` tell why |
+| `failing`   | it is known not to work: the check that `rule` names fails; `notes` tell why |
+| `planned`   | nobody says so yet; `notes` tell what is missing |
+
+Nothing here writes into the tables. Only the standard library is needed, so that commands and test
+collection stay quick.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from quantmatrix.errors import QuantmatrixError
+
+if TYPE_CHECKING:
+    pass
+
+CLAIMS = ("validated", "expected", "refused", "failing", "planned")
+CHECKS = ("load", "latents", "generate", "refuse", "bench", "trace", "true-size", "compile")
+ON_REQUEST = ("true-size",)
+"""Checks that run only where `--check` names them: they take a GPU's seconds, or a CPU's minute."""
+PLAIN_BACKENDS = ("reference", "decode", "merged")
+"""Backends made of torch alone: they start no kernel of ours, so their cells have no check `compile`."""
+VENDORS = ("cpu", "nvidia", "amd", "ascend")
+SELECTORS: Mapping[str, tuple[str, ...]] = {
+    "component-folder": ("--transformer-path", "--transformer-weights-path"),
+    "single-file": ("--transformer-weights-path",),
+    "sharded": ("--transformer-path", "--transformer-weights-path"),
+    "raw": ("--transformer-weights-path", "--model-path"),
+    "comfyui": ("--transformer-weights-path",),
+    "pipeline": ("--model-path",),
+    "online": ("--quantization",),
+}
+"""Forms of a checkpoint, each with the flags that may name one."""
+EVERYWHERE = "all"
+"""The group that every hardware belongs to."""
+PROMPT = "a curious pikachu"
+"""Prompt of a row that names none, from the guide's first example."""
+ASSIGNMENT = re.compile(r"[A-Z][A-Z0-9_]*=\S+")
+"""An environment variable at the start of a row's flags."""
+
+
+class MatrixError(QuantmatrixError, ValueError):
+    """Tables that cannot be used; the message has one line per problem, with file and line."""
+
+    def __init__(self, problems: Collection[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """A quant family, in the guide's words."""
+
+    id: str
+    checkpoint_form: str
+    canonical_cli: str
+    supported_models: str
+    extra_dependency: str
+    notes: str
+    models: tuple[str, ...]
+    """Ids of the models that the guide names for the family."""
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """A base model."""
+
+    id: str
+    name: str
+    repo: str
+    transformers: tuple[str, ...]
+    """Its transformer components, primary first."""
+    notes: str
+
+
+@dataclass(frozen=True)
+class HardwareRow:
+    """A machine that claims are made about."""
+
+    id: str
+    name: str
+    vendor: str
+    arch: str
+    memory_gib: float
+    """Memory of one device in GiB; 0 where the row does not limit it."""
+    devices: int
+    """Devices that work together on each generation."""
+    group: tuple[str, ...]
+    packages: tuple[str, ...]
+    """Import names of optional packages that are assumed there."""
+    job: str
+    """Name of the CI job that tests it."""
+    label: str
+    """Label of the runner of that job."""
+
+    @property
+    def wanted(self) -> str:
+        """What its job wants, in words."""
+        return f"one {self.name}" if self.devices == 1 else self.name
+
+
+@dataclass(frozen=True)
+class CheckpointRow:
+    """A quantized checkpoint."""
+
+    id: str
+    family: str
+    model: str
+    form: str
+    selector: str
+    """The flag that names it."""
+    reference: str
+    """What the user passes with that flag."""
+    base: str
+    """The same model in full precision."""
+    revision: str
+    scheme: str
+    """How its layers are stored, in a word that the family's SCHEMES has."""
+    kept: str
+    """Name of the set of layers left in full precision, in the model's FALLBACKS."""
+    components: tuple[str, ...]
+    """Transformer components that are quantized."""
+    algo: str
+    cli: str
+    scope: str
+    notes: str
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The flags that name base model and checkpoint."""
+        if self.selector == "--model-path":
+            return ("--model-path", self.reference)
+        return ("--model-path", self.base, self.selector, self.reference)
+
+    @property
+    def repositories(self) -> tuple[str, ...]:
+        """The hub ids and paths that a run of it reads."""
+        return (self.base,) if self.form == "online" else (self.base, self.reference)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One claim about one checkpoint on one hardware with one backend."""
+
+    id: str
+    row: str
+    checkpoint: str
+    family: str
+    model: str
+    hardware: str
+    backend: str
+    """Empty: whatever the hardware runs by default."""
+    flags: tuple[str, ...]
+    checks: tuple[str, ...]
+    claim: str
+    rule: str
+    notes: str
+    line: int
+    """Line of cases.csv."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment variables of the row, written as `NAME=value` at the start of its flags."""
+        words = (word.partition("=") for word in self.flags if ASSIGNMENT.fullmatch(word))
+        return {name: value for name, _, value in words}
+
+    def command(self, matrix: Matrix) -> list[str]:
+        """The command that the cell stands for, `environment` left out."""
+        flags = [word for word in self.flags if not ASSIGNMENT.fullmatch(word)]
+        backend = ["--backend", self.backend] if self.backend else []
+        prompt = [] if "--prompt" in flags else ["--prompt", PROMPT]
+        words = matrix.checkpoints[self.checkpoint].words
+        return ["quantmatrix", "generate", *words, *flags, *backend, *prompt]
+
+    def shell(self, matrix: Matrix) -> str:
+        """The command in shell words on one line, `environment` included."""
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*settings, shlex.join(self.command(matrix))])
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The tables; each row lies under its id, in the order of the file."""
+
+    families: Mapping[str, FamilyRow]
+    models: Mapping[str, ModelRow]
+    hardware: Mapping[str, HardwareRow]
+    checkpoints: Mapping[str, CheckpointRow]
+    cells: tuple[Cell, ...]
+
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Hardware ids of each group."""
+        return group_hardware(self.hardware)
+
+    @property
+    def repositories(self) -> tuple[str, ...]:
+        """Every hub id and path that a cell reads, once; what is only planned is left out."""
+        used = {cell.checkpoint for cell in self.cells if cell.claim != "planned"}
+        bases = [model.repo for model in self.models.values()]
+        named = [n for row in self.checkpoints.values() if row.id in used for n in row.repositories]
+        return tuple(dict.fromkeys([*bases, *named]))
+
+    def select(
+        self,
+        family: Collection[str] = (),
+        model: Collection[str] = (),
+        hardware: Collection[str] = (),
+        claim: Collection[str] = (),
+        check: Collection[str] = (),
+    ) -> list[Cell]:
+        """Cells that match each filter that is not empty; `hardware` takes ids and groups."""
+        groups = self.groups
+        places = {place for word in hardware for place in groups.get(word, (word,))}
+        return [
+            cell
+            for cell in self.cells
+            if (not family or cell.family in family)
+            and (not model or cell.model in model)
+            and (not hardware or cell.hardware in places)
+            and (not claim or cell.claim in claim)
+            and (not check or not set(check).isdisjoint(cell.checks))
+        ]
+
+
+def group_hardware(hardware: Mapping[str, HardwareRow]) -> dict[str, tuple[str, ...]]:
+    """Hardware ids of each group, `all` included."""
+    groups: dict[str, tuple[str, ...]] = {EVERYWHERE: tuple(hardware)}
+    for row in hardware.values():
+        for name in row.group:
+            groups[name] = (*groups.get(name, ()), row.id)
+    return groups
+
+
+@lru_cache(maxsize=4096)
+def split_flags(text: str) -> tuple[str, ...]:
+    """The words of a `flags` cell, quoted as in a shell; ValueError for an open quote."""
+    quoted = any(mark in text for mark in "'\"\\")
+    return tuple(shlex.split(text) if quoted else text.split())
+
+
+AUTO = "auto"
+"""The word that stands for the row of the machine that we are on."""

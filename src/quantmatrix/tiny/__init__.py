@@ -1,0 +1,1 @@
+"""Tiny: small stand-ins of every repository, in its true on-disk format."""

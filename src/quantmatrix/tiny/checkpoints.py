@@ -1,0 +1,158 @@
+"""Tiny checkpoints: a row of checkpoints.csv as files, made from a base model's tiny weights.
+
+The row says what is quantized, how, and in which form it is written; `quantizing` does it. Calibration
+is a real pass of the tiny pipeline.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from quantmatrix import families, models
+from quantmatrix.checkpoints.comfyui import MARKER
+from quantmatrix.families.protocol import Calibration, Declaration
+from quantmatrix.models.dialect import Dialect
+from quantmatrix.request import Request
+from quantmatrix.scheme import Scheme
+from quantmatrix.tables.rows import CheckpointRow
+from quantmatrix.tools.packing import Tensors, pack_tensors
+from quantmatrix.tools.recipe import (
+    WEIGHTS,
+    Recipe,
+    quantize_layers,
+    round_up,
+    watch_inputs,
+    write_file,
+    write_folder,
+)
+from quantmatrix.tools.recipe import choose_schemes as choose_by_recipe
+
+SHARDS = 3
+
+
+def write_checkpoint(row: CheckpointRow, inner: str, folder: Path, base: Path) -> None:
+    """Write a row's checkpoint into a folder; `inner` is the file or folder name inside it."""
+    if row.form == "pipeline":
+        shutil.copytree(base, folder / inner, dirs_exist_ok=True)
+    for component in row.components:
+        made = make_component(row, component, base)
+        write_component(row, made, component, inner, folder, base / component)
+
+
+def write_component(
+    row: CheckpointRow,
+    made: tuple[Tensors, Declaration],
+    component: str,
+    inner: str,
+    folder: Path,
+    base: Path,
+) -> Path:
+    """Write one quantized component in the row's form; returns the file or folder.
+
+    `base` is the component's folder in the base model, whose config.json is taken over.
+    """
+    if row.form == "pipeline":
+        target = folder / inner / component
+        for old in target.glob("*.safetensors*"):
+            old.unlink()
+        write_folder(*made, target, base, with_config=True)
+    elif row.form == "component-folder":
+        target = folder / inner
+        write_folder(*made, target, base, with_config=True)
+    elif row.form == "sharded":
+        target = folder / inner
+        write_folder(*made, target, base, with_config=False, shards=SHARDS)
+    else:
+        target = folder / (inner if inner.endswith(".safetensors") else f"{row.id}.safetensors")
+        write_file(*made, target, base)
+    return target
+
+
+def make_component(row: CheckpointRow, component: str, base: Path) -> tuple[Tensors, Declaration]:
+    """(tensors on disk, declaration) of one quantized component."""
+    dialect = find_recipe(row).dialect
+    packed = pack_tensors(load_file(base / component / WEIGHTS), dialect, find_kept(row))
+    chosen = choose_schemes(row, packed, dialect)
+    ranges = calibrate(row.model, str(base))[component]
+    family = families.load(row.family)
+    tensors, declaration = quantize_layers(family, dialect, packed, chosen, ranges)
+    return finish_tensors(row, tensors, declaration, chosen)
+
+
+def finish_tensors(
+    row: CheckpointRow,
+    tensors: Tensors,
+    declaration: Declaration,
+    chosen: Mapping[str, Scheme],
+) -> tuple[Tensors, Declaration]:
+    """What the writers of some files do besides: ComfyUI's marks, no input scales in mixed ones."""
+    if row.form == "comfyui":
+        return {**tensors, **mark_layers(chosen)}, Declaration()
+    if "-mixed." in row.reference:
+        tensors = {n: t for n, t in tensors.items() if not n.endswith(".input_scale")}
+    return tensors, declaration
+
+
+def find_recipe(row: CheckpointRow) -> Recipe:
+    """What becomes of the layers of a row's model."""
+    scheme = families.load(row.family).SCHEMES[row.scheme]
+    named_anew = any(dialect.name == "bfl" for dialect in models.load(row.model).DIALECTS)
+    raw = row.form == "raw" or (row.form == "comfyui" and named_anew)
+    return Recipe(row.model, row.family, scheme, find_kept(row), raw=raw)
+
+
+def find_kept(row: CheckpointRow) -> Callable[[str], bool]:
+    """Whether a module, by diffusers' name, is one that the row leaves in full precision."""
+    sets = models.load(row.model).FALLBACKS
+    patterns = [re.compile(pattern) for word in row.kept.split() for pattern in sets[word]]
+    return lambda module: any(pattern.fullmatch(module) for pattern in patterns)
+
+
+def choose_schemes(
+    row: CheckpointRow, packed: Mapping[str, torch.Tensor], dialect: Dialect
+) -> dict[str, Scheme]:
+    """Scheme of each layer on disk that the row quantizes."""
+    return choose_by_recipe(find_recipe(row), packed)
+
+
+def mark_layers(chosen: Mapping[str, Scheme]) -> Tensors:
+    """What ComfyUI's writers put beside each FP8 layer in place of a declaration."""
+    words = {"tensor": "float8_e4m3fn", "channel": "float8_e4m3fn_rowwise"}
+    entries = {layer: {"format": words[scheme.scale]} for layer, scheme in chosen.items()}
+    return {
+        f"{layer}{MARKER}": torch.tensor(list(json.dumps(entry).encode()), dtype=torch.uint8)
+        for layer, entry in entries.items()
+    }
+
+
+@lru_cache(maxsize=8)
+def calibrate(model: str, base: str) -> dict[str, dict[str, Calibration]]:
+    """Input ranges of every linear layer of every transformer component, from one real pass."""
+    import diffusers
+
+    module = models.load(model)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    found: dict[str, dict[str, Calibration]] = {}
+    for component in module.COMPONENTS:
+        found[component] = watch_inputs(getattr(pipeline, component))
+    request = Request(model_path=base, tiny=True)
+    with torch.inference_mode():
+        pipeline(
+            prompt="a curious pikachu",
+            generator=torch.Generator("cpu").manual_seed(0),
+            output_type="latent",
+            **module.call_arguments(request),
+        )
+    return {
+        component: {name: round_up(seen) for name, seen in ranges.items()}
+        for component, ranges in found.items()
+    }

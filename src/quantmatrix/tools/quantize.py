@@ -1,0 +1,362 @@
+"""Quantize: a full-precision model as a checkpoint of any family that our loader, and its own, reads.
+
+| family | what is written to `--output-path` |
+| ------ | ---------------------------------- |
+| `nunchaku-svdq` | one file, `svdq-{int4,fp4}_r{rank}-NAME.safetensors` |
+| `fp8`, `modelopt-fp8`, `modelopt-nvfp4` | one file (`NAME.safetensors`) or a component folder |
+| `msmodelslim` | the whole pipeline, with a description beside each component's weights |
+
+A model with two transformers (Wan2.2) gives a folder with one component folder each. Calibration is a
+run of the model itself. Everything is written beside its place and moved there when it is complete;
+what stood there goes only then. Two runs on one machine give the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantmatrix import families, models
+from quantmatrix.checkpoints.opening import fetch, fetch_pipeline
+from quantmatrix.checkpoints.reader import TensorReader
+from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix.families import nunchaku_svdq
+from quantmatrix.families.protocol import Calibration
+from quantmatrix.files import check_place
+from quantmatrix.request import Request
+from quantmatrix.runtime.library_logs import quiet
+from quantmatrix.runtime.load import DTYPES
+from quantmatrix.runtime.pipeline import build_pipeline
+from quantmatrix.runtime.plan.decide import plan_transformers
+from quantmatrix.runtime.plan.types import ComponentPlan, Plan, Refusal
+from quantmatrix.scheme import Scheme
+from quantmatrix.tables import read
+from quantmatrix.tools.packing import pack_tensors
+from quantmatrix.tools.recipe import (
+    Recipe,
+    choose_schemes,
+    quantize_layers,
+    watch_inputs,
+    write_file,
+    write_folder,
+)
+
+PROMPTS = (
+    "a portrait of an old fisherman, soft window light, 85 mm",
+    "a red bicycle leaning against a yellow wall, hard shadows",
+    "a bowl of ramen seen from above, steam, wooden table",
+    "a city at night in the rain, neon signs, reflections",
+)
+"""What is generated for calibration when no prompts are given."""
+FILE = ".safetensors"
+Made = Mapping[str, Any]
+Show = Callable[[str, Iterable[Any]], Iterable[Any]]
+
+
+def quantize(
+    request: Request,
+    *,
+    family: str,
+    output: str | Path,
+    scheme: str | None = None,
+    precision: str | None = None,
+    rank: int | None = None,
+    kept: Sequence[str] | None = None,
+    prompts: Sequence[str] = PROMPTS,
+    overwrite: bool = False,
+    show: Show = lambda _, things: things,
+) -> dict[str, Any]:
+    """Quantize the model of a request and write it; returns what was written.
+
+    `kept` are names of the model's sets, or regular expressions over diffusers' module names, of
+    layers left alone; None takes the set that the tables have for the family. `show` wraps long
+    loops: (what is done, the things). Raises UsageError before any work for words that do not fit.
+    """
+    start, target = time.monotonic(), Path(output)
+    word, chosen = find_scheme(family, scheme, precision, rank)
+    check_place(target)
+    made = plan_transformers(request)
+    if isinstance(made, Refusal):
+        raise RefusedError(made.rule, made.message)
+    check_base(made, family, target, chosen, overwrite)
+    recipe = Recipe(made.model, family, chosen, find_kept(made.model, family, word, kept))
+    check_names(made, recipe)
+    ranges = calibrate(made, prompts, show)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}{target.suffix}")
+    try:
+        layers = write_all(made, recipe, ranges, target, temporary, show)
+        if target.exists() and not overwrite:
+            raise UsageError(
+                f"{target} appeared while this ran, and was left alone: choose another "
+                "--output-path, or give --overwrite"
+            )
+        replace_target(temporary, target)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {target}: {error.strerror or error}; nothing was left behind"
+        ) from error
+    finally:
+        remove(temporary)
+    sizes = [path.stat().st_size for path in list_files(target)]
+    return {
+        "output": str(target),
+        "model": made.model,
+        "family": family,
+        "scheme": chosen.name,
+        "components": layers,
+        "prompts": len(prompts),
+        "bytes": sum(sizes),
+        "seconds": round(time.monotonic() - start, 3),
+    }
+
+
+def find_scheme(
+    family: str, scheme: str | None, precision: str | None, rank: int | None
+) -> tuple[str, Scheme]:
+    """(its name, the scheme) that the words name; UsageError when they do not fit the family."""
+    if family not in families.IDS:
+        raise UsageError(f"--family {family}: expected one of {', '.join(families.IDS)}")
+    known = families.load(family).SCHEMES
+    if family == nunchaku_svdq.ID:
+        if scheme is not None:
+            raise UsageError("--scheme is not for nunchaku-svdq: give --precision and --rank")
+        if precision not in ("int4", "nvfp4"):
+            raise UsageError(f"--precision {precision}: expected int4 or nvfp4")
+        rank = 32 if rank is None else rank
+        if rank not in nunchaku_svdq.RANKS:
+            ranks = ", ".join(map(str, nunchaku_svdq.RANKS))
+            raise UsageError(f"--rank {rank}: expected one of {ranks}")
+        return f"{precision}_r{rank}", known[f"{precision}_r{rank}"]
+    if precision is not None or rank is not None:
+        raise UsageError(f"--precision and --rank are for nunchaku-svdq: {family} has --scheme")
+    word = next(iter(known)) if scheme is None else scheme
+    if word not in known:
+        raise UsageError(f"--scheme {word}: {family} has {', '.join(known)}")
+    return word, known[word]
+
+
+def check_base(made: Plan, family: str, target: Path, scheme: Scheme, overwrite: bool) -> None:
+    """The model must be in full precision, the family must have files for it, the place be free."""
+    for name, component in made.components.items():
+        if component.family is not None:
+            raise UsageError(
+                f"{made.base}: {name} is quantized already ({component.why}): name the model that "
+                "it was made from"
+            )
+    if made.pipeline_class is None:
+        raise UsageError(f"{made.base} is one component: calibration needs the whole pipeline")
+    if family == nunchaku_svdq.ID:
+        if not any(d.name == "nunchaku" for d in models.load(made.model).DIALECTS):
+            raise UsageError(f"nunchaku-svdq has no files for {made.model}")
+        word = "int4" if scheme.weight == "int4" else "fp4"
+        wanted = f"svdq-{word}_r{scheme.rank}-"
+        if wanted not in target.name or target.suffix != FILE:
+            raise UsageError(
+                f"--output-path {target}: readers take precision and rank from the file's name: "
+                f"call it {wanted}{made.model}{FILE}"
+            )
+    elif family == "msmodelslim" and made.model != "wan-2-2":
+        raise UsageError(f"msmodelslim describes Wan2.2 only, the model is {made.model}")
+    elif target.suffix == FILE and (len(made.components) > 1 or family == "msmodelslim"):
+        raise UsageError(f"--output-path {target}: several components need a folder")
+    if target.exists() and not overwrite:
+        raise UsageError(f"--output-path {target} exists already: choose another, or --overwrite")
+    place = target.resolve()
+    for source in list_sources(made):
+        if place == source or place in source.parents or source in place.parents:
+            raise UsageError(
+                f"--output-path {target}: the model is read from {source}, which would be written "
+                "over: choose another place"
+            )
+
+
+def list_sources(made: Plan) -> list[Path]:
+    """The folders and files that the model is read from, as far as they are on this machine."""
+    files = [file for part in made.components.values() for file in part.checkpoint.files]
+    return [path.resolve() for path in map(Path, (made.base, *files)) if path.exists()]
+
+
+def find_kept(
+    model: str, family: str, scheme: str, words: Sequence[str] | None
+) -> Callable[[str], bool]:
+    """Whether a module stays in full precision.
+
+    Without words, what the tables' checkpoints keep: those of this scheme before others of the
+    family, files with diffusers' names before raw ones.
+    """
+    sets = models.load(model).FALLBACKS
+    if words is None:
+        rows = [
+            row
+            for row in read.read().checkpoints.values()
+            if (row.family, row.model) == (family, model) and row.form != "online"
+        ]
+        rows.sort(key=lambda row: (row.scheme != scheme, row.form == "raw"))
+        words = rows[0].kept.split() if rows else ()
+    patterns: list[re.Pattern[str]] = []
+    for word in words:
+        try:
+            patterns += [re.compile(pattern) for pattern in sets.get(word, (word,))]
+        except re.error as error:
+            raise UsageError(
+                f"--keep {word}: neither a set of {model} ({', '.join(sets) or 'it has none'}) nor "
+                f"a regular expression: {error}"
+            ) from error
+    return Keeper(patterns)
+
+
+class Keeper:
+    """The modules that match one of several patterns."""
+
+    def __init__(self, patterns: Sequence[re.Pattern[str]]) -> None:
+        """Take the patterns; an empty sequence keeps nothing."""
+        self.patterns = tuple(patterns)
+
+    def __call__(self, module: str) -> bool:
+        """Whether a module is kept."""
+        return any(pattern.fullmatch(module) for pattern in self.patterns)
+
+
+def check_names(made: Plan, recipe: Recipe) -> None:
+    """Every pattern must match a module: one that matches nothing would quantize what it names."""
+    keeper = recipe.kept
+    assert isinstance(keeper, Keeper)
+    modules = {
+        name.rpartition(".")[0]
+        for component in made.components.values()
+        for name in component.checkpoint.tensors
+    }
+    for pattern in keeper.patterns:
+        if not any(pattern.fullmatch(module) for module in modules):
+            raise UsageError(
+                f"--keep {pattern.pattern}: matches none of the {len(modules)} modules of "
+                f"{made.base}; `quantmatrix inspect --layers` lists them"
+            )
+
+
+def calibrate(made: Plan, prompts: Sequence[str], show: Show) -> dict[str, dict[str, Calibration]]:
+    """Input range of every linear layer of every component, over a generation per prompt."""
+    if not prompts:
+        raise UsageError("calibration needs at least one prompt")
+    pipeline = build_pipeline(made)
+    found = {name: watch_inputs(getattr(pipeline, name)) for name in made.components}
+    arguments = models.load(made.model).call_arguments(made.request)
+    with torch.inference_mode(), quiet():
+        for number, prompt in enumerate(show("calibrating", list(prompts))):
+            seed = torch.Generator("cpu").manual_seed(number)
+            pipeline(prompt=prompt, generator=seed, output_type="latent", **arguments)
+    for name, ranges in found.items():
+        check_coverage(name, getattr(pipeline, name), ranges)
+    return {
+        name: {layer: move(seen) for layer, seen in ranges.items()}
+        for name, ranges in found.items()
+    }
+
+
+def check_coverage(name: str, component: torch.nn.Module, seen: Mapping[str, Any]) -> None:
+    """Every linear layer must have been called: without a range there is nothing to scale by."""
+    linear = [n for n, m in component.named_modules() if isinstance(m, torch.nn.Linear)]
+    missed = [layer for layer in linear if layer not in seen]
+    if missed:
+        raise UsageError(
+            f"calibration called {len(linear) - len(missed)} of the {len(linear)} linear layers of "
+            f"{name}; {missed[0]} was never reached: give more --num-inference-steps (a second "
+            "expert takes only some of them)"
+        )
+
+
+def move(seen: Calibration) -> Calibration:
+    """A range in host memory."""
+    return Calibration(seen.low.cpu(), seen.high.cpu())
+
+
+def write_all(
+    made: Plan,
+    recipe: Recipe,
+    ranges: Mapping[str, Mapping[str, Calibration]],
+    target: Path,
+    temporary: Path,
+    show: Show,
+) -> dict[str, dict[str, int]]:
+    """Write every component below (or as) `temporary`; returns how many layers became what."""
+    counts: dict[str, dict[str, int]] = {}
+    whole = recipe.family == "msmodelslim"
+    several = whole or len(made.components) > 1
+    if whole:
+        base = fetch_pipeline(made.base, made.request.hub, without=tuple(made.components))
+        leave = shutil.ignore_patterns("*.safetensors*")
+        shutil.copytree(base, temporary, ignore=lambda folder, names: (
+            leave(folder, names) if Path(folder).name in made.components else set()
+        ))  # fmt: skip
+    for name, component in made.components.items():
+        packed = read_packed(made, component, recipe)
+        chosen = choose_schemes(recipe, packed)
+        shown = lambda things, name=name: show(f"quantizing {name}", things)  # noqa: E731
+        family = families.load(recipe.family)
+        tensors, declaration = quantize_layers(
+            family, recipe.dialect, packed, chosen, ranges[name], shown
+        )
+        counts[name] = {"quantized": len(chosen), "kept": count_kept(packed, chosen)}
+        config = find_config(made, name)
+        if target.suffix == FILE:
+            write_file(tensors, declaration, temporary, config)
+        else:
+            folder = temporary / name if several else temporary
+            write_folder(tensors, declaration, folder, config, with_config=True)
+    return counts
+
+
+def count_kept(packed: Mapping[str, torch.Tensor], chosen: Mapping[str, Scheme]) -> int:
+    """Layers with a two-dimensional weight that were left alone."""
+    weights = [n for n, t in packed.items() if n.endswith(".weight") and t.ndim == 2]
+    return len(weights) - len(chosen)
+
+
+def read_packed(made: Plan, component: ComponentPlan, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """A component's tensors under the names and in the packing of the family's dialect."""
+    checkpoint = fetch(component.checkpoint, made.request.hub)
+    dtype = DTYPES[made.request.dtype]
+    with TensorReader(checkpoint, "cpu") as reader:
+        plain = {name: reader.read(name) for name in checkpoint.tensors}
+    plain = {n: t.to(dtype) if t.is_floating_point() else t for n, t in plain.items()}
+    return pack_tensors(plain, recipe.dialect, recipe.kept)
+
+
+def find_config(made: Plan, name: str) -> Path:
+    """The folder that holds a component's config.json."""
+    others = tuple(made.components)
+    return Path(fetch_pipeline(made.base, made.request.hub, without=others)) / name
+
+
+def replace_target(made: Path, target: Path) -> None:
+    """Move what was made to its place; what stood there goes only when that is done."""
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    if target.exists():
+        os.replace(target, old)
+    try:
+        os.replace(made, target)
+    except BaseException:  # an interruption, too
+        if old.exists():
+            os.replace(old, target)
+        raise
+    remove(old)
+
+
+def list_files(path: Path) -> list[Path]:
+    """A file, or the files below a folder."""
+    return [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file()]
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,256 @@
+"""Quantizing a model: full-precision tensors become a checkpoint of a family, in its true format.
+
+1. *Calibrate.* A pass of the real pipeline shows the range of every linear layer's input
+   (`watch_inputs`). The tiny stand-ins round ranges up to powers of two, so that their bytes do not
+   depend on the last bits of a processor's sums.
+2. *Pack.* The tensors get the names and the packing of the dialect that the family's files have.
+3. *Choose.* Two-dimensional weights of the model's blocks get the scheme, but for those kept back.
+4. *Quantize, declare, write.* The family's own `quantize` and `declare`, and one writer for folders
+   and one for single files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantmatrix import families, models
+from quantmatrix.checkpoints import writer
+from quantmatrix.checkpoints.declaration import read_json
+from quantmatrix.checkpoints.writer import Item
+from quantmatrix.errors import UsageError
+from quantmatrix.families.protocol import Calibration, Declaration, Family
+from quantmatrix.models.dialect import Dialect
+from quantmatrix.scheme import Scheme
+from quantmatrix.tools.packing import Tensors, split
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+FOREIGN_DIALECTS = {"nunchaku-svdq": "nunchaku"}
+Ranges = Mapping[str, Calibration]
+"""Input range of each linear layer, by diffusers' module name."""
+DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+"""Spelling of dtypes in a safetensors header."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is to become of a model's layers."""
+
+    model: str
+    family: str
+    scheme: Scheme
+    kept: Callable[[str], bool]
+    """Whether a module, by diffusers' name, stays in full precision."""
+    raw: bool = False
+    """Written with the original names, swapped nibbles and tiled scales."""
+
+    @property
+    def dialect(self) -> Dialect:
+        """The dialect that the files are written in."""
+        name = FOREIGN_DIALECTS.get(self.family, "bfl" if self.raw else "diffusers")
+        return next(d for d in models.load(self.model).DIALECTS if d.name == name)
+
+
+def choose_schemes(recipe: Recipe, packed: Mapping[str, torch.Tensor]) -> dict[str, Scheme]:
+    """Scheme of each layer on disk that is quantized: linear layers of the blocks, not kept.
+
+    Raises UsageError when a layer is kept that the dialect has no plain form for.
+    """
+    blocks = models.load(recipe.model).BLOCKS
+    family, dialect = families.load(recipe.family), recipe.dialect
+    found: dict[str, Scheme] = {}
+    for name in sorted(packed):
+        layer, leaf = split(name)
+        targets = dialect.layer_targets(layer)
+        inside = targets[0].module.split(".")[0] in blocks
+        if leaf != "weight" or packed[name].ndim != 2 or not inside:
+            continue
+        if any(recipe.kept(target.module) for target in targets):
+            if any(target.interleave > 1 for target in targets):
+                raise UsageError(
+                    f"{layer} cannot be kept in full precision: the {dialect.name} layout has it "
+                    "as AWQ codes only"
+                )
+            continue
+        scheme = recipe.scheme
+        if recipe.family == "nunchaku-svdq":
+            if any(target.interleave for target in targets):
+                scheme = family.SCHEMES["awq"]
+            elif "norm" in layer or "adaLN" in layer:
+                continue
+            elif any(target.unsigned for target in targets) and scheme.weight == "int4":
+                scheme = replace(scheme, unsigned=True)
+        if recipe.raw and scheme.op == "linear.nvfp4":
+            scheme = replace(scheme, swap_nibbles=True, tiled_scales=True)
+        found[layer] = scheme
+    return found
+
+
+def quantize_layers(
+    family: Family,
+    dialect: Dialect,
+    packed: Tensors,
+    chosen: Mapping[str, Scheme],
+    ranges: Ranges,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> tuple[Tensors, Declaration]:
+    """(tensors on disk, declaration) of a component whose packed tensors are given.
+
+    `progress` wraps the layers while they are worked on.
+    """
+    tensors = {name: tensor for name, tensor in packed.items() if split(name)[0] not in chosen}
+    kept = [layer for layer, leaf in map(split, sorted(tensors)) if leaf == "weight"]
+    kept = [layer for layer in kept if tensors[f"{layer}.weight"].ndim == 2]
+    for layer, scheme in progress(list(chosen.items())):
+        stacked: dict[str, Any] = {}
+        if "parts" in signature(family.quantize).parameters:
+            stacked["parts"] = dialect.layer_targets(layer)[0].part[1]
+        made = family.quantize(
+            packed[f"{layer}.weight"],
+            scheme,
+            bias=packed.get(f"{layer}.bias"),
+            calibration=find_range(ranges, layer, dialect),
+            **stacked,
+        )
+        tensors |= {f"{layer}.{suffix}": tensor for suffix, tensor in made.items()}
+    return tensors, declare(family, chosen, kept, sorted(tensors))
+
+
+def declare(
+    family: Family, chosen: Mapping[str, Scheme], kept: list[str], names: list[str]
+) -> Declaration:
+    """The family's declaration; one that describes every tensor is told their names, too."""
+    if "tensors" in signature(family.declare).parameters:
+        tell_names: Callable[..., Declaration] = family.declare
+        return tell_names(chosen, kept, tensors=names)
+    return family.declare(chosen, kept)
+
+
+def watch_inputs(component: torch.nn.Module) -> dict[str, Calibration]:
+    """Ranges of the inputs of a component's linear layers; they grow with every pass."""
+    ranges: dict[str, Calibration] = {}
+    for name, layer in component.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_pre_hook(_watch(ranges, name))
+    return ranges
+
+
+def _watch(ranges: dict[str, Calibration], name: str) -> Any:
+    def hook(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        rows = arguments[0].detach().float().flatten(0, -2)
+        low, high = rows.amin(dim=0), rows.amax(dim=0)
+        if name in ranges:
+            low = torch.minimum(low, ranges[name].low)
+            high = torch.maximum(high, ranges[name].high)
+        ranges[name] = Calibration(low, high)
+
+    return hook
+
+
+def round_up(seen: Calibration) -> Calibration:
+    """Ranges with each end moved away from zero to a power of two."""
+
+    def widen(x: torch.Tensor) -> torch.Tensor:
+        mantissa, exponent = torch.frexp(x.abs())
+        whole = torch.where(mantissa == 0.5, exponent - 1, exponent)
+        return torch.sign(x) * torch.ldexp(torch.ones_like(x), whole)
+
+    return Calibration(widen(seen.low), widen(seen.high))
+
+
+def find_range(ranges: Ranges, layer: str, dialect: Dialect) -> Calibration | None:
+    """Input range of a layer on disk: that of the module it serves, cut to its columns."""
+    target = dialect.layer_targets(layer)[0]
+    seen = ranges.get(target.module)
+    if seen is None:
+        return None
+    start, stop, of = target.columns
+    unit = seen.low.shape[0] // of
+    return Calibration(seen.low[start * unit : stop * unit], seen.high[start * unit : stop * unit])
+
+
+def write_folder(
+    tensors: Tensors,
+    declaration: Declaration,
+    folder: Path,
+    base: Path,
+    *,
+    with_config: bool,
+    shards: int = 1,
+) -> None:
+    """Write a component folder: weights (with an index for several shards), config, description."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted(tensors)
+    metadata = {"format": "pt", **declaration.metadata}
+    if not with_config and declaration.config is not None:
+        metadata["quantization_config"] = json.dumps(declaration.config, sort_keys=True)
+    if shards == 1:
+        save(tensors, names, folder / WEIGHTS, metadata)
+    else:
+        weight_map: dict[str, str] = {}
+        for number in range(shards):
+            part = names[number * len(names) // shards : (number + 1) * len(names) // shards]
+            file = f"diffusion_pytorch_model-{number + 1:05d}-of-{shards:05d}.safetensors"
+            save(tensors, part, folder / file, metadata)
+            weight_map |= dict.fromkeys(part, file)
+        total = sum(t.numel() * t.element_size() for t in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / f"{WEIGHTS}.index.json", index)
+    if with_config:
+        config = read_json(base / "config.json")
+        if declaration.config is not None:
+            config["quantization_config"] = declaration.config
+        write_json(folder / "config.json", config)
+    if declaration.description is not None:
+        write_json(folder / declaration.description[0], declaration.description[1])
+
+
+def write_file(tensors: Tensors, declaration: Declaration, path: Path, base: Path) -> None:
+    """Write a single weight file whose header declares what it is, unless its names do."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {} if is_raw(tensors) else dict(declaration.metadata)
+    if declaration.config is not None:
+        metadata["quantization_config"] = json.dumps(declaration.config, sort_keys=True)
+    if "quantization_config" in metadata:
+        metadata["config"] = (base / "config.json").read_text(encoding="utf-8")
+    save(tensors, sorted(tensors), path, {"format": "pt", **metadata})
+
+
+def is_raw(tensors: Tensors) -> bool:
+    """Whether these are the official raw names, whose files declare nothing."""
+    return any(name.startswith("double_blocks.") for name in tensors)
+
+
+def save(tensors: Tensors, names: list[str], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write some of the tensors; the library's writer would shuffle several metadata entries."""
+    items = [
+        Item(
+            name,
+            DTYPES[tensors[name].dtype],
+            tuple(tensors[name].shape),
+            partial(tensors.__getitem__, name),
+        )
+        for name in names
+    ]
+    writer.write_file(path, items, dict(sorted(metadata.items())))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write sorted JSON."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
