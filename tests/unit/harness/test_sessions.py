@@ -24,7 +24,7 @@ from quantmatrix.errors import MachineError, UsageError
 from quantmatrix.harness import sessions
 from quantmatrix.tables import identify, read
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TABLES = read.read()
 ROWS = TABLES.hardware
 JOBS = sessions.list_sessions(TABLES)

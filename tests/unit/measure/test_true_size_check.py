@@ -22,7 +22,7 @@ from quantmatrix.tables import read
 from quantmatrix.tables.rows import Cell, Matrix
 
 TABLES = read.read()
-SAMPLES = Path(__file__).parents[2] / "reports" / "limits.csv"
+SAMPLES = Path(__file__).parents[3] / "reports" / "limits.csv"
 
 
 def list_cells() -> list[Cell]:

@@ -219,7 +219,7 @@ Expected = Callable[[Way], str]
 """Which digests of a way a change must change."""
 MUTATIONS: dict[str, tuple[str, str, str, Expected]] = {
     "the seed": (
-        "run.py", "manual_seed(seed)", "manual_seed(seed + 1)",
+        "runtime/generate.py", "manual_seed(seed)", "manual_seed(seed + 1)",
         lambda w: "" if w.refused else "shared",
     ),
     "a default of the request": (
@@ -231,7 +231,7 @@ MUTATIONS: dict[str, tuple[str, str, str, Expected]] = {
         lambda w: "shared" if w.model == "flux-1" else "",
     ),
     "a constant of a number format": (
-        "formats.py", "E4M3_MAX = 448.0", "E4M3_MAX = 240.0",
+        "kernels/number_formats.py", "E4M3_MAX = 448.0", "E4M3_MAX = 240.0",
         lambda w: "" if w.refused or w.family not in E4M3 else "device shared"
         if uses(w, "torch", "reference", "fp8-recode", "packed-fp8") else "shared",
     ),
@@ -252,7 +252,7 @@ MUTATIONS: dict[str, tuple[str, str, str, Expected]] = {
         lambda w: "device" if uses(w, "torch", "fp8-recode", "packed-fp8") else "",
     ),
     "a tile of the files' layout": (
-        "svdq_packing.py", "TILE = 128", "TILE = 64",
+        "kernels/svdq_packing.py", "TILE = 128", "TILE = 64",
         lambda w: "shared" if w.family == "nunchaku-svdq" else "",
     ),
     "what a kernel needs": (
@@ -266,18 +266,18 @@ MUTATIONS: dict[str, tuple[str, str, str, Expected]] = {
         if uses(w, "torch") or (w.refused and w.family in ("fp8", "modelopt-fp8")) else "",
     ),
     "how a stand-in is written": (
-        "tiny_weights.py", "def ", "@print\ndef ", lambda w: "" if w.refused else "shared",
+        "tiny/weights.py", "def ", "@print\ndef ", lambda w: "" if w.refused else "shared",
     ),
     "a decoding": (
         "kernels/linear_int8.py", "def run_decode(", "@print\ndef run_decode(",
         lambda w: "device" if w.family == "msmodelslim" and uses(w, "decode") else "",
     ),
     "what only a GPU enters": (
-        "pipeline.py", 'kind != "cpu"', 'kind != "xpu"',
+        "runtime/pipeline.py", 'kind != "cpu"', 'kind != "xpu"',
         lambda w: "" if w.refused else "device shared" if w.vendor != "cpu" else "shared",
     ),
-    "a report": ("pages.py", "def write_table(", "@print\ndef write_table(", lambda w: ""),
-    "a limit": ("limits.py", "MARGIN = 1.5", "MARGIN = 2.5", lambda w: ""),
+    "a report": ("report/markdown.py", "def write_table(", "@print\ndef write_table(", lambda w: ""),
+    "a limit": ("proof/limits.py", "MARGIN = 1.5", "MARGIN = 2.5", lambda w: ""),
 }  # fmt: skip
 
 
@@ -292,7 +292,7 @@ def test_a_change_counts_where_it_is_computed_with(
 
 
 def test_a_name_that_means_nothing_is_an_error(copy: Path, ways: Mapping[str, Way]) -> None:
-    edit(copy, "run.py", "find_degeneration(stack", "find_nothing(stack")
+    edit(copy, "runtime/generate.py", "find_degeneration(stack", "find_nothing(stack")
     with pytest.raises(CodeError, match=r"run.py: generate_one, line .*find_nothing cannot be"):
         Code(copy).digest(next(way for way in ways.values() if not way.refused))
 
@@ -331,10 +331,10 @@ def test_digests_of_all_cells_take_a_second_or_two(ways: Mapping[str, Way]) -> N
 
 def test_stand_ins_are_named_by_what_writes_them(copy: Path) -> None:
     before = Code(PACKAGE).digest_stand_ins()
-    edit(copy, "planning.py", "TEXT_ROWS = 512", "TEXT_ROWS = 1024")
-    edit(copy, "tiny_text.py", '"""', '"""Other words. ')
+    edit(copy, "runtime/plan/decide.py", "TEXT_ROWS = 512", "TEXT_ROWS = 1024")
+    edit(copy, "tiny/text_encoders.py", '"""', '"""Other words. ')
     assert Code(copy).digest_stand_ins() == before
-    edit(copy, "quantizing.py", "def quantize_layers(", "@print\ndef quantize_layers(")
+    edit(copy, "tools/recipe.py", "def quantize_layers(", "@print\ndef quantize_layers(")
     assert Code(copy).digest_stand_ins() != before
 
 

@@ -15,7 +15,7 @@ from quantmatrix.cli.thresholds import read_older
 from quantmatrix.proof import limits, witness_limits
 from quantmatrix.proof.limit_samples import Sample
 
-REPORTS = Path(__file__).parents[2] / "reports"
+REPORTS = Path(__file__).parents[3] / "reports"
 
 
 def ask(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> Any:

@@ -22,7 +22,7 @@ WAN = replace(FLUX, model="wan-2-2", psnr_db=40.0, cell="b@cpu")
 MADE = {"processor": "some", "commit": "0" * 40, "made": "2026-11-26T20:00:00Z"}
 SPREAD = Spread("flux-1", 60.0, 0.9999, 0.01, 0.002, "a.b", 50, 4, "1x64x64", "2.13.0", **MADE)
 SPREADS = {"flux-1": SPREAD, "wan-2-2": replace(SPREAD, model="wan-2-2")}
-REPORTS = Path(__file__).parents[2] / "reports"
+REPORTS = Path(__file__).parents[3] / "reports"
 
 
 def test_one_and_a_half_times_the_error_is_allowed() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FOLDERS = sorted((ROOT / "reports" / "evidence").glob("*/measurements"))
 PAGE: dict[str, Any] = runpy.run_path(str(ROOT / "benchmarks" / "hopper_page.py"))
 

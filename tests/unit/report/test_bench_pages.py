@@ -9,7 +9,7 @@ import pytest
 from benched import DEVICE, bench_cell
 from observed import PROVEN, find, observe_run
 from tables import CASES, write_tables
-from test_page_html import read_data
+from test_page import read_data
 
 from quantmatrix.proof import bench_results
 from quantmatrix.proof.code_digest import own_code

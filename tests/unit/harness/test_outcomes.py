@@ -210,6 +210,6 @@ def test_codes_differ_from_each_other_and_from_others() -> None:
 
 
 def test_the_contributors_guide_lists_the_codes() -> None:
-    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    text = (Path(__file__).parents[3] / "CONTRIBUTING.md").read_text()
     listed = dict(re.findall(r"^\| (\d+) \| ([a-z ]+)", text, re.MULTILINE))
     assert {int(code): words.strip() for code, words in listed.items()} == exit_codes.MEANINGS

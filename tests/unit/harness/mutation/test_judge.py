@@ -17,7 +17,7 @@ from quantmatrix.measure import rounding_bounds
 from quantmatrix.runtime.witness import measure
 from quantmatrix.tables import read
 
-SAMPLES = Path(__file__).parents[2] / "reports" / "limits.csv"
+SAMPLES = Path(__file__).parents[4] / "reports" / "limits.csv"
 ROW = "modelopt-nvfp4-svd-flux-1"
 
 

@@ -18,7 +18,7 @@ from quantmatrix.harness.mutation.judge import Mutator, NotApplicable, choose_ro
 from quantmatrix.runtime.pipeline import build_pipeline
 from quantmatrix.tables import read
 
-REPORTS = Path(__file__).resolve().parents[2] / "reports"
+REPORTS = Path(__file__).resolve().parents[4] / "reports"
 with (REPORTS / "mutation.csv").open() as stream:
     RECORDED = [(row["fault"], row["row"]) for row in csv.DictReader(stream)]
 ROWS = {row: [fault for fault, place in RECORDED if place == row] for _, row in RECORDED}

@@ -116,7 +116,7 @@ def test_what_was_measured_of_floating_formats_lies_below() -> None:
     On CPUs, whose rows have the prompt that static scales were calibrated with. What a scale cuts off
     is not rounding: with the guide's prompt a layer of FLUX.2 is 0.064 away, on a CPU as on an H200.
     """
-    samples = limits.read(Path(__file__).parents[2] / "reports" / "limits.csv").samples
+    samples = limits.read(Path(__file__).parents[3] / "reports" / "limits.csv").samples
     pure = [
         s for s in samples
         if s.side == "cpu" and s.kind.split()[0] in ("e4m3", "e2m1") and "+" not in s.kind

@@ -16,7 +16,7 @@ from quantmatrix.measure.bench.rows import CLAIMED, choose_cells, find_cells, wh
 from quantmatrix.proof import bench_results
 from quantmatrix.tables import read
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 TABLES = read.read()
 ROW = "modelopt-fp8-wan-2-2@cpu+decode"
 
@@ -110,7 +110,7 @@ def test_a_row_that_kept_nothing_is_an_error(tmp_path: Path) -> None:
     keeps = "keep_result(make_result(row.id))"
     for body, code in (("pass", 3), (keeps, 0)):
         (folder / "test_rows.py").write_text(
-            f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+            f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
             "from benched import make_result\n"
             "def test_row(row, benchmark, keep_result):\n"
             f"    benchmark(lambda: 1)\n    {body}\n"

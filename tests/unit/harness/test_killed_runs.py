@@ -1,6 +1,6 @@
 """Runs killed at random moments: no finished cell is lost, no file is torn, the next run resumes.
 
-`QUANTMATRIX_KILLS=50 pytest tests/unit/test_killed_runs.py` kills as often as one likes.
+`QUANTMATRIX_KILLS=50 pytest tests/unit/harness/test_killed_runs.py` kills as often as one likes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quantmatrix.proof import store
 from quantmatrix.tables import read
 
 KILLS = int(os.environ.get("QUANTMATRIX_KILLS", "5"))
-SCRIPT = Path(__file__).with_name("fake_run.py")
+SCRIPT = Path(__file__).parents[1] / "fake_run.py"
 
 
 def start(tables: Path, evidence: Path) -> subprocess.Popen[str]:

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="needs triton: the extra `compile`")
 
-SCRIPT = Path(__file__).with_name("interpreted.py")
+SCRIPT = Path(__file__).parents[1] / "interpreted.py"
 
 
 @pytest.fixture(scope="module")

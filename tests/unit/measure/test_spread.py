@@ -12,7 +12,7 @@ from quantmatrix.measure import spread
 from quantmatrix.proof import limits
 from quantmatrix.tables import read
 
-COMMITTED = limits.read(Path(__file__).parents[2] / "reports" / "limits.csv").spreads
+COMMITTED = limits.read(Path(__file__).parents[3] / "reports" / "limits.csv").spreads
 
 
 def test_bf16_is_near_fp32_and_not_equal() -> None:

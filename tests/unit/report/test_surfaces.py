@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from observed import observe
 from tables import write_tables
-from test_page_html import read_data
+from test_page import read_data
 
 import quantmatrix
 from quantmatrix.cli.main import main
@@ -113,9 +113,19 @@ def test_other_packages_here_and_another_day_change_nothing(
 @pytest.mark.parametrize(
     ("file", "old", "new", "stale"),
     [
-        ("run.py", "manual_seed(seed)", "manual_seed(seed + 1)", {"proven", "failing"}),
-        ("formats.py", "E4M3_MAX = 448.0", "E4M3_MAX = 240.0", {"proven", "failing"}),
-        ("planning.py", '"""Planning:', '"""Otherwise:', set()),
+        (
+            "runtime/generate.py",
+            "manual_seed(seed)",
+            "manual_seed(seed + 1)",
+            {"proven", "failing"},
+        ),
+        (
+            "kernels/number_formats.py",
+            "E4M3_MAX = 448.0",
+            "E4M3_MAX = 240.0",
+            {"proven", "failing"},
+        ),
+        ("runtime/plan/decide.py", '"""Planning:', '"""Otherwise:', set()),
     ],
 )
 def test_changed_code_shows_on_every_surface_alike(

@@ -151,7 +151,7 @@ def test_twins_are_run_by_the_package_below_a_folder(tmp_path: Path) -> None:
     found = carry.run_twins(sources, [("good",), ("bad",)], said.append)
     assert found == [{"latents": "sha256:[7]", "files": "[]"}, {"error": "ValueError: bad words"}]
     assert len(said) == 2
-    (sources / "quantmatrix" / "run.py").write_text("raise SystemExit(5)\n")
+    (sources / "quantmatrix" / "runtime/generate.py").write_text("raise SystemExit(5)\n")
     with pytest.raises(QuantmatrixError, match="ended with 5 after 0 of 1"):
         carry.run_twins(sources, [("good",)], said.append)
 
