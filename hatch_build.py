@@ -19,7 +19,7 @@ class SummaryHook(BuildHookInterface[Any]):
             return
         root = Path(self.root)
         sys.path.insert(0, str(root / "src"))
-        from quantmatrix import packaged
+        from quantmatrix.proof import packaged
 
         self.folder = tempfile.TemporaryDirectory(prefix="quantmatrix-reports-")
         packaged.write_folder(root / "reports", Path(self.folder.name))

@@ -16,7 +16,7 @@ from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, NOT_EXECUTED
 from quantmatrix.harness import completeness
 from quantmatrix.harness.shards import cut, list_jobs, runnable
 from quantmatrix.proof import merge, store
-from quantmatrix.proof.record import CheckResult, Evidence, os
+from quantmatrix.proof.record import CheckResult, Evidence
 from quantmatrix.tables import read
 from quantmatrix.tables.rows import Matrix
 
