@@ -65,8 +65,21 @@ PROTOCOLS = (
     *("models.dialect", "kernels.number_formats", "kernels.choosing"),
 )
 """Modules of these that belong to all."""
-ROOMS = ()
-"""Modules of one family that lie elsewhere."""
+ROOMS = ("svdq_faults", "svdq_packing")
+"""Modules of one family that lay elsewhere, in revisions from before `FORMER`."""
+FORMER: Mapping[str, tuple[str, ...]] = {
+    "measure.compiled": ("compiled",),
+    "measure.true_size": ("true_size",),
+    "runtime.acceleration": ("acceleration",),
+    "runtime.generate": ("run",),
+    "runtime.parallel": ("parallel",),
+    "runtime.pipeline": ("pipeline",),
+    "runtime.plan.decide": ("planning",),
+    "tables.read": ("matrix",),
+    "tiny.hub": ("tiny", "sources"),
+}
+"""Where entries and edges lay in earlier revisions, whose code is asked too; an entry that moves adds
+its former module here."""
 FAMILY_PLANS = ("ID", "detect", "schemes", "tensors", "ignored", "caveat", "DIALECT", "ALGORITHMS")
 FAMILY_LOADS = ("canonical", "find_fault")
 FAMILY_WRITES = ("SCHEMES", "quantize", "declare")
@@ -142,8 +155,10 @@ class Code:
     def __init__(self, folder: Path) -> None:
         """Nothing is read yet."""
         self.package = Package(folder, DOORS, PROTOCOLS, ROOMS)
-        known = [edge for edge in EDGES if self.package.has(*edge)]
-        self.package.edges = {self.package.find(*edge) for edge in known}
+        known = [self.locate(*edge) for edge in EDGES]
+        self.package.edges = {
+            self.package.find(*edge) for edge in known if self.package.has(*edge)
+        }
         self._device: dict[Way, str] = {}
         self._shared: dict[Way, str] = {}
         self._owners: dict[Definition, set[str]] = {}
@@ -196,12 +211,17 @@ class Code:
         ids = self.package.evaluate(*self.package.open_constant(kind, "IDS"))
         return tuple(name for name in ids if self.package.find_module(module_of(kind, name)))
 
+    def locate(self, module: str, name: str) -> tuple[str, str]:
+        """(module, name) of an entry or edge where this package has it: today's, or a former one."""
+        places = [(place, name) for place in (module, *FORMER.get(module, ()))]
+        return next((place for place in places if self.package.has(*place)), places[0])
+
     def name_all(
         self, role: str, module: str, names: Iterable[str | tuple[str, str]]
     ) -> Iterator[tuple[str, Definition]]:
         """(role, definition) of the names that a module has; a pair must be there."""
         for name in names:
-            place = name if isinstance(name, tuple) else (module, name)
+            place = self.locate(*name) if isinstance(name, tuple) else (module, name)
             if isinstance(name, str) and not self.package.has(module, name):
                 continue
             found = self.package.find(*place)
