@@ -122,7 +122,7 @@ def run_carry(arguments: argparse.Namespace, rest: list[str]) -> int:
         return EXIT_PROBLEM if bad else 0
     print(file=sys.stderr)
     for twin, why in found.differing.items():
-        print(f"not carried: {why}: quantmatrix generate {twin}")
+        print(f"not carried: {why}: {twin}")
     for cell in found.foreign:
         print(f"not of {arguments.revision}: the record of {cell}")
     print(f"{folder}: {len(found.pairs)} pairs carry {len(found.cells)} records")

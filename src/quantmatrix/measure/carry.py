@@ -1,10 +1,17 @@
 """Carry: shows that a change of the shared code computes nothing else, by running twins twice.
 
-The `cpu` twin of a cell (same checkpoint, flags and seed) is run by the code of a revision and by the
-code here, each with the stand-ins that it writes itself, one after the other on this machine. Where
-the latents and the checkpoint of every twin of a pair of shared digests are the same to the last bit,
-the pair goes to `carried.csv`. A single twin that differs, or that one side cannot run, and the pair
-is left out: its records are stale.
+The `cpu` twin of a record (same checkpoint, flags and seed) is run by the code of a revision and by the
+code here, one after the other on this machine, each with the files that it writes itself:
+
+| record      | twin | compared |
+| ----------- | ---- | -------- |
+| `stand-in`  | the cell's command on a CPU | latents, weights of the stand-in |
+| `true size` | the true-size check of the row on a CPU, at the stand-ins' width, as | latents of BF16 and |
+|             | deep as the stand-ins | of the quantized form, layer errors, weights of the checkpoint |
+
+Where every twin of a pair of shared digests gives the same to the last bit, the pair goes to
+`carried.csv`. A single twin that differs, or that one side cannot run, and the pair is left out: its
+records are stale. Records of other scopes have no twin. The revision may have its modules elsewhere.
 """
 
 from __future__ import annotations
@@ -14,10 +21,10 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from quantmatrix.errors import QuantmatrixError
 from quantmatrix.files import write_whole
@@ -27,38 +34,84 @@ from quantmatrix.proof.carried import CARRIED, Carried, Pair
 from quantmatrix.proof.code_digest import Code, own_code
 from quantmatrix.proof.freshness import describe
 from quantmatrix.proof.revisions import SOURCES, extract, find_commit
+from quantmatrix.proof.scopes import STAND_IN, TRUE_SIZE, find_records, make_key
 
 if TYPE_CHECKING:
     from quantmatrix.proof.record import Evidence
     from quantmatrix.tables.rows import Cell, Matrix
 
 RUNNER = """
-import json, sys, warnings
+import hashlib, importlib, json, sys, tempfile, warnings
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
-from quantmatrix.measure.latents import digest_latents
-from quantmatrix.proof.record import describe_files
-from quantmatrix.request import Request
-from quantmatrix.runtime.generate import generate
 
+def get(name, *modules):
+    for module in modules:
+        try:
+            return getattr(importlib.import_module(f"quantmatrix.{module}"), name)
+        except ModuleNotFoundError as error:
+            if not f"quantmatrix.{module}.".startswith(f"{error.name}."):
+                raise
+    raise ImportError(f"{name}: none of quantmatrix.{', '.join(modules)} is there")
+
+def run_stand_in(request):
+    run = get("generate", "runtime.generate", "run")(request)
+    files = [f for part in run.plan.components.values() for f in part.checkpoint.files]
+    return {"latents": digest_latents(run.latents), "files": describe_files(files)["digest"]}
+
+def run_true_size(request, row):
+    options = get("FULL_OPTIONS", "runtime.empty_model", "synthetic")
+    options.update({name: dict(get("load", "models")(name).TINY) for name in get("IDS", "models")})
+    tables = get("read", "tables.read", "matrix")()
+    measure = get("measure", "measure.true_size", "true_size")
+    with tempfile.TemporaryDirectory() as folder:
+        run = measure(tables.checkpoints[row], request, tables, Path(folder), deep=True)
+        files = [f for part in run.plan.components.values() for f in part.checkpoint.files]
+        errors = json.dumps(run.errors.found, sort_keys=True).encode()
+        return {
+            "latents": digest_latents([*run.bf16.latents, *run.quantized.latents]),
+            "files": describe_files(files)["digest"],
+            "errors": hashlib.sha256(errors).hexdigest(),
+        }
+
+digest_latents = get("digest_latents", "measure.latents", "compare")
+describe_files = get("describe_files", "proof.record", "evidence")
+Request = get("Request", "request")
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 for line in sys.stdin:
+    words, row = json.loads(line)
     try:
-        run = generate(Request.from_words(json.loads(line), device="cpu"))
-        files = [f for part in run.plan.components.values() for f in part.checkpoint.files]
-        told = {"latents": digest_latents(run.latents), "files": describe_files(files)["digest"]}
+        request = Request.from_words(words, device="cpu")
+        told = run_true_size(request, row) if row else run_stand_in(request)
     except Exception as error:
         told = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(told), flush=True)
 """
-"""Runs twins, a line of words each, by whichever package stands on the path; prints a line each."""
+"""Runs twins, a line each, by whichever package stands on the path, and prints a line each; names are
+looked for in today's module, then in the one that earlier revisions have them in."""
 ACCELERATOR = {"--cuda-graph": 1, "--compile": 1, "--nproc-per-node": 2}
 """Flags that a twin leaves out, and of how many words they are."""
-NAMES = {"latents": "latents", "weights of the stand-in": "files"}
+NAMES = {"latents": "latents", "weights of the checkpoint": "files", "layer errors": "errors"}
+SCOPES = (STAND_IN, TRUE_SIZE)
+"""Of records that have a twin on a CPU."""
 SOURCES_ROOT = "src"
 Say = Callable[[str], object]
-Twin = tuple[str, ...]
+
+
+class Twin(NamedTuple):
+    """What is run in the place of a record's cell."""
+
+    words: tuple[str, ...]
+    """Of the command, from the flags on."""
+    row: str = ""
+    """Of the checkpoint that is measured as of true size; empty for a stand-in."""
+
+    def name(self) -> str:
+        """The command of a stand-in; of another one its row and words."""
+        words = shlex.join(self.words)
+        return f"true size of {self.row}: {words}" if self.row else f"quantmatrix generate {words}"
 
 
 @dataclass(frozen=True)
@@ -68,7 +121,7 @@ class Candidates:
     twins: Mapping[tuple[str, str], tuple[Twin, ...]]
     cells: Mapping[tuple[str, str], tuple[str, ...]]
     foreign: tuple[str, ...]
-    """Cells whose record is of neither code."""
+    """Keys of records of neither code."""
 
     def list_twins(self) -> list[Twin]:
         """The twins of all pairs, each once."""
@@ -81,9 +134,9 @@ class Outcome:
 
     pairs: tuple[Pair, ...]
     cells: tuple[str, ...]
-    """Cells whose records are carried by the pairs."""
+    """Keys of the records that the pairs carry."""
     differing: Mapping[str, str]
-    """By the twin's words: why its pairs are left out."""
+    """By the twin's name: why its pairs are left out."""
     foreign: tuple[str, ...]
 
 
@@ -96,34 +149,42 @@ def list_candidates(
 ) -> Candidates:
     """Which pairs would carry records of the code before to the code here, and their twins.
 
-    Records of stand-ins only; refusals are left out, for any machine plans them again.
+    Records of stand-ins and of true size; refusals are left out, for any machine plans them again.
     """
     twins: dict[tuple[str, str], dict[Twin, None]] = {}
-    cells: dict[tuple[str, str], list[str]] = {}
+    keys: dict[tuple[str, str], list[str]] = {}
     foreign = []
-    for cell in tables.cells:
-        record = evidence.get(cell.id)
-        if record is None or cell.claim in ("refused", "planned"):
-            continue
-        then = record.cell.get("shared_digest")
+    for cell, scope, record in list_records(tables, evidence):
+        then, key = record.cell.get("shared_digest"), make_key(cell.id, scope)
         row = tables.hardware[cell.hardware]
         old, new = (describe(record, row, code)["shared_digest"] for code in (before, after))
         if then is None or then == new or carried.find_way(then, new):
             continue
         if then != old and not carried.find_way(then, old):
-            foreign.append(cell.id)
+            foreign.append(key)
             continue
-        twins.setdefault((old, new), {})[name_twin(cell, tables)] = None
-        cells.setdefault((old, new), []).append(cell.id)
+        twins.setdefault((old, new), {})[name_twin(cell, tables, scope)] = None
+        keys.setdefault((old, new), []).append(key)
     return Candidates(
         {pair: tuple(found) for pair, found in twins.items()},
-        {pair: tuple(found) for pair, found in cells.items()},
+        {pair: tuple(found) for pair, found in keys.items()},
         tuple(foreign),
     )
 
 
-def name_twin(cell: Cell, tables: Matrix) -> Twin:
-    """The words of a cell's twin, from the flags on; a cell of a CPU is its own."""
+def list_records(
+    tables: Matrix, evidence: Mapping[str, Evidence]
+) -> Iterator[tuple[Cell, str, Evidence]]:
+    """(cell, scope, record) of what has a twin on a CPU."""
+    for cell in tables.cells:
+        if cell.claim not in ("refused", "planned"):
+            for scope, record in find_records(evidence, cell.id).items():
+                if scope in SCOPES:
+                    yield cell, scope, record
+
+
+def name_twin(cell: Cell, tables: Matrix, scope: str) -> Twin:
+    """A cell's twin; a stand-in of a CPU is its own."""
     words = [*cell.command(tables)[2:], "--tiny"]
     kept: list[str] = []
     while words:
@@ -135,7 +196,7 @@ def name_twin(cell: Cell, tables: Matrix) -> Twin:
             del words[: count - 1]
         else:
             kept.append(word)
-    return tuple(kept)
+    return Twin(tuple(kept), cell.checkpoint if scope == TRUE_SIZE else "")
 
 
 def run_twins(sources: Path, twins: Sequence[Twin], say: Say) -> list[dict[str, str]]:
@@ -163,7 +224,7 @@ def explain_difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:
     for side, told in (("before", old), ("after", new)):
         if "error" in told:
             return f"{side}: {told['error'].partition(chr(10))[0]}"
-    changed = [name for name, key in NAMES.items() if old[key] != new[key]]
+    changed = [name for name, key in NAMES.items() if old.get(key) != new.get(key)]
     return f"other {' and other '.join(changed)}" if changed else ""
 
 
@@ -185,10 +246,12 @@ def judge(
     pairs, cells = [], list[str]()
     for pair, own in found.twins.items():
         if differing.keys().isdisjoint(own):
-            latents = records.digest_json([[*twin, gave[twin]["latents"]] for twin in sorted(own)])
+            latents = records.digest_json(
+                [[*twin.words, twin.row, gave[twin]["latents"]] for twin in sorted(own)]
+            )
             pairs.append(Pair(*pair, commit, machine, latents, str(len(own))))
             cells += found.cells[pair]
-    told = {shlex.join(twin): why for twin, why in differing.items()}
+    told = {twin.name(): why for twin, why in differing.items()}
     return Outcome(tuple(pairs), tuple(cells), told, found.foreign)
 
 

@@ -1,17 +1,17 @@
 """Carried: changes of the shared code that were shown to compute nothing else.
 
-The `cpu` twin of a cell (same checkpoint, flags and seed) runs the same shared code. Where the twin's
-latents are bit-identical before and after a change, on one machine in one job, the pair of digests
-stands in `reports/carried.csv`, and a record whose shared digest leads through that file to today's
-stays fresh. The `device` digest is never carried.
+The `cpu` twin of a record (same checkpoint, flags and seed; of true size at the stand-ins' width) runs
+the same shared code. Where all that the twin gives is bit-identical before and after a change, on one
+machine in one job, the pair of digests stands in `reports/carried.csv`, and a record whose shared
+digest leads through that file to today's stays fresh. The `device` digest is never carried.
 
 | column  | content |
 | ------- | ------- |
 | old, new | shared digests before and after |
 | commit  | commit of the code after, `+changes` when files differed |
 | machine | processor and system of the machine that ran both |
-| latents | digest of the latents of every twin |
-| twins   | how many twins were run |
+| latents | digest of the latents of every twin; of true size in both forms |
+| twins   | how many twins were run, of either scope |
 """
 
 from __future__ import annotations

@@ -156,9 +156,7 @@ class Code:
         """Nothing is read yet."""
         self.package = Package(folder, DOORS, PROTOCOLS, ROOMS)
         known = [self.locate(*edge) for edge in EDGES]
-        self.package.edges = {
-            self.package.find(*edge) for edge in known if self.package.has(*edge)
-        }
+        self.package.edges = {self.package.find(*edge) for edge in known if self.package.has(*edge)}
         self._device: dict[Way, str] = {}
         self._shared: dict[Way, str] = {}
         self._owners: dict[Definition, set[str]] = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,13 @@ import pytest
 from observed import PROVEN, REFUSED, observe
 from tables import CASES, write_tables
 
+import quantmatrix
 from quantmatrix.cli.main import main
 from quantmatrix.errors import QuantmatrixError
 from quantmatrix.measure import carry
 from quantmatrix.measure.carry import (
     Candidates,
+    Twin,
     explain_difference,
     judge,
     list_candidates,
@@ -24,7 +28,8 @@ from quantmatrix.measure.carry import (
 from quantmatrix.proof import store
 from quantmatrix.proof.carried import CARRIED, Carried, Pair
 from quantmatrix.proof.code_digest import own_code
-from quantmatrix.proof.record import Evidence
+from quantmatrix.proof.record import CheckResult, Evidence
+from quantmatrix.proof.scopes import STAND_IN, TRUE_SIZE, key_of
 from quantmatrix.tables import read
 from quantmatrix.tables.rows import Matrix
 
@@ -64,9 +69,28 @@ def test_records_of_the_code_before_have_twins(tables: Matrix) -> None:
     found = candidates(tables, {PROVEN: OLD, REFERENCE: NEW, REFUSED: OLD})
     assert found.cells == {(OLD, NEW): (PROVEN,)}
     [twin] = found.list_twins()
-    assert twin[-1] == "--tiny"
-    assert "decode" in twin
+    assert twin.row == ""
+    assert twin.words[-1] == "--tiny"
+    assert "decode" in twin.words
     assert found.foreign == ()
+
+
+def test_a_record_of_true_size_has_a_twin_of_its_own(tables: Matrix) -> None:
+    stand_in = make(tables, PROVEN, OLD)
+    large = replace(stand_in, checks={"true-size": CheckResult("pass", {})})
+    before: Any = FakeCode(OLD)
+    after: Any = FakeCode(NEW)
+    found = list_candidates(
+        tables, {key_of(one): one for one in (stand_in, large)}, before, after, Carried()
+    )
+    assert found.cells == {(OLD, NEW): (PROVEN, f"{PROVEN}:true-size")}
+    one, other = found.list_twins()
+    assert (one.row, other.row) == ("", stand_in.cell["checkpoint"])
+    assert one.words == other.words
+    assert other.name().startswith(f"true size of {other.row}: ")
+    compiled = replace(stand_in, checks={"compile": CheckResult("pass", {})})
+    none = list_candidates(tables, {key_of(compiled): compiled}, before, after, Carried())
+    assert (none.twins, none.foreign) == ({}, ())
 
 
 def test_records_of_neither_code_are_named(tables: Matrix) -> None:
@@ -85,12 +109,12 @@ def test_a_twin_is_the_command_without_what_only_an_accelerator_has(tmp_path: Pa
     far, here = (
         next(cell for cell in tables.cells if cell.hardware == place) for place in ("h100", "cpu")
     )
-    twin = name_twin(far, tables)
+    twin = name_twin(far, tables, STAND_IN).words
     assert "--backend" not in twin
     assert "torch" not in twin
     assert "--cuda-graph" not in twin
     assert twin[twin.index("--seed") + 1] == "7"
-    assert "torch" in name_twin(here, tables)
+    assert "torch" in name_twin(here, tables, STAND_IN).words
 
 
 GOOD = {"latents": "sha256:1", "files": "sha256:2"}
@@ -101,7 +125,8 @@ GOOD = {"latents": "sha256:1", "files": "sha256:2"}
     [
         (GOOD, GOOD, ""),
         (GOOD, {**GOOD, "latents": "sha256:3"}, "other latents"),
-        (GOOD, {**GOOD, "files": "sha256:3"}, "other weights of the stand-in"),
+        (GOOD, {**GOOD, "files": "sha256:3"}, "other weights of the checkpoint"),
+        ({**GOOD, "errors": "1"}, {**GOOD, "errors": "2"}, "other layer errors"),
         ({"error": "ValueError: bad\nmore"}, GOOD, "before: ValueError: bad"),
         (GOOD, {"error": "ValueError: bad"}, "after: ValueError: bad"),
     ],
@@ -111,7 +136,7 @@ def test_a_difference_is_named(old: dict[str, str], new: dict[str, str], why: st
 
 
 def test_one_twin_that_differs_leaves_its_pairs_out() -> None:
-    one, two, three = ("--seed", "1"), ("--seed", "2"), ("--seed", "3")
+    one, two, three = (Twin(("--seed", seed)) for seed in "123")
     found = Candidates(
         {(OLD, NEW): (one, two), (OTHER, NEW): (two, three)},
         {(OLD, NEW): ("a@cpu",), (OTHER, NEW): ("b@cpu", "c@cpu")},
@@ -121,39 +146,94 @@ def test_one_twin_that_differs_leaves_its_pairs_out() -> None:
     outcome = judge(found, [GOOD] * 3, [moved, GOOD, GOOD])
     assert [(pair.old, pair.new, pair.twins) for pair in outcome.pairs] == [(OTHER, NEW, "2")]
     assert outcome.cells == ("b@cpu", "c@cpu")
-    assert outcome.differing == {"--seed 1": "other latents"}
+    assert outcome.differing == {"quantmatrix generate --seed 1": "other latents"}
     [other] = judge(found, [GOOD, GOOD, moved], [GOOD, GOOD, moved]).pairs[1:]
     assert other.latents != outcome.pairs[0].latents
     assert judge(found, [GOOD] * 3, [moved] * 3).pairs == ()
 
 
 STUB = {
-    "compare": "def digest_latents(latents):\n    return 'sha256:' + repr(latents)\n",
-    "evidence": "def describe_files(files):\n    return {'digest': repr(files)}\n",
+    "measure.latents": "def digest_latents(latents):\n    return 'sha256:' + repr(latents)\n",
+    "proof.record": "def describe_files(files):\n    return {'digest': repr(files)}\n",
     "request": "class Request:\n    @classmethod\n    def from_words(cls, words, device):\n"
     "        if 'bad' in words:\n            raise ValueError('bad words')\n        return words\n",
-    "run": "class Run:\n    latents = [VALUE]\n    class plan:\n        components = {}\n\n\n"
+    "runtime.generate": "class Run:\n    latents = [7]\n    class plan:\n        components = {}\n\n\n"
     "def generate(request):\n    return Run\n",
 }
+FORMER = {"measure.latents": "compare", "proof.record": "evidence", "runtime.generate": "run"}
 
 
-def write_stub(folder: Path, value: int) -> Path:
-    package = folder / "quantmatrix"
-    package.mkdir(parents=True)
-    for name, text in {"__init__": "", **STUB}.items():
-        (package / f"{name}.py").write_text(text.replace("VALUE", str(value)))
+def write_stub(folder: Path, names: Mapping[str, str]) -> Path:
+    """A package that has the modules of `STUB`, some under other names."""
+    for name, text in STUB.items():
+        path = folder.joinpath("quantmatrix", *names.get(name, name).split("."))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".py").write_text(text)
+        for above in (path.parent, folder / "quantmatrix"):
+            (above / "__init__.py").touch()
     return folder
 
 
-def test_twins_are_run_by_the_package_below_a_folder(tmp_path: Path) -> None:
-    sources = write_stub(tmp_path / "src", 7)
+@pytest.mark.parametrize("names", [{}, FORMER], ids=["today", "before the moves"])
+def test_twins_are_run_by_the_package_below_a_folder(tmp_path: Path, names: dict[str, str]) -> None:
+    sources = write_stub(tmp_path / "src", names)
     said: list[str] = []
-    found = carry.run_twins(sources, [("good",), ("bad",)], said.append)
+    found = carry.run_twins(sources, [Twin(("good",)), Twin(("bad",))], said.append)
     assert found == [{"latents": "sha256:[7]", "files": "[]"}, {"error": "ValueError: bad words"}]
     assert len(said) == 2
-    (sources / "quantmatrix" / "runtime/generate.py").write_text("raise SystemExit(5)\n")
+
+
+def test_a_process_that_ends_early_is_an_error(tmp_path: Path) -> None:
+    sources = write_stub(tmp_path / "src", {})
+    (sources / "quantmatrix" / "request.py").write_text("raise SystemExit(5)\n")
     with pytest.raises(QuantmatrixError, match="ended with 5 after 0 of 1"):
-        carry.run_twins(sources, [("good",)], said.append)
+        carry.run_twins(sources, [Twin(("good",))], lambda _: None)
+
+
+ROOT = Path(quantmatrix.__file__).parents[2]
+EDITS = {
+    "wording": ("kernels/number_formats.py", '"""', '"""In other words: ', ()),
+    "constant": (
+        "kernels/number_formats.py", "E4M3_MAX = 448.0", "E4M3_MAX = 240.0",
+        ("latents", "files", "errors"),
+    ),
+    "seed": ("measure/true_size.py", "seed: int = 0", "seed: int = 1", ("latents", "files", "errors")),
+}  # fmt: skip
+
+
+def run_true_twin(sources: Path) -> dict[str, str]:
+    tables = read.read(ROOT / "matrix")
+    cell = next(
+        c
+        for c in tables.cells
+        if c.hardware == "h200" and c.family == "fp8" and "true-size" in c.checks
+    )
+    [found] = carry.run_twins(sources, [name_twin(cell, tables, TRUE_SIZE)], lambda _: None)
+    return found
+
+
+@pytest.fixture(scope="module")
+def unchanged() -> dict[str, str]:
+    return run_true_twin(ROOT / "src")
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_what_is_computed_at_true_size_decides(
+    tmp_path: Path, unchanged: dict[str, str], name: str
+) -> None:
+    file, old, new, changed = EDITS[name]
+    assert set(unchanged) == {"latents", "files", "errors"}
+    ignored = shutil.ignore_patterns("__pycache__")
+    package = shutil.copytree(
+        ROOT / "src/quantmatrix", tmp_path / "src/quantmatrix", ignore=ignored
+    )
+    shutil.copytree(ROOT / "matrix", tmp_path / "matrix")
+    text = (package / file).read_text()
+    assert old in text
+    (package / file).write_text(text.replace(old, new, 1))
+    found = run_true_twin(tmp_path / "src")
+    assert {key for key in unchanged if found[key] != unchanged[key]} == set(changed)
+    assert bool(explain_difference(unchanged, found)) == bool(changed)
 
 
 def test_the_command_writes_pairs(

@@ -8,15 +8,17 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 import quantmatrix
 from quantmatrix.proof import code_digest
-from quantmatrix.proof.code_digest import EDGES, Code, Digests, Way, find_way
-from quantmatrix.proof.scopes import STAND_IN
+from quantmatrix.proof.code_digest import EDGES, FORMER, Code, Digests, Way, find_way
+from quantmatrix.proof.scopes import COMPILED, STAND_IN, TRUE_SIZE
 from quantmatrix.proof.source_modules import CodeError, Definition
 from quantmatrix.tables import read
 
@@ -24,6 +26,11 @@ PACKAGE = Path(quantmatrix.__file__).parent
 REPORTS = PACKAGE.parents[1] / "reports"
 
 
+ENTRIES = {
+    *EDGES,
+    *(entry for way in code_digest.STARTS.values() for entry in way),
+    *(*code_digest.PLAN, *code_digest.ON_DEVICES, *code_digest.ACCELERATED, *code_digest.SEVERAL),
+}
 MODELS = ("flux-1", "wan-2-2")
 """All families have records of these two."""
 
@@ -327,6 +334,52 @@ def test_digests_of_all_cells_take_a_second_or_two(ways: Mapping[str, Way]) -> N
     assert {cell: code.digest(way) for cell, way in ways.items()} == cold
     assert middle - start < 10
     assert time.process_time() - middle < 1
+
+
+def test_entries_and_edges_are_found_in_their_former_modules(tmp_path: Path) -> None:
+    (tmp_path / "sources.py").write_text("def open_tiny_hub(references):\n    return references\n")
+    for module, former in FORMER.items():
+        path = tmp_path / f"{former[0]}.py"
+        names = [name for place, name in ENTRIES if place == module and name != "open_tiny_hub"]
+        path.write_text("".join(f"def {name}():\n    return 1\n" for name in names))
+    code = Code(tmp_path)
+    for module, name in ENTRIES:
+        wanted = "sources" if name == "open_tiny_hub" else FORMER.get(module, (module,))[0]
+        assert code.locate(module, name) == (wanted, name)
+        assert Code(PACKAGE).package.has(module, name)
+    assert Definition("sources", "open_tiny_hub") in code.package.edges
+
+
+BEFORE_MOVES = "60f12f3"
+OWN_DIGESTS = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from quantmatrix.code_digest import Code, Way
+code = Code(Path(sys.argv[1]) / "quantmatrix")
+for line in sys.stdin:
+    one = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(line).items()}
+    found = code.digest(Way(**one))
+    print(found.device, found.shared)
+"""
+
+
+def test_a_revision_from_before_the_moves_has_the_digests_that_it_gave(
+    ways: Mapping[str, Way], tmp_path: Path
+) -> None:
+    root = PACKAGE.parents[1]
+    words = ["git", "-C", str(root), "archive", BEFORE_MOVES, "src"]
+    archive = subprocess.run(words, capture_output=True)
+    if archive.returncode:
+        pytest.skip("no history here")
+    subprocess.run(["tar", "x", "-C", str(tmp_path)], input=archive.stdout, check=True)
+    every = [replace(w, scope=s) for w in ways.values() for s in (STAND_IN, TRUE_SIZE, COMPILED)]
+    given = "\n".join(json.dumps(asdict(way)) for way in every)
+    words = [sys.executable, "-c", OWN_DIGESTS, str(tmp_path / "src")]
+    own = subprocess.run(words, input=given, capture_output=True, text=True, check=True)
+    code = Code(tmp_path / "src/quantmatrix")
+    found = [code.digest(way) for way in every]
+    assert [f"{one.device} {one.shared}" for one in found] == own.stdout.splitlines()
 
 
 def test_stand_ins_are_named_by_what_writes_them(copy: Path) -> None:
