@@ -8,10 +8,10 @@ library (does the family know the scheme, does a kernel have the rule) is left t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix import families, models
 from quantmatrix.tables.lint_flags import list_flag_problems
 from quantmatrix.tables.rows import (
     AUTO,
@@ -42,20 +42,22 @@ ARCHITECTURES = {
 }
 """How a probe of each vendor's devices names them (see `quantmatrix.hardware.probe`)."""
 PACKAGE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+OWN_ID = re.compile(r'^ID = "([a-z0-9-]+)"$', re.MULTILINE)
+"""The line in which a module of a family or a model names itself."""
 RESERVED = (EVERYWHERE, AUTO)
 """Words that stand for hardware wherever it is asked for, so that nothing else may be called so."""
 
 
 def check_families(table: Table[FamilyRow], tables: Matrix) -> None:
     """Ids are those of the modules in families/, models are known."""
-    check_modules(table, "families", families.IDS)
+    check_modules(table, "families")
     for line, row in table.rows:
         table.check(line, "models", row.models, tables.models)
 
 
 def check_models(table: Table[ModelRow]) -> None:
     """Ids are those of the modules in models/, each of another repository."""
-    check_modules(table, "models", models.IDS)
+    check_modules(table, "models")
     repos: dict[str, int] = {}
     for line, row in table.rows:
         check_reference(table, line, "repo", row.repo)
@@ -70,15 +72,29 @@ def check_reference(table: Table[Any], line: int, column: str, text: str) -> Non
         table.note(line, f'{column}: "{text}" is no hub id and no path')
 
 
-def check_modules(table: Table[Any], package: str, ids: Sequence[str]) -> None:
-    """Every row has its module `quantmatrix/<package>/<id>.py`, and every module its row."""
+def check_modules(table: Table[Any], package: str) -> None:
+    """Every row has its module `quantmatrix/<package>/<id>`, and every module its row."""
+    modules = list_modules(Path(__file__).parents[1] / package)
     for line, row in table.rows:
-        table.check(line, "id", [row.id], ids)
+        table.check(line, "id", [row.id], modules)
     listed = {row.id for _, row in table.rows}
-    for name in ids:
+    for name, module in modules.items():
         if name not in listed:
-            module = f"{package}/{name.replace('-', '_')}.py"
             table.problems.append(f"{table.name}: no row for {name}, the module {module}")
+
+
+@lru_cache(maxsize=8)
+def list_modules(folder: Path) -> dict[str, str]:
+    """File or folder of every module in a package that names itself with an `ID`, by that id.
+
+    The texts are read, never imported: what lints the tables does not lean on what they describe.
+    """
+    found = {}
+    for path in sorted([*folder.glob("*.py"), *folder.glob("*/__init__.py")]):
+        if named := OWN_ID.search(path.read_text(encoding="utf-8")):
+            module = path.parent if path.name == "__init__.py" else path
+            found[named[1]] = f"{folder.name}/{module.name}"
+    return found
 
 
 def check_hardware(table: Table[HardwareRow]) -> None:

@@ -274,7 +274,7 @@ def test_a_module_without_a_row_is_a_problem(folder: Path) -> None:
     path = folder / "families.csv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     assert problems_of(folder) == [
-        "matrix/families.csv: no row for msmodelslim, the module families/msmodelslim.py"
+        "matrix/families.csv: no row for msmodelslim, the module families/msmodelslim"
     ]
 
 

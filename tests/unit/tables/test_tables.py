@@ -11,6 +11,7 @@ import quantmatrix
 from quantmatrix import families, models
 from quantmatrix.request import Request
 from quantmatrix.tables import read
+from quantmatrix.tables.lint import list_modules
 from quantmatrix.tables.rows import Cell
 
 PACKAGE = Path(quantmatrix.__file__).parent
@@ -249,12 +250,15 @@ def test_every_family_says_what_is_refused_and_what_works_instead() -> None:
             assert any(cell.model == other.model for other in works)
 
 
-def test_ids_are_file_names() -> None:
-    """A family may be in the tables before its module is there; a model may not."""
-    modules = {path.stem.replace("_", "-") for path in (PACKAGE / "models").glob("*.py")}
-    assert set(TABLES.models) <= modules
-    assert set(families.written()) <= set(TABLES.families)
-    assert {"fp8", "modelopt-fp8", "modelopt-nvfp4", "msmodelslim"} <= set(families.written())
+@pytest.mark.parametrize(("package", "ids"), [("families", families.IDS), ("models", models.IDS)])
+def test_ids_of_rows_are_those_of_the_modules(package: str, ids: tuple[str, ...]) -> None:
+    """What the lint reads from the folder is what the code imports, and what the tables hold."""
+    found = list_modules(PACKAGE / package)
+    assert set(found) == set(ids) == set(getattr(TABLES, package))
+    for name, module in found.items():
+        assert (PACKAGE / module).exists()
+        assert Path(module).stem == name.replace("-", "_")
+    assert set(families.written()) == set(families.IDS)
 
 
 @pytest.mark.parametrize("model", models.IDS)
