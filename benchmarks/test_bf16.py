@@ -28,11 +28,12 @@ MODELS = {"flux-1": "black-forest-labs/FLUX.1-dev", "z-image": "Tongyi-MAI/Z-Ima
 def test_full_precision_costs_nothing(benchmark: Any, model: str) -> None:
     import diffusers
 
-    from quantmatrix.runtime.plan import decide, types
+    from quantmatrix import api
+    from quantmatrix.runtime.plan import types
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     request = Request(model_path=MODELS[model], tiny=True)
-    made = decide.plan(request)
+    made = api.plan(request)
     assert isinstance(made, types.Plan)
     ours = load_transformer(MODELS[model], tiny=True, device=device, dtype=torch.bfloat16)
     theirs = getattr(diffusers, type(ours).__name__).from_pretrained(

@@ -35,7 +35,7 @@ base, quantized = sys.argv[1:]
 import torch
 torch.set_num_threads(1)
 from quantmatrix import witness
-from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.api import plan
 from quantmatrix.request import Request
 
 FILE = f"{base}/diffusion_pytorch_model.safetensors"
@@ -149,9 +149,9 @@ def fill(base: Sparse, quantized: Sparse) -> None:
     """Random numbers in the rows that the witness will look at, quantized in the other file."""
     import torch
 
+    from quantmatrix.api import plan
     from quantmatrix.kernels.nvfp4_arithmetic import encode
     from quantmatrix.request import Request
-    from quantmatrix.runtime.plan.decide import plan
     from quantmatrix.runtime.plan.types import Plan
     from quantmatrix.runtime.witness.measure import choose_samples
 

@@ -43,7 +43,7 @@ def __getattr__(name: str) -> Any:
 
 
 def plan(*args: Any, **fields: Any) -> Any:
-    """What would run, with which kernels, or a refusal; see `quantmatrix.runtime.plan.decide`."""
-    from quantmatrix.runtime.plan.decide import plan as decide
+    """What would run, with which kernels, or a refusal; see `quantmatrix.api.plan`."""
+    from quantmatrix import api
 
-    return decide(*args, **fields)
+    return api.plan(*args, **fields)

@@ -1,4 +1,9 @@
-"""The public functions that load: a transformer alone, or a whole pipeline."""
+"""The public functions, and the edge at which a request meets the tables and the stand-ins.
+
+What plans and runs below is given all it needs: the hub that a request's references lie in, and the
+machine that it is for. Here both are found: `resolve` opens the stand-ins of a `--tiny` request, and
+looks up the row of `--hardware`, or the machine that we stand on.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +12,25 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix.errors import UsageError
+from quantmatrix.hardware import probe
 from quantmatrix.request import WEIGHTS_ALIASES, Request
+from quantmatrix.runtime import generate as generating
 from quantmatrix.runtime.load import load_component
 from quantmatrix.runtime.pipeline import build_pipeline
-from quantmatrix.runtime.plan.decide import plan, plan_transformers
-from quantmatrix.runtime.plan.types import Refusal
+from quantmatrix.runtime.plan import decide
+from quantmatrix.runtime.plan.types import require
+from quantmatrix.tables import identify, read
+from quantmatrix.tiny.hub import use_tiny
 
 if TYPE_CHECKING:
     from typing import Any
 
     from torch import nn
+
+    from quantmatrix.hardware.machine import Machine
+    from quantmatrix.runtime.plan.types import Plan, Refusal
+    from quantmatrix.runtime.run import Run
 
 
 def load_transformer(
@@ -49,23 +62,62 @@ def load_transformer(
         dtype=str(dtype).removeprefix("torch."),
         **fields,
     )
-    made = plan_transformers(request)
-    if isinstance(made, Refusal):
-        raise RefusedError(made.rule, made.message)
-    for text in made.warnings:
+    plan = require(decide.plan_transformers(*resolve(request)))
+    for text in plan.warnings:
         warnings.warn(text, stacklevel=2)
-    if component not in made.components:
+    if component not in plan.components:
         raise UsageError(
             f"{model_path} has no transformer component {component!r}; "
-            f"it has {', '.join(made.components)}"
+            f"it has {', '.join(plan.components)}"
         )
-    return load_component(made.components[component], made.request, device=device)
+    return load_component(plan.components[component], plan.request, device=device)
 
 
 def load_pipeline(request: Request | None = None, /, **fields: Any) -> Any:
-    """The diffusers pipeline of a request (keyword arguments are Request's fields)."""
-    request = request if request is not None else Request(**fields)
-    made = plan(request)
-    if isinstance(made, Refusal):
-        raise RefusedError(made.rule, made.message)
-    return build_pipeline(made)
+    """The diffusers pipeline of a request (keyword arguments are Request's fields).
+
+    Raises CheckpointError for a bad checkpoint and RefusedError where no kernel fits.
+    """
+    return build_pipeline(require_plan(request if request is not None else Request(**fields)))
+
+
+def plan(request: Request | None = None, /, **fields: Any) -> Plan | Refusal:
+    """How a request will run, or why it cannot. Keyword arguments are Request's fields.
+
+    Raises CheckpointError and UsageError for what is wrong with the input, whichever part of the
+    pipeline it is in.
+    """
+    return decide.plan(*resolve(request if request is not None else Request(**fields)))
+
+
+def require_plan(request: Request) -> Plan:
+    """The plan of a request; RefusedError where it is a refusal."""
+    return require(plan(request))
+
+
+def generate_all(request: Request) -> list[Run]:
+    """Plan a request and generate for every prompt and seed of it; RefusedError where it cannot run."""
+    return generating.generate_all(request, made=require_plan(request))
+
+
+def generate(request: Request) -> Run:
+    """The same for its first prompt and seed."""
+    return generating.generate(request, made=require_plan(request))
+
+
+def resolve(request: Request) -> tuple[Request, Machine]:
+    """(the request with the hub of its stand-ins, the machine that it is for).
+
+    Stand-ins that are not there yet are made. UsageError for a `--hardware` that is no row.
+    """
+    return use_tiny(request), find_machine(request)
+
+
+def find_machine(request: Request) -> Machine:
+    """The machine of `--hardware`, or the one we stand on."""
+    if request.hardware is None:
+        return probe.probe(request.device)
+    rows = read.read().hardware
+    if request.hardware not in rows:
+        raise UsageError(f"--hardware {request.hardware}: no such row; known: {', '.join(rows)}")
+    return identify.from_row(rows[request.hardware])

@@ -19,14 +19,13 @@ from modelopt.torch.export import export_hf_checkpoint
 from torch import nn
 
 from quantmatrix import models
-from quantmatrix.api import load_transformer
+from quantmatrix.api import load_transformer, plan
 from quantmatrix.checkpoints.opening import open_component
 from quantmatrix.errors import CheckpointError
 from quantmatrix.families.producers.comfyui import WHOLE_INPUTS
 from quantmatrix.request import Hub, Request
 from quantmatrix.runtime.load import count_quantized
 from quantmatrix.runtime.pipeline import build_pipeline
-from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.runtime.plan.inspect import inspect
 from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.tiny import hub

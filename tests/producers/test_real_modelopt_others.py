@@ -19,7 +19,7 @@ from modelopt.torch import quantization as mtq
 from modelopt.torch.export import export_hf_checkpoint
 
 from quantmatrix import models
-from quantmatrix.api import load_transformer
+from quantmatrix.api import load_transformer, plan
 from quantmatrix.checkpoints.opening import open_component
 from quantmatrix.errors import CheckpointError
 from quantmatrix.families import modelopt_nvfp4
@@ -27,7 +27,6 @@ from quantmatrix.measure.fallback import Study, rank_modules
 from quantmatrix.request import Hub, Request
 from quantmatrix.runtime.generate import generate
 from quantmatrix.runtime.load import count_quantized
-from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.tiny import hub
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @pytest.mark.check("refuse")
 def test_refuse(cell: Cell, workbench: Workbench, proof: Proof) -> None:
-    from quantmatrix.runtime.plan.decide import plan
+    from quantmatrix.api import plan
 
     request = workbench.planned_request(cell)
     made = plan(request)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from quantmatrix import api
 from quantmatrix.request import Request
 from quantmatrix.runtime import parallel
 from quantmatrix.runtime.generate import generate
@@ -44,7 +45,7 @@ def watch(request: Request, made: Any, pipeline: Any) -> dict[str, Any]:
 def run_alone(words: Sequence[str]) -> dict[str, Any]:
     """What this process sees."""
     request = read(list(words))
-    made = parallel.find_plan(request)
+    made = api.require_plan(request)
     return watch(request, made, build_pipeline(made))
 
 
@@ -70,7 +71,7 @@ def fork_together(target: Path, words: Sequence[str]) -> dict[str, Any]:
 
 def keep_seen(target: Path, words: Sequence[str]) -> None:
     """What each of the two does."""
-    asked = read([*words, "--nproc-per-node", "2"])
+    asked, _ = api.resolve(read([*words, "--nproc-per-node", "2"]))
     with parallel.join(asked) as (rank, found, pipe):
         seen = watch(asked, found, pipe)
         if rank == 0:

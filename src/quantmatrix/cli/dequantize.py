@@ -24,12 +24,13 @@ def _add_dequantize(commands: Any) -> None:
 
 def run_dequantize(arguments: argparse.Namespace, rest: list[str]) -> int:
     """`quantmatrix dequantize`."""
+    from quantmatrix.tiny.hub import use_tiny
     from quantmatrix.tools.dequantize import dequantize
 
     if not arguments.output_path:
         raise UsageError("--output-path is missing: name the folder to write")
     dtype = arguments.dtype or "float32"
-    request = read_request(arguments, rest)
+    request = use_tiny(read_request(arguments, rest))
     made = dequantize(request, arguments.output_path, component=arguments.component, dtype=dtype)
     if arguments.json:
         print_json(made)

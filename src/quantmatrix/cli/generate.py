@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from quantmatrix.request import Request
+    from quantmatrix.runtime.plan.types import Plan
 
 
 def _add_generate(commands: Any) -> None:
@@ -31,33 +32,34 @@ def _add_generate(commands: Any) -> None:
 def run_generate(arguments: argparse.Namespace, rest: list[str]) -> int:
     """`quantmatrix generate`."""
     request = read_request(arguments, rest)
+    from quantmatrix import api
+
     if request.nproc_per_node == 1:
-        return show_runs(request, arguments)
+        return show_runs(request, arguments, api.require_plan(request))
     from quantmatrix.runtime import parallel
 
     if not parallel.is_worker():
-        return parallel.launch(request, arguments.words)
-    with parallel.join(request) as (rank, made, pipeline):
-        return show_runs(request, arguments, rank, made, pipeline)
+        return parallel.launch(api.require_plan(request), arguments.words)
+    request, _ = api.resolve(request)
+    with parallel.join(request) as (rank, plan, pipeline):
+        return show_runs(request, arguments, plan, rank, pipeline)
 
 
 def show_runs(
     request: Request,
     arguments: argparse.Namespace,
+    plan: Plan,
     rank: int = 0,
-    made: Any = None,
     pipeline: Any = None,
 ) -> int:
     """Generate; the process of rank 0 saves and prints."""
     from quantmatrix.measure import saved_runs
     from quantmatrix.runtime.generate import generate_all
     from quantmatrix.runtime.media import check_output, save_media
-    from quantmatrix.runtime.plan.decide import require_plan
     from quantmatrix.runtime.run import Run
 
-    made = made or require_plan(request)
     if arguments.save_output:
-        check_output(made, arguments.output_path)
+        check_output(plan, arguments.output_path)
     several = len(request.prompt) * len(request.seed) > 1
     latents_path = saved_runs.check_target(arguments.save_latents, several=several)
 
@@ -82,7 +84,7 @@ def show_runs(
 
     runs = generate_all(
         request,
-        made=made,
+        made=plan,
         pipeline=pipeline,
         progress=sys.stderr.isatty(),
         save=None if rank else save,

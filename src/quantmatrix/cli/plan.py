@@ -26,7 +26,7 @@ def _add_plan(commands: Any) -> None:
 
 def run_plan(arguments: argparse.Namespace, rest: list[str]) -> int:
     """`quantmatrix plan`."""
-    from quantmatrix.runtime.plan.decide import plan
+    from quantmatrix.api import plan
     from quantmatrix.runtime.plan.types import Refusal
 
     made = plan(read_request(arguments, rest))

@@ -61,13 +61,14 @@ def show_progress(what: str, things: Iterable[Any]) -> Iterable[Any]:
 def run_quantize(arguments: argparse.Namespace, rest: list[str]) -> int:
     """`quantmatrix quantize`."""
     from quantmatrix.cli.output import print_json, read_request
+    from quantmatrix.tiny.hub import use_tiny
     from quantmatrix.tools import quantize as work
 
     if rest:
         raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
     given = arguments.calibration_prompts
     found = work.quantize(
-        read_request(arguments, rest),
+        use_tiny(read_request(arguments, rest)),
         family=arguments.family,
         output=arguments.output_path,
         scheme=arguments.scheme,

@@ -41,9 +41,9 @@ def choose_cells(tables: Matrix, hardware: str) -> list[Cell]:
 
 def describe(tables: Matrix, cell: Cell) -> dict[str, Any]:
     """Command, plan and memory of one cell, plain data; a refusal is told as one."""
+    from quantmatrix.api import plan
     from quantmatrix.measure.workbench import Workbench
     from quantmatrix.runtime import true_bytes
-    from quantmatrix.runtime.plan.decide import plan
     from quantmatrix.runtime.plan.types import Plan
 
     made = plan(Workbench(tables, tiny=True).planned_request(cell))

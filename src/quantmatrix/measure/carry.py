@@ -49,14 +49,16 @@ import torch
 def get(name, *modules):
     for module in modules:
         try:
-            return getattr(importlib.import_module(f"quantmatrix.{module}"), name)
+            found = importlib.import_module(f"quantmatrix.{module}")
+            if hasattr(found, name):
+                return getattr(found, name)
         except ModuleNotFoundError as error:
             if not f"quantmatrix.{module}.".startswith(f"{error.name}."):
                 raise
     raise ImportError(f"{name}: none of quantmatrix.{', '.join(modules)} is there")
 
 def run_stand_in(request):
-    run = get("generate", "runtime.generate", "run")(request)
+    run = get("generate", "api", "runtime.generate", "run")(request)
     files = [f for part in run.plan.components.values() for f in part.checkpoint.files]
     return {"latents": digest_latents(run.latents), "files": describe_files(files)["digest"]}
 

@@ -47,7 +47,7 @@ def read_side(word: str, request: Request) -> SavedRun:
     """The trajectory of one side, computed here unless it is a saved run."""
     if is_saved_run(Path(word)):
         return read(Path(word))
-    from quantmatrix.runtime.generate import generate
+    from quantmatrix.api import generate
 
     return from_run(generate(make_request(word, request)), word)
 

@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix.api import require_plan
+from quantmatrix.errors import UsageError
 from quantmatrix.measure.latents import StepMetrics, compare_tensors
 from quantmatrix.request import Request
 from quantmatrix.runtime.generate import generate
 from quantmatrix.runtime.pipeline import build_pipeline
-from quantmatrix.runtime.plan.decide import plan
-from quantmatrix.runtime.plan.types import Plan, Refusal
 
 Show = Callable[[str, Iterable[Any]], Iterable[Any]]
 
@@ -59,7 +58,7 @@ class Study:
         """Load both; raises UsageError when nothing is quantized."""
         plain = replace(request, component_paths={}, weights_paths={}, backend=None)
         self.request = plain
-        self.made, quantized = make_plan(plain), make_plan(request)
+        self.made, quantized = require_plan(plain), require_plan(request)
         if not any(part.layers for part in quantized.components.values()):
             raise UsageError(
                 "no layer of the checkpoint is quantized: name one by --transformer-path or "
@@ -99,14 +98,6 @@ class Study:
 def replace_child(owner: nn.Module, child: str, module: nn.Module) -> None:
     """Put a module in another's place (numbered children of lists included)."""
     owner._modules[child] = module
-
-
-def make_plan(request: Request) -> Plan:
-    """The plan, or RefusedError."""
-    made = plan(request)
-    if isinstance(made, Refusal):
-        raise RefusedError(made.rule, made.message)
-    return made
 
 
 def group_modules(names: Iterable[str], by: str) -> list[tuple[str, ...]]:

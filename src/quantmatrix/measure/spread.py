@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import nn
 
+from quantmatrix import api
 from quantmatrix.checkpoints.opening import fetch
 from quantmatrix.checkpoints.reader import TensorReader
 from quantmatrix.hardware import probe
 from quantmatrix.measure.latents import compare_trajectories, find_worst
 from quantmatrix.measure.layers import LayerErrors, make_hook
-from quantmatrix.measure.validate import decide
 from quantmatrix.proof import record as records
 from quantmatrix.proof.limit_samples import Spread
 from quantmatrix.request import Request
@@ -48,8 +48,8 @@ def measure(model: str, repository: str) -> Spread:
     request = Request(
         model_path=repository, tiny=True, device="cpu", prompt=(PROMPT,), dtype="bfloat16"
     )
-    exact = generate(replace(request, dtype="float32"))
-    made = decide(request)
+    exact = api.generate(replace(request, dtype="float32"))
+    made = api.require_plan(request)
     pipeline = build_pipeline(made)
     with watch_linear(pipeline, made) as errors:
         run = generate(request, made=made, pipeline=pipeline)

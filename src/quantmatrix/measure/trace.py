@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix.api import require_plan
+from quantmatrix.errors import UsageError
 from quantmatrix.measure.trace_census import LAYER, Census, take_census
 from quantmatrix.request import Request
 from quantmatrix.runtime.generate import STAGE, generate
 from quantmatrix.runtime.pipeline import build_pipeline
-from quantmatrix.runtime.plan.decide import plan
-from quantmatrix.runtime.plan.types import Plan, Refusal
+from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.runtime.quantized_linear import QuantizedLinear
 
 ENDING = ".json.gz"
@@ -36,9 +36,7 @@ def trace(request: Request, path: Path) -> Census:
     """
     if not path.name.endswith(ENDING):
         raise UsageError(f"--output-path {path}: expected a file ending in {ENDING}")
-    made = plan(request)
-    if isinstance(made, Refusal):
-        raise RefusedError(made.rule, made.message)
+    made = require_plan(request)
     refuse_acceleration(request)
     return trace_pipeline(request, made, build_pipeline(made), path)
 

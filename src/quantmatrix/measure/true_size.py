@@ -36,7 +36,8 @@ from torch import nn
 from torch.nn import functional
 
 from quantmatrix import families, models
-from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix.api import require_plan
+from quantmatrix.errors import UsageError
 from quantmatrix.families.protocol import Calibration
 from quantmatrix.measure.bench.speed import count_bytes, flatten_output
 from quantmatrix.measure.bench.synthetic import fill_plain, make_inputs
@@ -45,8 +46,7 @@ from quantmatrix.measure.layers import LayerErrors, relative_error
 from quantmatrix.request import Hub
 from quantmatrix.runtime.empty_model import build_plain
 from quantmatrix.runtime.load import load_component
-from quantmatrix.runtime.plan.decide import plan
-from quantmatrix.runtime.plan.types import Plan, Refusal
+from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.runtime.quantized_linear import share_inputs
 from quantmatrix.tiny.checkpoints import (
     choose_schemes,
@@ -273,10 +273,7 @@ def plan_checkpoint(row: CheckpointRow, request: Request, base: Path, checkpoint
     own = replace(
         request, **named, tiny=False, hub=Hub(offline=True), model_id=None, nproc_per_node=1
     )
-    made = plan(own)
-    if isinstance(made, Refusal):
-        raise RefusedError(made.rule, made.message)
-    return made
+    return require_plan(own)
 
 
 def compare_layers(

@@ -34,7 +34,8 @@ from typing import Any
 import torch
 
 from quantmatrix import models
-from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix.api import require_plan
+from quantmatrix.errors import UsageError
 from quantmatrix.files import check_place
 from quantmatrix.hardware import probe
 from quantmatrix.measure.census import find_differences, find_undeclared
@@ -46,8 +47,7 @@ from quantmatrix.proof import scopes
 from quantmatrix.request import Request, strip_quantization
 from quantmatrix.runtime.generate import generate_all
 from quantmatrix.runtime.pipeline import build_pipeline
-from quantmatrix.runtime.plan.decide import plan
-from quantmatrix.runtime.plan.types import Plan, Refusal
+from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.runtime.run import Run
 from quantmatrix.runtime.witness.verdict import examine_plan
 
@@ -72,7 +72,7 @@ def validate(request: Request, command: str, say: Say = lambda _: None) -> Valid
     """Compare the checkpoint of a request with its base model; RefusedError when it cannot run."""
     made = plan_quantized(request)
     base_request = strip_quantization(request, request.model_path)
-    base = decide(base_request)
+    base = require_plan(base_request)
     say(f"base model: {describe_runs(request)}")
     baselines = generate_all(base_request, made=base)
     release_memory()
@@ -130,7 +130,7 @@ def release_memory() -> None:
 
 def plan_quantized(request: Request) -> Plan:
     """The plan of the checkpoint; UsageError when nothing in it is quantized."""
-    made = decide(request)
+    made = require_plan(request)
     if not any(part.layers for part in made.components.values()):
         raise UsageError(
             f"{request.model_path}: no transformer component is quantized, so there is nothing to "
@@ -141,14 +141,6 @@ def plan_quantized(request: Request) -> Plan:
             f"--model-path {request.model_path} is quantized itself: give the base model with "
             "--model-path, and this one's transformer with --transformer-path"
         )
-    return made
-
-
-def decide(request: Request) -> Plan:
-    """The plan of a request; RefusedError when it ends in a refusal."""
-    made = plan(request)
-    if isinstance(made, Refusal):
-        raise RefusedError(made.rule, made.message)
     return made
 
 

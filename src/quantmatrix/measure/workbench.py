@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantmatrix.errors import MachineError, RefusedError
+from quantmatrix import api
+from quantmatrix.errors import MachineError
 from quantmatrix.hardware import probe
 from quantmatrix.measure.layers import LayerErrors, watch_layers
 from quantmatrix.request import FP4_BACKEND_VARIABLE, Request, blank_generation, strip_quantization
 from quantmatrix.runtime import parallel
 from quantmatrix.runtime.generate import generate
 from quantmatrix.runtime.pipeline import build_pipeline
-from quantmatrix.runtime.plan.decide import plan
-from quantmatrix.runtime.plan.types import Plan, Refusal
+from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.runtime.run import Run
 from quantmatrix.tables.identify import find_difference
 
@@ -89,10 +89,7 @@ class Workbench:
 
     def plan(self, request: Request) -> Plan:
         """The plan of a request; RefusedError when it ends in a refusal."""
-        made = plan(request)
-        if isinstance(made, Refusal):
-            raise RefusedError(made.rule, made.message)
-        return made
+        return api.require_plan(request)
 
     def pipeline(self, request: Request, made: Plan) -> Any:
         """The pipeline of a request, the one at hand if it is the same."""
@@ -106,7 +103,8 @@ class Workbench:
         """Generate with the pipeline of a request, or in the processes that its plan has."""
         if made.processes > 1:
             self.release()
-            return parallel.generate_together(request, made)
+            resolved = replace(request, hub=made.request.hub)
+            return parallel.generate_together(resolved, made)
         return self.run_alone(request, made)
 
     def run_alone(self, request: Request, made: Plan) -> Run:
@@ -130,7 +128,7 @@ class Workbench:
         key = repr(plain)
         if key not in self._baselines:
             self.release()
-            self._baselines[key] = generate(plain)
+            self._baselines[key] = api.generate(plain)
         return self._baselines[key]
 
     def release(self) -> None:

@@ -29,8 +29,8 @@ from quantmatrix.proof.scopes import COMPILED, PUBLISHED, STAND_IN, TRUE_SIZE
 from quantmatrix.proof.source_modules import Definition
 
 REQUEST = ("request", "Request")
-PLAN = (("runtime.plan.decide", "plan"), REQUEST)
-RUN = (("runtime.generate", "generate_all"), REQUEST)
+PLAN = (("api", "plan"), REQUEST)
+RUN = (("api", "generate_all"), REQUEST)
 WRITER = (("tiny.hub", "ensure"),)
 STARTS = {
     COMPILED: (*PLAN, ("measure.compiled", "Builder")),
@@ -68,13 +68,12 @@ PROTOCOLS = (
 ROOMS = ("svdq_faults", "svdq_packing")
 """Modules of one family that lay elsewhere, in revisions from before `FORMER`."""
 FORMER: Mapping[str, tuple[str, ...]] = {
+    "api": ("runtime.plan.decide", "planning", "runtime.generate", "run"),
     "measure.compiled": ("compiled",),
     "measure.true_size": ("true_size",),
     "runtime.acceleration": ("acceleration",),
-    "runtime.generate": ("run",),
     "runtime.parallel": ("parallel",),
     "runtime.pipeline": ("pipeline",),
-    "runtime.plan.decide": ("planning",),
     "tables.read": ("matrix",),
     "tiny.hub": ("tiny", "sources"),
 }

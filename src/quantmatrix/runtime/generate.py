@@ -24,7 +24,6 @@ from quantmatrix.request import Request
 from quantmatrix.runtime.load import count_quantized
 from quantmatrix.runtime.media import find_degeneration, stack_frames
 from quantmatrix.runtime.pipeline import build_pipeline
-from quantmatrix.runtime.plan.decide import require_plan
 from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.runtime.run import Run
 
@@ -35,7 +34,7 @@ STAGE = "stage|"
 def generate(
     request: Request,
     *,
-    made: Plan | None = None,
+    made: Plan,
     pipeline: Any = None,
     progress: bool = False,
 ) -> Run:
@@ -46,14 +45,15 @@ def generate(
 def generate_all(
     request: Request,
     *,
-    made: Plan | None = None,
+    made: Plan,
     pipeline: Any = None,
     progress: bool = False,
     save: Callable[[Run], None] | None = None,
 ) -> list[Run]:
-    """Generate for every prompt and seed of a request, calling `save` after each."""
-    if made is None:
-        made = require_plan(request)
+    """Generate for every prompt and seed of a request, calling `save` after each.
+
+    `made` is the request's plan, `pipeline` what was built of it; it is built where there is none.
+    """
     if made.processes > 1 and not distributed.is_initialized():
         raise UsageError(
             f"the plan has {made.processes} processes, this is one of none: "

@@ -25,13 +25,14 @@ from unittest import mock
 import torch
 from torch import distributed
 
-from quantmatrix.errors import QuantmatrixError, RefusedError, UsageError
+from quantmatrix.errors import QuantmatrixError, UsageError
+from quantmatrix.hardware import probe
 from quantmatrix.request import Request
 from quantmatrix.runtime.generate import generate
 from quantmatrix.runtime.library_logs import quiet
 from quantmatrix.runtime.pipeline import build_pipeline
-from quantmatrix.runtime.plan.decide import plan
-from quantmatrix.runtime.plan.types import Plan, Refusal
+from quantmatrix.runtime.plan import decide
+from quantmatrix.runtime.plan.types import Plan, require
 from quantmatrix.runtime.run import Run
 
 SHOWN = 2000
@@ -47,9 +48,9 @@ def is_worker() -> bool:
     return bool(distributed.is_torchelastic_launched())
 
 
-def launch(request: Request, words: Sequence[str]) -> int:
+def launch(plan: Plan, words: Sequence[str]) -> int:
     """Run a quantmatrix command in the processes of its plan; its exit code."""
-    command = [*name_launcher(find_plan(request).processes), "-m", "quantmatrix", *words]
+    command = [*name_launcher(plan.processes), "-m", "quantmatrix", *words]
     with subprocess.Popen(command) as launcher:
         try:
             return launcher.wait()
@@ -62,7 +63,8 @@ def launch(request: Request, words: Sequence[str]) -> int:
 def generate_together(request: Request, made: Plan) -> Run:
     """The run of a request's first prompt and seed in the processes of its plan.
 
-    Raises QuantmatrixError with what they said when they fail.
+    The processes plan the request again, so it comes with the hub of its stand-ins. Raises
+    QuantmatrixError with what they said when they fail.
     """
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder, "request"), Path(folder, "run")
@@ -100,16 +102,16 @@ def name_launcher(processes: int) -> list[str]:
 
 
 def find_plan(request: Request) -> Plan:
-    """The plan of a request; RefusedError when there is none."""
-    made = plan(request)
-    if isinstance(made, Refusal):
-        raise RefusedError(made.rule, made.message)
-    return made
+    """The plan of a request for this machine; RefusedError when it is a refusal."""
+    return require(decide.plan(request, probe.probe(request.device)))
 
 
 @contextmanager
 def join(request: Request) -> Iterator[tuple[int, Plan, Any]]:
-    """(rank, plan, pipeline) of this process among those that torchrun started."""
+    """(rank, plan, pipeline) of this process among those that torchrun started.
+
+    The request comes with the hub of its stand-ins; see `quantmatrix.api.resolve`.
+    """
     found = find_plan(request)
     kind = found.machine.device.partition(":")[0]
     distributed.init_process_group(TRANSPORTS[kind])

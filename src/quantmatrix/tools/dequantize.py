@@ -31,9 +31,8 @@ from quantmatrix.runtime.pieces import read_piece
 from quantmatrix.runtime.plan.decide import plan_component
 from quantmatrix.runtime.plan.placement import find_biases
 from quantmatrix.runtime.plan.sources import find_sources
-from quantmatrix.runtime.plan.types import ComponentPlan, Piece, Refusal
+from quantmatrix.runtime.plan.types import ComponentPlan, Piece
 from quantmatrix.runtime.witness import verdict
-from quantmatrix.tiny.hub import use_tiny
 
 SHARD_BYTES = 2 * 1000**3
 
@@ -43,13 +42,13 @@ def dequantize(
 ) -> dict[str, Any]:
     """Write one component of a request as plain weights; returns what was written.
 
-    The folder `output` must not exist. `dtype` is one of bfloat16, float16, float32.
+    A `--tiny` request comes with the hub of its stand-ins. The folder `output` must not exist.
+    `dtype` is one of bfloat16, float16, float32.
     """
     target = Path(output)
     if target.exists():
         raise UsageError(f"{target} exists already: choose a new --output-path")
     check_place(target)
-    request = use_tiny(request)
     made = plan_decode(request, component)
     report = verdict.confirm(made, request)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
@@ -86,8 +85,7 @@ def plan_decode(request: Request, component: str) -> ComponentPlan:
         source = found.components[component]
         return plan_component(component, source, found.model, request, machine, [])
     except kernels.NoKernel as error:
-        refusal = Refusal(error.rule, error.message)
-        raise RefusedError(refusal.rule, refusal.message) from error
+        raise RefusedError(error.rule, error.message) from error
 
 
 def decode_tensors(

@@ -26,16 +26,17 @@ import torch
 from quantmatrix import families, models
 from quantmatrix.checkpoints.opening import fetch, fetch_pipeline
 from quantmatrix.checkpoints.reader import TensorReader
-from quantmatrix.errors import RefusedError, UsageError
+from quantmatrix.errors import UsageError
 from quantmatrix.families import nunchaku_svdq
 from quantmatrix.families.protocol import Calibration
 from quantmatrix.files import check_place
+from quantmatrix.hardware import probe
 from quantmatrix.request import Request
 from quantmatrix.runtime.library_logs import quiet
 from quantmatrix.runtime.load import DTYPES
 from quantmatrix.runtime.pipeline import build_pipeline
 from quantmatrix.runtime.plan.decide import plan_transformers
-from quantmatrix.runtime.plan.types import ComponentPlan, Plan, Refusal
+from quantmatrix.runtime.plan.types import ComponentPlan, Plan, require
 from quantmatrix.scheme import Scheme
 from quantmatrix.tables import read
 from quantmatrix.tools.packing import pack_tensors
@@ -75,6 +76,7 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize the model of a request and write it; returns what was written.
 
+    A `--tiny` request comes with the hub of its stand-ins; calibration runs on this machine.
     `kept` are names of the model's sets, or regular expressions over diffusers' module names, of
     layers left alone; None takes the set that the tables have for the family. `show` wraps long
     loops: (what is done, the things). Raises UsageError before any work for words that do not fit.
@@ -82,9 +84,7 @@ def quantize(
     start, target = time.monotonic(), Path(output)
     word, chosen = find_scheme(family, scheme, precision, rank)
     check_place(target)
-    made = plan_transformers(request)
-    if isinstance(made, Refusal):
-        raise RefusedError(made.rule, made.message)
+    made = require(plan_transformers(request, probe.probe(request.device)))
     check_base(made, family, target, chosen, overwrite)
     recipe = Recipe(made.model, family, chosen, find_kept(made.model, family, word, kept))
     check_names(made, recipe)

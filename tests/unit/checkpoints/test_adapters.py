@@ -118,7 +118,7 @@ def test_weights_are_not_explained(kind: str, tmp_path: Path) -> None:
 def test_a_plan_warns_of_it(tmp_path: Path) -> None:
     import shutil
 
-    from quantmatrix.runtime.plan.decide import plan
+    from quantmatrix.api import plan
     from quantmatrix.tiny import hub
 
     reference, folder = "Qwen/Qwen-Image", hub.default_folder()

@@ -12,11 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quantmatrix.api import load_transformer
+from quantmatrix.api import load_transformer, plan
 from quantmatrix.checkpoints.name_prefixes import PREFIXES, find_prefix, strip_block, strip_prefix
 from quantmatrix.errors import CheckpointError
 from quantmatrix.request import Request
-from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.runtime.plan.inspect import inspect
 from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.tiny import hub

@@ -8,10 +8,10 @@ import pytest
 from weight_files import write_weights
 
 from quantmatrix import models
+from quantmatrix.api import plan
 from quantmatrix.checkpoints.original_names import explain_original, find_original
 from quantmatrix.cli.main import main
 from quantmatrix.errors import CheckpointError
-from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.runtime.plan.inspect import inspect
 from quantmatrix.tiny import hub
 

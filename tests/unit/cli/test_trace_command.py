@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from quantmatrix import api
 from quantmatrix.cli.main import build_parser, main
 from quantmatrix.cli.trace import choose_cells
 from quantmatrix.harness import sessions
 from quantmatrix.request import Request
-from quantmatrix.runtime.plan import decide
 from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.tables.read import read
 
@@ -28,7 +28,7 @@ def test_every_planned_layer_ran(tmp_path: Path, capsys: pytest.CaptureFixture[s
     capsys.readouterr()
     assert main(["trace", *WORDS, "--output-path", str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    made = decide.plan(Request.from_words(WORDS))
+    made = api.plan(Request.from_words(WORDS))
     assert isinstance(made, Plan)
     layers = found["layers"]
     assert set(layers) == {f"transformer.{name}" for name in made.components["transformer"].layers}

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from quantmatrix.api import plan
 from quantmatrix.cli import main
 from quantmatrix.errors import UsageError
 from quantmatrix.exit_codes import NOTHING_COLLECTED
@@ -15,7 +16,6 @@ from quantmatrix.harness import dry_run
 from quantmatrix.measure.workbench import Workbench
 from quantmatrix.request import Request
 from quantmatrix.runtime import empty_model
-from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.tables import read
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from quantmatrix import models
+from quantmatrix import api, models
 from quantmatrix.cli import main
 from quantmatrix.errors import UsageError
 from quantmatrix.measure.fallback import Share, Study, find_smallest, group_modules, rank_modules
 from quantmatrix.request import Request
-from quantmatrix.runtime.generate import generate
+from quantmatrix.tiny.hub import use_tiny
 from quantmatrix.tools import quantize
 
 BASES = {"flux-1": "black-forest-labs/FLUX.1-dev", "qwen-image": "Qwen/Qwen-Image"}
@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
         folder = tmp_path_factory.mktemp("made") / model
         options: dict[str, Any] = {"model_path": BASES[model], "tiny": True, "device": "cpu"}
         quantize.quantize(
-            Request(**options), family=family, output=folder, kept=[], prompts=["a fox"]
+            use_tiny(Request(**options)), family=family, output=folder, kept=[], prompts=["a fox"]
         )
         request = Request(
             **options, component_paths={"transformer": str(folder)}, backend="reference",
@@ -77,8 +77,8 @@ def test_runs_are_those_of_the_pipelines(made: Any) -> None:
     study, folder = made("modelopt-nvfp4", "flux-1")
     options = {"model_path": BASES["flux-1"], "tiny": True, "device": "cpu", "dtype": "float32"}
     whole = Request(**options, component_paths={"transformer": folder}, backend="reference")
-    assert torch.equal(study.run(study.forms), generate(whole).latents[-1])
-    assert torch.equal(study.run(()), generate(Request(**options)).latents[-1])
+    assert torch.equal(study.run(study.forms), api.generate(whole).latents[-1])
+    assert torch.equal(study.run(()), api.generate(Request(**options)).latents[-1])
     assert study.measure(study.forms).relative_l2 == 0
 
 

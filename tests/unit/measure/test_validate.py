@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from quantmatrix import api
 from quantmatrix.checkpoints.checkpoint import Checkpoint
 from quantmatrix.cli.main import main
 from quantmatrix.measure import validate
@@ -28,7 +29,6 @@ from quantmatrix.measure.validation_page import describe_scope, quote
 from quantmatrix.proof.record import make_portable
 from quantmatrix.request import Request
 from quantmatrix.runtime.pipeline import build_pipeline
-from quantmatrix.runtime.plan import decide
 from quantmatrix.runtime.plan.types import Plan
 
 FLUX = ["--tiny", "--model-path", "black-forest-labs/FLUX.1-dev"]
@@ -37,7 +37,7 @@ LAYER = "transformer_blocks.0.attn.to_q"
 
 
 def plan_fp8(path: str | Path = FP8) -> Plan:
-    made = decide.plan(Request.from_words([*FLUX, "--transformer-path", str(path)]))
+    made = api.plan(Request.from_words([*FLUX, "--transformer-path", str(path)]))
     assert isinstance(made, Plan)
     return made
 

@@ -276,7 +276,7 @@ def test_what_there_is_to_validate(
     """One quantized component of two is enough; the base model must be another than it."""
     parts = {"transformer": SimpleNamespace(layers=layers), "other": SimpleNamespace(layers={})}
     made = SimpleNamespace(components=parts)
-    monkeypatch.setattr(validate, "decide", lambda request: made)
+    monkeypatch.setattr(validate, "require_plan", lambda request: made)
     request = replace(Request(model_path="some/base"), **request_words)
     if not text:
         assert validate.plan_quantized(request) is made

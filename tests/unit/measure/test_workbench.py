@@ -18,7 +18,7 @@ from quantmatrix.hardware.machine import Machine
 from quantmatrix.harness.workers import find_group
 from quantmatrix.measure import workbench
 from quantmatrix.measure.workbench import Workbench
-from quantmatrix.request import FP4_BACKEND_VARIABLE, Request, strip_quantization
+from quantmatrix.request import FP4_BACKEND_VARIABLE, Hub, Request, strip_quantization
 from quantmatrix.tables import read
 
 H100 = Machine("NVIDIA H100 80GB HBM3", "nvidia", "sm90", 80 * 2**30, device="cuda:0", count=2)
@@ -86,12 +86,15 @@ def test_several_devices_belong_to_one_worker(bench: Workbench, monkeypatch) -> 
 def test_a_shared_run_is_made_in_processes_of_its_own(bench: Workbench, monkeypatch) -> None:
     calls = []
     monkeypatch.setattr(
-        workbench.parallel, "generate_together", lambda request, made: calls.append(made) or made
+        workbench.parallel,
+        "generate_together",
+        lambda request, made: calls.append((request, made)) or made,
     )
     request = replace(bench.request(bench.tables.cells[0]), nproc_per_node=2)
-    made = SimpleNamespace(processes=2)
+    hub = Hub(offline=True)
+    made = SimpleNamespace(processes=2, request=replace(request, hub=hub))
     assert bench.run(request, made) is made
-    assert calls == [made]
+    assert calls == [(replace(request, hub=hub), made)], "the stand-ins' hub goes with the request"
     assert strip_quantization(request, "some/base").nproc_per_node == 1
 
 
@@ -133,6 +136,7 @@ def test_pipelines_and_bf16_runs_are_made_once(bench: Workbench, monkeypatch) ->
     monkeypatch.setattr(
         workbench, "generate", lambda request, **_: ran.append(request) or SimpleNamespace()
     )
+    monkeypatch.setattr(workbench.api, "generate", workbench.generate)
     cell, made = bench.tables.cells[0], make_dataclass("Made", [("processes", int)])(1)
     request = bench.request(cell)
     assert bench.baseline(cell, request) is bench.baseline(cell, request)

@@ -16,14 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
+from quantmatrix import api
+from quantmatrix.api import plan
 from quantmatrix.cli.main import main
 from quantmatrix.errors import UsageError, WitnessError
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, EXIT_PROBLEM
 from quantmatrix.request import Request
-from quantmatrix.runtime.generate import generate, generate_all, read_peak, reset_peak
+from quantmatrix.runtime.generate import generate, read_peak, reset_peak
 from quantmatrix.runtime.media import name_output, save_media
 from quantmatrix.runtime.pipeline import build_pipeline, enable_layerwise
-from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.runtime.run import Run
 from quantmatrix.tables import read
@@ -35,7 +36,7 @@ WAN = ["--tiny", "--model-path", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"]
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    return generate(Request.from_words([*FLUX, "--prompt", "a curious pikachu"]))
+    return api.generate(Request.from_words([*FLUX, "--prompt", "a curious pikachu"]))
 
 
 def test_what_a_run_keeps(run: Run) -> None:
@@ -52,7 +53,7 @@ def test_what_a_run_keeps(run: Run) -> None:
 
 def test_same_seed_same_bits_other_seed_other_picture() -> None:
     request = Request.from_words([*FLUX, "--prompt", "a fox", "--seed", "3", "3", "4"])
-    first, again, other = generate_all(request)
+    first, again, other = api.generate_all(request)
     assert all(a.equal(b) for a, b in zip(first.latents, again.latents, strict=True))
     assert first.media[0].tobytes() == again.media[0].tobytes()
     assert not first.latents[-1].equal(other.latents[-1])
@@ -66,11 +67,11 @@ def test_latents_show_which_wan_expert_is_quantized(family: str) -> None:
     with pytest.raises(
         WitnessError, match=r"agrees with transformer of .*--transformer-weights-path"
     ):
-        generate(Request.from_words([*WAN, *second]))
+        api.generate(Request.from_words([*WAN, *second]))
 
     def run(*words: str) -> Run:
         words = ("--prompt", "a fox walking", "--witness", "off", *words)
-        return generate(Request.from_words([*WAN, *words]))
+        return api.generate(Request.from_words([*WAN, *words]))
 
     base, one, two, both = run(), run(*first), run(*second), run(*first, *second)
     switch = base.calls["transformer"] // 2  # each step has a pass with and one without the prompt
@@ -89,7 +90,7 @@ def test_latents_show_which_wan_expert_is_quantized(family: str) -> None:
 def test_both_wan_experts_run_and_a_video_is_written(tmp_path: Path) -> None:
     import imageio
 
-    run = generate(Request.from_words([*WAN, "--prompt", "a fox walking"]))
+    run = api.generate(Request.from_words([*WAN, "--prompt", "a fox walking"]))
     assert set(run.calls) == {"transformer", "transformer_2"}
     assert all(run.calls.values())
     path = save_media(run, str(tmp_path))
@@ -147,7 +148,7 @@ def test_a_missing_video_writer_is_said_before_the_work(
 
 
 def test_guidance_and_size_reach_the_pipeline() -> None:
-    run = generate(
+    run = api.generate(
         Request.from_words([*FLUX, "--height", "32", "--width", "48", "--guidance-scale", "2"])
     )
     assert run.media[0].size == (48, 32)
@@ -190,7 +191,7 @@ def read_strides(pipeline: Any, made: Plan) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("flag", ["--dit-layerwise-offload", "--dit-cpu-offload"])
 def test_offload_gives_the_same_latents(run: Run, flag: str) -> None:
     words = [*FLUX, "--prompt", "a curious pikachu", flag]
-    other = generate(Request.from_words(words))
+    other = api.generate(Request.from_words(words))
     assert other.latents[-1].equal(run.latents[-1])
 
 

@@ -14,12 +14,11 @@ from typing import Any
 import context_parallel
 import pytest
 
-from quantmatrix import exit_codes
+from quantmatrix import api, exit_codes
 from quantmatrix.cli import main
 from quantmatrix.errors import QuantmatrixError, RefusedError, UsageError
 from quantmatrix.request import Request
 from quantmatrix.runtime import parallel
-from quantmatrix.runtime.generate import generate
 from quantmatrix.runtime.plan import context_parallel as sharing
 from quantmatrix.runtime.plan.types import Plan
 
@@ -67,7 +66,7 @@ def test_model_without_a_plan_is_refused_by_name(capfd: pytest.CaptureFixture[st
 
 def test_what_cannot_be_shared_is_said_before_anything_starts() -> None:
     request = Request.from_words([*FLUX, "--tiny", "--device", "cpu"])
-    made = parallel.find_plan(request)
+    made = api.require_plan(request)
 
     def share(count: int, **changes: Any) -> Plan:
         asked = replace(request, nproc_per_node=count, **changes.pop("request", {}))
@@ -92,7 +91,7 @@ def test_what_cannot_be_shared_is_said_before_anything_starts() -> None:
 
 
 def test_a_stand_in_with_few_heads_says_that_it_takes_fewer_processes() -> None:
-    made = parallel.find_plan(
+    made = api.require_plan(
         Request.from_words([*FLUX, "--tiny", "--nproc-per-node", "4"], hardware="rtx-5090-x4")
     )
     assert made.processes == made.to_json()["processes"] == 2
@@ -112,18 +111,18 @@ def test_plan_refuses_what_cannot_be_shared(capsys: pytest.CaptureFixture[str]) 
 def test_a_run_together_is_a_run_and_a_failure_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*FLUX, "--tiny", "--device", "cpu", "--height", "32", "--width", "32"]
     request = Request.from_words([*words, "--num-inference-steps", "1", "--nproc-per-node", "2"])
-    made = parallel.find_plan(request)
+    made = api.require_plan(request)
     with pytest.raises(UsageError, match=r"2 processes, this is one of none: see .*together"):
-        generate(request)
+        api.generate(request)
     monkeypatch.setattr(parallel, "subprocess", SimpleNamespace(run=context_parallel.answer))
-    run = parallel.generate_together(request, made)
+    run = parallel.generate_together(made.request, made)
     assert run.plan is made
     assert (len(run.latents), run.media[0].size, run.calls) == (1, (32, 32), {"transformer": 1})
-    alone = generate(replace(request, nproc_per_node=1))
+    alone = api.generate(replace(request, nproc_per_node=1))
     context_parallel.check_latents(alone.latents, run.latents, ROUNDING)
     monkeypatch.setattr(parallel, "name_launcher", lambda processes: [sys.executable])
     with pytest.raises(QuantmatrixError, match=r"2 processes gave no run: \w*Error: .*RANK"):
-        parallel.generate_together(request, made)
+        parallel.generate_together(made.request, made)
 
 
 def test_an_interruption_ends_the_processes_that_share_the_work(
@@ -140,7 +139,6 @@ def test_an_interruption_ends_the_processes_that_share_the_work(
         "time.sleep(60)\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(parallel, "find_plan", lambda request: SimpleNamespace(processes=2))
     monkeypatch.setattr(parallel, "name_launcher", lambda count: [sys.executable, str(sleeper)])
     wait = subprocess.Popen.wait
 
@@ -152,5 +150,5 @@ def test_an_interruption_ends_the_processes_that_share_the_work(
 
     monkeypatch.setattr(subprocess.Popen, "wait", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        parallel.launch(Request(), [])
+        parallel.launch(SimpleNamespace(processes=2), [])
     assert (tmp_path / "ended").exists()

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from quantmatrix.api import plan
 from quantmatrix.request import Request
 from quantmatrix.runtime import pipeline
-from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.runtime.plan.types import Plan
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from quantmatrix import models
+from quantmatrix.api import plan
 from quantmatrix.checkpoints.header import ITEM_BITS, Header, TensorHeader
 from quantmatrix.checkpoints.local import LocalFolder
 from quantmatrix.checkpoints.name_prefixes import PREFIXES
@@ -25,7 +26,6 @@ from quantmatrix.checkpoints.reader import TensorReader
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.request import Request
 from quantmatrix.runtime.load import load_component
-from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.tables import read as tables_read
 from quantmatrix.tables import rows

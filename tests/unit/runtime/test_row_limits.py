@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from quantmatrix.api import plan
 from quantmatrix.kernels.nvfp4_flashinfer import CUTLASS_ROWS
 from quantmatrix.request import Request
-from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.runtime.plan.kernel_choice import count_rows
 from quantmatrix.runtime.plan.types import Plan, Refusal
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from quantmatrix import models
+from quantmatrix.api import plan
 from quantmatrix.cli.main import main
 from quantmatrix.request import Request
 from quantmatrix.runtime import true_bytes
-from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.runtime.true_bytes import Size
 from quantmatrix.tables import read

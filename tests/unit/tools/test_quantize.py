@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from quantmatrix import load_pipeline, models
+from quantmatrix import api, load_pipeline, models
+from quantmatrix.api import plan
 from quantmatrix.checkpoints.opening import fetch_pipeline
 from quantmatrix.cli import main
 from quantmatrix.errors import UsageError
 from quantmatrix.request import Request
-from quantmatrix.runtime.generate import generate
-from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.runtime.plan.types import Plan
+from quantmatrix.tiny.hub import use_tiny
 from quantmatrix.tools import quantize
 
 BASES = {
@@ -45,7 +45,9 @@ MADE: list[tuple[str, str, dict[str, Any], str, float]] = [
 def make(tmp_path: Path, family: str, model: str, options: dict[str, Any], name: str) -> Path:
     output = tmp_path / (f"{name}.safetensors" if name.startswith("svdq") else name)
     request = Request(model_path=BASES[model], tiny=True, device="cpu")
-    found = quantize.quantize(request, family=family, output=output, prompts=["a fox"], **options)
+    found = quantize.quantize(
+        use_tiny(request), family=family, output=output, prompts=["a fox"], **options
+    )
     assert found["output"] == str(output)
     assert all(counts["quantized"] >= 6 for counts in found["components"].values())
     return output
@@ -85,7 +87,7 @@ def test_what_is_made_runs_and_is_near(made: Any, tmp_path: Path) -> None:
     plain = Request(
         model_path=BASES[model], tiny=True, device="cpu", dtype="float32", prompt=("a fox",)
     )
-    got, expected = generate(request).latents[-1], generate(plain).latents[-1]
+    got, expected = api.generate(request).latents[-1], api.generate(plain).latents[-1]
     distance = (
         torch.linalg.vector_norm(got - expected) / torch.linalg.vector_norm(expected)
     ).item()
@@ -182,14 +184,16 @@ def test_a_source_is_never_written_over(tmp_path: Path) -> None:
     request = Request(model_path=str(base), tiny=True, device="cpu")
     for output in (base, base / "transformer", base.parent, base / "new"):
         with pytest.raises(UsageError, match="would be written over"):
-            quantize.quantize(request, family="fp8", output=output, overwrite=True)
+            quantize.quantize(use_tiny(request), family="fp8", output=output, overwrite=True)
     assert read_all(base) == before
 
 
 def test_an_expert_that_never_runs_is_named(tmp_path: Path) -> None:
     request = Request(model_path=BASES["wan-2-2"], tiny=True, device="cpu", num_inference_steps=1)
     with pytest.raises(UsageError, match=r"transformer_2; .* give more --num-inference-steps"):
-        quantize.quantize(request, family="modelopt-fp8", output=tmp_path / "x", prompts=["a"])
+        quantize.quantize(
+            use_tiny(request), family="modelopt-fp8", output=tmp_path / "x", prompts=["a"]
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -271,7 +275,7 @@ def test_a_quantized_model_is_no_base(tmp_path: Path) -> None:
         component_paths={"transformer": "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"},
     )  # fmt: skip
     with pytest.raises(UsageError, match="is quantized already"):
-        quantize.quantize(request, family="fp8", output=tmp_path / "x")
+        quantize.quantize(use_tiny(request), family="fp8", output=tmp_path / "x")
 
 
 def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +285,7 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(quantize, "write_folder", fail)
     request = Request(model_path=BASES["flux-1"], tiny=True, device="cpu")
     with pytest.raises(UsageError, match="No space left on device; nothing was left behind"):
-        quantize.quantize(request, family="fp8", output=tmp_path / "x", prompts=["a"])
+        quantize.quantize(use_tiny(request), family="fp8", output=tmp_path / "x", prompts=["a"])
     assert list(tmp_path.iterdir()) == []
 
 

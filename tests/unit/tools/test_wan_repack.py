@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantmatrix.api import plan
 from quantmatrix.errors import CheckpointError
 from quantmatrix.families import msmodelslim
-from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.tools import wan_repack
 
 D, FFN, TEXT, FREQ, BLOCKS = 24, 40, 16, 8, 2

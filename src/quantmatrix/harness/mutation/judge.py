@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from quantmatrix import models
+from quantmatrix.api import plan
 from quantmatrix.errors import QuantmatrixError, UsageError, WitnessError
 from quantmatrix.files import share_file
 from quantmatrix.harness.mutation.faults import FAULTS, Fault
@@ -43,7 +44,6 @@ from quantmatrix.request import Request
 from quantmatrix.runtime import media
 from quantmatrix.runtime.generate import generate
 from quantmatrix.runtime.pipeline import build_pipeline
-from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.runtime.plan.types import Plan, Refusal
 from quantmatrix.runtime.run import Run
 from quantmatrix.runtime.witness import verdict

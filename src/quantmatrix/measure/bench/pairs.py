@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from quantmatrix.errors import MachineError, RefusedError, UsageError
+from quantmatrix.api import require_plan
+from quantmatrix.errors import MachineError, UsageError
 from quantmatrix.hardware import probe
 from quantmatrix.measure.bench.speed import count_backends
 from quantmatrix.measure.bench.synthetic import make_inputs, synthesize
@@ -32,8 +33,7 @@ from quantmatrix.runtime import acceleration
 from quantmatrix.runtime.generate import generate
 from quantmatrix.runtime.load import load_component
 from quantmatrix.runtime.pipeline import build_pipeline
-from quantmatrix.runtime.plan.decide import plan
-from quantmatrix.runtime.plan.types import ComponentPlan, Plan, Refusal
+from quantmatrix.runtime.plan.types import ComponentPlan, Plan
 
 if TYPE_CHECKING:
     from quantmatrix.hardware.machine import Machine
@@ -83,7 +83,8 @@ def bench_request(
         raise UsageError(
             "bench measures transformers that lie on their device: leave out the offload flags"
         )
-    made, plain = decide(request), decide(strip_quantization(request, base))
+    made = require_plan(request)
+    plain = require_plan(strip_quantization(request, base))
     say("inputs")
     args, kwargs = capture_inputs(plain)
     release()
@@ -103,14 +104,6 @@ def bench_request(
     backends = {name: made.components[name].backends for name in measured}
     size = "tiny" if request.tiny else "full"
     return {"size": size, "backends": backends, **describe(measured, made.machine, repeats)}
-
-
-def decide(request: Request) -> Plan:
-    """The plan of a request; RefusedError when it ends in a refusal."""
-    made = plan(request)
-    if isinstance(made, Refusal):
-        raise RefusedError(made.rule, made.message)
-    return made
 
 
 def open_parts(

@@ -1,5 +1,8 @@
 """Planning: everything about a run decided once, from headers and JSON, before any tensor is read.
 
+A request comes with the hub that its references lie in and with the machine that it is for: no table
+is read here, and no stand-in is made (`quantmatrix.api` does both).
+
 For each transformer component the plan says where its configuration and its weights come from,
 which family they are of and why, how every linear layer is stored (its scheme), where in the file
 it lies (its pieces) and which kernel will compute it on the machine at hand, or on any machine of
@@ -11,14 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantmatrix import families, kernels
 from quantmatrix.checkpoints.checkpoint import Checkpoint
-from quantmatrix.errors import CheckpointError, RefusedError, UsageError
+from quantmatrix.errors import CheckpointError, RefusedError
 from quantmatrix.families.producers import modelopt_faults
-from quantmatrix.hardware.machine import Machine
-from quantmatrix.request import Request
 from quantmatrix.runtime.empty_model import measure_model
 from quantmatrix.runtime.plan import context_parallel, layout_choice, other_parts
 from quantmatrix.runtime.plan.dialects import choose_dialect
@@ -41,37 +42,33 @@ from quantmatrix.runtime.plan.sources import Source, Sources, find_sources
 from quantmatrix.runtime.plan.types import ComponentPlan, Piece, Plan, Refusal
 from quantmatrix.runtime.witness.base import Base, find_base, list_unproved
 from quantmatrix.scheme import Scheme
-from quantmatrix.tiny.hub import use_tiny
 
 if TYPE_CHECKING:
+    from quantmatrix.hardware.machine import Machine
     from quantmatrix.request import Request
-    from quantmatrix.runtime.plan.types import Plan
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
-def plan(request: Request | None = None, /, **fields: Any) -> Plan | Refusal:
-    """Decide how a request will run, or why it cannot. Keyword arguments are Request's fields.
+def plan(request: Request, machine: Machine) -> Plan | Refusal:
+    """Decide how a request will run on a machine, or why it cannot.
 
     Raises CheckpointError and UsageError for what is wrong with the input, whichever part of the
     pipeline it is in.
     """
-    request = use_tiny(request if request is not None else Request(**fields))
     found = find_sources(request)
-    made = decide(request, found)
+    decided = decide(request, machine, found)
     other_parts.check_rest(found.pipeline, found.components, request.component_paths, request.hub)
-    return made
+    return decided
 
 
-def plan_transformers(request: Request) -> Plan | Refusal:
+def plan_transformers(request: Request, machine: Machine) -> Plan | Refusal:
     """The plan for the transformers alone: the rest of the pipeline need not be there."""
-    request = use_tiny(request)
-    return decide(request, find_sources(request))
+    return decide(request, machine, find_sources(request))
 
 
-def decide(request: Request, found: Sources) -> Plan | Refusal:
-    """How a request with these sources will run, or why it cannot."""
-    machine = find_machine(request)
+def decide(request: Request, machine: Machine, found: Sources) -> Plan | Refusal:
+    """How a request with these sources will run on a machine, or why it cannot."""
     warnings = list(found.warnings)
     components: dict[str, ComponentPlan] = {}
     for name, source in found.components.items():
@@ -84,7 +81,7 @@ def decide(request: Request, found: Sources) -> Plan | Refusal:
     if request.backend is not None and not any(part.layers for part in components.values()):
         warnings.append(f"--backend {request.backend} is not used: no layer is quantized")
     layerwise, cpu = decide_offload(request, primary.family, warnings)
-    made = Plan(
+    planned = Plan(
         request=request,
         model=found.model,
         machine=machine,
@@ -96,22 +93,9 @@ def decide(request: Request, found: Sources) -> Plan | Refusal:
         warnings=tuple(warnings),
     )
     try:
-        return context_parallel.share(made)
+        return context_parallel.share(planned)
     except RefusedError as error:
         return Refusal(error.rule, str(error))
-
-
-def find_machine(request: Request) -> Machine:
-    """The machine of `--hardware`, or the one we stand on."""
-    from quantmatrix.hardware import probe
-    from quantmatrix.tables import identify, read
-
-    if request.hardware is None:
-        return probe.probe(request.device)
-    rows = read.read().hardware
-    if request.hardware not in rows:
-        raise UsageError(f"--hardware {request.hardware}: no such row; known: {', '.join(rows)}")
-    return identify.from_row(rows[request.hardware])
 
 
 def plan_component(
@@ -237,11 +221,3 @@ def check_memory(
             f"the transformer weights need {need / 2**30:.1f} GiB, {machine.name} has "
             f"{machine.memory_bytes / 2**30:.1f} GiB: try --dit-layerwise-offload"
         )
-
-
-def require_plan(request: Request) -> Plan:
-    """The plan of a request; RefusedError where it is a refusal."""
-    made = plan(request)
-    if isinstance(made, Refusal):
-        raise RefusedError(made.rule, made.message)
-    return made

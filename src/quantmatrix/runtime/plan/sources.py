@@ -30,7 +30,7 @@ from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families.nunchaku_svdq.faults import check_halves, check_layers
 from quantmatrix.families.nunchaku_svdq.flags import check_svdquant_flags
 from quantmatrix.quoting import quote, quote_json
-from quantmatrix.request import Request
+from quantmatrix.request import Hub, Request
 from quantmatrix.runtime.plan import experts, other_parts
 from quantmatrix.runtime.plan.config_limits import check_config
 
@@ -70,6 +70,11 @@ class Sources:
 
 def find_sources(request: Request) -> Sources:
     """Resolve a request to checkpoints; raises UsageError or CheckpointError."""
+    if request.tiny and request.hub == Hub():
+        raise UsageError(
+            f"--tiny: the stand-in of {request.model_path} was not opened; plan the request with "
+            "quantmatrix.plan, or give it the hub of quantmatrix.tiny.hub.open_tiny_hub"
+        )
     check_svdquant_flags(request)
     base, weights = find_base(request)
     pipeline = open_pipeline(base, request.hub)

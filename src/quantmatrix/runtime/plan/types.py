@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from quantmatrix.errors import RefusedError
 from quantmatrix.runtime.witness.base import Base
 
 if TYPE_CHECKING:
@@ -161,3 +162,10 @@ class Refusal:
             "refusal": {"rule": self.rule, "message": self.message},
             "components": {},
         }
+
+
+def require(decided: Plan | Refusal) -> Plan:
+    """The plan of what was decided; RefusedError with the rule and the message of a refusal."""
+    if isinstance(decided, Refusal):
+        raise RefusedError(decided.rule, decided.message)
+    return decided

@@ -14,14 +14,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quantmatrix import load_transformer, models
+from quantmatrix import api, load_transformer, models
+from quantmatrix.api import plan
 from quantmatrix.checkpoints.opening import fetch_pipeline
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families.nunchaku_svdq import writer
 from quantmatrix.measure.latents import compare_tensors, digest_latents
 from quantmatrix.request import Request
-from quantmatrix.runtime.generate import generate
-from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.tools import quantize
 from quantmatrix.tools.recipe import WEIGHTS
@@ -72,8 +71,10 @@ def structured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def measure_psnr(base: str, file: Path, backend: str) -> float:
     """PSNR of final latents against the full-precision run, dB."""
     options = {"model_path": base, "tiny": True, "device": "cpu", "dtype": "float32"}
-    plain = generate(Request(**options))
-    made = generate(Request(**options, weights_paths={"transformer": str(file)}, backend=backend))
+    plain = api.generate(Request(**options))
+    made = api.generate(
+        Request(**options, weights_paths={"transformer": str(file)}, backend=backend)
+    )
     return compare_tensors(plain.latents[-1], made.latents[-1]).psnr_db
 
 
@@ -113,7 +114,7 @@ def test_merged_latents_are_those_of_decode(model: str, tmp_path: Path) -> None:
     file = write_file(BASES[model], tmp_path / "made")
     options = {"model_path": BASES[model], "tiny": True, "device": "cpu", "dtype": "float32"}
     merged, decoded = (
-        generate(
+        api.generate(
             Request(**options, weights_paths={"transformer": str(file)}, backend=backend)
         ).latents[-1]
         for backend in ("merged", "decode")
@@ -143,7 +144,7 @@ def digest_runs(file: str, threads: int) -> dict[str, str]:
                 model_path=BASES["z-image"], tiny=True, device="cpu", backend=backend,
                 weights_paths={"transformer": file}, num_inference_steps=2,
             )  # fmt: skip
-            found[backend] = digest_latents(generate(request).latents)
+            found[backend] = digest_latents(api.generate(request).latents)
     finally:
         torch.set_num_threads(before)
     return found

@@ -111,7 +111,7 @@ def test_other_methods_are_none_of_its_business() -> None:
 def test_a_saved_simulation_is_no_model_in_full_precision(tmp_path: Path) -> None:
     from weight_files import write_json, write_weights
 
-    from quantmatrix.runtime.plan.decide import plan
+    from quantmatrix.api import plan
     from quantmatrix.runtime.plan.inspect import inspect
 
     layer = "transformer_blocks.0.attn.to_q"

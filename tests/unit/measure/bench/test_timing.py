@@ -196,7 +196,7 @@ def test_loads_are_fresh_and_take_turns() -> None:
 def test_inputs_are_those_of_the_first_step() -> None:
     request = Request(model_path="black-forest-labs/FLUX.1-dev", tiny=True, device="cpu",
                       prompt=("a",), height=64, width=96)  # fmt: skip
-    args, kwargs = pairs.capture_inputs(pairs.decide(request))
+    args, kwargs = pairs.capture_inputs(pairs.require_plan(request))
     assert args == ()
     assert kwargs["hidden_states"].shape[1] == (64 // 16) * (96 // 16)
     assert {"timestep", "encoder_hidden_states", "img_ids"} <= set(kwargs)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path, PurePath
 
 import pytest
 
+from quantmatrix import api
+from quantmatrix.api import plan
 from quantmatrix.checkpoints.opening import fetch_pipeline
-from quantmatrix.errors import UsageError
+from quantmatrix.errors import RefusedError, UsageError
 from quantmatrix.request import Request
-from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.runtime.plan.inspect import inspect
-from quantmatrix.runtime.plan.types import Plan, Refusal
+from quantmatrix.runtime.plan.types import Plan, Refusal, require
 from quantmatrix.tiny.hub import open_tiny_hub
 
 FLUX = ["--tiny", "--model-path", "black-forest-labs/FLUX.1-dev"]
@@ -209,3 +211,35 @@ def test_a_model_id_of_another_model_is_refused() -> None:
         plan(Request.from_words([*words, "FLUX.1-dev"]))
     made = plan(Request.from_words([*words, "wan2.2-t2v-a14b-diffusers"]))
     assert isinstance(made, Plan)
+
+
+def test_a_stand_in_that_nobody_opened_is_named() -> None:
+    """Below the edge a `--tiny` request without its hub would lead to the real repository."""
+    from quantmatrix.hardware import probe
+    from quantmatrix.runtime.plan import decide as below
+
+    request = Request.from_words([*FLUX, *FP8])
+    assert request.tiny
+    for function in (below.plan, below.plan_transformers):
+        with pytest.raises(UsageError, match=r"stand-in of black-forest-labs.* was not opened"):
+            function(request, probe.probe("cpu"))
+
+
+def test_what_is_asked_of_the_edge_reaches_the_plan() -> None:
+    """The hub of the stand-ins and the machine of `--hardware`; or the one we stand on."""
+    request = Request.from_words([*FLUX, *FP8], hardware="h200")
+    resolved, machine = api.resolve(request)
+    decided = api.require_plan(request)
+    assert (decided.request, decided.machine) == (resolved, machine)
+    assert resolved.hub.local_root
+    assert machine.arch == "sm90"
+    assert api.find_machine(replace(request, hardware=None, device="cpu")).vendor == "cpu"
+
+
+def test_a_refusal_is_raised_with_its_rule() -> None:
+    refusal = Refusal("some-rule", "nothing here runs it")
+    with pytest.raises(RefusedError, match="nothing here runs it") as raised:
+        require(refusal)
+    assert raised.value.rule == "some-rule"
+    decided = decide(*FP8)
+    assert require(decided) is decided

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quantmatrix.runtime.plan.decide import plan
+from quantmatrix.api import plan
 from quantmatrix.runtime.plan.experts import EXPERTS, read_noise, warn_of_expert
 from quantmatrix.tiny import hub
 

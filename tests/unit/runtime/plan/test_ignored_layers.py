@@ -7,9 +7,9 @@ from functools import cache
 import pytest
 
 from quantmatrix import models
+from quantmatrix.api import plan
 from quantmatrix.errors import UsageError
 from quantmatrix.request import Request
-from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.runtime.plan.schemes import is_part_of_path
 
 PARTS = {

@@ -11,10 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from quantmatrix.api import plan
 from quantmatrix.errors import CheckpointError
 from quantmatrix.request import Request
 from quantmatrix.runtime.pipeline import build_pipeline
-from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.tiny import hub
 

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 
 from quantmatrix import models
-from quantmatrix.api import load_transformer
+from quantmatrix.api import load_transformer, plan
 from quantmatrix.checkpoints.local import LocalFolder
 from quantmatrix.errors import CheckpointError
 from quantmatrix.request import Request
 from quantmatrix.runtime.pipeline import build_pipeline, errors_in_words
-from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.runtime.plan.part_files import check_class, check_files, explain_vocabulary
 from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.tables import read

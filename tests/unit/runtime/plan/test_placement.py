@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantmatrix.api import plan
 from quantmatrix.checkpoints.header import Header, TensorHeader
 from quantmatrix.checkpoints.local import LocalFolder
 from quantmatrix.errors import CheckpointError
 from quantmatrix.models.dialect import Target
 from quantmatrix.request import Request
-from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.runtime.plan.placement import explain_rows, select_rows
 from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.tiny import hub

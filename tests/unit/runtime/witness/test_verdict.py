@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quantmatrix import families, kernels, models
-from quantmatrix.api import load_transformer
+from quantmatrix.api import load_transformer, plan
 from quantmatrix.checkpoints import row_reader
 from quantmatrix.checkpoints.opening import open_weights
 from quantmatrix.cli import main
@@ -27,7 +27,6 @@ from quantmatrix.kernels.scale_layouts import tile_scales, untile_scales
 from quantmatrix.measure.workbench import Workbench
 from quantmatrix.proof import witness_limits
 from quantmatrix.request import Hub, Request
-from quantmatrix.runtime.plan.decide import plan
 from quantmatrix.runtime.plan.types import ComponentPlan, Plan
 from quantmatrix.runtime.witness import measure, verdict
 from quantmatrix.runtime.witness.base import find_declared
