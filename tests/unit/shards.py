@@ -34,15 +34,15 @@ addopts = --strict-markers --strict-config
 CONFTEST = """
 import errno, os
 
-from quantmatrix import evidence
+from quantmatrix.proof import record, store
 
 FAULT, _, WHERE = os.environ.get("FAULT", "").partition(" ")
 # What differs between two runs of one program: the time, and the checkout that people edit.
-evidence.tell_time = lambda: os.environ.get("MADE", "2026-11-24T10:00:00Z")
-evidence.find_commit = lambda: os.environ.get("COMMIT", "c" * 40)
+record.tell_time = lambda: os.environ.get("MADE", "2026-11-24T10:00:00Z")
+record.find_commit = lambda: os.environ.get("COMMIT", "c" * 40)
 
 if FAULT == "disk":
-    write = evidence.os.fsync
+    write = store.os.fsync
     full = []
 
     def fail(handle):
@@ -52,7 +52,7 @@ if FAULT == "disk":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(handle)
 
-    evidence.os.fsync = fail
+    store.os.fsync = fail
 """
 SUITE = """
 import errno, os, pathlib, signal, time
