@@ -17,6 +17,7 @@ from quantmatrix.models.dialect import DIFFUSERS
 
 if TYPE_CHECKING:
     from quantmatrix.models.dialect import Dialect
+    from quantmatrix.models.stand_in import StandIn
 
 IDS = ("flux-1", "flux-2", "wan-2-2", "qwen-image", "z-image")
 
@@ -54,15 +55,16 @@ class Model(Protocol):
     """Named sets of regular expressions over module names that a checkpoint keeps in BF16."""
     BLOCKS: tuple[str, ...]
     """Attribute names of the transformer's block lists, in forward order (layerwise offload)."""
+    TINY: Mapping[str, Any]
+    """Options of the transformer of the stand-in."""
+    STAND_IN: StandIn
+    """The parts of the tiny stand-in pipeline."""
 
     def call_arguments(self, request: Any) -> dict[str, Any]:
         """Keyword arguments of the pipeline call for a request (size, steps, guidance ...).
 
         Raises UsageError for a flag that the model does not take.
         """
-
-    def build_tiny(self, folder: Any) -> None:
-        """Write the tiny stand-in pipeline (BF16, structured weights) into a folder."""
 
 
 def refuse_flags(request: Any, name: str, *fields: str) -> None:

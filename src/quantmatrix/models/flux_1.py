@@ -7,11 +7,11 @@ split each single block's `proj_out` by input columns into `out_proj` (attention
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.models import Defaults, refuse_flags
 from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target
+from quantmatrix.models.stand_in import IMAGE_VAE, Part, StandIn
 
 if TYPE_CHECKING:
     from quantmatrix.request import Request
@@ -96,6 +96,15 @@ TINY: Mapping[str, Any] = {
     "pooled_projection_dim": 128,
     "guidance_embeds": True,
 }
+STAND_IN = StandIn(
+    transformer=TINY,
+    vae=Part(
+        "AutoencoderKL",
+        {**IMAGE_VAE, "latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+    ),
+    scheduler=Part("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "shift": 3.0}),
+    text_encoders={"text_encoder": "clip", "text_encoder_2": "t5"},
+)
 
 
 def call_arguments(request: Request) -> dict[str, Any]:
@@ -114,35 +123,3 @@ def call_arguments(request: Request) -> dict[str, Any]:
     if request.tiny:
         arguments["max_sequence_length"] = 32
     return arguments
-
-
-def build_tiny(folder: Path) -> None:
-    """Write the tiny stand-in pipeline."""
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        FluxPipeline,
-        FluxTransformer2DModel,
-    )
-
-    from quantmatrix.tiny import text_encoders
-    from quantmatrix.tiny.weights import fill
-
-    transformer = FluxTransformer2DModel(**TINY)
-    fill(transformer, f"{ID}.transformer", structured=BLOCKS)
-    vae = AutoencoderKL(
-        **text_encoders.IMAGE_VAE, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159
-    )
-    fill(vae, f"{ID}.vae")
-    clip, clip_tokenizer = text_encoders.build_clip(ID)
-    t5, t5_tokenizer = text_encoders.build_t5(ID)
-    pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
-        vae=vae,
-        text_encoder=clip,
-        tokenizer=clip_tokenizer,
-        text_encoder_2=t5,
-        tokenizer_2=t5_tokenizer,
-        transformer=transformer,
-    )
-    text_encoders.save_pipeline(pipeline, folder)

@@ -7,11 +7,11 @@ of the joint blocks are packed into one layer and the final modulation stores sc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.models import Defaults, refuse_flags
 from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target
+from quantmatrix.models.stand_in import IMAGE_VAE, Part, Ramp, StandIn
 
 if TYPE_CHECKING:
     from quantmatrix.request import Request
@@ -118,6 +118,13 @@ TINY: Mapping[str, Any] = {
     "timestep_guidance_channels": 256,
     "mlp_ratio": 3.0,
 }
+STAND_IN = StandIn(
+    transformer=TINY,
+    vae=Part("AutoencoderKLFlux2", {**IMAGE_VAE, "latent_channels": 32}),
+    vae_buffers={"bn.running_mean": Ramp(-0.1, 0.2), "bn.running_var": Ramp(0.75, 0.5)},
+    scheduler=Part("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "shift": 3.0}),
+    text_encoders={"text_encoder": "mistral"},
+)
 
 
 def call_arguments(request: Request) -> dict[str, Any]:
@@ -134,34 +141,3 @@ def call_arguments(request: Request) -> dict[str, Any]:
     if request.tiny:
         arguments["max_sequence_length"] = 32
     return arguments
-
-
-def build_tiny(folder: Path) -> None:
-    """Write the tiny stand-in pipeline."""
-    import torch
-    from diffusers import (
-        AutoencoderKLFlux2,
-        FlowMatchEulerDiscreteScheduler,
-        Flux2Pipeline,
-        Flux2Transformer2DModel,
-    )
-
-    from quantmatrix.tiny import text_encoders
-    from quantmatrix.tiny.weights import fill
-
-    transformer = Flux2Transformer2DModel(**TINY)
-    fill(transformer, f"{ID}.transformer", structured=BLOCKS)
-    vae = AutoencoderKLFlux2(**text_encoders.IMAGE_VAE, latent_channels=32)
-    fill(vae, f"{ID}.vae")
-    ramp = torch.linspace(0, 1, vae.bn.running_mean.numel())
-    vae.bn.running_mean.copy_(ramp * 0.2 - 0.1)
-    vae.bn.running_var.copy_(ramp * 0.5 + 0.75)
-    text, tokenizer = text_encoders.build_mistral(ID)
-    pipeline = Flux2Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
-        vae=vae,
-        text_encoder=text,
-        tokenizer=tokenizer,
-        transformer=transformer,
-    )
-    text_encoders.save_pipeline(pipeline, folder)

@@ -6,11 +6,11 @@ Dialects: diffusers' own names, and `nunchaku`, whose files fuse q, k and v.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.models import Defaults, refuse_flags
 from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target
+from quantmatrix.models.stand_in import VIDEO_VAE, Part, StandIn
 
 if TYPE_CHECKING:
     from quantmatrix.request import Request
@@ -78,6 +78,12 @@ TINY: Mapping[str, Any] = {
     "out_channels": 16,
     "joint_attention_dim": 128,
 }
+STAND_IN = StandIn(
+    transformer=TINY,
+    vae=Part("AutoencoderKLQwenImage", VIDEO_VAE),
+    scheduler=Part("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "shift": 1.0}),
+    text_encoders={"text_encoder": "qwen2.5-vl"},
+)
 
 
 def call_arguments(request: Request) -> dict[str, Any]:
@@ -96,30 +102,3 @@ def call_arguments(request: Request) -> dict[str, Any]:
     if request.tiny:
         arguments["max_sequence_length"] = 32
     return arguments
-
-
-def build_tiny(folder: Path) -> None:
-    """Write the tiny stand-in pipeline."""
-    from diffusers import (
-        AutoencoderKLQwenImage,
-        FlowMatchEulerDiscreteScheduler,
-        QwenImagePipeline,
-        QwenImageTransformer2DModel,
-    )
-
-    from quantmatrix.tiny import text_encoders
-    from quantmatrix.tiny.weights import fill
-
-    transformer = QwenImageTransformer2DModel(**TINY)
-    fill(transformer, f"{ID}.transformer", structured=BLOCKS)
-    vae = AutoencoderKLQwenImage(**text_encoders.VIDEO_VAE)
-    fill(vae, f"{ID}.vae")
-    text, tokenizer = text_encoders.build_qwen25(ID)
-    pipeline = QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=1.0),
-        vae=vae,
-        text_encoder=text,
-        tokenizer=tokenizer,
-        transformer=transformer,
-    )
-    text_encoders.save_pipeline(pipeline, folder)

@@ -7,11 +7,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.models import Defaults
 from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target
+from quantmatrix.models.stand_in import VIDEO_VAE, Part, StandIn
 
 if TYPE_CHECKING:
     from quantmatrix.request import Request
@@ -97,6 +97,16 @@ TINY: Mapping[str, Any] = {
     "out_channels": 16,
     "rope_max_seq_len": 128,
 }
+STAND_IN = StandIn(
+    transformer=TINY,
+    vae=Part("AutoencoderKLWan", VIDEO_VAE),
+    scheduler=Part(
+        "UniPCMultistepScheduler",
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 12.0},
+    ),
+    text_encoders={"text_encoder": "umt5"},
+    options={"boundary_ratio": 0.875},
+)
 
 
 def call_arguments(request: Request) -> dict[str, Any]:
@@ -115,36 +125,3 @@ def call_arguments(request: Request) -> dict[str, Any]:
     if request.tiny:
         arguments["max_sequence_length"] = 32
     return arguments
-
-
-def build_tiny(folder: Path) -> None:
-    """Write the tiny stand-in pipeline, its two experts with different weights."""
-    from diffusers import (
-        AutoencoderKLWan,
-        UniPCMultistepScheduler,
-        WanPipeline,
-        WanTransformer3DModel,
-    )
-
-    from quantmatrix.tiny import text_encoders
-    from quantmatrix.tiny.weights import fill
-
-    experts = {}
-    for name in COMPONENTS:
-        experts[name] = WanTransformer3DModel(**TINY)
-        fill(experts[name], f"{ID}.{name}", structured=BLOCKS)
-    vae = AutoencoderKLWan(**text_encoders.VIDEO_VAE)
-    fill(vae, f"{ID}.vae")
-    text, tokenizer = text_encoders.build_umt5(ID)
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=12.0
-    )
-    pipeline = WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text,
-        vae=vae,
-        scheduler=scheduler,
-        boundary_ratio=0.875,
-        **experts,
-    )
-    text_encoders.save_pipeline(pipeline, folder)

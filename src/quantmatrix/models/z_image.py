@@ -8,11 +8,11 @@ under their ordinary attention names but with the fused feed-forward names.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.models import Defaults, refuse_flags
 from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target
+from quantmatrix.models.stand_in import IMAGE_VAE, Part, StandIn
 
 if TYPE_CHECKING:
     from quantmatrix.request import Request
@@ -64,6 +64,17 @@ TINY: Mapping[str, Any] = {
     "n_refiner_layers": 1,
     "cap_feat_dim": 128,
 }
+STAND_IN = StandIn(
+    transformer=TINY,
+    vae=Part(
+        "AutoencoderKL",
+        {**IMAGE_VAE, "latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+    ),
+    scheduler=Part(
+        "FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": False, "shift": 6.0}
+    ),
+    text_encoders={"text_encoder": "qwen3"},
+)
 
 
 def call_arguments(request: Request) -> dict[str, Any]:
@@ -82,32 +93,3 @@ def call_arguments(request: Request) -> dict[str, Any]:
     if request.tiny:
         arguments["max_sequence_length"] = 32
     return arguments
-
-
-def build_tiny(folder: Path) -> None:
-    """Write the tiny stand-in pipeline."""
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        ZImagePipeline,
-        ZImageTransformer2DModel,
-    )
-
-    from quantmatrix.tiny import text_encoders
-    from quantmatrix.tiny.weights import fill
-
-    transformer = ZImageTransformer2DModel(**TINY)
-    fill(transformer, f"{ID}.transformer", structured=BLOCKS)
-    vae = AutoencoderKL(
-        **text_encoders.IMAGE_VAE, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159
-    )
-    fill(vae, f"{ID}.vae")
-    text, tokenizer = text_encoders.build_qwen3(ID)
-    pipeline = ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False, shift=6.0),
-        vae=vae,
-        text_encoder=text,
-        tokenizer=tokenizer,
-        transformer=transformer,
-    )
-    text_encoders.save_pipeline(pipeline, folder)

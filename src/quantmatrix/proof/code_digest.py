@@ -84,8 +84,9 @@ FAMILY_LOADS = ("canonical", "find_fault")
 FAMILY_WRITES = ("SCHEMES", "quantize", "declare")
 MODEL_PLANS = ("ID", "NAME", "REPO", "PIPELINE", "TRANSFORMER", "COMPONENTS", "DIALECTS", "BLOCKS")
 MODEL_RUNS = ("call_arguments",)
-MODEL_WRITES = ("FALLBACKS", "build_tiny")
-"""Names that a family and a model have, by the part of the way that asks for them."""
+MODEL_WRITES = ("FALLBACKS", "STAND_IN", "build_tiny")
+"""Names that a family and a model have, by the part of the way that asks for them; `build_tiny` is of
+earlier revisions, whose models built their stand-ins themselves."""
 OP_LOADS = ("take_rows",)
 """Names of an op's module that the loader asks for, beside its kernels."""
 

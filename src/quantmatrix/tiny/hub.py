@@ -1,6 +1,6 @@
 """Tiny: a local hub cache with a stand-in for every repository and path that the tables name.
 
-A stand-in has the true on-disk format at a small size. Base models come from the model modules;
+A stand-in has the true on-disk format at a small size. Base models are built of the model modules' data;
 quantized checkpoints are made from them with the family's own `quantize`, as the row of
 checkpoints.csv says. Everything is built in a temporary folder and renamed into place, so a reader
 never sees a half-made one, and every build gives the same bytes.
@@ -20,11 +20,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantmatrix import families, models
+from quantmatrix import families
 from quantmatrix.errors import CheckpointError
 from quantmatrix.hardware.packages import read_versions
 from quantmatrix.proof.code_digest import own_code
@@ -182,7 +182,9 @@ def find_builder(repository: str, folder: Path, tables: Matrix) -> Callable[[Pat
     bases = {row.repo: row.id for row in tables.models.values()}
     bases |= {repository_of(row.base): row.model for row in tables.checkpoints.values()}
     if repository in bases:
-        return models.load(bases[repository]).build_tiny
+        from quantmatrix.tiny.pipelines import write_pipeline
+
+        return partial(write_pipeline, bases[repository])
     return None
 
 

@@ -6,13 +6,9 @@ and its length limit, so the byte-pair ones are trained on the template and a wo
 
 from __future__ import annotations
 
-import json
 import string
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
-
-import torch
 
 from quantmatrix.tiny.weights import fill
 
@@ -23,19 +19,6 @@ WORDS = (  # noqa: SIM905
     "static low quality watermark A Logo Bold Large Text SGL Diffusion"
 ).split()
 
-IMAGE_VAE: Mapping[str, Any] = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (16, 16, 32, 32),
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-}
-VIDEO_VAE: Mapping[str, Any] = {
-    "base_dim": 8,
-    "z_dim": 16,
-    "dim_mult": [1, 2, 2, 2],
-    "num_res_blocks": 1,
-}
 QWEN_TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, "
     "text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
@@ -52,20 +35,6 @@ MISTRAL_TEMPLATE = (
     "{% set mark = 'SYSTEM_PROMPT' if message['role'] == 'system' else 'INST' %}[{{ mark }}]"
     "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}[/{{ mark }}]{% endfor %}"
 )
-
-
-def save_pipeline(pipeline: Any, folder: Path) -> None:
-    """Write a pipeline in BF16, every file the same on every build."""
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.to(torch.bfloat16)
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    for path in folder.rglob("*.json"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and path.name in ("config.json", "model_index.json"):
-            content.pop("_name_or_path", None)
-            text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-            path.write_text(text, encoding="utf-8")
 
 
 def build_clip(prefix: str) -> tuple[Any, Any]:
@@ -100,7 +69,7 @@ def build_clip(prefix: str) -> tuple[Any, Any]:
             pad_token_id=numbers["<|endoftext|>"],
         )
     )
-    fill(model, f"{prefix}.text_encoder")
+    fill(model, prefix)
     return model, tokenizer
 
 
@@ -139,7 +108,7 @@ def build_t5(prefix: str) -> tuple[Any, Any]:
 
     tokenizer = _t5_tokenizer()
     model = T5EncoderModel(_t5_config(T5Config, len(tokenizer)))
-    fill(model, f"{prefix}.text_encoder_2")
+    fill(model, prefix)
     return model, tokenizer
 
 
@@ -149,7 +118,7 @@ def build_umt5(prefix: str) -> tuple[Any, Any]:
 
     tokenizer = _t5_tokenizer()
     model = UMT5EncoderModel(_t5_config(UMT5Config, len(tokenizer)))
-    fill(model, f"{prefix}.text_encoder")
+    fill(model, prefix)
     return model, tokenizer
 
 
@@ -213,7 +182,7 @@ def build_mistral(prefix: str) -> tuple[Any, Any]:
         },
     )
     model = Mistral3ForConditionalGeneration(config)
-    fill(model, f"{prefix}.text_encoder")
+    fill(model, prefix)
     return model, tokenizer
 
 
@@ -248,7 +217,7 @@ def build_qwen25(prefix: str) -> tuple[Any, Any]:
         },
     )
     model = Qwen2_5_VLForConditionalGeneration(config)
-    fill(model, f"{prefix}.text_encoder")
+    fill(model, prefix)
     return model, tokenizer
 
 
@@ -271,5 +240,17 @@ def build_qwen3(prefix: str) -> tuple[Any, Any]:
         head_dim=64,
     )
     model = Qwen3Model(config)
-    fill(model, f"{prefix}.text_encoder")
+    fill(model, prefix)
     return model, tokenizer
+
+
+KINDS: Mapping[str, Callable[[str], tuple[Any, Any]]] = {
+    "clip": build_clip,
+    "t5": build_t5,
+    "umt5": build_umt5,
+    "mistral": build_mistral,
+    "qwen2.5-vl": build_qwen25,
+    "qwen3": build_qwen3,
+}
+"""Builders of a text encoder and its tokenizer, by the kind that a model's stand-in names; each takes
+the name that the encoder's weights are drawn by."""

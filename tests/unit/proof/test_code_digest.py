@@ -279,6 +279,14 @@ MUTATIONS: dict[str, tuple[str, str, str, Expected]] = {
     "how a stand-in is written": (
         "tiny/weights.py", "def ", "@print\ndef ", lambda w: "" if w.refused else "shared",
     ),
+    "a part of one model's stand-in": (
+        "models/flux_1.py", '"shift": 3.0', '"shift": 2.0',
+        lambda w: "shared" if w.model == "flux-1" and not w.refused else "",
+    ),
+    "the builder of all stand-ins": (
+        "tiny/pipelines.py", "def build_vae(", "@print\ndef build_vae(",
+        lambda w: "" if w.refused else "shared",
+    ),
     "a decoding": (
         "kernels/linear_int8.py", "def run_decode(", "@print\ndef run_decode(",
         lambda w: "device" if w.family == "msmodelslim" and uses(w, "decode") else "",

@@ -25,7 +25,7 @@ from quantmatrix.runtime.library_logs import quiet
 from quantmatrix.runtime.load import count_quantized
 from quantmatrix.tables.read import read
 from quantmatrix.tables.rows import CheckpointRow, Matrix
-from quantmatrix.tiny import checkpoints, hub, weights
+from quantmatrix.tiny import checkpoints, hub, pipelines, weights
 
 PROMPTS = ("a curious pikachu", "a fox walking through neon rain")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -218,7 +218,7 @@ def test_a_build_that_fails_leaves_nothing_and_had_one_thread(
         counts.append(torch.get_num_threads())
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(models.load("flux-1"), "build_tiny", fail)
+    monkeypatch.setattr(pipelines, "write_pipeline", fail)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
