@@ -31,8 +31,8 @@ import gc, json, sys, time
 way, base, quantized = sys.argv[1:]
 import torch, diffusers
 from diffusers import FluxTransformer2DModel
-import quantmatrix.runtime.load, quantmatrix.families.fp8, quantmatrix.families.modelopt_fp8
-from quantmatrix import stored_values
+import quantmatrix.api, quantmatrix.families.fp8, quantmatrix.families.modelopt_fp8
+from quantmatrix.runtime import stored_values
 
 if way.endswith("-unchecked"):
     way = way.removesuffix("-unchecked")
@@ -68,7 +68,7 @@ CHECK = """
 import json, sys, time
 import torch
 from quantmatrix.kernels.number_formats import is_finite
-from quantmatrix.runtime.load import load_transformer
+from quantmatrix import load_transformer
 base, quantized = sys.argv[1:]
 model = load_transformer(base, transformer_path=quantized or None, backend=quantized and "reference")
 plain = [tensor.detach() for tensor in model.parameters()]

@@ -20,9 +20,9 @@ ROUNDS = 3
 READ = """
 import sys, time
 from pathlib import Path
-from quantmatrix import matrix
+from quantmatrix.tables import read
 start = time.process_time()
-cells = matrix.read(Path("matrix")).cells
+cells = read.read(Path("matrix")).cells
 print(len(cells), time.process_time() - start)
 """
 INI = "[pytest]\nquantmatrix_tables = matrix\nstrict_parametrization_ids = true\n"

@@ -34,9 +34,9 @@ import ctypes, json, mmap, os, sys, time
 base, quantized = sys.argv[1:]
 import torch
 torch.set_num_threads(1)
-from quantmatrix import witness
 from quantmatrix.api import plan
 from quantmatrix.request import Request
+from quantmatrix.runtime.witness import verdict
 
 FILE = f"{base}/diffusion_pytorch_model.safetensors"
 
@@ -63,7 +63,7 @@ torch.ones(8, 8) @ torch.ones(8, 8)
 forget()
 before = count_cached()
 start, cpu = time.perf_counter(), time.process_time()
-report = witness.confirm(part, request)
+report = verdict.confirm(part, request)
 cpu, seconds = time.process_time() - cpu, time.perf_counter() - start
 print(json.dumps({"seconds": seconds, "cpu": cpu, "bytes": report.nbytes, "pages": count_cached() - before,
     "total": report.total_bytes, "layers": len(report.findings), "verdict": report.verdict,

@@ -36,7 +36,8 @@ class Hub:
     revision: str | None = None
 
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Dtypes that a run may compute in, by torch's names, and the bytes of an item."""
 PRECISIONS = ("int4", "nvfp4")
 WITNESS = ("auto", "require", "off")
 NIBBLE_ORDERS, NVFP4_LAYOUTS = ("low", "high"), ("rows", "tiles")

@@ -116,15 +116,15 @@ def test_reports_that_are_not_there_are_no_empty_evidence(tmp_path: Path) -> Non
 def test_a_terminated_command_cleans_up(tmp_path: Path) -> None:
     script = (
         "import time\n"
-        "from quantmatrix import cli\n"
+        "from quantmatrix.cli import main\n"
         "def work(words):\n"
         "    try:\n"
         "        print('started', flush=True)\n"
         "        time.sleep(60)\n"
         "    finally:\n"
         "        print('cleaned', flush=True)\n"
-        "cli.run_command = work\n"
-        "cli.entry()\n"
+        "main.run_command = work\n"
+        "main.entry()\n"
     )
     run = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

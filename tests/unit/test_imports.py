@@ -13,16 +13,34 @@ import pytest
 import quantmatrix
 
 PACKAGE = Path(quantmatrix.__file__).parent
-LIGHT = (
-    *("matrix", "hardware", "checkpoint", "references", "evidence", "errors", "scheme", "commands"),
-    *("report", "states", "pages", "page_data", "page_html", "picture", "matrix_changes"),
-    *("ratios", "bench_results", "bench_form", "bench_gate", "bench_pages", "bench_rows"),
-    *("explain", "freshness", "carried", "agreement", "code_digest", "definitions", "census"),
-    *("normal_form", "source_modules", "kernel_tables", "packets", "validation_page"),
-    *("adapters", "experts", "original_names"),
-    *("limits", "limit_samples", "rounding_model", "thumbnails", "record_form", "scopes", "offers"),
-    *("packaged", "facts"),
-)
+GROUND = {
+    *("__init__", "errors", "exit_codes", "files", "links", "quoting", "request", "scheme"),
+    "strict_json",
+}
+"""Modules at the top that every folder may import."""
+BELOW: dict[str, set[str]] = {"hardware": set(), "checkpoints": set(), "models": set()}
+BELOW["tables"] = {"hardware"}
+BELOW["proof"] = {"tables", *BELOW["tables"]}
+BELOW["report"] = {"proof", *BELOW["proof"]}
+BELOW["kernels"] = {"hardware"}
+BELOW["families"] = {"checkpoints", "kernels"}
+BELOW["runtime"] = {"families", "kernels", "models", "checkpoints", "hardware"}
+BELOW["tools"] = {"runtime", "tables", *BELOW["runtime"]}
+BELOW["tiny"] = {"tools", *BELOW["tools"]}
+BELOW["api"] = {"tiny", *BELOW["tiny"]}
+BELOW["measure"] = {"api", "proof", *BELOW["api"]}
+BELOW["harness"] = {"measure", *BELOW["measure"]}
+BELOW["cli"] = {"harness", "report", *BELOW["harness"]}
+"""The house: folders that a folder may import, inside functions too. CONTRIBUTING tells of them."""
+ARROWS = {
+    ("runtime.witness.verdict", "proof.witness_limits"),
+    ("tiny.hub", "proof.code_digest"),
+    ("measure.validation_page", "report.table"),
+}
+"""Single modules that may be imported against the table; CONTRIBUTING gives the reasons."""
+LIGHT = ("checkpoints", "cli", "hardware", "models", "proof", "report", "tables", *sorted(GROUND))
+"""Folders and modules that import nothing heavy when they are imported; proof, report and tables
+import none inside functions either."""
 HEAVY = {"torch", "diffusers", "transformers", "pandas", "accelerate", "numpy", "safetensors"}
 VENDOR = {"flashinfer", "nunchaku", "torch_npu", "triton", "humming", "comfy_kitchen", "modelopt"}
 
@@ -59,13 +77,43 @@ def roots(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-@pytest.mark.parametrize("module", [m for m in modules() if m.split(".")[0] in (*LIGHT, "models")])
-def test_light_modules_import_nothing_heavy(module: str) -> None:
+@pytest.mark.parametrize("module", [m for m in modules() if m.split(".")[0] in LIGHT])
+def test_light_folders_import_nothing_heavy(module: str) -> None:
+    """Nor does what they import: the program below follows the imports of every module."""
     assert not roots(imported(module, deep=False)) & HEAVY
 
 
-@pytest.mark.parametrize("module", ["report", "matrix", "evidence"])
-def test_tables_and_report_never_reach_torch(module: str) -> None:
+PROBE = """
+import importlib, json, sys
+found = {}
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    found[name] = [m for m in ("torch", "diffusers", "transformers", "pandas") if m in sys.modules]
+    if found[name]:
+        break
+print(json.dumps(found))
+"""
+
+
+def test_light_folders_bring_nothing_heavy() -> None:
+    names = [
+        f"quantmatrix.{module}".removesuffix(".__init__")
+        for module in modules()
+        if module.split(".")[0] in LIGHT
+    ]
+    assert len(names) > 80
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *names], capture_output=True, text=True, check=True
+    )
+    found: dict[str, list[str]] = json.loads(done.stdout)
+    assert {name: heavy for name, heavy in found.items() if heavy} == {}
+    assert len(found) == len(names)
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in modules() if m.split(".")[0] in ("proof", "report", "tables")]
+)
+def test_tables_proof_and_report_never_reach_torch(module: str) -> None:
     assert not roots(imported(module, deep=True)) & (HEAVY - {"pandas"})
 
 
@@ -76,19 +124,63 @@ def test_vendor_packages_are_imported_inside_functions_of_kernels(module: str) -
         assert not roots(imported(module, deep=True)) & (VENDOR - {"triton"})
 
 
+def arrows(module: str) -> set[str]:
+    """Modules of the package that a module imports, inside functions too, without its own package."""
+    known = {m.removesuffix(".__init__") for m in modules()}
+    found = set()
+    for name in imported(module, deep=True):
+        target = name.removeprefix("quantmatrix.")
+        if not name.startswith("quantmatrix."):
+            continue
+        while target and target not in known:
+            target = target.rpartition(".")[0]
+        found.add(target or "__init__")
+    packages = {name for name in found if any(other.startswith(f"{name}.") for other in found)}
+    return found - packages - {module.removesuffix(".__init__")}
+
+
 @pytest.mark.parametrize("module", modules())
-def test_layers_of_the_house(module: str) -> None:
-    inside = {n for n in imported(module, deep=True) if n.startswith("quantmatrix")}
-    where = module.split(".")[0]
-    if where not in ("cli", "__main__", "commands"):
-        assert not any(name.startswith("quantmatrix.cli.main") for name in inside)
-    banned = {
-        "families": ("models", "load", "planning", "plan", "cli"),
-        "models": ("families", "kernels", "load", "planning"),
-        "kernels": ("families", "models", "load", "planning"),
-    }.get(where, ())
-    for name in banned:
-        assert not any(found.startswith(f"quantmatrix.{name}") for found in inside), (module, name)
+def test_arrows_of_the_house(module: str) -> None:
+    """Every import goes down: from a folder to the ground or to a folder below it."""
+    folder = module.split(".")[0]
+    if module in ("__init__", "__main__"):
+        return
+    below = BELOW.get(folder, set())
+    wrong = {
+        found
+        for found in arrows(module)
+        if found.split(".")[0] not in {folder, *GROUND, *below} and (module, found) not in ARROWS
+    }
+    assert wrong == set()
+    if folder in GROUND:
+        assert {found.split(".")[0] for found in arrows(module)} <= GROUND
+
+
+def test_every_folder_has_its_line() -> None:
+    """A new folder takes its place in the table; the top of the package stays small."""
+    top = {module.split(".")[0] for module in modules()}
+    assert top - GROUND - {"__main__"} == set(BELOW)
+    assert len(list(PACKAGE.glob("*.py"))) <= 12
+    used = {
+        (module, found)
+        for module in modules()
+        for found in arrows(module)
+        if (module, found) in ARROWS
+    }
+    assert used == ARROWS
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    """Imports inside functions counted; a package and its own modules are one."""
+    edges = {m.removesuffix(".__init__"): arrows(m) for m in modules()}
+    edges = {
+        m: {f for f in found if f in edges and not m.startswith(f"{f}.") and f != "__init__"}
+        for m, found in edges.items()
+    }
+    while free := [m for m, found in edges.items() if not found & edges.keys()]:
+        for module in free:
+            del edges[module]
+    assert sorted(edges) == []
 
 
 @pytest.mark.parametrize("module", modules())

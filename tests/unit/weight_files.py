@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from quantmatrix.checkpoints.header import ITEM_BITS
+from quantmatrix.checkpoints.dtypes import ITEM_BITS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]

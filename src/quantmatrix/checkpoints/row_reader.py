@@ -11,12 +11,13 @@ import os
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from quantmatrix.checkpoints.checkpoint import Checkpoint, find_places
+from quantmatrix.checkpoints.dtypes import to_torch
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+if TYPE_CHECKING:
+    import torch
 
 
 class RowReader:
@@ -38,9 +39,11 @@ class RowReader:
 
     def read(self, name: str, rows: slice | torch.Tensor) -> torch.Tensor:
         """Rows of a tensor in full precision, in the order given; a slice has no step."""
+        import torch
+
         header = self._checkpoint.tensors[name]
         handle, places = self._open(header.file)
-        dtype = DTYPES[header.dtype]
+        dtype = to_torch(header.dtype)
         width = prod(header.shape[1:]) * dtype.itemsize
         start = places[header.on_disk]
         parts = [

@@ -14,12 +14,14 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from quantmatrix.checkpoints.header import ITEM_BITS, TensorHeader
+from quantmatrix.checkpoints.dtypes import ITEM_BITS
+from quantmatrix.checkpoints.header import TensorHeader
 from quantmatrix.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ def save_tensors(
 
 def view_bytes(item: Item, path: str | Path) -> Any:
     """The bytes of an item's tensor, as the file wants them, in a numpy array."""
+    import torch
+
     tensor = item.load()
     found = tensor.numel() * tensor.element_size()
     if found != item.nbytes:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from quantmatrix.checkpoints.dtypes import ITEM_BITS
 from quantmatrix.errors import UsageError
 
 if TYPE_CHECKING:
@@ -136,6 +137,4 @@ def list_parameters(model: str) -> tuple[tuple[str, tuple[int, ...], bool], ...]
 
 def measure(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor on disk."""
-    from quantmatrix.measure.bench.synthetic import DTYPES
-
-    return DTYPES[dtype].itemsize * math.prod(shape)
+    return math.prod(shape) * ITEM_BITS[dtype] // 8

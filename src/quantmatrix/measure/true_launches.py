@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from quantmatrix import families, kernels
+from quantmatrix.checkpoints.dtypes import to_torch
 from quantmatrix.kernels.launching import TRITON, Launch, watch
-from quantmatrix.measure.bench.synthetic import DTYPES, make_inputs
+from quantmatrix.measure.bench.synthetic import make_inputs
 from quantmatrix.measure.census import name_kind
 from quantmatrix.runtime.empty_model import build_plain
 from quantmatrix.runtime.plan.types import ComponentPlan, Piece, Plan
@@ -151,5 +152,5 @@ def draw_canonical(part: ComponentPlan, piece: Piece, shape: tuple[int, int]) ->
         if header is None and spec.optional:
             continue
         dtypes = [header.dtype] if header and header.dtype in spec.dtypes else spec.dtypes
-        stored[suffix] = torch.empty(spec.shapes[0], dtype=DTYPES[dtypes[0]], device="meta")
+        stored[suffix] = torch.empty(spec.shapes[0], dtype=to_torch(dtypes[0]), device="meta")
     return dict(family.canonical(stored, piece.scheme))

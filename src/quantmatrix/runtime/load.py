@@ -27,8 +27,6 @@ from quantmatrix.runtime.plan.types import ComponentPlan, Piece
 from quantmatrix.runtime.quantized_linear import QuantizedLinear, SplitInputLinear, share_inputs
 from quantmatrix.runtime.stored_values import check_plain
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
 
 def load_component(
     component: ComponentPlan,
@@ -42,7 +40,7 @@ def load_component(
 
     checkpoint = fetch(component.checkpoint, request.hub)
     proof = verdict.confirm(component, request)
-    dtype = DTYPES[request.dtype]
+    dtype = getattr(torch, request.dtype)
     model = build_empty(component.class_name, component.config, component.config_from)
     full_precision = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 

@@ -16,7 +16,7 @@ from quantmatrix.checkpoints.opening import fetch_pipeline, open_pipeline
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.runtime import acceleration
 from quantmatrix.runtime.library_logs import quiet
-from quantmatrix.runtime.load import DTYPES, load_component, show_progress
+from quantmatrix.runtime.load import load_component, show_progress
 from quantmatrix.runtime.offloading import stream_blocks
 from quantmatrix.runtime.plan import other_parts
 from quantmatrix.runtime.plan.types import Plan
@@ -56,7 +56,7 @@ def build_pipeline(made: Plan, *, progress: bool = False) -> Any:
         errors_in_words(f"{folder}: a part of the pipeline", rest, folder),
     ):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            rest, dtype=DTYPES[request.dtype], local_files_only=True, **parts
+            rest, dtype=getattr(torch, request.dtype), local_files_only=True, **parts
         )
     check_parts(pipeline, parts)
     if device != "cpu":
@@ -138,7 +138,7 @@ def load_other_overrides(made: Plan, index: Mapping[str, Any]) -> dict[str, Any]
         auto = library.AutoTokenizer if name.startswith("tokenizer") else library.AutoModel
         chosen = other_parts.find_class(index, name) or auto
         with errors_in_words(f"{reference}: {name}", folder, reference):
-            loaded[name] = chosen.from_pretrained(folder, dtype=DTYPES[made.request.dtype])
+            loaded[name] = chosen.from_pretrained(folder, dtype=getattr(torch, made.request.dtype))
     return loaded
 
 

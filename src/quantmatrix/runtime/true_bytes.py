@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from quantmatrix.request import DTYPES
+
 if TYPE_CHECKING:
     from quantmatrix.hardware.machine import Machine
     from quantmatrix.runtime.plan.types import ComponentPlan, Piece, Plan
 
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GIB = 2**30
 AHEAD = 2
 """Blocks that lie on the device while others wait."""
@@ -55,7 +56,7 @@ class Size:
 
 def measure_all(made: Plan) -> dict[str, Size]:
     """Size of every transformer component of a plan at the model's own size."""
-    item = ITEM_BYTES[made.request.dtype]
+    item = DTYPES[made.request.dtype]
     return {name: measure(made.model, part, item) for name, part in made.components.items()}
 
 

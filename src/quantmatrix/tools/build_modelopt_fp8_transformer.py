@@ -36,6 +36,7 @@ from typing import Any
 import torch
 
 from quantmatrix import models
+from quantmatrix.checkpoints.dtypes import FLOATS
 from quantmatrix.checkpoints.header import TensorHeader
 from quantmatrix.checkpoints.reader import TensorReader
 from quantmatrix.checkpoints.writer import Item
@@ -46,7 +47,6 @@ from quantmatrix.quoting import limit_message
 from quantmatrix.request import normalize_words
 from quantmatrix.tools import runtime_names
 from quantmatrix.tools.transformer_folder import (
-    FLOATS,
     TransformerFolder,
     check_output,
     open_transformer,

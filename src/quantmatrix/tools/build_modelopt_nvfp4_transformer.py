@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from quantmatrix.checkpoints.dtypes import FLOATS
 from quantmatrix.checkpoints.header import TensorHeader
 from quantmatrix.checkpoints.reader import TensorReader
 from quantmatrix.checkpoints.writer import Item
@@ -35,7 +36,6 @@ from quantmatrix.quoting import limit_message
 from quantmatrix.request import normalize_words
 from quantmatrix.tools import runtime_names
 from quantmatrix.tools.transformer_folder import (
-    FLOATS,
     TransformerFolder,
     check_output,
     open_transformer,

@@ -26,7 +26,7 @@ from quantmatrix.files import check_place
 from quantmatrix.hardware.machine import Machine
 from quantmatrix.request import Request
 from quantmatrix.runtime.empty_model import measure_model
-from quantmatrix.runtime.load import DTYPES, read_plain
+from quantmatrix.runtime.load import read_plain
 from quantmatrix.runtime.pieces import read_piece
 from quantmatrix.runtime.plan.decide import plan_component
 from quantmatrix.runtime.plan.placement import find_biases
@@ -54,7 +54,7 @@ def dequantize(
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        written = write_folder(made, request, temporary, DTYPES[dtype])
+        written = write_folder(made, request, temporary, getattr(torch, dtype))
         os.replace(temporary, target)
     except OSError as error:
         raise UsageError(

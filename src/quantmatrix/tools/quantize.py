@@ -33,7 +33,6 @@ from quantmatrix.files import check_place
 from quantmatrix.hardware import probe
 from quantmatrix.request import Request
 from quantmatrix.runtime.library_logs import quiet
-from quantmatrix.runtime.load import DTYPES
 from quantmatrix.runtime.pipeline import build_pipeline
 from quantmatrix.runtime.plan.decide import plan_transformers
 from quantmatrix.runtime.plan.types import ComponentPlan, Plan, require
@@ -322,7 +321,7 @@ def count_kept(packed: Mapping[str, torch.Tensor], chosen: Mapping[str, Scheme])
 def read_packed(made: Plan, component: ComponentPlan, recipe: Recipe) -> dict[str, torch.Tensor]:
     """A component's tensors under the names and in the packing of the family's dialect."""
     checkpoint = fetch(component.checkpoint, made.request.hub)
-    dtype = DTYPES[made.request.dtype]
+    dtype = getattr(torch, made.request.dtype)
     with TensorReader(checkpoint, "cpu") as reader:
         plain = {name: reader.read(name) for name in checkpoint.tensors}
     plain = {n: t.to(dtype) if t.is_floating_point() else t for n, t in plain.items()}

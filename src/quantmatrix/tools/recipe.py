@@ -24,6 +24,7 @@ import torch
 from quantmatrix import families, models
 from quantmatrix.checkpoints import writer
 from quantmatrix.checkpoints.declaration import read_json
+from quantmatrix.checkpoints.dtypes import from_torch
 from quantmatrix.checkpoints.writer import Item
 from quantmatrix.errors import UsageError
 from quantmatrix.families.protocol import Calibration, Declaration, Family
@@ -35,17 +36,6 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 FOREIGN_DIALECTS = {"nunchaku-svdq": "nunchaku"}
 Ranges = Mapping[str, Calibration]
 """Input range of each linear layer, by diffusers' module name."""
-DTYPES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
-"""Spelling of dtypes in a safetensors header."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +232,7 @@ def save(tensors: Tensors, names: list[str], path: Path, metadata: Mapping[str, 
     items = [
         Item(
             name,
-            DTYPES[tensors[name].dtype],
+            from_torch(tensors[name].dtype),
             tuple(tensors[name].shape),
             partial(tensors.__getitem__, name),
         )

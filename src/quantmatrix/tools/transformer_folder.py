@@ -28,7 +28,6 @@ from quantmatrix.errors import CheckpointError, UsageError
 
 WEIGHTS = ".safetensors"
 INDEX = ".safetensors.index.json"
-FLOATS = ("BF16", "F16", "F32")
 FIRST_INDEXES = (f"model{INDEX}", f"diffusion_pytorch_model{INDEX}")
 
 

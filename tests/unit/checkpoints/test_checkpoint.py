@@ -14,9 +14,9 @@ from weight_files import join_file, make_header, write_index, write_json, write_
 
 from quantmatrix.checkpoints.checkpoint import Checkpoint
 from quantmatrix.checkpoints.declaration import find_block, merge_headers, read_json
+from quantmatrix.checkpoints.dtypes import ITEM_BITS
 from quantmatrix.checkpoints.header import (
     HEADER_LIMIT,
-    ITEM_BITS,
     TensorHeader,
     parse_header,
     read_header,

@@ -565,9 +565,9 @@ class TestCache:
     def test_offline_opens_no_connection(self, tmp_path: Path, snapshot: Path) -> None:
         """The hub client is not even imported: the cache is plain folders."""
         code = (
-            "import sys; from quantmatrix import references\n"
+            "import sys; from quantmatrix.checkpoints import opening\n"
             "from quantmatrix.checkpoints.checkpoint import Hub\n"
-            f"references.open_weights('o/r/sub', Hub({str(tmp_path)!r}, offline=True))\n"
+            f"opening.open_weights('o/r/sub', Hub({str(tmp_path)!r}, offline=True))\n"
             "assert 'huggingface_hub' not in sys.modules and 'torch' not in sys.modules"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
@@ -878,12 +878,12 @@ def test_the_real_client_transfers_headers_first_and_weights_when_fetched(tmp_pa
     write_json(Server.files / "t/config.json", {"_class_name": "X"})
     code = (
         "import json\n"
-        "from quantmatrix import references\n"
+        "from quantmatrix.checkpoints import opening\n"
         "from quantmatrix.checkpoints.checkpoint import Hub\n"
         f"hub = Hub({str(tmp_path / 'cache')!r})\n"
-        "found = references.open_weights('o/r/t', hub)\n"
+        "found = opening.open_weights('o/r/t', hub)\n"
         "print(json.dumps([found.files, found.nbytes, found.quantization, found.config]))\n"
-        "print(json.dumps(references.fetch(found, hub).files), flush=True)\n"
+        "print(json.dumps(opening.fetch(found, hub).files), flush=True)\n"
     )
     first, second = run_client(Server, code, tmp_path / "home")
     address = f"hf://o/r@{COMMIT}/t/x.safetensors"
@@ -914,9 +914,9 @@ def test_the_real_client_reads_small_tensors_alone(tmp_path: Path) -> None:
     path.write_bytes(content[:begin] + entry.encode() + content[begin + len(entry) :])
     code = (
         "import json\n"
-        "from quantmatrix import references\n"
+        "from quantmatrix.checkpoints import opening\n"
         "from quantmatrix.checkpoints.checkpoint import Hub\n"
-        f"found = references.open_weights('o/r/t', Hub({str(tmp_path / 'cache')!r}))\n"
+        f"found = opening.open_weights('o/r/t', Hub({str(tmp_path / 'cache')!r}))\n"
         "print(json.dumps([found.quantization['layers'], found.quantization_from]))\n"
     )
     [found] = run_client(Server, code, tmp_path / "home")

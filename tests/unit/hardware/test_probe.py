@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from quantmatrix.errors import UsageError
-from quantmatrix.hardware import probe
+from quantmatrix.hardware import packages, probe
 from quantmatrix.hardware.machine import Machine
 from quantmatrix.hardware.packages import (
     DISTRIBUTIONS,
@@ -47,7 +47,7 @@ def install(site: Path, name: str, files: tuple[str, ...], version: str = "") ->
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that comes first on the import path; the optional packages of this place are hidden."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    find_spec = probe.util.find_spec
+    find_spec = packages.util.find_spec
 
     def find_here(name: str) -> Any:
         spec = find_spec(name)
@@ -56,7 +56,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         )
         return spec if any(place.startswith(str(tmp_path)) for place in places) else None
 
-    monkeypatch.setattr(probe.util, "find_spec", find_here)
+    monkeypatch.setattr(packages.util, "find_spec", find_here)
     for name in OPTIONAL_PACKAGES:  # another test may have imported it
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
@@ -240,9 +240,9 @@ class TestFingerprint:
 
     def test_torch_is_not_imported_for_it(self) -> None:
         code = (
-            "import sys; from quantmatrix import hardware; f = hardware.fingerprint()\n"
-            "hardware.installed_packages(); assert 'threads' not in f\n"
-            "assert not {'torch', 'huggingface_hub', *hardware.OPTIONAL_PACKAGES} & set(sys.modules)"
+            "import sys; from quantmatrix.hardware import packages, probe; f = probe.fingerprint()\n"
+            "packages.installed_packages(); assert 'threads' not in f\n"
+            "assert not {'torch', 'huggingface_hub', *packages.OPTIONAL_PACKAGES} & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
 

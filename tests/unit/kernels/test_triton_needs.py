@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from quantmatrix import families, kernels
+from quantmatrix.checkpoints.dtypes import to_torch
 from quantmatrix.hardware.probe import name_arch
 from quantmatrix.kernels import compiling, linear_fp8, linear_int8, linear_nvfp4
 from quantmatrix.kernels.launching import TRITON, watch
 from quantmatrix.measure import compiled, true_launches
-from quantmatrix.measure.bench.synthetic import DTYPES
 from quantmatrix.runtime.quantized_linear import QuantizedLinear
 from quantmatrix.scheme import Scheme
 from quantmatrix.tables import identify, read
@@ -61,7 +61,7 @@ def see_launches(family: str, kernel: kernels.Kernel, scheme: Scheme, arch: str)
     module = families.load(family)
     with watch(arch) as seen, torch.no_grad():
         stored = {
-            suffix: torch.empty(spec.shapes[0], dtype=DTYPES[spec.dtypes[0]], device="meta")
+            suffix: torch.empty(spec.shapes[0], dtype=to_torch(spec.dtypes[0]), device="meta")
             for suffix, spec in module.tensors(scheme, *SHAPE).items()
         }
         canonical = dict(module.canonical(stored, scheme))

@@ -170,11 +170,11 @@ def test_a_failed_write_leaves_the_old_record(tmp_path: Path, monkeypatch) -> No
 WRITER = """
 import sys
 from pathlib import Path
-from quantmatrix import evidence
-record = evidence.read(Path(sys.argv[1]) / "cpu" / "flux-1-fp8+decode.json")
+from quantmatrix.proof import store
+record = store.read(Path(sys.argv[1]) / "cpu" / "flux-1-fp8+decode.json")
 print("ready", flush=True)
 while True:
-    evidence.write(record, Path(sys.argv[1]))
+    store.write(record, Path(sys.argv[1]))
 """
 
 

@@ -109,7 +109,7 @@ def test_the_command(
     ("kind", "state"), [("engine", "installed"), ("look-alike", "look-alike"), (None, "missing")]
 )
 def test_nunchaku(monkeypatch: pytest.MonkeyPatch, kind: str | None, state: str) -> None:
-    monkeypatch.setattr(hardware_packages, "inspect_nunchaku", lambda: (kind, "the explanation"))
+    monkeypatch.setattr(doctor, "inspect_nunchaku", lambda: (kind, "the explanation"))
     package = doctor.examine_package("nunchaku")
     assert package["state"] == state
     packages = {name: doctor.examine_package(name) for name in hardware_packages.OPTIONAL_PACKAGES}
@@ -136,7 +136,7 @@ def test_torch_that_cannot_be_imported(
     monkeypatch.delitem(sys.modules, "torch")
     installed = hardware_packages.is_installed
     monkeypatch.setattr(
-        hardware_packages,
+        doctor,
         "is_installed",
         lambda name: npu if name == "torch_npu" else installed(name),
     )
@@ -155,7 +155,7 @@ def test_torch_that_cannot_be_imported(
 def test_a_driver_without_a_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: str
 ) -> None:
-    monkeypatch.setattr(hardware_packages, "inspect_nunchaku", lambda: (None, ""))
+    monkeypatch.setattr(doctor, "inspect_nunchaku", lambda: (None, ""))
     loaded = tmp_path / "version"
     loaded.touch()
     drivers = {

@@ -19,7 +19,8 @@ import torch
 
 from quantmatrix import models
 from quantmatrix.api import plan
-from quantmatrix.checkpoints.header import ITEM_BITS, Header, TensorHeader
+from quantmatrix.checkpoints.dtypes import ITEM_BITS
+from quantmatrix.checkpoints.header import Header, TensorHeader
 from quantmatrix.checkpoints.local import LocalFolder
 from quantmatrix.checkpoints.name_prefixes import PREFIXES
 from quantmatrix.checkpoints.reader import TensorReader

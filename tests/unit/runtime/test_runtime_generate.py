@@ -133,7 +133,7 @@ def test_a_missing_video_writer_is_said_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "quantmatrix.runtime.generate.find_spec",
+        "quantmatrix.runtime.media.find_spec",
         lambda name: None if name == "imageio_ffmpeg" else find_spec(name),
     )
     words = ["generate", "--model-path", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "--tiny", "--json"]

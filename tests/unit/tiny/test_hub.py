@@ -167,8 +167,8 @@ def test_every_build_gives_the_same_bytes_in_another_process_on_two_threads(
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from quantmatrix import tiny\n"
-        "for name in sys.argv[2:]: tiny.ensure(name, Path(sys.argv[1]))"
+        "from quantmatrix.tiny import hub\n"
+        "for name in sys.argv[2:]: hub.ensure(name, Path(sys.argv[1]))"
     )
     for reference in references:
         hub.ensure(reference, folder, tables)

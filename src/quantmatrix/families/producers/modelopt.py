@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from quantmatrix.checkpoints.dtypes import FLOATS
 from quantmatrix.errors import CheckpointError
 from quantmatrix.kernels.nvfp4_arithmetic import GROUP
 from quantmatrix.kernels.scale_layouts import pad_shape
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 FP8 = Scheme("linear.fp8", "FP8", "e4m3", "tensor", "tensor-static")
 WEIGHT_ONLY = "W4A16_NVFP4"
-FLOATS = ("BF16", "F16", "F32")
 SCALES = frozenset(
     ("weight_scale", "weight_scale_2", "pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
 )

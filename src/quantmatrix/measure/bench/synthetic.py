@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from quantmatrix import families, kernels, models
+from quantmatrix.checkpoints.dtypes import to_torch
 from quantmatrix.errors import RefusedError
 from quantmatrix.kernels.choosing import choose
 from quantmatrix.runtime.empty_model import build_plain
@@ -25,17 +26,6 @@ from quantmatrix.scheme import Scheme, TensorSpec
 
 if TYPE_CHECKING:
     from quantmatrix.hardware.machine import Machine
-
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
 
 
 def synthesize(
@@ -103,7 +93,7 @@ def draw(
     suffix: str, spec: TensorSpec, shape: tuple[int, int], generator: torch.Generator
 ) -> torch.Tensor:
     """Random codes, or scales that give weights of gain 1; layers of one input have one zero point."""
-    dtype, device = DTYPES[spec.dtypes[0]], generator.device
+    dtype, device = to_torch(spec.dtypes[0]), generator.device
     size = spec.shapes[0]
     if "offset" in suffix:
         return torch.zeros(size, dtype=dtype, device=device)

@@ -20,6 +20,7 @@ from quantmatrix import families, kernels
 from quantmatrix.checkpoints.checkpoint import Checkpoint
 from quantmatrix.errors import CheckpointError, RefusedError
 from quantmatrix.families.producers import modelopt_faults
+from quantmatrix.request import DTYPES
 from quantmatrix.runtime.empty_model import measure_model
 from quantmatrix.runtime.plan import context_parallel, layout_choice, other_parts
 from quantmatrix.runtime.plan.dialects import choose_dialect
@@ -46,8 +47,6 @@ from quantmatrix.scheme import Scheme
 if TYPE_CHECKING:
     from quantmatrix.hardware.machine import Machine
     from quantmatrix.request import Request
-
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def plan(request: Request, machine: Machine) -> Plan | Refusal:
@@ -178,7 +177,7 @@ def choose_kernels(
     warnings: list[str],
 ) -> dict[str, tuple[Piece, ...]]:
     """The pieces of each quantized module in the order of their columns, each with its kernel."""
-    item = ITEM_BYTES[request.dtype]
+    item = DTYPES[request.dtype]
     wanted, rows = wanted_backend(request, warnings), count_rows(model, request)
     layers: dict[str, tuple[Piece, ...]] = {}
     for module, own in parts.items():

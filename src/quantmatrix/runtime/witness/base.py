@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantmatrix import models
+from quantmatrix.checkpoints.dtypes import FLOATS
 from quantmatrix.checkpoints.opening import open_component
 from quantmatrix.errors import CheckpointError, QuantmatrixError
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 BY_NAME = "a file of FLUX.2-dev-NVFP4"
 """What `nvfp4_layouts` says of a layout that is known by a file's name."""
-FLOATS = ("BF16", "F16", "F32")
 NAMED = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 """A repository's name."""
 CACHED = re.compile(r"(?:^|[/\\])models--([\w.-]+?)--([\w.-]+?)(?:[/\\]|$)")

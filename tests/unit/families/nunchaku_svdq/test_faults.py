@@ -32,6 +32,7 @@ from quantmatrix.api import load_transformer
 from quantmatrix.errors import CheckpointError
 from quantmatrix.request import Request
 from quantmatrix.runtime.plan import inspect
+from quantmatrix.tiny.hub import use_tiny
 from quantmatrix.tools import quantize
 from quantmatrix.tools.dequantize import dequantize
 
@@ -268,7 +269,7 @@ def test_what_is_kept_while_quantizing_can_be_read(tmp_path: Path) -> None:
     output = tmp_path / "svdq-int4_r16-x.safetensors"
     base = find(BASES["flux-1"])
     quantize.quantize(
-        Request(model_path=BASES["flux-1"], tiny=True, device="cpu"),
+        use_tiny(Request(model_path=BASES["flux-1"], tiny=True, device="cpu")),
         family="nunchaku-svdq",
         output=output,
         precision="int4",

@@ -22,6 +22,7 @@ from quantmatrix.families.nunchaku_svdq import writer
 from quantmatrix.measure.latents import compare_tensors, digest_latents
 from quantmatrix.request import Request
 from quantmatrix.runtime.plan.types import Plan
+from quantmatrix.tiny.hub import use_tiny
 from quantmatrix.tools import quantize
 from quantmatrix.tools.recipe import WEIGHTS
 
@@ -81,7 +82,7 @@ def measure_psnr(base: str, file: Path, backend: str) -> float:
 def write_file(base: str, folder: Path) -> Path:
     folder.mkdir()
     file = folder / "svdq-int4_r32-made.safetensors"
-    request = Request(model_path=base, tiny=True, device="cpu", dtype="float32")
+    request = use_tiny(Request(model_path=base, tiny=True, device="cpu", dtype="float32"))
     quantize.quantize(
         request, family="nunchaku-svdq", precision="int4", rank=32, output=file, prompts=["a fox"]
     )
@@ -174,7 +175,9 @@ def test_processes_and_threads_do_not_change_bits(tmp_path: Path) -> None:
 
 
 def test_modulation_has_no_plain_form(tmp_path: Path) -> None:
-    request = Request(model_path=BASES["flux-1"], tiny=True, device="cpu", dtype="float32")
+    request = use_tiny(
+        Request(model_path=BASES["flux-1"], tiny=True, device="cpu", dtype="float32")
+    )
     with pytest.raises(UsageError, match=r"norm1.linear cannot be kept in full precision"):
         quantize.quantize(
             request, family="nunchaku-svdq", precision="int4", kept=[r".*\.norm1\.linear"],
