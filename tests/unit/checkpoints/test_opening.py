@@ -566,7 +566,7 @@ class TestCache:
         """The hub client is not even imported: the cache is plain folders."""
         code = (
             "import sys; from quantmatrix.checkpoints import opening\n"
-            "from quantmatrix.checkpoints.checkpoint import Hub\n"
+            "from quantmatrix.request import Hub\n"
             f"opening.open_weights('o/r/sub', Hub({str(tmp_path)!r}, offline=True))\n"
             "assert 'huggingface_hub' not in sys.modules and 'torch' not in sys.modules"
         )
@@ -879,7 +879,7 @@ def test_the_real_client_transfers_headers_first_and_weights_when_fetched(tmp_pa
     code = (
         "import json\n"
         "from quantmatrix.checkpoints import opening\n"
-        "from quantmatrix.checkpoints.checkpoint import Hub\n"
+        "from quantmatrix.request import Hub\n"
         f"hub = Hub({str(tmp_path / 'cache')!r})\n"
         "found = opening.open_weights('o/r/t', hub)\n"
         "print(json.dumps([found.files, found.nbytes, found.quantization, found.config]))\n"
@@ -915,7 +915,7 @@ def test_the_real_client_reads_small_tensors_alone(tmp_path: Path) -> None:
     code = (
         "import json\n"
         "from quantmatrix.checkpoints import opening\n"
-        "from quantmatrix.checkpoints.checkpoint import Hub\n"
+        "from quantmatrix.request import Hub\n"
         f"found = opening.open_weights('o/r/t', Hub({str(tmp_path / 'cache')!r}))\n"
         "print(json.dumps([found.quantization['layers'], found.quantization_from]))\n"
     )
