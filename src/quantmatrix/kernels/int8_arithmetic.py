@@ -60,11 +60,9 @@ def accumulate(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return functional.linear(codes.to(exact), weight.to(exact)).double()
 
 
-def reference(
-    x: torch.Tensor, tensors: Tensors, scheme: Scheme, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The layer's arithmetic with an exact accumulator; `bias` defaults to that of `tensors`."""
-    bias = tensors.get("bias") if bias is None else bias
+def reference(x: torch.Tensor, tensors: Tensors, scheme: Scheme) -> torch.Tensor:
+    """The layer's arithmetic with an exact accumulator, x [..., in] -> [..., out] in x's dtype."""
+    bias = tensors.get("bias")
     smoothed = smooth(x, tensors, scheme)
     if scheme.activation == "tensor-static":
         codes = quantize_static(smoothed, tensors["input_scale"], tensors["input_offset"])

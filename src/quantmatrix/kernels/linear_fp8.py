@@ -26,6 +26,7 @@ from torch.nn import functional
 from quantmatrix.kernels import Kernel, Needs, Tensors
 from quantmatrix.kernels.launching import can_launch
 from quantmatrix.kernels.number_formats import E4M3_MAX, expand_blocks, round_e4m3
+from quantmatrix.kernels.portable import keep_all, run_decoded, run_exactly
 from quantmatrix.scheme import Scheme
 
 ROWS = 4
@@ -113,29 +114,9 @@ def reference(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Sche
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def keep(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """`reference` keeps the tensors as they are stored."""
-    return dict(tensors)
-
-
-def run_reference(
-    x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None, scheme: Scheme
-) -> torch.Tensor:
-    """`reference` on kept tensors."""
-    return reference(x, tensors if bias is None else {**tensors, "bias": bias}, scheme)
-
-
 def prepare_decode(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
     """The weight decoded once, in the compute dtype."""
     return {"decoded": decode(tensors, scheme).to(dtype)}
-
-
-def run_decode(
-    x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None, scheme: Scheme
-) -> torch.Tensor:
-    """An ordinary linear layer; inputs are left alone."""
-    weight = tensors["decoded"]
-    return functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
 def prepare_torch(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
@@ -256,7 +237,13 @@ def count_decoded(scheme: Scheme, out_features: int, in_features: int, item: int
 
 KERNELS = (
     Kernel(
-        "linear.fp8", "reference", "W8A8", Needs("fp8-reference"), keep, run_reference, count_bytes
+        "linear.fp8",
+        "reference",
+        "W8A8",
+        Needs("fp8-reference"),
+        keep_all,
+        run_exactly(reference),
+        count_bytes,
     ),
     Kernel(
         "linear.fp8",
@@ -264,7 +251,7 @@ KERNELS = (
         "W8A16",
         Needs("fp8-decode"),
         prepare_decode,
-        run_decode,
+        run_decoded,
         count_decoded,
     ),
     Kernel(

@@ -52,7 +52,7 @@ from quantmatrix.kernels.int8_arithmetic import (
 )
 from quantmatrix.kernels.int8_npu import ACTIVATIONS, NPU, WEIGHTS, count_npu, prepare_npu, run_npu
 from quantmatrix.kernels.launching import TRITON, is_watched
-from quantmatrix.kernels.portable import keep_used
+from quantmatrix.kernels.portable import keep_used, run_decoded, run_exactly
 from quantmatrix.scheme import Scheme
 
 CUDA_ROWS = 32
@@ -65,23 +65,9 @@ def take_rows(tensors: Tensors, rows: torch.Tensor | slice) -> Tensors:
     return {name: t[rows] if name in PER_ROW else t for name, t in tensors.items()}
 
 
-def run_reference(
-    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
-) -> torch.Tensor:
-    """x [..., K] -> [..., N]."""
-    return reference(x, buffers, scheme, bias)
-
-
 def prepare_decode(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
     """The weight in the compute dtype, once."""
-    return {"weight": decode(tensors, scheme).to(dtype)}
-
-
-def run_decode(
-    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
-) -> torch.Tensor:
-    """x [..., K] -> [..., N], activations left alone."""
-    return functional.linear(x, buffers["weight"], bias)
+    return {"decoded": decode(tensors, scheme).to(dtype)}
 
 
 def prepare_int8(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
@@ -244,11 +230,11 @@ INT8 = Needs(
 KERNELS = (
     Kernel(
         "linear.int8", "reference", "W8A8", Needs(rule="int8-reference"),
-        keep_used, run_reference, count_codes,
+        keep_used, run_exactly(reference), count_codes,
     ),
     Kernel(
         "linear.int8", "decode", "W8A16", Needs(rule="int8-decode"),
-        prepare_decode, run_decode, count_decoded,
+        prepare_decode, run_decoded, count_decoded,
     ),
     Kernel(
         "linear.int8", "int8", "W8A8", INT8, prepare_int8, run_int8, count_codes,

@@ -44,6 +44,7 @@ from quantmatrix.kernels.nvfp4_arithmetic import (
     reference,
     take_rows,
 )
+from quantmatrix.kernels.portable import keep_all, run_decoded, run_exactly
 from quantmatrix.scheme import Scheme
 
 __all__ = ["KERNELS", "ORDER", "backend_alias", "decode", "reference", "take_rows"]
@@ -76,28 +77,9 @@ def backend_alias(value: str) -> str | None:
     return ALIASES[word]
 
 
-def keep_tensors(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """Everything as stored."""
-    return dict(tensors)
-
-
-def run_reference(
-    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
-) -> torch.Tensor:
-    """`reference` with the bias apart."""
-    return reference(x, buffers if bias is None else {**buffers, "bias": bias}, scheme)
-
-
 def prepare_decode(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
     """The whole weight in the compute dtype."""
-    return {"weight": decode_to(tensors, scheme, dtype)}
-
-
-def run_decode(
-    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
-) -> torch.Tensor:
-    """A plain linear layer."""
-    return functional.linear(x, buffers["weight"], bias)
+    return {"decoded": decode_to(tensors, scheme, dtype)}
 
 
 RECODED: dict[tuple[bool, bool], Scheme] = {
@@ -257,8 +239,8 @@ KERNELS = (
         backend="reference",
         numerics="W4A4",
         needs=Needs(rule="nvfp4-reference"),
-        prepare=keep_tensors,
-        run=run_reference,
+        prepare=keep_all,
+        run=run_exactly(reference),
         footprint=measure_stored,
     ),
     Kernel(
@@ -267,7 +249,7 @@ KERNELS = (
         numerics="W4A16",
         needs=Needs(rule="nvfp4-decode"),
         prepare=prepare_decode,
-        run=run_decode,
+        run=run_decoded,
         footprint=measure_decoded,
     ),
     Kernel(
@@ -295,7 +277,7 @@ KERNELS = (
         backend="packed",
         numerics="W4A16",
         needs=Needs(rule="nvfp4-packed", vendors=TRITON, package="triton", remedy=ANYWHERE),
-        prepare=keep_tensors,
+        prepare=keep_all,
         run=run_packed,
         footprint=measure_stored,
     ),
@@ -314,7 +296,7 @@ KERNELS = (
             in_multiple=16,
             remedy=ANYWHERE,
         ),
-        prepare=keep_tensors,
+        prepare=keep_all,
         run=run_packed_fp8,
         footprint=measure_stored,
         encode=encode_packed,

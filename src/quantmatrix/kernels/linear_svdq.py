@@ -37,6 +37,7 @@ from torch.nn import functional
 from quantmatrix.kernels import Kernel, Needs, Tensors, svdq_engines
 from quantmatrix.kernels.launching import TRITON
 from quantmatrix.kernels.nvfp4_arithmetic import cut_rows
+from quantmatrix.kernels.portable import keep_all, run_exactly
 from quantmatrix.kernels.svdq_arithmetic import (
     decode,
     decode_bias,
@@ -51,18 +52,6 @@ from quantmatrix.scheme import Scheme
 __all__ = ["KERNELS", "ORDER", "decode", "decode_bias", "reference", "take_rows"]
 
 OP = "linear.svdq"
-
-
-def keep_tensors(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """Everything as stored."""
-    return dict(tensors)
-
-
-def run_reference(
-    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
-) -> torch.Tensor:
-    """`reference` with the bias apart."""
-    return reference(x, buffers if bias is None else {**buffers, "bias": bias}, scheme)
 
 
 def decode_to(
@@ -214,8 +203,8 @@ KERNELS = (
         backend="reference",
         numerics="W4A4",
         needs=Needs(rule="svdq-reference"),
-        prepare=keep_tensors,
-        run=run_reference,
+        prepare=keep_all,
+        run=run_exactly(reference),
         footprint=measure_stored,
     ),
     Kernel(

@@ -25,6 +25,7 @@ from torch.nn import functional
 from quantmatrix.kernels import Kernel, Needs, Tensors, svdq_engines
 from quantmatrix.kernels.launching import TRITON
 from quantmatrix.kernels.nvfp4_arithmetic import cut_rows, decode_codes
+from quantmatrix.kernels.portable import keep_all, run_decoded, run_exactly
 from quantmatrix.scheme import Scheme
 
 OP = "linear.w4a16"
@@ -51,18 +52,6 @@ def reference(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Sche
     return functional.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
 
 
-def keep_tensors(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """Everything as stored."""
-    return dict(tensors)
-
-
-def run_reference(
-    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
-) -> torch.Tensor:
-    """`reference` with the bias apart."""
-    return reference(x, buffers if bias is None else {**buffers, "bias": bias}, scheme)
-
-
 def prepare_decode(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
     """The whole weight in the compute dtype, decoded a few rows at a time."""
     rows, columns = tensors["weight"].shape[0], 2 * tensors["weight"].shape[1]
@@ -70,14 +59,6 @@ def prepare_decode(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tens
     for part in cut_rows(rows, columns):
         out[part] = decode(take_rows(tensors, part), scheme)
     return {"decoded": out}
-
-
-def run_decode(
-    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
-) -> torch.Tensor:
-    """A plain linear layer."""
-    weight = buffers["decoded"]
-    return functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
 def run_packed(
@@ -109,7 +90,7 @@ DECODE = Kernel(
     numerics="W4A16",
     needs=Needs(rule="w4a16-decode"),
     prepare=prepare_decode,
-    run=run_decode,
+    run=run_decoded,
     footprint=measure_decoded,
 )
 KERNELS = (
@@ -125,7 +106,7 @@ KERNELS = (
             package="triton",
             remedy="--backend merged or --backend decode run anywhere",
         ),
-        prepare=keep_tensors,
+        prepare=keep_all,
         run=run_packed,
         footprint=measure_stored,
     ),
@@ -134,8 +115,8 @@ KERNELS = (
         backend="reference",
         numerics="W4A16",
         needs=Needs(rule="w4a16-reference"),
-        prepare=keep_tensors,
-        run=run_reference,
+        prepare=keep_all,
+        run=run_exactly(reference),
         footprint=measure_stored,
     ),
     Kernel(

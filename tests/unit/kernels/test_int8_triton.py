@@ -39,7 +39,9 @@ def test_outputs_equal_the_reference(word, shape, dtype, fused, monkeypatch):
     x, bias, scheme, tensors = make_layer(word, shape, dtype)
     buffers = linear_int8.prepare_int8(tensors, scheme, dtype)
     y = linear_int8.run_int8(x, buffers, bias, scheme)
-    expected = int8_arithmetic.reference(x, tensors, scheme, bias)
+    expected = int8_arithmetic.reference(
+        x, tensors if bias is None else {**tensors, "bias": bias}, scheme
+    )
     assert y.dtype == dtype
     assert y.shape == expected.shape
     limit = 1e-6 if dtype == torch.float32 else 1e-4

@@ -13,6 +13,7 @@ from processors import skip_without_scaled_product
 from quantmatrix.families import fp8, msmodelslim
 from quantmatrix.families.protocol import Calibration
 from quantmatrix.kernels import Kernel, kernels_of, linear_fp8
+from quantmatrix.kernels.portable import run_decoded
 from quantmatrix.measure.trace import named_ranges
 from quantmatrix.measure.trace_census import Census, take_census
 from quantmatrix.runtime.quantized_linear import QuantizedLinear
@@ -74,7 +75,7 @@ def test_a_layer_that_ran_as_planned(backend: str) -> None:
 def test_a_weight_that_is_decoded_under_a_native_name() -> None:
     kernel = replace(
         find_kernel("linear.fp8", "torch"),
-        prepare=linear_fp8.prepare_decode, run=linear_fp8.run_decode, encode=None, multiply=None,
+        prepare=linear_fp8.prepare_decode, run=run_decoded, encode=None, multiply=None,
     )  # fmt: skip
     [missing, decoded] = trace_layer(make_layer(kernel), "torch").problems
     assert "ran none of aten::_scaled_mm, but aten::" in missing

@@ -288,7 +288,7 @@ MUTATIONS: dict[str, tuple[str, str, str, Expected]] = {
         lambda w: "" if w.refused else "shared",
     ),
     "a decoding": (
-        "kernels/linear_int8.py", "def run_decode(", "@print\ndef run_decode(",
+        "kernels/linear_int8.py", "def prepare_decode(", "@print\ndef prepare_decode(",
         lambda w: "device" if w.family == "msmodelslim" and uses(w, "decode") else "",
     ),
     "what only a GPU enters": (
