@@ -13,6 +13,9 @@ another commit. Nothing here waits for the network when `Hub.offline` is set.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -32,9 +35,38 @@ LOCAL_STARTS = ("/", "./", "../", "~")
 HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
+OPENED: ContextVar[dict[tuple[str, Hub], tuple[Folder, str]] | None] = ContextVar(
+    "opened folders", default=None
+)
+"""Folders of the request that is being planned, by reference and hub."""
+
+
+@contextmanager
+def open_once() -> Iterator[None]:
+    """Inside, a reference is opened once: its files are listed, and its commit looked up, once.
+
+    A plan asks for the same folder as pipeline, as component and as the base that weights are held
+    against. Folders that were opened outside are not reused: files change between requests.
+    """
+    token = OPENED.set({})
+    try:
+        yield
+    finally:
+        OPENED.reset(token)
+
 
 def open_folder(reference: str, hub: Hub) -> tuple[Folder, str]:
     """(folder, name of a file in it or "") that a reference leads to; raises CheckpointError."""
+    opened = OPENED.get()
+    if opened is None:
+        return look_up(reference, hub)
+    if (reference, hub) not in opened:
+        opened[reference, hub] = look_up(reference, hub)
+    return opened[reference, hub]
+
+
+def look_up(reference: str, hub: Hub) -> tuple[Folder, str]:
+    """As `open_folder`, looked up now; raises CheckpointError where nothing is there."""
     local = find_local(reference, hub)
     if local is not None:
         if local.is_dir():

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from quantmatrix import families, kernels
 from quantmatrix.checkpoints.checkpoint import Checkpoint
+from quantmatrix.checkpoints.folders import open_once
 from quantmatrix.errors import CheckpointError, RefusedError
 from quantmatrix.families.producers import modelopt_faults
 from quantmatrix.request import DTYPES
@@ -55,15 +56,19 @@ def plan(request: Request, machine: Machine) -> Plan | Refusal:
     Raises CheckpointError and UsageError for what is wrong with the input, whichever part of the
     pipeline it is in.
     """
-    found = find_sources(request)
-    decided = decide(request, machine, found)
-    other_parts.check_rest(found.pipeline, found.components, request.component_paths, request.hub)
+    with open_once():
+        found = find_sources(request)
+        decided = decide(request, machine, found)
+        other_parts.check_rest(
+            found.pipeline, found.components, request.component_paths, request.hub
+        )
     return decided
 
 
 def plan_transformers(request: Request, machine: Machine) -> Plan | Refusal:
     """The plan for the transformers alone: the rest of the pipeline need not be there."""
-    return decide(request, machine, find_sources(request))
+    with open_once():
+        return decide(request, machine, find_sources(request))
 
 
 def decide(request: Request, machine: Machine, found: Sources) -> Plan | Refusal:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path, PurePath
+from typing import Any
 
 import pytest
 
 from quantmatrix import api
 from quantmatrix.api import plan
+from quantmatrix.checkpoints import folders
 from quantmatrix.checkpoints.opening import fetch_pipeline
 from quantmatrix.errors import RefusedError, UsageError
-from quantmatrix.request import Request
+from quantmatrix.request import Hub, Request
 from quantmatrix.runtime.plan.inspect import inspect
 from quantmatrix.runtime.plan.types import Plan, Refusal, require
-from quantmatrix.tiny.hub import open_tiny_hub
+from quantmatrix.tiny.hub import open_tiny_hub, use_tiny
 
 FLUX = ["--tiny", "--model-path", "black-forest-labs/FLUX.1-dev"]
 FP8 = ["--transformer-path", "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"]
@@ -243,3 +246,32 @@ def test_a_refusal_is_raised_with_its_rule() -> None:
     assert raised.value.rule == "some-rule"
     decided = decide(*FP8)
     assert require(decided) is decided
+
+
+ONCE = {
+    "two experts, their base elsewhere": "--model-path quantmatrix/wan-2-2-w8a8-dynamic",
+    "one expert": "--model-path Wan-AI/Wan2.2-T2V-A14B-Diffusers "
+    "--transformer-path quantmatrix/wan-2-2-w8a8-dynamic",
+    "weights alone": "--model-path black-forest-labs/FLUX.2-dev-NVFP4",
+}
+
+
+@pytest.mark.parametrize("case", ONCE)
+def test_a_plan_opens_each_folder_once(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once as the request says, and once offline for the witness, which downloads nothing."""
+    request = use_tiny(
+        Request.from_words([*ONCE[case].split(), "--tiny", "--prompt", "x"], device="cpu")
+    )
+    opened: Counter[tuple[str, bool]] = Counter()
+    look_up = folders.look_up
+
+    def count(reference: str, hub: Hub) -> Any:
+        opened[reference, hub.offline] += 1
+        return look_up(reference, hub)
+
+    monkeypatch.setattr(folders, "look_up", count)
+    assert isinstance(api.plan(request), Plan)
+    assert opened
+    assert set(opened.values()) == {1}
+    api.plan(request)
+    assert set(opened.values()) == {2}, "files may change between two requests"
