@@ -80,7 +80,10 @@ class Study:
         self.reference = self.run(())
 
     def run(self, quantized: Iterable[str]) -> torch.Tensor:
-        """Final latents with these modules quantized and all others in full precision."""
+        """Final latents with these modules quantized and all others in full precision.
+
+        They have the pipeline's own shape [batch, ...] and dtype.
+        """
         chosen = set(quantized)
         for name, (own, coded) in self.forms.items():
             component, _, module = name.partition(".")
@@ -101,7 +104,10 @@ def replace_child(owner: nn.Module, child: str, module: nn.Module) -> None:
 
 
 def group_modules(names: Iterable[str], by: str) -> list[tuple[str, ...]]:
-    """Modules one by one (`layer`) or by the numbered block that holds them (`block`)."""
+    """Modules one by one (`layer`) or by the numbered block that holds them (`block`).
+
+    Raises UsageError for any other word.
+    """
     if by not in ("layer", "block"):
         raise UsageError(f"--by {by}: expected layer or block")
     groups: dict[str, list[str]] = {}
