@@ -137,9 +137,7 @@ def misplace_scales(tensors: Tensors) -> Tensors | None:
 
 
 def skip_low_rank(tensors: Tensors) -> Tensors | None:
-    """The low-rank branch adds nothing: its first factor is zero, in its shape [in, rank] and
-    dtype.
-    """
+    """The low-rank branch adds nothing: its second factor [out, rank], of any float dtype, is zero."""
     name = next((name for name in LOW_RANK if name in tensors), None)
     return {**tensors, name: torch.zeros_like(tensors[name])} if name else None
 
