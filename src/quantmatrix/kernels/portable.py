@@ -27,7 +27,7 @@ def keep_all(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
 
 
 def keep_used(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """The tensors that the scheme's arithmetic reads, as they are.
+    """The tensors that the arithmetic of linear.int8 reads under a scheme, as they are.
 
     Takes and gives tensors as in the table of `kernels.linear_int8`.
     """

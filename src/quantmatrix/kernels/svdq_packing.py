@@ -15,9 +15,10 @@ and k an input channel of a layer [N, K], G a group of inputs, r a direction of 
 | `proj_up` [N, R] | n/16, r/16, then n of 8, r/2 of 4, n/8 of 2, r/8 of 2, r of 2 |
 | AWQ `qweight` int32 [N/4, K/2] | n/4, k/64, n of 4, k/32 of 2, k of 8, k/8 of 4 |
 
-("n/8 of 2" is the part floor(n / 8) mod 2.) Two neighbouring k share a byte, the even one in the low
-nibble, on disk and here. N and K are multiples of 128, R is one of 16. Every `pack` undoes its
-`unpack` exactly; float8 tensors travel as bytes.
+("n/8 of 2" is the part floor(n / 8) mod 2.) Two neighbouring k share a byte, the even one in the
+low nibble, on disk and here. N and K are multiples of 128, R is one of 16. Every `pack` undoes its
+`unpack` exactly; float8 tensors travel as bytes. Source: the nunchaku engine, 1.3.0dev, and the
+packer of its quantizer.
 """
 
 from __future__ import annotations

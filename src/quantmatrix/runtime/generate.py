@@ -38,7 +38,10 @@ def generate(
     pipeline: Any = None,
     progress: bool = False,
 ) -> Run:
-    """Generate for the first prompt and seed of a request; see `generate_all` for every one."""
+    """Generate for the first prompt and seed of a request; see `generate_all` for every one.
+
+    Raises what `generate_all` raises: UsageError, CheckpointError, WitnessError and BrokenRunError.
+    """
     return next(iter(generate_all(request, made=made, pipeline=pipeline, progress=progress)))
 
 

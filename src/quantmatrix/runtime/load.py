@@ -35,7 +35,11 @@ def load_component(
     device: str = "cpu",
     progress: Callable[[int], object] | None = None,
 ) -> nn.Module:
-    """Build one planned component on `device`; `progress` is called with bytes as they are read."""
+    """Build one planned component on `device`; `progress` is called with bytes as they are read.
+
+    Raises CheckpointError for weights that cannot be had, are damaged or not as planned, and
+    WitnessError for decoded layers that are not the base model's.
+    """
     from quantmatrix.runtime.witness import verdict
 
     checkpoint = fetch(component.checkpoint, request.hub)
