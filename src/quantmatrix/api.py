@@ -116,24 +116,28 @@ def plan(request: Request | None = None, /, **fields: Any) -> Plan | Refusal:
 
 
 def require_plan(request: Request) -> Plan:
-    """The plan of a request; RefusedError where it is a refusal."""
+    """The plan of a request; raises RefusedError where it is a refusal, and what `plan` raises."""
     return require(plan(request))
 
 
 def generate_all(request: Request) -> list[Run]:
-    """Plan a request and generate for every prompt and seed of it; RefusedError where it cannot run."""
+    """Plan a request and generate for every prompt and seed of it.
+
+    Raises UsageError for fields that contradict each other, CheckpointError for a bad checkpoint,
+    RefusedError where no kernel fits, and BrokenRunError for latents that are not finite.
+    """
     return generating.generate_all(request, made=require_plan(request))
 
 
 def generate(request: Request) -> Run:
-    """The same for its first prompt and seed."""
+    """The same for its first prompt and seed; raises what `generate_all` raises."""
     return generating.generate(request, made=require_plan(request))
 
 
 def resolve(request: Request) -> tuple[Request, Machine]:
     """(the request with the hub of its stand-ins, the machine that it is for).
 
-    Stand-ins that are not there yet are made. UsageError for a `--hardware` that is no row.
+    Stand-ins that are not there yet are made. Raises UsageError for a `--hardware` that is no row.
     """
     return use_tiny(request), find_machine(request)
 

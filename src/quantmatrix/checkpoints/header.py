@@ -132,7 +132,7 @@ def _explain_no_header(path: Path, start: bytes, length: int, size: int) -> str:
 
 
 def parse_header(text: bytes, file: str, *, data_bytes: int | None = None) -> Header:
-    """(tensors, metadata) of a header's JSON; `data_bytes` is the size of what follows it.
+    """(tensors, metadata) of a header's JSON; `data_bytes` is how many bytes follow it.
 
     Raises CheckpointError for a text that is no table of tensors, or whose ranges do not fit.
     """

@@ -131,7 +131,7 @@ def find_smallest(
 ) -> tuple[int, dict[int, StepMetrics]]:
     """(groups to keep, distances of the prefixes that were run); all are kept if none meets it.
 
-    Bisection over prefixes of the ranking, each of which is run.
+    Bisection over prefixes of the ranking, each of which is run. `target_db` is a PSNR in dB.
     """
     seen: dict[int, StepMetrics] = {}
 
@@ -160,6 +160,7 @@ def propose(
     """The measured shares and the smallest set of layers to keep in full precision.
 
     `target_db` is the PSNR of the final latents against full precision that is to be met.
+    `target_db` is the PSNR of the final latents in dB.
     """
     study = Study(request)
     shares = rank_modules(study, by, show)

@@ -65,7 +65,7 @@ def is_coded_form(rule: Rule) -> bool:
 def pack_layer(dialect: Dialect, layer: str, weights: Mapping[str, torch.Tensor]) -> Tensors:
     """The tensors of one layer on disk, by suffix, from a diffusers model's tensors by name.
 
-    A weight [N, K] of the model becomes rows (and some columns) of the layer's weight. Dtypes are
+    A weight [N, K] of the model becomes rows (and some columns) of the layer's weight; its dtype is
     kept.
     """
     parts = []

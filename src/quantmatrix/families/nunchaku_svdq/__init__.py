@@ -1,5 +1,4 @@
-"""nunchaku-svdq: SVDQuant transformers as the nunchaku engine reads them, one safetensors file
-each.
+"""nunchaku-svdq: SVDQuant transformers as the nunchaku engine reads them, one safetensors file each.
 
 A W4A4 layer with N outputs, K inputs and rank R (older files write the names in brackets):
 

@@ -147,7 +147,7 @@ def refuse_extra(
 ) -> NoReturn:
     """A tensor that nothing would use: it may change what the layer means (a LoRA, a scale).
 
-    Always raises CheckpointError.
+    Raises CheckpointError in every case.
     """
     kind = "a quantized layer" if scheme is None else describe(scheme)
     raise CheckpointError(

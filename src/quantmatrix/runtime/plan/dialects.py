@@ -24,8 +24,9 @@ CODE_LEAVES = ("weight", "qweight", "linear.weight")
 
 
 def find_code(checkpoint: Checkpoint, layer: str) -> TensorHeader:
-    """The tensor that holds the codes of a layer on disk; raises CheckpointError where there is
-    none.
+    """The tensor that holds the codes of a layer on disk.
+
+    Raises CheckpointError where there is none.
     """
     names = (f"{layer}.{leaf}" for leaf in CODE_LEAVES)
     code = next((checkpoint.tensors[n] for n in names if n in checkpoint.tensors), None)

@@ -69,7 +69,7 @@ class Sources:
 
 
 def find_sources(request: Request) -> Sources:
-    """Resolve a request to checkpoints; raises UsageError or CheckpointError.
+    """Resolve a request to checkpoints, one source for each transformer component.
 
     Raises UsageError for flags that contradict each other or the base model, and CheckpointError
     for a checkpoint that cannot be opened or is of another model.

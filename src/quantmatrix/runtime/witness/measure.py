@@ -186,7 +186,8 @@ def measure_likeness(
     """Cosines and distances of two float32 [rows, columns].
 
     `coded` is what the codes alone decode to. The branch beside them (`decoded - coded`) is taken
-    from both sides for what is said of codes and scales. NaN counts as infinitely far.
+    from both sides for what is said of codes and scales. NaN counts as infinitely far. `nbytes` is
+    how many bytes of the base were read for it.
     """
     size, length = float(base.norm()), float(decoded.norm())
     cosine = find_cosine(float(decoded.flatten() @ base.flatten()), length, size)
