@@ -74,8 +74,8 @@ def read_bytes(path: Path, base: Path | None = None) -> bytes:
 def parse(text: bytes | str, make: Make | None = None) -> Any:
     """The value of a text; `make` may put something smaller in the place of each object.
 
-    Raises JsonError for a text beyond a limit, with a name twice or a number that is not finite,
-    and NotJsonError for one that is no JSON.
+    Raises JsonError for a text that exceeds a limit, has a name twice or a number that is not
+    finite, and NotJsonError for one that is no JSON.
     """
     check_size(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
 

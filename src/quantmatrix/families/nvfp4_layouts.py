@@ -142,7 +142,7 @@ def read_bit(block: Mapping[str, Any], key: str, place: str) -> bool | None:
 
 
 def read_scale_layout(block: Mapping[str, Any], place: str) -> str | None:
-    """`checkpoint_weight_scale_layout` in our words; None when it is not there.
+    """`checkpoint_weight_scale_layout` as we name layouts; None when it is not there.
 
     Raises CheckpointError for an unknown one.
     """

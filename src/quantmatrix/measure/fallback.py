@@ -106,7 +106,7 @@ def replace_child(owner: nn.Module, child: str, module: nn.Module) -> None:
 def group_modules(names: Iterable[str], by: str) -> list[tuple[str, ...]]:
     """Modules one by one (`layer`) or by the numbered block that holds them (`block`).
 
-    Raises UsageError for any other word.
+    Raises UsageError for any other `by`.
     """
     if by not in ("layer", "block"):
         raise UsageError(f"--by {by}: expected layer or block")

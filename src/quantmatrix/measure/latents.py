@@ -56,7 +56,7 @@ def _round(value: float) -> float | None:
 
 
 def compare_tensors(reference: torch.Tensor, candidate: torch.Tensor) -> StepMetrics:
-    """Metrics of one pair of tensors of equal shape, of any shape and dtype; PSNR in dB.
+    """Metrics of one pair of tensors of equal shape, any shape and any dtype; PSNR in dB.
 
     Raises ShapeError for shapes that differ, and for a reference that is not finite.
     """

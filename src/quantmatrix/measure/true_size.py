@@ -349,8 +349,8 @@ def set_moment(
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """(arguments of the forward at a timestep, the latents), as each pipeline passes them.
 
-    `moment` is one of the scheduler's timesteps, float32 []; the latents are those among `inputs`,
-    in their dtype.
+    `moment` is one of the scheduler's timesteps, a number [] in the scheduler's dtype; the latents
+    are those among `inputs`.
     """
     if model == "z-image":
         time_left = ((1000 - moment) / 1000).reshape(1).to(inputs["t"])

@@ -99,7 +99,7 @@ def finish_tensors(
 ) -> tuple[Tensors, Declaration]:
     """What the writers of some files do besides: ComfyUI's marks, no input scales in mixed ones.
 
-    Tensors are as on disk, of any shape and dtype, and go through unchanged.
+    Tensors are as on disk, of any shape and dtype; those that stay are unchanged.
     """
     if row.form == "comfyui":
         return {**tensors, **mark_layers(chosen)}, Declaration()

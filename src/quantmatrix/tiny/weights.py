@@ -89,7 +89,7 @@ def draw_parameter(
 ) -> torch.Tensor:
     """One parameter, by the kind of module that owns it: float32, in the parameter's shape.
 
-    That may be any shape; `structured` adds the low-rank part and the loud channels.
+    `structured` adds the low-rank component and the large input channels.
     """
     shape = tuple(parameter.shape)
     if isinstance(owner, nn.Embedding):

@@ -191,7 +191,7 @@ def find_kept(
     """Whether a module stays in full precision.
 
     Without words, what the tables' checkpoints keep: those of this scheme before others of the
-    family, files with diffusers' names before raw ones. Raises UsageError for a word that is
+    family, files with diffusers' names before raw ones. Raises UsageError for a pattern that is
     neither a set of the model nor a regular expression.
     """
     sets = models.load(model).FALLBACKS

@@ -192,9 +192,9 @@ def refuse_strangers(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> Non
 
 
 def check_layers(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> None:
-    """Each layer's tensors must be there once, in the form and under the word of its scheme.
+    """Each layer's tensors must be there once, in the form and under the name of its scheme.
 
-    Raises CheckpointError for a layer whose are not.
+    Raises CheckpointError for a layer whose tensors are not.
     """
     layers: dict[str, dict[str, TensorHeader]] = {layer: {} for layer in found}
     for name, header in checkpoint.tensors.items():

@@ -176,7 +176,7 @@ def check_alike(checkpoint: Checkpoint, found: Mapping[str, Scheme]) -> None:
 
 
 def check_header(checkpoint: Checkpoint, name: str, scheme: Scheme) -> None:
-    """The header's words about rank, number formats and groups must be those of the tensors.
+    """Rank, number formats and groups in the header must be those of the tensors.
 
     Raises CheckpointError where they are not.
     """

@@ -159,7 +159,7 @@ def read_whole_inputs(block: Mapping[str, Any]) -> frozenset[str]:
 
 
 def check_word(place: str, layer: str, word: str, entry: Any) -> None:
-    """A format word must be known, and nothing beside it may ask for more.
+    """A format must be known by name, and nothing beside it may ask for more.
 
     Raises CheckpointError otherwise.
     """
@@ -177,7 +177,7 @@ def check_word(place: str, layer: str, word: str, entry: Any) -> None:
 def read_recipes(
     block: Mapping[str, Any], place: str, formats: Mapping[str, str]
 ) -> dict[str, str]:
-    """`scale_recipe` per format word that some layer has; only `rowwise` is known.
+    """`scale_recipe` per format name that some layer has; only `rowwise` is known.
 
     Raises CheckpointError for any other.
     """
