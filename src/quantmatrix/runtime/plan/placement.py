@@ -159,10 +159,7 @@ def place(
 
 
 def check_module(site: Site, module: str, parts: Sequence[Part]) -> None:
-    """The parts of a quantized module must make up one linear layer of the model.
-
-    Raises CheckpointError where they do not.
-    """
+    """The parts of a quantized module must make up one linear layer; else raises CheckpointError."""
     first = parts[0]
     linear = site.shapes.linears.get(module)
     if linear is None:
@@ -199,10 +196,7 @@ def check_module(site: Site, module: str, parts: Sequence[Part]) -> None:
 
 
 def check_rows(site: Site, part: Part) -> None:
-    """The rows that a module takes of a layer must be there, and no scale may be cut.
-
-    Raises CheckpointError otherwise.
-    """
+    """A module's rows must be there, and no scale be cut; else raises CheckpointError."""
     code = find_code(site.checkpoint, part.layer)
     out = measure_features(part.scheme, code.shape)[0]
     what = explain_rows(part.target, out)
@@ -312,10 +306,7 @@ def plain_targets(site: Site, name: str) -> Iterator[tuple[Target, str]]:
 
 
 def check_shape(site: Site, tensor: PlainTensor) -> None:
-    """A plain tensor must hold numbers, in the shape of the parameter that takes it.
-
-    Raises CheckpointError where it does not.
-    """
+    """A plain tensor must hold numbers, in its parameter's shape; else raises CheckpointError."""
     header = site.checkpoint.tensors[tensor.name]
     if header.dtype not in FLOATS:
         raise describe_codes(header, tensor.parameter)
