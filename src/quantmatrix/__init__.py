@@ -43,7 +43,10 @@ def __getattr__(name: str) -> Any:
 
 
 def plan(*args: Any, **fields: Any) -> Any:
-    """What would run, with which kernels, or a refusal; see `quantmatrix.api.plan`."""
+    """What would run, with which kernels, or a refusal; see `quantmatrix.api.plan`.
+
+    Raises CheckpointError and UsageError for what is wrong with the input.
+    """
     from quantmatrix import api
 
     return api.plan(*args, **fields)

@@ -47,9 +47,23 @@ def load_transformer(
     """A diffusers transformer, ready for `forward`, with the checkpoint's layers quantized.
 
     `model_path` is a hub id, a pipeline folder or a bare component folder; only its `config.json`
-    is needed where the override holds every tensor. Further keyword arguments are Request's
-    fields. What the plan warns of is a Python warning here. Raises CheckpointError for a bad
-    checkpoint and RefusedError where no kernel fits.
+    is needed where the override holds every tensor. Further keyword arguments are Request's fields.
+    What the plan warns of is a Python warning here. Weights that are not quantized have the dtype
+    given.
+
+    Raises UsageError for arguments that contradict each other and for a component that the model
+    lacks, CheckpointError for a bad checkpoint (UnreachableError: one that cannot be had,
+    WitnessError: one that is not its base model's), and RefusedError where no kernel fits. With
+    `tiny` a small stand-in of the same format takes the place of the repositories:
+
+        >>> import quantmatrix
+        >>> transformer = quantmatrix.load_transformer(
+        ...     "black-forest-labs/FLUX.1-dev",
+        ...     transformer_path="BBuf/flux1-dev-modelopt-fp8-sglang-transformer",
+        ...     tiny=True,
+        ... )
+        >>> type(transformer).__name__
+        'FluxTransformer2DModel'
     """
     aliased = [fields.pop(name) for name in WEIGHTS_ALIASES if fields.get(name)]
     weights = next((path for path in (transformer_weights_path, *aliased) if path), None)
@@ -76,7 +90,18 @@ def load_transformer(
 def load_pipeline(request: Request | None = None, /, **fields: Any) -> Any:
     """The diffusers pipeline of a request (keyword arguments are Request's fields).
 
-    Raises CheckpointError for a bad checkpoint and RefusedError where no kernel fits.
+    Raises UsageError for fields that contradict each other, CheckpointError for a bad checkpoint,
+    UnusableError for what is not to be had here (a repository, a package), and RefusedError where
+    no kernel fits.
+
+        >>> import quantmatrix
+        >>> pipeline = quantmatrix.load_pipeline(
+        ...     model_path="black-forest-labs/FLUX.1-dev",
+        ...     component_paths={"transformer": "BBuf/flux1-dev-modelopt-fp8-sglang-transformer"},
+        ...     tiny=True,
+        ... )
+        >>> type(pipeline).__name__
+        'FluxPipeline'
     """
     return build_pipeline(require_plan(request if request is not None else Request(**fields)))
 
@@ -91,30 +116,34 @@ def plan(request: Request | None = None, /, **fields: Any) -> Plan | Refusal:
 
 
 def require_plan(request: Request) -> Plan:
-    """The plan of a request; RefusedError where it is a refusal."""
+    """The plan of a request; raises RefusedError where it is a refusal, and what `plan` raises."""
     return require(plan(request))
 
 
 def generate_all(request: Request) -> list[Run]:
-    """Plan a request and generate for every prompt and seed of it; RefusedError where it cannot run."""
+    """Plan a request and generate for every prompt and seed of it.
+
+    Raises UsageError for fields that contradict each other, CheckpointError for a bad checkpoint,
+    RefusedError where no kernel fits, and BrokenRunError for latents that are not finite.
+    """
     return generating.generate_all(request, made=require_plan(request))
 
 
 def generate(request: Request) -> Run:
-    """The same for its first prompt and seed."""
+    """The same for its first prompt and seed; raises what `generate_all` raises."""
     return generating.generate(request, made=require_plan(request))
 
 
 def resolve(request: Request) -> tuple[Request, Machine]:
     """(the request with the hub of its stand-ins, the machine that it is for).
 
-    Stand-ins that are not there yet are made. UsageError for a `--hardware` that is no row.
+    Stand-ins that are not there yet are made. Raises UsageError for a `--hardware` that is no row.
     """
     return use_tiny(request), find_machine(request)
 
 
 def find_machine(request: Request) -> Machine:
-    """The machine of `--hardware`, or the one we stand on."""
+    """The machine of `--hardware`, or the one we stand on; raises UsageError for an unknown row."""
     if request.hardware is None:
         return probe.probe(request.device)
     rows = read.read().hardware

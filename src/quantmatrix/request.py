@@ -181,7 +181,7 @@ def _dashed(component: str) -> str:
 
 
 def parse_bool(text: str) -> bool:
-    """`true` or `false`, any case."""
+    """`true` or `false`, any case; raises ArgumentTypeError for anything else."""
     word = text.lower()
     if word not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
@@ -189,7 +189,10 @@ def parse_bool(text: str) -> bool:
 
 
 def parse_number(text: str) -> float:
-    """A finite number: nothing is smaller than `nan`, so a limit of `nan` would hold for everything."""
+    """A finite number; raises ArgumentTypeError for anything else.
+
+    Nothing is smaller than `nan`, so a limit of `nan` would hold for everything.
+    """
     try:
         number = float(text)
     except ValueError:
@@ -212,7 +215,10 @@ def normalize_words(words: Sequence[str]) -> list[str]:
 
 
 def parse_overrides(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """(component paths, weights paths) from the words that the fixed flags left over."""
+    """(component paths, weights paths) from the words that the fixed flags left over.
+
+    Raises UsageError for an unknown flag, one without a value and one given twice.
+    """
     components: dict[str, str] = {}
     weights: dict[str, str] = {}
     words = list(rest)

@@ -57,7 +57,8 @@ def read(path: Path) -> Any:
 def read_bytes(path: Path, base: Path | None = None) -> bytes:
     """The bytes of a regular file of at most LIMIT; of another one nothing is read.
 
-    Nor is a link followed that leads out of `base` (None: the file's own folder).
+    Nor is a link followed that leads out of `base` (None: the file's own folder). Raises JsonError
+    for both, OSError where there is no such file.
     """
     if why := explain_link(path, base or path.parent):
         raise JsonError(f"it {why}")
@@ -71,7 +72,11 @@ def read_bytes(path: Path, base: Path | None = None) -> bytes:
 
 
 def parse(text: bytes | str, make: Make | None = None) -> Any:
-    """The value of a text; `make` may put something smaller in the place of each object."""
+    """The value of a text; `make` may put something smaller in the place of each object.
+
+    Raises JsonError for a text that exceeds a limit, has a name twice or a number that is not
+    finite, and NotJsonError for one that is no JSON.
+    """
     check_size(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
 
     def join(pairs: list[tuple[str, Any]]) -> Any:
@@ -128,14 +133,14 @@ def check_names(table: Mapping[str, Any]) -> None:
 
 
 def read_int(text: str) -> int:
-    """A whole number of at most 20 digits."""
+    """A whole number of at most 20 digits; raises JsonError for a longer one."""
     if len(text) > DIGITS:
         raise JsonError(f"a number has {len(text)} digits, at most {DIGITS}: {quote(text)}")
     return int(text)
 
 
 def read_float(text: str) -> float:
-    """A number with a fraction or an exponent, or NaN, which is refused as Infinity is."""
+    """A number with a fraction or an exponent; raises JsonError for NaN and Infinity."""
     value = float(text)
     if not math.isfinite(value):
         raise JsonError(f"{quote(text)} is not a finite number")

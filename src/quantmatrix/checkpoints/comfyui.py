@@ -79,7 +79,10 @@ def find_markers(
 
 
 def read_entry(layer: str, entry: Any, place: str) -> Any:
-    """An entry without its notes; a word in place of an object stays as it is."""
+    """An entry without its notes; a word in place of an object stays as it is.
+
+    Raises CheckpointError for a weight that was rotated (ConvRot), which no family takes.
+    """
     if not isinstance(entry, Mapping):
         return entry
     nested = entry.get("params")

@@ -33,10 +33,11 @@ METHOD_KEYS = ("quant_method", "quant_algo", "method")
 
 
 def merge_headers(headers: Mapping[str, Header]) -> Header:
-    """Tensors and metadata of several files, by file name; a tensor in two files is an error.
+    """Tensors and metadata of several files, by file name.
 
     Descriptions of the quantization are joined (`merge_blocks`); of other metadata the first file
-    that has a key counts. A value that is no JSON where JSON belongs is an error (`JSON_KEYS`).
+    that has a key counts. Raises CheckpointError for a tensor in two files, for descriptions that
+    disagree and for a value that is no JSON where JSON belongs (`JSON_KEYS`).
     """
     tensors: dict[str, TensorHeader] = {}
     metadata: dict[str, str] = {}
@@ -61,7 +62,10 @@ def merge_headers(headers: Mapping[str, Header]) -> Header:
 
 
 def check_json(key: str, text: str, file: str) -> None:
-    """Refuse a header's value that is no JSON object where one belongs; empty ones say nothing."""
+    """Raises CheckpointError for a header's value that is no JSON object where one belongs.
+
+    Empty values and `null` say nothing and pass.
+    """
     if key not in JSON_KEYS or text.strip() in ("", "null"):
         return
     try:
@@ -77,7 +81,10 @@ def check_json(key: str, text: str, file: str) -> None:
 
 
 def parse_block(text: str) -> dict[str, Any]:
-    """A JSON object written as a metadata string; empty when it is none."""
+    """A JSON object written as a metadata string; empty when it is none.
+
+    Raises CheckpointError for JSON that `strict_json` refuses.
+    """
     try:
         block = strict_json.parse(text)
     except NotJsonError:
@@ -92,9 +99,10 @@ def parse_block(text: str) -> dict[str, Any]:
 def merge_blocks(
     first: Mapping[str, Any], place: str, second: Mapping[str, Any], other: str, path: str = ""
 ) -> dict[str, Any]:
-    """Two descriptions of one quantization as one; a key that they disagree about is an error.
+    """Two descriptions of one quantization as one.
 
-    Objects are joined key by key; lists of the same entries agree in any order.
+    Objects are joined key by key; lists of the same entries agree in any order. Raises
+    CheckpointError for a key that they disagree about.
     """
     joined = dict(first)
     for key, value in second.items():
@@ -145,7 +153,10 @@ def find_block(
 
 
 def find_config_block(config: Mapping[str, Any], file: str) -> tuple[dict[str, Any], str]:
-    """(block, place) that a config.json describes its quantization with; empty when it does not."""
+    """(block, place) that a config.json describes its quantization with; empty when it does not.
+
+    Raises CheckpointError where the description is there and is no JSON object.
+    """
     for key in QUANTIZATION_KEYS:
         value: Any = config
         for part in key.split("."):

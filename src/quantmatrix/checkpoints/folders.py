@@ -92,7 +92,11 @@ def look_up(reference: str, hub: Hub) -> tuple[Folder, str]:
 
 
 def find_local(reference: str, hub: Hub) -> Path | None:
-    """The existing local path of a reference, or None when it must be a hub id or URL."""
+    """The existing local path of a reference, or None when it must be a hub id or URL.
+
+    Raises CheckpointError for an empty reference, and for one that can only be a local path (or a
+    placeholder of the guide) where nothing lies there.
+    """
     if not reference.strip():
         raise CheckpointError("an empty path: name a file, a folder or a hub id")
     try:
@@ -119,7 +123,11 @@ def find_local(reference: str, hub: Hub) -> Path | None:
 
 
 def enter_cached(path: Path) -> Path:
-    """The snapshot of a cache folder `models--owner--name`; any other folder is itself."""
+    """The snapshot of a cache folder `models--owner--name`; any other folder is itself.
+
+    Raises CheckpointError where refs/main names no snapshot that is there and several, or none,
+    are.
+    """
     if not path.name.startswith("models--") or not (path / "snapshots").is_dir():
         return path
     commit = read_ref(path, "main")

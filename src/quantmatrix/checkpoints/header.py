@@ -110,7 +110,7 @@ def read_contents(file: BinaryIO, names: Sequence[str]) -> dict[str, bytes]:
 
 
 def refuse_pickle(path: str | PurePath) -> None:
-    """A file that by its name is a pickle is never opened."""
+    """Raises CheckpointError for a file that by its name is a pickle, which is never opened."""
     if PurePath(path).suffix.lower() in PICKLES:
         raise CheckpointError(
             f"{path}: a pickle file can run code when it is opened, so it is refused; "
@@ -132,7 +132,10 @@ def _explain_no_header(path: Path, start: bytes, length: int, size: int) -> str:
 
 
 def parse_header(text: bytes, file: str, *, data_bytes: int | None = None) -> Header:
-    """(tensors, metadata) of a header's JSON; `data_bytes` is the size of what follows it."""
+    """(tensors, metadata) of a header's JSON; `data_bytes` is how many bytes follow it.
+
+    Raises CheckpointError for a text that is no table of tensors, or whose ranges do not fit.
+    """
     try:
         entries = strict_json.parse(text, _pack_entry)
         strings = _take_metadata(entries)
@@ -189,7 +192,11 @@ def check_ranges(
     file: str,
     data_bytes: int | None,
 ) -> dict[str, TensorHeader]:
-    """Tensors from (dtype, shape, (begin, end)) per name; sizes must fit and leave no gap."""
+    """Tensors from (dtype, shape, (begin, end)) per name; ranges are bytes of the data.
+
+    Raises CheckpointError for an unknown dtype, a bad shape, a range of another size than the
+    tensor's, an overlap or a gap, and a sum other than `data_bytes` (None: not known).
+    """
     tensors: dict[str, TensorHeader] = {}
     for name, (dtype, shape, offsets) in ranges.items():
         if dtype not in ITEM_BITS:

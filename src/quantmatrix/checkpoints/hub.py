@@ -145,7 +145,11 @@ Folder = LocalFolder | HubFolder
 
 
 def open_repository(repo: str, hub: Hub) -> Folder:
-    """A hub repository at one commit: the cached one first, else the newest of the revision."""
+    """A hub repository at one commit: the cached one first, else the newest of the revision.
+
+    Raises UnreachableError offline without a cached copy, and CheckpointError (or UnreachableError)
+    where the hub gives no list of its files and nothing is cached.
+    """
     commit = find_cached_commit(repo, hub)
     if hub.offline:
         if commit is None:
@@ -194,7 +198,10 @@ def find_cached_commit(repo: str, hub: Hub) -> str | None:
 
 
 def read_ref(folder: Path, revision: str) -> str | None:
-    """Commit that a branch or tag had when it was cached, or None."""
+    """Commit that a branch or tag had when it was cached, or None.
+
+    Raises CheckpointError for a ref file that holds no commit.
+    """
     ref = folder / "refs" / revision
     if ".." in PurePosixPath(revision).parts or not ref.is_file():
         return None
@@ -216,9 +223,10 @@ def explain_partial(folder: Folder) -> str:
 
 @contextmanager
 def translate_hub_errors(what: str, repo: str) -> Iterator[None]:
-    """Failures of the hub client as a CheckpointError that begins with `what`.
+    """Failures of the hub client within the block as errors that begin with `what`.
 
-    UnreachableError where it is not the repository that is wrong; see `is_unreachable`.
+    Raises UnreachableError where it is not the repository that is wrong (`is_unreachable`), else
+    CheckpointError.
     """
     from huggingface_hub.errors import HfHubHTTPError, SafetensorsParsingError
 

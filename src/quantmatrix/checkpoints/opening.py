@@ -88,7 +88,8 @@ def open_component(
 ) -> Checkpoint:
     """The checkpoint of a component folder; `subfolder` is a component of a pipeline.
 
-    Without `subfolder` a whole pipeline may stand for its component of this `name`.
+    Without `subfolder` a whole pipeline may stand for its component of this `name`. Raises
+    CheckpointError for a single file, and for a folder without weights or with damaged ones.
     """
     folder, file = open_folder(reference, hub)
     if file:
@@ -139,7 +140,11 @@ def find_mixed(folder: Folder) -> str | None:
 
 
 def open_pipeline(reference: str, hub: Hub) -> PipelineFolder:
-    """A model folder or repository; a bare component folder is accepted too."""
+    """A model folder or repository; a bare component folder is accepted too.
+
+    Raises CheckpointError for a file, and for a folder with neither model_index.json nor
+    config.json.
+    """
     folder, name = open_folder(reference, hub)
     if name:
         raise CheckpointError(f"{reference}: a base model is a folder, this is a file")
@@ -162,7 +167,10 @@ def open_pipeline(reference: str, hub: Hub) -> PipelineFolder:
 def read_components(
     index: Mapping[str, Any], file: str
 ) -> dict[str, tuple[str | None, str | None]]:
-    """(library, class) per component that a model_index.json names; its folder has its name."""
+    """(library, class) per component that a model_index.json names; its folder has its name.
+
+    Raises CheckpointError for a name, library or class that is no plain Python name.
+    """
     components = {}
     for key, value in index.items():
         if key.startswith("_") or not isinstance(value, list) or len(value) != 2 or not value[1]:
@@ -194,7 +202,10 @@ def read_class(config: Mapping[str, Any], file: str) -> str | None:
 def read_component_config(
     reference: str, hub: Hub, subfolder: str = "", name: str = "transformer"
 ) -> tuple[dict[str, Any], str]:
-    """(config, its file) of a component, as `open_component` finds it; without its weights."""
+    """(config, its file) of a component, as `open_component` finds it; without its weights.
+
+    Raises CheckpointError where there is no config.json, or one that names no class.
+    """
     folder, file = open_folder(reference, hub)
     folder = enter_component(folder, subfolder, name)
     if file or not folder.has("config.json"):
@@ -268,7 +279,11 @@ def is_needed(name: str, components: Iterable[str], without: Iterable[str]) -> b
 def build_checkpoint(
     reference: str, folder: Folder, selection: Selection, left_out: Iterable[str] = ()
 ) -> Checkpoint:
-    """Read the headers and JSON files of the selected weight files."""
+    """Read the headers and JSON files of the selected weight files.
+
+    Raises CheckpointError where a file lacks tensors that its index promises, and for damaged
+    headers or descriptions that disagree.
+    """
     headers = {folder.address(name): folder.header(name) for name in selection}
     for name, promised in selection.items():
         absent = sorted(promised - headers[folder.address(name)][0].keys())
@@ -342,7 +357,10 @@ def find_description(folder: Folder) -> str | None:
 
 
 def select_weights(folder: Folder) -> Selection:
-    """Files of a weights folder: one index, one mixed file or one file; else an error."""
+    """Files of a weights folder: one index, one mixed file or one file.
+
+    Raises CheckpointError where there is none of these, or more than one.
+    """
     names = drop_precisions(folder.names)
     index = find_index(folder, names)
     if index is not None:
@@ -362,7 +380,10 @@ def select_weights(folder: Folder) -> Selection:
 
 
 def select_component(folder: Folder) -> Selection:
-    """Files of a component folder: those of its index, else every file, mixed ones preferred."""
+    """Files of a component folder: those of its index, else every file, mixed ones preferred.
+
+    Raises CheckpointError where there are no weights, or two indexes.
+    """
     names = drop_precisions(folder.top)
     index = find_index(folder, names)
     if index is not None:
@@ -399,7 +420,7 @@ def holds_adapter(folder: Folder, name: str) -> bool:
 
 
 def find_index(folder: Folder, names: Iterable[str]) -> str | None:
-    """The index among the names; two are an error."""
+    """The index among the names, or None; raises CheckpointError for two."""
     indexes = [name for name in names if INDEX.search(name)]
     if len(indexes) > 1:
         raise ambiguous(folder, indexes, "indexes")
@@ -407,7 +428,11 @@ def find_index(folder: Folder, names: Iterable[str]) -> str | None:
 
 
 def read_index(folder: Folder, name: str) -> Selection:
-    """Shards that an index lists, with their tensors; a shard that is not there is an error."""
+    """Shards that an index lists, with their tensors.
+
+    Raises CheckpointError for an index without a `weight_map`, for a shard that is no plain name of
+    a file or is a pickle, and for one that is not there.
+    """
     weight_map = read_json(folder.path(name)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder}/{name}: no weight_map in it: expected a safetensors index")

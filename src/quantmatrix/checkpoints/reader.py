@@ -32,7 +32,11 @@ class TensorReader:
         self._stack.close()
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the device; on a CPU it is a view of the mapped file."""
+        """One tensor, on the device; on a CPU it is a view of the mapped file.
+
+        It has the shape and dtype that the checkpoint's header states: any shape, any dtype of
+        `checkpoints.dtypes`.
+        """
         from safetensors import safe_open
 
         header = self._checkpoint.tensors[name]

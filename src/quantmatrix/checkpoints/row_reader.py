@@ -38,7 +38,10 @@ class RowReader:
         self._stack.close()
 
     def read(self, name: str, rows: slice | torch.Tensor) -> torch.Tensor:
-        """Rows of a tensor in full precision, in the order given; a slice has no step."""
+        """Rows of a tensor in the order given: [rows, ...] in the dtype of the file.
+
+        `rows` is a slice without a step, or int64 [rows].
+        """
         import torch
 
         header = self._checkpoint.tensors[name]
@@ -66,7 +69,7 @@ class RowReader:
 
 
 def find_runs(rows: slice | torch.Tensor) -> list[tuple[int, int]]:
-    """(first, end) of the runs of neighbouring rows, in order."""
+    """(first, end) of the runs of neighbouring rows, in order; `rows` is a slice or int64 [rows]."""
     if isinstance(rows, slice):
         return [(rows.start, rows.stop)]
     runs: list[tuple[int, int]] = []

@@ -71,9 +71,10 @@ def write_file(
 def save_tensors(
     tensors: dict[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file; what the system refuses is an OSError, as of any other writer.
+    """Write a safetensors file of tensors by name, of any shape and dtype that the format has.
 
-    It may be read by whom other new files may: the library lets its owner alone read it.
+    It may be read by whom other new files may: the library lets its owner alone read it. Raises
+    OSError for what the system refuses, as any other writer does.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -88,7 +89,10 @@ def save_tensors(
 
 
 def view_bytes(item: Item, path: str | Path) -> Any:
-    """The bytes of an item's tensor, as the file wants them, in a numpy array."""
+    """The bytes of an item's tensor, as the file wants them, in a numpy array: uint8 [bytes].
+
+    Raises CheckpointError where the tensor has another size than the item announced.
+    """
     import torch
 
     tensor = item.load()

@@ -139,7 +139,10 @@ def measure_request(
 
 
 def measure_synthetic(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
-    """The result of random weights in a family's format."""
+    """The result of random weights in a family's format.
+
+    Raises UsageError for an unknown model, family or scheme.
+    """
     from quantmatrix import families, models
     from quantmatrix.hardware import probe
 

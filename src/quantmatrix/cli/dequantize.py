@@ -23,7 +23,7 @@ def _add_dequantize(commands: Any) -> None:
 
 
 def run_dequantize(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """`quantmatrix dequantize`."""
+    """`quantmatrix dequantize`; raises UsageError without an output path."""
     from quantmatrix.tiny.hub import use_tiny
     from quantmatrix.tools.dequantize import dequantize
 

@@ -130,7 +130,7 @@ def run_carry(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def compare(arguments: argparse.Namespace, verdicts: Verdicts, tables: Matrix) -> Comparison:
-    """Verdicts against the plan that the arguments name."""
+    """Verdicts against the plan that the arguments name; raises UsageError for an unknown check."""
     from quantmatrix.errors import UsageError
     from quantmatrix.harness import completeness
     from quantmatrix.tables import rows
@@ -142,7 +142,10 @@ def compare(arguments: argparse.Namespace, verdicts: Verdicts, tables: Matrix) -
 
 
 def read_source(path: Path, tables: Matrix, stale: dict[str, str]) -> Verdicts:
-    """Verdicts of an evidence folder or of a JUnit file; records of changed rows go to `stale`."""
+    """Verdicts of an evidence folder or of a JUnit file; records of changed rows go to `stale`.
+
+    Raises UsageError where neither is there.
+    """
     from quantmatrix.errors import UsageError
     from quantmatrix.harness import completeness
     from quantmatrix.proof import store as records

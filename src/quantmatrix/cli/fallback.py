@@ -31,7 +31,7 @@ def add_to(commands: Any) -> None:
 
 
 def run_fallback(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """`quantmatrix fallback`."""
+    """`quantmatrix fallback`; raises UsageError for an output path that is a file."""
     from quantmatrix.cli.output import print_json, read_request
     from quantmatrix.cli.quantize import show_progress
     from quantmatrix.measure import fallback

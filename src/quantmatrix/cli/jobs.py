@@ -26,7 +26,10 @@ def add_to_matrix(actions: Any) -> None:
 
 
 def run_jobs(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Print the jobs; nothing to run is never success."""
+    """Print the jobs; nothing to run is never success.
+
+    Raises UsageError for unknown hardware, and for parts or minutes below what a job can have.
+    """
     from quantmatrix.errors import UsageError
     from quantmatrix.exit_codes import NOTHING_COLLECTED
     from quantmatrix.harness import shards

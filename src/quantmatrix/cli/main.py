@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(words: list[str]) -> int:
-    """Parse the words and run their command."""
+    """Parse the arguments and run their command; raises UsageError for one that nothing takes."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(words)
     arguments.words = words

@@ -49,7 +49,7 @@ def read_standings(reports: str | None) -> tuple[Any, Mapping[str, Any]]:
 
 
 def run_matrix_list(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """`quantmatrix matrix list`."""
+    """`quantmatrix matrix list`; raises UsageError for a filter that no row can meet."""
     from quantmatrix.proof import joined
     from quantmatrix.proof.scopes import label
 
@@ -111,7 +111,7 @@ def run_matrix_check(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def run_matrix_show(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """`quantmatrix matrix show`."""
+    """`quantmatrix matrix show`; raises UsageError for an unknown row or cell."""
     from quantmatrix.proof import joined
 
     tables, standings = read_standings(arguments.reports)

@@ -26,7 +26,10 @@ def add_to(commands: Any) -> None:
 
 
 def run_mutate(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Inject and judge; 1 when too much is missed."""
+    """Inject and judge; 1 when too much is missed.
+
+    Raises UsageError for unknown rows, faults or gates, and for `--write` of a part of the gates.
+    """
     from quantmatrix.cli.output import print_json
     from quantmatrix.exit_codes import EXIT_PROBLEM
     from quantmatrix.harness.mutation.judge import (

@@ -29,7 +29,10 @@ def add_to(commands: Any) -> None:
 
 
 def run_make(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Write a packet; 0 even when the check failed, for that is evidence, too."""
+    """Write a packet; 0 even when the check failed, for that is evidence, too.
+
+    Raises UsageError for an unknown cell.
+    """
     from quantmatrix.cli.output import print_json
     from quantmatrix.harness import packets
     from quantmatrix.proof import scopes, store

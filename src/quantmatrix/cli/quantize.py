@@ -59,7 +59,7 @@ def show_progress(what: str, things: Iterable[Any]) -> Iterable[Any]:
 
 
 def run_quantize(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """`quantmatrix quantize`."""
+    """`quantmatrix quantize`; raises UsageError for flags that nothing takes."""
     from quantmatrix.cli.output import print_json, read_request
     from quantmatrix.tiny.hub import use_tiny
     from quantmatrix.tools import quantize as work

@@ -27,7 +27,11 @@ def add_to(commands: Any) -> None:
 
 
 def run_speed(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """`quantmatrix speed`."""
+    """`quantmatrix speed`; prints milliseconds and GiB.
+
+    Raises UsageError for an unknown model, family or scheme, no repeats, and `--cuda-graph` without
+    CUDA.
+    """
     from quantmatrix import families, models
     from quantmatrix.cli.output import backends_text, print_json
     from quantmatrix.hardware import probe

@@ -28,7 +28,10 @@ def add_to(commands: Any) -> None:
 
 
 def run_summary(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Append or print; a job that showed nothing is no success, nor is one with a damaged record."""
+    """Append or print; a job that showed nothing is no success, nor is one with a damaged record.
+
+    Raises UsageError for a `--since` that is no folder.
+    """
     from quantmatrix.cli.output import print_json, read_variable
     from quantmatrix.errors import UsageError
     from quantmatrix.exit_codes import EXIT_PROBLEM, MEANINGS, NOTHING_COLLECTED

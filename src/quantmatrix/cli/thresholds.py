@@ -31,7 +31,11 @@ def add_to(commands: Any) -> None:
 
 
 def run_thresholds(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Print limits or loosenings."""
+    """Print limits or loosenings.
+
+    Raises UsageError where there are no limits to read, and where a spread would be written into
+    the installed package.
+    """
     from quantmatrix.cli.matrix import tell_where
     from quantmatrix.cli.output import print_json
     from quantmatrix.proof import limits, packaged, reports_folder
@@ -97,7 +101,10 @@ def print_limit(sample: Sample, allowed: Limits) -> None:
 
 
 def read_older(word: str) -> Ledger:
-    """The ledger of a file and the spread.csv beside it, or of a revision of the project."""
+    """The ledger of a file and the spread.csv beside it, or of a revision of the project.
+
+    Raises UsageError for a word that is neither.
+    """
     from quantmatrix.proof import limit_samples, limits
     from quantmatrix.proof.revisions import ask_git
     from quantmatrix.report.changes import find_checkout

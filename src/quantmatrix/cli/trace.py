@@ -40,7 +40,10 @@ def add_to(commands: Any) -> None:
 
 
 def run_trace(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Trace; 1 when a planned layer did not run by its kernel, 3 for a refusal."""
+    """Trace; 1 when a planned layer did not run by its kernel, 3 for a refusal.
+
+    Raises UsageError unless exactly one of a model path, rows and a hardware is given.
+    """
     ways = [bool(arguments.model_path), bool(arguments.row), bool(arguments.hardware)]
     if sum(ways) != 1:
         raise UsageError("expected one of --model-path, --row and --hardware")
@@ -64,7 +67,10 @@ def run_trace(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def run_cells(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Trace cells of the matrix into a folder; a cell that fails is named, the others go on."""
+    """Trace cells of the matrix into a folder; a cell that fails is named, the others go on.
+
+    Raises UsageError for overrides, unknown cells and hardware that nothing runs on.
+    """
     from quantmatrix.cli.output import print_json
     from quantmatrix.exit_codes import EXIT_PROBLEM
     from quantmatrix.tables import read
@@ -130,7 +136,10 @@ def find_cell(tables: Matrix, name: str) -> Cell:
 
 
 def choose_cells(tables: Matrix, hardware: str) -> list[Cell]:
-    """The first cell of every family, model and backend that a hardware is claimed to run."""
+    """The first cell of every family, model and backend that a hardware is claimed to run.
+
+    Raises UsageError where there is none, or no such hardware.
+    """
     if hardware not in tables.hardware:
         known = ", ".join(tables.hardware)
         raise UsageError(f"--hardware {hardware}: not in the tables; known: {known}")

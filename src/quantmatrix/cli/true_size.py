@@ -25,7 +25,10 @@ def add_to(commands: Any) -> None:
 
 
 def run_true_size(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Print what was measured; nothing is judged, the suite's check of the same name does that."""
+    """Print what was measured (seconds, GiB); the suite's check of the same name judges it.
+
+    Raises UsageError for an unknown cell.
+    """
     from quantmatrix.cli.output import print_json
     from quantmatrix.measure import true_size
     from quantmatrix.measure.workbench import Workbench

@@ -26,7 +26,10 @@ def add_to(commands: Any) -> None:
 
 
 def run_validate(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Write the folder; 1 when a layer is not quantized as declared, 3 for a refusal."""
+    """Write the folder; 1 when a layer is not quantized as declared, 3 for a refusal.
+
+    Raises UsageError without an output path, and for two sources of prompts.
+    """
     from quantmatrix.cli.output import print_json, read_request
     from quantmatrix.exit_codes import EXIT_PROBLEM
     from quantmatrix.tables.rows import PROMPT

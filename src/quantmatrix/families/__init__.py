@@ -16,7 +16,7 @@ IDS = ("fp8", "modelopt-fp8", "modelopt-nvfp4", "nunchaku-svdq", "msmodelslim")
 
 
 def load(family: str) -> Family:
-    """The module of a family id."""
+    """The module of a family id; raises KeyError for an unknown one."""
     if family not in IDS:
         raise KeyError(f"no such quant family: {family}; known: {', '.join(IDS)}")
     return cast("Family", import_module(f"quantmatrix.families.{family.replace('-', '_')}"))
@@ -31,7 +31,8 @@ def written() -> tuple[str, ...]:
 def detect(checkpoint: Checkpoint) -> tuple[str, str] | None:
     """(family id, reason) of a checkpoint, or None when no family takes it.
 
-    `quantmatrix.families.unknown_quantization` tells then what it is.
+    `quantmatrix.families.unknown_quantization` tells then what it is. Raises CheckpointError where
+    more than one family claims it.
     """
     found = {name: why for name in written() if (why := load(name).detect(checkpoint))}
     if len(found) > 1:

@@ -50,7 +50,10 @@ NUMBER: Mapping[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
 
 
 def detect(checkpoint: Checkpoint) -> str | None:
-    """The reason why a checkpoint is ModelOpt FP8; contradictions are errors."""
+    """The reason why a checkpoint is ModelOpt FP8, or None.
+
+    Raises CheckpointError where method and algorithm contradict each other.
+    """
     method, algorithm = read_words(read_block(checkpoint))
     if method == "modelopt_fp8" and algorithm not in ("", "FP8"):
         raise CheckpointError(
@@ -68,7 +71,10 @@ def ignored(name: str) -> str | None:
 
 
 def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
-    """FP8 for each layer with a `weight_scale`; what does not fit together is an error."""
+    """FP8 for each layer with a `weight_scale`.
+
+    Raises CheckpointError for what does not fit together: the declaration, and tensors as they are.
+    """
     block, place = read_block(checkpoint), checkpoint.quantization_from or checkpoint.reference
     excluded = read_ignore(block, place)
     check_groups(block, place)
@@ -91,7 +97,10 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
 
 
 def check_groups(block: Mapping[str, Any], place: str) -> None:
-    """`config_groups`, where there are any, must describe static FP8 of weights and inputs."""
+    """`config_groups`, where there are any, must describe static FP8 of weights and inputs.
+
+    Raises CheckpointError where they do not.
+    """
     groups = block.get("config_groups") or {}
     if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) for g in groups.values()):
         raise CheckpointError(
@@ -110,7 +119,10 @@ def check_groups(block: Mapping[str, Any], place: str) -> None:
 
 
 def read_ignore(block: Mapping[str, Any], place: str = "config.json") -> list[re.Pattern[str]]:
-    """Patterns of the layers that were left alone; `*` stands for any characters."""
+    """Patterns of the layers that were left alone; `*` stands for any characters.
+
+    Raises CheckpointError where `ignore` is no list of names.
+    """
     entries = block.get("ignore") or []
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
         raise CheckpointError(
@@ -120,7 +132,10 @@ def read_ignore(block: Mapping[str, Any], place: str = "config.json") -> list[re
 
 
 def check_layer(checkpoint: Checkpoint, layer: str, suffixes: frozenset[str]) -> None:
-    """A quantized layer must have every tensor, in the right dtype and shape."""
+    """A quantized layer must have every tensor, in the right dtype and shape, and no other.
+
+    Raises CheckpointError where it does not.
+    """
     header = checkpoint.tensors.get(f"{layer}.weight")
     if header is None or len(header.shape) != 2:
         scale = checkpoint.tensors[f"{layer}.{min(suffixes)}"]
@@ -162,10 +177,11 @@ def quantize(
     bias: torch.Tensor | None = None,
     calibration: Calibration | None = None,
 ) -> dict[str, torch.Tensor]:
-    """On-disk tensors of a layer with this weight [N, K].
+    """On-disk tensors of a layer with this weight [N, K], of any float dtype.
 
-    As ModelOpt does, the division by the scale is made in the weight's own dtype, so BF16 weights
-    are rounded twice.
+    Gives tensors as in the module's table. As ModelOpt does, the division by the scale is made in
+    the weight's own dtype, so BF16 weights are rounded twice. Raises UsageError without a
+    calibration.
     """
     if calibration is None:
         raise UsageError("modelopt-fp8 has static activation scales: a calibration is needed")
@@ -183,12 +199,18 @@ def quantize(
 def cut_rows(
     stored: Mapping[str, torch.Tensor], scheme: Scheme, start: int, stop: int
 ) -> dict[str, torch.Tensor]:
-    """On-disk tensors of the rows [start, stop) of a layer; see the protocol."""
+    """On-disk tensors of the rows [start, stop) of a layer; see the protocol.
+
+    Takes and gives tensors as in the module's table.
+    """
     return {n: t[start:stop] if n in ("weight", "bias") else t for n, t in stored.items()}
 
 
 def canonical(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
-    """Canonical tensors of linear.fp8: scales as numbers without a dimension."""
+    """Canonical tensors of linear.fp8: scales as float32 numbers without a dimension.
+
+    Takes tensors as in the module's table.
+    """
     made = {"weight": stored["weight"]}
     for suffix in ("weight_scale", "input_scale"):
         made[suffix] = stored[suffix].float().reshape(())
@@ -203,7 +225,10 @@ def dequantize(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tens
 
 
 def reference(x: torch.Tensor, stored: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
-    """The layer's exact arithmetic on x [..., K]."""
+    """The layer's exact arithmetic on x [..., K]: [..., N] in x's dtype.
+
+    `stored` are tensors as in the module's table.
+    """
     return linear_fp8.reference(x, canonical(stored, scheme), scheme)
 
 

@@ -16,12 +16,13 @@ Layers in full precision, FP8 and NVFP4 lie side by side, so the tensors decide 
 `ignore` lists in configurations go stale. Codes and block scales lie in one of several layouts,
 which have the same shapes: ModelOpt's (even column in the low nibble, scales in rows), the raw one
 of BFL's and ComfyUI's files (high nibble, tiles: `scale_layouts`), or a mixture; `nvfp4_layouts`
-has what declares them. A raw file may leave
-`input_scale` out (FLUX.2's `-mixed` file does, for layers whose calibrated scale is far above 1):
-then the scale is found per call from the input's largest magnitude, as the runtime that the file
-was made for does. Taking 1.0 instead saturates those layers. Anywhere else a missing `input_scale`
-is an error, unless the configuration says that inputs are not quantized (W4A16_NVFP4). A header
-may say so of single layers (`full_precision_matrix_mult`).
+has what declares them. A raw file may leave `input_scale` out (FLUX.2's `-mixed` file does, for
+layers whose calibrated scale is far above 1): then the scale is found per call from the input's
+largest magnitude, as the runtime that the file was made for does. Taking 1.0 instead saturates
+those layers. Anywhere else a missing `input_scale` is an error, unless the configuration says that
+inputs are not quantized (W4A16_NVFP4). A header may say so of single layers
+(`full_precision_matrix_mult`). Sources: ModelOpt 0.47 exports, BFL's FLUX.2 files, ComfyUI's,
+SGLang 0.5.23.
 """
 
 from __future__ import annotations
@@ -83,7 +84,10 @@ def detect(checkpoint: Checkpoint) -> str | None:
 
 
 def judge_declaration(checkpoint: Checkpoint, method: str, algorithm: str) -> str | None:
-    """The reason in words when method and algorithm mean this family; contradictions raise."""
+    """The reason in words when method and algorithm mean this family, or None.
+
+    Raises CheckpointError where the two contradict each other.
+    """
     source = checkpoint.quantization_from or checkpoint.reference
     ours = algorithm in ALGORITHMS or (method == "modelopt_fp4" and not algorithm)
     if (method, algorithm) == ("modelopt_fp4", "FP8") or (method == "modelopt_fp8" and ours):
@@ -96,10 +100,11 @@ def judge_declaration(checkpoint: Checkpoint, method: str, algorithm: str) -> st
 
 
 def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
-    """Scheme of each layer that holds codes, over all files; what cannot be right raises.
+    """Scheme of each layer that holds codes, over all files.
 
     A layer may be declared and yet stored in full precision: ModelOpt lists convolutions that it
-    simulates but cannot write.
+    simulates but cannot write. Raises CheckpointError for what cannot be right, and where nothing
+    declares the layout.
     """
     block = read_block(checkpoint)
     whole = read_words(block)[1]
@@ -185,9 +190,11 @@ def quantize(
 ) -> dict[str, torch.Tensor]:
     """On-disk tensors of a layer with weight [N, K], in the scheme's layout.
 
-    Coded inputs need a calibration, save in the raw layout, which may do without `input_scale`.
-    Smoothing moves half of the inputs' range (in logarithms) into the weight; the low-rank branch
-    takes the largest singular directions and the codes hold the rest. Raises UsageError.
+    The weight has any float dtype; gives tensors as in the module's table. Coded inputs need a
+    calibration, save in the raw layout, which may do without `input_scale`. Smoothing moves half of
+    the inputs' range (in logarithms) into the weight; the low-rank branch takes the largest
+    singular directions and the codes hold the rest. Raises UsageError where a calibration is
+    missing.
     """
     if scheme.op == "linear.fp8":
         stored = quantize_fp8(weight, calibration)
@@ -220,7 +227,10 @@ def quantize(
 
 
 def quantize_fp8(weight: torch.Tensor, calibration: Calibration | None) -> dict[str, torch.Tensor]:
-    """An FP8 layer: one scale for the weight, and one for the input when it is calibrated."""
+    """An FP8 layer: one scale for the weight, and one for the input when it is calibrated.
+
+    The weight is [N, K] of any float dtype; codes are float8_e4m3fn [N, K], scales float32 [].
+    """
     scale = find_scale(weight, E4M3_MAX)
     stored = {"weight": round_e4m3(weight.float() / scale), "weight_scale": scale}
     if calibration is not None:
@@ -233,7 +243,9 @@ def find_smoothing(
 ) -> torch.Tensor:
     """Input multipliers [K]: sqrt(weight range / input range) per column, about 1 on average.
 
-    Sums here and in `split_low_rank` are float64, so that rounding hides the order of additions.
+    The weight is float32 [N, K], the multipliers are of `dtype`. Sums here and in `split_low_rank`
+    are float64, so that rounding hides the order of additions. Raises UsageError without a
+    calibration.
     """
     if calibration is None:
         raise UsageError("smoothing needs a calibration: the range of each input column")
@@ -245,7 +257,10 @@ def find_smoothing(
 def split_low_rank(
     weight: torch.Tensor, rank: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(a [rank, K], b [N, rank]) of the largest singular directions; zeros beyond the full rank."""
+    """(a [rank, K], b [N, rank]) of the largest singular directions; zeros beyond the full rank.
+
+    The weight is [N, K] of any float dtype, the factors are of `dtype`.
+    """
     left, size, right = torch.linalg.svd(weight.double(), full_matrices=False)
     found = min(rank, len(size))
     largest = right.gather(1, right.abs().argmax(dim=1, keepdim=True))
@@ -260,7 +275,10 @@ def split_low_rank(
 def cut_rows(
     tensors: Mapping[str, torch.Tensor], scheme: Scheme, start: int, stop: int
 ) -> dict[str, torch.Tensor]:
-    """On-disk tensors of the rows [start, stop) of a layer; see the protocol."""
+    """On-disk tensors of the rows [start, stop) of a layer; see the protocol.
+
+    Takes and gives tensors as in the module's table.
+    """
     suffixes = ["weight", "bias", "svdquant_lora_b"]
     cut = {name: t[start:stop] if name in suffixes else t for name, t in tensors.items()}
     if scheme.op == "linear.nvfp4":
@@ -270,7 +288,10 @@ def cut_rows(
 
 
 def canonical(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
-    """On-disk tensors of one layer as canonical tensors of `scheme.op`; what fits is not copied."""
+    """On-disk tensors of one layer as canonical tensors of `scheme.op`; what fits is not copied.
+
+    Takes tensors as in the module's table.
+    """
     scalars = ("weight_scale_2", "input_scale")
     found = {name: tensors[name].float().reshape(()) for name in scalars if name in tensors}
     weight, scale = tensors["weight"], tensors["weight_scale"]
@@ -300,7 +321,10 @@ def dequantize(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Ten
 
 
 def reference(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
-    """The layer's exact arithmetic on on-disk tensors, activations quantized too."""
+    """The layer's exact arithmetic on on-disk tensors, activations quantized too.
+
+    x [..., K] gives [..., N] in x's dtype; tensors as in the module's table.
+    """
     compute = linear_fp8.reference if scheme.op == "linear.fp8" else linear_nvfp4.reference
     return compute(x, canonical(tensors, scheme), scheme)
 

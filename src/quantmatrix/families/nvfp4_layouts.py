@@ -15,9 +15,11 @@ whether block scales lie in rows or in tiles of 128 x 4. Who declares them, best
 | anything else: packed names alone, nothing, two that contradict each other | unknown | unknown |
 
 `checkpoint_uses_packed_qkv: true` alone means high nibble and tiles, as in SGLang. What is unknown
-is chosen by the user (`Checkpoint.chosen`), or by the base model's weights (`quantmatrix.runtime.witness.verdict`);
-a reading is never assumed. A user's choice counts more than any declaration: exports whose
-declaration is wrong exist (ModelOpt's `enable_swizzle_layout` shows nowhere).
+is chosen by the user (`Checkpoint.chosen`), or by the base model's weights
+(`quantmatrix.runtime.witness.verdict`); a reading is never assumed. A user's choice counts more
+than any declaration: exports whose declaration is wrong exist (ModelOpt's `enable_swizzle_layout`
+shows nowhere). Sources: ModelOpt 0.47 exports, comfy-kitchen, diffusers' conversion script, SGLang
+0.5.23.
 """
 
 from __future__ import annotations
@@ -127,7 +129,10 @@ def lists_nvfp4(block: Mapping[str, Any]) -> bool:
 
 
 def read_bit(block: Mapping[str, Any], key: str, place: str) -> bool | None:
-    """A key that is true or false; None when it is not there. Anything else raises."""
+    """A key that is true or false; None when it is not there.
+
+    Raises CheckpointError for anything else.
+    """
     value = block.get(key)
     if value is None or isinstance(value, bool):
         return value
@@ -137,7 +142,10 @@ def read_bit(block: Mapping[str, Any], key: str, place: str) -> bool | None:
 
 
 def read_scale_layout(block: Mapping[str, Any], place: str) -> str | None:
-    """`checkpoint_weight_scale_layout` in our words; None when it is not there."""
+    """`checkpoint_weight_scale_layout` as we name layouts; None when it is not there.
+
+    Raises CheckpointError for an unknown one.
+    """
     value = block.get("checkpoint_weight_scale_layout")
     if value is not None and value not in SCALE_LAYOUTS:
         raise CheckpointError(

@@ -68,7 +68,10 @@ class Family(Protocol):
         bias: torch.Tensor | None = None,
         calibration: Calibration | None = None,
     ) -> dict[str, torch.Tensor]:
-        """On-disk tensors of a layer with this weight [out, in], `bias` included when given."""
+        """On-disk tensors of a layer with this weight [out, in], `bias` [out] included when given.
+
+        Both have any float dtype; the family's docstring has the table of what it gives.
+        """
 
     def cut_rows(
         self, tensors: Mapping[str, torch.Tensor], scheme: Scheme, start: int, stop: int
@@ -76,13 +79,17 @@ class Family(Protocol):
         """On-disk tensors of a layer with some of its rows only, in the order on disk; no copies.
 
         `start` is a multiple of 128 (and of the rows of a block), so is `stop`, or the last row's
-        end: so much lies together in every format.
+        end: so much lies together in every format. A tensor [out, ...] becomes [stop - start, ...];
+        dtypes stay.
         """
 
     def canonical(
         self, tensors: Mapping[str, torch.Tensor], scheme: Scheme
     ) -> dict[str, torch.Tensor]:
-        """On-disk tensors of one layer as canonical tensors of `scheme.op`, `bias` included."""
+        """On-disk tensors of one layer as canonical tensors of `scheme.op`, `bias` included.
+
+        Shapes and dtypes are those of the family's table, and of the op's: [out, in] or packed.
+        """
 
     def dequantize(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
         """The weight in plain numbers, float32 [out, in]."""
@@ -90,7 +97,10 @@ class Family(Protocol):
     def reference(
         self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Scheme
     ) -> torch.Tensor:
-        """The layer's exact arithmetic on on-disk tensors, activations quantized too."""
+        """The layer's exact arithmetic on on-disk tensors, activations quantized too.
+
+        x [..., in] of any float dtype gives [..., out] in x's dtype.
+        """
 
     def declare(self, schemes: Mapping[str, Scheme], kept: Sequence[str]) -> Declaration:
         """What to write beside layers of these schemes, `kept` being the layers left alone."""

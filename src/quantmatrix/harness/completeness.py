@@ -102,7 +102,10 @@ def read_planned(words: Iterable[str], tables: Matrix) -> list[Cell]:
 
 
 def read_rows_or_jobs(path: Path) -> tuple[str, ...]:
-    """Ids in a file: one per line, or what `quantmatrix matrix jobs --json` printed."""
+    """Ids in a file: one per line, or what `quantmatrix matrix jobs --json` printed.
+
+    Raises UsageError for JSON of another form.
+    """
     from quantmatrix.harness import shards
 
     rows = shards.read_rows(path, f"--planned {path}")
@@ -159,7 +162,10 @@ def list_stale(
 
 
 def read_junit(path: Path) -> Verdicts:
-    """Verdicts in a JUnit file; tests that are about no cell are left out."""
+    """Verdicts in a JUnit file; tests that are about no cell are left out.
+
+    Raises ExecutedError for a file that is no JUnit report.
+    """
     try:
         root = ElementTree.fromstring(strict_json.read_bytes(path))
     except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:

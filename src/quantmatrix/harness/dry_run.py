@@ -26,7 +26,10 @@ PLAIN_BYTES = 2
 
 
 def choose_cells(tables: Matrix, hardware: str) -> list[Cell]:
-    """The first claimed cell of every checkpoint of the guide's table that the hardware loads."""
+    """The first claimed cell of every checkpoint of the guide's table that the hardware loads.
+
+    Raises UsageError for hardware that is no row.
+    """
     from quantmatrix.harness.shards import runnable
 
     if hardware not in tables.hardware:
@@ -85,7 +88,10 @@ def count_kernels(made: Any) -> dict[str, dict[tuple[str, str], int]]:
 
 
 def estimate_bytes(tables: Matrix, checkpoint: CheckpointRow) -> int:
-    """Bytes of all transformer weights of a checkpoint at the base model's true size."""
+    """Bytes of all transformer weights of a checkpoint at the base model's true size.
+
+    Raises UsageError for a scheme that the family does not have.
+    """
     from quantmatrix import families, models
 
     family = families.load(checkpoint.family)

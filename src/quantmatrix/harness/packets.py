@@ -58,7 +58,8 @@ TOLERANCE = 2e-6
 def make(tables: Matrix, cell: Cell, folder: Path, *, tiny: bool = False) -> Path:
     """Run the latents check of a cell here and write its packet; nothing is left on failure.
 
-    MachineError when this is not the cell's hardware, RefusedError when the plan is a refusal.
+    Raises UsageError for a folder that exists, MachineError when this is not the cell's hardware,
+    RefusedError when the plan is a refusal.
     """
     from quantmatrix.hardware import probe
     from quantmatrix.measure.workbench import Workbench
@@ -138,7 +139,7 @@ def find_limits(kind: str, model: str, hardware: str) -> Limits | None:
 
 
 def digest(latents: Sequence[torch.Tensor]) -> str:
-    """Digest of a trajectory, as evidence keeps it."""
+    """Digest of a trajectory, tensors of any shape and dtype, as evidence keeps it."""
     from quantmatrix.measure.latents import digest_latents
 
     return digest_latents(latents)
@@ -150,7 +151,11 @@ def write(
     candidate: Sequence[torch.Tensor],
     folder: Path,
 ) -> None:
-    """Write a packet; the folder appears whole or not at all."""
+    """Write a packet; the folder appears whole or not at all.
+
+    Latents are one tensor per step, of any shape and dtype, which are kept. Raises OSError where it
+    cannot be written.
+    """
     from quantmatrix.checkpoints.writer import save_tensors
 
     sides = zip(SIDES, (baseline, candidate), strict=True)
@@ -185,7 +190,10 @@ def describe(path: Path) -> dict[str, Any]:
 def recompute(
     baseline: Sequence[torch.Tensor], candidate: Sequence[torch.Tensor]
 ) -> dict[str, Any]:
-    """Metrics of every step, the worst and the last."""
+    """Metrics of every step, the worst and the last; tensors of any shape and dtype, one per step.
+
+    Raises ShapeError where the two runs differ in form.
+    """
     from quantmatrix.measure.latents import compare_trajectories, summarize
 
     return summarize(compare_trajectories(baseline, candidate))
@@ -269,7 +277,10 @@ def explain_change(path: Path, wanted: Any) -> str | None:
 
 
 def read_latents(path: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """(baseline, candidate): latents per step; EvidenceError for other names or damaged files."""
+    """(baseline, candidate): latents per step, of the shape and dtype in the file (any shape).
+
+    Raises EvidenceError for other names or damaged files.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -336,7 +347,10 @@ def compare_metrics(told: Any, found: Any, where: str = "metrics") -> list[str]:
 def list_verdict_problems(
     record: Evidence, sides: tuple[list[torch.Tensor], list[torch.Tensor]]
 ) -> list[str]:
-    """Whether the verdict is the one that this project's limits give, where there are any."""
+    """Whether the verdict is the one that this project's limits give, where there are any.
+
+    `sides` are (baseline, candidate), latents per step of any shape and dtype.
+    """
     from quantmatrix.measure.latents import compare_trajectories, judge
 
     told = record.checks.get("latents")

@@ -190,7 +190,7 @@ class Harness:
 
     @cached_property
     def tables(self) -> Matrix:
-        """The tables of the project."""
+        """The tables of the project; raises pytest's UsageError where they cannot be read."""
         from quantmatrix.tables import read
         from quantmatrix.tables.rows import MatrixError
 
@@ -203,7 +203,9 @@ class Harness:
     def cells(self) -> list[Cell]:
         """The cells that the options select, in the order of the tables.
 
-        Workers are given theirs: what they would read may have changed since.
+        Workers are given theirs: what they would read may have changed since. Raises pytest's
+        UsageError for options that contradict each other or the tables; an empty selection and a
+        wrong machine end the run with their exit codes.
         """
         given: dict[str, Any] = getattr(self.config, "workerinput", {})
         if CELLS in given:
@@ -280,7 +282,10 @@ class Harness:
     def pytest_pycollect_makeitem(
         self, collector: pytest.Module | pytest.Class, name: str, obj: object
     ) -> list[CellItem] | None:
-        """Turn a function that asks for `cell` into one item per cell."""
+        """Turn a function that asks for `cell` into one item per cell.
+
+        Raises pytest's UsageError for one that is not marked with its check, or is parametrized.
+        """
         if not inspect.isfunction(obj) or not collector.funcnamefilter(name):
             return None
         manager: Any = collector.session._fixturemanager

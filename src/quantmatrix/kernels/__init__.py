@@ -162,7 +162,10 @@ class NoKernel(LookupError):
 
 
 def kernels_of(op: str) -> tuple[Kernel, ...]:
-    """All kernels of an op, in the order in which they are declared."""
+    """All kernels of an op, in the order in which they are declared.
+
+    Raises KeyError for an unknown op.
+    """
     if op not in OPS:
         raise KeyError(f"no such op: {op}; known: {', '.join(OPS)}")
     found: tuple[Kernel, ...] = import_module(OPS[op]).KERNELS
@@ -170,7 +173,10 @@ def kernels_of(op: str) -> tuple[Kernel, ...]:
 
 
 def order_of(op: str, machine: Machine) -> tuple[str, ...]:
-    """Backends to try on a machine, best first: `ORDER` of the op for its arch, vendor or `*`."""
+    """Backends to try on a machine, best first: `ORDER` of the op for its arch, vendor or `*`.
+
+    Raises KeyError where the op declares an order for none of the three.
+    """
     order: Mapping[str, tuple[str, ...]] = import_module(OPS[op]).ORDER
     for key in (machine.arch, machine.vendor, "*"):
         if key in order:
@@ -186,7 +192,9 @@ def backends_of(op: str) -> tuple[str, ...]:
 def take_rows(scheme: Scheme, tensors: Tensors, rows: torch.Tensor | slice) -> Tensors:
     """Canonical tensors of some output rows of a layer, in the order given.
 
-    Raises ValueError where rows that share a scale would be parted.
+    `tensors` have the shapes and dtypes of the op's table (`OPS`); `rows` is a slice or int64
+    [rows]. What belongs to the input side is shared, not cut. Raises ValueError where rows that
+    share a scale would be parted.
     """
     height = (scheme.block[0],) if scheme.scale == "block" else ()
     found: Tensors = import_module(OPS[scheme.op]).take_rows(tensors, rows, *height)
@@ -194,7 +202,10 @@ def take_rows(scheme: Scheme, tensors: Tensors, rows: torch.Tensor | slice) -> T
 
 
 def check_rows(scheme: Scheme, rows: torch.Tensor | slice | None, count: int) -> None:
-    """ValueError where taking these rows, of `count`, would part rows that share a scale."""
+    """Refuse to part rows that share a scale; `rows` is a slice or int64 [rows], None: all `count`.
+
+    Raises ValueError where a block scale of the scheme covers rows on both sides of a cut.
+    """
     if rows is not None and scheme.scale == "block":
         import_module(OPS[scheme.op]).find_blocks(rows, count, scheme.block[0])
 

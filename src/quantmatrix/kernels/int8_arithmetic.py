@@ -33,12 +33,12 @@ def decode(tensors: Tensors, scheme: Scheme) -> torch.Tensor:
 
 
 def smooth(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
-    """The layer's input after its smoothing, in x's dtype."""
+    """x [..., K] times `mul_scale` [K] where the scheme is smoothed; in x's dtype."""
     return x * tensors["mul_scale"].to(x.dtype) if scheme.smoothed else x
 
 
 def quantize_static(x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """Codes int8 of x with one scale and zero point for the whole tensor."""
+    """Codes int8 [..., K] of x [..., K], with one scale and zero point, float32 [], for all of it."""
     return (x.float() / scale + offset).round_().clamp_(-128, 127).to(torch.int8)
 
 
@@ -61,7 +61,11 @@ def accumulate(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def reference(x: torch.Tensor, tensors: Tensors, scheme: Scheme) -> torch.Tensor:
-    """The layer's arithmetic with an exact accumulator, x [..., in] -> [..., out] in x's dtype."""
+    """The layer's arithmetic with an exact accumulator; `bias` defaults to that of `tensors`.
+
+    x [..., K] of any float dtype gives [..., N] in x's dtype; `bias` is float [N]; tensors as in
+    the table of `kernels.linear_int8`.
+    """
     bias = tensors.get("bias")
     smoothed = smooth(x, tensors, scheme)
     if scheme.activation == "tensor-static":

@@ -23,7 +23,10 @@ FRACTAL_NZ = 29
 
 
 def import_npu() -> Any:
-    """torch_npu; without CANN its import fails, and with it every other import of torch."""
+    """torch_npu; without CANN its import fails, and with it every other import of torch.
+
+    Raises RefusedError where it cannot be imported.
+    """
     try:
         import torch_npu
     except (ImportError, RuntimeError) as error:
@@ -36,7 +39,12 @@ def import_npu() -> Any:
 
 
 def prepare_npu(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """Weights as [K, N] in the NPU's layout, int4 packed by eight; scales in x's terms."""
+    """Weights as [K, N] in the NPU's layout, int4 packed by eight; scales in x's terms.
+
+    Takes tensors as in the table of `kernels.linear_int8`. A static `input_scale` becomes its
+    reciprocal, [K] in `dtype` as `input_offset`; `deq_scale` is recoded for float16. Raises
+    RefusedError for a dtype other than bfloat16 and float16, and without torch_npu.
+    """
     npu = import_npu()
     if dtype not in (torch.bfloat16, torch.float16):
         raise RefusedError(
@@ -62,7 +70,11 @@ def prepare_npu(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors
 def run_npu(
     x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
-    """x [..., K] -> [..., N] through torch_npu's quantize and quantized matmul."""
+    """x [..., K] -> [..., N] through torch_npu's quantize and quantized matmul.
+
+    x, `bias` [N] and the result are of the dtype (bfloat16 or float16) that `prepare_npu` made
+    `buffers` for. Raises RefusedError without torch_npu.
+    """
     npu = import_npu()
     flat = smooth(x, buffers, scheme).reshape(-1, x.shape[-1])
     if scheme.activation == "tensor-static":

@@ -83,8 +83,9 @@ def launch(
 ) -> None:
     """Start a `triton.jit` kernel over a grid of at most three dimensions.
 
-    Its parameters are the tensors, then the integers, then the constants, in order. `options` are
-    Triton's (`num_warps`, `num_stages`); a kernel with the same constants has the same options.
+    Its parameters are the tensors (any shape and dtype, all on one device), then the integers, then
+    the constants, in order. `options` are Triton's (`num_warps`, `num_stages`); a kernel with the
+    same constants has the same options. What the kernel writes is among its tensors.
     """
     if _watches and tensors[0].is_meta:
         seen = Launch(kernel, grid, tuple(tensors), tuple(numbers), tuple(constants), options)
@@ -106,12 +107,15 @@ def launch(
 
 
 def is_watched(tensor: torch.Tensor) -> bool:
-    """Whether a tensor stands for one of a GPU whose launches are watched."""
+    """Whether a tensor, of any shape and dtype, stands for one of a GPU whose launches are watched."""
     return bool(_watches) and tensor.is_meta
 
 
 def can_launch(tensor: torch.Tensor) -> bool:
-    """Whether kernels take a tensor: it lies on a GPU and triton is there, or it is watched."""
+    """Whether kernels take a tensor, of any shape and dtype.
+
+    They do when it lies on a GPU and triton is there, or when it is watched.
+    """
     return (tensor.is_cuda and has_triton()) or is_watched(tensor)
 
 
@@ -122,10 +126,10 @@ def has_triton() -> bool:
 
 
 def view_scales(scales: torch.Tensor) -> torch.Tensor:
-    """Scales as a kernel reads them: e4m3 as bytes where the architecture has no such type.
+    """Scales of any shape as a kernel reads them: e4m3 as uint8 where the device has no such type.
 
-    AMD's e4m3 of that generation is another one (`fnuz`: bias 8, no negative zero), so bytes are read
-    there, too, and decoded by integer arithmetic.
+    AMD's e4m3 of that generation is another one (`fnuz`: bias 8, no negative zero), so bytes are
+    read there, too, and decoded by integer arithmetic. Other dtypes come back as they are.
     """
     if scales.dtype != torch.float8_e4m3fn or has_e4m3(find_arch(scales)):
         return scales
@@ -139,7 +143,10 @@ def has_e4m3(arch: str) -> bool:
 
 
 def find_arch(tensor: torch.Tensor) -> str:
-    """Architecture that a tensor's kernels are built for: `sm90`, `gfx942` ..., or `cpu`."""
+    """Architecture that a tensor's kernels are built for: `sm90`, `gfx942` ..., or `cpu`.
+
+    Only the tensor's device counts; it may have any shape and dtype.
+    """
     return _watches[-1].arch if is_watched(tensor) else _read_arch(tensor.device)
 
 

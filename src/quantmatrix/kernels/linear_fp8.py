@@ -43,14 +43,21 @@ def decode(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
 def spread_scales(
     scales: torch.Tensor, scheme: Scheme, shape: torch.Size | tuple[int, ...]
 ) -> torch.Tensor:
-    """Weight scales in a shape that multiplies a weight [N, K]."""
+    """Weight scales float32 in a shape that multiplies a weight [N, K], which `shape` gives.
+
+    Block scales become [N, K]; scales [] and [N, 1] stay as they are.
+    """
     if scheme.scale == "block":
         return expand_blocks(scales, scheme.block, (shape[0], shape[1]))
     return scales
 
 
 def take_rows(tensors: Tensors, rows: torch.Tensor | slice, height: int = 0) -> Tensors:
-    """The tensors of some output rows; block scales, of `height` rows each, by whole blocks only."""
+    """The tensors of some output rows; block scales, of `height` rows each, by whole blocks only.
+
+    Tensors as in the module's table; `rows` is a slice or int64 [rows]. `height` 0 means that no
+    scale is shared by several rows. Raises ValueError where a block would be parted.
+    """
     taken = dict(tensors)
     taken["weight"] = tensors["weight"].view(torch.uint8)[rows].view(torch.float8_e4m3fn)
     if "bias" in tensors:
@@ -64,7 +71,11 @@ def take_rows(tensors: Tensors, rows: torch.Tensor | slice, height: int = 0) -> 
 
 
 def find_blocks(rows: torch.Tensor | slice, count: int, height: int) -> torch.Tensor:
-    """Numbers of the blocks of `height` rows that these rows, of `count`, consist of, in order."""
+    """int64 [blocks]: the blocks of `height` rows that these rows, of `count`, consist of.
+
+    `rows` is a slice or int64 [rows], and blocks come in its order. Raises ValueError where a block
+    would be parted.
+    """
     places = torch.arange(count)[rows]
     starts = places[::height]
     whole = (starts.unsqueeze(-1) + torch.arange(height)).flatten()[: len(places)]
@@ -76,7 +87,11 @@ def find_blocks(rows: torch.Tensor | slice, count: int, height: int) -> torch.Te
 def find_input_scale(
     x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Scheme
 ) -> torch.Tensor:
-    """The scale that x [..., K] is divided by: [], [..., 1], or [..., K/group] for groups."""
+    """The float32 scale that x [..., K] is divided by: [], [..., 1], or [..., K/group] for groups.
+
+    Of `tensors` only `input_scale` is read, and only where activations are static. Raises
+    ValueError for an activation that the op does not know.
+    """
     if scheme.activation == "tensor-static":
         return tensors["input_scale"]
     magnitude = x.abs().float()
@@ -115,14 +130,18 @@ def reference(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Sche
 
 
 def prepare_decode(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """The weight decoded once, in the compute dtype."""
+    """`decoded` [N, K], the weight decoded once, in the compute dtype.
+
+    Takes tensors as in the module's table.
+    """
     return {"decoded": decode(tensors, scheme).to(dtype)}
 
 
 def prepare_torch(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
     """The weight as a column-major [K, N] view, and scales as `torch._scaled_mm` takes them.
 
-    One scale per output channel [1, N] when weights or inputs are scaled by rows, else one number.
+    Takes tensors as in the module's table. One float32 scale per output channel [1, N] when weights
+    or inputs are scaled by rows, else one number [].
     """
     prepared = {"columns": tensors["weight"].contiguous().t()}
     scale = tensors["weight_scale"].float()
@@ -139,7 +158,11 @@ def prepare_torch(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tenso
 def encode_torch(
     x: torch.Tensor, tensors: Tensors, scheme: Scheme
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes [M, K], scale [] or [M, 1]) of x [..., K]: one fused kernel where triton runs."""
+    """(codes [M, K], scale [] or [M, 1]) of x [..., K]: one fused kernel where triton runs.
+
+    x is of any float dtype, M the product of its leading sides; codes are float8_e4m3fn, scales
+    float32. `input_scale` [] is read from `tensors` where activations are static.
+    """
     flat = x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling() or not can_launch(flat):
         # the compiler fuses these into what made x; CUDA would multiply by a number's reciprocal
@@ -156,7 +179,10 @@ def encode_torch(
 def run_torch(
     x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
-    """`torch._scaled_mm` on e4m3 codes, one scale per tensor or one per row and column."""
+    """`torch._scaled_mm` on e4m3 codes, one scale per tensor or one per row and column.
+
+    x [..., K] and `bias` [N] of any float dtype, tensors of `prepare_torch`; [..., N] in x's dtype.
+    """
     return multiply_torch(encode_torch(x, tensors, scheme), x, tensors, bias, scheme)
 
 
@@ -185,7 +211,10 @@ def multiply_torch(
 
 
 def prepare_blocks(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """The weight as a column-major [K, N] view, and its block scales as [K/128, N/128]."""
+    """The weight as a column-major [K, N] view, and its block scales as [K/128, N/128].
+
+    Takes tensors as in the module's table; codes stay float8_e4m3fn, scales float32.
+    """
     return {
         "columns": tensors["weight"].contiguous().t(),
         "weight_scale": tensors["weight_scale"].float().contiguous().t(),
@@ -197,7 +226,8 @@ def run_blocks(
 ) -> torch.Tensor:
     """`torch._scaled_mm` with a scale per 128 columns of a token and per block of the weight.
 
-    The matmul takes rows in fours, so zeros are added to x [..., K] where there are fewer.
+    x [..., K] of any float dtype, tensors of `prepare_blocks`, `bias` [N]; gives [..., N] in x's
+    dtype. The matmul takes rows in fours, so zeros are added to x where there are fewer.
     """
     flat = x.reshape(-1, x.shape[-1])
     rows, out_dtype = flat.shape[0], torch.bfloat16 if x.dtype == torch.float32 else x.dtype

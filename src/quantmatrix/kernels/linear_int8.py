@@ -61,17 +61,26 @@ CUDA_MULTIPLE = 8
 
 
 def take_rows(tensors: Tensors, rows: torch.Tensor | slice) -> Tensors:
-    """The layer with some of its outputs only; `rows` indexes them."""
+    """The layer with some of its outputs only; `rows` (a slice or int64 [rows]) indexes them.
+
+    Tensors as in the module's table; those of the input side are shared.
+    """
     return {name: t[rows] if name in PER_ROW else t for name, t in tensors.items()}
 
 
 def prepare_decode(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """The weight in the compute dtype, once."""
+    """`decoded` [N, K], the weight in the compute dtype, decoded once.
+
+    Takes tensors as in the module's table.
+    """
     return {"decoded": decode(tensors, scheme).to(dtype)}
 
 
 def prepare_int8(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """The codes as stored; for `torch._int_mm` on CUDA padded to multiples of 8."""
+    """The codes as stored; for `torch._int_mm` on CUDA padded to multiples of 8.
+
+    Takes and gives tensors as in the module's table, those that the scheme's arithmetic reads.
+    """
     kept = keep_used(tensors, scheme, dtype)
     if kept["weight"].is_cuda and not can_fuse(kept["weight"]):
         kept["weight"] = pad_to(kept["weight"], CUDA_MULTIPLE, CUDA_MULTIPLE)
@@ -79,7 +88,10 @@ def prepare_int8(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensor
 
 
 def pad_to(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """The matrix with zeros added until its sides are multiples; itself when they are."""
+    """The matrix [rows, columns], of any dtype, with zeros added until its sides are multiples.
+
+    `rows` and `columns` are the divisors; a matrix that has such sides comes back itself.
+    """
     missing = (0, -matrix.shape[1] % columns, 0, -matrix.shape[0] % rows)
     return functional.pad(matrix, missing) if any(missing) else matrix
 
@@ -87,7 +99,10 @@ def pad_to(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 def run_int8(
     x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
-    """x [..., K] -> [..., N] through `torch._int_mm`, which takes matrices only."""
+    """x [..., K] -> [..., N] in x's dtype through `torch._int_mm`, which takes matrices only.
+
+    x is of any float dtype, `bias` float [N] or None, `buffers` what `prepare_int8` kept.
+    """
     flat = smooth(x, buffers, scheme).reshape(-1, x.shape[-1])
     multiply = multiply_on_cuda if x.is_cuda or is_watched(x) else multiply_on_cpu
     y = multiply(flat, buffers, bias, scheme)
@@ -97,10 +112,11 @@ def run_int8(
 def multiply_on_cpu(
     x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
-    """x [M, K] -> [M, N], quantize, multiply and scale block of rows by block of rows.
+    """x [M, K] -> [M, N] in x's dtype: quantize, multiply and scale block of rows by block of rows.
 
-    The blocks reuse one accumulator, so that M rows do not cost M * N * 8 bytes of fresh memory:
-    that, not arithmetic, is what eager quantization costs most.
+    `bias` is float [N], `buffers` are tensors as in the module's table. The blocks reuse one
+    accumulator, so that M rows do not cost M * N * 8 bytes of fresh memory: that, not arithmetic,
+    is what eager quantization costs most.
     """
     weight = buffers["weight"]
     rows = min(ROWS, x.shape[0])
@@ -132,7 +148,10 @@ def multiply_on_cpu(
 def multiply_on_cuda(
     x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
-    """x [M, K] -> [M, N]: one kernel quantizes, one multiplies and scales; without Triton, more."""
+    """x [M, K] -> [M, N] in x's dtype: one kernel quantizes, one multiplies and scales.
+
+    Without Triton there are more. `bias` is float [N], `buffers` what `prepare_int8` kept.
+    """
     if can_fuse(x):
         return multiply_codes(quantize_fused(x, buffers, scheme), x, buffers, bias, scheme)
     dtype = x.dtype
@@ -149,7 +168,7 @@ def multiply_on_cuda(
 def encode_int8(
     x: torch.Tensor, buffers: Tensors, scheme: Scheme
 ) -> tuple[torch.Tensor, ...] | None:
-    """Codes [M, K] (and scales [M, 1]) of x [..., K] for every layer that reads it.
+    """Codes int8 [M, K] (and scales float32 [M, 1]) of x [..., K] for every layer that reads it.
 
     None where nothing can be shared: a CPU quantizes block of rows by block of rows, and a smoothed
     layer has an input of its own.
@@ -160,7 +179,10 @@ def encode_int8(
 
 
 def quantize_fused(x: torch.Tensor, buffers: Tensors, scheme: Scheme) -> tuple[torch.Tensor, ...]:
-    """Codes (and scales) of x [M, K] in one kernel; a compiler fuses it into what made x."""
+    """Codes int8 [M, K] (and scales float32 [M, 1]) of x [M, K] in one kernel.
+
+    x is of any float dtype. A compiler fuses this into what made x.
+    """
     from quantmatrix.kernels import int8_triton
 
     x, compiling = x.contiguous(), torch.compiler.is_compiling()
@@ -178,7 +200,11 @@ def multiply_codes(
     bias: torch.Tensor | None,
     scheme: Scheme,
 ) -> torch.Tensor:
-    """Codes times the weight, scaled in the same kernel; only shape and dtype of x are used."""
+    """Codes times the weight, scaled in the same kernel; only shape and dtype of x are used.
+
+    `encoded` is what `quantize_fused` gives: int8 [M, K], and float32 [M, 1] where scales are
+    dynamic. The result is [..., N] in x's dtype for x [..., K].
+    """
     from quantmatrix.kernels import int8_triton
 
     codes, scale = encoded[0], encoded[1] if len(encoded) == 2 else None
@@ -201,7 +227,10 @@ def multiply_padded(codes: torch.Tensor, weight: torch.Tensor, width: int) -> to
 
 
 def can_fuse(tensor: torch.Tensor) -> bool:
-    """Whether Triton can compile for the tensor's device, and takes rows of its length."""
+    """Whether Triton can compile for the tensor's device, and takes rows of its length.
+
+    The tensor is [..., K] of any dtype.
+    """
     return (is_watched(tensor) or has_compiler()) and tensor.shape[-1] <= WHOLE_ROW
 
 

@@ -78,7 +78,10 @@ def backend_alias(value: str) -> str | None:
 
 
 def prepare_decode(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """The whole weight in the compute dtype."""
+    """`decoded` [N, K], the whole weight in the compute dtype.
+
+    Takes tensors as in the module's table.
+    """
     return {"decoded": decode_to(tensors, scheme, dtype)}
 
 
@@ -97,16 +100,20 @@ RECODED: dict[tuple[bool, bool], Scheme] = {
 
 
 def describe_recoded(scheme: Scheme, tensors: Tensors) -> Scheme:
-    """The linear.fp8 scheme of a recoded layer: channel scales and token scales if smoothed."""
+    """The linear.fp8 scheme of a recoded layer: channel scales and token scales if smoothed.
+
+    Of the tensors, as in the module's table, it asks only whether `input_scale` is there.
+    """
     return RECODED[not (scheme.smoothed or scheme.rank), "input_scale" in tensors]
 
 
 def recode(tensors: Tensors, scheme: Scheme) -> Tensors:
-    """Canonical linear.fp8 tensors of the same layer.
+    """Canonical linear.fp8 tensors of the same layer; takes tensors as in the module's table.
 
     A plain weight keeps its own scale: e4m3(code * group scale / 6), times 6 * weight_scale_2, so
     that the largest number of a layer stays the largest of e4m3 (the relative error is 1.5%).
-    Smoothing and a low-rank branch are merged into the weight, which then gets one scale per row.
+    Smoothing and a low-rank branch are merged into the weight, which then gets one scale per row,
+    float32 [N, 1].
     """
     if not (scheme.smoothed or scheme.rank):
         found = {
@@ -131,7 +138,7 @@ def recode(tensors: Tensors, scheme: Scheme) -> Tensors:
 
 
 def prepare_recoded(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """What the fp8 kernel keeps of the recoded weight."""
+    """What `linear_fp8.prepare_torch` keeps of the recoded weight, float8_e4m3fn [K, N] and scales."""
     recoded = recode(tensors, scheme)
     return linear_fp8.prepare_torch(recoded, describe_recoded(scheme, tensors), dtype)
 
@@ -139,7 +146,7 @@ def prepare_recoded(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Ten
 def encode_recoded(
     x: torch.Tensor, buffers: Tensors, scheme: Scheme
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(e4m3 codes, scale) of the input of an fp8 layer."""
+    """(codes float8_e4m3fn [M, K], scale float32 [] or [M, 1]) of an fp8 layer's input x [..., K]."""
     return linear_fp8.encode_torch(x, buffers, describe_recoded(scheme, buffers))
 
 
@@ -150,7 +157,10 @@ def multiply_recoded(
     bias: torch.Tensor | None,
     scheme: Scheme,
 ) -> torch.Tensor:
-    """An fp8 layer on codes."""
+    """An fp8 layer on codes: [..., N] in x's dtype for x [..., K], of which nothing else is used.
+
+    `encoded` is what `encode_recoded` gives, `bias` [N] of any float dtype.
+    """
     recoded = describe_recoded(scheme, buffers)
     return linear_fp8.multiply_torch(encoded, x, buffers, bias, recoded)
 
@@ -158,14 +168,18 @@ def multiply_recoded(
 def run_recoded(
     x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
-    """An fp8 layer."""
+    """An fp8 layer: x [..., K] -> [..., N] in x's dtype, with what `prepare_recoded` kept."""
     return multiply_recoded(encode_recoded(x, buffers, scheme), x, buffers, bias, scheme)
 
 
 def run_packed(
     x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
-    """A plain linear layer whose weight is decoded for the call."""
+    """A plain linear layer whose weight is decoded for the call, in x's dtype.
+
+    x [..., K], `bias` [N] and the result [..., N] share one float dtype; buffers are tensors as in
+    the module's table.
+    """
     from quantmatrix.kernels import packed_triton
 
     smooth = x * buffers["pre_quant_scale"].to(x.dtype) if scheme.smoothed else x
@@ -177,7 +191,10 @@ def run_packed(
 
 
 def add_low_rank(y: torch.Tensor, x: torch.Tensor, buffers: Tensors) -> torch.Tensor:
-    """y [..., N] and what the low-rank branch makes of the smoothed x [..., K]."""
+    """y [..., N] and what the low-rank branch makes of the smoothed x [..., K].
+
+    y, of x's dtype, is changed in place and handed back.
+    """
     low = functional.linear(x, buffers["lora_a"].to(x.dtype))
     return y.add_(functional.linear(low, buffers["lora_b"].to(x.dtype)))
 
@@ -185,7 +202,7 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, buffers: Tensors) -> torch.Te
 def encode_packed(
     x: torch.Tensor, buffers: Tensors, scheme: Scheme
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(e4m3 codes, scale) of a plain layer's input, as in `fp8-recode`."""
+    """(codes float8_e4m3fn [M, K], scale float32 [] or [M, 1]) of x [..., K], as in `fp8-recode`."""
     static = "input_scale" in buffers
     scaled = {"input_scale": buffers["input_scale"] * E2M1_MAX} if static else {}
     return linear_fp8.encode_torch(x, scaled, describe_recoded(scheme, buffers))
@@ -198,7 +215,11 @@ def multiply_packed(
     bias: torch.Tensor | None,
     scheme: Scheme,
 ) -> torch.Tensor:
-    """An fp8 layer whose weight is recoded for the call, bit for bit as in `fp8-recode`."""
+    """An fp8 layer whose weight is recoded for the call, bit for bit as in `fp8-recode`.
+
+    `encoded` is what `encode_packed` gives; the result is [..., N] in x's dtype for x [..., K].
+    Buffers are tensors as in the module's table.
+    """
     from quantmatrix.kernels import packed_triton
 
     weight = packed_triton.decode(
@@ -211,7 +232,7 @@ def multiply_packed(
 def run_packed_fp8(
     x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
-    """`multiply_packed` after `encode_packed`."""
+    """`multiply_packed` after `encode_packed`: x [..., K] -> [..., N] in x's dtype."""
     return multiply_packed(encode_packed(x, buffers, scheme), x, buffers, bias, scheme)
 
 

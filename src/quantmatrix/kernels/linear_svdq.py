@@ -60,7 +60,10 @@ def decode_to(
     scheme: Scheme,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """What `decoder` gives, rounded to `dtype` without a float32 copy of the whole weight."""
+    """What `decoder` gives, [N, K], rounded to `dtype` without a float32 copy of the whole weight.
+
+    `decoder` takes tensors as in the module's table and gives float32 [rows, K].
+    """
     rows, columns = tensors["weight"].shape[0], 2 * tensors["weight"].shape[1]
     out = torch.empty(rows, columns, dtype=dtype, device=tensors["weight"].device)
     for part in cut_rows(rows, columns):
@@ -69,19 +72,25 @@ def decode_to(
 
 
 def keep_shift(tensors: Tensors, scheme: Scheme) -> Tensors:
-    """What the shift adds to each output, for unsigned layers."""
+    """`shift`, what the shift adds to each output, float32 [N]; nothing for signed layers."""
     return {"shift": sum_shift(tensors, scheme)} if scheme.unsigned else {}
 
 
 def prepare_merged(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """One dense weight in the compute dtype."""
+    """`merged` [N, K], one dense weight in the compute dtype, and the shift of an unsigned layer.
+
+    Takes tensors as in the module's table.
+    """
     return {"merged": decode_to(decode, tensors, scheme, dtype), **keep_shift(tensors, scheme)}
 
 
 def run_merged(
     x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
-    """A plain linear layer."""
+    """A plain linear layer: x [..., K] -> [..., N] in x's dtype, computed in the weight's.
+
+    `bias` is [N] as stored, `buffers` what `prepare_merged` kept.
+    """
     weight = buffers["merged"]
     plain = add_shift(bias, buffers)
     rounded = None if plain is None else plain.to(weight.dtype)
@@ -89,7 +98,10 @@ def run_merged(
 
 
 def prepare_decode(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """The coded part decoded in the compute dtype, and the two factors."""
+    """`decoded` [N, K], the coded part, and the two factors, all in the compute dtype.
+
+    Takes tensors as in the module's table.
+    """
     return {
         "decoded": decode_to(decode_main, tensors, scheme, dtype),
         "proj_down": tensors["proj_down"].to(dtype),
@@ -101,7 +113,10 @@ def prepare_decode(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tens
 def run_decode(
     x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
-    """A plain linear layer, and the low-rank branch as two small ones."""
+    """A plain linear layer, and the low-rank branch as two small ones.
+
+    x [..., K] -> [..., N] in x's dtype, computed in the weight's; `bias` is [N] as stored.
+    """
     weight = buffers["decoded"]
     plain = add_shift(bias, buffers)
     rounded = None if plain is None else plain.to(weight.dtype)
@@ -111,7 +126,11 @@ def run_decode(
 
 
 def prepare_packed(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """The codes and scales as stored, the smoothing turned over, factors in the compute dtype."""
+    """Codes and scales as stored; `unsmooth` and the two factors of the low-rank branch.
+
+    `unsmooth` is 1 / smooth, float32 [K]; the factors are in the compute dtype. Takes tensors as in
+    the module's table.
+    """
     return {
         **{name: tensors[name] for name in ("weight", "weight_scale", "channel_scale")},
         "unsmooth": 1 / tensors["smooth"].float(),
@@ -124,7 +143,7 @@ def prepare_packed(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tens
 def run_packed(
     x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
-    """As `merged`, the weight being made for the call."""
+    """As `merged`, the weight being made for the call: x [..., K] -> [..., N] in x's dtype."""
     from quantmatrix.kernels import packed_triton
 
     up, down = buffers["proj_up"], buffers["proj_down"]

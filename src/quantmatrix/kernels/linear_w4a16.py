@@ -41,7 +41,10 @@ def decode(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
 
 
 def take_rows(tensors: Mapping[str, torch.Tensor], rows: torch.Tensor | slice) -> Tensors:
-    """Canonical tensors of some output rows, in the order given."""
+    """Canonical tensors of some output rows, in the order given, as in the module's table.
+
+    `rows` is a slice or int64 [rows].
+    """
     return {name: tensor[rows] for name, tensor in tensors.items()}
 
 
@@ -53,7 +56,10 @@ def reference(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Sche
 
 
 def prepare_decode(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """The whole weight in the compute dtype, decoded a few rows at a time."""
+    """`decoded` [N, K], the weight in the compute dtype, decoded a few rows at a time.
+
+    Takes tensors as in the module's table.
+    """
     rows, columns = tensors["weight"].shape[0], 2 * tensors["weight"].shape[1]
     out = torch.empty(rows, columns, dtype=dtype, device=tensors["weight"].device)
     for part in cut_rows(rows, columns):
@@ -64,7 +70,7 @@ def prepare_decode(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tens
 def run_packed(
     x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
-    """As `decode`, the weight being made for the call in x's dtype."""
+    """As `decode`, the weight being made for the call: x [..., K] -> [..., N], all in x's dtype."""
     from quantmatrix.kernels import packed_triton
 
     weight = packed_triton.decode_zeros(

@@ -33,7 +33,7 @@ def round_e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def holds_nan(codes: torch.Tensor) -> bool:
-    """Whether e4m3 codes of any shape hold one of the two NaNs, 0x7F and 0xFF.
+    """Whether e4m3 codes (float8_e4m3fn, any shape) hold one of the two NaNs, 0x7F and 0xFF.
 
     Each is the largest byte in one reading, signed and unsigned, so that nothing is copied.
     """
@@ -56,7 +56,8 @@ def is_finite(numbers: torch.Tensor) -> bool:
 def encode_e2m1(x: torch.Tensor) -> torch.Tensor:
     """Codes 0..15 (uint8, x's shape) of the nearest e2m1 numbers, ties to the even code.
 
-    A tie lies on a bound: it goes down when the code below the bound is even, up when it is odd.
+    x has any shape and float dtype. A tie lies on a bound: it goes down when the code below the
+    bound is even, up when it is odd.
     """
     magnitude = x.abs().float()
     code = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
@@ -66,24 +67,27 @@ def encode_e2m1(x: torch.Tensor) -> torch.Tensor:
 
 
 def decode_e2m1(codes: torch.Tensor) -> torch.Tensor:
-    """Numbers (float32, the codes' shape) of e2m1 codes 0..15."""
+    """Numbers (float32) of e2m1 codes 0..15, which have any shape and integer dtype."""
     table = torch.tensor(E2M1_VALUES, device=codes.device)
     return table[codes.int()]
 
 
 def encode_int4(x: torch.Tensor) -> torch.Tensor:
-    """Codes 0..15 (uint8) of numbers rounded to -8..7, two's complement."""
+    """Codes 0..15 (uint8) of numbers, in any shape, rounded to -8..7, two's complement."""
     return (x.round().clamp(-8, 7).to(torch.int8) & 15).to(torch.uint8)
 
 
 def decode_int4(codes: torch.Tensor) -> torch.Tensor:
-    """Numbers (int8) of two's-complement codes 0..15."""
+    """Numbers (int8) of two's-complement codes 0..15, in any shape."""
     signed = codes.to(torch.int8)
     return torch.where(signed > 7, signed - 16, signed)
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """Codes [..., K] (0..15) to bytes [..., K/2], the even column in the low nibble."""
+    """Codes [..., K] (0..15) to bytes [..., K/2], uint8, the even column in the low nibble.
+
+    Raises ValueError for an odd number of columns.
+    """
     if codes.shape[-1] % 2:
         raise ValueError(f"an even number of columns is needed to pack nibbles: {codes.shape[-1]}")
     pairs: torch.Tensor = codes.to(torch.uint8).unflatten(-1, (-1, 2))
@@ -97,20 +101,27 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
 
 
 def swap_nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """Bytes with their two nibbles exchanged (0xAB to 0xBA), same shape."""
+    """Bytes (uint8, any shape) with their two nibbles exchanged: 0xAB to 0xBA."""
     return (packed << 4) | (packed >> 4)
 
 
 def expand_blocks(
     scales: torch.Tensor, block: tuple[int, int], shape: tuple[int, int]
 ) -> torch.Tensor:
-    """One scale per element [rows, columns] from one per block; ragged edges are cut off."""
+    """One scale per element [rows, columns] from one per block; ragged edges are cut off.
+
+    `scales` are [ceil(rows/bn), ceil(columns/bk)] for `block` (bn, bk), of any dtype, which is
+    kept.
+    """
     tall = scales.repeat_interleave(block[0], dim=0)[: shape[0]]
     return tall.repeat_interleave(block[1], dim=1)[:, : shape[1]]
 
 
 def find_block_amax(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Largest magnitude of each block of x [rows, columns]: [ceil(rows/bn), ceil(columns/bk)]."""
+    """Largest magnitude of each block of x [rows, columns]: [ceil(rows/bn), ceil(columns/bk)].
+
+    `block` is (bn, bk); the result has x's dtype.
+    """
     rows, columns = x.shape
     padded = torch.nn.functional.pad(x.abs(), (0, -columns % block[1], 0, -rows % block[0]))
     cut: torch.Tensor = padded.unflatten(0, (-1, block[0])).unflatten(2, (-1, block[1]))

@@ -67,7 +67,7 @@ def cut_rows(rows: int, columns: int) -> Iterator[slice]:
 
 
 def decode_residual(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """The coded part of the weight [N, K], without smoothing and low-rank branch."""
+    """The coded part of the weight, [N, K] in `dtype`, without smoothing and low-rank branch."""
     scales = tensors["weight_scale"].float() * tensors["weight_scale_2"]
     return decode_codes(tensors["weight"], scales, dtype)
 
@@ -85,7 +85,7 @@ def decode(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
 def decode_to(
     tensors: Mapping[str, torch.Tensor], scheme: Scheme, dtype: torch.dtype
 ) -> torch.Tensor:
-    """`decode`, rounded to `dtype` without a float32 copy of the whole weight."""
+    """`decode`, [N, K] rounded to `dtype` without a float32 copy of the whole weight."""
     if not (scheme.rank or scheme.smoothed):
         return decode_residual(tensors, dtype)
     rows, columns = tensors["weight"].shape[0], 2 * tensors["weight"].shape[1]
@@ -113,7 +113,10 @@ def encode(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 
 def take_rows(tensors: Mapping[str, torch.Tensor], rows: torch.Tensor | slice) -> Tensors:
-    """Canonical tensors of some output rows, in the order given."""
+    """Tensors of some output rows, in the order given, as in the table of `kernels.linear_nvfp4`.
+
+    `rows` is a slice or int64 [rows]; tensors of the input side are shared.
+    """
     taken = dict(tensors)
     for name in ("weight", "lora_b", "bias"):
         if name in taken:
@@ -141,7 +144,10 @@ def round_inputs(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Tensor:
 
 
 def round_to_e2m1(x: torch.Tensor) -> torch.Tensor:
-    """Nearest e2m1 numbers, ties to the even code, magnitudes above 5 to 6."""
+    """Nearest e2m1 numbers, ties to the even code, magnitudes above 5 to 6.
+
+    x has any shape and float dtype; both are kept.
+    """
     size = x.abs().clamp(max=E2M1_MAX)
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
     return ((size / step).round() * step).copysign(x)

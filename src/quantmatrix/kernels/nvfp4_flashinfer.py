@@ -39,7 +39,10 @@ REMEDY = "--backend decode runs anywhere, --backend fp8-recode wherever there ar
 
 
 def prepare_tiled(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """Weight as stored, scales in tiles [N padded to 128, K/16 padded to 4]."""
+    """Weight as stored, scales in tiles [N padded to 128, K/16 padded to 4].
+
+    Takes tensors as in the table of `kernels.linear_nvfp4`; codes stay uint8, scales float8_e4m3fn.
+    """
     return {
         "weight": tensors["weight"].contiguous(),
         "weight_scale": tile_scales(tensors["weight_scale"]),
@@ -48,7 +51,10 @@ def prepare_tiled(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tenso
 
 
 def prepare_shuffled(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """Weight and scales in the row order of the TRT-LLM kernels, scales in tiles."""
+    """Weight and scales in the row order of the TRT-LLM kernels, scales in tiles.
+
+    Takes tensors as in the table of `kernels.linear_nvfp4`; N is padded to a multiple of 128.
+    """
     return {
         "weight": shuffle_rows(tensors["weight"]),
         "weight_scale": shuffle_scales(tensors["weight_scale"]),
@@ -57,7 +63,10 @@ def prepare_shuffled(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Te
 
 
 def keep_scales(tensors: Tensors, dtype: torch.dtype) -> Tensors:
-    """Everything but codes and group scales: scalars in float32, vectors in the compute dtype."""
+    """Everything but codes and group scales: scalars in float32, vectors in the compute dtype.
+
+    Takes tensors as in the table of `kernels.linear_nvfp4`.
+    """
     kept = {name: tensors[name] for name in KEPT if name in tensors}
     return {name: t.float() if t.ndim == 0 else t.to(dtype) for name, t in kept.items()}
 
@@ -70,7 +79,10 @@ def run_flashinfer(
     *,
     gemm: str,
 ) -> torch.Tensor:
-    """x [..., K] -> [..., N] through `mm_fp4` with the backend `gemm`."""
+    """x [..., K] -> [..., N] in x's dtype through `mm_fp4` with the backend `gemm`.
+
+    `bias` is [N] of any float dtype, `buffers` what the backend's preparation kept.
+    """
     import flashinfer
 
     rows = x.reshape(-1, x.shape[-1])

@@ -19,12 +19,18 @@ if TYPE_CHECKING:
 
 
 def keep_all(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """The canonical tensors of a layer, as the module of its op lists them: all, unchanged."""
+    """The canonical tensors of a layer, as the module of its op lists them: all, unchanged.
+
+    Weights are [out, in], or packed, in the dtypes of that table.
+    """
     return dict(tensors)
 
 
 def keep_used(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """The tensors that the scheme's arithmetic reads, as they are."""
+    """The tensors that the arithmetic of linear.int8 reads under a scheme, as they are.
+
+    Takes and gives tensors as in the table of `kernels.linear_int8`.
+    """
     static = ("input_scale", "input_offset", "deq_scale", "quant_bias")
     used = static if scheme.activation == "tensor-static" else ("weight_scale",)
     smoothing = ("mul_scale",) if scheme.smoothed else ()

@@ -19,7 +19,8 @@ When N is a multiple of 128 and K/16 one of 4, tiled and plain have the same sha
 property of the file's format and can never be told from the tensor.
 
 *Shuffled*: inside every 32 rows, row i moves to (i % 4) * 8 + i // 4, so that one warp's results
-lie side by side. N is padded to a multiple of 128 with zero rows.
+lie side by side. N is padded to a multiple of 128 with zero rows. Sources: cuBLAS's documentation
+of block scales (tiles), flashinfer (shuffled rows).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def tile_scales(scales: torch.Tensor) -> torch.Tensor:
 
 
 def untile_scales(tiled: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """The plain table [rows, columns] of tiled scales, which may have any shape.
+    """The plain table [rows, columns] of tiled scales, which may have any shape and one-byte dtype.
 
     Raises ValueError when the number of scales is not that of the padded table.
     """
@@ -70,7 +71,10 @@ def untile_scales(tiled: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def find_shuffle(rows: int) -> torch.Tensor:
-    """int64 [rows]: which row goes to each place in the shuffled order; rows in multiples of 32."""
+    """int64 [rows]: which row goes to each place in the shuffled order; rows in multiples of 32.
+
+    Raises ValueError for any other number of rows.
+    """
     if rows % SHUFFLE_ROWS:
         raise ValueError(f"{rows} rows: expected a multiple of {SHUFFLE_ROWS}")
     place = torch.arange(SHUFFLE_ROWS)
@@ -80,7 +84,7 @@ def find_shuffle(rows: int) -> torch.Tensor:
 
 
 def pad_rows(matrix: torch.Tensor) -> torch.Tensor:
-    """One-byte elements [rows, columns] with zero rows added up to a multiple of 128."""
+    """A matrix [rows, columns] of one-byte dtype with zero rows added up to a multiple of 128."""
     missing = -matrix.shape[0] % TILE_ROWS
     if not missing:
         return matrix
@@ -89,12 +93,18 @@ def pad_rows(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def shuffle_rows(matrix: torch.Tensor) -> torch.Tensor:
-    """Packed weights [rows, bytes], rows padded to 128, in the order the TRT-LLM kernels read."""
+    """Packed weights [rows, bytes], rows padded to 128, in the order the TRT-LLM kernels read.
+
+    The dtype has one byte (uint8, float8_e4m3fn) and is kept.
+    """
     padded = pad_rows(matrix)
     order = find_shuffle(padded.shape[0]).to(matrix.device)
     return padded.view(torch.uint8)[order].view(matrix.dtype)
 
 
 def shuffle_scales(scales: torch.Tensor) -> torch.Tensor:
-    """Plain scales [rows, columns], rows padded and reordered as the weight's, then tiled."""
+    """Plain scales [rows, columns], rows padded and reordered as the weight's, then tiled.
+
+    The dtype has one byte (float8_e4m3fn or uint8) and is kept.
+    """
     return tile_scales(shuffle_rows(scales))

@@ -51,7 +51,10 @@ def sum_shift(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tens
 
 
 def decode_bias(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor | None:
-    """The layer's bias in plain numbers, the shift of an unsigned layer taken out of it again."""
+    """The layer's bias [N] in plain numbers, the shift of an unsigned layer taken out of it again.
+
+    float32 for an unsigned layer, which always has one; else as stored, or None.
+    """
     bias = tensors.get("bias")
     if not scheme.unsigned:
         return bias
@@ -60,7 +63,10 @@ def decode_bias(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Te
 
 
 def take_rows(tensors: Mapping[str, torch.Tensor], rows: torch.Tensor | slice) -> Tensors:
-    """Canonical tensors of some output rows, in the order given; input-side ones are shared."""
+    """Tensors of some output rows, in the order given, as in the table of `kernels.linear_svdq`.
+
+    `rows` is a slice or int64 [rows]; tensors of the input side are shared.
+    """
     taken = dict(tensors)
     for name in ("weight", "channel_scale", "proj_up", "bias"):
         if name in taken:

@@ -77,7 +77,11 @@ def find_narrow(dtype: torch.dtype) -> torch.dtype:
 
 
 def prepare_nunchaku(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """The tensors in the engine's tile order and dtype, ready for its functions."""
+    """The tensors in the engine's tile order and 16-bit dtype, ready for its functions.
+
+    Takes tensors as in the table of `kernels.linear_svdq`; gives the stored shapes of
+    `svdq_packing`.
+    """
     narrow = find_narrow(dtype)
     kept = {
         "qweight": packing.pack_codes(tensors["weight"]),
@@ -98,7 +102,11 @@ def prepare_nunchaku(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Te
 def run_nunchaku(
     x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
-    """Code the input and form its low-rank products in one kernel, multiply in another."""
+    """Code the input and form its low-rank products in one kernel, multiply in another.
+
+    x [..., K] of any float dtype -> [..., N] in x's dtype; `bias` [N] as stored, `buffers` what
+    `prepare_nunchaku` made.
+    """
     from nunchaku.ops.gemm import svdq_gemm_w4a4_cuda
     from nunchaku.ops.quantize import svdq_quantize_w4a4_act_fuse_lora_cuda
 
@@ -127,14 +135,17 @@ def run_nunchaku(
 
 
 def add_shift(bias: torch.Tensor | None, buffers: Tensors) -> torch.Tensor | None:
-    """The bias [N] of an unsigned layer without the fold of its file; any other as it is."""
+    """The bias [N] of an unsigned layer without the fold of its file, float32; any other as it is."""
     if "shift" not in buffers:
         return bias
     return buffers["shift"] if bias is None else bias.float() + buffers["shift"]
 
 
 def prepare_nunchaku_awq(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """AWQ tensors in the engine's order."""
+    """AWQ tensors in the engine's order: codes int32 [N/4, K/2], scales and zeros 16-bit [K/64, N].
+
+    Takes tensors as in the table of `kernels.linear_w4a16`.
+    """
     narrow = find_narrow(dtype)
     return {
         "qweight": packing.pack_awq(tensors["weight"]),
@@ -146,7 +157,10 @@ def prepare_nunchaku_awq(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -
 def run_nunchaku_awq(
     x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
-    """The engine's matrix-vector product, eight rows at a time."""
+    """The engine's matrix-vector product, eight rows at a time.
+
+    x [..., K] of any float dtype -> [..., N] in x's dtype; `bias` [N] or None.
+    """
     from nunchaku.ops.gemv import awq_gemv_w4a16_cuda
 
     rows = x.reshape(-1, x.shape[-1]).to(buffers["wscales"].dtype)
@@ -169,7 +183,10 @@ def run_nunchaku_awq(
 
 
 def prepare_comfy(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """Row-major codes, and scales [K/64, N]."""
+    """Row-major codes int8 [N, K/2], scales [K/64, N], `proj_down` [K, R], all but codes 16-bit.
+
+    Takes tensors as in the table of `kernels.linear_svdq`.
+    """
     narrow = find_narrow(dtype)
     channel = tensors["channel_scale"].unsqueeze(1)
     return {
@@ -184,7 +201,11 @@ def prepare_comfy(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tenso
 def run_comfy(
     x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
-    """Code the input, shifted by us where it is unsigned, then multiply."""
+    """Code the input, shifted by us where it is unsigned, then multiply.
+
+    x [..., K] of any float dtype -> [..., N] in x's dtype; `bias` [N] as stored, `buffers` what
+    `prepare_comfy` made.
+    """
     import comfy_kitchen
 
     raw = x.reshape(-1, x.shape[-1]).to(buffers["proj_up"].dtype)
@@ -209,7 +230,11 @@ def run_comfy(
 
 
 def prepare_comfy_awq(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:
-    """Row-major codes, and zeros that belong to code 8 instead of code 0."""
+    """Row-major codes, and zeros that belong to code 8 instead of code 0.
+
+    Codes are int8 [N, K/2], scales and zeros 16-bit [K/64, N]. Takes tensors as in the table of
+    `kernels.linear_w4a16`.
+    """
     narrow = find_narrow(dtype)
     scale, zero = tensors["weight_scale"].float(), tensors["weight_zero"].float()
     return {
@@ -222,7 +247,7 @@ def prepare_comfy_awq(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> T
 def run_comfy_awq(
     x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
-    """comfy-kitchen's weight-only product."""
+    """comfy-kitchen's weight-only product: x [..., K] -> [..., N] in x's dtype, `bias` [N] or None."""
     import comfy_kitchen
 
     rows = x.reshape(-1, x.shape[-1]).to(buffers["wscales"].dtype)

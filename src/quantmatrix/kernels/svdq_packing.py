@@ -15,9 +15,10 @@ and k an input channel of a layer [N, K], G a group of inputs, r a direction of 
 | `proj_up` [N, R] | n/16, r/16, then n of 8, r/2 of 4, n/8 of 2, r/8 of 2, r of 2 |
 | AWQ `qweight` int32 [N/4, K/2] | n/4, k/64, n of 4, k/32 of 2, k of 8, k/8 of 4 |
 
-("n/8 of 2" is the part floor(n / 8) mod 2.) Two neighbouring k share a byte, the even one in the low
-nibble, on disk and here. N and K are multiples of 128, R is one of 16. Every `pack` undoes its
-`unpack` exactly; float8 tensors travel as bytes.
+("n/8 of 2" is the part floor(n / 8) mod 2.) Two neighbouring k share a byte, the even one in the
+low nibble, on disk and here. N and K are multiples of 128, R is one of 16. Every `pack` undoes its
+`unpack` exactly; float8 tensors travel as bytes. Source: the nunchaku engine, 1.3.0dev, and the
+packer of its quantizer.
 """
 
 from __future__ import annotations
@@ -57,13 +58,13 @@ def _as_words(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_channels(stored: torch.Tensor) -> torch.Tensor:
-    """A vector (or vectors, [..., channels]) in plain channel order."""
+    """A vector (or vectors, [..., channels]) of any dtype in plain channel order."""
     tiles: torch.Tensor = stored.unflatten(-1, (-1, 4, 2, 2))
     return tiles.transpose(-3, -2).flatten(-4)
 
 
 def pack_channels(plain: torch.Tensor) -> torch.Tensor:
-    """A vector (or vectors, [..., channels]) in stored order."""
+    """A vector (or vectors, [..., channels]) of any dtype in stored order."""
     tiles: torch.Tensor = plain.unflatten(-1, (-1, 2, 4, 2))
     return tiles.transpose(-3, -2).flatten(-4)
 
@@ -80,7 +81,7 @@ def unpack_scales(stored: torch.Tensor) -> torch.Tensor:
 
 
 def pack_scales(plain: torch.Tensor) -> torch.Tensor:
-    """Scales [N, K/g] as `wscales` [K/g, N]."""
+    """Scales [N, K/g] as `wscales` [K/g, N]: float8_e4m3fn (g = 16) or 16-bit (g = 64), kept."""
     rows, groups = plain.shape
     if plain.dtype == torch.float8_e4m3fn:
         tiles = plain.view(torch.uint8).reshape(rows // TILE, 4, 4, 8, groups // 4, 4)
@@ -91,25 +92,25 @@ def pack_scales(plain: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_down(stored: torch.Tensor) -> torch.Tensor:
-    """`proj_down` [K, R] as the factor [R, K] that multiplies the input."""
+    """`proj_down` [K, R], of any dtype, as the factor [R, K] that multiplies the input."""
     tiles, (columns, rank) = _cut_factor(stored), stored.shape
     return tiles.permute(1, 4, 2, 0, 5, 3, 6).reshape(rank, columns)
 
 
 def pack_down(plain: torch.Tensor) -> torch.Tensor:
-    """The factor [R, K] as `proj_down` [K, R]."""
+    """The factor [R, K], of any dtype, as `proj_down` [K, R]."""
     rank, columns = plain.shape
     tiles = plain.reshape(rank // 16, 2, 8, columns // 16, 2, 4, 2)
     return tiles.permute(3, 0, 2, 5, 1, 4, 6).reshape(columns, rank)
 
 
 def unpack_up(stored: torch.Tensor) -> torch.Tensor:
-    """`proj_up` [N, R] as the factor [N, R] that makes outputs."""
+    """`proj_up` [N, R], of any dtype, as the factor [N, R] that makes outputs."""
     return _cut_factor(stored).permute(0, 4, 2, 1, 5, 3, 6).reshape(stored.shape)
 
 
 def pack_up(plain: torch.Tensor) -> torch.Tensor:
-    """The factor [N, R] as `proj_up` [N, R]."""
+    """The factor [N, R], of any dtype, as `proj_up` [N, R]."""
     rows, rank = plain.shape
     tiles = plain.reshape(rows // 16, 2, 8, rank // 16, 2, 4, 2)
     return tiles.permute(0, 3, 2, 5, 1, 4, 6).reshape(rows, rank)

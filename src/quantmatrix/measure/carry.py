@@ -202,7 +202,10 @@ def name_twin(cell: Cell, tables: Matrix, scope: str) -> Twin:
 
 
 def run_twins(sources: Path, twins: Sequence[Twin], say: Say) -> list[dict[str, str]]:
-    """What each twin gives by the package below a folder of sources, in a process of its own."""
+    """What each twin gives by the package below a folder of sources, in a process of its own.
+
+    Raises QuantmatrixError where that process ends before the last twin.
+    """
     words = [sys.executable, "-c", RUNNER, str(sources)]
     found: list[dict[str, str]] = []
     with tempfile.TemporaryFile("w+") as given:

@@ -53,7 +53,10 @@ def read_side(word: str, request: Request) -> SavedRun:
 
 
 def make_request(word: str, request: Request) -> Request:
-    """The request of a side that has to be run."""
+    """The request of a side that has to be run.
+
+    Raises UsageError without a base model, and where flags and the side name a transformer twice.
+    """
     reference, backend = split_backend(word)
     if backend:
         request = replace(request, backend=backend)
@@ -102,7 +105,10 @@ def compare_sides(reference: SavedRun, candidate: SavedRun, bounds: Bounds) -> d
 
 
 def judge(worst: StepMetrics, media: Mapping[str, Any] | None, bounds: Bounds) -> list[str]:
-    """What is out of bounds, in words."""
+    """What is out of bounds, in words; PSNR is in dB.
+
+    Raises UsageError for a bound on pictures where a side has none.
+    """
     if worst.nonfinite:
         return [f"{worst.nonfinite} elements of the latents are NaN or infinite"]
     image = media or {}

@@ -80,7 +80,10 @@ class Study:
         self.reference = self.run(())
 
     def run(self, quantized: Iterable[str]) -> torch.Tensor:
-        """Final latents with these modules quantized and all others in full precision."""
+        """Final latents with these modules quantized and all others in full precision.
+
+        They have the pipeline's own shape [batch, ...] and dtype.
+        """
         chosen = set(quantized)
         for name, (own, coded) in self.forms.items():
             component, _, module = name.partition(".")
@@ -101,7 +104,10 @@ def replace_child(owner: nn.Module, child: str, module: nn.Module) -> None:
 
 
 def group_modules(names: Iterable[str], by: str) -> list[tuple[str, ...]]:
-    """Modules one by one (`layer`) or by the numbered block that holds them (`block`)."""
+    """Modules one by one (`layer`) or by the numbered block that holds them (`block`).
+
+    Raises UsageError for any other `by`.
+    """
     if by not in ("layer", "block"):
         raise UsageError(f"--by {by}: expected layer or block")
     groups: dict[str, list[str]] = {}
@@ -125,7 +131,7 @@ def find_smallest(
 ) -> tuple[int, dict[int, StepMetrics]]:
     """(groups to keep, distances of the prefixes that were run); all are kept if none meets it.
 
-    Bisection over prefixes of the ranking, each of which is run.
+    Bisection over prefixes of the ranking, each of which is run. `target_db` is a PSNR in dB.
     """
     seen: dict[int, StepMetrics] = {}
 
@@ -154,6 +160,7 @@ def propose(
     """The measured shares and the smallest set of layers to keep in full precision.
 
     `target_db` is the PSNR of the final latents against full precision that is to be met.
+    `target_db` is the PSNR of the final latents in dB.
     """
     study = Study(request)
     shares = rank_modules(study, by, show)

@@ -56,7 +56,10 @@ def _round(value: float) -> float | None:
 
 
 def compare_tensors(reference: torch.Tensor, candidate: torch.Tensor) -> StepMetrics:
-    """Metrics of one pair of tensors of equal shape (any dtype); ShapeError otherwise."""
+    """Metrics of one pair of tensors of equal shape, any shape and any dtype; PSNR in dB.
+
+    Raises ShapeError for shapes that differ, and for a reference that is not finite.
+    """
     if reference.shape != candidate.shape:
         raise ShapeError(
             f"reference has shape {list(reference.shape)}, candidate {list(candidate.shape)}: "
@@ -95,7 +98,10 @@ def _decibels(peak: float, rms: float) -> float:
 def compare_trajectories(
     reference: Sequence[torch.Tensor], candidate: Sequence[torch.Tensor]
 ) -> list[StepMetrics]:
-    """Metrics of every denoising step, in order; ShapeError when the runs are of different form."""
+    """Metrics of every denoising step, in order; tensors of any shape and dtype, one per step.
+
+    Raises ShapeError when the runs are of different form.
+    """
     if len(reference) != len(candidate):
         raise ShapeError(
             f"reference has {len(reference)} steps, candidate {len(candidate)}: "
@@ -105,7 +111,10 @@ def compare_trajectories(
 
 
 def summarize(steps: Sequence[StepMetrics]) -> dict[str, Any]:
-    """Plain data for evidence: every step, the worst values, and the PSNR lost per step in dB."""
+    """Plain data for evidence: every step, the worst values, and the PSNR lost per step in dB.
+
+    Raises ShapeError for a run without steps.
+    """
     if not steps:
         raise ShapeError("a run without steps: nothing to compare")
     worst = find_worst(steps)
@@ -155,7 +164,11 @@ def judge(steps: Sequence[StepMetrics], limits: Limits) -> list[str]:
 
 
 def compare_frames(reference: torch.Tensor, candidate: torch.Tensor) -> dict[str, float | None]:
-    """Distance of two uint8 images or clips of equal shape, in steps of 0..255 (PSNR: peak 255)."""
+    """Distance of two uint8 images or clips, in steps of 0..255; PSNR in dB, against a peak of 255.
+
+    Both have one shape, [frames, height, width, 3] or any other. Raises ShapeError for another
+    dtype and for shapes that differ.
+    """
     if reference.dtype != torch.uint8 or candidate.dtype != torch.uint8:
         raise ShapeError(f"frames are uint8, found {reference.dtype} and {candidate.dtype}")
     if reference.shape != candidate.shape:
@@ -170,7 +183,10 @@ def compare_frames(reference: torch.Tensor, candidate: torch.Tensor) -> dict[str
 
 
 def digest_latents(latents: Sequence[torch.Tensor]) -> str:
-    """`sha256:...` over dtype, shape and bytes of every step: equal digests are equal bits."""
+    """`sha256:...` over dtype, shape and bytes of every step: equal digests are equal bits.
+
+    Steps may have any shape and dtype.
+    """
     digest = hashlib.sha256()
     for tensor in latents:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())

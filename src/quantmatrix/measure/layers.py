@@ -102,7 +102,10 @@ def make_hook(
 
 
 def relative_error(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """|found - expected| / |expected|, at most USELESS, which NaN counts as, too."""
+    """|found - expected| / |expected|, at most USELESS, which NaN counts as, too.
+
+    Both have one shape, any shape, and float dtype.
+    """
     size = float(expected.norm())
     distance = float((found - expected).norm())
     if distance == 0.0:

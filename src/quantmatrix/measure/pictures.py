@@ -48,7 +48,10 @@ def measure_frames(reference: torch.Tensor, candidate: torch.Tensor) -> dict[str
 
 
 def compute_ssim(reference: torch.Tensor, candidate: torch.Tensor) -> float:
-    """SSIM of two uint8 pictures [height, width, channels] of at least 11 x 11 pixels."""
+    """SSIM of two uint8 pictures [height, width, channels] of at least 11 x 11 pixels.
+
+    Raises ShapeError for smaller ones, and for two that are not of one such shape.
+    """
     if reference.shape != candidate.shape or reference.ndim != 3:
         raise ShapeError(
             f"pictures of {list(reference.shape)} and {list(candidate.shape)} elements: "
@@ -69,7 +72,10 @@ def compute_ssim(reference: torch.Tensor, candidate: torch.Tensor) -> float:
 
 
 def smooth(planes: torch.Tensor) -> torch.Tensor:
-    """Gaussian-weighted means of planes [..., height, width] where the window lies inside."""
+    """Gaussian-weighted means of planes [..., height, width] where the window lies inside.
+
+    Planes are float64; each loses 10 rows and 10 columns.
+    """
     offsets = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
     weights = torch.exp(-(offsets**2) / (2 * SIGMA**2))
     weights = weights / weights.sum()

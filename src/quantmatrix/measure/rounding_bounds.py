@@ -49,7 +49,10 @@ def find_bound(scheme: Scheme) -> float | None:
 
 
 def measure_error(base: torch.Tensor, decoded: torch.Tensor, scheme: Scheme) -> float:
-    """The largest |decoded - base| over the magnitude of its group, of two [out, in]."""
+    """The largest |decoded - base| over the magnitude of its group.
+
+    Both are [out, in] of any float dtype; infinite where a number is not finite.
+    """
     size = split_groups(base.float(), scheme).abs().amax(dim=1)
     error = split_groups(decoded.float() - base.float(), scheme).abs().amax(dim=1)
     if not bool(torch.isfinite(error).all()):
@@ -60,7 +63,11 @@ def measure_error(base: torch.Tensor, decoded: torch.Tensor, scheme: Scheme) -> 
 def measure_residual(
     base: torch.Tensor, decoded: torch.Tensor, tensors: Tensors, scheme: Scheme
 ) -> float:
-    """The same where smoothing and a low-rank branch moved what was rounded; canonical tensors."""
+    """The same where smoothing and a low-rank branch moved what was rounded.
+
+    `base` and `decoded` are [out, in] of any float dtype, `tensors` the canonical ones of the
+    layer's op.
+    """
     error = (decoded.float() - base.float()).abs()
     if "smooth" in tensors:
         error = error * tensors["smooth"].float().abs()
@@ -94,7 +101,7 @@ def measure_plan(made: Plan, base: Plan) -> Iterator[tuple[str, Piece, float]]:
 def measure_piece(
     part: ComponentPlan, piece: Piece, base: torch.Tensor, reader: TensorReader
 ) -> float:
-    """The largest error of one layer on disk against base weights [out, in]."""
+    """The largest error of one layer on disk against base weights [out, in] of any float dtype."""
     family = families.load(str(part.family))
     tensors = read_layer(part.checkpoint, piece.layer, reader)
     if part.online:

@@ -62,7 +62,11 @@ def from_run(run: Run, name: str) -> SavedRun:
 
 
 def check_target(path: str | None, *, several: bool) -> Path | None:
-    """Where a run is to be written, asked before anything is computed."""
+    """Where a run is to be written, asked before anything is computed.
+
+    Raises UsageError for several runs, for another ending than .safetensors, and where nothing can
+    be written.
+    """
     if path is None:
         return None
     if several:
@@ -74,7 +78,10 @@ def check_target(path: str | None, *, several: bool) -> Path | None:
 
 
 def write(run: Run, path: Path) -> Path:
-    """Write a run; the file appears whole or not at all."""
+    """Write a run; the file appears whole or not at all.
+
+    Raises UsageError where it cannot be written.
+    """
     from quantmatrix.checkpoints.writer import save_tensors
 
     saved = from_run(run, path.name)
@@ -98,7 +105,10 @@ def write(run: Run, path: Path) -> Path:
 
 
 def is_saved_run(path: Path) -> bool:
-    """Whether a file holds a run, not a checkpoint; only a header is read."""
+    """Whether a file holds a run, not a checkpoint; only a header is read.
+
+    Raises CheckpointError for a damaged header, and for a link that leads out of its folder.
+    """
     if not path.is_file() or path.suffix not in ENDINGS:
         return False
     if path.suffix == ".pt":

@@ -62,7 +62,7 @@ def shrink(frames: torch.Tensor) -> torch.Tensor:
 
 
 def encode_colours(pixels: torch.Tensor) -> str:
-    """A palette PNG of whole numbers [height, width, 3] in 0..255."""
+    """A palette PNG of whole numbers [height, width, 3] in 0..255, of any integer dtype."""
     red, green, blue = (
         (pixels[..., n] * (levels - 1) + 127) // 255 for n, levels in enumerate(LEVELS)
     )

@@ -142,7 +142,11 @@ def follow(
 
 
 def draw_canonical(part: ComponentPlan, piece: Piece, shape: tuple[int, int]) -> kernels.Tensors:
-    """Canonical tensors of a layer without memory: those that the checkpoint has, in its dtypes."""
+    """Canonical tensors of a layer without memory: those that the checkpoint has, in its dtypes.
+
+    `shape` is the layer's (out, in); the tensors are on `meta`, in the shapes of the op's table,
+    codes [out, in] or packed. Raises ValueError for a component without a family.
+    """
     if part.family is None:
         raise ValueError(f"{piece.layer} is quantized, and its component has no family")
     family = families.load(part.family)

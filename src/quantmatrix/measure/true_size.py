@@ -173,8 +173,8 @@ def draw_blocks(model: str, device: str, seed: int = 0) -> nn.Module:
 def structure(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A white weight [N, K] with what low-rank branches and smoothing are for, its gain unchanged.
 
-    As in the stand-ins (`tiny_weights`): a rank-8 component of the same energy, and one input channel
-    of 64 is six times as large.
+    As in the stand-ins (`tiny_weights`): a rank-8 component of the same energy, and one input
+    channel of 64 is six times as large. The weight's dtype is kept.
     """
     rows, columns = weight.shape
 
@@ -206,7 +206,8 @@ def write_once(
 ) -> Path:
     """The checkpoint of a row, written by its family from these weights unless it is there.
 
-    Those of other rows are removed.
+    Those of other rows are removed. Raises UsageError for a row that is quantized while it is
+    loaded.
     """
     if row.form == "online":
         raise UsageError(f"{row.id} is quantized while it is loaded: it has no file to write")
@@ -315,7 +316,10 @@ def measure_steps(model: str, base: str, module: nn.Module, device: str) -> Meas
 def make_steps(
     model: str, base: str, module: nn.Module, device: str
 ) -> tuple[list[torch.Tensor], float]:
-    """(latents after each step, seconds of a step), from noise that the seed decides."""
+    """(latents after each step, seconds of a step), from noise that the seed decides.
+
+    Latents are float32 on the CPU, in the shape [batch, ...] that the model takes.
+    """
     inputs = choose_inputs(model, module, device)
     scheduler = open_scheduler(base, module, inputs, device)
     kept = []
@@ -343,7 +347,11 @@ def choose_inputs(model: str, module: nn.Module, device: str) -> dict[str, Any]:
 def set_moment(
     model: str, inputs: Mapping[str, Any], moment: torch.Tensor
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """(arguments of the forward at a timestep, the latents), as each pipeline passes them."""
+    """(arguments of the forward at a timestep, the latents), as each pipeline passes them.
+
+    `moment` is one of the scheduler's timesteps, a number [] in the scheduler's dtype; the latents
+    are those among `inputs`.
+    """
     if model == "z-image":
         time_left = ((1000 - moment) / 1000).reshape(1).to(inputs["t"])
         return {**inputs, "t": time_left}, inputs["x"][0]
@@ -353,7 +361,7 @@ def set_moment(
 
 
 def put_latents(inputs: dict[str, Any], latents: torch.Tensor) -> None:
-    """Let the next forward start from these latents."""
+    """Let the next forward start from these latents: any shape and dtype, those of the ones before."""
     if "x" in inputs:
         inputs["x"] = [latents]
     else:

@@ -251,7 +251,10 @@ def describe_memory(base: Plan, made: Plan, pairs: Sequence[tuple[Run, Run]]) ->
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt per line; empty lines and those that start with `#` are left out."""
+    """One prompt per line; empty lines and those that start with `#` are left out.
+
+    Raises UsageError for a file that cannot be read or holds no prompt.
+    """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

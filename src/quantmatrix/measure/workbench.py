@@ -68,7 +68,8 @@ class Workbench:
     def find_device(self, row: HardwareRow) -> str:
         """The torch device of a hardware row on this machine; one worker, one device.
 
-        Of a row of several devices it is their kind alone: one worker has them all.
+        Of a row of several devices it is their kind alone: one worker has them all. Raises
+        MachineError where this machine is another one, or has too few devices.
         """
         if row.vendor == "cpu":
             return "cpu"

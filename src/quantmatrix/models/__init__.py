@@ -75,7 +75,7 @@ def refuse_flags(request: Any, name: str, *fields: str) -> None:
 
 
 def load(model: str) -> Model:
-    """The module of a model id."""
+    """The module of a model id; raises KeyError for an unknown one."""
     if model not in IDS:
         raise KeyError(f"no such base model: {model}; known: {', '.join(IDS)}")
     return cast("Model", import_module(f"quantmatrix.models.{model.replace('-', '_')}"))

@@ -219,7 +219,11 @@ def decode(data: bytes, where: object, *, deep: bool = True) -> list[dict[str, A
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The results of a file, or of every .json file of a folder."""
+    """The results of a file, or of every .json file of a folder.
+
+    Raises BenchmarkError for an empty folder, and a file that cannot be read, is partial or was
+    changed by hand.
+    """
     if path.is_dir():
         files = sorted(path.rglob("[!.]*.json"))
         if not files:

@@ -87,7 +87,7 @@ class Package:
             raise CodeError(f"{path}: not Python {error}: expected source code") from error
 
     def need_module(self, name: str, where: str = "") -> Module:
-        """A module that must be there."""
+        """A module that must be there; raises CodeError where it is not."""
         module = self.find_module(name)
         if module is None:
             raise CodeError(f"{where or self.folder}: no module {PACKAGE}.{name} is there")
@@ -130,7 +130,10 @@ class Package:
         return self.need_module(definition.module).bound[definition.name]
 
     def open_constant(self, module: str, name: str) -> tuple[str, ast.expr]:
-        """The module that a constant is really bound in, and its expression."""
+        """The module that a constant is really bound in, and its expression.
+
+        Raises UnknownValueError for a name that stands for none.
+        """
         found = self.find(module, name)
         if not isinstance(found, Definition):
             raise UnknownValueError(name)

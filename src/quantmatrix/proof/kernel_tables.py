@@ -61,7 +61,10 @@ class KernelTables:
         return self._kernels[op]
 
     def find_argument(self, placed: Placed, name: str) -> Placed:
-        """An argument of a `Kernel(...)`, of `replace(KERNEL, ...)` or of what a name stands for."""
+        """An argument of a `Kernel(...)`, of `replace(KERNEL, ...)` or of what a name stands for.
+
+        Raises UnknownValueError where it is not given, or the name stands for nothing.
+        """
         module, node = placed
         if isinstance(node, (ast.Name, ast.Attribute)):
             return self.find_argument(self.follow(placed), name)
@@ -77,7 +80,10 @@ class KernelTables:
         raise UnknownValueError(name)
 
     def follow(self, placed: Placed) -> Placed:
-        """The expression that a name stands for, with its module."""
+        """The expression that a name stands for, with its module.
+
+        Raises UnknownValueError for a name that stands for no definition of the package.
+        """
         meaning = self.package.find_meaning(*placed)
         if not isinstance(meaning, Definition):
             raise UnknownValueError(ast.unparse(placed[1]))

@@ -125,7 +125,11 @@ def parse_spreads(text: str, name: str) -> dict[str, Spread]:
 
 
 def parse_rows(kind: type[Row], text: str, name: str) -> list[Row]:
-    """Lines of a CSV file as dataclasses; those with a default may be missing, together."""
+    """Lines of a CSV file as dataclasses; those with a default may be missing, together.
+
+    Raises LimitsError for other columns, a value of another kind, a line without its measurement
+    and two of one place.
+    """
     kinds = {"float": float, "int": int, "str": str}
     columns = {column.name: kinds[str(column.type)] for column in fields(kind)}
     needed = [column.name for column in fields(kind) if column.default is MISSING]

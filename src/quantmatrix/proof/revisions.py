@@ -31,7 +31,10 @@ def find_commit(revision: str, root: Path) -> str:
 
 
 def extract(commit: str, root: Path, folder: Path) -> None:
-    """Put tables, evidence and code of a commit in a folder; only tables must be there."""
+    """Put tables, evidence and code of a commit in a folder; only tables must be there.
+
+    Raises UsageError where they are not, QuantmatrixError where git fails.
+    """
     wanted = (TABLES, EVIDENCE, SOURCES, *BESIDE)
     listed = ask_git(root, "ls-tree", "--name-only", commit, *wanted)
     present = listed.stdout.decode().split()

@@ -185,8 +185,11 @@ def read(path: Path) -> Evidence:
 
 
 def read_folder(folder: Path) -> dict[str, Evidence]:
-    """Every record below an evidence folder, by its key (`scopes.key_of`), which is the cell's id for
-    those of scope `stand-in`; all problems in one error."""
+    """Every record below an evidence folder, by its key (`scopes.key_of`).
+
+    The key is the cell's id for records of scope `stand-in`. Raises one EvidenceError for all that
+    cannot be read.
+    """
     found: dict[str, Evidence] = {}
     problems = []
     for path in sorted(folder.glob("*/[!.]*.json")):

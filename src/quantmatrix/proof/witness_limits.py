@@ -123,7 +123,10 @@ def find(samples: Sequence[Sample], scheme: Scheme, model: str) -> Bounds | None
 
 @lru_cache(maxsize=1)
 def read() -> tuple[Sample, ...]:
-    """The witness's lines of limits.csv: of the checkout, else of the copy in the package."""
+    """The witness's lines of limits.csv: of the checkout, else of the copy in the package.
+
+    Raises LimitsError where neither is there.
+    """
     package = Path(__file__).parents[1]
     places = (package.parents[1] / "reports" / FILE, package / "tables" / FILE)
     path = next((place for place in places if place.is_file()), None)

@@ -76,7 +76,11 @@ class Changes:
 
 
 def compare_revisions(span: str, root: Path) -> Changes:
-    """Changes of `A..B` in the repository at `root`; B is HEAD where it is left out."""
+    """Changes of `A..B` in the repository at `root`; B is HEAD where it is left out.
+
+    Raises UsageError for a span of another form, QuantmatrixError for a revision that cannot be
+    read.
+    """
     first, dots, second = span.partition("..")
     if not dots or not first or second.startswith("."):
         raise UsageError(f"{span}: expected two revisions, A..B")
@@ -113,7 +117,10 @@ def list_columns(before: CellNow, after: CellNow) -> dict[str, tuple[Any, Any]]:
 
 
 def read_cells(revision: str, root: Path) -> dict[str, CellNow]:
-    """Every cell of a revision with its state then; errors name the revision."""
+    """Every cell of a revision with its state then.
+
+    Raises QuantmatrixError, which names the revision, where its files cannot be read.
+    """
     commit = find_commit(revision, root)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

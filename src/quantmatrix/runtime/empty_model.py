@@ -123,7 +123,8 @@ BLOCK_OPTIONS: dict[str, dict[str, Any]] = {
 def build_plain(model: str, size: str) -> nn.Module:
     """The diffusers transformer without memory (its computed buffers are real).
 
-    `size` is `full`, `tiny`, or `blocks`: one block of each kind at true width.
+    `size` is `full`, `tiny`, or `blocks`: one block of each kind at true width. Raises UsageError
+    for any other.
     """
     import diffusers
     from accelerate import init_empty_weights

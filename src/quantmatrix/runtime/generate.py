@@ -38,7 +38,10 @@ def generate(
     pipeline: Any = None,
     progress: bool = False,
 ) -> Run:
-    """Generate for the first prompt and seed of a request; see `generate_all` for every one."""
+    """Generate for the first prompt and seed of a request; see `generate_all` for every one.
+
+    Raises what `generate_all` raises: UsageError, CheckpointError, WitnessError and BrokenRunError.
+    """
     return next(iter(generate_all(request, made=made, pipeline=pipeline, progress=progress)))
 
 
@@ -53,6 +56,9 @@ def generate_all(
     """Generate for every prompt and seed of a request, calling `save` after each.
 
     `made` is the request's plan, `pipeline` what was built of it; it is built where there is none.
+    Raises UsageError for a flag that the model does not take and for a plan of several processes
+    outside of them, CheckpointError and WitnessError for weights that cannot be loaded, and
+    BrokenRunError for latents that are not finite.
     """
     if made.processes > 1 and not distributed.is_initialized():
         raise UsageError(

@@ -35,7 +35,11 @@ def load_component(
     device: str = "cpu",
     progress: Callable[[int], object] | None = None,
 ) -> nn.Module:
-    """Build one planned component on `device`; `progress` is called with bytes as they are read."""
+    """Build one planned component on `device`; `progress` is called with bytes as they are read.
+
+    Raises CheckpointError for weights that cannot be had, are damaged or not as planned, and
+    WitnessError for decoded layers that are not the base model's.
+    """
     from quantmatrix.runtime.witness import verdict
 
     checkpoint = fetch(component.checkpoint, request.hub)
@@ -85,6 +89,7 @@ def build_layer(
     """The quantized module of one linear layer, from one piece or several; `bare`: it has no bias.
 
     Where a bias is stored folded, or for a layer that has none, zeros say that there is none.
+    Raises CheckpointError for a bias that the model's layer does not have.
     """
     parts = [build_piece(component, piece, reader, dtype) for piece in pieces]
     for part in parts if bare else ():
@@ -118,7 +123,9 @@ def build_piece(
 def read_plain(component: ComponentPlan, plain: PlainTensor, reader: TensorReader) -> torch.Tensor:
     """The rows of a plain tensor that its parameter takes, as they are stored.
 
-    Its numbers are looked at once: with the first of the parts that it is cut into.
+    They are [rows, ...] of any float dtype. The numbers are looked at once: with the first of the
+    parts that the tensor is cut into. Raises CheckpointError for codes and for numbers that are not
+    finite.
     """
     tensor = reader.read(plain.name)
     if plain.target.part[0] == 0:
@@ -128,7 +135,7 @@ def read_plain(component: ComponentPlan, plain: PlainTensor, reader: TensorReade
 
 
 def assign(model: nn.Module, parameter: str, tensor: torch.Tensor) -> None:
-    """Put a tensor in a parameter's or buffer's place."""
+    """Put a tensor, of any shape and dtype, in a parameter's or buffer's place."""
     owner_name, _, leaf = parameter.rpartition(".")
     owner = model.get_submodule(owner_name) if owner_name else model
     if leaf in owner._parameters:
@@ -138,7 +145,10 @@ def assign(model: nn.Module, parameter: str, tensor: torch.Tensor) -> None:
 
 
 def check_complete(component: ComponentPlan, model: nn.Module) -> None:
-    """Nothing of the model may be left without a tensor, whatever the plan said."""
+    """Nothing of the model may be left without a tensor, whatever the plan said.
+
+    Raises CheckpointError where something is.
+    """
     tensors = [*model.named_parameters(), *model.named_buffers()]
     missing = [name for name, tensor in tensors if tensor.is_meta]
     if missing:
@@ -162,7 +172,10 @@ def count_quantized(model: nn.Module) -> dict[str, str]:
 
 
 def check_census(component: ComponentPlan, model: nn.Module) -> None:
-    """The quantized layers found in the model must be those that were planned."""
+    """The quantized layers found in the model must be those that were planned.
+
+    Raises CheckpointError where they are not.
+    """
     found = count_quantized(model)
     if set(found) != set(component.layers):
         wrong = sorted(set(found) ^ set(component.layers))

@@ -59,7 +59,7 @@ def save_media(
 
     `output_path` is a folder, or a file whose ending fits (.png, .jpg, .webp / .mp4); with several
     runs prompt and seed are added to a file's name. A name that is `taken`, by another run of the
-    same command, gets a number.
+    same command, gets a number. Raises UsageError where the file cannot be written.
     """
     target = named = name_output(run, Path(output_path), several)
     number = 1

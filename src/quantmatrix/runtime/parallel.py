@@ -110,7 +110,8 @@ def find_plan(request: Request) -> Plan:
 def join(request: Request) -> Iterator[tuple[int, Plan, Any]]:
     """(rank, plan, pipeline) of this process among those that torchrun started.
 
-    The request comes with the hub of its stand-ins; see `quantmatrix.api.resolve`.
+    The request comes with the hub of its stand-ins; see `quantmatrix.api.resolve`. Raises
+    UsageError where another number of processes was started than the plan has.
     """
     found = find_plan(request)
     kind = found.machine.device.partition(":")[0]

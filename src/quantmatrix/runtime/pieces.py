@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 def read_piece(
     component: ComponentPlan, piece: Piece, reader: TensorReader
 ) -> dict[str, torch.Tensor]:
-    """Canonical tensors of a piece, read (or quantized from what is read) and checked."""
+    """Canonical tensors of a piece, read (or quantized from what is read) and checked.
+
+    Shapes and dtypes are those of the table of the scheme's op in `kernels`, with the piece's rows:
+    [rows, in] or packed. Raises CheckpointError for values that cannot be meant.
+    """
     assert component.family is not None
     family = families.load(component.family)
     stored = read_layer(component.checkpoint, piece.layer, reader)
@@ -34,7 +38,7 @@ def read_piece(
 
 
 def read_layer(checkpoint: Checkpoint, layer: str, reader: TensorReader) -> dict[str, torch.Tensor]:
-    """Every tensor on disk below a layer's name, by suffix."""
+    """Every tensor on disk below a layer's name, by suffix: any shape and dtype, as stored."""
     prefix = f"{layer}."
     return {
         name.removeprefix(prefix): reader.read(name)
@@ -46,7 +50,11 @@ def read_layer(checkpoint: Checkpoint, layer: str, reader: TensorReader) -> dict
 def take_part(
     component: ComponentPlan, piece: Piece, tensors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The rows of a layer's canonical tensors that a piece takes, in the module's order."""
+    """The rows of a layer's canonical tensors that a piece takes, in the module's order.
+
+    Shapes and dtypes are those of the op's table, before with [out, ...], after with [rows, ...].
+    Raises CheckpointError where the rows part blocks that share a scale.
+    """
     rows = select_rows(piece.target, piece.out_features * piece.target.part[1])
     if rows is None:
         return tensors

@@ -26,7 +26,12 @@ LONGEST_REASON = 300
 
 
 def build_pipeline(made: Plan, *, progress: bool = False) -> Any:
-    """Load every component of a plan and put the pipeline together on the plan's machine."""
+    """Load every component of a plan and put the pipeline together on the plan's machine.
+
+    Raises UsageError for a bare component and for flags that the device does not take, and
+    CheckpointError (UnreachableError, WitnessError among them) for files that are damaged, missing
+    or not what the plan says.
+    """
     import diffusers
 
     if made.pipeline_class is None or not made.pipeline_class.endswith("Pipeline"):
@@ -111,7 +116,10 @@ def without_components(folder: str, names: tuple[str, ...]) -> Iterator[str]:
 
 
 def check_parts(pipeline: Any, parts: Mapping[str, Any]) -> None:
-    """Every component that was built must be the one that stands in the pipeline."""
+    """Every component that was built must be the one that stands in the pipeline.
+
+    Raises CheckpointError where diffusers took another.
+    """
     for name, part in parts.items():
         if getattr(pipeline, name) is not part:
             raise CheckpointError(
@@ -166,7 +174,10 @@ def make_current(device: str) -> None:
 
 
 def accelerate(pipeline: Any, made: Plan) -> None:
-    """Compile or capture the transformers, as the request asks."""
+    """Compile or capture the transformers, as the request asks.
+
+    Raises UsageError for `--cuda-graph` on any other device than CUDA.
+    """
     request, device = made.request, made.machine.device
     if request.cuda_graph and not device.startswith("cuda"):
         raise UsageError(f"--cuda-graph needs an NVIDIA GPU, the device is {device}: leave it out")

@@ -37,13 +37,20 @@ class SharedInput:
         self._encoded: tuple[torch.Tensor, ...] | None = None
 
     def find(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-        """The codes of x, when they were kept."""
+        """The codes of x [..., in], when they were kept: what the kernel's `encode` gave.
+
+        x is compared by identity, whatever its dtype.
+        """
         if torch.compiler.is_compiling() or self._input is None or self._input() is not x:
             return None
         return self._encoded if self._version == x._version else None
 
     def keep(self, x: torch.Tensor, encoded: tuple[torch.Tensor, ...]) -> None:
-        """Keep the codes of x for the other readers, as long as x lives."""
+        """Keep the codes of x [..., in] for the other readers, as long as x lives.
+
+        `encoded` is what the kernel's `encode` gave: codes [M, in] and scales, in the dtypes of its
+        op.
+        """
         if torch.compiler.is_compiling() or x.is_inference():
             return  # inference tensors have no version that would tell of a change
         self._input = weakref.ref(x, self._forget)
@@ -171,7 +178,7 @@ class SplitInputLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """A stand-in of the compute dtype, as in `QuantizedLinear`."""
+        """A stand-in [out, in] of the compute dtype without memory, as in `QuantizedLinear`."""
         return torch.empty(
             self.out_features, self.in_features, dtype=self.compute_dtype, device="meta"
         )

@@ -33,7 +33,8 @@ def check_stored(
     """Scales and biases of a quantized layer [N, K] that would void the image.
 
     Scales must be finite and weights' not negative, inputs' positive; a weight's may be zero where
-    its codes are. Biases are numbers, and so are all codes.
+    its codes are. Biases are numbers, and so are all codes. `tensors` are as on disk, by suffix, of
+    any dtype. Raises CheckpointError for one that breaks this.
     """
     for suffix, tensor in tensors.items():
         name = f"{layer}.{suffix}"
@@ -67,6 +68,7 @@ def check_stored(
 def explain_zeros(tensors: Mapping[str, torch.Tensor]) -> str:
     """A hint for the end of an error about a layer whose largest scale is zero.
 
+    It looks at the one float scale [] or [1] of the weight, and says nothing where there are more.
     ModelOpt divides a weight by its own scale, so that one of zeros alone gives NaN: in the codes
     of FP8, in the block scales of NVFP4.
     """
@@ -80,7 +82,10 @@ def explain_zeros(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def voids_codes(scales: torch.Tensor, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a scale of zero stands beside e4m3 codes [N, K] that are not zero."""
+    """Whether a scale of zero stands beside e4m3 codes [N, K] that are not zero.
+
+    `scales` are of any float dtype: [], [N], [N, 1], or [ceil(N/bn), ceil(K/bk)] for blocks.
+    """
     zero = scales == 0
     if scheme.weight != "e4m3" or not zero.any():
         return False
@@ -95,7 +100,10 @@ def voids_codes(scales: torch.Tensor, scheme: Scheme, tensors: Mapping[str, torc
 def check_values(
     component: ComponentPlan, piece: Piece, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """What the family says can never be among a layer's values is refused, and so is NaN."""
+    """What the family says can never be among a layer's values is refused, and so is NaN.
+
+    `tensors` are as on disk, by suffix, of any shape and dtype. Raises CheckpointError.
+    """
     assert component.family is not None
     find_fault = getattr(families.load(component.family), "find_fault", None)
     fault = None if find_fault is None else find_fault(tensors, piece.scheme)
@@ -113,7 +121,11 @@ def check_values(
 
 
 def check_plain(checkpoint: Checkpoint, name: str, parameter: str, tensor: torch.Tensor) -> None:
-    """Codes must never be taken as numbers, and numbers are finite."""
+    """Codes must never be taken as numbers, and numbers are finite.
+
+    The tensor has any shape. Raises CheckpointError for another dtype than bfloat16, float16,
+    float32 or float64, and for NaN.
+    """
     if tensor.dtype not in NUMBERS:
         raise CheckpointError(
             f"{checkpoint.tensors[name].file}: tensor {name} holds {tensor.dtype} codes, but the "
@@ -124,7 +136,10 @@ def check_plain(checkpoint: Checkpoint, name: str, parameter: str, tensor: torch
 
 
 def check_finite(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> None:
-    """One NaN or infinite number in a model makes every picture of it black, or noise."""
+    """One NaN or infinite number in a model makes every picture of it black, or noise.
+
+    The tensor has any shape and float dtype. Raises CheckpointError where it holds one.
+    """
     if not is_finite(tensor):
         raise CheckpointError(
             f"{checkpoint.tensors[name].file}: tensor {name} holds NaN or infinite numbers: expected "

@@ -57,6 +57,7 @@ def write_component(
 ) -> Path:
     """Write one quantized component in the row's form; returns the file or folder.
 
+    `made` is what `make_component` gives, tensors of any shape and dtype with their declaration.
     `base` is the component's folder in the base model, whose config.json is taken over.
     """
     if row.form == "pipeline":
@@ -77,7 +78,10 @@ def write_component(
 
 
 def make_component(row: CheckpointRow, component: str, base: Path) -> tuple[Tensors, Declaration]:
-    """(tensors on disk, declaration) of one quantized component."""
+    """(tensors on disk, declaration) of one quantized component of the pipeline folder `base`.
+
+    Shapes and dtypes are those of the family's format: codes [out, in], packed ones [out, in/2].
+    """
     dialect = find_recipe(row).dialect
     packed = pack_tensors(load_file(base / component / WEIGHTS), dialect, find_kept(row))
     chosen = choose_schemes(row, packed, dialect)
@@ -93,7 +97,10 @@ def finish_tensors(
     declaration: Declaration,
     chosen: Mapping[str, Scheme],
 ) -> tuple[Tensors, Declaration]:
-    """What the writers of some files do besides: ComfyUI's marks, no input scales in mixed ones."""
+    """What the writers of some files do besides: ComfyUI's marks, no input scales in mixed ones.
+
+    Tensors are as on disk, of any shape and dtype; those that stay are unchanged.
+    """
     if row.form == "comfyui":
         return {**tensors, **mark_layers(chosen)}, Declaration()
     if "-mixed." in row.reference:
@@ -119,12 +126,15 @@ def find_kept(row: CheckpointRow) -> Callable[[str], bool]:
 def choose_schemes(
     row: CheckpointRow, packed: Mapping[str, torch.Tensor], dialect: Dialect
 ) -> dict[str, Scheme]:
-    """Scheme of each layer on disk that the row quantizes."""
+    """Scheme of each layer on disk that the row quantizes.
+
+    `packed` has the model's tensors in the dialect's names, weights [out, in] of any float dtype.
+    """
     return choose_by_recipe(find_recipe(row), packed)
 
 
 def mark_layers(chosen: Mapping[str, Scheme]) -> Tensors:
-    """What ComfyUI's writers put beside each FP8 layer in place of a declaration."""
+    """What ComfyUI's writers put beside each FP8 layer in place of a declaration: uint8 [bytes]."""
     words = {"tensor": "float8_e4m3fn", "channel": "float8_e4m3fn_rowwise"}
     entries = {layer: {"format": words[scheme.scale]} for layer, scheme in chosen.items()}
     return {

@@ -87,7 +87,10 @@ def fill(model: nn.Module, prefix: str, *, structured: tuple[str, ...] = ()) -> 
 def draw_parameter(
     name: str, owner: nn.Module, parameter: nn.Parameter, structured: bool
 ) -> torch.Tensor:
-    """One parameter, by the kind of module that owns it."""
+    """One parameter, by the kind of module that owns it: float32, in the parameter's shape.
+
+    `structured` adds the low-rank component and the large input channels.
+    """
     shape = tuple(parameter.shape)
     if isinstance(owner, nn.Embedding):
         return torch.from_numpy(make_generator(name).standard_normal(shape).astype(np.float32))
@@ -104,7 +107,8 @@ def draw_parameter(
 def damp_frequencies(weight: torch.Tensor) -> torch.Tensor:
     """A timestep embedder's first weight with column of frequency f divided by sqrt(1 + (8f)^2).
 
-    Columns are cosines then sines of frequencies 10000^(-i / half), in either order.
+    The weight is float32 [out, in]; columns are cosines then sines of frequencies 10000^(-i /
+    half), in either order.
     """
     half = weight.shape[1] // 2
     frequency = np.exp(-math.log(10000.0) * np.arange(half) / half)

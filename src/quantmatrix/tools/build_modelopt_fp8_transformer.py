@@ -106,7 +106,11 @@ def build(
     maxbound: float = E4M3_MAX,
     overwrite: bool = False,
 ) -> dict[str, int]:
-    """Build the transformer; returns the statistics. Nothing is left behind when it fails."""
+    """Build the transformer; returns the statistics. Nothing is left behind when it fails.
+
+    Raises UsageError for arguments that contradict each other or the files, CheckpointError for an
+    export, backbone or base that does not fit.
+    """
     source = open_transformer(modelopt_hf_dir, "--modelopt-hf-dir")
     profile = find_profile(model_type, source.class_name)
     if (profile or keep_bf16_patterns) and base_transformer_dir is None:
@@ -166,7 +170,8 @@ def find_kept(
 ) -> frozenset[str]:
     """Modules kept in BF16: a profile matches whole names, `patterns` any part of one.
 
-    `patterns` are tried on the names that SGLang gives the modules, too.
+    `patterns` are tried on the names that SGLang gives the modules, too. Raises UsageError for a
+    pattern that is no regular expression, CheckpointError for one that matches nothing.
     """
     modules = source.modules()
     kept: set[str] = set()
@@ -190,7 +195,11 @@ def find_kept(
 
 
 def read_scales(path: Path, maxbound: float) -> dict[str, dict[str, torch.Tensor]]:
-    """Scales of the modules with both amaxes in ModelOpt's saved model."""
+    """Scales, float32 [1] by name, of the modules with both amaxes in ModelOpt's saved model.
+
+    Raises CheckpointError for an amax of several numbers, and where no module has both; UsageError
+    where there is no such file.
+    """
     file = path / "backbone.pt" if path.is_dir() else path
     state = read_state(file)
     found: dict[str, dict[str, torch.Tensor]] = {}
@@ -217,7 +226,11 @@ def read_scales(path: Path, maxbound: float) -> dict[str, dict[str, torch.Tensor
 
 
 def read_state(file: Path) -> Mapping[str, torch.Tensor]:
-    """`model_state_dict` of a file that ModelOpt saved; nothing but tensors is loaded from it."""
+    """`model_state_dict` of a file that ModelOpt saved; nothing but tensors is loaded from it.
+
+    Tensors are mapped, of any shape and dtype. Raises UsageError where there is no file,
+    CheckpointError for one of another form.
+    """
     if not file.is_file():
         raise UsageError(f"--modelopt-backbone-ckpt {file}: no such file")
     try:
@@ -258,7 +271,7 @@ def find_ignored(
 
 
 def check_plan(plan: Build, block: Mapping[str, Any]) -> None:
-    """Refuse what would be written wrongly."""
+    """Refuse what would be written wrongly; raises CheckpointError, which names the module."""
     place = plan.source.root / "config.json"
     algorithm = str(block.get("quant_algo") or "FP8")
     if algorithm.upper() != "FP8":
@@ -300,7 +313,10 @@ def check_plan(plan: Build, block: Mapping[str, Any]) -> None:
 
 
 def check_scales(plan: Build, reader: TensorReader) -> None:
-    """Weights that are FP8 in the export already must have been divided by the same scale."""
+    """Weights that are FP8 in the export already must have been divided by the same scale.
+
+    Raises CheckpointError for one that was not.
+    """
     for module in sorted(plan.quantized):
         header = plan.source.checkpoint.tensors.get(f"{module}.weight_scale")
         if header is None or plan.source.checkpoint.tensors[f"{module}.weight"].dtype != "F8_E4M3":
@@ -355,7 +371,9 @@ def list_items(
 def read_fp8(reader: TensorReader, header: TensorHeader, scale: torch.Tensor) -> torch.Tensor:
     """The FP8 codes of a weight, which may hold them already; some rows at a time.
 
-    The codes are all that is kept of a weight: in float32 FLUX.2's largest takes 1.4 GB.
+    They are float8_e4m3fn, in the weight's shape [out, in]; `scale` is float32 [1]. The codes are
+    all that is kept of a weight: in float32 FLUX.2's largest takes 1.4 GB. Raises CheckpointError
+    where the weight does not reach what its scale is for.
     """
     weight = reader.read(header.name)
     if header.dtype == "F8_E4M3":

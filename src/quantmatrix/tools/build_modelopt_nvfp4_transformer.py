@@ -110,7 +110,10 @@ def name_module(tensor: str) -> str:
 def find_kept(
     source: TransformerFolder, base: TransformerFolder, patterns: Sequence[str]
 ) -> frozenset[str]:
-    """Modules that take the base's tensors; each pattern must match, each module be replaceable."""
+    """Modules that take the base's tensors; each pattern must match, each module be replaceable.
+
+    Raises CheckpointError otherwise.
+    """
     modules = source.modules()
     kept: set[str] = set()
     for pattern in patterns:
@@ -129,7 +132,10 @@ def find_kept(
 
 
 def check_replaceable(module: str, source: TransformerFolder, base: TransformerFolder) -> None:
-    """The base must have the module's weight in full precision, and of the same size."""
+    """The base must have the module's weight in full precision, and of the same size.
+
+    Raises CheckpointError where it does not.
+    """
     name = f"{module}.weight"
     stored, found = source.checkpoint.tensors[name], base.checkpoint.tensors.get(name)
     rows, *columns = stored.shape
@@ -149,7 +155,7 @@ def describe(
     kept: frozenset[str],
     swap_weight_nibbles: bool,
 ) -> dict[str, Any]:
-    """config.json of the output."""
+    """config.json of the output; raises CheckpointError for an export that is not NVFP4."""
     block = read_block(source)
     algorithm = str(block.get("quant_algo"))
     listed = block.get("quantized_layers") or {}

@@ -43,7 +43,9 @@ def dequantize(
     """Write one component of a request as plain weights; returns what was written.
 
     A `--tiny` request comes with the hub of its stand-ins. The folder `output` must not exist.
-    `dtype` is one of bfloat16, float16, float32.
+    `dtype` is one of bfloat16, float16, float32. Raises UsageError for a folder that exists or
+    cannot be written, CheckpointError for a checkpoint that cannot be used (WitnessError: is not
+    its base model's), and RefusedError where no kernel decodes it.
     """
     target = Path(output)
     if target.exists():
@@ -73,7 +75,10 @@ def dequantize(
 
 
 def plan_decode(request: Request, component: str) -> ComponentPlan:
-    """The plan of one component on a plain CPU, whatever the machine."""
+    """The plan of one component on a plain CPU, whatever the machine.
+
+    Raises UsageError for an unknown component, RefusedError where no kernel decodes it.
+    """
     found = find_sources(request)
     if component not in found.components:
         raise UsageError(
@@ -93,7 +98,8 @@ def decode_tensors(
 ) -> Iterator[tuple[str, Callable[[TensorReader], torch.Tensor]]]:
     """(diffusers name, how to make the float tensor) of every tensor of a component.
 
-    Where the model has no bias a layer may still store one, of zeros, or folded.
+    Weights are float32 [out, in], plain tensors as stored. Where the model has no bias a layer may
+    still store one, of zeros, or folded.
     """
     for module, pieces in component.layers.items():
         bias = f"{module}.bias"
@@ -111,7 +117,10 @@ def decode_tensors(
 def list_tensors(
     component: ComponentPlan,
 ) -> list[tuple[str, Callable[[TensorReader], torch.Tensor], torch.Size]]:
-    """(diffusers name, how to make the tensor, its shape in the model) of all that is planned."""
+    """(diffusers name, how to make the tensor, its shape in the model) of all that is planned.
+
+    Tensors are those of `decode_tensors`: weights [out, in], float32 or as stored.
+    """
     shapes = measure_model(component.class_name, component.config, component.config_from).tensors
     return [
         (name, make, torch.Size(shapes[name])) for name, make in decode_tensors(component, shapes)
@@ -121,14 +130,17 @@ def list_tensors(
 def decode_part(
     component: ComponentPlan, pieces: tuple[Piece, ...], which: int, reader: TensorReader
 ) -> torch.Tensor:
-    """The weight (0) or the bias (1) of a module."""
+    """The weight [out, in] (0) or the bias [out] (1) of a module, float32."""
     return decode_pieces(component, pieces, reader)[which]
 
 
 def decode_bare(
     component: ComponentPlan, pieces: tuple[Piece, ...], reader: TensorReader
 ) -> torch.Tensor:
-    """The weight of a module without a bias; one that is stored must be zero."""
+    """The weight of a module without a bias, float32 [out, in].
+
+    Raises CheckpointError for a stored bias that is not zero.
+    """
     weight, bias = decode_pieces(component, pieces, reader)
     if bias.any():
         raise CheckpointError(
@@ -141,7 +153,7 @@ def decode_bare(
 def decode_pieces(
     component: ComponentPlan, pieces: tuple[Piece, ...], reader: TensorReader
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight, bias) of a module in plain float32 numbers, its pieces put together."""
+    """(weight [out, in], bias [out]) of a module in plain float32 numbers, its pieces put together."""
     weights, biases = [], []
     for piece in pieces:
         canonical = read_piece(component, piece, reader)
@@ -158,7 +170,10 @@ def decode_pieces(
 def write_folder(
     component: ComponentPlan, request: Request, folder: Path, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Write config, shards and (for several shards) the index into a folder."""
+    """Write config, shards and (for several shards) the index into a folder.
+
+    Raises CheckpointError for a tensor of another shape than the model's.
+    """
     from tqdm import tqdm
 
     checkpoint = fetch(component.checkpoint, request.hub)

@@ -26,7 +26,8 @@ def pack_tensors(
 ) -> Tensors:
     """All tensors of a diffusers model under the names, and in the packing, of a dialect.
 
-    `kept` says which modules stay in full precision; some of them are not fused.
+    `kept` says which modules stay in full precision; some of them are not fused. Tensors are those
+    of the model, weights [out, in], of any dtype, which is kept.
     """
     packed: Tensors = {}
     rest = {}
@@ -64,7 +65,8 @@ def is_coded_form(rule: Rule) -> bool:
 def pack_layer(dialect: Dialect, layer: str, weights: Mapping[str, torch.Tensor]) -> Tensors:
     """The tensors of one layer on disk, by suffix, from a diffusers model's tensors by name.
 
-    A weight [N, K] of the model becomes rows (and some columns) of the layer's weight.
+    A weight [N, K] of the model becomes rows (and some columns) of the layer's weight; its dtype is
+    kept.
     """
     parts = []
     for target in dialect.layer_targets(layer):
@@ -74,7 +76,10 @@ def pack_layer(dialect: Dialect, layer: str, weights: Mapping[str, torch.Tensor]
 
 
 def pack_part(target: Target, suffix: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A module's tensor as its layer on disk holds it. Only the last columns carry the bias."""
+    """A module's tensor, weight [out, in] or bias [out], as its layer on disk holds it.
+
+    The dtype is kept. Only the last columns carry the bias.
+    """
     start, stop, of = target.columns
     if of > 1 and suffix == "weight":
         unit = tensor.shape[1] // of

@@ -142,7 +142,10 @@ def find_scheme(
 
 
 def check_base(made: Plan, family: str, target: Path, scheme: Scheme, overwrite: bool) -> None:
-    """The model must be in full precision, the family must have files for it, the place be free."""
+    """The model must be in full precision, the family must have files for it, the place be free.
+
+    Raises UsageError where one of these fails.
+    """
     for name, component in made.components.items():
         if component.family is not None:
             raise UsageError(
@@ -188,7 +191,8 @@ def find_kept(
     """Whether a module stays in full precision.
 
     Without words, what the tables' checkpoints keep: those of this scheme before others of the
-    family, files with diffusers' names before raw ones.
+    family, files with diffusers' names before raw ones. Raises UsageError for a pattern that is
+    neither a set of the model nor a regular expression.
     """
     sets = models.load(model).FALLBACKS
     if words is None:
@@ -224,7 +228,10 @@ class Keeper:
 
 
 def check_names(made: Plan, recipe: Recipe) -> None:
-    """Every pattern must match a module: one that matches nothing would quantize what it names."""
+    """Every pattern must match a module: one that matches nothing would quantize what it names.
+
+    Raises UsageError for one that matches none.
+    """
     keeper = recipe.kept
     assert isinstance(keeper, Keeper)
     modules = {
@@ -241,7 +248,10 @@ def check_names(made: Plan, recipe: Recipe) -> None:
 
 
 def calibrate(made: Plan, prompts: Sequence[str], show: Show) -> dict[str, dict[str, Calibration]]:
-    """Input range of every linear layer of every component, over a generation per prompt."""
+    """Input range of every linear layer of every component, over a generation per prompt.
+
+    Raises UsageError without prompts, and for a layer that no step called.
+    """
     if not prompts:
         raise UsageError("calibration needs at least one prompt")
     pipeline = build_pipeline(made)
@@ -260,7 +270,10 @@ def calibrate(made: Plan, prompts: Sequence[str], show: Show) -> dict[str, dict[
 
 
 def check_coverage(name: str, component: torch.nn.Module, seen: Mapping[str, Any]) -> None:
-    """Every linear layer must have been called: without a range there is nothing to scale by."""
+    """Every linear layer must have been called: without a range there is nothing to scale by.
+
+    Raises UsageError for one that was not.
+    """
     linear = [n for n, m in component.named_modules() if isinstance(m, torch.nn.Linear)]
     missed = [layer for layer in linear if layer not in seen]
     if missed:
@@ -313,13 +326,16 @@ def write_all(
 
 
 def count_kept(packed: Mapping[str, torch.Tensor], chosen: Mapping[str, Scheme]) -> int:
-    """Layers with a two-dimensional weight that were left alone."""
+    """Layers with a weight [out, in], of any dtype, that were left alone."""
     weights = [n for n, t in packed.items() if n.endswith(".weight") and t.ndim == 2]
     return len(weights) - len(chosen)
 
 
 def read_packed(made: Plan, component: ComponentPlan, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """A component's tensors under the names and in the packing of the family's dialect."""
+    """A component's tensors under the names and in the packing of the family's dialect.
+
+    Weights are [out, in]; floating-point tensors are in the request's dtype.
+    """
     checkpoint = fetch(component.checkpoint, made.request.hub)
     dtype = getattr(torch, made.request.dtype)
     with TensorReader(checkpoint, "cpu") as reader:

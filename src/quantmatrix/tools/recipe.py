@@ -60,7 +60,8 @@ class Recipe:
 def choose_schemes(recipe: Recipe, packed: Mapping[str, torch.Tensor]) -> dict[str, Scheme]:
     """Scheme of each layer on disk that is quantized: linear layers of the blocks, not kept.
 
-    Raises UsageError when a layer is kept that the dialect has no plain form for.
+    `packed` are tensors by name, weights [out, in], of any dtype. Raises UsageError when a layer is
+    kept that the dialect has no plain form for.
     """
     blocks = models.load(recipe.model).BLOCKS
     family, dialect = families.load(recipe.family), recipe.dialect
@@ -102,7 +103,9 @@ def quantize_layers(
 ) -> tuple[Tensors, Declaration]:
     """(tensors on disk, declaration) of a component whose packed tensors are given.
 
-    `progress` wraps the layers while they are worked on.
+    `packed` has weights [out, in] of any float dtype; what is not chosen goes through unchanged,
+    and each chosen layer becomes what its family's table lists. `progress` wraps the layers while
+    they are worked on. Raises UsageError where a scheme needs a calibration that `ranges` lacks.
     """
     tensors = {name: tensor for name, tensor in packed.items() if split(name)[0] not in chosen}
     kept = [layer for layer, leaf in map(split, sorted(tensors)) if leaf == "weight"]
@@ -184,7 +187,10 @@ def write_folder(
     with_config: bool,
     shards: int = 1,
 ) -> None:
-    """Write a component folder: weights (with an index for several shards), config, description."""
+    """Write a component folder: weights (with an index for several shards), config, description.
+
+    Tensors are written as they are: any shape and dtype.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted(tensors)
     metadata = {"format": "pt", **declaration.metadata}
@@ -212,7 +218,10 @@ def write_folder(
 
 
 def write_file(tensors: Tensors, declaration: Declaration, path: Path, base: Path) -> None:
-    """Write a single weight file whose header declares what it is, unless its names do."""
+    """Write a single weight file whose header declares what it is, unless its names do.
+
+    Tensors are written as they are: any shape and dtype.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {} if is_raw(tensors) else dict(declaration.metadata)
     if declaration.config is not None:
@@ -223,12 +232,18 @@ def write_file(tensors: Tensors, declaration: Declaration, path: Path, base: Pat
 
 
 def is_raw(tensors: Tensors) -> bool:
-    """Whether these are the official raw names, whose files declare nothing."""
+    """Whether these are the official raw names, whose files declare nothing.
+
+    Only names count; tensors may have any shape and dtype.
+    """
     return any(name.startswith("double_blocks.") for name in tensors)
 
 
 def save(tensors: Tensors, names: list[str], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write some of the tensors; the library's writer would shuffle several metadata entries."""
+    """Write some of the tensors, of any shape and dtype, in the order of `names`.
+
+    The library's writer would shuffle several metadata entries.
+    """
     items = [
         Item(
             name,

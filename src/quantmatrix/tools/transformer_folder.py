@@ -62,7 +62,10 @@ class TransformerFolder:
 
 
 def open_transformer(path: Path, flag: str) -> TransformerFolder:
-    """The transformer in a folder or in its `transformer/`; `flag` is what named the folder."""
+    """The transformer in a folder or in its `transformer/`; `flag` is what named the folder.
+
+    Raises UsageError where there is none, CheckpointError for damaged weights.
+    """
     root = next((p for p in (path, path / "transformer") if (p / "config.json").is_file()), None)
     if root is None:
         raise UsageError(
@@ -110,7 +113,10 @@ def find_shards(root: Path) -> tuple[tuple[str, ...], str]:
 
 
 def read_block(folder: TransformerFolder) -> dict[str, Any]:
-    """The flat ModelOpt `quantization_config` of a folder's config.json."""
+    """The flat ModelOpt `quantization_config` of a folder's config.json.
+
+    Raises CheckpointError where there is none.
+    """
     block = folder.config.get("quantization_config")
     if not isinstance(block, Mapping) or block.get("quant_method") != "modelopt":
         found = block.get("quant_method") if isinstance(block, Mapping) else block
@@ -122,7 +128,10 @@ def read_block(folder: TransformerFolder) -> dict[str, Any]:
 
 
 def check_output(output: Path, overwrite: bool, sources: Sequence[Path]) -> None:
-    """The output must be free, or free to go, and no part of what is read."""
+    """The output must be free, or free to go, and no part of what is read.
+
+    Raises UsageError where it is not.
+    """
     if output.exists() and not overwrite:
         raise UsageError(f"--output-dir {output} exists already: choose another, or --overwrite")
     place = output.resolve()

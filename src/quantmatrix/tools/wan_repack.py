@@ -68,6 +68,8 @@ def repack(input_path: Path, output_path: Path) -> dict[str, int]:
     """Write the transformers of a quantized folder below `output_path`, which may exist already.
 
     Returns the number of tensors of each transformer. Nothing is written when anything is wrong.
+    Raises UsageError for an output that exists and an input that is no folder, CheckpointError for
+    weights that are not what msmodelslim writes.
     """
     sources = find_experts(input_path, None)
     taken = [name for name in sources if (output_path / name).exists()]
@@ -84,7 +86,9 @@ def repack_pipeline(
 ) -> dict[str, int]:
     """Write a whole pipeline: the original's files, with the transformers of `quant_path`.
 
-    `output_path` must not exist. Returns the number of tensors of each transformer.
+    `output_path` must not exist. Returns the number of tensors of each transformer. Raises
+    UsageError and CheckpointError as `repack` does, UsageError for an original that is no pipeline,
+    too.
     """
     if output_path.exists():
         raise UsageError(f"{output_path} exists already: choose a new --output-path")
@@ -149,7 +153,11 @@ class Staging:
 
 
 def find_experts(folder: Path, model_type: str | None) -> dict[str, Checkpoint]:
-    """The quantized weights of each transformer component of a folder that msmodelslim wrote."""
+    """The quantized weights of each transformer component of a folder that msmodelslim wrote.
+
+    Raises UsageError where there is no folder, CheckpointError where an expert or its description
+    is missing.
+    """
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder: expected what msmodelslim wrote to --save_path")
     dual = any((folder / expert).is_dir() for expert in EXPERTS.values())
@@ -184,7 +192,10 @@ def open_expert(place: Path) -> Checkpoint:
 
 
 def convert(source: Checkpoint, target: Path, config_file: Path | None = None) -> int:
-    """Write one transformer under its new names into the folder `target`; returns the tensors."""
+    """Write one transformer under its new names into the folder `target`; returns the tensors.
+
+    Raises CheckpointError for names, shapes or schemes that are not the original model's.
+    """
     dialect = models.dialect_of(MODEL, source.tensors)
     if dialect.name != "wan-original":
         raise CheckpointError(
@@ -217,7 +228,7 @@ def rename(name: str, dialect: Dialect) -> str:
 
 
 def rename_headers(source: Checkpoint, renamed: Mapping[str, str]) -> dict[str, TensorHeader]:
-    """Headers by their new names; two tensors of one name are an error."""
+    """Headers by their new names; raises CheckpointError for two tensors of one name."""
     found: dict[str, TensorHeader] = {}
     for old, new in renamed.items():
         if new in found:
@@ -229,7 +240,10 @@ def rename_headers(source: Checkpoint, renamed: Mapping[str, str]) -> dict[str, 
 
 
 def check_smoothing(source: Checkpoint) -> None:
-    """Without the level that smoothing added, nothing would tell that its factors are missing."""
+    """Without the level that smoothing added, nothing would tell that its factors are missing.
+
+    Raises CheckpointError for a layer without them.
+    """
     for name, header in source.tensors.items():
         layer, _, leaf = name.partition(".linear.")
         if leaf and f"{layer}.div.mul_scale" not in source.tensors:
@@ -240,7 +254,10 @@ def check_smoothing(source: Checkpoint) -> None:
 
 
 def read_config(source: Checkpoint, config_file: Path | None) -> dict[str, Any] | None:
-    """Diffusers' configuration of the transformer, if there is one."""
+    """Diffusers' configuration of the transformer, if there is one.
+
+    Raises CheckpointError for one of another class.
+    """
     if config_file is not None:
         config = read_json(config_file)
         if config.get("_class_name") != TRANSFORMER:
@@ -307,7 +324,10 @@ def verify(
     described: Mapping[str, Any],
     config: Mapping[str, Any],
 ) -> None:
-    """The tensors must be those of the model, with side tensors of quantized layers at most."""
+    """The tensors must be those of the model, with side tensors of quantized layers at most.
+
+    Raises CheckpointError for one that is missing, unknown or of another shape.
+    """
     expected = list_tensors(config)
     missing = [name for name in expected if name not in found]
     quantized = {

@@ -86,7 +86,11 @@ def detect(checkpoint: Checkpoint) -> str | None:
 
 
 def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
-    """Scheme of every layer with e4m3 codes; what does not fit together is an error."""
+    """Scheme of every layer with e4m3 codes.
+
+    Raises CheckpointError for a declaration that is not known, and where it and the tensors
+    contradict each other.
+    """
     declared = read_declaration(checkpoint)
     layers = checkpoint.layers()
     found: dict[str, Scheme] = {}
@@ -118,7 +122,10 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
 def check_plain(
     checkpoint: Checkpoint, declared: Declared, layer: str, suffixes: frozenset[str]
 ) -> None:
-    """A layer without e4m3 codes has no scales, and nothing may say that it has codes."""
+    """A layer without e4m3 codes has no scales, and nothing may say that it has codes.
+
+    Raises CheckpointError for one that does.
+    """
     header = checkpoint.tensors.get(f"{layer}.weight")
     dtype = header.dtype if header else "missing"
     scaled = sorted(suffixes & {*SCALES, "input_scale"})
@@ -137,7 +144,10 @@ def check_plain(
 def find_scheme(
     checkpoint: Checkpoint, declared: Declared, layer: str, suffixes: frozenset[str]
 ) -> Scheme:
-    """Scheme of one layer, from the declaration and the shape of its scales."""
+    """Scheme of one layer, from the declaration and the shape of its scales.
+
+    Raises CheckpointError for a static scale where dynamic activations are declared.
+    """
     whole = layer in declared.whole_inputs
     static = declared.static or (not declared.method and "input_scale" in suffixes)
     if declared.block is not None:
@@ -162,7 +172,10 @@ def find_scheme(
 
 
 def check_tensors(checkpoint: Checkpoint, layer: str, scheme: Scheme, header: TensorHeader) -> None:
-    """Every tensor that the scheme needs must be there, in the right dtype and shape."""
+    """Every tensor that the scheme needs must be there, in the right dtype and shape.
+
+    Raises CheckpointError for one that is not.
+    """
     if len(header.shape) != 2:
         raise CheckpointError(
             f"{header.file}: tensor {header.name} is {list(header.shape)}, not 2-D: expected codes "
@@ -195,7 +208,10 @@ def name_stranger(checkpoint: Checkpoint, layer: str) -> str:
 
 
 def check_others(checkpoint: Checkpoint, found: Mapping[str, Scheme]) -> None:
-    """A tensor of a quantized layer that nothing would use changes its numbers in unknown ways."""
+    """A tensor of a quantized layer that nothing would use changes its numbers in unknown ways.
+
+    Raises CheckpointError for one.
+    """
     for name, header in checkpoint.tensors.items():
         layer, _, suffix = name.rpartition(".")
         above = layer.rpartition(".")[0]
@@ -260,7 +276,11 @@ def quantize(
     bias: torch.Tensor | None = None,
     calibration: Calibration | None = None,
 ) -> dict[str, torch.Tensor]:
-    """On-disk tensors of a layer with this weight [N, K]; scales are amax / 448."""
+    """On-disk tensors of a layer with this weight [N, K]; scales are amax / 448.
+
+    The weight has any float dtype, the scales are float32; gives tensors as in the module's table.
+    Raises UsageError for static activations without a calibration.
+    """
     exact = weight.float()
     if scheme.scale == "block":
         amax = find_block_amax(exact, scheme.block)
@@ -285,7 +305,10 @@ def quantize(
 def cut_rows(
     stored: Mapping[str, torch.Tensor], scheme: Scheme, start: int, stop: int
 ) -> dict[str, torch.Tensor]:
-    """On-disk tensors of the rows [start, stop) of a layer; see the protocol."""
+    """On-disk tensors of the rows [start, stop) of a layer; see the protocol.
+
+    Takes and gives tensors as in the module's table.
+    """
     cut = dict(stored)
     suffixes = ["weight", "bias", *(["weight_scale"] if scheme.scale == "channel" else [])]
     for suffix in suffixes:
@@ -298,7 +321,7 @@ def cut_rows(
 
 
 def canonical(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
-    """Canonical tensors of linear.fp8."""
+    """Canonical tensors of linear.fp8; takes tensors as in the module's table."""
     name = "weight_scale_inv" if scheme.scale == "block" else "weight_scale"
     scale = stored[name].float()
     if scheme.scale != "block":
@@ -317,7 +340,10 @@ def dequantize(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tens
 
 
 def reference(x: torch.Tensor, stored: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
-    """The layer's exact arithmetic on x [..., K]."""
+    """The layer's exact arithmetic on x [..., K]: [..., N] in x's dtype.
+
+    `stored` are tensors as in the module's table.
+    """
     return linear_fp8.reference(x, canonical(stored, scheme), scheme)
 
 

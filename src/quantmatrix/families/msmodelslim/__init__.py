@@ -21,13 +21,13 @@ Tensors of a quantized linear layer with N outputs and K inputs:
 | any | `bias`; under `W8A8` a copy of what `quant_bias` holds | F32 [N] |
 | any | `mul_scale`: inputs are multiplied by it before they are quantized | [K] |
 
-Before `wan_repack` a smoothed layer is two: `<layer>.linear.weight` and `<layer>.div.mul_scale`.
-An int64 `deq_scale` is decided by its stored dtype: the writer's choice does not follow the model.
-Other scales of older writers may have the model's own dtype.
-Both writers (MindIE and AscendV1) are read; `quantize` writes what AscendV1 writes, with F32
-`deq_scale`. Rotations `q_rot` and `k_rot` cancel out in attention scores and are left aside;
-anything else beside these tensors (FlatQuant, SVD residuals, quantized attention, MXFP4,
-embeddings) is refused by name.
+Before `wan_repack` a smoothed layer is two: `<layer>.linear.weight` and `<layer>.div.mul_scale`. An
+int64 `deq_scale` is decided by its stored dtype: the writer's choice does not follow the model.
+Other scales of older writers may have the model's own dtype. Both writers (MindIE and AscendV1) are
+read; `quantize` writes what AscendV1 writes, with F32 `deq_scale`. Rotations `q_rot` and `k_rot`
+cancel out in attention scores and are left aside; anything else beside these tensors (FlatQuant,
+SVD residuals, quantized attention, MXFP4, embeddings) is refused by name. Sources: msmodelslim
+26.1.0 and SGLang 0.5.23.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def quantize(
     bias: torch.Tensor | None = None,
     calibration: Calibration | None = None,
 ) -> dict[str, torch.Tensor]:
-    """On-disk tensors of a layer with weight [N, K]; static activations need a calibration.
+    """On-disk tensors, as in the module's table, of a layer with weight [N, K] of any float dtype.
 
-    Scales are symmetric per row for weights, and the whole calibrated range (zero included)
-    spreads over 255 steps for static activations. Raises UsageError without a calibration.
+    Scales are symmetric per row for weights, and the whole calibrated range (zero included) spreads
+    over 255 steps for static activations. Raises UsageError where these lack a calibration.
     """
     if scheme.weight == "e4m3":
         return _quantize_blocks(weight) | ({} if bias is None else {"bias": bias.float()})
@@ -95,12 +95,19 @@ def quantize(
 def cut_rows(
     tensors: Mapping[str, torch.Tensor], scheme: Scheme, start: int, stop: int
 ) -> dict[str, torch.Tensor]:
-    """On-disk tensors of the rows [start, stop) of a layer; see the protocol."""
+    """On-disk tensors of the rows [start, stop) of a layer; see the protocol.
+
+    Takes and gives tensors as in the module's table.
+    """
     return {n: t[start:stop] if plain_suffix(n) in PER_ROW else t for n, t in tensors.items()}
 
 
 def canonical(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
-    """On-disk tensors of one layer as canonical tensors of linear.int8 (MXFP8: linear.fp8)."""
+    """On-disk tensors of one layer as canonical tensors of linear.int8 (MXFP8: linear.fp8).
+
+    Takes tensors as in the module's table. Raises CheckpointError for a scale that is missing and
+    for offsets that are not zero.
+    """
     stored = {plain_suffix(suffix): tensor for suffix, tensor in tensors.items()}
     scales = ("deq_scale", "input_scale", "input_offset", "quant_bias")
     needed = scales if scheme.activation == "tensor-static" else ("weight_scale",)
@@ -142,7 +149,10 @@ def dequantize(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Ten
 
 
 def reference(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
-    """The layer's exact arithmetic on on-disk tensors, activations quantized too."""
+    """The layer's exact arithmetic on on-disk tensors, activations quantized too.
+
+    x [..., K] gives [..., N] in x's dtype; tensors as in the module's table.
+    """
     if scheme.weight == "e4m3":
         return linear_fp8.reference(x, canonical(tensors, scheme), scheme)
     return int8_arithmetic.reference(x, canonical(tensors, scheme), scheme)

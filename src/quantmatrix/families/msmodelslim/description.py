@@ -64,7 +64,8 @@ def detect(checkpoint: Checkpoint) -> str | None:
 def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     """Scheme of each quantized layer; refuses by name whatever would be computed wrongly.
 
-    A smoothed layer of a folder that was not repacked is named without its `linear` level.
+    A smoothed layer of a folder that was not repacked is named without its `linear` level. Raises
+    CheckpointError for what is refused, and where description and tensors disagree.
     """
     described = checkpoint.description or {}
     refuse_settings(described, checkpoint)
@@ -105,7 +106,10 @@ def layer_words(described: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def find_scheme(name: str, word: str, checkpoint: Checkpoint) -> Scheme:
-    """The scheme of one layer, its smoothing recognised from the tensors beside it."""
+    """The scheme of one layer, its smoothing recognised from the tensors beside it.
+
+    Raises CheckpointError for a scheme that is not supported, and for a layer that is not there.
+    """
     if word not in SCHEMES:
         why = next((text for part, text in REFUSED_SCHEMES.items() if part in word), "unknown")
         raise CheckpointError(
@@ -139,7 +143,10 @@ def name_smoothings(layer: str) -> tuple[str, str]:
 
 
 def refuse_settings(described: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    """Quantized attention and rotated activations are computations that nobody here does."""
+    """Quantized attention and rotated activations are computations that nobody here does.
+
+    Raises CheckpointError where the description holds one.
+    """
     for key, value in described.items():
         attention = key.endswith(".quant_type") or key in CACHE_SETTINGS
         if attention and value and value != FLOAT:
@@ -158,7 +165,10 @@ def refuse_settings(described: Mapping[str, Any], checkpoint: Checkpoint) -> Non
 
 
 def refuse_strangers(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> None:
-    """Every tensor must be described, and be one that the arithmetic knows."""
+    """Every tensor must be described, and be one that the arithmetic knows.
+
+    Raises CheckpointError for one that is not.
+    """
     described = checkpoint.description or {}
     for name, header in checkpoint.tensors.items():
         layer, suffix = split_name(name, found)
@@ -182,7 +192,10 @@ def refuse_strangers(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> Non
 
 
 def check_layers(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> None:
-    """Each layer's tensors must be there once, in the form and under the word of its scheme."""
+    """Each layer's tensors must be there once, in the form and under the name of its scheme.
+
+    Raises CheckpointError for a layer whose tensors are not.
+    """
     layers: dict[str, dict[str, TensorHeader]] = {layer: {} for layer in found}
     for name, header in checkpoint.tensors.items():
         layer, suffix = split_name(name, found)
@@ -202,7 +215,10 @@ def check_layers(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> None:
 def check_layer(
     layer: str, scheme: Scheme, own: Mapping[str, TensorHeader], checkpoint: Checkpoint
 ) -> None:
-    """A layer must have every tensor of its scheme, in the dtype and shape of the format."""
+    """A layer must have every tensor of its scheme, in the dtype and shape of the format.
+
+    Raises CheckpointError where it does not.
+    """
     weight = own["weight"]
     if len(weight.shape) != 2:
         raise CheckpointError(
@@ -244,7 +260,7 @@ def check_description(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> No
     """What is described of a quantized layer must be there, under the layer's own scheme.
 
     Entries for what a layer may do without are harmless: its bias, and the weight scales that only
-    older writers store beside `deq_scale`.
+    older writers store beside `deq_scale`. Raises CheckpointError for any other.
     """
     for name, word in (checkpoint.description or {}).items():
         layer, suffix = split_name(name, found)

@@ -59,7 +59,10 @@ def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, Te
 
 
 def find_fault(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[str, str] | None:
-    """(suffix, what it holds and what was expected) of a tensor on disk with impossible values."""
+    """(suffix, what it holds and what was expected) of a tensor on disk with impossible values.
+
+    None where there is none. Tensors as in the table of `families.msmodelslim`.
+    """
     names = {plain_suffix(suffix): suffix for suffix in tensors}
     stored = {plain: tensors[suffix] for plain, suffix in names.items()}
     stored |= {plain: tensor.cpu() for plain, tensor in stored.items() if plain != "weight"}

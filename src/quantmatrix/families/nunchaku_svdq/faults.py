@@ -34,7 +34,10 @@ GROUPS = {"BF16": 64, "F16": 64, "F8_E4M3": 16}
 
 
 def check_layers(checkpoint: Checkpoint) -> None:
-    """Refuse W4A4 layers with scales of other groups than the engine's, or without a branch."""
+    """Refuse W4A4 layers with scales of other groups than the engine's, or without a branch.
+
+    Raises CheckpointError for the first of them.
+    """
     rank = find_rank(checkpoint)
     for layer, suffixes in checkpoint.layers().items():
         today = {OLDER_NAMES.get(suffix, suffix) for suffix in suffixes}
@@ -61,7 +64,10 @@ def find_rank(checkpoint: Checkpoint) -> int:
 
 
 def check_groups(scales: TensorHeader, rows: int, columns: int) -> None:
-    """Refuse group scales [groups, rows] that are whole, but not of the engine's two kinds."""
+    """Refuse group scales [groups, rows] that are whole, but not of the engine's two kinds.
+
+    Raises CheckpointError for them.
+    """
     groups = scales.shape[0] if len(scales.shape) == 2 and scales.shape[1] == rows else 0
     if not groups or columns % groups or GROUPS.get(scales.dtype) == columns // groups:
         return
@@ -73,7 +79,10 @@ def check_groups(scales: TensorHeader, rows: int, columns: int) -> None:
 
 
 def find_lost_scale(scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> tuple[str, str] | None:
-    """(suffix, what it holds and what was expected) of group scales whose outer scale is gone."""
+    """(suffix, what it holds and what was expected) of group scales whose outer scale is gone.
+
+    None where there are none. Tensors as in the table of `families.nunchaku_svdq`.
+    """
     if scheme.op != "linear.svdq" or scheme.weight != "e2m1":
         return None
     outer = [tensors[name] for name in ("wtscale", "wcscales") if name in tensors]
@@ -89,7 +98,10 @@ def find_lost_scale(scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> tupl
 
 
 def check_halves(checkpoint: Checkpoint) -> None:
-    """Refuse one of the two files of an older folder where the whole checkpoint is wanted."""
+    """Refuse one of the two files of an older folder where the whole checkpoint is wanted.
+
+    Raises CheckpointError for one.
+    """
     names = {PurePath(file).name for file in checkpoint.files}
     others = set(SVDQUANT_PAIR) - names
     inside = {"transformer_blocks." in name for name in checkpoint.tensors}

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 
 def check_svdquant_flags(request: Request) -> None:
-    """Contradictions among the three SVDQuant flags, before any file is opened."""
+    """Contradictions among the three SVDQuant flags, before any file is opened.
+
+    Raises UsageError for the first of them.
+    """
     if request.enable_svdquant and not request.weights_paths.get("transformer"):
         raise UsageError(
             "--enable-svdquant needs --transformer-weights-path: name the SVDQuant file"

@@ -52,7 +52,11 @@ PRECISIONS = {"int4": "int4", "e2m1": "nvfp4"}
 
 
 def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
-    """Scheme of each layer that holds codes; a header that says otherwise raises."""
+    """Scheme of each layer that holds codes.
+
+    Raises CheckpointError for tensors that do not make up a layer, and for a header that says
+    otherwise.
+    """
     found: dict[str, Scheme] = {}
     layers = checkpoint.layers()
     for name, suffixes in layers.items():
@@ -76,7 +80,10 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
 
 
 def judge_layer(checkpoint: Checkpoint, name: str, suffixes: frozenset[str]) -> Scheme:
-    """Scheme of one layer from its tensors' headers; what cannot be right raises."""
+    """Scheme of one layer from its tensors' headers.
+
+    Raises CheckpointError for tensors that are missing, of another form or of no use.
+    """
     own: dict[str, TensorHeader] = {}
     for suffix in sorted(suffixes):
         part, today = checkpoint.tensors[f"{name}.{suffix}"], OLDER_NAMES.get(suffix, suffix)
@@ -138,7 +145,10 @@ def describe(scheme: Scheme) -> str:
 def refuse_extra(
     checkpoint: Checkpoint, name: str, layer: str, scheme: Scheme | None = None
 ) -> NoReturn:
-    """A tensor that nothing would use: it may change what the layer means (a LoRA, a scale)."""
+    """A tensor that nothing would use: it may change what the layer means (a LoRA, a scale).
+
+    Raises CheckpointError in every case.
+    """
     kind = "a quantized layer" if scheme is None else describe(scheme)
     raise CheckpointError(
         f"{checkpoint.tensors[name].file}: tensor {name} is no part of {kind} as the engine reads "
@@ -148,7 +158,10 @@ def refuse_extra(
 
 
 def check_alike(checkpoint: Checkpoint, found: Mapping[str, Scheme]) -> None:
-    """A file has one precision and one rank: layers of two come from two checkpoints."""
+    """A file has one precision and one rank: layers of two come from two checkpoints.
+
+    Raises CheckpointError for such a file.
+    """
     first: dict[tuple[str, int], str] = {}
     for name, scheme in found.items():
         if scheme.op == "linear.svdq":
@@ -163,7 +176,10 @@ def check_alike(checkpoint: Checkpoint, found: Mapping[str, Scheme]) -> None:
 
 
 def check_header(checkpoint: Checkpoint, name: str, scheme: Scheme) -> None:
-    """The header's words about rank, number formats and groups must be those of the tensors."""
+    """Rank, number formats and groups in the header must be those of the tensors.
+
+    Raises CheckpointError where they are not.
+    """
     block = checkpoint.quantization or {}
     place = checkpoint.quantization_from or checkpoint.reference
     stated = {"rank": block.get("rank")}
@@ -222,7 +238,8 @@ def loses_codes(scales: torch.Tensor, codes: torch.Tensor, scheme: Scheme) -> bo
     """Whether scales of zero stand beside codes that are not: of int4 in any group of them.
 
     Small groups of nvfp4 round to a scale of zero, AWQ pads with zeros and has no code for a zero:
-    there only a scale tensor without any other number is a fault.
+    there only a scale tensor without any other number is a fault. `scales` and `codes` are
+    `wscales` and `qweight`, tensors as in the table of `families.nunchaku_svdq`.
     """
     if scheme.op != "linear.svdq" or scheme.weight != "int4":
         return not scales.float().any() and bool(codes.any())
@@ -234,7 +251,10 @@ def loses_codes(scales: torch.Tensor, codes: torch.Tensor, scheme: Scheme) -> bo
 
 
 def find_fault(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[str, str] | None:
-    """(suffix, what it holds and what was expected) of numbers that cannot be meant."""
+    """(suffix, what it holds and what was expected) of numbers that cannot be meant.
+
+    None where there are none. Tensors as in the table of `families.nunchaku_svdq`.
+    """
     own = {OLDER_NAMES.get(suffix, suffix): suffix for suffix in tensors}
     for today, suffix in own.items():
         if today == "smooth_factor_orig" or not tensors[suffix].is_floating_point():

@@ -41,12 +41,15 @@ AWQ_RANGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 
 def find_layer_dtype(weight: torch.Tensor) -> torch.dtype:
-    """The 16-bit dtype of a layer's scales, factors and bias: float16 stays, others are bfloat16."""
+    """The 16-bit dtype of a layer's scales, factors and bias: float16 stays, others are bfloat16.
+
+    Only the weight's dtype counts; it may have any shape.
+    """
     return torch.float16 if weight.dtype == torch.float16 else torch.bfloat16
 
 
 def check_shape(weight: torch.Tensor, scheme: Scheme) -> None:
-    """Sizes that the tiles cannot hold raise UsageError."""
+    """Raises UsageError for a weight [N, K], of any dtype, whose sizes the tiles cannot hold."""
     rows, columns = weight.shape
     if scheme.op == "linear.w4a16":
         if rows % 4 or columns % scheme.group_size:
@@ -99,7 +102,11 @@ def quantize_svdq(
     calibration: Calibration | None,
     parts: int,
 ) -> Tensors:
-    """On-disk tensors of a W4A4 layer with weight [N, K], `parts` original layers stacked."""
+    """On-disk tensors of a W4A4 layer with weight [N, K], `parts` original layers stacked.
+
+    The weight and the bias [N] have any float dtype; gives tensors as in the table of
+    `families.nunchaku_svdq`. Raises UsageError for sizes that the tiles cannot hold.
+    """
     check_shape(weight, scheme)
     dtype = find_layer_dtype(weight)
     smooth = find_smoothing(weight, calibration).to(dtype)
@@ -127,7 +134,11 @@ def quantize_svdq(
 def code_int4(
     rest: torch.Tensor, group: int, dtype: torch.dtype, parts: int
 ) -> tuple[torch.Tensor, torch.Tensor, Tensors]:
-    """(codes [N, K], the numbers they stand for, scales) of a smoothed weight, as int4."""
+    """(codes [N, K], the numbers they stand for, scales) of a smoothed weight, as int4.
+
+    The weight is float32 [N, K]. Codes are uint8, numbers float32, `wscales` [K/group, N] of
+    `dtype`, in tiles.
+    """
     groups: torch.Tensor = rest.unflatten(1, (-1, group))
     amax = groups.abs().amax(dim=-1)
     scales = torch.where(amax > 0, amax / SIGNED_MAX, 1.0).to(dtype)
@@ -140,7 +151,12 @@ def code_int4(
 def code_nvfp4(
     rest: torch.Tensor, group: int, dtype: torch.dtype, parts: int
 ) -> tuple[torch.Tensor, torch.Tensor, Tensors]:
-    """(codes [N, K], the numbers they stand for, scales) of a smoothed weight, as nvfp4."""
+    """(codes [N, K], the numbers they stand for, scales) of a smoothed weight, as nvfp4.
+
+    The weight is float32 [N, K]. Codes are uint8, numbers float32, `wscales` float8_e4m3fn
+    [K/group, N], in tiles; beside them `wtscale` [1] of `dtype`, or `wcscales` [N] where there are
+    several parts.
+    """
     amax = rest.unflatten(0, (parts, -1)).abs().amax(dim=(1, 2))
     whole = torch.where(amax > 0, amax / (E2M1_MAX * E4M3_MAX), 1.0).to(dtype)
     outer = whole.float().repeat_interleave(rest.shape[0] // parts).unsqueeze(1)
@@ -164,7 +180,11 @@ def quantize_awq(
     bias: torch.Tensor | None,
     calibration: Calibration | None,
 ) -> Tensors:
-    """On-disk tensors of an AWQ layer with weight [N, K], rows in their order on disk."""
+    """On-disk tensors of an AWQ layer with weight [N, K], rows in their order on disk.
+
+    The weight and the bias [N] have any float dtype; gives tensors as in the table of
+    `families.nunchaku_svdq`. Raises UsageError for sizes that the tiles cannot hold.
+    """
     check_shape(weight, scheme)
     dtype = find_layer_dtype(weight)
     groups: torch.Tensor = weight.double().unflatten(1, (-1, scheme.group_size))
@@ -202,7 +222,11 @@ def find_middle(weight: torch.Tensor, calibration: Calibration | None) -> torch.
 def code_awq(
     groups: torch.Tensor, scales: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(numbers, codes, scales, zeros) of a weight [N, groups, 64] coded with scales [N, groups]."""
+    """(numbers, codes, scales, zeros) of a weight [N, groups, 64] coded with scales [N, groups].
+
+    The weight and the numbers are float64, codes uint8, scales and zeros of the scales' 16-bit
+    dtype.
+    """
     zeros = (-AWQ_ZERO * scales.double()).to(scales.dtype)
     wide, low = scales.double().unsqueeze(-1), zeros.double().unsqueeze(-1)
     codes = ((groups - low) / wide).round().clamp(0, 15)

@@ -159,7 +159,10 @@ def read_whole_inputs(block: Mapping[str, Any]) -> frozenset[str]:
 
 
 def check_word(place: str, layer: str, word: str, entry: Any) -> None:
-    """A format word must be known, and nothing beside it may ask for more."""
+    """A format must be known by name, and nothing beside it may ask for more.
+
+    Raises CheckpointError otherwise.
+    """
     coded = CODED in word and not any(part in word for part in FOREIGN_CODES)
     if not coded and word not in PLAIN_WORDS:
         raise wrong(place, f"the format of {layer}", word, "float8_e4m3fn or bf16")
@@ -174,7 +177,10 @@ def check_word(place: str, layer: str, word: str, entry: Any) -> None:
 def read_recipes(
     block: Mapping[str, Any], place: str, formats: Mapping[str, str]
 ) -> dict[str, str]:
-    """`scale_recipe` per format word that some layer has; only `rowwise` is known."""
+    """`scale_recipe` per format name that some layer has; only `rowwise` is known.
+
+    Raises CheckpointError for any other.
+    """
     configs = block.get("quant_configs") or {}
     if not isinstance(configs, Mapping):
         raise wrong(place, "quant_configs", configs, "a JSON object")
@@ -190,7 +196,10 @@ def read_recipes(
 
 
 def read_block_size(block: Mapping[str, Any], place: str) -> tuple[int, int] | None:
-    """Rows and columns of a block, or None when scales are not by blocks."""
+    """Rows and columns of a block, or None when scales are not by blocks.
+
+    Raises CheckpointError for any other value, and for blocks with static activations.
+    """
     size = block.get("weight_block_size")
     if size is None:
         return None
@@ -206,7 +215,10 @@ def read_block_size(block: Mapping[str, Any], place: str) -> tuple[int, int] | N
 
 
 def read_ignored(block: Mapping[str, Any], place: str) -> list[re.Pattern[str]]:
-    """Patterns of the layers that were left alone, for `match` on a layer's full name."""
+    """Patterns of the layers that were left alone, for `match` on a layer's full name.
+
+    Raises CheckpointError where a list holds anything but names.
+    """
     patterns = []
     for key in IGNORE_KEYS:
         entries = block.get(key) or []

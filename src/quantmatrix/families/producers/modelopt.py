@@ -61,7 +61,10 @@ class StoredLayer:
 
 
 def refuse_others(layer: StoredLayer, known: Iterable[str]) -> None:
-    """A tensor of a quantized layer that nothing would use changes its numbers in unknown ways."""
+    """A tensor of a quantized layer that nothing would use changes its numbers in unknown ways.
+
+    Raises CheckpointError for one that is not `known`.
+    """
     others = sorted(layer.suffixes - {*known, *BESIDE})
     if others:
         raise layer.wrong(
@@ -115,7 +118,7 @@ def judge_layer(layer: StoredLayer, layout: Scheme, algorithm: str) -> Scheme | 
 
 
 def judge_fp8(layer: StoredLayer) -> Scheme:
-    """Scheme of a layer of e4m3 codes with one scale."""
+    """Scheme of a layer of e4m3 codes with one scale; raises CheckpointError for other scales."""
     if layer.fits("weight_scale", TensorSpec(("F32",), ((), (1,)))):
         static = "input_scale" in layer.suffixes
         scheme = FP8 if static else replace(FP8, activation="tensor-dynamic")
@@ -133,7 +136,7 @@ def judge_nvfp4(layer: StoredLayer, layout: Scheme, algorithm: str) -> Scheme:
     """Scheme of a layer of e2m1 codes, every tensor that it needs checked.
 
     What the algorithm promises must be there: a smoothed layer without its multipliers decodes to
-    other numbers.
+    other numbers. Raises CheckpointError where it is not.
     """
     scheme = layout
     if algorithm == "NVFP4_SVD" or {"svdquant_lora_a", "svdquant_lora_b"} & layer.suffixes:
@@ -151,7 +154,10 @@ def judge_nvfp4(layer: StoredLayer, layout: Scheme, algorithm: str) -> Scheme:
 
 
 def check_nvfp4(layer: StoredLayer, scheme: Scheme, algorithm: str) -> None:
-    """Every tensor of the scheme must be there, in the shape that the weight asks for."""
+    """Every tensor of the scheme must be there, in the shape that the weight asks for.
+
+    Raises CheckpointError where one is not.
+    """
     weight = layer.header("weight")
     if weight is None or len(weight.shape) != 2 or 2 * weight.shape[1] % GROUP:
         raise layer.wrong(

@@ -59,12 +59,16 @@ class Fault:
 
 
 def find_codes(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """Suffix of the codes of a layer."""
+    """Suffix of the codes of a layer, among its tensors on disk of any shape and dtype."""
     return next((name for name in CODES if name in tensors), None)
 
 
 def find_scales(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Suffixes of the weight scales of a layer, the most detailed first."""
+    """Suffixes of the weight scales of a layer, the most detailed first.
+
+    Among its tensors on disk, of any shape and dtype; those of inputs and of smoothing are left
+    out.
+    """
     strange = ("input", "pre_quant", "smooth", "quant_bias")
     names = [
         name
@@ -76,7 +80,10 @@ def find_scales(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def swap_nibbles(tensors: Tensors) -> Tensors | None:
-    """Low and high half of every byte exchanged, where two codes share a byte."""
+    """Low and high half of every byte exchanged, where two codes share a byte.
+
+    Codes are uint8 or int8 [out, in/2]; None where the layer has none such.
+    """
     codes = find_codes(tensors)
     if codes is None or tensors[codes].is_floating_point():
         return None
@@ -89,19 +96,19 @@ def swap_nibbles(tensors: Tensors) -> Tensors | None:
 
 
 def drop_scales(tensors: Tensors) -> Tensors | None:
-    """The most detailed weight scale is not in the file."""
+    """The most detailed weight scale, of any shape and dtype, is not in the file."""
     names = find_scales(tensors)
     return {n: x for n, x in tensors.items() if n != names[0]} if names else None
 
 
 def unit_scales(tensors: Tensors) -> Tensors | None:
-    """The most detailed weight scale is taken as one."""
+    """The most detailed weight scale, of any shape and dtype, is taken as one."""
     names = find_scales(tensors)
     return {**tensors, names[0]: torch.ones_like(tensors[names[0]])} if names else None
 
 
 def transpose_scales(tensors: Tensors) -> Tensors | None:
-    """A matrix of scales with its rows written as columns."""
+    """A matrix of scales [rows, columns] with its rows written as columns; shape and dtype stay."""
     names = [name for name in find_scales(tensors) if is_matrix(tensors[name])]
     if not names:
         return None
@@ -110,12 +117,15 @@ def transpose_scales(tensors: Tensors) -> Tensors | None:
 
 
 def is_matrix(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has two dimensions of more than one element."""
+    """Whether a tensor of any shape and dtype has two dimensions of more than one element."""
     return tensor.ndim == 2 and min(tensor.shape) > 1
 
 
 def misplace_scales(tensors: Tensors) -> Tensors | None:
-    """Scales in another layout: their two halves interleaved, as a tiled layout would be."""
+    """Scales in another layout: their two halves interleaved, as a tiled layout would be.
+
+    They may have any shape and dtype, which stay.
+    """
     names = find_scales(tensors)
     if not names or tensors[names[0]].numel() < 2:
         return None
@@ -127,19 +137,25 @@ def misplace_scales(tensors: Tensors) -> Tensors | None:
 
 
 def skip_low_rank(tensors: Tensors) -> Tensors | None:
-    """The low-rank branch adds nothing."""
+    """The low-rank branch adds nothing: its second factor [out, rank], of any float dtype, is zero."""
     name = next((name for name in LOW_RANK if name in tensors), None)
     return {**tensors, name: torch.zeros_like(tensors[name])} if name else None
 
 
 def stale_scale(tensors: Tensors) -> Tensors | None:
-    """The activation scale is of another calibration: an eighth of what it should be."""
+    """The activation scale is of another calibration: an eighth of what it should be.
+
+    It is float32, [] or [1].
+    """
     name = "input_scale"
     return {**tensors, name: tensors[name] / 8} if name in tensors else None
 
 
 def corrupt(tensors: Tensors) -> Tensors | None:
-    """The codes begin in the middle of the tensor, as after a torn write."""
+    """The codes begin in the middle of the tensor, as after a torn write.
+
+    They may have any shape and dtype, which stay.
+    """
     codes = find_codes(tensors)
     if codes is None:
         return None

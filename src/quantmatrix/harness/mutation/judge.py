@@ -76,7 +76,10 @@ class Outcome:
 
 
 def choose_rows(tables: Matrix, patterns: Sequence[str]) -> list[Cell]:
-    """One cell per family, model and scheme that runs exact arithmetic on a CPU; by globs."""
+    """One cell per family, model and scheme that runs exact arithmetic on a CPU; by globs.
+
+    Raises UsageError where the globs leave none.
+    """
     cells: dict[tuple[str, str, str], Cell] = {}
     for cell in tables.cells:
         row = tables.checkpoints[cell.checkpoint]
@@ -112,7 +115,10 @@ class Mutator:
     def run(self, cells: Sequence[Cell], faults: Sequence[Fault], say: Callable[[str], None]) -> (
         list[Outcome]
     ):  # fmt: skip
-        """Every fault in every cell that it can happen to; an unsound cell is an error."""
+        """Every fault in every cell that it can happen to.
+
+        Raises QuantmatrixError for a cell that is not sound without a fault.
+        """
         outcomes = []
         for cell in cells:
             request = self.bench.request(cell)
@@ -170,7 +176,11 @@ class Mutator:
     def judge(
         self, cell: Cell, sound: Request, request: Request, fault: Fault | None
     ) -> dict[str, str]:
-        """What each gate says against a request; a model fault is put in after loading."""
+        """What each gate says against a request; a model fault is put in after loading.
+
+        Raises NotApplicable where such a fault cannot happen, or no gate that was asked for loads
+        the model.
+        """
         try:
             made = plan(request)
         except WitnessError as error:
@@ -339,7 +349,10 @@ def is_other(own: dict[str, Any], changed: dict[str, Any]) -> bool:
 
 
 def choose_gates(names: Sequence[str]) -> tuple[str, ...]:
-    """The gates to ask: all, or `plan` and `witness`, which need no model."""
+    """The gates to ask: all, or `plan` and `witness`, which need no model.
+
+    Raises UsageError for any other.
+    """
     if not names:
         return GATES
     if strangers := [name for name in names if name not in LIGHT_GATES]:
@@ -351,7 +364,7 @@ def choose_gates(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def choose_faults(names: Sequence[str]) -> list[Fault]:
-    """Faults by name, all when none is named."""
+    """Faults by name, all when none is named; raises UsageError for an unknown one."""
     known = {fault.name: fault for fault in FAULTS}
     strange = [name for name in names if name not in known]
     if strange:

@@ -23,7 +23,8 @@ USER_GATES = ("plan", "witness", "load", "generate")
 def summarize(outcomes: Sequence[Outcome], gates: Sequence[str] = GATES) -> dict[str, Any]:
     """Plain data: shares, what was missed, and `problems`: why the suite fails.
 
-    Where not all gates were asked, the witness alone is held to what it must catch.
+    Where not all gates were asked, the witness alone is held to what it must catch. Raises
+    UsageError where nothing was injected.
     """
     if not outcomes:
         raise UsageError("no fault can happen to the chosen rows: nothing was tested")

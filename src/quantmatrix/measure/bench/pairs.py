@@ -77,7 +77,8 @@ def bench_request(
 ) -> dict[str, Any]:
     """The result of a request, without what names it; `base` is the model in full precision.
 
-    Raises RefusedError where the plan refuses, UsageError where there is nothing to compare.
+    Raises RefusedError where the plan refuses, UsageError where there is nothing to compare or a
+    flag offloads, and MachineError where the device cannot hold both forms.
     """
     if request.dit_layerwise_offload or request.dit_cpu_offload:
         raise UsageError(
@@ -109,7 +110,7 @@ def bench_request(
 def open_parts(
     made: Plan, plain: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[Part]:
-    """Each component that has quantized layers, in both forms."""
+    """Each component that has quantized layers, in both forms; raises UsageError where none has."""
     if not any(component.layers for component in made.components.values()):
         raise UsageError(
             f"{made.request.model_path}: no transformer component is quantized, so there is nothing "
@@ -152,7 +153,10 @@ def make_finish(request: Request) -> Callable[[nn.Module], None]:
 
 
 def capture_inputs(plain: Plan) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the base pipeline passes to its transformer in the first step."""
+    """What the base pipeline passes to its transformer in the first step: (args, kwargs).
+
+    Raises UsageError where a generation never calls it.
+    """
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise FirstCall(args, kwargs)

@@ -73,7 +73,7 @@ def prepare_forward(
 
 
 def flatten_output(output: Any) -> torch.Tensor:
-    """The first output of a transformer's forward, float32."""
+    """The first output of a transformer's forward, float32, in any shape that the model gives."""
     value = output[0]
     first: torch.Tensor = value[0] if isinstance(value, list) else value
     return first.float()

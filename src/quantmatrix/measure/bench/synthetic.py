@@ -71,7 +71,10 @@ def make_layer(
     dtype: torch.dtype,
     generator: torch.Generator,
 ) -> QuantizedLinear:
-    """A quantized layer of a linear layer's shape, from random tensors as on disk."""
+    """A quantized layer of a linear layer's shape, from random tensors as on disk.
+
+    Raises RefusedError where no kernel (or not `backend`) fits the machine.
+    """
     shape = (linear.out_features, linear.in_features)
     module = families.load(family)
     try:
@@ -92,7 +95,11 @@ def make_layer(
 def draw(
     suffix: str, spec: TensorSpec, shape: tuple[int, int], generator: torch.Generator
 ) -> torch.Tensor:
-    """Random codes, or scales that give weights of gain 1; layers of one input have one zero point."""
+    """Random codes, or scales that give weights of gain 1; layers of one input have one zero point.
+
+    The tensor has the first shape and dtype of `spec`, such as [out, in/2] and uint8; the layer's
+    `shape` (out, in) sets the gain.
+    """
     dtype, device = to_torch(spec.dtypes[0]), generator.device
     size = spec.shapes[0]
     if "offset" in suffix:

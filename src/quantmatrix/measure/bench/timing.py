@@ -155,7 +155,11 @@ def measure_layers(part: Part, repeats: int) -> list[dict[str, Any]]:
 
 
 def find_layers(part: Part) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
-    """(facts, name of the first, its input) of every kind of quantized layer that a step calls."""
+    """(facts, name of the first, its input) of every kind of quantized layer that a step calls.
+
+    The input is a copy [..., in] in the dtype of the step; `rows` of the facts is the product of
+    the rest.
+    """
     kinds: dict[tuple[Any, ...], tuple[dict[str, Any], str, torch.Tensor]] = {}
     counted: set[str] = set()
     handles = []

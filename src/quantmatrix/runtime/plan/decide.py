@@ -66,13 +66,20 @@ def plan(request: Request, machine: Machine) -> Plan | Refusal:
 
 
 def plan_transformers(request: Request, machine: Machine) -> Plan | Refusal:
-    """The plan for the transformers alone: the rest of the pipeline need not be there."""
+    """The plan for the transformers alone: the rest of the pipeline need not be there.
+
+    Raises CheckpointError and UsageError as `plan` does.
+    """
     with open_once():
         return decide(request, machine, find_sources(request))
 
 
 def decide(request: Request, machine: Machine, found: Sources) -> Plan | Refusal:
-    """How a request with these sources will run on a machine, or why it cannot."""
+    """How a request with these sources will run on a machine, or why it cannot.
+
+    Raises CheckpointError for a component that is not what it claims to be, and UsageError for
+    flags that do not fit it.
+    """
     warnings = list(found.warnings)
     components: dict[str, ComponentPlan] = {}
     for name, source in found.components.items():
@@ -110,7 +117,11 @@ def plan_component(
     machine: Machine,
     warnings: list[str],
 ) -> ComponentPlan:
-    """Plan one transformer component; raises NoKernel when a layer has none."""
+    """Plan one transformer component; what the user should know of it is added to `warnings`.
+
+    Raises NoKernel when a layer has none, CheckpointError (WitnessError where readings must be told
+    apart) for a checkpoint that cannot be used, and UsageError for flags that do not fit it.
+    """
 
     def plan_reading(other: Checkpoint) -> ComponentPlan:
         tried = replace(source, checkpoint=other)

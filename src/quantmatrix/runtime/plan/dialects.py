@@ -24,7 +24,10 @@ CODE_LEAVES = ("weight", "qweight", "linear.weight")
 
 
 def find_code(checkpoint: Checkpoint, layer: str) -> TensorHeader:
-    """The tensor that holds the codes of a layer on disk."""
+    """The tensor that holds the codes of a layer on disk.
+
+    Raises CheckpointError where there is none.
+    """
     names = (f"{layer}.{leaf}" for leaf in CODE_LEAVES)
     code = next((checkpoint.tensors[n] for n in names if n in checkpoint.tensors), None)
     if code is None:
@@ -38,7 +41,9 @@ def choose_dialect(
     """The dialect of a checkpoint: that of its family's files, else the one its names are of.
 
     Names may not tell: every name of a Qwen-Image file whose attention is in full precision is
-    diffusers' own, too, but in an SVDQuant file the rows of its modulation are interleaved.
+    diffusers' own, too, but in an SVDQuant file the rows of its modulation are interleaved. Raises
+    CheckpointError for a model that the family has no files of, and for layers that are not as the
+    dialect has them.
     """
     own = None if family is None else getattr(families.load(family), "DIALECT", None)
     if own is None:
@@ -65,7 +70,8 @@ def check_packing(checkpoint: Checkpoint, schemes: Mapping[str, Scheme], dialect
     """Quantized layers must have the names and the kind of codes that the dialect has for them.
 
     What a name stands for (rows of several modules, inputs that follow a GELU, rows that are
-    interleaved) is not known of a layer that is stored in another way.
+    interleaved) is not known of a layer that is stored in another way. Raises CheckpointError for
+    such a layer.
     """
     for layer, scheme in schemes.items():
         targets = dialect.layer_targets(layer)
@@ -89,7 +95,8 @@ def check_plain_layers(
     """Layers that a file leaves in full precision must be what the model's own modules are.
 
     A converter copies such a layer under the name that its codes would have had, whatever was done
-    to it before: half of a module's columns, or a bias without what shifted inputs add.
+    to it before: half of a module's columns, or a bias without what shifted inputs add. Raises
+    CheckpointError for a layer that may be such a one.
     """
     shifted = any(scheme.weight == "int4" for scheme in schemes.values())
     for layer, suffixes in checkpoint.layers().items():
@@ -140,7 +147,8 @@ def check_split(
 ) -> None:
     """Layers that share a module's input columns: all are there, in proportion, each with its bias.
 
-    The loader adds their biases up, so it could not tell that one of them is missing.
+    The loader adds their biases up, so it could not tell that one of them is missing. Raises
+    CheckpointError for what is missing or out of proportion.
     """
     file = find_code(checkpoint, layer).file
     units = {}

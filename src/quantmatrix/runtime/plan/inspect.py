@@ -31,6 +31,8 @@ def inspect(path: str, hub: Hub | None = None) -> dict[str, Any]:
     """Family, reason, schemes per layer, sizes and header facts of every transformer in a path.
 
     `path` is a weight file, a component folder, a whole pipeline or a hub id of one of these.
+    Raises CheckpointError for a path where no checkpoint is, and for a file that is damaged or
+    empty.
     """
     found = open_any(path, hub or Hub())
     for checkpoint in found.values():
@@ -107,7 +109,10 @@ def describe_scheme(scheme: Scheme, layout: Layout | None) -> dict[str, Any]:
 
 
 def read_schemes(checkpoint: Checkpoint, family: str, layout: Layout | None) -> dict[str, Scheme]:
-    """The schemes of a checkpoint; under the first reading that fits where its layout is open."""
+    """The schemes of a checkpoint; under the first reading that fits where its layout is open.
+
+    Raises CheckpointError, the first reading's, where none fits.
+    """
     if layout is None or layout.known:
         return families.load(family).schemes(checkpoint)
     errors = []

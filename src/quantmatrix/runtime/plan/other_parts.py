@@ -106,7 +106,10 @@ def explain_part(folder: Path, name: str, base: Path | None = None) -> str | Non
 
 
 def check_part(folder: Path, name: str, base: Path | None = None) -> None:
-    """Refuse a part that ModelOpt or the SVDQuant engine quantized, pickles, and links elsewhere."""
+    """Refuse a part that ModelOpt or the SVDQuant engine quantized, pickles, and links elsewhere.
+
+    Raises CheckpointError for each of these.
+    """
     if why := explain_part(folder, name, base):
         raise CheckpointError(why)
 
@@ -115,7 +118,7 @@ def check_folder(folder: Path, class_name: str, built: Collection[str]) -> None:
     """Refuse a model folder [model_index.json, a folder per part] that cannot be put together.
 
     `built` are the parts that do not come from it. Each other one that the pipeline class must have
-    has to be in the index, and readable.
+    has to be in the index, and readable. Raises CheckpointError where it is not.
     """
     import diffusers
 
@@ -136,8 +139,8 @@ def check_rest(
 ) -> None:
     """Refuse a model whose other parts cannot be loaded, as far as names and headers tell.
 
-    `built` are the transformers. A part with an override comes from there, and is of the class
-    that the model names for it.
+    `built` are the transformers. A part with an override comes from there, and is of the class that
+    the model names for it. Raises CheckpointError for the first that cannot.
     """
     for name in sorted(pipeline.components.keys() - set(built)):
         library, class_name = pipeline.components[name]

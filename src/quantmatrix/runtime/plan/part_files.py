@@ -76,9 +76,10 @@ def list_names(library: str) -> frozenset[str]:
 
 
 def check_files(folder: Folder, name: str, class_name: str) -> None:
-    """CheckpointError where the folder of a part lacks a file, or holds one that is cut off.
+    """The folder of a part must hold its files, none of them cut off.
 
-    Headers of weights are read where they lie on this machine; of others the names count.
+    Headers of weights are read where they lie on this machine; of others the names count. Raises
+    CheckpointError where one is missing or cut off.
     """
     if not folder.names:
         raise wrong(folder, name, "is missing, or empty", "the files of the part")
@@ -102,7 +103,10 @@ def wrong(folder: Folder, name: str, what: str, expected: str) -> CheckpointErro
 
 
 def check_config(folder: Folder, name: str, files: tuple[str, ...]) -> None:
-    """A part must say what it is, in one of these JSON files."""
+    """A part must say what it is, in one of these JSON files.
+
+    Raises CheckpointError where there is none, or one that is no JSON object.
+    """
     found = [file for file in files if folder.has(file)]
     if not found:
         beside = ", ".join(folder.top[:4]) or "its sub-folders"
@@ -113,7 +117,10 @@ def check_config(folder: Folder, name: str, files: tuple[str, ...]) -> None:
 
 
 def check_vocabulary(folder: Folder, name: str, class_name: str) -> None:
-    """A tokenizer must have one whole set of vocabulary files, none of them cut off."""
+    """A tokenizer must have one whole set of vocabulary files, none of them cut off.
+
+    Raises CheckpointError where it does not.
+    """
     sets = next(sets for start, sets in VOCABULARIES.items() if class_name.startswith(start))
     found = next((files for files in sets if all(map(folder.has, files))), None)
     if found is None:
@@ -140,7 +147,10 @@ def explain_vocabulary(path: Path) -> str:
 
 
 def check_weights(folder: Folder, name: str) -> None:
-    """Weights must be there, every shard with the tensors that its index promises, none cut off."""
+    """Weights must be there, every shard with the tensors that its index promises, none cut off.
+
+    Raises CheckpointError where they are not.
+    """
     try:
         selection = select_component(folder)
     except CheckpointError as error:

@@ -91,6 +91,7 @@ def sort_layers(
     """(parts of each quantized module, names of the tensors that are stored plainly).
 
     A layer that is quantized while loading (`online`) has a weight and a bias, and nothing else.
+    Raises CheckpointError for codes that are no matrix.
     """
     parts: dict[str, list[Part]] = {}
     for layer, scheme in schemes.items():
@@ -158,7 +159,7 @@ def place(
 
 
 def check_module(site: Site, module: str, parts: Sequence[Part]) -> None:
-    """The parts of a quantized module must make up one linear layer of the model."""
+    """The parts of a quantized module must make up one linear layer; else raises CheckpointError."""
     first = parts[0]
     linear = site.shapes.linears.get(module)
     if linear is None:
@@ -195,7 +196,7 @@ def check_module(site: Site, module: str, parts: Sequence[Part]) -> None:
 
 
 def check_rows(site: Site, part: Part) -> None:
-    """The rows that a module takes of a layer must be there, and no scale may be cut."""
+    """A module's rows must be there, and no scale be cut; else raises CheckpointError."""
     code = find_code(site.checkpoint, part.layer)
     out = measure_features(part.scheme, code.shape)[0]
     what = explain_rows(part.target, out)
@@ -223,6 +224,7 @@ def check_bias(site: Site, module: str, parts: Sequence[Part], *, biased: bool) 
     """A module with a bias needs one, every bias one number per row on disk.
 
     Where the model has none a bias of zeros may be stored: numbers decide, when they are read.
+    Raises CheckpointError for a bias that is missing, of codes or of another length.
     """
     own = {part.layer: find_biases(site.checkpoint, part.layer) for part in parts}
     for part in parts:
@@ -253,7 +255,10 @@ def find_biases(checkpoint: Checkpoint, layer: str) -> list[TensorHeader]:
 def place_plain(
     site: Site, parts: Mapping[str, Sequence[Part]], plain: Collection[str]
 ) -> tuple[PlainTensor, ...]:
-    """Where each plain tensor goes; unknown names, and two for one parameter, are errors."""
+    """Where each plain tensor goes.
+
+    Raises CheckpointError for unknown names, two tensors for one parameter, and other shapes.
+    """
     tensors = site.checkpoint.tensors
     layers = {f"{module}.{leaf}": own[0].layer for module, own in parts.items() for leaf in BIASES}
     layers |= {f"{module}.weight": own[0].layer for module, own in parts.items()}
@@ -280,7 +285,10 @@ def place_plain(
 
 
 def plain_targets(site: Site, name: str) -> Iterator[tuple[Target, str]]:
-    """(target, parameter name in the model) of a tensor that is stored plainly."""
+    """(target, parameter name in the model) of a tensor that is stored plainly.
+
+    Raises CheckpointError for a layer whose rows the dialect interleaves.
+    """
     whole = site.dialect.tensor_targets(name)
     if whole is not None:
         for target in whole:
@@ -298,7 +306,7 @@ def plain_targets(site: Site, name: str) -> Iterator[tuple[Target, str]]:
 
 
 def check_shape(site: Site, tensor: PlainTensor) -> None:
-    """A plain tensor must hold numbers, in the shape of the parameter that takes it."""
+    """A plain tensor must hold numbers, in its parameter's shape; else raises CheckpointError."""
     header = site.checkpoint.tensors[tensor.name]
     if header.dtype not in FLOATS:
         raise describe_codes(header, tensor.parameter)
@@ -358,7 +366,10 @@ def places(site: Site, name: str) -> list[str]:
 
 
 def select_rows(target: Target, stored_rows: int) -> torch.Tensor | slice | None:
-    """Rows of the layer on disk that a module takes, in the module's order; None: all of them."""
+    """Rows of the layer on disk that a module takes, in the module's order; None: all of them.
+
+    A slice where they lie together, else int64 [rows].
+    """
     index, count = target.part
     each = stored_rows // count
     if target.swap_halves:

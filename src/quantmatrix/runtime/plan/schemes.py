@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 def find_schemes(
     source: Source, model: str, request: Request
 ) -> tuple[str | None, str, dict[str, Scheme], bool]:
-    """(family, why, scheme of each quantized layer on disk, whether it is made while loading)."""
+    """(family, why, scheme of each quantized layer on disk, whether it is made while loading).
+
+    Raises CheckpointError for a quantization that no family reads, and a declared one that no layer
+    has; UsageError for `--quantization` that does not fit.
+    """
     checkpoint = source.checkpoint
     if unknown := explain_unknown(checkpoint):
         raise CheckpointError(unknown)
@@ -51,7 +55,10 @@ def find_schemes(
 
 
 def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict[str, Scheme]:
-    """Schemes of `--quantization fp8`: every linear layer of the blocks that is not ignored."""
+    """Schemes of `--quantization fp8`: every linear layer of the blocks that is not ignored.
+
+    Raises UsageError for another family, a pattern that matches nothing, and where nothing is left.
+    """
     if request.quantization != "fp8":
         raise UsageError(
             f"--quantization {request.quantization}: only fp8 can be made while loading"

@@ -69,7 +69,11 @@ class Sources:
 
 
 def find_sources(request: Request) -> Sources:
-    """Resolve a request to checkpoints; raises UsageError or CheckpointError."""
+    """Resolve a request to checkpoints, one source for each transformer component.
+
+    Raises UsageError for flags that contradict each other or the base model, and CheckpointError
+    for a checkpoint that cannot be opened or is of another model.
+    """
     if request.tiny and request.hub == Hub():
         raise UsageError(
             f"--tiny: the stand-in of {request.model_path} was not opened; plan the request with "
@@ -119,6 +123,7 @@ def find_base(request: Request) -> tuple[str, dict[str, str]]:
 
     There `--model-path` stands for the base and, unless a flag names another transformer, for its
     weights. A folder of that name that is a whole model, with a transformer of its own, is one.
+    Raises UsageError without a model path.
     """
     if not request.model_path:
         raise UsageError("--model-path is missing: name the base model, a folder or a hub id")
@@ -132,7 +137,10 @@ def find_base(request: Request) -> tuple[str, dict[str, str]]:
 
 
 def find_model(request: Request, pipeline: PipelineFolder) -> tuple[str, list[str]]:
-    """(model id, warnings): by `--model-id`, else by the class the base model names."""
+    """(model id, warnings): by `--model-id`, else by the class the base model names.
+
+    Raises UsageError where the two contradict each other, CheckpointError where neither is known.
+    """
     warnings: list[str] = []
     if request.model_id:
         named, stated = (
@@ -163,7 +171,10 @@ def find_model(request: Request, pipeline: PipelineFolder) -> tuple[str, list[st
 
 
 def component_names(model: str, pipeline: PipelineFolder) -> list[str]:
-    """Transformer components that the base has, primary first; a bare folder is `transformer`."""
+    """Transformer components that the base has, primary first; a bare folder is `transformer`.
+
+    Raises CheckpointError for a pipeline without one.
+    """
     if not pipeline.components:
         return ["transformer"]
     wanted = models.load(model).COMPONENTS
@@ -178,7 +189,10 @@ def component_names(model: str, pipeline: PipelineFolder) -> list[str]:
 
 
 def check_overrides(request: Request, pipeline: PipelineFolder, names: list[str]) -> None:
-    """An override must name a component that the base model has."""
+    """An override must name a component that the base model has, and weights a transformer.
+
+    Raises UsageError for any other.
+    """
     known = set(pipeline.components) | set(names)
     for suffix, overrides in (
         ("path", request.component_paths),
@@ -201,7 +215,10 @@ def check_overrides(request: Request, pipeline: PipelineFolder, names: list[str]
 def find_source(
     name: str, request: Request, pipeline: PipelineFolder, weights: str | None, *, primary: bool
 ) -> Source:
-    """Where one component comes from, its class checked against the base's."""
+    """Where one component comes from, its class checked against the base's.
+
+    Raises CheckpointError for a file or configuration that is missing, damaged or of another model.
+    """
     override = request.component_paths.get(name)
     if weights and weights.startswith("compat:"):
         checkpoint = open_compat(weights.removeprefix("compat:"), request.hub)
@@ -242,7 +259,10 @@ def subfolder_of(name: str, pipeline: PipelineFolder) -> str:
 def check_class(
     name: str, class_name: str, config_from: str, pipeline: PipelineFolder, checkpoint: Checkpoint
 ) -> None:
-    """The base model and the override's config must name one class."""
+    """The base model and the override's config must name one class.
+
+    Raises CheckpointError where they do not.
+    """
     expected = pipeline.components[name][1] if name in pipeline.components else class_name
     if class_name != expected:
         raise CheckpointError(
@@ -259,7 +279,8 @@ def check_stated_config(
 
     It stands in the header, or beside an SVDQuant folder of two files. Numbers of heads or of
     positions shape no tensor, so that nothing else would tell of them. What one of the two leaves
-    out, or leaves empty, is not compared, nor what changes no number.
+    out, or leaves empty, is not compared, nor what changes no number. Raises CheckpointError where
+    they disagree.
     """
     stated: Mapping[str, Any] = parse_block(checkpoint.metadata.get("config", ""))
     place = f"{checkpoint.files[0]}: the header's config"

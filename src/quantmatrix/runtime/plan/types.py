@@ -165,7 +165,7 @@ class Refusal:
 
 
 def require(decided: Plan | Refusal) -> Plan:
-    """The plan of what was decided; RefusedError with the rule and the message of a refusal."""
+    """The plan of what was decided; raises RefusedError, with rule and message, for a refusal."""
     if isinstance(decided, Refusal):
         raise RefusedError(decided.rule, decided.message)
     return decided

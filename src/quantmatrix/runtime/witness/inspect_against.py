@@ -39,7 +39,11 @@ def compare(path: str, base: str, hub: Hub, component: str | None = None) -> dic
 
 
 def compare_component(path: str, base: str, hub: Hub, name: str) -> dict[str, Any]:
-    """The findings of one component, under every reading that is open."""
+    """The findings of one component, under every reading that is open.
+
+    Raises CheckpointError for a component that the base does not have, and where the base's weights
+    are not at hand.
+    """
     request = describe_request(path, base, hub, name)
     found = find_sources(request)
     if name not in found.components:
@@ -91,7 +95,10 @@ def describe_request(path: str, base: str, hub: Hub, name: str) -> Request:
 def plan_readings(
     name: str, source: Source, model: str, request: Request
 ) -> Iterator[ComponentPlan]:
-    """The component's plan under each reading that is open; one where nothing is."""
+    """The component's plan under each reading that is open; one where nothing is.
+
+    Raises CheckpointError where nothing is quantized, and where no reading can be planned.
+    """
     machine = Machine(name="cpu", vendor="cpu", arch="cpu", memory_bytes=0)
     if families.detect(source.checkpoint) is None:
         raise CheckpointError(f"{source.checkpoint.reference}: nothing in it is quantized")

@@ -164,7 +164,10 @@ def compare_sample(
 def find_rows(
     piece: Piece, start: int, stop: int
 ) -> tuple[torch.Tensor | slice, torch.Tensor | None]:
-    """(rows of the module that lie in [start, stop) on disk, their order there; None: the same)."""
+    """(rows of the module that lie in [start, stop) on disk, their order there; None: the same).
+
+    Both are int64 [rows], the first also a slice.
+    """
     order = select_rows(piece.target, piece.out_features * piece.target.part[1])
     if order is None or isinstance(order, slice):
         first = 0 if order is None else order.start
@@ -180,10 +183,11 @@ def measure_likeness(
     coded: torch.Tensor | None = None,
     nbytes: int = 0,
 ) -> Likeness:
-    """Cosines and distances of two [rows, columns]; `coded` is what the codes alone decode to.
+    """Cosines and distances of two float32 [rows, columns].
 
-    The branch beside them (`decoded - coded`) is taken from both sides for what is said of codes and
-    scales. NaN counts as infinitely far.
+    `coded` is what the codes alone decode to. The branch beside them (`decoded - coded`) is taken
+    from both sides for what is said of codes and scales. NaN counts as infinitely far. `nbytes` is
+    how many bytes of the base were read for it.
     """
     size, length = float(base.norm()), float(decoded.norm())
     cosine = find_cosine(float(decoded.flatten() @ base.flatten()), length, size)
@@ -211,7 +215,7 @@ def find_cosine(product: float, one: float, other: float) -> float:
 
 
 def split_groups(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """A view or copy [groups, elements] of [out, in], each group having one scale."""
+    """A view or copy [groups, elements] of [out, in], in its dtype, each group having one scale."""
     rows, columns = weight.shape
     if scheme.scale == "tensor":
         return weight.reshape(1, -1)

@@ -355,7 +355,8 @@ def decide(
     """The checkpoint with the one reading that agrees with the base weights.
 
     `plan_reading` plans the component under a reading; one whose shapes do not fit is left out.
-    Raises WitnessError, in the words of `explain`, where not exactly one agrees.
+    Raises WitnessError, in the words of `explain`, where not exactly one agrees, and
+    CheckpointError where no reading can be planned.
     """
     if request.witness == "off":
         raise WitnessError(explain("--witness off leaves it to you"))
