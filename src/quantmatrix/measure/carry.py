@@ -63,8 +63,13 @@ def run_stand_in(request):
     return {"latents": digest_latents(run.latents), "files": describe_files(files)["digest"]}
 
 def run_true_size(request, row):
-    options = get("FULL_OPTIONS", "runtime.empty_model", "synthetic")
-    options.update({name: dict(get("load", "models")(name).TINY) for name in get("IDS", "models")})
+    narrow = {name: dict(get("load", "models")(name).TINY) for name in get("IDS", "models")}
+    for name, options in narrow.items():
+        get("load", "models")(name).FULL = options
+    try:
+        get("FULL_OPTIONS", "runtime.empty_model", "synthetic").update(narrow)
+    except ImportError:
+        pass
     tables = get("read", "tables.read", "matrix")()
     measure = get("measure", "measure.true_size", "true_size")
     with tempfile.TemporaryDirectory() as folder:

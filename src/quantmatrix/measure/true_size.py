@@ -60,10 +60,13 @@ from quantmatrix.tools.packing import pack_tensors
 from quantmatrix.tools.recipe import WEIGHTS, quantize_layers, save, watch_inputs
 
 if TYPE_CHECKING:
+    from quantmatrix.models.forward import Step
     from quantmatrix.request import Request
     from quantmatrix.tables.rows import CheckpointRow, Matrix
 
 STEPS = 4
+TIMESTEPS = 1000
+"""Of a scheduler, from noise to picture."""
 COMPONENT = "transformer"
 DTYPE = torch.bfloat16
 FORMS = ("bf16", "quantized")
@@ -322,16 +325,16 @@ def make_steps(
     """
     inputs = choose_inputs(model, module, device)
     scheduler = open_scheduler(base, module, inputs, device)
-    kept = []
+    kept, step = [], models.load(model).STEP
     synchronize(device)
     start = time.perf_counter()
     with torch.no_grad():
         for moment in scheduler.timesteps:
-            passed, latents = set_moment(model, inputs, moment)
+            passed, latents = set_moment(step, inputs, moment)
             guess = flatten_output(module(**passed))
-            guess = -guess if model == "z-image" else guess
+            guess = -guess if step.sign < 0 else guess
             latents = scheduler.step(guess.view_as(latents), moment, latents.float())[0]
-            put_latents(inputs, latents.to(DTYPE))
+            put_latents(step, inputs, latents.to(DTYPE))
             kept.append(latents)
     synchronize(device)
     seconds = (time.perf_counter() - start) / len(kept)
@@ -345,27 +348,22 @@ def choose_inputs(model: str, module: nn.Module, device: str) -> dict[str, Any]:
 
 
 def set_moment(
-    model: str, inputs: Mapping[str, Any], moment: torch.Tensor
+    step: Step, inputs: Mapping[str, Any], moment: torch.Tensor
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """(arguments of the forward at a timestep, the latents), as each pipeline passes them.
 
     `moment` is one of the scheduler's timesteps, a number [] in the scheduler's dtype; the latents
     are those among `inputs`.
     """
-    if model == "z-image":
-        time_left = ((1000 - moment) / 1000).reshape(1).to(inputs["t"])
-        return {**inputs, "t": time_left}, inputs["x"][0]
-    latents: torch.Tensor = inputs["hidden_states"]
-    scaled = moment if model == "wan-2-2" else moment / 1000
-    return {**inputs, "timestep": scaled.reshape(1).to(inputs["timestep"])}, latents
+    given = inputs[step.latents]
+    latents: torch.Tensor = given[0] if step.listed else given
+    scaled = ((TIMESTEPS - moment) if step.left else moment) / step.per
+    return {**inputs, step.time: scaled.reshape(1).to(inputs[step.time])}, latents
 
 
-def put_latents(inputs: dict[str, Any], latents: torch.Tensor) -> None:
+def put_latents(step: Step, inputs: dict[str, Any], latents: torch.Tensor) -> None:
     """Let the next forward start from these latents: any shape and dtype, those of the ones before."""
-    if "x" in inputs:
-        inputs["x"] = [latents]
-    else:
-        inputs["hidden_states"] = latents
+    inputs[step.latents] = [latents] if step.listed else latents
 
 
 def open_scheduler(base: str, module: nn.Module, inputs: Mapping[str, Any], device: str) -> Any:

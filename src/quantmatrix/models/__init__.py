@@ -17,6 +17,7 @@ from quantmatrix.models.dialect import DIFFUSERS
 
 if TYPE_CHECKING:
     from quantmatrix.models.dialect import Dialect
+    from quantmatrix.models.forward import Draw, Step
     from quantmatrix.models.stand_in import StandIn
 
 IDS = ("flux-1", "flux-2", "wan-2-2", "qwen-image", "z-image")
@@ -57,6 +58,11 @@ class Model(Protocol):
     """Attribute names of the transformer's block lists, in forward order (layerwise offload)."""
     TINY: Mapping[str, Any]
     """Options of the transformer of the stand-in."""
+    FULL: Mapping[str, Any]
+    """Options of the published transformer beyond the defaults of its class in diffusers."""
+    ONE_BLOCK: Mapping[str, Any]
+    """Options that leave one block of each kind."""
+    STEP: Step
     STAND_IN: StandIn
     """The parts of the tiny stand-in pipeline."""
 
@@ -65,6 +71,9 @@ class Model(Protocol):
 
         Raises UsageError for a flag that the model does not take.
         """
+
+    def forward_inputs(self, config: Any, draw: Draw, *, tiny: bool) -> dict[str, Any]:
+        """Arguments of one forward at the model's usual size, or (tiny) at a small one."""
 
 
 def refuse_flags(request: Any, name: str, *fields: str) -> None:

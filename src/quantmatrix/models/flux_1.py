@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix.models import Defaults, refuse_flags
 from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target
+from quantmatrix.models.forward import Step
 from quantmatrix.models.stand_in import IMAGE_VAE, Part, StandIn
 
 if TYPE_CHECKING:
+    from quantmatrix.models.forward import Draw
     from quantmatrix.request import Request
 
 ID = "flux-1"
@@ -96,6 +98,9 @@ TINY: Mapping[str, Any] = {
     "pooled_projection_dim": 128,
     "guidance_embeds": True,
 }
+FULL: Mapping[str, Any] = {"guidance_embeds": True}
+ONE_BLOCK: Mapping[str, Any] = {"num_layers": 1, "num_single_layers": 1}
+STEP = Step()
 STAND_IN = StandIn(
     transformer=TINY,
     vae=Part(
@@ -123,3 +128,13 @@ def call_arguments(request: Request) -> dict[str, Any]:
     if request.tiny:
         arguments["max_sequence_length"] = 32
     return arguments
+
+
+def forward_inputs(config: Any, draw: Draw, *, tiny: bool) -> dict[str, Any]:
+    """Arguments of one forward, shapes as `draw` documents them: 1024 pixels and 512 words."""
+    return {
+        **draw.packed(config, tiny=tiny),
+        **draw.positions(config, tiny=tiny),
+        "guidance": draw.number(4.0),
+        "pooled_projections": draw.normal(1, config.pooled_projection_dim),
+    }

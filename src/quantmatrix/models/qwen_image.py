@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix.models import Defaults, refuse_flags
 from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target
+from quantmatrix.models.forward import Step
 from quantmatrix.models.stand_in import VIDEO_VAE, Part, StandIn
 
 if TYPE_CHECKING:
+    from quantmatrix.models.forward import Draw
     from quantmatrix.request import Request
 
 ID = "qwen-image"
@@ -78,6 +80,9 @@ TINY: Mapping[str, Any] = {
     "out_channels": 16,
     "joint_attention_dim": 128,
 }
+FULL: Mapping[str, Any] = {}
+ONE_BLOCK: Mapping[str, Any] = {"num_layers": 1}
+STEP = Step()
 STAND_IN = StandIn(
     transformer=TINY,
     vae=Part("AutoencoderKLQwenImage", VIDEO_VAE),
@@ -102,3 +107,9 @@ def call_arguments(request: Request) -> dict[str, Any]:
     if request.tiny:
         arguments["max_sequence_length"] = 32
     return arguments
+
+
+def forward_inputs(config: Any, draw: Draw, *, tiny: bool) -> dict[str, Any]:
+    """Arguments of one forward, shapes as `draw` documents them: 1024 pixels and 512 words."""
+    side = draw.side(tiny=tiny)
+    return {**draw.packed(config, tiny=tiny), "img_shapes": [[(1, side, side)]]}

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix.models import Defaults
 from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target
+from quantmatrix.models.forward import Step
 from quantmatrix.models.stand_in import VIDEO_VAE, Part, StandIn
 
 if TYPE_CHECKING:
+    from quantmatrix.models.forward import Draw
     from quantmatrix.request import Request
 
 ID = "wan-2-2"
@@ -97,6 +99,9 @@ TINY: Mapping[str, Any] = {
     "out_channels": 16,
     "rope_max_seq_len": 128,
 }
+FULL: Mapping[str, Any] = {}
+ONE_BLOCK: Mapping[str, Any] = {"num_layers": 1}
+STEP = Step(per=1)
 STAND_IN = StandIn(
     transformer=TINY,
     vae=Part("AutoencoderKLWan", VIDEO_VAE),
@@ -125,3 +130,14 @@ def call_arguments(request: Request) -> dict[str, Any]:
     if request.tiny:
         arguments["max_sequence_length"] = 32
     return arguments
+
+
+def forward_inputs(config: Any, draw: Draw, *, tiny: bool) -> dict[str, Any]:
+    """Arguments of one forward, shapes as `draw` documents them: 480p, 81 frames and 512 words."""
+    frames, height, width = (2, 4, 4) if tiny else (21, 60, 104)
+    return {
+        "hidden_states": draw.normal(1, config.in_channels, frames, height, width),
+        "timestep": draw.whole_number(500),
+        "encoder_hidden_states": draw.normal(1, draw.text(tiny=tiny), config.text_dim),
+        "return_dict": False,
+    }

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix.models import Defaults, refuse_flags
 from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target
+from quantmatrix.models.forward import Step
 from quantmatrix.models.stand_in import IMAGE_VAE, Part, StandIn
 
 if TYPE_CHECKING:
+    from quantmatrix.models.forward import Draw
     from quantmatrix.request import Request
 
 ID = "z-image"
@@ -64,6 +66,9 @@ TINY: Mapping[str, Any] = {
     "n_refiner_layers": 1,
     "cap_feat_dim": 128,
 }
+FULL: Mapping[str, Any] = {}
+ONE_BLOCK: Mapping[str, Any] = {"n_layers": 1, "n_refiner_layers": 1}
+STEP = Step(time="t", left=True, latents="x", listed=True, sign=-1)
 STAND_IN = StandIn(
     transformer=TINY,
     vae=Part(
@@ -93,3 +98,14 @@ def call_arguments(request: Request) -> dict[str, Any]:
     if request.tiny:
         arguments["max_sequence_length"] = 32
     return arguments
+
+
+def forward_inputs(config: Any, draw: Draw, *, tiny: bool) -> dict[str, Any]:
+    """Arguments of one forward, shapes as `draw` documents them: 1024 pixels and 128 words."""
+    side = 2 * draw.side(tiny=tiny)
+    return {
+        "x": [draw.normal(16, 1, side, side)],
+        "t": draw.number(0.5),
+        "cap_feats": [draw.normal(16 if tiny else 128, config.cap_feat_dim)],
+        "return_dict": False,
+    }

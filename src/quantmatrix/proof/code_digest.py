@@ -85,6 +85,8 @@ FAMILY_WRITES = ("SCHEMES", "quantize", "declare")
 MODEL_PLANS = ("ID", "NAME", "REPO", "PIPELINE", "TRANSFORMER", "COMPONENTS", "DIALECTS", "BLOCKS")
 MODEL_RUNS = ("call_arguments",)
 MODEL_WRITES = ("FALLBACKS", "STAND_IN", "build_tiny")
+DEFAULTS = ("DEFAULTS", "TINY_DEFAULTS")
+MODEL_SIZES = ("FULL", "ONE_BLOCK", "STEP", "forward_inputs")
 """Names that a family and a model have, by the part of the way that asks for them; `build_tiny` is of
 earlier revisions, whose models built their stand-ins themselves."""
 OP_LOADS = ("take_rows",)
@@ -192,7 +194,7 @@ class Code:
         entries = list(self.name_all("", "", WRITER))
         for family in self.list_ids("families"):
             entries += self.name_all(family, module_of("families", family), FAMILY_WRITES)
-        names = (*MODEL_PLANS, *MODEL_RUNS, *MODEL_WRITES, "TINY_DEFAULTS")
+        names = (*MODEL_PLANS, *MODEL_RUNS, *MODEL_WRITES, *MODEL_SIZES, "TINY_DEFAULTS")
         for model in self.list_ids("models"):
             entries += self.name_all(model, module_of("models", model), names)
         return self._sum([*entries, *self.list_crossings(entries, self.parts)])
@@ -234,6 +236,7 @@ class Code:
         family += FAMILY_WRITES if writes else FAMILY_WRITES[:2] if way.online else ()
         model = [*MODEL_PLANS, "TINY_DEFAULTS" if way.scope == STAND_IN else "DEFAULTS"]
         model += [*(MODEL_RUNS if loads else ()), *(MODEL_WRITES if writes else ())]
+        model += MODEL_SIZES if way.scope in (TRUE_SIZE, COMPILED) else ()
         ops = [] if way.refused else self.find_ops(way)
         entries = [
             *self.name_all("way ", "", PLAN if way.refused else STARTS[way.scope]),
@@ -275,7 +278,7 @@ class Code:
         """What every family, model and op consists of, behind the doors."""
         names = {
             "families": (*FAMILY_PLANS, *FAMILY_LOADS, *FAMILY_WRITES),
-            "models": (*MODEL_PLANS, *MODEL_RUNS, *MODEL_WRITES, "DEFAULTS", "TINY_DEFAULTS"),
+            "models": (*MODEL_PLANS, *MODEL_RUNS, *MODEL_WRITES, *MODEL_SIZES, *DEFAULTS),
         }
         entries = {
             f"{kind} {one}": self.name_all("", module_of(kind, one), names[kind])

@@ -107,19 +107,6 @@ def list_shapes(model: nn.Module) -> ModelShapes:
     )
 
 
-FULL_OPTIONS: dict[str, dict[str, Any]] = {"flux-1": {"guidance_embeds": True}}
-"""What the published configuration has beyond the defaults of its class."""
-
-BLOCK_OPTIONS: dict[str, dict[str, Any]] = {
-    "flux-1": {"num_layers": 1, "num_single_layers": 1},
-    "flux-2": {"num_layers": 1, "num_single_layers": 1},
-    "wan-2-2": {"num_layers": 1},
-    "qwen-image": {"num_layers": 1},
-    "z-image": {"n_layers": 1, "n_refiner_layers": 1},
-}
-"""One block of each kind."""
-
-
 def build_plain(model: str, size: str) -> nn.Module:
     """The diffusers transformer without memory (its computed buffers are real).
 
@@ -133,8 +120,8 @@ def build_plain(model: str, size: str) -> nn.Module:
     module: Any = models.load(model)
     if size not in ("full", "blocks", "tiny"):
         raise UsageError(f"synthetic size {size!r}: expected full, blocks or tiny")
-    options = dict(module.TINY) if size == "tiny" else dict(FULL_OPTIONS.get(model, {}))
-    options |= BLOCK_OPTIONS[model] if size == "blocks" else {}
+    options = dict(module.TINY if size == "tiny" else module.FULL)
+    options |= module.ONE_BLOCK if size == "blocks" else {}
     with no_init_weights(), init_empty_weights():
         made: nn.Module = getattr(diffusers, module.TRANSFORMER)(**options)
     return made

@@ -41,8 +41,8 @@ def list_cells() -> list[Cell]:
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Matrix]:
     """The models at the stand-ins' width: two blocks of each kind are their true depth."""
-    tiny = {name: dict(models.load(name).TINY) for name in models.IDS}
-    monkeypatch.setattr(empty_model, "FULL_OPTIONS", tiny)
+    for name in models.IDS:
+        monkeypatch.setattr(models.load(name), "FULL", dict(models.load(name).TINY))
     true_size.measure_plain.cache_clear()
     yield TABLES
     true_size.measure_plain.cache_clear()

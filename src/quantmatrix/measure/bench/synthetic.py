@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,44 +151,54 @@ def make_inputs(
     """
     generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
     config: Any = module.config
-    tiny = size == "tiny"
+    draw = TorchDraw(generator, device, dtype)
+    return models.load(model).forward_inputs(config, draw, tiny=size == "tiny")
 
-    def draw_normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    side, text = (4, 16) if tiny else (64, 512)
-    if model == "wan-2-2":
-        frames, height, width = (2, 4, 4) if tiny else (21, 60, 104)
+@dataclass(frozen=True)
+class TorchDraw:
+    """Numbers for the arguments of a forward (see `quantmatrix.models.forward.Draw`)."""
+
+    generator: torch.Generator | None
+    device: str
+    dtype: torch.dtype
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """Normally distributed numbers of this shape, in the compute dtype."""
+        return torch.randn(*shape, generator=self.generator, device=self.device).to(self.dtype)
+
+    def number(self, value: float) -> torch.Tensor:
+        """One number [1] in the compute dtype."""
+        return torch.tensor([value], device=self.device, dtype=self.dtype)
+
+    def whole_number(self, value: int) -> torch.Tensor:
+        """One number [1] in int64."""
+        return torch.tensor([value], device=self.device)
+
+    def side(self, *, tiny: bool) -> int:
+        """Patches of a picture's side: 64 are 1024 pixels."""
+        return 4 if tiny else 64
+
+    def text(self, *, tiny: bool) -> int:
+        """Rows of the text encoder's output."""
+        return 16 if tiny else 512
+
+    def packed(self, config: Any, *, tiny: bool) -> dict[str, Any]:
+        """Latents [1, side * side, channels], text [1, rows, width], timestep [1], any float dtype."""
         return {
-            "hidden_states": draw_normal(1, config.in_channels, frames, height, width),
-            "timestep": torch.tensor([500], device=device),
-            "encoder_hidden_states": draw_normal(1, text, config.text_dim),
+            "hidden_states": self.normal(1, self.side(tiny=tiny) ** 2, config.in_channels),
+            "encoder_hidden_states": self.normal(
+                1, self.text(tiny=tiny), config.joint_attention_dim
+            ),
+            "timestep": self.number(0.5),
             "return_dict": False,
         }
-    if model == "z-image":
-        return {
-            "x": [draw_normal(16, 1, 2 * side, 2 * side)],
-            "t": torch.tensor([0.5], device=device, dtype=dtype),
-            "cap_feats": [draw_normal(16 if tiny else 128, config.cap_feat_dim)],
-            "return_dict": False,
-        }
-    inputs: dict[str, Any] = {
-        "hidden_states": draw_normal(1, side * side, config.in_channels),
-        "encoder_hidden_states": draw_normal(1, text, config.joint_attention_dim),
-        "timestep": torch.tensor([0.5], device=device, dtype=dtype),
-        "return_dict": False,
-    }
-    if model == "qwen-image":
-        return {**inputs, "img_shapes": [[(1, side, side)]]}
-    axes = len(config.axes_dims_rope)
-    ids = torch.zeros(side, side, axes, device=device)
-    ids[..., 1] = torch.arange(side, device=device)[:, None]
-    ids[..., 2] = torch.arange(side, device=device)[None, :]
-    inputs |= {
-        "img_ids": ids.view(-1, axes),
-        "txt_ids": torch.zeros(text, axes, device=device),
-        "guidance": torch.tensor([4.0], device=device, dtype=dtype),
-    }
-    if model == "flux-1":
-        inputs["pooled_projections"] = draw_normal(1, config.pooled_projection_dim)
-    return inputs
+
+    def positions(self, config: Any, *, tiny: bool) -> dict[str, Any]:
+        """`img_ids` [side * side, axes] and `txt_ids` [rows, axes], float32."""
+        axes, side = len(config.axes_dims_rope), self.side(tiny=tiny)
+        ids = torch.zeros(side, side, axes, device=self.device)
+        ids[..., 1] = torch.arange(side, device=self.device)[:, None]
+        ids[..., 2] = torch.arange(side, device=self.device)[None, :]
+        texts = torch.zeros(self.text(tiny=tiny), axes, device=self.device)
+        return {"img_ids": ids.view(-1, axes), "txt_ids": texts}
