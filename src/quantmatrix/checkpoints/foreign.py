@@ -45,7 +45,10 @@ def explain_original(found: Iterable[str]) -> str:
 
 
 def check_halves(checkpoint: Checkpoint) -> None:
-    """Refuse one of the two files of an older folder where the whole checkpoint is wanted."""
+    """Refuse one of the two files of an older folder where the whole checkpoint is wanted.
+
+    Raises CheckpointError for one.
+    """
     names = {PurePath(file).name for file in checkpoint.files}
     others = set(SVDQUANT_PAIR) - names
     inside = {"transformer_blocks." in name for name in checkpoint.tensors}

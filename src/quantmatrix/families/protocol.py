@@ -167,7 +167,10 @@ class Family(Needed, Protocol):
     def find_fault(
         self, tensors: Mapping[str, torch.Tensor], scheme: Scheme
     ) -> tuple[str, str] | None:
-        """(suffix, what it holds and what was expected) of stored numbers that cannot be meant."""
+        """(suffix, what it holds and what was expected) of stored numbers that cannot be meant.
+
+        None where there are none. On-disk tensors, dtypes and shapes as `tensors` has them.
+        """
         return None
 
     # What a request asks of it

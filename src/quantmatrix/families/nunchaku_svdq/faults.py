@@ -85,7 +85,10 @@ def find_fault(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[str
 
 
 def find_lost_scale(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[str, str] | None:
-    """(suffix, what it holds and what was expected) of group scales whose outer scale is gone."""
+    """(suffix, what it holds and what was expected) of group scales whose outer scale is gone.
+
+    None where there are none. Tensors as in the table of `families.nunchaku_svdq`.
+    """
     if scheme.op != "linear.svdq" or scheme.weight != "e2m1":
         return None
     outer = [tensors[name] for name in ("wtscale", "wcscales") if name in tensors]

@@ -102,7 +102,10 @@ def refuse_plain(
     named: tuple[str, int] | None,
     flags: tuple[str | None, int | None],
 ) -> list[str]:
-    """Nothing in the file is SVDQuant: an error where that was promised, else warnings."""
+    """Nothing in the file is SVDQuant: warnings about flags that then mean nothing.
+
+    Raises CheckpointError where a flag or the file's name promised SVDQuant.
+    """
     if enable or named:
         promise = "--enable-svdquant was given" if enable else "it is named like an SVDQuant file"
         raise CheckpointError(
