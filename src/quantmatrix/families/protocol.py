@@ -169,7 +169,8 @@ class Family(Needed, Protocol):
     ) -> tuple[str, str] | None:
         """(suffix, what it holds and what was expected) of stored numbers that cannot be meant.
 
-        None where there are none. On-disk tensors, dtypes and shapes as `tensors` has them.
+        None where there are none. Tensors as in the table of the family: weight [out, in] and what
+        stands beside it, dtypes as `tensors` has them.
         """
         return None
 
