@@ -272,7 +272,9 @@ def add_request_flags(parser: argparse.ArgumentParser, *, needed: bool = True) -
     _add_bool(what, "--enable-svdquant", "the weights are an SVDQuant (nunchaku) checkpoint")
     what.add_argument("--quantization-precision", metavar="int4|nvfp4", help="of an SVDQuant file")
     what.add_argument("--quantization-rank", type=int, help="low-rank size of an SVDQuant file")
-    what.add_argument("--quantization", metavar="fp8", help="quantize BF16 weights while loading")
+    what.add_argument(
+        "--quantization", metavar="FAMILY", help="quantize BF16 weights while loading: fp8"
+    )
     what.add_argument(
         "--quantization-ignored-layers", nargs="+", metavar="NAME", help="left alone by it"
     )

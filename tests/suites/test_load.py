@@ -86,8 +86,10 @@ def count_layers(part: Any, model: Any) -> dict[str, Any]:
 def count_tensors(part: Any, model: Any) -> dict[str, int]:
     """Every tensor of the checkpoint is part of a quantized layer, in the model, or left out for
     a reason that the family gives; every tensor of the model has a value."""
+    from quantmatrix import families
     from quantmatrix.runtime.plan.placement import is_below
 
+    wrappers = families.load(part.family).WRAPPERS if part.family else ()
     layers = {piece.layer for piece in part.pieces()}
     targets: dict[str, list[str]] = {}
     for plain in part.plain:
@@ -98,7 +100,7 @@ def count_tensors(part: Any, model: Any) -> dict[str, int]:
     for name in part.checkpoint.tensors:
         if name in part.ignored:
             places["ignored"] += 1
-        elif is_below(name, layers):
+        elif is_below(name, layers, wrappers):
             places["quantized"] += 1
         elif name in targets and present.issuperset(targets[name]):
             places["plain"] += 1

@@ -50,7 +50,8 @@ LOADERS = {
 """Functions that people call, with the errors of what they call in turn."""
 FORMATS = (
     *(f"families.{name.replace('-', '_')}" for name in IDS),
-    *("families.nvfp4_layouts", "families.msmodelslim.mx_blocks", "families.unknown_quantization"),
+    *("families.modelopt_nvfp4.layouts", "families.msmodelslim.mx_blocks"),
+    "families.unknown_quantization",
     *("kernels.number_formats", "kernels.scale_layouts", "kernels.svdq_packing"),
 )
 """Modules that say how numbers are stored: each names where that is known from."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import PurePath
 from typing import TYPE_CHECKING
+
+from quantmatrix.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
+
+    from quantmatrix.checkpoints.checkpoint import Checkpoint
 
 
 SVDQUANT_PAIR = ["transformer_blocks.safetensors", "unquantized_layers.safetensors"]
@@ -37,3 +42,19 @@ def explain_original(found: Iterable[str]) -> str:
         "; this is Wan2.2 in its original layout, as msmodelslim writes it: convert it with "
         "`python -m quantmatrix.tools.wan_repack` first"
     )
+
+
+def check_halves(checkpoint: Checkpoint) -> None:
+    """Refuse one of the two files of an older folder where the whole checkpoint is wanted.
+
+    Raises CheckpointError for one.
+    """
+    names = {PurePath(file).name for file in checkpoint.files}
+    others = set(SVDQUANT_PAIR) - names
+    inside = {"transformer_blocks." in name for name in checkpoint.tensors}
+    if len(names) == len(others) == len(inside) == 1:
+        what = "the blocks" if True in inside else "what is outside the blocks"
+        raise CheckpointError(
+            f"{checkpoint.files[0]}: this is one of the two files of an older SVDQuant folder, "
+            f"with {what} only: expected {others.pop()} beside it. Name the folder that holds both"
+        )

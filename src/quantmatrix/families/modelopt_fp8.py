@@ -28,11 +28,13 @@ import torch
 
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families.producers.modelopt import (
+    FP8_WORDS,
     StoredLayer,
     read_block,
     read_words,
     refuse_others,
 )
+from quantmatrix.families.producers.modelopt_faults import check_export, list_doubts
 from quantmatrix.families.protocol import Calibration, Declaration
 from quantmatrix.kernels import linear_fp8
 from quantmatrix.kernels.number_formats import E4M3_MAX
@@ -44,7 +46,9 @@ if TYPE_CHECKING:
 ID = "modelopt-fp8"
 FP8 = Scheme("linear.fp8", "FP8", "e4m3", "tensor", "tensor-static")
 SCHEMES: Mapping[str, Scheme] = {"FP8": FP8}
-ALGORITHMS = ("FP8",)
+ALGORITHMS = FP8_WORDS
+CPU_OFFLOAD = False
+"""As the guide has it."""
 NUMBER: Mapping[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
 """What `config_groups` says of weights and of inputs."""
 
@@ -63,6 +67,17 @@ def detect(checkpoint: Checkpoint) -> str | None:
     if method == "modelopt_fp8" or (method == "modelopt" and algorithm == "FP8"):
         return f"quant_method {method}, quant_algo FP8 in {checkpoint.quantization_from}"
     return None
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """Refuse what an export declares of layers and no family takes; CheckpointError."""
+    if detect(checkpoint):
+        check_export(checkpoint)
+
+
+def doubts(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> list[str]:
+    """Warnings about what an export leaves open: inputs, keys and values."""
+    return list_doubts(checkpoint, schemes)
 
 
 def ignored(name: str) -> str | None:
@@ -176,6 +191,7 @@ def quantize(
     *,
     bias: torch.Tensor | None = None,
     calibration: Calibration | None = None,
+    parts: int = 1,
 ) -> dict[str, torch.Tensor]:
     """On-disk tensors of a layer with this weight [N, K], of any float dtype.
 
@@ -232,7 +248,9 @@ def reference(x: torch.Tensor, stored: Mapping[str, torch.Tensor], scheme: Schem
     return linear_fp8.reference(x, canonical(stored, scheme), scheme)
 
 
-def declare(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> Declaration:
+def declare(
+    schemes: Mapping[str, Scheme], kept: Sequence[str], tensors: Sequence[str] = ()
+) -> Declaration:
     """The `quantization_config` of ModelOpt's export."""
     number = dict(NUMBER)
     return Declaration(

@@ -257,7 +257,7 @@ def explain_declaration(checkpoint: Checkpoint) -> str | None:
                 f"{', '.join(LISTED)}. Quantize with one of these"
             )
     if words := describe_block(block):
-        lists = (getattr(families.load(family), "ALGORITHMS", ()) for family in families.written())
+        lists = (families.load(family).ALGORITHMS for family in families.written())
         known = ", ".join(word for algorithms in lists for word in algorithms)
         return (
             f"{place} declares {words}, which no quant family takes: known are "

@@ -70,8 +70,6 @@ TIMESTEPS = 1000
 COMPONENT = "transformer"
 DTYPE = torch.bfloat16
 FORMS = ("bf16", "quantized")
-ON_CPU = ("msmodelslim",)
-"""Families whose writer sums rows by an integer product that GPUs do not have for one column."""
 BLOCKS_ONLY = "one block of each kind at true width"
 WHOLE = "true width and depth"
 
@@ -224,7 +222,7 @@ def write_once(
         write_base(row, shallow, plain)
         recipe = find_recipe(row)
         ranges = watch_forward(row.model, shallow, device)
-        if row.family in ON_CPU:
+        if families.load(row.family).WRITES_ON_CPU:
             device = "cpu"
             ranges = {n: Calibration(seen.low.cpu(), seen.high.cpu()) for n, seen in ranges.items()}
         weights = {name: tensor.to(device) for name, tensor in shallow.state_dict().items()}

@@ -60,11 +60,11 @@ EDGES = (
 DOORS = ("families", "models", "kernels")
 """Packages whose modules are entries."""
 PROTOCOLS = (
-    *("families.protocol", "families.unknown_quantization", "families.producers.modelopt_faults"),
-    "families.nunchaku_svdq.flags",
+    *("families.protocol", "families.layouts", "families.unknown_quantization"),
+    *("families.producers.modelopt_faults", "families.nunchaku_svdq.flags"),
     *("models.dialect", "kernels.number_formats", "kernels.choosing"),
 )
-"""Modules of these that belong to all."""
+"""Modules of these that belong to all; what common code of earlier revisions asked is among them."""
 ROOMS = ("svdq_faults", "svdq_packing")
 """Modules of one family that lay elsewhere, in revisions from before `FORMER`."""
 FORMER: Mapping[str, tuple[str, ...]] = {
@@ -79,16 +79,20 @@ FORMER: Mapping[str, tuple[str, ...]] = {
 }
 """Where entries and edges lay in earlier revisions, whose code is asked too; an entry that moves adds
 its former module here."""
-FAMILY_PLANS = ("ID", "detect", "schemes", "tensors", "ignored", "caveat", "DIALECT", "ALGORITHMS")
-FAMILY_LOADS = ("canonical", "find_fault")
-FAMILY_WRITES = ("SCHEMES", "quantize", "declare")
+FAMILY_PLANS = (
+    *("ID", "detect", "schemes", "tensors", "check", "doubts", "caveat", "ignored", "layout"),
+    *("after_gelu", "check_flags", "check_fit", "ALGORITHMS", "DIALECT", "CODE_LEAVES"),
+    *("BIAS_LEAVES", "WRAPPERS", "ONLINE", "CPU_OFFLOAD"),
+)
+FAMILY_LOADS = ("canonical", "find_fault", "UNUSED")
+FAMILY_WRITES = ("SCHEMES", "quantize", "declare", "scheme_of", "WRITES_ON_CPU")
 MODEL_PLANS = ("ID", "NAME", "REPO", "PIPELINE", "TRANSFORMER", "COMPONENTS", "DIALECTS", "BLOCKS")
 MODEL_RUNS = ("call_arguments",)
 MODEL_WRITES = ("FALLBACKS", "STAND_IN", "build_tiny")
 DEFAULTS = ("DEFAULTS", "TINY_DEFAULTS")
 MODEL_SIZES = ("FULL", "ONE_BLOCK", "STEP", "forward_inputs")
-"""Names that a family and a model have, by the part of the way that asks for them; `build_tiny` is of
-earlier revisions, whose models built their stand-ins themselves."""
+"""Names that a family and a model have, by the part of the way that asks for them; `build_tiny` and
+`caveat` are of earlier revisions, whose models built their stand-ins themselves."""
 OP_LOADS = ("take_rows",)
 """Names of an op's module that the loader asks for, beside its kernels."""
 

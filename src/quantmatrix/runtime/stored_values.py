@@ -13,7 +13,6 @@ import torch
 
 from quantmatrix import families
 from quantmatrix.errors import CheckpointError
-from quantmatrix.families.nunchaku_svdq import faults
 from quantmatrix.kernels.number_formats import expand_blocks, holds_nan, is_finite
 from quantmatrix.scheme import Scheme
 
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 NUMBERS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """What a tensor in full precision may hold; anything else is codes, or damage."""
-UNUSED = ("smooth_factor_orig", "smooth_orig")
-"""Suffixes of a quantized layer that nothing computes with."""
 
 
 def check_stored(
@@ -105,9 +102,8 @@ def check_values(
     `tensors` are as on disk, by suffix, of any shape and dtype. Raises CheckpointError.
     """
     assert component.family is not None
-    find_fault = getattr(families.load(component.family), "find_fault", None)
-    fault = None if find_fault is None else find_fault(tensors, piece.scheme)
-    fault = fault or faults.find_lost_scale(piece.scheme, tensors)
+    family = families.load(component.family)
+    fault = family.find_fault(tensors, piece.scheme)
     if fault is not None:
         suffix, what = fault
         name = f"{piece.layer}.{suffix}"
@@ -116,7 +112,7 @@ def check_values(
             "damaged or was exported wrongly: download it again, or quantize again"
         )
     for suffix, tensor in tensors.items():
-        if tensor.dtype in NUMBERS and suffix not in UNUSED:
+        if tensor.dtype in NUMBERS and suffix not in family.UNUSED:
             check_finite(component.checkpoint, f"{piece.layer}.{suffix}", tensor)
 
 

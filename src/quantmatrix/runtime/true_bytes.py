@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 GIB = 2**30
 AHEAD = 2
 """Blocks that lie on the device while others wait."""
-NO_CPU_OFFLOAD = ("modelopt-fp8",)
-"""Families for which the guide keeps `--dit-cpu-offload` off."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +121,13 @@ def explain_fit(sizes: Mapping[str, Size], made: Plan) -> str | None:
 
 def advise(sizes: Mapping[str, Size], made: Plan, machine: Machine) -> str:
     """The gentlest offload with which the weights fit, in words."""
-    families = {part.family for part in made.components.values()}
+    from quantmatrix import families
+
+    own = {part.family for part in made.components.values()} - {None}
+    movable = all(families.load(str(name)).CPU_OFFLOAD for name in own)
     largest = max(size.whole for size in sizes.values())
     layerwise = max(size.layerwise for size in sizes.values())
-    if len(sizes) > 1 and largest <= machine.memory_bytes and not families & set(NO_CPU_OFFLOAD):
+    if len(sizes) > 1 and largest <= machine.memory_bytes and movable:
         return f"--dit-cpu-offload makes it fit, with {largest / GIB:.1f} GiB at one time"
     if layerwise <= machine.memory_bytes:
         return f"--dit-layerwise-offload makes it fit, with {layerwise / GIB:.1f} GiB at one time"

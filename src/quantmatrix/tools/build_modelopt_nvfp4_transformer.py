@@ -26,12 +26,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from quantmatrix import families
 from quantmatrix.checkpoints.dtypes import FLOATS
 from quantmatrix.checkpoints.header import TensorHeader
 from quantmatrix.checkpoints.reader import TensorReader
 from quantmatrix.checkpoints.writer import Item
 from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
-from quantmatrix.families import modelopt_nvfp4
 from quantmatrix.quoting import limit_message
 from quantmatrix.request import normalize_words
 from quantmatrix.tools import runtime_names
@@ -205,8 +205,10 @@ def warn_of_tiles(source: TransformerFolder) -> None:
     declared = replace(source.checkpoint, quantization=block)
     for shard, metadata in source.metadata.items():
         names = (str(source.root / shard),)
-        if note := modelopt_nvfp4.caveat(replace(declared, files=names, metadata=metadata)):
-            warnings.warn(note, stacklevel=2)
+        shown = replace(declared, files=names, metadata=metadata)
+        if notes := families.load("modelopt-nvfp4").doubts(shown, {}):
+            for note in notes:
+                warnings.warn(note, stacklevel=2)
             return
 
 

@@ -102,9 +102,10 @@ def decode_tensors(
     still store one, of zeros, or folded.
     """
     for module, pieces in component.layers.items():
+        assert component.family is not None  # nothing is quantized without one
         bias = f"{module}.bias"
         if bias in expected and any(
-            find_biases(component.checkpoint, piece.layer) for piece in pieces
+            find_biases(component.checkpoint, piece.layer, component.family) for piece in pieces
         ):
             yield f"{module}.weight", partial(decode_part, component, pieces, 0)
             yield bias, partial(decode_part, component, pieces, 1)

@@ -27,7 +27,6 @@ from quantmatrix import families, models
 from quantmatrix.checkpoints.opening import fetch, fetch_pipeline
 from quantmatrix.checkpoints.reader import TensorReader
 from quantmatrix.errors import UsageError
-from quantmatrix.families import nunchaku_svdq
 from quantmatrix.families.protocol import Calibration
 from quantmatrix.files import check_place
 from quantmatrix.hardware import probe
@@ -122,23 +121,9 @@ def find_scheme(
     """(its name, the scheme) that the words name; UsageError when they do not fit the family."""
     if family not in families.IDS:
         raise UsageError(f"--family {family}: expected one of {', '.join(families.IDS)}")
-    known = families.load(family).SCHEMES
-    if family == nunchaku_svdq.ID:
-        if scheme is not None:
-            raise UsageError("--scheme is not for nunchaku-svdq: give --precision and --rank")
-        if precision not in ("int4", "nvfp4"):
-            raise UsageError(f"--precision {precision}: expected int4 or nvfp4")
-        rank = 32 if rank is None else rank
-        if rank not in nunchaku_svdq.RANKS:
-            ranks = ", ".join(map(str, nunchaku_svdq.RANKS))
-            raise UsageError(f"--rank {rank}: expected one of {ranks}")
-        return f"{precision}_r{rank}", known[f"{precision}_r{rank}"]
-    if precision is not None or rank is not None:
-        raise UsageError(f"--precision and --rank are for nunchaku-svdq: {family} has --scheme")
-    word = next(iter(known)) if scheme is None else scheme
-    if word not in known:
-        raise UsageError(f"--scheme {word}: {family} has {', '.join(known)}")
-    return word, known[word]
+    own = families.load(family)
+    word = own.name_scheme(scheme, precision, rank)
+    return word, own.SCHEMES[word]
 
 
 def check_base(made: Plan, family: str, target: Path, scheme: Scheme, overwrite: bool) -> None:
@@ -154,19 +139,15 @@ def check_base(made: Plan, family: str, target: Path, scheme: Scheme, overwrite:
             )
     if made.pipeline_class is None:
         raise UsageError(f"{made.base} is one component: calibration needs the whole pipeline")
-    if family == nunchaku_svdq.ID:
-        if not any(d.name == "nunchaku" for d in models.load(made.model).DIALECTS):
-            raise UsageError(f"nunchaku-svdq has no files for {made.model}")
-        word = "int4" if scheme.weight == "int4" else "fp4"
-        wanted = f"svdq-{word}_r{scheme.rank}-"
-        if wanted not in target.name or target.suffix != FILE:
-            raise UsageError(
-                f"--output-path {target}: readers take precision and rank from the file's name: "
-                f"call it {wanted}{made.model}{FILE}"
-            )
-    elif family == "msmodelslim" and made.model != "wan-2-2":
-        raise UsageError(f"msmodelslim describes Wan2.2 only, the model is {made.model}")
-    elif target.suffix == FILE and (len(made.components) > 1 or family == "msmodelslim"):
+    own = families.load(family)
+    dialects = [dialect.name for dialect in models.load(made.model).DIALECTS]
+    if own.DIALECT and own.DIALECT not in dialects:
+        raise UsageError(f"{family} has no files for {made.model}")
+    if own.MODELS and made.model not in own.MODELS:
+        known = " and ".join(models.load(name).NAME for name in own.MODELS)
+        raise UsageError(f"{family} describes {known} only, the model is {made.model}")
+    own.check_output(made.model, scheme, target)
+    if target.suffix == FILE and (len(made.components) > 1 or own.WHOLE_PIPELINE):
         raise UsageError(f"--output-path {target}: several components need a folder")
     if target.exists() and not overwrite:
         raise UsageError(f"--output-path {target} exists already: choose another, or --overwrite")
@@ -299,7 +280,7 @@ def write_all(
 ) -> dict[str, dict[str, int]]:
     """Write every component below (or as) `temporary`; returns how many layers became what."""
     counts: dict[str, dict[str, int]] = {}
-    whole = recipe.family == "msmodelslim"
+    whole = families.load(recipe.family).WHOLE_PIPELINE
     several = whole or len(made.components) > 1
     if whole:
         base = fetch_pipeline(made.base, made.request.hub, without=tuple(made.components))

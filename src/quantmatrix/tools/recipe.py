@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from quantmatrix.scheme import Scheme
 from quantmatrix.tools.packing import Tensors, split
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-FOREIGN_DIALECTS = {"nunchaku-svdq": "nunchaku"}
 Ranges = Mapping[str, Calibration]
 """Input range of each linear layer, by diffusers' module name."""
 
@@ -53,7 +51,7 @@ class Recipe:
     @property
     def dialect(self) -> Dialect:
         """The dialect that the files are written in."""
-        name = FOREIGN_DIALECTS.get(self.family, "bfl" if self.raw else "diffusers")
+        name = families.load(self.family).DIALECT or ("bfl" if self.raw else "diffusers")
         return next(d for d in models.load(self.model).DIALECTS if d.name == name)
 
 
@@ -79,17 +77,15 @@ def choose_schemes(recipe: Recipe, packed: Mapping[str, torch.Tensor]) -> dict[s
                     "as AWQ codes only"
                 )
             continue
-        scheme = recipe.scheme
-        if recipe.family == "nunchaku-svdq":
-            if any(target.interleave for target in targets):
-                scheme = family.SCHEMES["awq"]
-            elif "norm" in layer or "adaLN" in layer:
-                continue
-            elif any(target.unsigned for target in targets) and scheme.weight == "int4":
-                scheme = replace(scheme, unsigned=True)
-        if recipe.raw and scheme.op == "linear.nvfp4":
-            scheme = replace(scheme, swap_nibbles=True, tiled_scales=True)
-        found[layer] = scheme
+        scheme = family.scheme_of(
+            layer,
+            recipe.scheme,
+            raw=recipe.raw,
+            gelu=any(target.unsigned for target in targets),
+            interleaved=any(target.interleave for target in targets),
+        )
+        if scheme is not None:
+            found[layer] = scheme
     return found
 
 
@@ -111,28 +107,15 @@ def quantize_layers(
     kept = [layer for layer, leaf in map(split, sorted(tensors)) if leaf == "weight"]
     kept = [layer for layer in kept if tensors[f"{layer}.weight"].ndim == 2]
     for layer, scheme in progress(list(chosen.items())):
-        stacked: dict[str, Any] = {}
-        if "parts" in signature(family.quantize).parameters:
-            stacked["parts"] = dialect.layer_targets(layer)[0].part[1]
         made = family.quantize(
             packed[f"{layer}.weight"],
             scheme,
             bias=packed.get(f"{layer}.bias"),
             calibration=find_range(ranges, layer, dialect),
-            **stacked,
+            parts=dialect.layer_targets(layer)[0].part[1],
         )
         tensors |= {f"{layer}.{suffix}": tensor for suffix, tensor in made.items()}
-    return tensors, declare(family, chosen, kept, sorted(tensors))
-
-
-def declare(
-    family: Family, chosen: Mapping[str, Scheme], kept: list[str], names: list[str]
-) -> Declaration:
-    """The family's declaration; one that describes every tensor is told their names, too."""
-    if "tensors" in signature(family.declare).parameters:
-        tell_names: Callable[..., Declaration] = family.declare
-        return tell_names(chosen, kept, tensors=names)
-    return family.declare(chosen, kept)
+    return tensors, family.declare(chosen, kept, sorted(tensors))
 
 
 def watch_inputs(component: torch.nn.Module) -> dict[str, Calibration]:

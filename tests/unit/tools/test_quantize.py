@@ -221,7 +221,7 @@ def test_smoothing_follows_the_prompts_and_helps(tmp_path: Path) -> None:
 WRONG = [
     (["--family", "fp9"], "--family fp9: expected one of"),
     (["--family", "fp8", "--scheme", "x"], "--scheme x: fp8 has tensor-dynamic"),
-    (["--family", "fp8", "--rank", "32"], "are for nunchaku-svdq"),
+    (["--family", "fp8", "--rank", "32"], "are not for fp8: give --scheme"),
     (
         ["--family", "nunchaku-svdq", "--precision", "fp4"],
         "--precision fp4: expected int4 or nvfp4",
@@ -229,7 +229,10 @@ WRONG = [
     (["--family", "nunchaku-svdq", "--precision", "int4", "--rank", "0"], "--rank 0: expected"),
     (["--family", "nunchaku-svdq", "--precision", "int4"], "call it svdq-int4_r32-flux-1"),
     (["--family", "nunchaku-svdq", "--scheme", "x"], "give --precision and --rank"),
-    (["--family", "msmodelslim"], "msmodelslim describes Wan2.2 only, the model is flux-1"),
+    (
+        ["--family", "msmodelslim"],
+        "msmodelslim describes Wan2.2-T2V-A14B only, the model is flux-1",
+    ),
     (["--family", "fp8", "--keep", "no_such.*"], "--keep no_such.*: matches none of the"),
     (["--family", "fp8", "--keep", "("], "--keep (: neither a set of flux-1"),
     (["--family", "fp8", "--calibration-prompts", "none.txt"], "No such file"),

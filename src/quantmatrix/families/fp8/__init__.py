@@ -60,6 +60,7 @@ SCHEMES: Mapping[str, Scheme] = {
     "channel-static": replace(CHANNEL, activation="tensor-static"),
     "block-dynamic": BLOCK,
 }
+ONLINE = "tensor-dynamic"
 SCALES = ("weight_scale", "weight_scale_inv")
 FLOATS = ("F32", "BF16", "F16")
 """Dtypes of scales per block or channel: float32, or the model's own."""
@@ -228,29 +229,29 @@ def check_others(checkpoint: Checkpoint, found: Mapping[str, Scheme]) -> None:
             )
 
 
-def caveat(checkpoint: Checkpoint) -> str | None:
+def doubts(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> list[str]:
     """A warning of layers that nothing leaves alone, and that still are in full precision.
 
     That their like in other blocks is quantized tells them from layers of which none ever is.
     """
-    declared, found = read_declaration(checkpoint), schemes(checkpoint)
-    kinds = {NUMBERED.sub(".N.", layer) for layer in found}
+    declared = read_declaration(checkpoint)
+    kinds = {NUMBERED.sub(".N.", layer) for layer in schemes}
     forgotten = [
         header
         for name, header in checkpoint.tensors.items()
         if (layer := name.removesuffix(".weight")) != name
-        and layer not in found
+        and layer not in schemes
         and NUMBERED.sub(".N.", layer) in kinds
         and not declared.is_left_alone(layer)
     ]
     if not forgotten:
-        return None
+        return []
     first = forgotten[0]
-    return (
+    return [
         f"{first.file}: {first.name} is {first.dtype}, while its like in other blocks is quantized "
         f"and {declared.place} does not leave it alone; {len(forgotten)} such layers are computed "
         "in full precision"
-    )
+    ]
 
 
 def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
@@ -275,6 +276,7 @@ def quantize(
     *,
     bias: torch.Tensor | None = None,
     calibration: Calibration | None = None,
+    parts: int = 1,
 ) -> dict[str, torch.Tensor]:
     """On-disk tensors of a layer with this weight [N, K]; scales are amax / 448.
 
@@ -347,7 +349,9 @@ def reference(x: torch.Tensor, stored: Mapping[str, torch.Tensor], scheme: Schem
     return linear_fp8.reference(x, canonical(stored, scheme), scheme)
 
 
-def declare(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> Declaration:
+def declare(
+    schemes: Mapping[str, Scheme], kept: Sequence[str], tensors: Sequence[str] = ()
+) -> Declaration:
     """`quantization_config` of config.json; the same block goes into a single file's header."""
     scheme = next(iter(schemes.values()))
     static = scheme.activation == "tensor-static"

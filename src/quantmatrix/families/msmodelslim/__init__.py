@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -45,15 +45,20 @@ from quantmatrix.families.msmodelslim.description import detect as detect
 from quantmatrix.families.msmodelslim.description import schemes as schemes
 from quantmatrix.families.msmodelslim.layers import PER_ROW, decode_deq_scale, plain_suffix, tensors
 from quantmatrix.families.msmodelslim.layers import SCHEMES as SCHEMES
+from quantmatrix.families.msmodelslim.layers import WRAPPERS as WRAPPERS
 from quantmatrix.families.msmodelslim.layers import find_fault as find_fault
 from quantmatrix.families.protocol import Calibration, Declaration
 from quantmatrix.kernels import int8_arithmetic, linear_fp8
 from quantmatrix.scheme import Scheme
 
-if TYPE_CHECKING:
-    pass
-
 ID = "msmodelslim"
+CODE_LEAVES = ("weight", "linear.weight")
+BIAS_LEAVES = ("bias", "linear.bias", "quant_bias", "linear.quant_bias")
+"""The last two hold a folded zero point, too."""
+MODELS = ("wan-2-2",)
+WHOLE_PIPELINE = True
+WRITES_ON_CPU = True
+"""Rows are summed by an integer product that GPUs do not have for one column."""
 ROTATION = re.compile(r"\.(to_)?[qk]_rot$")
 EPSILON = torch.finfo(torch.float32).eps
 """The smallest scale that the writer stores."""
@@ -72,6 +77,7 @@ def quantize(
     *,
     bias: torch.Tensor | None = None,
     calibration: Calibration | None = None,
+    parts: int = 1,
 ) -> dict[str, torch.Tensor]:
     """On-disk tensors, as in the module's table, of a layer with weight [N, K] of any float dtype.
 

@@ -288,6 +288,6 @@ def split_name(name: str, found: Mapping[str, Scheme]) -> tuple[str | None, str]
     if layer in found:
         return layer, leaf
     outer, _, wrapper = layer.rpartition(".")
-    if outer in found and f"{wrapper}." in WRAPPERS:
+    if outer in found and wrapper in WRAPPERS:
         return outer, leaf
     return None, leaf

@@ -25,7 +25,7 @@ SCHEMES: Mapping[str, Scheme] = {
         "linear.fp8", "W8A8_MXFP8", "e4m3", "block", "group-power", (1, mx_blocks.BLOCK)
     ),
 }
-WRAPPERS = ("linear.", "div.")
+WRAPPERS = ("linear", "div")
 """Levels that smoothing adds to names, and `wan_repack` removes."""
 PER_ROW = ("weight", "weight_scale", "weight_offset", "deq_scale", "quant_bias", "bias")
 """Suffixes of tensors with one entry, or one row of them, per output channel."""
@@ -140,7 +140,7 @@ def decode_deq_scale(stored: torch.Tensor) -> torch.Tensor:
 def plain_suffix(suffix: str) -> str:
     """A suffix without the level that smoothing adds."""
     for wrapper in WRAPPERS:
-        suffix = suffix.removeprefix(wrapper)
+        suffix = suffix.removeprefix(f"{wrapper}.")
     return suffix
 
 

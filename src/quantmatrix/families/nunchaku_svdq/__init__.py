@@ -30,20 +30,23 @@ Sources: the nunchaku engine, 1.3.0dev, and the packer of its quantizer.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from quantmatrix.checkpoints.declaration import METHOD_KEYS
-from quantmatrix.errors import CheckpointError, UsageError
-from quantmatrix.families.nunchaku_svdq import writer
-from quantmatrix.families.nunchaku_svdq.layers import INT4, OLDER_NAMES, PRECISIONS
-from quantmatrix.families.nunchaku_svdq.layers import RANKS as RANKS
+from quantmatrix.errors import CheckpointError
+from quantmatrix.families.nunchaku_svdq import flags, writer
+from quantmatrix.families.nunchaku_svdq.choices import check_output as check_output
+from quantmatrix.families.nunchaku_svdq.choices import name_scheme as name_scheme
+from quantmatrix.families.nunchaku_svdq.choices import scheme_of as scheme_of
+from quantmatrix.families.nunchaku_svdq.faults import check as check
+from quantmatrix.families.nunchaku_svdq.faults import find_fault as find_fault
+from quantmatrix.families.nunchaku_svdq.flags import check_flags as check_flags
+from quantmatrix.families.nunchaku_svdq.layers import INT4, OLDER_NAMES
 from quantmatrix.families.nunchaku_svdq.layers import SCHEMES as SCHEMES
-from quantmatrix.families.nunchaku_svdq.layers import find_fault as find_fault
+from quantmatrix.families.nunchaku_svdq.layers import after_gelu as after_gelu
 from quantmatrix.families.nunchaku_svdq.layers import schemes as schemes
 from quantmatrix.families.nunchaku_svdq.layers import tensors as tensors
 from quantmatrix.families.protocol import Calibration, Declaration
@@ -53,28 +56,15 @@ from quantmatrix.scheme import Scheme
 
 if TYPE_CHECKING:
     from quantmatrix.checkpoints.checkpoint import Checkpoint
+    from quantmatrix.request import Request
 
 ID = "nunchaku-svdq"
 DIALECT = "nunchaku"
 """A model's dialect of that name says what the layers of its files stand for; others have none."""
+CODE_LEAVES = ("qweight",)
+UNUSED = ("smooth_factor_orig", "smooth_orig")
 METHODS = ("svdquant", "nunchaku")
 """Words that declare the engine's layout; diffusers' `nunchaku_lite` is another one."""
-FILE_NAME = re.compile(r"svdq-(int4|fp4)_r(\d+)")
-LIGHTNING = re.compile(r"lightning.*?(\d+)-?steps?", re.IGNORECASE)
-
-
-def infer_from_name(reference: str) -> tuple[str, int] | None:
-    """(`int4` or `nvfp4`, rank) of a path whose last part holds svdq-{int4|fp4}_r{rank}."""
-    match = FILE_NAME.search(PurePosixPath(reference.rstrip("/")).name)
-    if match is None:
-        return None
-    return ("int4" if match[1] == "int4" else "nvfp4"), int(match[2])
-
-
-def lightning_steps(reference: str) -> int | None:
-    """Denoising steps that a Lightning checkpoint is named for, or None."""
-    match = LIGHTNING.search(PurePosixPath(reference.rstrip("/")).name)
-    return int(match[1]) if match else None
 
 
 def detect(checkpoint: Checkpoint) -> str | None:
@@ -102,74 +92,12 @@ def detect(checkpoint: Checkpoint) -> str | None:
     return None if coded is None else f"{coded} holds qweight and wscales"
 
 
-def check_request(
-    enable: bool | None,
-    precision: str | None,
-    rank: int | None,
-    checkpoint: Checkpoint,
-    steps: int | None = None,
-) -> list[str]:
-    """Compare the guide's three SVDQuant flags and the file name with what the file holds.
+def check_fit(request: Request, checkpoint: Checkpoint) -> list[str]:
+    """The three SVDQuant flags and the file's name against what the file holds; see `flags`.
 
-    `enable` is None when the flag was not given; an explicit False makes the name count for
-    nothing. A flag overrules the name. `steps` are those that the run will take. Returns warnings;
-    contradictions raise UsageError or CheckpointError.
+    Returns warnings; contradictions raise UsageError or CheckpointError.
     """
-    why = detect(checkpoint)
-    if enable is False:
-        if why is not None:
-            raise UsageError(
-                f"--enable-svdquant false, but {checkpoint.reference} is an SVDQuant checkpoint "
-                f"({why}): leave the flag out, or name full-precision weights"
-            )
-        return []
-    names = (checkpoint.reference, *(checkpoint.files if len(checkpoint.files) == 1 else ()))
-    named = next(filter(None, map(infer_from_name, names)), None)
-    if why is None:
-        return refuse_plain(checkpoint, bool(enable), named, (precision, rank))
-    layers = [s for s in schemes(checkpoint).values() if s.op == "linear.svdq"]
-    held_words = {PRECISIONS[scheme.weight] for scheme in layers}
-    held_ranks = {scheme.rank for scheme in layers}
-    for flag, given, of_name, held in (
-        ("--quantization-precision", precision, named and named[0], held_words),
-        ("--quantization-rank", rank, named and named[1], held_ranks),
-    ):
-        wanted = of_name if given is None else given
-        if wanted is not None and wanted not in held:
-            source = f"{flag} {given}" if given is not None else f"the file name says {of_name}"
-            words = " and ".join(map(str, sorted(held))) or "AWQ layers only, which have neither"
-            raise CheckpointError(
-                f"{checkpoint.files[0]}: {source}, but its tensors are of {words}: correct the "
-                f"{'flag' if given is not None else f'name, or overrule it with {flag}'}"
-            )
-    expected = next(filter(None, map(lightning_steps, names)), None)
-    if expected is not None and steps is not None and steps != expected:
-        return [
-            f"{checkpoint.reference} is a Lightning checkpoint for {expected} steps, this run "
-            f"takes {steps}: pass --num-inference-steps {expected}"
-        ]
-    return []
-
-
-def refuse_plain(
-    checkpoint: Checkpoint,
-    enable: bool,
-    named: tuple[str, int] | None,
-    flags: tuple[str | None, int | None],
-) -> list[str]:
-    """Nothing in the file is SVDQuant: warnings about flags that then mean nothing.
-
-    Raises CheckpointError where a flag or the file's name promised SVDQuant.
-    """
-    if enable or named:
-        promise = "--enable-svdquant was given" if enable else "it is named like an SVDQuant file"
-        raise CheckpointError(
-            f"{checkpoint.reference}: {promise}, but no header says svdquant and no layer has "
-            "qweight and wscales; --enable-svdquant false loads it as what it is"
-        )
-    if flags != (None, None):
-        return ["--quantization-precision and --quantization-rank count for SVDQuant files only"]
-    return []
+    return flags.check_file(request, checkpoint, detect(checkpoint))
 
 
 def quantize(
@@ -258,7 +186,9 @@ def reference(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Sche
     return compute(x, canonical(tensors, scheme), scheme)
 
 
-def declare(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> Declaration:
+def declare(
+    schemes: Mapping[str, Scheme], kept: Sequence[str], tensors: Sequence[str] = ()
+) -> Declaration:
     """The header that the engine's own files have; no `quant_method` is in it."""
     main = next((s for s in schemes.values() if s.op == "linear.svdq"), INT4)
     int4 = main.weight == "int4"

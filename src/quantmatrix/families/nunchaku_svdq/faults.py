@@ -14,14 +14,12 @@ fault, or like none:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 import torch
 
-from quantmatrix.checkpoints.foreign import SVDQUANT_PAIR
 from quantmatrix.errors import CheckpointError
-from quantmatrix.families.nunchaku_svdq.layers import BARE_SCALE, OLDER_NAMES
+from quantmatrix.families.nunchaku_svdq.layers import BARE_SCALE, OLDER_NAMES, find_wrong_number
 from quantmatrix.kernels.svdq_packing import RANK_TILE
 from quantmatrix.scheme import Scheme
 
@@ -33,7 +31,7 @@ GROUPS = {"BF16": 64, "F16": 64, "F8_E4M3": 16}
 """Columns that a group scale of a dtype stands for."""
 
 
-def check_layers(checkpoint: Checkpoint) -> None:
+def check(checkpoint: Checkpoint) -> None:
     """Refuse W4A4 layers with scales of other groups than the engine's, or without a branch.
 
     Raises CheckpointError for the first of them.
@@ -78,7 +76,15 @@ def check_groups(scales: TensorHeader, rows: int, columns: int) -> None:
     )
 
 
-def find_lost_scale(scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> tuple[str, str] | None:
+def find_fault(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[str, str] | None:
+    """(suffix, what it holds and what was expected) of numbers that cannot be meant.
+
+    None where there are none. Tensors as in the table of `families.nunchaku_svdq`.
+    """
+    return find_wrong_number(tensors, scheme) or find_lost_scale(tensors, scheme)
+
+
+def find_lost_scale(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[str, str] | None:
     """(suffix, what it holds and what was expected) of group scales whose outer scale is gone.
 
     None where there are none. Tensors as in the table of `families.nunchaku_svdq`.
@@ -95,19 +101,3 @@ def find_lost_scale(scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> tupl
         "that saving a model of its classes drops it; name the file which that model was loaded "
         "from"
     )
-
-
-def check_halves(checkpoint: Checkpoint) -> None:
-    """Refuse one of the two files of an older folder where the whole checkpoint is wanted.
-
-    Raises CheckpointError for one.
-    """
-    names = {PurePath(file).name for file in checkpoint.files}
-    others = set(SVDQUANT_PAIR) - names
-    inside = {"transformer_blocks." in name for name in checkpoint.tensors}
-    if len(names) == len(others) == len(inside) == 1:
-        what = "the blocks" if True in inside else "what is outside the blocks"
-        raise CheckpointError(
-            f"{checkpoint.files[0]}: this is one of the two files of an older SVDQuant folder, "
-            f"with {what} only: expected {others.pop()} beside it. Name the folder that holds both"
-        )

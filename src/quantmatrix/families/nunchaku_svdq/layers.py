@@ -250,7 +250,15 @@ def loses_codes(scales: torch.Tensor, codes: torch.Tensor, scheme: Scheme) -> bo
     return bool((groups.any(dim=-1) & empty).any())
 
 
-def find_fault(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[str, str] | None:
+def after_gelu(scheme: Scheme) -> Scheme:
+    """The scheme of a layer whose inputs follow a GELU: int4 codes them shifted, without a sign."""
+    coded = scheme.op == "linear.svdq" and scheme.weight == "int4"
+    return replace(scheme, unsigned=True) if coded else scheme
+
+
+def find_wrong_number(
+    tensors: Mapping[str, torch.Tensor], scheme: Scheme
+) -> tuple[str, str] | None:
     """(suffix, what it holds and what was expected) of numbers that cannot be meant.
 
     None where there are none. Tensors as in the table of `families.nunchaku_svdq`.

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 FP8 = Scheme("linear.fp8", "FP8", "e4m3", "tensor", "tensor-static")
 WEIGHT_ONLY = "W4A16_NVFP4"
+FP8_WORDS = ("FP8",)
+NVFP4_WORDS = ("NVFP4", "NVFP4_SVD", WEIGHT_ONLY, "NVFP4_AWQ")
+"""Algorithms that one layer may have, by its codes."""
+MIXED = "MIXED_PRECISION"
+"""The algorithm of a file whose layers differ."""
 SCALES = frozenset(
     ("weight_scale", "weight_scale_2", "pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
 )

@@ -18,9 +18,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import CheckpointError
-from quantmatrix.families import modelopt_fp8, modelopt_nvfp4
 from quantmatrix.families.producers.comfyui import WHOLE_INPUTS
-from quantmatrix.families.producers.modelopt import read_block, read_words
+from quantmatrix.families.producers.modelopt import (
+    FP8_WORDS,
+    NVFP4_WORDS,
+    read_block,
+    read_words,
+)
 from quantmatrix.kernels.nvfp4_arithmetic import GROUP
 
 if TYPE_CHECKING:
@@ -29,8 +33,7 @@ if TYPE_CHECKING:
     from quantmatrix.scheme import Scheme
 
 CODES = ("U8", "I8", "F8_E4M3")
-MIXED = "MIXED_PRECISION"
-WORDS = tuple({*modelopt_fp8.ALGORITHMS, *modelopt_nvfp4.ALGORITHMS} - {MIXED})
+WORDS = (*FP8_WORDS, *NVFP4_WORDS)
 """Algorithms that one layer may have."""
 
 

@@ -20,7 +20,6 @@ from quantmatrix import families, kernels
 from quantmatrix.checkpoints.checkpoint import Checkpoint
 from quantmatrix.checkpoints.folders import open_once
 from quantmatrix.errors import CheckpointError, RefusedError
-from quantmatrix.families.producers import modelopt_faults
 from quantmatrix.request import DTYPES
 from quantmatrix.runtime.empty_model import measure_model
 from quantmatrix.runtime.plan import context_parallel, layout_choice, other_parts
@@ -132,7 +131,7 @@ def plan_component(
     family, why, schemes, online = find_schemes(settled, model, request)
     base = Base() if online or family is None else find_base(name, settled, model, request)
     warnings += list_unproved(base, layout)
-    warnings += list_doubts(checkpoint, family, schemes)
+    warnings += list_doubts(checkpoint, None if online else family, schemes)
     dialect = choose_dialect(checkpoint, model, family, schemes)
     parts, plain = sort_layers(checkpoint, schemes, dialect, family, online=online)
     total = len(parts) + count_plain_linears(checkpoint, plain, dialect)
@@ -143,7 +142,7 @@ def plan_component(
             f"{name}, a {source.class_name}"
         )
     shapes = measure_model(source.class_name, source.config, source.config_from)
-    site = Site(checkpoint, dialect, shapes, source.class_name, source.config_from, online)
+    site = Site(checkpoint, dialect, shapes, source.class_name, source.config_from, family, online)
     placed = place(site, parts, plain)
     layers = choose_kernels(parts, model, request, machine, warnings)
     kept = sum(checkpoint.tensors[n].nbytes for n in plain)
@@ -172,9 +171,7 @@ def list_doubts(
     checkpoint: Checkpoint, family: str | None, schemes: Mapping[str, Scheme]
 ) -> list[str]:
     """Warnings about a checkpoint that is taken: what its files leave open, or hold besides."""
-    found = []
-    if family and (note := families.find_caveat(family, checkpoint)):
-        found.append(note)
+    found = families.load(family).doubts(checkpoint, schemes) if family else []
     if checkpoint.aside:
         parts = ", ".join(f"{count} of {part}*" for part, count in checkpoint.aside.items())
         found.append(
@@ -182,7 +179,7 @@ def list_doubts(
             f"({checkpoint.prefix}*) are used, {parts} are left aside; the base model's own "
             "components take their place"
         )
-    return found + modelopt_faults.list_doubts(checkpoint, schemes)
+    return found
 
 
 def choose_kernels(
@@ -214,9 +211,9 @@ def decide_offload(request: Request, family: str | None, warnings: list[str]) ->
     """(layerwise, whole component): the guide's rules for the two offload flags."""
     layerwise = bool(request.dit_layerwise_offload)
     whole = bool(request.dit_cpu_offload)
-    if whole and family == "modelopt-fp8":
+    if whole and family and not families.load(family).CPU_OFFLOAD:
         warnings.append(
-            "--dit-cpu-offload stays disabled for modelopt-fp8 checkpoints; "
+            f"--dit-cpu-offload stays disabled for {family} checkpoints; "
             "--dit-layerwise-offload is supported"
         )
         whole = False

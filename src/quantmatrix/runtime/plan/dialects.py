@@ -19,16 +19,13 @@ if TYPE_CHECKING:
     from quantmatrix.checkpoints.checkpoint import Checkpoint
     from quantmatrix.checkpoints.header import TensorHeader
 
-CODE_LEAVES = ("weight", "qweight", "linear.weight")
-"""Where the codes of a layer lie; msmodelslim wraps smoothed layers in a `linear` level."""
 
-
-def find_code(checkpoint: Checkpoint, layer: str) -> TensorHeader:
+def find_code(checkpoint: Checkpoint, layer: str, family: str) -> TensorHeader:
     """The tensor that holds the codes of a layer on disk.
 
     Raises CheckpointError where there is none.
     """
-    names = (f"{layer}.{leaf}" for leaf in CODE_LEAVES)
+    names = (f"{layer}.{leaf}" for leaf in families.load(family).CODE_LEAVES)
     code = next((checkpoint.tensors[n] for n in names if n in checkpoint.tensors), None)
     if code is None:
         raise CheckpointError(f"{checkpoint.reference}: layer {layer} has scales but no weight")
@@ -45,8 +42,8 @@ def choose_dialect(
     CheckpointError for a model that the family has no files of, and for layers that are not as the
     dialect has them.
     """
-    own = None if family is None else getattr(families.load(family), "DIALECT", None)
-    if own is None:
+    own = families.load(family).DIALECT if family else None
+    if family is None or own is None:
         return models.dialect_of(model, checkpoint.tensors)
     found = [d for d in models.load(model).DIALECTS if d.name == own]
     if not found:
@@ -57,16 +54,18 @@ def choose_dialect(
             f"{names[model].NAME}: how its layers would be packed in one is not defined. Name a "
             "checkpoint of another family, or the base model that this one belongs to"
         )
-    check_packing(checkpoint, schemes, found[0])
+    check_packing(checkpoint, schemes, found[0], family)
     check_plain_layers(checkpoint, schemes, found[0])
     for layer in schemes:
         for target in found[0].layer_targets(layer):
             if target.columns[2] > 1:
-                check_split(checkpoint, schemes, found[0], layer, target.module)
+                check_split(checkpoint, schemes, found[0], family, layer, target.module)
     return found[0]
 
 
-def check_packing(checkpoint: Checkpoint, schemes: Mapping[str, Scheme], dialect: Dialect) -> None:
+def check_packing(
+    checkpoint: Checkpoint, schemes: Mapping[str, Scheme], dialect: Dialect, family: str
+) -> None:
     """Quantized layers must have the names and the kind of codes that the dialect has for them.
 
     What a name stands for (rows of several modules, inputs that follow a GELU, rows that are
@@ -83,7 +82,7 @@ def check_packing(checkpoint: Checkpoint, schemes: Mapping[str, Scheme], dialect
             what = f"as {scheme.name}; expected AWQ codes (qweight I32, wscales, wzeros)"
         if what:
             raise CheckpointError(
-                f"{find_code(checkpoint, layer).file}: layer {layer} is quantized {what}, "
+                f"{find_code(checkpoint, layer, family).file}: layer {layer} is quantized {what}, "
                 f"as the {dialect.name} layout has it: this is another format; name a file that "
                 "was made for the engine"
             )
@@ -142,6 +141,7 @@ def check_split(
     checkpoint: Checkpoint,
     schemes: Mapping[str, Scheme],
     dialect: Dialect,
+    family: str,
     layer: str,
     module: str,
 ) -> None:
@@ -150,7 +150,7 @@ def check_split(
     The loader adds their biases up, so it could not tell that one of them is missing. Raises
     CheckpointError for what is missing or out of proportion.
     """
-    file = find_code(checkpoint, layer).file
+    file = find_code(checkpoint, layer, family).file
     units = {}
     for other in find_sources(dialect.layers, module):
         if other not in schemes:
@@ -166,7 +166,7 @@ def check_split(
             )
         [target] = dialect.layer_targets(other)
         start, stop, _ = target.columns
-        into = measure_features(schemes[other], find_code(checkpoint, other).shape)[1]
+        into = measure_features(schemes[other], find_code(checkpoint, other, family).shape)[1]
         units[other] = into / (stop - start)
     if len(set(units.values())) > 1:
         widths = " and ".join(f"{name} {width:g}" for name, width in units.items())

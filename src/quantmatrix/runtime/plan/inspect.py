@@ -17,12 +17,10 @@ from quantmatrix.checkpoints.opening import (
     open_weights,
 )
 from quantmatrix.errors import CheckpointError
-from quantmatrix.families.nunchaku_svdq import faults
-from quantmatrix.families.nvfp4_layouts import Layout, find_layout, list_readings
-from quantmatrix.families.producers import modelopt_faults
+from quantmatrix.families.layouts import Layout
 from quantmatrix.families.unknown_quantization import explain_unknown
 from quantmatrix.request import Hub
-from quantmatrix.runtime.plan.layouts import describe_layouts, has_layout
+from quantmatrix.runtime.plan.layouts import describe_layouts
 from quantmatrix.runtime.plan.sources import COMPATIBLE_BASES
 from quantmatrix.scheme import Scheme
 
@@ -69,9 +67,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     unknown = explain_unknown(checkpoint)
     detected = None if unknown else families.detect(checkpoint)
     family, why = detected or (None, unknown or "nothing in it is quantized")
-    modelopt_faults.check_export(checkpoint)
-    faults.check_layers(checkpoint)
-    layout = find_layout(checkpoint) if has_layout(checkpoint) else None
+    families.check(checkpoint)
+    layout = families.load(family).layout(checkpoint) if family else None
     schemes = read_schemes(checkpoint, family, layout) if family else {}
     dtypes: Counter[str] = Counter()
     for header in checkpoint.tensors.values():
@@ -116,7 +113,7 @@ def read_schemes(checkpoint: Checkpoint, family: str, layout: Layout | None) -> 
     if layout is None or layout.known:
         return families.load(family).schemes(checkpoint)
     errors = []
-    for reading in list_readings(layout):
+    for reading in layout.readings:
         try:
             return families.load(family).schemes(replace(checkpoint, chosen=reading))
         except CheckpointError as error:

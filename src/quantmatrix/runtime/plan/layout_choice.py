@@ -11,15 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from quantmatrix.families.nvfp4_layouts import (
-    Layout,
-    describe_reading,
-    explain_open,
-    find_declared,
-    find_layout,
-    list_readings,
-)
-from quantmatrix.runtime.plan.layouts import has_layout
+from quantmatrix import families
+from quantmatrix.families.layouts import Layout, describe_reading, explain_open
 
 if TYPE_CHECKING:
     from quantmatrix.checkpoints.checkpoint import Checkpoint
@@ -43,23 +36,25 @@ def settle(
     checkpoint = source.checkpoint
     chosen = {name: str(getattr(request, name)) for name in FLAGS if getattr(request, name)}
     flags = " ".join(f"--{name.replace('_', '-')} {word}" for name, word in chosen.items())
-    if not has_layout(checkpoint):
+    declared = families.find_layout(checkpoint)
+    if declared is None:
         if chosen:
             warnings.append(f"{flags} is not used: {checkpoint.reference} has no NVFP4 codes")
         return source, ""
     if checkpoint.chosen:
         return source, checkpoint.chosen.get("why", "chosen")
     if chosen:
-        warnings += list_contradictions(checkpoint, chosen, flags)
+        warnings += list_contradictions(checkpoint, declared, chosen, flags)
         checkpoint = replace(checkpoint, chosen={**chosen, "why": f"chosen with {flags}"})
-    layout = find_layout(checkpoint)
+    layout = families.find_layout(checkpoint)
+    assert layout is not None
     if layout.known:
         return replace(source, checkpoint=checkpoint), layout.why
     from quantmatrix.runtime.witness import verdict
 
     decided = verdict.decide(
         checkpoint,
-        list_readings(layout),
+        layout.readings,
         plan_reading,
         request,
         lambda why: explain_open(checkpoint, layout, why),
@@ -67,9 +62,10 @@ def settle(
     return replace(source, checkpoint=decided), decided.chosen["why"]
 
 
-def list_contradictions(checkpoint: Checkpoint, chosen: dict[str, str], flags: str) -> list[str]:
+def list_contradictions(
+    checkpoint: Checkpoint, declared: Layout, chosen: dict[str, str], flags: str
+) -> list[str]:
     """A warning where flags choose another layout than the file declares."""
-    declared = find_declared(checkpoint)
     said = {"nibble_order": declared.nibbles, "nvfp4_layout": declared.scales}
     if all(said[name] in (None, word) for name, word in chosen.items()):
         return []

@@ -1,18 +1,16 @@
-"""Layouts: where codes and scales of a checkpoint lie, in words, and whether that can be open."""
+"""Layouts: where codes and scales of a checkpoint lie, in words."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from quantmatrix import families
-from quantmatrix.families.nvfp4_layouts import describe_reading
+from quantmatrix.families.layouts import describe_reading
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from quantmatrix.checkpoints.checkpoint import Checkpoint
-    from quantmatrix.families.nvfp4_layouts import Layout
+    from quantmatrix.families.layouts import Layout
     from quantmatrix.scheme import Scheme
 
 
@@ -30,12 +28,3 @@ def describe_layout(scheme: Scheme) -> str:
         return ""
     nibble = "high" if scheme.swap_nibbles else "low"
     return describe_reading(nibble, "tiles" if scheme.tiled_scales else "rows")
-
-
-def has_layout(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is of the family whose codes can lie in several ways, and has such."""
-    tensors = checkpoint.tensors.items()
-    if not any(h.dtype == "U8" and name.endswith(".weight") for name, h in tensors):
-        return False
-    detected = families.detect(checkpoint)
-    return detected is not None and hasattr(families.load(detected[0]), "readings")

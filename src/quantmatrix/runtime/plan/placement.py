@@ -10,7 +10,7 @@ checkpoint lacks.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 """Dtypes of a tensor in full precision; anything else is codes, or damage."""
-BIASES = ("bias", "linear.bias", "quant_bias", "linear.quant_bias")
-"""Names of a layer's bias on disk; the last two hold a folded zero point, too."""
-WRAPPERS = ("linear", "div")
-"""Levels below a layer's name that belong to it, as msmodelslim has them."""
 SHOWN = 8
 """Names that an error lists at most."""
 
@@ -71,6 +67,7 @@ class Site:
     shapes: ModelShapes
     class_name: str
     config_from: str
+    family: str | None = None
     online: bool = False
     """Its layers are quantized while loading, from full precision."""
 
@@ -78,6 +75,16 @@ class Site:
     def model(self) -> str:
         """The model and the file of its configuration, in words."""
         return f"{self.class_name} ({self.config_from})"
+
+    def find_code(self, layer: str) -> TensorHeader:
+        """The tensor that holds the codes of a quantized layer."""
+        assert self.family is not None  # nothing is quantized without one
+        return find_code(self.checkpoint, layer, self.family)
+
+    def find_biases(self, layer: str) -> list[TensorHeader]:
+        """The tensors that hold the bias of a quantized layer."""
+        assert self.family is not None
+        return find_biases(self.checkpoint, layer, self.family)
 
 
 def sort_layers(
@@ -95,7 +102,8 @@ def sort_layers(
     """
     parts: dict[str, list[Part]] = {}
     for layer, scheme in schemes.items():
-        code = find_code(checkpoint, layer)
+        assert family is not None  # nothing is quantized without one
+        code = find_code(checkpoint, layer, family)
         if len(code.shape) != 2:
             raise CheckpointError(
                 f"{code.file}: tensor {code.name} has shape {list(code.shape)}: expected codes of "
@@ -104,16 +112,17 @@ def sort_layers(
             )
         out, into = measure_features(scheme, code.shape)
         for target in dialect.layer_targets(layer):
-            unsigned = target.unsigned and scheme.op == "linear.svdq" and scheme.weight == "int4"
-            kind = replace(scheme, unsigned=True) if unsigned else scheme
+            kind = families.load(family).after_gelu(scheme) if target.unsigned else scheme
             rows = out // target.part[1]
             parts.setdefault(target.module, []).append(Part(layer, target, kind, rows, into))
     ignored = ignored_names(checkpoint, family)
+    wrappers = families.load(family).WRAPPERS if family else ()
     own = {f"{layer}.{leaf}" for layer in schemes for leaf in ("weight", "bias")}
     plain = [
         name
         for name in checkpoint.tensors
-        if name not in ignored and not (name in own if online else is_below(name, schemes))
+        if name not in ignored
+        and not (name in own if online else is_below(name, schemes, wrappers))
     ]
     return parts, plain
 
@@ -122,16 +131,14 @@ def ignored_names(checkpoint: Checkpoint, family: str | None) -> dict[str, str]:
     """Tensors that the family says are never loaded, each with its reason."""
     if family is None:
         return {}
-    ignored = getattr(families.load(family), "ignored", None)
-    if ignored is None:
-        return {}
+    ignored = families.load(family).ignored
     return {name: why for name in checkpoint.tensors if (why := ignored(name))}
 
 
-def is_below(name: str, layers: Collection[str]) -> bool:
+def is_below(name: str, layers: Collection[str], wrappers: Collection[str]) -> bool:
     """Whether a tensor belongs to one of the layers: it lies right below it, or in a wrapper."""
     above, _, last = name.rpartition(".")[0].rpartition(".")
-    return name.rpartition(".")[0] in layers or (last in WRAPPERS and above in layers)
+    return name.rpartition(".")[0] in layers or (last in wrappers and above in layers)
 
 
 def place(
@@ -174,12 +181,12 @@ def check_module(site: Site, module: str, parts: Sequence[Part]) -> None:
     columns = [part.target.columns for part in parts]
     if len(parts) > 1 and len(set(columns)) < len(parts):
         raise CheckpointError(
-            f"{find_code(site.checkpoint, first.layer).file}: layers {parts[0].layer} and "
+            f"{site.find_code(first.layer).file}: layers {parts[0].layer} and "
             f"{parts[1].layer} are both {module} of {site.class_name}: expected one of them; names "
             "of two layouts are mixed, write the checkpoint again"
         )
     for part in parts:
-        code = find_code(site.checkpoint, part.layer)
+        code = site.find_code(part.layer)
         if site.online and code.dtype not in FLOATS:
             raise describe_codes(code, f"{module}.weight")
         check_rows(site, part)
@@ -197,7 +204,7 @@ def check_module(site: Site, module: str, parts: Sequence[Part]) -> None:
 
 def check_rows(site: Site, part: Part) -> None:
     """A module's rows must be there, and no scale be cut; else raises CheckpointError."""
-    code = find_code(site.checkpoint, part.layer)
+    code = site.find_code(part.layer)
     out = measure_features(part.scheme, code.shape)[0]
     what = explain_rows(part.target, out)
     if not what and part.scheme.scale == "block":
@@ -226,9 +233,9 @@ def check_bias(site: Site, module: str, parts: Sequence[Part], *, biased: bool) 
     Where the model has none a bias of zeros may be stored: numbers decide, when they are read.
     Raises CheckpointError for a bias that is missing, of codes or of another length.
     """
-    own = {part.layer: find_biases(site.checkpoint, part.layer) for part in parts}
+    own = {part.layer: site.find_biases(part.layer) for part in parts}
     for part in parts:
-        out = measure_features(part.scheme, find_code(site.checkpoint, part.layer).shape)[0]
+        out = measure_features(part.scheme, site.find_code(part.layer).shape)[0]
         for header in own[part.layer]:
             folded = header.name.endswith("quant_bias")
             if not folded and header.dtype not in FLOATS:
@@ -246,9 +253,9 @@ def check_bias(site: Site, module: str, parts: Sequence[Part], *, biased: bool) 
         )
 
 
-def find_biases(checkpoint: Checkpoint, layer: str) -> list[TensorHeader]:
-    """The bias tensors of a layer on disk."""
-    names = (f"{layer}.{leaf}" for leaf in BIASES)
+def find_biases(checkpoint: Checkpoint, layer: str, family: str) -> list[TensorHeader]:
+    """The bias tensors of a layer on disk; a family may have several names for them."""
+    names = (f"{layer}.{leaf}" for leaf in families.load(family).BIAS_LEAVES)
     return [checkpoint.tensors[name] for name in names if name in checkpoint.tensors]
 
 
@@ -260,8 +267,11 @@ def place_plain(
     Raises CheckpointError for unknown names, two tensors for one parameter, and other shapes.
     """
     tensors = site.checkpoint.tensors
-    layers = {f"{module}.{leaf}": own[0].layer for module, own in parts.items() for leaf in BIASES}
-    layers |= {f"{module}.weight": own[0].layer for module, own in parts.items()}
+    layers = {
+        f"{module}.{leaf}": own[0].layer
+        for module, own in parts.items()
+        for leaf in ("weight", "bias")
+    }
     placed: dict[str, PlainTensor] = {}
     unknown = []
     for name in plain:

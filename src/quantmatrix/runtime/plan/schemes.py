@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from quantmatrix import families, models
 from quantmatrix.errors import CheckpointError, UsageError
-from quantmatrix.families.producers import modelopt_faults
 from quantmatrix.families.producers.comfyui import FUSED
 from quantmatrix.families.unknown_quantization import explain_unknown
 
@@ -40,7 +39,6 @@ def find_schemes(
                 f"{checkpoint.reference} is quantized already ({detected[1]}): leave the flag out"
             )
         family, why = detected
-        modelopt_faults.check_export(checkpoint)
         schemes = families.load(family).schemes(checkpoint)
         if not schemes:
             raise CheckpointError(
@@ -55,15 +53,12 @@ def find_schemes(
 
 
 def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict[str, Scheme]:
-    """Schemes of `--quantization fp8`: every linear layer of the blocks that is not ignored.
+    """Schemes of `--quantization FAMILY`: every linear layer of the blocks that is not ignored.
 
-    Raises UsageError for another family, a pattern that matches nothing, and where nothing is left.
+    Raises UsageError for a family that makes none, a pattern that matches nothing, and where nothing
+    is left.
     """
-    if request.quantization != "fp8":
-        raise UsageError(
-            f"--quantization {request.quantization}: only fp8 can be made while loading"
-        )
-    scheme = families.load("fp8").SCHEMES["tensor-dynamic"]
+    scheme = online_scheme(str(request.quantization))
     blocks, dialect = models.load(model).BLOCKS, models.dialect_of(model, checkpoint.tensors)
     ignored = request.quantization_ignored_layers
     hits: Counter[str] = Counter()
@@ -86,10 +81,20 @@ def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict
         )
     if not schemes:
         raise UsageError(
-            f"--quantization fp8: no linear layer of {checkpoint.reference} is left to quantize: "
+            f"--quantization {request.quantization}: no linear layer of {checkpoint.reference} is left to quantize: "
             f"expected some in {', '.join(blocks)} that --quantization-ignored-layers leaves over"
         )
     return schemes
+
+
+def online_scheme(family: str) -> Scheme:
+    """The scheme that a family's layers get while loading; UsageError where it makes none."""
+    online = {name: families.load(name).ONLINE for name in families.written()}
+    word = online.get(family)
+    if word is None:
+        able = ", ".join(name for name in online if online[name])
+        raise UsageError(f"--quantization {family}: only {able} can be made while loading")
+    return families.load(family).SCHEMES[word]
 
 
 def is_part_of_path(pattern: str, paths: Iterable[str]) -> bool:

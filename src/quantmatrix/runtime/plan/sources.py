@@ -12,10 +12,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
 
-from quantmatrix import models
+from quantmatrix import families, models
 from quantmatrix.checkpoints.checkpoint import Checkpoint
 from quantmatrix.checkpoints.declaration import parse_block
-from quantmatrix.checkpoints.foreign import SVDQUANT_PAIR, explain_original, plain_class
+from quantmatrix.checkpoints.foreign import (
+    SVDQUANT_PAIR,
+    check_halves,
+    explain_original,
+    plain_class,
+)
 from quantmatrix.checkpoints.opening import (
     PipelineFolder,
     is_whole,
@@ -27,8 +32,6 @@ from quantmatrix.checkpoints.opening import (
     read_component_config,
 )
 from quantmatrix.errors import CheckpointError, UsageError
-from quantmatrix.families.nunchaku_svdq.faults import check_halves, check_layers
-from quantmatrix.families.nunchaku_svdq.flags import check_svdquant_flags
 from quantmatrix.quoting import quote, quote_json
 from quantmatrix.request import Hub, Request
 from quantmatrix.runtime.plan import experts, other_parts
@@ -79,7 +82,7 @@ def find_sources(request: Request) -> Sources:
             f"--tiny: the stand-in of {request.model_path} was not opened; plan the request with "
             "quantmatrix.plan, or give it the hub of quantmatrix.tiny.hub.open_tiny_hub"
         )
-    check_svdquant_flags(request)
+    families.check_flags(request)
     base, weights = find_base(request)
     pipeline = open_pipeline(base, request.hub)
     model, warnings = find_model(request, pipeline)
@@ -114,7 +117,7 @@ def find_sources(request: Request) -> Sources:
             for file in source.checkpoint.left_out
         ]
     warnings += other_parts.list_warnings(pipeline, {*names, *request.component_paths})
-    warnings += check_svdquant_file(request, model, components[names[0]].checkpoint)
+    warnings += check_fit(request, model, components[names[0]].checkpoint)
     return Sources(base, model, pipeline.class_name, components, pipeline, warnings)
 
 
@@ -242,7 +245,7 @@ def find_source(
             pipeline.reference, request.hub, subfolder_of(name, pipeline)
         )
     check_halves(checkpoint)
-    check_layers(checkpoint)
+    families.check(checkpoint)
     class_name = read_class(config, config_from) or ""
     config = {**config, "_class_name": class_name}
     check_class(name, class_name, config_from, pipeline, checkpoint)
@@ -304,16 +307,9 @@ def check_stated_config(
         )
 
 
-def check_svdquant_file(request: Request, model: str, checkpoint: Checkpoint) -> list[str]:
-    """The three SVDQuant flags and the file name against what the primary's file holds."""
-    from quantmatrix.families import nunchaku_svdq
-
+def check_fit(request: Request, model: str, checkpoint: Checkpoint) -> list[str]:
+    """Flags of a family and the file name against what the primary's file holds; returns warnings."""
     module = models.load(model)
     defaults = module.TINY_DEFAULTS if request.tiny else module.DEFAULTS
-    return nunchaku_svdq.check_request(
-        request.enable_svdquant,
-        request.quantization_precision,
-        request.quantization_rank,
-        checkpoint,
-        request.num_inference_steps or defaults.steps,
-    )
+    steps = request.num_inference_steps or defaults.steps
+    return families.check_fit(replace(request, num_inference_steps=steps), checkpoint)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from quantmatrix.runtime.plan.sources import Source
 
 BY_NAME = "a file of FLUX.2-dev-NVFP4"
-"""What `nvfp4_layouts` says of a layout that is known by a file's name."""
+"""What `modelopt_nvfp4.layouts` says of a layout that is known by a file's name."""
 NAMED = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 """A repository's name."""
 CACHED = re.compile(r"(?:^|[/\\])models--([\w.-]+?)--([\w.-]+?)(?:[/\\]|$)")

@@ -14,12 +14,10 @@ from typing import Any
 from quantmatrix import families
 from quantmatrix.checkpoints.checkpoint import Checkpoint
 from quantmatrix.errors import CheckpointError
-from quantmatrix.families.nvfp4_layouts import find_layout, list_readings
 from quantmatrix.hardware.machine import Machine
 from quantmatrix.request import WEIGHT_FILES, Hub, Request
 from quantmatrix.runtime.plan.decide import plan_component
 from quantmatrix.runtime.plan.inspect import open_any
-from quantmatrix.runtime.plan.layouts import has_layout
 from quantmatrix.runtime.plan.sources import Source, find_sources
 from quantmatrix.runtime.plan.types import ComponentPlan
 from quantmatrix.runtime.witness import verdict
@@ -117,8 +115,7 @@ def plan_readings(
 
 def list_checkpoints(checkpoint: Checkpoint) -> list[Checkpoint]:
     """The checkpoint under each open reading."""
-    if not has_layout(checkpoint) or (layout := find_layout(checkpoint)).known:
+    layout = families.find_layout(checkpoint)
+    if layout is None or layout.known:
         return [checkpoint]
-    return [
-        replace(checkpoint, chosen={**reading, "why": "tried"}) for reading in list_readings(layout)
-    ]
+    return [replace(checkpoint, chosen={**reading, "why": "tried"}) for reading in layout.readings]

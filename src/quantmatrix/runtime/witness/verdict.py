@@ -317,7 +317,7 @@ def find_reading(component: ComponentPlan, request: Request, wrong: Sequence[Fin
     """Which other reading of NVFP4 codes agrees where the declared one does not; or ''."""
     if not any(finding.sample.piece.scheme.op == "linear.nvfp4" for finding in wrong):
         return ""
-    from quantmatrix.families.nvfp4_layouts import NIBBLES, SCALES
+    from quantmatrix.families.layouts import NIBBLES, SCALES
 
     stored = fetch(component.checkpoint, request.hub)
     weights = component.base.weights[component.name]

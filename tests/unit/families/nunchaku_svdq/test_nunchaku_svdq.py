@@ -23,10 +23,11 @@ from quantmatrix.checkpoints.header import TensorHeader
 from quantmatrix.checkpoints.opening import open_weights
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families import nunchaku_svdq as svdq
+from quantmatrix.families.nunchaku_svdq import flags as names
 from quantmatrix.families.nunchaku_svdq import writer
 from quantmatrix.families.protocol import Calibration
 from quantmatrix.families.unknown_quantization import explain_unknown
-from quantmatrix.request import Hub
+from quantmatrix.request import Hub, Request
 from quantmatrix.tiny import weights
 
 INT4, NVFP4 = svdq.SCHEMES["int4_r32"], svdq.SCHEMES["nvfp4_r32"]
@@ -99,7 +100,7 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names(name: str) -> None:
-    assert svdq.infer_from_name(name) == NAMES[name]
+    assert names.infer_from_name(name) == NAMES[name]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_names(name: str) -> None:
     ],
 )
 def test_lightning_steps(name: str, steps: int | None) -> None:
-    assert svdq.lightning_steps(name) == steps
+    assert names.lightning_steps(name) == steps
 
 
 # --- detection -------------------------------------------------------------------------------
@@ -266,6 +267,23 @@ def test_lora_files_are_refused_by_name(name: str) -> None:
 GOOD = "svdq-int4_r32-qwen-image.safetensors"
 
 
+def check_fit(
+    enable: bool | None,
+    precision: str | None,
+    rank: int | None,
+    checkpoint: Checkpoint,
+    steps: int | None = None,
+) -> list[str]:
+    """The warnings of a request with these flags."""
+    request = Request(
+        enable_svdquant=enable,
+        quantization_precision=precision,
+        quantization_rank=rank,
+        num_inference_steps=steps,
+    )
+    return svdq.check_fit(request, checkpoint)
+
+
 @pytest.mark.parametrize(
     ("reference", "flags"),
     [
@@ -279,7 +297,7 @@ GOOD = "svdq-int4_r32-qwen-image.safetensors"
 def test_flags_that_agree(
     reference: str, flags: tuple[bool | None, str | None, int | None]
 ) -> None:
-    assert svdq.check_request(*flags, make_checkpoint({"a": NEW, "b": AWQ}, reference)) == []
+    assert check_fit(*flags, make_checkpoint({"a": NEW, "b": AWQ}, reference)) == []
 
 
 @pytest.mark.parametrize(
@@ -296,19 +314,19 @@ def test_flags_and_names_that_contradict(
     reference: str, flags: tuple[bool | None, str | None, int | None], message: str
 ) -> None:
     with pytest.raises((CheckpointError, UsageError), match=message):
-        svdq.check_request(*flags, make_checkpoint({"a": NEW}, reference))
+        check_fit(*flags, make_checkpoint({"a": NEW}, reference))
 
 
 def test_flags_for_a_file_that_is_not_svdquant() -> None:
     plain, named = (make_checkpoint({"a": PLAIN}, name) for name in ("x", GOOD))
-    assert svdq.check_request(None, None, None, plain) == []
-    assert svdq.check_request(False, "int4", 32, plain) == []
-    assert svdq.check_request(False, None, None, named) == []
-    [warning] = svdq.check_request(None, "int4", None, plain)
+    assert check_fit(None, None, None, plain) == []
+    assert check_fit(False, "int4", 32, plain) == []
+    assert check_fit(False, None, None, named) == []
+    [warning] = check_fit(None, "int4", None, plain)
     assert "SVDQuant files only" in warning
     for enable, checkpoint, why in ((True, plain, "was given"), (None, named, "is named like")):
         with pytest.raises(CheckpointError, match=f"{why}.*--enable-svdquant false"):
-            svdq.check_request(enable, None, None, checkpoint)
+            check_fit(enable, None, None, checkpoint)
 
 
 def test_the_only_file_of_a_folder_is_named_too() -> None:
@@ -316,27 +334,27 @@ def test_the_only_file_of_a_folder_is_named_too() -> None:
     file = "/m/qwen/svdq-fp4_r64-qwen-image-lightningv1.0-4steps.safetensors"
     checkpoint = replace(make_checkpoint({"a": NEW}, "/m/qwen"), files=(file,))
     with pytest.raises(CheckpointError, match="file name says nvfp4, but its tensors are of int4"):
-        svdq.check_request(None, None, None, checkpoint)
-    [warning] = svdq.check_request(None, "int4", 32, checkpoint, steps=50)
+        check_fit(None, None, None, checkpoint)
+    [warning] = check_fit(None, "int4", 32, checkpoint, steps=50)
     assert "pass --num-inference-steps 4" in warning
     plain = replace(make_checkpoint({"a": PLAIN}, "/m/qwen"), files=(file,))
     with pytest.raises(CheckpointError, match="named like an SVDQuant file"):
-        svdq.check_request(None, None, None, plain)
+        check_fit(None, None, None, plain)
     two = replace(checkpoint, files=(file, "/m/qwen/b.safetensors"))
-    assert svdq.check_request(None, None, None, two) == []
+    assert check_fit(None, None, None, two) == []
 
 
 def test_a_rank_is_asked_of_a_file_that_has_none() -> None:
     with pytest.raises(CheckpointError, match="rank 32, but its tensors are of AWQ layers only"):
-        svdq.check_request(True, None, 32, make_checkpoint({"a": AWQ}, "custom.safetensors"))
+        check_fit(True, None, 32, make_checkpoint({"a": AWQ}, "custom.safetensors"))
 
 
 def test_lightning_steps_are_compared() -> None:
     name = "svdq-int4_r32-qwen-image-lightningv1.0-4steps.safetensors"
     checkpoint = make_checkpoint({"a": NEW}, name)
-    assert svdq.check_request(None, None, None, checkpoint, steps=4) == []
-    assert svdq.check_request(None, None, None, checkpoint) == []
-    [warning] = svdq.check_request(None, None, None, checkpoint, steps=50)
+    assert check_fit(None, None, None, checkpoint, steps=4) == []
+    assert check_fit(None, None, None, checkpoint) == []
+    [warning] = check_fit(None, None, None, checkpoint, steps=50)
     assert "for 4 steps, this run takes 50: pass --num-inference-steps 4" in warning
 
 
@@ -353,7 +371,7 @@ def test_older_folders_of_two_files(tmp_path: Path) -> None:
     checkpoint = open_weights(str(folder), Hub())
     assert len(checkpoint.files) == 2
     assert svdq.schemes(checkpoint) == {"transformer_blocks.0.mlp_fc1": INT4}
-    assert svdq.check_request(None, None, None, checkpoint) == []
+    assert check_fit(None, None, None, checkpoint) == []
     write_weights(folder / "third.safetensors")
     with pytest.raises(CheckpointError, match="third"):
         open_weights(str(folder), Hub())
@@ -377,7 +395,7 @@ def test_declaration_is_the_engines(tmp_path: Path) -> None:
         "activation": {"dtype": "fp4_e2m1_all", "scale_dtype": "fp8_e4m3_nan", "group_size": 16},
     }
     assert svdq.schemes(checkpoint) == {"layers.0.a": NVFP4}
-    assert svdq.check_request(None, None, None, checkpoint) == []
+    assert check_fit(None, None, None, checkpoint) == []
     kept = ["noise_refiner.0.attention.to_q", "x_embedder"]
     assert parse_block(json.dumps(make_block())) == make_block()
     [text] = svdq.declare({"a": INT4}, kept).metadata.values()

@@ -14,6 +14,7 @@ from quantmatrix.checkpoints.header import TensorHeader
 from quantmatrix.errors import CheckpointError
 from quantmatrix.families.producers.modelopt_faults import check_export, list_doubts
 from quantmatrix.families.unknown_quantization import explain_unknown
+from quantmatrix.runtime.plan.inspect import describe
 
 Headers = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -128,3 +129,14 @@ def test_a_saved_simulation_is_no_model_in_full_precision(tmp_path: Path) -> Non
     assert "export_hf_checkpoint" in shown["why"]
     declared = make_checkpoint({layer: {"weight_quantizer._amax": ("F32", ())}}, quant_algo="FP8")
     assert explain_unknown(declared) is None
+
+
+def test_an_unknown_algorithm_is_named_before_its_sizes() -> None:
+    """Its blocks are no concern of NVFP4: the checks are those of a family that takes the file."""
+    groups = {"group_0": {"weights": {"num_bits": 4, "group_size": 128}}}
+    layer = {"weight": ("U8", (32, 32)), "weight_scale": ("F32", (32, 1))}
+    checkpoint = make_checkpoint({"a": layer}, quant_algo="W4A16_AWQ", config_groups=groups)
+    families.check(checkpoint)
+    found = describe(checkpoint)
+    assert found["unknown"]
+    assert "W4A16_AWQ, which no quant family takes" in found["why"]

@@ -15,7 +15,7 @@ Tensors of a quantized linear layer with N outputs and K inputs:
 Layers in full precision, FP8 and NVFP4 lie side by side, so the tensors decide about each layer;
 `ignore` lists in configurations go stale. Codes and block scales lie in one of several layouts,
 which have the same shapes: ModelOpt's (even column in the low nibble, scales in rows), the raw one
-of BFL's and ComfyUI's files (high nibble, tiles: `scale_layouts`), or a mixture; `nvfp4_layouts`
+of BFL's and ComfyUI's files (high nibble, tiles: `scale_layouts`), or a mixture; `layouts`
 has what declares them. A raw file may leave `input_scale` out (FLUX.2's `-mixed` file does, for
 layers whose calibrated scale is far above 1): then the scale is found per call from the input's
 largest magnitude, as the runtime that the file was made for does. Taking 1.0 instead saturates
@@ -36,9 +36,11 @@ import torch
 
 from quantmatrix.checkpoints.declaration import parse_block
 from quantmatrix.errors import CheckpointError, UsageError
-from quantmatrix.families.nvfp4_layouts import find_layout, list_readings, require_layout
+from quantmatrix.families.modelopt_nvfp4.layouts import find_layout, require_layout
 from quantmatrix.families.producers.comfyui import read_whole_inputs
 from quantmatrix.families.producers.modelopt import (
+    MIXED,
+    NVFP4_WORDS,
     WEIGHT_ONLY,
     StoredLayer,
     is_nvfp4,
@@ -47,6 +49,7 @@ from quantmatrix.families.producers.modelopt import (
     read_block,
     read_words,
 )
+from quantmatrix.families.producers.modelopt_faults import check_export, list_doubts
 from quantmatrix.families.protocol import Calibration, Declaration
 from quantmatrix.kernels import linear_fp8, linear_nvfp4
 from quantmatrix.kernels.number_formats import E2M1_MAX, E4M3_MAX, round_e4m3, swap_nibbles
@@ -56,6 +59,7 @@ from quantmatrix.scheme import Scheme, TensorSpec
 
 if TYPE_CHECKING:
     from quantmatrix.checkpoints.checkpoint import Checkpoint
+    from quantmatrix.families.layouts import Layout
 
 ID = "modelopt-nvfp4"
 NVFP4 = Scheme("linear.nvfp4", "NVFP4", "e2m1", "group", "group-dynamic", group_size=GROUP)
@@ -64,7 +68,7 @@ SCHEMES: Mapping[str, Scheme] = {
     "NVFP4_SVD": replace(NVFP4, name="NVFP4_SVD", rank=32, smoothed=True),
     WEIGHT_ONLY: replace(NVFP4, name=WEIGHT_ONLY, activation="none"),
 }
-ALGORITHMS = ("NVFP4", "NVFP4_SVD", WEIGHT_ONLY, "NVFP4_AWQ", "MIXED_PRECISION")
+ALGORITHMS = (*NVFP4_WORDS, MIXED)
 FORMATS = {"linear.nvfp4": "nvfp4", "linear.fp8": "float8_e4m3fn"}
 """Words for the layers of a raw file in its header."""
 
@@ -132,8 +136,20 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     return found
 
 
-def caveat(checkpoint: Checkpoint) -> str | None:
-    """What a file leaves open: whether ModelOpt was told to put its block scales into tiles.
+def check(checkpoint: Checkpoint) -> None:
+    """Refuse what an export declares of layers and no family takes; CheckpointError."""
+    if detect(checkpoint):
+        check_export(checkpoint)
+
+
+def doubts(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> list[str]:
+    """Warnings about what an export leaves open: its layout, inputs, keys and values."""
+    tiles = doubt_tiles(checkpoint)
+    return [*([tiles] if tiles else []), *list_doubts(checkpoint, schemes)]
+
+
+def doubt_tiles(checkpoint: Checkpoint) -> str | None:
+    """What a header leaves open: whether ModelOpt was told to put its block scales into tiles.
 
     Neither shapes nor config.json tell (`enable_swizzle_layout`), but only exports with this option
     or one of its neighbours repeat the configuration in the header. Our builders write it, too, and
@@ -154,9 +170,11 @@ def caveat(checkpoint: Checkpoint) -> str | None:
     )
 
 
-def readings(checkpoint: Checkpoint) -> list[dict[str, str]]:
-    """The readings that a file leaves open, as `Checkpoint.chosen` takes them; one where it does not."""
-    return list_readings(find_layout(checkpoint))
+def layout(checkpoint: Checkpoint) -> Layout | None:
+    """Where NVFP4 codes lie, the user's choice included; None where a file has none."""
+    tensors = checkpoint.tensors.items()
+    coded = any(h.dtype == "U8" and name.endswith(".weight") for name, h in tensors)
+    return find_layout(checkpoint) if coded else None
 
 
 def read_layer_words(block: Mapping[str, Any]) -> dict[str, str]:
@@ -187,6 +205,7 @@ def quantize(
     *,
     bias: torch.Tensor | None = None,
     calibration: Calibration | None = None,
+    parts: int = 1,
 ) -> dict[str, torch.Tensor]:
     """On-disk tensors of a layer with weight [N, K], in the scheme's layout.
 
@@ -329,7 +348,18 @@ def reference(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Sche
     return compute(x, canonical(tensors, scheme), scheme)
 
 
-def declare(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> Declaration:
+def scheme_of(
+    layer: str, scheme: Scheme, *, raw: bool, gelu: bool, interleaved: bool
+) -> Scheme | None:
+    """The scheme of a layer: under original names NVFP4 lies as in the model's first release."""
+    if raw and scheme.op == "linear.nvfp4":
+        return replace(scheme, swap_nibbles=True, tiled_scales=True)
+    return scheme
+
+
+def declare(
+    schemes: Mapping[str, Scheme], kept: Sequence[str], tensors: Sequence[str] = ()
+) -> Declaration:
     """A ModelOpt block for config.json, or the format list of a raw file's header."""
     if any(scheme.tiled_scales for scheme in schemes.values()):
         layers = {layer: {"format": FORMATS[s.op]} for layer, s in sorted(schemes.items())}
@@ -342,7 +372,7 @@ def declare(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> Declaration:
         },
         "ignore": sorted(kept),
         "producer": {"name": "modelopt", "version": "0.47.0"},
-        "quant_algo": words[0] if len(words) == 1 else "MIXED_PRECISION",
+        "quant_algo": words[0] if len(words) == 1 else MIXED,
         "quant_method": "modelopt",
     }
     if len(words) > 1:

@@ -24,21 +24,18 @@ shows nowhere). Sources: ModelOpt 0.47 exports, comfy-kitchen, diffusers' conver
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import CheckpointError
+from quantmatrix.families.layouts import NIBBLES, Layout, explain_open
 from quantmatrix.families.producers.modelopt import read_block, read_words
 
 if TYPE_CHECKING:
     from quantmatrix.checkpoints.checkpoint import Checkpoint
 
-NIBBLES, SCALES = ("low", "high"), ("rows", "tiles")
-"""Values of `nibble_order` (where the even column lies) and `nvfp4_layout`, ModelOpt's first."""
 PACKED = re.compile(r"(double_blocks\.\d+\.(img|txt)_attn\.qkv|single_blocks\.\d+\.linear1)\.")
 """Names in which q, k and v (and more) lie in one layer, as in the model's first release."""
 MARKER = ".comfy_quant"
@@ -46,26 +43,10 @@ OFFICIAL = re.compile(r"FLUX\.2-dev-NVFP4|flux2-dev-nvfp4(-mixed)?\.safetensors$
 """The repository, and the files in it, whose layout is known by their names."""
 SCALE_LAYOUTS = {"linear": "rows", "swizzled": "tiles"}
 """Values of `checkpoint_weight_scale_layout`."""
-DECIDES = "The base model's own weights decide when they are at hand"
 BITS = {
     "swap_weight_nibbles": "the wrong one gives noise",
     "checkpoint_uses_packed_qkv": "it says how nibbles and scales lie",
 }
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What is known of a file's layout; None: nothing declares it."""
-
-    nibbles: str | None
-    scales: str | None
-    why: str
-    """What says so, or why it is not known."""
-
-    @property
-    def known(self) -> bool:
-        """Whether there is one reading only."""
-        return self.nibbles is not None and self.scales is not None
 
 
 def find_layout(checkpoint: Checkpoint) -> Layout:
@@ -155,39 +136,9 @@ def read_scale_layout(block: Mapping[str, Any], place: str) -> str | None:
     return None if value is None else SCALE_LAYOUTS[value]
 
 
-def list_readings(layout: Layout) -> list[dict[str, str]]:
-    """The readings that a layout leaves open, as `Checkpoint.chosen` takes them; one if known."""
-    nibbles = NIBBLES if layout.nibbles is None else (layout.nibbles,)
-    scales = SCALES if layout.scales is None else (layout.scales,)
-    return [
-        {"nibble_order": nibble, "nvfp4_layout": scale}
-        for nibble, scale in itertools.product(nibbles, scales)
-    ]
-
-
-def describe_reading(nibbles: str, scales: str) -> str:
-    """A reading in words."""
-    order = "128 x 4 tiles" if scales == "tiles" else "rows"
-    return f"even column in the {nibbles} nibble, block scales in {order}"
-
-
 def require_layout(checkpoint: Checkpoint) -> tuple[bool, bool]:
     """(nibbles swapped, scales tiled); CheckpointError names the open readings and their flags."""
     layout = find_layout(checkpoint)
     if not layout.known:
         raise CheckpointError(explain_open(checkpoint, layout))
     return layout.nibbles == "high", layout.scales == "tiles"
-
-
-def explain_open(checkpoint: Checkpoint, layout: Layout, why: str = "") -> str:
-    """The refusal of a file whose layout nothing tells; `why` the base weights did not decide."""
-    readings = "; ".join(
-        f"{describe_reading(r['nibble_order'], r['nvfp4_layout'])} (--nibble-order "
-        f"{r['nibble_order']} --nvfp4-layout {r['nvfp4_layout']})"
-        for r in list_readings(layout)
-    )
-    return (
-        f"{checkpoint.reference}: the layout of its NVFP4 codes is unknown: {layout.why}, and the "
-        f"wrong nibble order or scale layout gives noise without an error. Open readings: {readings}. "
-        f"{why or DECIDES}; or choose with these flags"
-    )
