@@ -20,15 +20,13 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix import strict_json
 from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
-from quantmatrix.files import check_place
+from quantmatrix.files import check_place, whole
 from quantmatrix.proof import record as records
 from quantmatrix.proof import store
 from quantmatrix.proof.freshness import sign
@@ -160,9 +158,7 @@ def write(
 
     sides = zip(SIDES, (baseline, candidate), strict=True)
     tensors = {f"{side}.{n:03}": t.contiguous() for side, ts in sides for n, t in enumerate(ts)}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with whole(folder) as temporary:
         place = store.write(record, temporary)
         save_tensors(tensors, temporary / LATENTS)
         files = [place, temporary / LATENTS]
@@ -175,11 +171,6 @@ def write(
         }
         text = json.dumps(card, indent=1, sort_keys=True, allow_nan=False)
         (temporary / CARD).write_text(f"{text}\n", encoding="utf-8")
-        temporary.chmod(0o755)
-        temporary.replace(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -20,10 +20,8 @@ lie in `reports/benchmarks/<hardware>/<cell>.json`. Standard library only.
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix import strict_json
 from quantmatrix.errors import UsageError
+from quantmatrix.files import write_whole
 from quantmatrix.proof import record as records
 from quantmatrix.proof.bench_form import FORMS, check_part, check_told
 from quantmatrix.proof.ratios import compare_pairs, name_size
@@ -251,17 +250,7 @@ def read_reports(reports: Path, *, deep: bool = False) -> dict[str, dict[str, An
 
 def write(results: Sequence[Result], planned: Iterable[str], path: Path) -> Path:
     """Write a file, whole or not at all; raises BenchmarkError for an empty or partial one."""
-    data = encode(results, planned)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, encode(results, planned))
     return path
 
 

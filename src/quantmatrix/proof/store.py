@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantmatrix import strict_json
+from quantmatrix import files, strict_json
+from quantmatrix.files import write_whole
 from quantmatrix.proof import form, scopes, thumbnails
 from quantmatrix.proof.record import (
     CELL_KEYS,
@@ -149,26 +147,13 @@ def write(evidence: Evidence, folder: Path) -> Path:
     """Put a record in its place below the evidence folder, whole or not at all."""
     data = encode(evidence)
     path = folder / path_of(scopes.key_of(evidence))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, data)
     return path
 
 
 def remove_leftovers(folder: Path, older_than: float = 3600.0) -> None:
-    """Delete what killed runs left half-written; files younger than this many seconds stay."""
-    for path in folder.glob("*/.*.tmp"):
-        if time.time() - path.stat().st_mtime > older_than:
-            path.unlink(missing_ok=True)
+    """Delete what killed runs left half-written; what is younger than this many seconds stays."""
+    files.remove_leftovers(folder, "*/.*.tmp", older_than)
 
 
 def read(path: Path) -> Evidence:

@@ -37,7 +37,7 @@ def test_a_failed_write_leaves_the_old_file(
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(bench_results.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         bench_results.write_cell(make_result(step=0.5), tmp_path)
     assert path.read_bytes() == before
