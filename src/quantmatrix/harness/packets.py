@@ -28,7 +28,7 @@ from quantmatrix import strict_json
 from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
 from quantmatrix.files import check_place, whole
 from quantmatrix.proof import record as records
-from quantmatrix.proof import store
+from quantmatrix.proof import shapes, store
 from quantmatrix.proof.freshness import sign
 from quantmatrix.proof.record import CheckResult, Evidence, EvidenceError
 from quantmatrix.proof.scopes import PUBLISHED, STAND_IN, make_key
@@ -227,7 +227,7 @@ def list_card_problems(card: Any) -> list[str]:
     wanted = [{LATENTS, str(records.path_of(key))} for key in keys]
     if not isinstance(card["files"], dict) or set(card["files"]) not in wanted:
         return [f"{CARD}: files are {card['files']!r:.200}, expected {sorted(wanted[0])}"]
-    return []
+    return [f"{CARD}: {problem}" for problem in shapes.list_problems(card, shapes.Packet)]
 
 
 def find_record(files: Iterable[str]) -> str:

@@ -378,21 +378,21 @@ def is_warning(node: ast.expr) -> bool:
     return isinstance(owner, ast.Name) and owner.id == "warnings"
 
 
+LEVELS = ("debug", "info", "warning", "error")
+
+
 def is_log(node: ast.AST) -> bool:
     """Whether a statement is a line for the log, in which nothing but a length is computed."""
     call = node.value if isinstance(node, ast.Expr) else None
-    owner = (
-        call.func.value
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
-        else None
-    )
-    if not (isinstance(owner, ast.Name) and owner.id == "logger"):
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
         return False
-    inner = [other for other in ast.walk(node) if other is not call]
+    if ast.unparse(call.func.value) != "logger" or call.func.attr not in LEVELS:
+        return False
+    computing = (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
     return not any(
-        isinstance(other, (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom))
-        or (isinstance(other, ast.Call) and ast.unparse(other.func) != "len")
-        for other in inner
+        isinstance(inner, computing)
+        or (isinstance(inner, ast.Call) and inner is not call and ast.unparse(inner.func) != "len")
+        for inner in ast.walk(call)
     )
 
 

@@ -104,6 +104,8 @@ OTHERWISE = {
     "a changed table": ("entry = {}\nentry['a'] = 1", "entry = {}\nentry['a'] = 2"),
     "what a line for the log does": (
         "logger = math\ndef entry(x):\n    logger.debug(x.pop())\n    return x", "def entry(x):\n    return x"),
+    "what becomes of the log": ("logger = math\ndef entry(x):\n    logger.addFilter(x)\n    return x",
+                                "def entry(x):\n    return x"),
     "a walrus in the log": ("logger = math\ndef entry(x):\n    logger.debug(x := 1)\n    return x",
                             "def entry(x):\n    return x"),
     "a call beside": ("math.seed(1)\ndef entry():\n    return 1", "def entry():\n    return 1"),
