@@ -93,9 +93,10 @@ def staging(path: Path) -> Iterator[Path]:
 def put(made: Path, path: Path, aside: Path | None = None) -> None:
     """Move a file or folder to its place on the same disk; a file that stood there is replaced.
 
-    With a folder `aside`, what stood there is first moved into it, and back when the move fails.
+    With a folder `aside`, a folder that stood there is first moved into it, and back when the move fails;
+    without one, OSError is raised for a folder that is not empty.
     """
-    if aside is None or not os.path.lexists(path):
+    if aside is None or not os.path.lexists(path) or not (path.is_dir() or made.is_dir()):
         os.replace(made, path)
         return
     old = aside / f"{path.name}.old"
