@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -76,6 +75,8 @@ def whole(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 @contextmanager
 def staging(path: Path) -> Iterator[Path]:
     """A new folder beside a path, gone when the block ends; what is in it is moved out with `put`."""
+    import tempfile  # only what writes pays for it
+
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
