@@ -111,7 +111,15 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """mypy --strict over the package."""
     session.install(TORCH)
-    needed = ["mypy", "pandas-stubs", "numpy", "safetensors", "huggingface_hub", "jinja2"]
+    needed = [
+        "mypy",
+        "pandas-stubs",
+        "numpy",
+        "safetensors",
+        "huggingface_hub",
+        "jinja2",
+        "msgspec",
+    ]
     needed += ["pytest", "pytest-xdist"]
     session.install("-c", "constraints.txt", *needed)
     session.run("mypy")
@@ -120,7 +128,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def report(session: nox.Session) -> None:
     """Fail when reports/ differs from what claims and evidence render to."""
-    session.install("-c", "constraints.txt", "jinja2")
+    session.install("-c", "constraints.txt", "jinja2", "msgspec")
     session.install("--no-deps", "-e", ".")  # rendering needs no torch, and must not
     session.run("quantmatrix", "report", "--check")
 

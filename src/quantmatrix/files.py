@@ -1,11 +1,17 @@
-"""Places to write to: looked at before long work, not after it, and never left half-written."""
+"""Files and folders to write: looked at before long work, not after it, and never left half-written.
+
+Everything is made in a folder of its own beside its place, `.NAME.xxxxxxxx.tmp`, and moved to its place
+when it is complete. An error or an interruption removes that folder; only a process that is killed leaves
+one behind, which no reader takes for a result and `remove_leftovers` deletes.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quantmatrix.errors import UsageError
@@ -27,12 +33,17 @@ def check_place(path: Path, flag: str = "--output-path") -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Give an OSError that tells of no file this one: a full disk does not say where it is."""
+def naming(path: Path, hidden: Path | None = None) -> Iterator[None]:
+    """Give an OSError that tells of no file this one: a full disk does not say where it is.
+
+    So does one that tells of a file in the folder `hidden`, which nobody has heard of.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        inside = hidden is not None and str(error.filename).startswith(f"{hidden}{os.sep}")
+        unnamed = error.filename is None and error.errno is not None  # a library's is a text alone
+        if unnamed or (inside and error.filename2 is None):
             error.filename = str(path)
         raise
 
@@ -49,13 +60,70 @@ def share_file(source: Path, target: Path) -> None:
         shutil.copyfile(real, target)
 
 
+@contextmanager
+def whole(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A path to write a file or make a folder at, which becomes `path` when the block ends well.
+
+    It has the name of `path`, in another folder. What stands at `path` stays when anything fails; a
+    folder that is not empty is only replaced with `overwrite`. An OSError of the system names `path`.
+    """
+    with staging(path) as temporary:
+        yield temporary / path.name
+        put(temporary / path.name, path, temporary if overwrite else None)
+
+
+@contextmanager
+def staging(path: Path) -> Iterator[Path]:
+    """A new folder beside a path, gone when the block ends; what is in it is moved out with `put`."""
+    import tempfile  # only what writes pays for it
+
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            made = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:32]}.", suffix=".tmp")
+        except OSError as error:
+            error.filename = str(path)
+            raise
+    try:
+        with naming(path, hidden=Path(made)):
+            yield Path(made)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def put(made: Path, path: Path, aside: Path | None = None) -> None:
+    """Move a file or folder to its place on the same disk; a file that stood there is replaced.
+
+    With a folder `aside`, a folder that stood there is first moved into it, and back when the move fails;
+    without one, OSError is raised for a folder that is not empty.
+    """
+    if aside is None or not os.path.lexists(path) or not (path.is_dir() or made.is_dir()):
+        os.replace(made, path)
+        return
+    old = aside / f"{path.name}.old"
+    os.replace(path, old)
+    try:
+        os.replace(made, path)
+    except BaseException:  # an interruption, too
+        os.replace(old, path)
+        raise
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that appears whole or not at all, whoever else writes it at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with naming(path):
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with whole(path) as temporary, temporary.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def remove_leftovers(folder: Path, pattern: str = ".*.tmp", older_than: float = 3600.0) -> None:
+    """Delete what killed processes left half-made; what is younger than this many seconds stays."""
+    for path in folder.glob(pattern):
+        with suppress(FileNotFoundError):  # another process may be quicker
+            if time.time() - path.lstat().st_mtime <= older_than:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

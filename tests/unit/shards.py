@@ -34,7 +34,7 @@ addopts = --strict-markers --strict-config
 CONFTEST = """
 import errno, os
 
-from quantmatrix.proof import record, store
+from quantmatrix.proof import record
 
 FAULT, _, WHERE = os.environ.get("FAULT", "").partition(" ")
 # What differs between two runs of one program: the time, and the checkout that people edit.
@@ -42,7 +42,7 @@ record.tell_time = lambda: os.environ.get("MADE", "2026-11-24T10:00:00Z")
 record.find_commit = lambda: os.environ.get("COMMIT", "c" * 40)
 
 if FAULT == "disk":
-    write = store.os.fsync
+    write = os.fsync
     full = []
 
     def fail(handle):
@@ -52,7 +52,7 @@ if FAULT == "disk":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(handle)
 
-    store.os.fsync = fail
+    os.fsync = fail
 """
 SUITE = """
 import errno, os, pathlib, signal, time

@@ -36,6 +36,7 @@ ARROWS = {
     ("runtime.witness.verdict", "proof.witness_limits"),
     ("tiny.hub", "proof.code_digest"),
     ("measure.validation_page", "report.table"),
+    ("measure.validation_page", "report.template"),
 }
 """Single modules that may be imported against the table; CONTRIBUTING gives the reasons."""
 LIGHT = ("checkpoints", "cli", "hardware", "models", "proof", "report", "tables", *sorted(GROUND))

@@ -168,6 +168,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site" / "packages"
 
 
+def test_a_wheel_says_that_it_is_typed(installed: Path) -> None:
+    assert (installed / "quantmatrix" / "py.typed").is_file()
+
+
 def test_a_wheel_answers_without_a_checkout(
     installed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

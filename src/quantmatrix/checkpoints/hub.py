@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from quantmatrix.request import Hub
 
 
+logger = logging.getLogger(__name__)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -71,6 +73,7 @@ class HubFolder:
         from huggingface_hub import hf_hub_download
 
         full = self.full(name)
+        logger.debug("downloading %s/%s at commit %s", self.repo, full, self.commit)
         with translate_hub_errors(f"{self.repo}/{full}: cannot be downloaded", self.repo):
             found = hf_hub_download(self.repo, full, revision=self.commit, cache_dir=self.cache_dir)
         self.keep_ref()

@@ -45,6 +45,7 @@ def add_to(commands: Any) -> None:
 
 def run_bench(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Measure, keep, compare; 1 for a regression, 2 where nothing can be judged, 3 for a refusal."""
+    from quantmatrix.cli.output import report_problems
     from quantmatrix.exit_codes import EXIT_PROBLEM
     from quantmatrix.proof import bench_gate, bench_results
 
@@ -69,8 +70,7 @@ def run_bench(arguments: argparse.Namespace, rest: list[str]) -> int:
         findings = bench_gate.compare_results(kept, results, arguments.tolerance)
     show(arguments, results, findings)
     worse = [finding for finding in findings or () if finding.verdict == bench_gate.WORSE]
-    for finding in worse:
-        print(f"quantmatrix: {finding.tell()}", file=sys.stderr)
+    report_problems(finding.tell() for finding in worse)
     return EXIT_PROBLEM if worse else 0
 
 

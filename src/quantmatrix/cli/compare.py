@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -41,7 +40,7 @@ def add_to(commands: Any) -> None:
 
 def run_compare(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Run what has to be run, compare, and print; 1 when out of limits, 3 for a refusal."""
-    from quantmatrix.cli.output import print_json, read_request
+    from quantmatrix.cli.output import print_json, read_request, report_progress
     from quantmatrix.exit_codes import EXIT_PROBLEM
     from quantmatrix.tables.rows import PROMPT
 
@@ -52,8 +51,7 @@ def run_compare(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     sides = []
     for word in (arguments.reference, arguments.candidate):
-        if sys.stderr.isatty():
-            print(f"quantmatrix: {word}", file=sys.stderr)
+        report_progress(word)
         sides.append(read_side(word, request))
     bounds = Bounds(**{name: getattr(arguments, name) for name in BOUNDS})
     found = compare_sides(sides[0], sides[1], bounds)
@@ -66,6 +64,8 @@ def run_compare(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def print_comparison(found: Mapping[str, Any]) -> None:
     """The per-step curve as a table, the picture, and what is out of limits."""
+    from quantmatrix.cli.output import report_problems
+
     print(f"A {found['reference']['name']}")
     print(f"B {found['candidate']['name']}")
     print(f"{'step':>5} {'PSNR dB':>10} {'rel L2':>12} {'cosine':>12}")
@@ -76,8 +76,7 @@ def print_comparison(found: Mapping[str, Any]) -> None:
         print(f"picture: PSNR {tell(media['psnr_db'])} dB, SSIM {media['ssim']:.6g}")
     if found["latents"]["identical"]:
         print("every step is identical bit for bit")
-    for problem in found["problems"]:
-        print(f"quantmatrix: {problem}", file=sys.stderr)
+    report_problems(found["problems"])
 
 
 def print_step(label: str, step: Mapping[str, Any]) -> None:

@@ -36,6 +36,9 @@ def add_to(commands: Any) -> None:
     carry.add_argument("revision", metavar="REVISION", help="whose code made the records")
     carry.add_argument("--reports", help="folder of the reports (default: reports)")
     carry.add_argument("--json", action="store_true")
+    text = "print the JSON Schema of records, files of benchmarks and cards of packets"
+    shown = add_command(actions, "schema", text, run_schema)
+    shown.add_argument("--json", action="store_true", help="the same: a schema is JSON")
     for action in (merge, check):
         action.add_argument(
             "--check", nargs="+", default=[], metavar="NAME", help="look at these checks only"
@@ -102,6 +105,15 @@ def run_check(arguments: argparse.Namespace, rest: list[str]) -> int:
         told = [f"stale: {cell}: {why}" for cell, why in stale.items()]
         say("\n".join([*told, *found.describe(), f"{found.planned} cells were planned"]))
     return found.code
+
+
+def run_schema(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Print the published schema."""
+    from quantmatrix.cli.output import print_json
+    from quantmatrix.proof import shapes
+
+    print_json(shapes.schema())
+    return 0
 
 
 def run_carry(arguments: argparse.Namespace, rest: list[str]) -> int:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from quantmatrix.errors import UsageError
-from quantmatrix.files import check_place
+from quantmatrix.files import check_place, whole, write_whole
 
 
 def add_to(commands: Any) -> None:
@@ -60,15 +59,10 @@ def write_results(found: dict[str, Any], folder: Path) -> None:
     """Write the numbers and the picture, each whole or not at all."""
     from quantmatrix.measure import fallback
 
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    for name in ("fallback.json", "fallback.svg"):
-        temporary = folder / f".{name}.{os.getpid()}"
-        if name.endswith(".json"):
-            temporary.write_text(text, encoding="utf-8")
-        else:
-            fallback.draw_shares(found, temporary)
-        os.replace(temporary, folder / name)
+    write_whole(folder / "fallback.json", text.encode())
+    with whole(folder / "fallback.svg") as temporary:
+        fallback.draw_shares(found, temporary)
 
 
 def print_table(found: dict[str, Any]) -> None:

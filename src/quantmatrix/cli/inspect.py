@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
-from quantmatrix.cli.output import add_command, backends_text, print_json, say
+from quantmatrix.cli.output import add_command, backends_text, print_json, report_problems, say
 from quantmatrix.exit_codes import EXIT_PROBLEM
 
 if TYPE_CHECKING:
@@ -81,8 +80,7 @@ def show_comparison(arguments: argparse.Namespace, hub: Any) -> int:
                 f"  {shown:{width}}  {layer['reading']:{reading}}  "
                 f"{layer['cosine']:6.4f}  {layer['relative_l2']:7.4f}  {layer['verdict']}"
             )
-    for problem in [problem for part in parts for problem in part["problems"]]:
-        print(f"quantmatrix: {problem}", file=sys.stderr)
+    report_problems(problem for part in parts for problem in part["problems"])
     return 0 if all(part["verdict"] == "agrees" for part in parts) else EXIT_PROBLEM
 
 

@@ -21,7 +21,7 @@ from quantmatrix.cli.doctor import _add_doctor
 from quantmatrix.cli.generate import _add_generate
 from quantmatrix.cli.inspect import _add_inspect
 from quantmatrix.cli.matrix import _add_matrix
-from quantmatrix.cli.output import Parser, drop_output, explain_os_error, report_error
+from quantmatrix.cli.output import Parser, drop_output, explain_os_error, report_error, shown_log
 from quantmatrix.cli.plan import _add_plan
 from quantmatrix.cli.report import _add_report
 from quantmatrix.cli.tiny_hub import _add_tiny_hub
@@ -87,7 +87,8 @@ def run_command(words: list[str]) -> int:
         return EXIT_USAGE
     if rest and not getattr(arguments, "takes_overrides", False):
         raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
-    return handler(arguments, rest)
+    with shown_log(verbose=getattr(arguments, "verbose", False)):
+        return handler(arguments, rest)
 
 
 def build_parser() -> argparse.ArgumentParser:

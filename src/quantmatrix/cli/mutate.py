@@ -30,7 +30,7 @@ def run_mutate(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     Raises UsageError for unknown rows, faults or gates, and for `--write` of a part of the gates.
     """
-    from quantmatrix.cli.output import print_json
+    from quantmatrix.cli.output import print_json, report_problems, report_progress
     from quantmatrix.exit_codes import EXIT_PROBLEM
     from quantmatrix.harness.mutation.judge import (
         GATES,
@@ -47,11 +47,8 @@ def run_mutate(arguments: argparse.Namespace, rest: list[str]) -> int:
         raise UsageError("--write keeps the result of all gates: leave --gates out")
     cells, faults = choose_rows(tables, arguments.rows), choose_faults(arguments.faults)
 
-    def say(text: str) -> None:
-        if sys.stderr.isatty():
-            print(f"quantmatrix: {text}", file=sys.stderr)
-
-    outcomes = Mutator(tables, arguments.reports / "limits.csv", gates).run(cells, faults, say)
+    mutator = Mutator(tables, arguments.reports / "limits.csv", gates)
+    outcomes = mutator.run(cells, faults, report_progress)
     found = summarize(outcomes, gates)
     if arguments.write:
         for path in write_reports(outcomes, arguments.reports):
@@ -60,6 +57,5 @@ def run_mutate(arguments: argparse.Namespace, rest: list[str]) -> int:
         print_json(found)
     else:
         print(to_markdown(outcomes))
-    for problem in found["problems"]:
-        print(f"quantmatrix: {problem}", file=sys.stderr)
+    report_problems(found["problems"])
     return EXIT_PROBLEM if found["problems"] else 0

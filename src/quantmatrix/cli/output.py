@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from quantmatrix.errors import QuantmatrixError, UsageError
@@ -15,7 +16,8 @@ from quantmatrix.request import FP4_BACKEND_VARIABLE, Request
 from quantmatrix.tables.rows import MatrixError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from logging import LogRecord
     from typing import Any, NoReturn
 
 
@@ -23,7 +25,19 @@ Handler = Callable[[argparse.Namespace, list[str]], int]
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are errors like all others, so that `--json` has them, too."""
+    """A parser whose complaints are errors like all others, so that `--json` has them, too.
+
+    It and the parsers of its commands have `--verbose`, so the flag may stand before or after a command.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.add_argument(
+            "--verbose",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="say on standard error what is done: the log of `quantmatrix`",
+        )
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError, where argparse would print its usage and exit."""
@@ -64,6 +78,50 @@ def shorten_error(error: QuantmatrixError) -> str:
     if not isinstance(error, MatrixError):
         return limit_message(str(error))
     return "\n".join(limit_message(line) for line in str(error).split("\n"))
+
+
+@contextmanager
+def shown_log(*, verbose: bool = False) -> Iterator[None]:
+    """Show the package's log on standard error: problems, on a terminal progress, or with `verbose` all.
+
+    A program that uses the package has the logger `quantmatrix` for itself; nothing is shown unasked.
+    """
+    import logging
+
+    logger = logging.getLogger("quantmatrix")
+    shown = logging.INFO if sys.stderr is not None and sys.stderr.isatty() else logging.WARNING
+    level = logger.level
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("quantmatrix: %(message)s"))
+    handler.addFilter(escape_record)
+    logger.setLevel(logging.DEBUG if verbose else shown)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def escape_record(record: LogRecord) -> bool:
+    """Escape what names and values of strangers would do to a terminal; lets every line pass."""
+    record.msg, record.args = escape_lines(record.getMessage()), ()
+    return True
+
+
+def report_problems(problems: Iterable[str]) -> None:
+    """Say on standard error what is wrong, a line each."""
+    import logging
+
+    for problem in problems:
+        logging.getLogger("quantmatrix").error("%s", problem)
+
+
+def report_progress(text: str) -> None:
+    """Say what is done now, on a terminal or with `--verbose`."""
+    import logging
+
+    logging.getLogger("quantmatrix").info("%s", text)
 
 
 def say(text: str, *, to_errors: bool = False) -> None:

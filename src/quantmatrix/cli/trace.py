@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +48,7 @@ def run_trace(arguments: argparse.Namespace, rest: list[str]) -> int:
         raise UsageError("expected one of --model-path, --row and --hardware")
     if not arguments.model_path:
         return run_cells(arguments, rest)
-    from quantmatrix.cli.output import print_json, read_request
+    from quantmatrix.cli.output import print_json, read_request, report_problems
     from quantmatrix.exit_codes import EXIT_PROBLEM
     from quantmatrix.measure.trace import trace
 
@@ -60,9 +59,11 @@ def run_trace(arguments: argparse.Namespace, rest: list[str]) -> int:
         print_json({"ok": not census.problems, "output": str(path), **census.to_json()})
     else:
         show(census, str(path))
-    report(census.problems)
+    report_problems(census.problems)
     if not census.layers:
-        report(["warning: no layer is quantized: the trace is that of a model in full precision"])
+        report_problems(
+            ["warning: no layer is quantized: the trace is that of a model in full precision"]
+        )
     return EXIT_PROBLEM if census.problems else 0
 
 
@@ -71,7 +72,7 @@ def run_cells(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     Raises UsageError for overrides, unknown cells and hardware that nothing runs on.
     """
-    from quantmatrix.cli.output import print_json
+    from quantmatrix.cli.output import print_json, report_problems
     from quantmatrix.exit_codes import EXIT_PROBLEM
     from quantmatrix.tables import read
 
@@ -94,7 +95,7 @@ def run_cells(arguments: argparse.Namespace, rest: list[str]) -> int:
             told = "failed" if share is None else f"{share:6.1%} of the layers' time not in matmuls"
             print(f"{name:50} {told}")
         print(folder)
-    report(problems)
+    report_problems(problems)
     return EXIT_PROBLEM if problems else 0
 
 
@@ -162,9 +163,3 @@ def show(census: Census, place: str) -> None:
         print(f"{found['layers']} quantized layers ran by {backend}, {found['calls']} calls")
     print(f"{told['quantize_and_scale_share']:.1%} of their time went into quantizing and scaling")
     print(place)
-
-
-def report(problems: list[str]) -> None:
-    """Say on standard error what is wrong."""
-    for problem in problems:
-        print(f"quantmatrix: {problem}", file=sys.stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ def run_validate(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     Raises UsageError without an output path, and for two sources of prompts.
     """
-    from quantmatrix.cli.output import print_json, read_request
+    from quantmatrix.cli.output import print_json, read_request, report_problems, report_progress
     from quantmatrix.exit_codes import EXIT_PROBLEM
     from quantmatrix.tables.rows import PROMPT
 
@@ -48,11 +47,7 @@ def run_validate(arguments: argparse.Namespace, rest: list[str]) -> int:
     elif not arguments.prompt:
         request = replace(request, prompt=(PROMPT,))
 
-    def say(text: str) -> None:
-        if sys.stderr.isatty():
-            print(f"quantmatrix: {text}", file=sys.stderr)
-
-    found = validate(request, tell_command(arguments, rest), say)
+    found = validate(request, tell_command(arguments, rest), report_progress)
     write_folder(found, folder)
     if arguments.json:
         print_json({**found.report, "output": str(folder)})
@@ -61,8 +56,7 @@ def run_validate(arguments: argparse.Namespace, rest: list[str]) -> int:
 
         print("\n".join(f"{name:17} {value}" for name, value in list_facts(found.report)))
         print(folder / "index.html")
-        for problem in found.problems:
-            print(f"quantmatrix: {problem}", file=sys.stderr)
+        report_problems(found.problems)
     return EXIT_PROBLEM if found.problems else 0
 
 

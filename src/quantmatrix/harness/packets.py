@@ -20,17 +20,15 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix import strict_json
 from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
-from quantmatrix.files import check_place
+from quantmatrix.files import check_place, whole
 from quantmatrix.proof import record as records
-from quantmatrix.proof import store
+from quantmatrix.proof import shapes, store
 from quantmatrix.proof.freshness import sign
 from quantmatrix.proof.record import CheckResult, Evidence, EvidenceError
 from quantmatrix.proof.scopes import PUBLISHED, STAND_IN, make_key
@@ -160,9 +158,7 @@ def write(
 
     sides = zip(SIDES, (baseline, candidate), strict=True)
     tensors = {f"{side}.{n:03}": t.contiguous() for side, ts in sides for n, t in enumerate(ts)}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with whole(folder) as temporary:
         place = store.write(record, temporary)
         save_tensors(tensors, temporary / LATENTS)
         files = [place, temporary / LATENTS]
@@ -175,11 +171,6 @@ def write(
         }
         text = json.dumps(card, indent=1, sort_keys=True, allow_nan=False)
         (temporary / CARD).write_text(f"{text}\n", encoding="utf-8")
-        temporary.chmod(0o755)
-        temporary.replace(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -236,7 +227,7 @@ def list_card_problems(card: Any) -> list[str]:
     wanted = [{LATENTS, str(records.path_of(key))} for key in keys]
     if not isinstance(card["files"], dict) or set(card["files"]) not in wanted:
         return [f"{CARD}: files are {card['files']!r:.200}, expected {sorted(wanted[0])}"]
-    return []
+    return [f"{CARD}: {problem}" for problem in shapes.list_problems(card, shapes.Packet)]
 
 
 def find_record(files: Iterable[str]) -> str:

@@ -15,7 +15,6 @@ library is needed.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from quantmatrix.errors import UsageError
 from quantmatrix.exit_codes import MEANINGS
+from quantmatrix.files import whole
 from quantmatrix.hardware.packages import DISTRIBUTIONS
 from quantmatrix.proof.bench_results import BenchmarkError, read_pytest
 
@@ -179,13 +179,7 @@ def pack(folder: Path, archive: Path) -> Path:
     ]
     sums = folder / "SHA256SUMS"
     sums.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    temporary = archive.with_name(f".{archive.name}.{os.getpid()}")
-    try:
-        with tarfile.open(temporary, "w:gz") as packed:
-            for path in [*files, sums]:
-                packed.add(path, f"{folder.name}/{path.relative_to(folder).as_posix()}")
-        os.replace(temporary, archive)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(archive) as temporary, tarfile.open(temporary, "w:gz") as packed:
+        for path in [*files, sums]:
+            packed.add(path, f"{folder.name}/{path.relative_to(folder).as_posix()}")
     return archive

@@ -13,8 +13,6 @@ version. What did not change is not built again.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import UsageError
+from quantmatrix.files import write_whole
 from quantmatrix.kernels import compiling
 from quantmatrix.kernels.compiling import MOST_SPILLED, Program
 from quantmatrix.proof.record import digest_json
@@ -126,10 +125,7 @@ class Builder:
     def _write(self, name: str, program: Program) -> None:
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=self.folder, delete=False) as stream:
-            json.dump(program.to_json(), stream)
-        os.replace(stream.name, self.folder / f"{name}.json")
+        write_whole(self.folder / f"{name}.json", json.dumps(program.to_json()).encode())
 
 
 def default_folder() -> Path:

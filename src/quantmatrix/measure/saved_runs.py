@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 
 from quantmatrix import strict_json
 from quantmatrix.errors import CheckpointError, UsageError
-from quantmatrix.files import check_place
+from quantmatrix.files import check_place, whole
 from quantmatrix.links import explain_link
 from quantmatrix.quoting import quote_json
 
@@ -88,14 +87,9 @@ def write(run: Run, path: Path) -> Path:
     tensors = {f"latents.{n:03}": x.contiguous() for n, x in enumerate(saved.latents)}
     if saved.frames is not None:
         tensors["frames"] = saved.frames.contiguous()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with whole(path) as temporary:
             save_tensors(tensors, temporary, {KEY: json.dumps(saved.about, sort_keys=True)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(
             f"cannot write {path}: {error.strerror or error}; nothing was left behind. "

@@ -7,7 +7,6 @@ compiled blocks and CUDA graphs do not call the layers one by one.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -19,6 +18,7 @@ from torch.profiler import record_function
 
 from quantmatrix.api import require_plan
 from quantmatrix.errors import UsageError
+from quantmatrix.files import whole
 from quantmatrix.measure.trace_census import LAYER, Census, take_census
 from quantmatrix.request import Request
 from quantmatrix.runtime.generate import STAGE, generate
@@ -104,10 +104,5 @@ def name_calls(module: torch.nn.Module, label: str) -> Iterator[None]:
 
 def write_trace(profiler: Any, path: Path) -> None:
     """Write the Chrome trace; the file appears whole or not at all."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
         profiler.export_chrome_trace(str(temporary))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -24,8 +24,6 @@ from __future__ import annotations
 
 import gc
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +34,7 @@ import torch
 from quantmatrix import models
 from quantmatrix.api import require_plan
 from quantmatrix.errors import UsageError
-from quantmatrix.files import check_place
+from quantmatrix.files import check_place, whole
 from quantmatrix.hardware import probe
 from quantmatrix.measure.census import find_differences, find_undeclared
 from quantmatrix.measure.latents import compare_trajectories, find_worst, summarize
@@ -277,15 +275,7 @@ def write_folder(found: Validation, folder: Path) -> Path:
     from quantmatrix.measure.validation_page import write_files
 
     check_output(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with whole(folder) as temporary:
+        temporary.mkdir()
         write_files(found, temporary)
-        temporary.chmod(0o755)
-        if folder.is_dir():
-            folder.rmdir()
-        temporary.replace(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return folder

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,19 +64,13 @@ def draw_pictures(pair: tuple[Run, Run]) -> list[Any]:
 
 def write_page(report: dict[str, Any], pictures: Sequence[Sequence[str]]) -> str:
     """The page; every word of it is escaped."""
-    from jinja2 import Environment, StrictUndefined
+    from quantmatrix.report import template
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    folder = resources.files("quantmatrix.report") / "templates"
-    template = environment.from_string((folder / "validation.html").read_text(encoding="utf-8"))
-    style = (folder / "page.css").read_text(encoding="utf-8")
-    runs = list(zip(report["runs"], pictures, strict=True))
-    curves = [draw_curve(run["latents"]["steps"]) for run in report["runs"]]
-    return template.render(
+    return template.draw(
+        "validation.html",
         report=report,
-        runs=runs,
-        curves=curves,
-        style=style,
+        runs=list(zip(report["runs"], pictures, strict=True)),
+        curves=[draw_curve(run["latents"]["steps"]) for run in report["runs"]],
         facts=list_facts(report),
         gain=GAIN,
         scope=describe_scope(report["scope"]),

@@ -14,16 +14,15 @@ to be measured; a file that lacks one of them is partial, and an error. A result
 
 Every comparison keeps its samples, and its reader computes ratio, interval and verdict from them
 again: a number that was written by hand is found. Files are replaced whole. The matrix's own results
-lie in `reports/benchmarks/<hardware>/<cell>.json`. Standard library only.
+lie in `reports/benchmarks/<hardware>/<cell>.json`. What the parts are says `quantmatrix.proof.shapes`; imports of this
+module are of the standard library alone, for nox reads it before anything is installed.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix import strict_json
 from quantmatrix.errors import UsageError
+from quantmatrix.files import write_whole
 from quantmatrix.proof import record as records
-from quantmatrix.proof.bench_form import FORMS, check_part, check_told
 from quantmatrix.proof.ratios import compare_pairs, name_size
 from quantmatrix.proof.record import path_of
 from quantmatrix.proof.scopes import PUBLISHED, STAND_IN
@@ -48,19 +47,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 BENCHMARKS = "benchmarks"
 """Folder of the results, below the reports."""
-KEYS: Mapping[str, type] = {
-    "schema": int,
-    "what": str,
-    "size": str,
-    "device": str,
-    "command": str,
-    "components": dict,
-    "backends": dict,
-    "settings": dict,
-    "machine": dict,
-    "commit": str,
-    "made": str,
-}
+FORMS = ("bf16", "quantized")
+"""The two sides of every comparison."""
 Result = Mapping[str, Any]
 Key = tuple[str, str]
 
@@ -92,30 +80,18 @@ def name_layer(layer: Mapping[str, Any]) -> str:
 
 def list_problems(result: Any, *, deep: bool = True) -> list[str]:
     """What is wrong with plain data that should be a result; empty when nothing is."""
+    from quantmatrix.proof import shapes  # which nox, that reads this module, need not have
+
     if not isinstance(result, dict):
         return ["not a JSON object"]
     problems = [
-        f"{key}: expected {kind.__name__}, found {result.get(key)!r}"
-        for key, kind in KEYS.items()
-        if not isinstance(result.get(key), kind)
-    ]
-    problems += [
-        f"{key}: {quote_json(result[key])} is not one line of printable characters"
-        for key in KEYS
-        if isinstance(result.get(key), str) and not result[key].isprintable()
-    ]
+        f"{key}: {quote_json(value)} is not one line of printable characters"
+        for key, value in result.items()
+        if isinstance(value, str) and not value.isprintable()
+    ] or shapes.list_problems(result, shapes.Result)
     if problems:
         return problems
-    if result["schema"] != SCHEMA:
-        return [f"schema: found {result['schema']!r}, expected {SCHEMA}"]
-    if not result["components"]:
-        return ["components: empty; nothing was measured"]
-    problems = list(check_told("settings", result["settings"], {"clock": str}))
-    if not isinstance(result.get("cell", {}), dict):
-        problems.append(f"cell: expected an object, found {result['cell']!r:.80}")
-    for name, part in result["components"].items():
-        found = list(check_part(f"components.{name}", part))
-        problems += found or check_sizes(name, part)
+    problems = [p for name, part in result["components"].items() for p in check_sizes(name, part)]
     return problems or (check_samples(result) if deep else [])
 
 
@@ -251,17 +227,7 @@ def read_reports(reports: Path, *, deep: bool = False) -> dict[str, dict[str, An
 
 def write(results: Sequence[Result], planned: Iterable[str], path: Path) -> Path:
     """Write a file, whole or not at all; raises BenchmarkError for an empty or partial one."""
-    data = encode(results, planned)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, encode(results, planned))
     return path
 
 

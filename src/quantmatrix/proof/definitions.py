@@ -10,7 +10,7 @@ methods, a constant, a table. Its digest is that of its normalised syntax tree:
 | docstrings, comments, annotations, `cast`, | dotted names of what other packages offer, however they |
 | what is under `TYPE_CHECKING`              | are imported |
 | wording: texts in a `raise`, an exception  | the class of an exception, a text without a blank (a rule) |
-| or a warning                               | |
+| or a warning; a line of `logger`           | |
 | the name of a module of the package in a   | the digest of every definition of the package that is named |
 | text                                       | |
 

@@ -1,8 +1,7 @@
-"""Record form: what the parts of an evidence record look like, and whether they agree.
+"""Record form: whether the parts of an evidence record agree with one another.
 
-`quantmatrix.proof.record` looks at the keys of a record; this module looks below them, so that whoever
-reads a record may rely on it: a number is a number, a list of names is a list of names. What a run
-may leave out (a machine without devices, a plan that is a refusal) may be missing here, too.
+`quantmatrix.proof.shapes` says what the parts are, so that whoever reads a record may rely on it: a number is a
+number, a list of names is a list of names.
 
 A record that was edited by hand, or that two runs wrote into, is found where it contradicts itself:
 
@@ -22,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from quantmatrix.proof import shapes
 from quantmatrix.proof.scopes import find_foreign
 
 SLACK = 1e-5
@@ -30,170 +30,39 @@ LARGEST = 10**300
 """A whole number beyond this is no measurement."""
 LISTS = ("flags", "checks")
 """Columns of a row that hold several words."""
-Kinds = type | tuple[type, ...]
-NUMBER = (int, float)
-FORMS: Mapping[str, Mapping[str, Kinds]] = {
-    "machine": {"devices": list, "processor": str, "versions": dict},
-    "checkpoint": {
-        "digest": str,
-        "files": list,
-        "bytes": int,
-        "repository": str,
-        "revision": str,
-    },
-    "plan": {"components": dict, "warnings": list, "machine": dict, "ok": bool},
-}
-"""Kinds of what a part tells, where it tells it."""
-COMPONENT: Mapping[str, Kinds] = {"backends": dict, "quantized_layers": int, "total_layers": int}
-"""What every component of a plan tells."""
-WITNESSED: Mapping[str, Kinds] = {
-    **dict.fromkeys(("kind", "limit", "reading", "verdict"), str),
-    **dict.fromkeys(("cosine", "coded_cosine", "relative_l2", "gain", "scale_error"), NUMBER),
-}
-"""What a witness tells of each kind of layers."""
-LATENTS: Mapping[str, Kinds] = {"worst": dict, "layers": dict, "steps": list, "class": str}
-COMPILE: Mapping[str, Kinds] = {
-    "arch": str, "triton": str, "kernels": str, "programs": list, "problems": list
-}  # fmt: skip
-PROGRAM: Mapping[str, Kinds] = {
-    **dict.fromkeys(("kernel", "arch", "specialised", "digest"), str),
-    **dict.fromkeys(("registers", "spilled", "shared", "shared_limit", "warps"), int),
-    "faults": list,
-}
-"""What every program of a check `compile` tells."""
-WORST = ("psnr_db", "cosine", "relative_l2")
 
 
 def list_problems(record: Mapping[str, Any]) -> list[str]:
-    """What is wrong below the keys of a record; `evidence` has looked at the keys."""
-    problems = [*check_cell(record["cell"]), *check_parts(record), *check_plan(record["plan"])]
+    """What is wrong below the keys of a record that has the shape of one."""
+    problems = list(check_cell(record["cell"]))
     if foreign := find_foreign(record["checks"]):
         problems.append(f"checks: {', '.join(foreign)} makes a record of its own")
-    problems += check_witness(record.get("witness", {}))
-    for name, check in record["checks"].items():
-        problems += check_kinds(f"checks.{name}", check, {"metrics": dict, "limits": dict})
-        if not problems and name == "latents":
-            problems += check_latents(check["metrics"])
-        if not problems and name == "compile":
-            problems += check_programs(check["metrics"])
+    for name, kind in shapes.CHECKS.items():
+        metrics = record["checks"].get(name, {}).get("metrics")
+        if metrics:  # a check that failed early may tell nothing
+            problems += shapes.list_problems(metrics, kind, f"checks.{name}.metrics")
     if problems:
         return problems
     return [problem for name in record["checks"] for problem in find_contradictions(record, name)]
 
 
-def check_kinds(where: str, value: Mapping[str, Any], kinds: Mapping[str, Kinds]) -> Iterator[str]:
-    """A line for each part that is told and is not of its kind."""
-    for key, kind in kinds.items():
-        if key in value and not is_kind(value[key], kind):
-            yield f"{where}.{key}: expected {name_kind(kind)}, found {value[key]!r:.80}"
-
-
-def is_kind(value: Any, kind: Kinds) -> bool:
-    """Whether a value is of a kind; `true` is no number, nor is `nan`, nor what no float can hold."""
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        return False
-    return not isinstance(value, NUMBER) or abs(value) <= LARGEST
-
-
-def name_kind(kind: Kinds) -> str:
-    """A kind in words."""
-    return "a number" if kind == NUMBER else getattr(kind, "__name__", str(kind))
-
-
-def check_all(where: str, values: Mapping[str, Any], kind: Kinds) -> Iterator[str]:
-    """A line for each value of an object that is not of a kind."""
-    return check_kinds(where, values, dict.fromkeys(values, kind))
-
-
-def check_words(where: str, values: Any) -> Iterator[str]:
-    """A line for a list that holds something else than texts."""
-    if not isinstance(values, list) or not all(isinstance(word, str) for word in values):
-        yield f"{where}: expected a list of texts, found {values!r:.80}"
+def is_number(value: Any) -> bool:
+    """Whether a value is a number; `true` is none, nor is `nan`, nor what no float can hold."""
+    whole = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return whole and abs(value) <= LARGEST
 
 
 def check_cell(cell: Mapping[str, Any]) -> Iterator[str]:
     """Columns are texts or lists of texts, and the id is made of row and hardware."""
-    problems = list(check_all("cell", {k: v for k, v in cell.items() if k not in LISTS}, str))
-    for name in LISTS:
-        problems += check_words(f"cell.{name}", cell[name])
+    problems = [
+        f"cell.{name}: expected a text, found {value!r:.80}"
+        for name, value in cell.items()
+        if name not in LISTS and not isinstance(value, str)
+    ]
     yield from problems
     place = f"{cell['row']}@{cell['hardware']}"
     if not problems and cell["id"] not in (place, f"{place}+{cell['backend']}"):
         yield f"cell.id: {cell['id']!r} is not a cell of {place}"
-
-
-def check_parts(record: Mapping[str, Any]) -> Iterator[str]:
-    """Versions are texts, timings numbers, and what machine and checkpoint tell is as expected."""
-    yield from check_all("versions", record["versions"], str)
-    yield from check_all("timings", record["timings"], NUMBER)
-    for part, kinds in FORMS.items():
-        yield from check_kinds(part, record[part], kinds)
-    for part, key in (("machine", "devices"), ("checkpoint", "files")):
-        yield from check_words(f"{part}.{key}", record[part].get(key, []))
-
-
-def check_plan(plan: Mapping[str, Any]) -> Iterator[str]:
-    """A refusal is null or an object; components are objects that tell layers and kernels."""
-    if not isinstance(plan.get("refusal"), (dict, type(None))):
-        yield f"plan.refusal: expected an object or null, found {plan['refusal']!r:.80}"
-    components = plan.get("components", {})
-    for name, part in components.items() if isinstance(components, dict) else ():
-        where = f"plan.components.{name}"
-        if not isinstance(part, dict):
-            yield f"{where}: expected an object, found {part!r:.80}"
-            continue
-        yield from check_kinds(where, part, COMPONENT)
-        yield from (f"{where}.{key}: missing" for key in COMPONENT if key not in part)
-
-
-def check_witness(witness: Mapping[str, Any]) -> Iterator[str]:
-    """What a witness found of a component: a verdict, and numbers per kind of layers."""
-    for name, part in witness.items():
-        where = f"witness.{name}"
-        if not isinstance(part, dict) or not isinstance(part.get("kinds"), list):
-            yield f"{where}: expected an object with a list of kinds"
-            continue
-        yield from check_kinds(where, part, {"verdict": str, "layers": int, "bytes": int})
-        for number, kind in enumerate(part["kinds"]):
-            place = f"{where}.kinds[{number}]"
-            if not isinstance(kind, dict):
-                yield f"{place}: expected an object, found {kind!r:.80}"
-                continue
-            yield from check_kinds(place, kind, WITNESSED)
-            yield from (f"{place}.{key}: missing" for key in WITNESSED if key not in kind)
-
-
-def check_latents(metrics: Mapping[str, Any]) -> Iterator[str]:
-    """Steps, the worst of them, and the worst layer of each component are objects of numbers."""
-    where = "checks.latents.metrics"
-    problems = list(check_kinds(where, metrics, LATENTS))
-    yield from problems
-    if problems:
-        return
-    worst = metrics.get("worst", {})
-    told = {name: worst[name] for name in WORST if worst.get(name) is not None}
-    yield from check_all(f"{where}.worst", told, NUMBER)
-    for name, part in metrics.get("layers", {}).items():
-        if not isinstance(part, dict) or not is_kind(part.get("worst"), NUMBER):
-            yield f"{where}.layers.{name}: expected an object with the number `worst`"
-    if not all(isinstance(step, dict) for step in metrics.get("steps", [])):
-        yield f"{where}.steps: expected a list of objects"
-
-
-def check_programs(metrics: Mapping[str, Any]) -> Iterator[str]:
-    """Programs are objects that tell what they take; a check that failed early may tell nothing."""
-    where = "checks.compile.metrics"
-    problems = list(check_kinds(where, metrics, COMPILE))
-    if metrics:
-        problems += [f"{where}.{key}: missing" for key in COMPILE if key not in metrics]
-    yield from problems
-    for number, program in enumerate(metrics.get("programs", []) if not problems else []):
-        at = f"{where}.programs[{number}]"
-        if not isinstance(program, dict):
-            yield f"{at}: expected an object, found {program!r:.80}"
-            continue
-        yield from check_kinds(at, program, PROGRAM)
-        yield from (f"{at}.{key}: missing" for key in PROGRAM if key not in program)
 
 
 def find_faults(record: Mapping[str, Any]) -> Iterator[str]:
@@ -239,14 +108,14 @@ def list_beyond(check: Mapping[str, Any]) -> Iterator[str]:
     layers = metrics.get("layers")
     parts = layers.values() if isinstance(layers, dict) else ()
     if found := [part["worst"] for part in parts if isinstance(part, dict) and "worst" in part]:
-        told["layer_error"] = max(found, key=lambda error: error if is_kind(error, NUMBER) else 0)
+        told["layer_error"] = max(found, key=lambda error: error if is_number(error) else 0)
     for name, limit in limits.items():
         value = told.get(name)
         if not isinstance(limit, dict):
             if name in ("identical", "repeats", "constant") and value not in (None, limit):
                 yield f"{name} is {value}, not {limit}"
-        elif is_kind(value, NUMBER):
+        elif is_number(value):
             for word, sign in (("at_least", 1), ("at_most", -1)):
                 bound: Any = limit.get(word)
-                if is_kind(bound, NUMBER) and sign * (bound - value) > SLACK * abs(bound):
+                if is_number(bound) and sign * (bound - value) > SLACK * abs(bound):
                     yield f"{name} is {value:g}, {word.replace('_', ' ')} {bound:g} is allowed"

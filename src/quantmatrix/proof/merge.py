@@ -15,9 +15,6 @@ that differ; what is planned and not there is found by `quantmatrix.harness.comp
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -26,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import QuantmatrixError, UsageError
-from quantmatrix.files import check_place, naming
+from quantmatrix.files import check_place, put, staging
 from quantmatrix.proof import facts, store
 from quantmatrix.proof import record as records
 from quantmatrix.proof.scopes import key_of
@@ -156,19 +153,14 @@ def write(merged: Iterable[Evidence], folder: Path) -> list[Path]:
     All of them are written beside the folder first, so a full disk leaves it as it was.
     """
     check_place(folder / "record")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     changed = []
-    try:
-        with naming(folder):
-            written = [store.write(record, staging) for record in merged]
+    with staging(folder) as beside:
+        written = [store.write(record, beside) for record in merged]
         for path in written:
-            place = folder / path.relative_to(staging)
+            place = folder / path.relative_to(beside)
             if not is_news(path, place):
                 continue
             place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, place)
+            put(path, place)
             changed.append(place)
-    finally:
-        shutil.rmtree(staging)
     return changed

@@ -182,7 +182,7 @@ class Normaliser:
 
     def counts(self, node: Any) -> bool:
         """Whether a node of a list computes anything."""
-        if isinstance(node, (ast.Global, ast.Nonlocal)) or is_docstring(node):
+        if isinstance(node, (ast.Global, ast.Nonlocal)) or is_docstring(node) or is_log(node):
             return False
         if isinstance(node, ast.AnnAssign) and node.value is None:
             return bool(self.scopes) and self.scopes[-1].kind == "class"
@@ -376,6 +376,24 @@ def is_warning(node: ast.expr) -> bool:
     """`warnings.warn` and `warnings.append`."""
     owner = node.value if isinstance(node, ast.Attribute) else None
     return isinstance(owner, ast.Name) and owner.id == "warnings"
+
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def is_log(node: ast.AST) -> bool:
+    """Whether a statement is a line for the log, in which nothing but a length is computed."""
+    call = node.value if isinstance(node, ast.Expr) else None
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
+        return False
+    if ast.unparse(call.func.value) != "logger" or call.func.attr not in LEVELS:
+        return False
+    computing = (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
+    return not any(
+        isinstance(inner, computing)
+        or (isinstance(inner, ast.Call) and inner is not call and ast.unparse(inner.func) != "len")
+        for inner in ast.walk(call)
+    )
 
 
 SPECIAL: Mapping[type, Callable[[Normaliser, Any], None]] = {

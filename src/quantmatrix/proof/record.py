@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from quantmatrix.tables.rows import Cell, CheckpointRow, HardwareRow, Matrix, ModelRow
 
 SCHEMA = 1
-VERDICTS = ("pass", "fail")
 VERSIONED = (
     "accelerate",
     "diffusers",

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantmatrix import strict_json
-from quantmatrix.proof import form, scopes, thumbnails
+import msgspec
+
+from quantmatrix import files, strict_json
+from quantmatrix.files import write_whole
+from quantmatrix.proof import form, scopes, shapes, thumbnails
 from quantmatrix.proof.record import (
-    CELL_KEYS,
     SCHEMA,
-    VERDICTS,
     CheckResult,
     Evidence,
     EvidenceError,
@@ -40,36 +38,19 @@ def _form_problems(record: Any) -> list[str]:
         return ["not a JSON object"]
     if record.get("schema") != SCHEMA:
         return [f"schema: found {record.get('schema')!r}, expected {SCHEMA}"]
-    objects = ("cell", "checks", "machine", "versions", "checkpoint", "plan", "timings")
-    types: dict[str, type] = dict.fromkeys(objects, dict)
-    types |= dict.fromkeys(("command", "commit", "made", "latents_digest"), str)
-    types["schema"] = int
-    problems = [f"{key}: missing" for key in types if key not in record]
-    types["witness"] = dict  # records that were written before there was one have none
-    problems += [f"{key}: not a key of a record" for key in record if key not in types]
-    for key, kind in types.items():
-        if key in record and not isinstance(record[key], kind):
-            problems.append(f"{key}: expected {kind.__name__}, found {record[key]!r}")
+    problems = shapes.list_problems(record, shapes.Record)
     if problems:
         return problems
-    problems += [f"cell.{key}: missing" for key in CELL_KEYS if key not in record["cell"]]
-    if not record["checks"]:
-        problems.append("checks: empty; a record shows the result of at least one check")
     for name, check in record["checks"].items():
         problems += _check_problems(f"checks.{name}", check)
     return problems or form.list_problems(record)
 
 
-def _check_problems(where: str, check: Any) -> list[str]:
-    wanted = {"verdict", "metrics", "limits", "message"}
-    if not isinstance(check, dict) or set(check) != wanted:
-        return [f"{where}: expected an object with {', '.join(sorted(wanted))}"]
+def _check_problems(where: str, check: dict[str, Any]) -> list[str]:
     problems = []
-    if check["verdict"] not in VERDICTS:
-        problems.append(f"{where}.verdict: {check['verdict']!r} is not pass or fail")
     if check["verdict"] == "fail" and not check["message"]:
         problems.append(f"{where}.message: empty, although the check failed")
-    if isinstance(check["metrics"], dict) and "thumbnails" in check["metrics"]:
+    if "thumbnails" in check["metrics"]:
         found = thumbnails.list_problems(check["metrics"]["thumbnails"])
         problems += [f"{where}.metrics.thumbnails: {problem}" for problem in found]
     return problems
@@ -110,26 +91,16 @@ def _refuse(value: Any) -> Any:
     raise EvidenceError(f"evidence: {type(value).__name__} is not JSON: {value!r}")
 
 
-def _read_finite(text: str) -> float:
-    """A number of JSON; OverflowError for one that is not finite, by its name or by its size."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise OverflowError(text)
-    return value
-
-
-FINITE = json.JSONDecoder(parse_float=_read_finite, parse_constant=_read_finite)
-"""Reads a record and looks at its numbers in one go."""
-
-
 def decode(data: bytes, where: object = "evidence") -> Evidence:
     """The record in a file's bytes; raises EvidenceError naming `where` and every problem."""
     try:
         strict_json.check_size(data)
         try:
-            record = FINITE.decode(data.decode())
+            record = msgspec.json.decode(data)
             look = _form_problems
-        except OverflowError:  # an infinite number: the slower look names its place
+        except (
+            msgspec.DecodeError
+        ):  # or a number that is not finite: the slower look names its place
             record = json.loads(data)
             look = list_problems
         strict_json.check_depth(record)
@@ -149,26 +120,13 @@ def write(evidence: Evidence, folder: Path) -> Path:
     """Put a record in its place below the evidence folder, whole or not at all."""
     data = encode(evidence)
     path = folder / path_of(scopes.key_of(evidence))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, data)
     return path
 
 
 def remove_leftovers(folder: Path, older_than: float = 3600.0) -> None:
-    """Delete what killed runs left half-written; files younger than this many seconds stay."""
-    for path in folder.glob("*/.*.tmp"):
-        if time.time() - path.stat().st_mtime > older_than:
-            path.unlink(missing_ok=True)
+    """Delete what killed runs left half-written; what is younger than this many seconds stays."""
+    files.remove_leftovers(folder, "*/.*.tmp", older_than)
 
 
 def read(path: Path) -> Evidence:

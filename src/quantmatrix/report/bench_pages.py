@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.proof import record as records
-from quantmatrix.proof.bench_form import FORMS
-from quantmatrix.proof.bench_results import BENCHMARKS, Result, list_comparisons, show_ratio
+from quantmatrix.proof.bench_results import BENCHMARKS, FORMS, Result, list_comparisons, show_ratio
 
 if TYPE_CHECKING:
     from quantmatrix.tables.rows import Cell

@@ -8,37 +8,21 @@ data: the script never reads it as HTML, and the page forbids itself every conne
 from __future__ import annotations
 
 import json
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from quantmatrix.report import template
 from quantmatrix.report.page_data import collect
 
 if TYPE_CHECKING:
     from quantmatrix.proof.joined import Joined
 
-TEMPLATES = "templates"
-MARKS = {"style": "/*STYLE*/", "script": "/*SCRIPT*/", "data": "DATA"}
-"""What the template has in the places of its parts."""
-
 
 def write_page(joined: Joined) -> bytes:
     """index.html; equal input gives equal bytes."""
-    parts = {
-        "style": read_template("page.css"),
-        "script": read_template("page.js"),
-        "data": encode_data(collect(joined)),
-    }
-    page = read_template("index.html")
-    for name, mark in MARKS.items():
-        before, found, after = page.partition(f"<!--{mark}-->" if name == "data" else mark)
-        assert found, f"the template has no place for its {name}"
-        page = before + parts[name] + after
-    return page.encode()
+    from markupsafe import Markup
 
-
-def read_template(name: str) -> str:
-    """A file of the package's templates."""
-    return (resources.files("quantmatrix.report") / TEMPLATES / name).read_text(encoding="utf-8")
+    data = Markup(encode_data(collect(joined)))
+    return template.draw("index.html", script=template.read_part("page.js"), data=data).encode()
 
 
 def encode_data(data: Any) -> str:

@@ -9,6 +9,7 @@ model against the plan.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -26,6 +27,8 @@ from quantmatrix.runtime.plan.placement import PlainTensor, select_rows, shorten
 from quantmatrix.runtime.plan.types import ComponentPlan, Piece
 from quantmatrix.runtime.quantized_linear import QuantizedLinear, SplitInputLinear, share_inputs
 from quantmatrix.runtime.stored_values import check_plain
+
+logger = logging.getLogger(__name__)
 
 
 def load_component(
@@ -69,6 +72,10 @@ def load_component(
     model.to(device)  # what is computed when the model is built: Wan's rotary tables
     model.witness = proof  # type: ignore[assignment]
     model.eval().requires_grad_(False)
+    logger.debug(
+        "loaded %s on %s: %d quantized linear layers, %d other tensors, family %s",
+        checkpoint.reference, device, len(component.layers), len(component.plain), component.family,
+    )  # fmt: skip
     return model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from quantmatrix import models
 from quantmatrix.errors import MissingPackageError, UsageError
-from quantmatrix.files import check_place
+from quantmatrix.files import check_place, whole
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -67,13 +66,8 @@ def save_media(
         number += 1
         target = named.with_stem(f"{named.stem}-{number}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
-        try:
+        with whole(target) as temporary:
             write_media(run, temporary)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(
             f"cannot write {target}: {error.strerror or error}; nothing was left behind. "

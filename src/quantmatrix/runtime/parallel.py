@@ -26,6 +26,7 @@ import torch
 from torch import distributed
 
 from quantmatrix.errors import QuantmatrixError, UsageError
+from quantmatrix.files import write_whole
 from quantmatrix.hardware import probe
 from quantmatrix.request import Request
 from quantmatrix.runtime.generate import generate
@@ -87,9 +88,7 @@ def answer_request(folder: Path) -> None:
         with join(request) as (rank, made, pipeline):
             run = generate(request, made=made, pipeline=pipeline)
             if rank == 0:
-                temporary = folder / "half"
-                temporary.write_bytes(pickle.dumps({**vars(run), "plan": None}))
-                temporary.replace(folder / "run")
+                write_whole(folder / "run", pickle.dumps({**vars(run), "plan": None}))
     except Exception as error:
         (folder / PROBLEM).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
         raise

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
+import logging
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from quantmatrix import families
 from quantmatrix.errors import CheckpointError
+from quantmatrix.files import put, remove_leftovers
 from quantmatrix.hardware.packages import read_versions
 from quantmatrix.proof.code_digest import own_code
 from quantmatrix.request import Hub
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from quantmatrix.request import Request
 
 PLACEHOLDER = "/path/to/"
+logger = logging.getLogger(__name__)
 MAKING = ".making-"
 """How the name of a folder begins in which a stand-in is being made."""
 
@@ -92,8 +93,9 @@ def ensure(reference: str, folder: Path, tables: Matrix | None = None) -> None:
             "the repositories of matrix/models.csv and matrix/checkpoints.csv; without --tiny the "
             "real one is used"
         )
+    logger.debug("writing the stand-in of %s to %s", repository, place)
     folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
+    remove_leftovers(folder, f"{MAKING}*")
     with tempfile.TemporaryDirectory(dir=folder, prefix=MAKING) as temporary:
         made = Path(temporary) / "content"
         made.mkdir()
@@ -104,14 +106,6 @@ def ensure(reference: str, folder: Path, tables: Matrix | None = None) -> None:
             move_into_place(files[0] if files and files[0].is_file() else made, place)
         else:
             move_into_place(wrap_snapshot(made, Path(temporary) / "cache"), place)
-
-
-def remove_leftovers(folder: Path, older_than: float = 3600.0) -> None:
-    """Delete what killed processes left half-made; what is younger than this many seconds stays."""
-    for path in folder.glob(f"{MAKING}*"):
-        with suppress(FileNotFoundError):  # another process may be quicker
-            if time.time() - path.lstat().st_mtime > older_than:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -162,7 +156,7 @@ def move_into_place(made: Path, place: Path) -> None:
     """Rename; another process that was quicker made the same bytes."""
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.rename(made, place)
+        put(made, place)
     except OSError:
         if not place.exists():
             raise
@@ -220,7 +214,7 @@ def ensure_all(folder: Path) -> list[str]:
     """Make the stand-in of every repository in the tables; returns their names."""
     from tqdm import tqdm
 
-    remove_leftovers(folder)
+    remove_leftovers(folder, f"{MAKING}*")
     tables = read()
     written = families.written()
     unwritten = {row.id for row in tables.checkpoints.values() if row.family not in written}

@@ -7,8 +7,6 @@ temporary folder that is moved into place when it is complete.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
@@ -22,7 +20,7 @@ from quantmatrix.checkpoints.opening import fetch
 from quantmatrix.checkpoints.reader import TensorReader
 from quantmatrix.checkpoints.writer import save_tensors
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
-from quantmatrix.files import check_place
+from quantmatrix.files import check_place, whole
 from quantmatrix.hardware.machine import Machine
 from quantmatrix.request import Request
 from quantmatrix.runtime.empty_model import measure_model
@@ -53,17 +51,14 @@ def dequantize(
     check_place(target)
     made = plan_decode(request, component)
     report = verdict.confirm(made, request)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        temporary.mkdir(parents=True)
-        written = write_folder(made, request, temporary, getattr(torch, dtype))
-        os.replace(temporary, target)
+        with whole(target) as temporary:
+            temporary.mkdir()
+            written = write_folder(made, request, temporary, getattr(torch, dtype))
     except OSError as error:
         raise UsageError(
             f"cannot write {target}: {error.strerror or error}; nothing was left behind"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     found = None if report is None else report.to_json()
     return {
         "output": str(target),

@@ -13,7 +13,6 @@ what stood there goes only then. Two runs on one machine give the same bytes.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import time
@@ -28,7 +27,7 @@ from quantmatrix.checkpoints.opening import fetch, fetch_pipeline
 from quantmatrix.checkpoints.reader import TensorReader
 from quantmatrix.errors import UsageError
 from quantmatrix.families.protocol import Calibration
-from quantmatrix.files import check_place
+from quantmatrix.files import check_place, whole
 from quantmatrix.hardware import probe
 from quantmatrix.request import Request
 from quantmatrix.runtime.library_logs import quiet
@@ -87,21 +86,18 @@ def quantize(
     recipe = Recipe(made.model, family, chosen, find_kept(made.model, family, word, kept))
     check_names(made, recipe)
     ranges = calibrate(made, prompts, show)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}{target.suffix}")
     try:
-        layers = write_all(made, recipe, ranges, target, temporary, show)
-        if target.exists() and not overwrite:
-            raise UsageError(
-                f"{target} appeared while this ran, and was left alone: choose another "
-                "--output-path, or give --overwrite"
-            )
-        replace_target(temporary, target)
+        with whole(target, overwrite=overwrite) as temporary:
+            layers = write_all(made, recipe, ranges, target, temporary, show)
+            if target.exists() and not overwrite:
+                raise UsageError(
+                    f"{target} appeared while this ran, and was left alone: choose another "
+                    "--output-path, or give --overwrite"
+                )
     except OSError as error:
         raise UsageError(
             f"cannot write {target}: {error.strerror or error}; nothing was left behind"
         ) from error
-    finally:
-        remove(temporary)
     sizes = [path.stat().st_size for path in list_files(target)]
     return {
         "output": str(target),
@@ -331,28 +327,6 @@ def find_config(made: Plan, name: str) -> Path:
     return Path(fetch_pipeline(made.base, made.request.hub, without=others)) / name
 
 
-def replace_target(made: Path, target: Path) -> None:
-    """Move what was made to its place; what stood there goes only when that is done."""
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if target.exists():
-        os.replace(target, old)
-    try:
-        os.replace(made, target)
-    except BaseException:  # an interruption, too
-        if old.exists():
-            os.replace(old, target)
-        raise
-    remove(old)
-
-
 def list_files(path: Path) -> list[Path]:
     """A file, or the files below a folder."""
     return [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file()]
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

@@ -12,9 +12,7 @@ is complete; what stood there before goes only then.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from quantmatrix.checkpoints.declaration import merge_headers, read_json
 from quantmatrix.checkpoints.header import TensorHeader, read_header
 from quantmatrix.checkpoints.writer import Item, write_file
 from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.files import whole
 
 WEIGHTS = ".safetensors"
 INDEX = ".safetensors.index.json"
@@ -151,21 +150,13 @@ def write_transformer(
 
     `metadata` is added to each shard's own header; existing output is replaced at the end.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        made = temporary / "new"
+    with whole(output, overwrite=True) as made:
         copy_others(source, made)
         for shard, items in shards.items():
             header = {"format": "pt", **source.metadata[shard], **metadata}
             write_file(made / shard, items, dict(sorted(header.items())))
         write_json(made / source.index, make_index(shards))
         write_json(made / "config.json", config)
-        if output.exists():
-            os.replace(output, temporary / "old")
-        os.replace(made, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def copy_others(source: TransformerFolder, target: Path) -> None:

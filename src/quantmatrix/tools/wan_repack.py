@@ -24,11 +24,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -42,6 +40,7 @@ from quantmatrix.checkpoints.header import TensorHeader
 from quantmatrix.checkpoints.opening import build_checkpoint, find_index, open_component, read_index
 from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
 from quantmatrix.families.msmodelslim.description import check_known
+from quantmatrix.files import put, staging, whole
 from quantmatrix.models.dialect import Dialect
 from quantmatrix.quoting import limit_message, quote_json
 from quantmatrix.request import Hub, normalize_words
@@ -75,9 +74,10 @@ def repack(input_path: Path, output_path: Path) -> dict[str, int]:
     taken = [name for name in sources if (output_path / name).exists()]
     if taken:
         raise UsageError(f"{output_path / taken[0]} exists already: choose a new --output-path")
-    with Staging(output_path) as staging:
-        counts = {name: convert(source, staging.root / name) for name, source in sources.items()}
-        staging.move(*counts)
+    with staging(output_path) as beside:
+        made = beside / output_path.name
+        counts = {name: convert(source, made / name) for name, source in sources.items()}
+        move_into(made, output_path)
     return counts
 
 
@@ -99,57 +99,37 @@ def repack_pipeline(
         )
     sources = find_experts(quant_path, model_type)
     counts = {}
-    with Staging(output_path) as staging:
+    with whole(output_path) as made:
         for name, source in sources.items():
             config = original_path / name / "config.json"
             if not config.is_file():
                 raise UsageError(f"{config} is missing: is {original_path} a {model_type}?")
-            counts[name] = convert(source, staging.root / name, config)
+            counts[name] = convert(source, made / name, config)
         left_out = shutil.ignore_patterns(".git", ".cache")
         for path in sorted(original_path.iterdir()):
             if path.name in (".git", ".cache", *EXPERTS):
                 continue
             if path.is_dir():
-                shutil.copytree(path, staging.root / path.name, ignore=left_out)
+                shutil.copytree(path, made / path.name, ignore=left_out)
             else:
-                shutil.copy(path, staging.root / path.name)
-        staging.move_all()
+                shutil.copy(path, made / path.name)
     return counts
 
 
-class Staging:
-    """A folder beside the output, where everything is written first; gone when the block ends."""
-
-    def __init__(self, output: Path) -> None:
-        self.output = output
-        output.parent.mkdir(parents=True, exist_ok=True)
-        self.root = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-        self.root.chmod(0o755)
-
-    def __enter__(self) -> Staging:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.root, ignore_errors=True)
-
-    def move_all(self) -> None:
-        """Make the folder the output."""
-        os.replace(self.root, self.output)
-
-    def move(self, *names: str) -> None:
-        """Move entries into the output folder, all or none."""
-        if not self.output.exists():
-            return self.move_all()
-        moved: list[str] = []
-        try:
-            for name in names:
-                os.rename(self.root / name, self.output / name)
-                moved.append(name)
-        except OSError:
-            for name in moved:
-                os.rename(self.output / name, self.root / name)
-            raise
-        return None
+def move_into(made: Path, output: Path) -> None:
+    """Move a folder to its place, or its entries into the folder that is there: all or none."""
+    if not output.exists():
+        return put(made, output)
+    moved: list[str] = []
+    try:
+        for path in sorted(made.iterdir()):
+            put(path, output / path.name)
+            moved.append(path.name)
+    except BaseException:  # an interruption, too
+        for name in moved:
+            put(output / name, made / name)
+        raise
+    return None
 
 
 def find_experts(folder: Path, model_type: str | None) -> dict[str, Checkpoint]:

@@ -24,13 +24,14 @@ from quantmatrix.checkpoints.header import TensorHeader, read_header
 from quantmatrix.checkpoints.opening import open_component, open_pipeline, open_weights
 from quantmatrix.cli import main
 from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.files import remove_leftovers
 from quantmatrix.proof import store
 from quantmatrix.proof.record import EvidenceError
 from quantmatrix.quoting import escape_lines, escape_markdown, limit_message, quote
 from quantmatrix.report.job_summary import Shown, write_summary
 from quantmatrix.request import Hub
 from quantmatrix.runtime.plan import config_limits, other_parts
-from quantmatrix.tiny.hub import remove_leftovers
+from quantmatrix.tiny.hub import MAKING
 from quantmatrix.tools import (
     build_modelopt_fp8_transformer,
     build_modelopt_nvfp4_transformer,
@@ -435,7 +436,7 @@ def test_leftovers_of_killed_processes(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_text("x")
         os.utime(tmp_path / name, (time.time() - age,) * 2)
-    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path, f"{MAKING}*")
     assert [path.name for path in tmp_path.iterdir()] == [".making-new"]
 
 

@@ -37,7 +37,7 @@ def test_a_failed_write_leaves_the_old_file(
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(bench_results.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         bench_results.write_cell(make_result(step=0.5), tmp_path)
     assert path.read_bytes() == before
@@ -99,24 +99,32 @@ PART = "components/transformer"
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("device", None, "device: expected str"),
-        ("schema", 2, "schema: found 2, expected 1"),
-        ("components", {}, "nothing was measured"),
-        (f"{PART}/layers", [], "no quantized layer was measured"),
+        ("device", None, "device: missing"),
+        ("schema", 2, "schema: expected 1, found 2"),
+        ("components", {}, "components: empty"),
+        (f"{PART}/layers", [], "transformer.layers: empty"),
         (f"{PART}/step", None, "step: missing"),
         (f"{PART}/memory", None, "components.transformer.memory: missing"),
-        (f"{PART}/memory", 3, "components.transformer.memory: expected dict, found 3"),
-        (f"{PART}/memory/bf16/peak", 0, "memory.bf16.peak: not a number of bytes"),
-        (f"{PART}/memory/bf16/peak", True, "memory.bf16.peak: not a number of bytes"),
+        (f"{PART}/memory", 3, "components.transformer.memory: expected an object, found 3"),
+        (f"{PART}/memory/bf16/peak", 0, "memory.bf16.peak: expected a count above 0, found 0"),
+        (
+            f"{PART}/memory/bf16/peak",
+            True,
+            "memory.bf16.peak: expected a count above 0, found True",
+        ),
         (f"{PART}/layers/0/rows", None, "layers[0].rows: missing"),
-        (f"{PART}/layers/0/scheme", [], "layers[0].scheme: expected str, found []"),
+        (f"{PART}/layers/0/scheme", [], "layers[0].scheme: expected a text, found []"),
         (f"{PART}/step/median", {"bf16": 1.0}, "step.median.quantized: missing"),
         (f"{PART}/step/ratio", "fast", "step.ratio: expected a number, found 'fast'"),
         (f"{PART}/load/milliseconds/bf16", [], "load.milliseconds.bf16: empty"),
-        (f"{PART}/load/milliseconds/bf16", ["x"], "milliseconds.bf16: expected a list of numbers"),
+        (
+            f"{PART}/load/milliseconds/bf16",
+            ["x"],
+            "milliseconds.bf16[0]: expected a number, found 'x'",
+        ),
         ("settings/clock", None, "settings.clock: missing"),
         ("cell", 3, "cell: expected an object, found 3"),
-        (f"{PART}/memory/bf16/working", "many", "not a number of bytes"),
+        (f"{PART}/memory/bf16/working", "many", "bf16.working: expected a count, found 'many'"),
         (f"{PART}/memory/weights_ratio", 0.4, "bytes are not"),
         (f"{PART}/memory/peak_verdict", "larger", "bytes are not"),
         (f"{PART}/step/ratio", 0.5, "transformer step: its samples give 0.800"),

@@ -85,9 +85,13 @@ LATENTS = ("checks", "latents", "metrics")
         ((*LATENTS, "repeats"), False, "repeats is False, not True"),
         (("plan", "refusal"), {"rule": "r", "message": "m"}, "although the plan is a refusal: r"),
         (("cell", "id"), "fp8-flux-1@h100", "'fp8-flux-1@h100' is not a cell of fp8-flux-1@cpu"),
-        (("versions", "torch"), 2, "versions.torch: expected str, found 2"),
+        (("versions", "torch"), 2, "versions.torch: expected a text, found 2"),
         (("timings", "generate"), None, "timings.generate: expected a number, found None"),
-        (("plan", "components", "transformer", "backends"), 1, "backends: expected dict, found 1"),
+        (
+            ("plan", "components", "transformer", "backends"),
+            1,
+            "backends: expected an object, found 1",
+        ),
     ],
 )
 def test_a_record_that_contradicts_itself_is_refused(

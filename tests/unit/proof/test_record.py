@@ -115,13 +115,13 @@ def test_only_plain_data() -> None:
     [
         ({"schema": 2}, "schema: found 2, expected 1"),
         ({"checks": {}}, "checks: empty"),
-        ({"timings": []}, "timings: expected dict"),
-        ({"extra": 1}, "extra: not a key of a record"),
+        ({"timings": []}, "timings: expected an object, found []"),
+        ({"extra": 1}, "extra: not a known key"),
         ({"cell": {"id": "a@cpu"}}, "cell.row: missing"),
-        ({"checks": {"load": {"verdict": "pass"}}}, "checks.load: expected an object with"),
+        ({"checks": {"load": {"verdict": "pass"}}}, "checks.load.metrics: missing"),
         (
             {"checks": {"load": {"verdict": "ok", "metrics": {}, "limits": {}, "message": ""}}},
-            "checks.load.verdict: 'ok' is not pass or fail",
+            "checks.load.verdict: expected pass or fail, found 'ok'",
         ),
         (
             {"checks": {"load": {"verdict": "fail", "metrics": {}, "limits": {}, "message": ""}}},

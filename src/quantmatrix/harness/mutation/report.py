@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from quantmatrix.errors import UsageError
+from quantmatrix.files import write_whole
 from quantmatrix.harness.mutation.faults import FAULTS, MUST, WITNESSED
 from quantmatrix.harness.mutation.judge import GATES, Outcome
 
@@ -116,17 +115,5 @@ def write_reports(outcomes: Sequence[Outcome], folder: Path) -> Iterator[Path]:
     """Write mutation.csv and mutation.md, each whole or not at all."""
     texts = {"mutation.csv": to_csv(outcomes), "mutation.md": to_markdown(outcomes)}
     for name, text in texts.items():
-        with replaced(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_whole(folder / name, text.encode())
         yield folder / name
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` if nothing goes wrong."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

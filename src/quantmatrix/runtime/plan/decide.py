@@ -12,6 +12,7 @@ raises. Nothing is decided later.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -47,6 +48,8 @@ from quantmatrix.scheme import Scheme
 if TYPE_CHECKING:
     from quantmatrix.hardware.machine import Machine
     from quantmatrix.request import Request
+
+logger = logging.getLogger(__name__)
 
 
 def plan(request: Request, machine: Machine) -> Plan | Refusal:
@@ -86,6 +89,11 @@ def decide(request: Request, machine: Machine, found: Sources) -> Plan | Refusal
             components[name] = plan_component(name, source, found.model, request, machine, warnings)
         except kernels.NoKernel as error:
             return Refusal(error.rule, f"{source.checkpoint.reference}: {error.message}")
+        logger.debug(
+            "planned %s of %s: %s is family %s (%s), %d quantized linear layers",
+            name, found.model, source.checkpoint.reference, components[name].family,
+            components[name].why, len(components[name].layers),
+        )  # fmt: skip
     primary = next(iter(components.values()))
     check_memory(components, machine, warnings)
     if request.backend is not None and not any(part.layers for part in components.values()):
