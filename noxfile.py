@@ -84,7 +84,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Damage files and see that every command ends in words: -- --cases 20000 --seed 1."""
+    """Damage files and see that every command ends as text: -- --cases 20000 --seed 1."""
     install(session, "test")
     session.run("python", "tests/fuzz/run_fuzz.py", *session.posargs)
 
@@ -150,8 +150,8 @@ def producers(session: nox.Session) -> None:
     session.install("-c", "constraints.txt", "-e", ".[test]")
     session.install("-r", "tests/producers/requirements.txt")
     session.install("--no-deps", "-r", "tests/producers/requirements-alone.txt")
-    words = ["tests/producers", "-q", "-n", "2", "--strict-producers", "-W", "ignore"]
-    session.run("pytest", *words, *session.posargs)
+    arguments = ["tests/producers", "-q", "-n", "2", "--strict-producers", "-W", "ignore"]
+    session.run("pytest", *arguments, *session.posargs)
 
 
 @nox.session
@@ -182,10 +182,16 @@ def compile_flashinfer(session: nox.Session) -> None:
     session.run("python", "tests/producers/compile_flashinfer.py", *session.posargs)
 
 
-def identify(session: nox.Session, row: str, *words: str) -> None:
+def identify(session: nox.Session, row: str, *arguments: str) -> None:
     """Stop with one line when this machine is not the hardware of a row."""
     told = session.run(
-        *(sys.executable if words else "python", "-m", "quantmatrix.tables.identify", row, *words),
+        *(
+            sys.executable if arguments else "python",
+            "-m",
+            "quantmatrix.tables.identify",
+            row,
+            *arguments,
+        ),
         env={"PYTHONPATH": str(ROOT / "src")},
         external=True,
         silent=True,
@@ -199,11 +205,11 @@ def identify(session: nox.Session, row: str, *words: str) -> None:
 
 def run_on_hardware(session: nox.Session, job: sessions.Session) -> None:
     """Everything that one hardware is asked for, or only what it would be (`-- --dry-run`)."""
-    words = list(session.posargs)
-    if sessions.DRY_RUN in words:
-        words.remove(sessions.DRY_RUN)
+    arguments = list(session.posargs)
+    if sessions.DRY_RUN in arguments:
+        arguments.remove(sessions.DRY_RUN)
         install(session)
-        session.run("quantmatrix", "matrix", "dry-run", "--hardware", job.row.id, *words)
+        session.run("quantmatrix", "matrix", "dry-run", "--hardware", job.row.id, *arguments)
         return
     identify(session, job.row.id, "--drivers")
     if not isinstance(session.virtualenv, PassthroughEnv):
@@ -215,17 +221,17 @@ def run_on_hardware(session: nox.Session, job: sessions.Session) -> None:
             session.install(*step)
         session.install("-c", "constraints.txt", "-e", ".[test]")
     session.env.update(ENVIRONMENT)
-    if sessions.FULL_SIZE in words:
+    if sessions.FULL_SIZE in arguments:
         session.env["HF_HUB_OFFLINE"] = "0"
     identify(session, job.row.id)
     folder = ROOT / "packets" / job.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    first = sessions.is_first(words)
-    commands = [sessions.suites_command(job.row, folder, words)]
+    first = sessions.is_first(arguments)
+    commands = [sessions.suites_command(job.row, folder, arguments)]
     if first:
         commands.append(sessions.bench_command(folder))
-        commands.append(sessions.trace_command(job.row, folder, words))
+        commands.append(sessions.trace_command(job.row, folder, arguments))
     marks = [run_marked(session, command) for command in commands]
     archive = sessions.pack(folder, folder.with_name(f"{job.name}.tar.gz"))
     session.log(f"evidence: {archive}")
@@ -235,7 +241,7 @@ def run_on_hardware(session: nox.Session, job: sessions.Session) -> None:
 
 
 def run_marked(session: nox.Session, command: list[str]) -> str:
-    """Run a command whose failure is told at the end; what failed, in words, or nothing."""
+    """Run a command whose failure is told at the end; what failed, as text, or nothing."""
     try:
         session.run(*command)
     except CommandFailed as error:

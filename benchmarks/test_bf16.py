@@ -33,11 +33,11 @@ def test_full_precision_costs_nothing(benchmark: Any, model: str) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     request = Request(model_path=MODELS[model], tiny=True)
-    made = api.plan(request)
-    assert isinstance(made, types.Plan)
+    plan = api.plan(request)
+    assert isinstance(plan, types.Plan)
     ours = load_transformer(MODELS[model], tiny=True, device=device, dtype=torch.bfloat16)
     theirs = getattr(diffusers, type(ours).__name__).from_pretrained(
-        Path(made.components["transformer"].checkpoint.files[0]).parent, dtype=torch.bfloat16
+        Path(plan.components["transformer"].checkpoint.files[0]).parent, dtype=torch.bfloat16
     )
     theirs.to(device).eval()
     inputs = make_inputs(model, ours, device, torch.bfloat16, size="tiny")

@@ -41,8 +41,8 @@ def test_row(
         "clock": result["settings"]["clock"],
     }
     for name, timing in list_comparisons(result):
-        told = {key: timing[key] for key in ("ratio", "low", "high", "detectable", "verdict")}
-        benchmark.extra_info[name] = told
+        said = {key: timing[key] for key in ("ratio", "low", "high", "detectable", "verdict")}
+        benchmark.extra_info[name] = said
     for name, part in result["components"].items():
         benchmark.extra_info[f"{name} memory"] = part["memory"]
 

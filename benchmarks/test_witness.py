@@ -85,7 +85,7 @@ class Sparse:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         self.start = 8 + len(text)
-        self.places = {name: entry["data_offsets"][0] for name, entry in header.items()}
+        self.folders = {name: entry["data_offsets"][0] for name, entry in header.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
@@ -97,7 +97,7 @@ class Sparse:
 
         dtype, shape = self.tensors[name]
         with self.path.open("r+b") as file:
-            file.seek(self.start + self.places[name] + row * prod(shape[1:]) * BYTES[dtype])
+            file.seek(self.start + self.folders[name] + row * prod(shape[1:]) * BYTES[dtype])
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
 
@@ -156,10 +156,10 @@ def fill(base: Sparse, quantized: Sparse) -> None:
     from quantmatrix.runtime.witness.measure import choose_samples
 
     folders = {"transformer": str(quantized.path.parent)}
-    made = plan(Request(str(base.path.parent), component_paths=folders, device="cpu"))
-    assert isinstance(made, Plan)
+    planned = plan(Request(str(base.path.parent), component_paths=folders, device="cpu"))
+    assert isinstance(planned, Plan)
     generator = torch.Generator().manual_seed(0)
-    for sample in choose_samples(made.components["transformer"]):
+    for sample in choose_samples(planned.components["transformer"]):
         piece, name = sample.piece, f"{sample.module}.weight"
         plain = torch.randn(sample.stop - sample.start, piece.in_features, generator=generator)
         base.write(name, sample.start, plain.bfloat16())

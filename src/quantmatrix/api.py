@@ -1,8 +1,8 @@
 """The public functions, and the edge at which a request meets the tables and the stand-ins.
 
-What plans and runs below is given all it needs: the hub that a request's references lie in, and the
-machine that it is for. Here both are found: `resolve` opens the stand-ins of a `--tiny` request, and
-looks up the row of `--hardware`, or the machine that we stand on.
+Planning and running take all they need as arguments: the hub that a request's references lie in,
+and the machine that it is for. Here both are found: `resolve` opens the stand-ins of a `--tiny`
+request, and looks up the row of `--hardware`, or describes this machine.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def load_transformer(
     """A diffusers transformer, ready for `forward`, with the checkpoint's layers quantized.
 
     `model_path` is a hub id, a pipeline folder or a bare component folder; only its `config.json`
-    is needed where the override holds every tensor. Further keyword arguments are Request's fields.
-    What the plan warns of is a Python warning here. Weights that are not quantized have the dtype
-    given.
+    is needed when the override holds every tensor. Further keyword arguments are Request's fields.
+    Warnings of the plan are raised as Python warnings. Weights that are not quantized have the
+    dtype given.
 
     Raises UsageError for arguments that contradict each other and for a component that the model
     lacks, CheckpointError for a bad checkpoint (UnreachableError: one that cannot be had,
     WitnessError: one that is not its base model's), and RefusedError where no kernel fits. With
-    `tiny` a small stand-in of the same format takes the place of the repositories:
+    `tiny` a small stand-in of the same format replaces the repositories:
 
         >>> import quantmatrix
         >>> transformer = quantmatrix.load_transformer(
@@ -126,24 +126,24 @@ def generate_all(request: Request) -> list[Run]:
     Raises UsageError for fields that contradict each other, CheckpointError for a bad checkpoint,
     RefusedError where no kernel fits, and BrokenRunError for latents that are not finite.
     """
-    return generating.generate_all(request, made=require_plan(request))
+    return generating.generate_all(request, plan=require_plan(request))
 
 
 def generate(request: Request) -> Run:
     """The same for its first prompt and seed; raises what `generate_all` raises."""
-    return generating.generate(request, made=require_plan(request))
+    return generating.generate(request, plan=require_plan(request))
 
 
 def resolve(request: Request) -> tuple[Request, Machine]:
     """(the request with the hub of its stand-ins, the machine that it is for).
 
-    Stand-ins that are not there yet are made. Raises UsageError for a `--hardware` that is no row.
+    Missing stand-ins are written first. Raises UsageError for a `--hardware` that is not a row.
     """
     return use_tiny(request), find_machine(request)
 
 
 def find_machine(request: Request) -> Machine:
-    """The machine of `--hardware`, or the one we stand on; raises UsageError for an unknown row."""
+    """The machine of `--hardware`, or this one; raises UsageError for an unknown row."""
     if request.hardware is None:
         return probe.probe(request.device)
     rows = read.read().hardware

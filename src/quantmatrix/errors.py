@@ -5,7 +5,7 @@
 `RefusedError`     everything is well formed, but this hardware has no kernel for it
 `MachineError`     this machine is not the hardware that was asked for
 `UnusableError`    something outside is missing: the hub, a token, a licence, a package
-`BrokenRunError`   a generation went beyond numbers (NaN), so that it shows nothing
+`BrokenRunError`   a generation gave NaN or infinity, so that it shows nothing
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ class UsageError(QuantmatrixError, ValueError):
 
 
 class MachineError(UsageError):
-    """A machine that is not what was asked for; nothing that fails on it says anything."""
+    """The machine is not the one asked for, so no failure on it proves anything."""
 
 
 class UnusableError(QuantmatrixError):
-    """What a run needs is not to be had here and now; it says nothing about a checkpoint or a claim."""
+    """Something a run needs is not available here and now; this says nothing about a checkpoint or
+    a claim."""
 
 
 class MissingPackageError(UnusableError, ImportError):
@@ -40,7 +41,7 @@ class UnreachableError(CheckpointError, UnusableError):
 
 
 class BrokenRunError(QuantmatrixError, ArithmeticError):
-    """A generation whose latents are no numbers."""
+    """A generation whose latents are not finite."""
 
 
 class RefusedError(QuantmatrixError, RuntimeError):
@@ -53,4 +54,4 @@ class RefusedError(QuantmatrixError, RuntimeError):
 
 
 class WitnessError(CheckpointError):
-    """Decoded layers are not the base model's, or nothing tells how they are to be decoded."""
+    """Decoded layers are not the base model's, or nothing says how to decode them."""

@@ -32,7 +32,7 @@ MEANINGS = {
     NOTHING_COLLECTED: "nothing collected",
     ENVIRONMENT_UNUSABLE: "environment unusable",
 }
-"""Every code of this module in words, for the line that a run ends with."""
+"""The text of every code of this module, for the line that a run ends with."""
 
 
 def blames_environment(error: BaseException) -> bool:

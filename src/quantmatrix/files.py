@@ -17,18 +17,18 @@ from pathlib import Path
 from quantmatrix.errors import UsageError
 
 
-def check_place(path: Path, flag: str = "--output-path") -> None:
+def check_writable(path: Path, flag: str = "--output-path") -> None:
     """Raise UsageError when no file or folder can be made at a path: what is above it decides."""
     for parent in path.absolute().parents:
         if not os.path.lexists(parent):
             continue
         if not parent.is_dir():
             raise UsageError(
-                f"{flag} {path}: {parent} is no folder, and the path leads through it; "
-                "choose another place"
+                f"{flag} {path}: {parent} is not a folder, and the path leads through it; "
+                "choose another path"
             )
         if not os.access(parent, os.W_OK | os.X_OK):
-            raise UsageError(f"{flag} {path}: you may not write in {parent}; choose another place")
+            raise UsageError(f"{flag} {path}: you may not write in {parent}; choose another path")
         return
 
 
@@ -80,30 +80,30 @@ def staging(path: Path) -> Iterator[Path]:
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            made = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:32]}.", suffix=".tmp")
+            built = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:32]}.", suffix=".tmp")
         except OSError as error:
             error.filename = str(path)
             raise
     try:
-        with naming(path, hidden=Path(made)):
-            yield Path(made)
+        with naming(path, hidden=Path(built)):
+            yield Path(built)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(built, ignore_errors=True)
 
 
-def put(made: Path, path: Path, aside: Path | None = None) -> None:
+def put(built: Path, path: Path, aside: Path | None = None) -> None:
     """Move a file or folder to its place on the same disk; a file that stood there is replaced.
 
     With a folder `aside`, a folder that stood there is first moved into it, and back when the move fails;
     without one, OSError is raised for a folder that is not empty.
     """
-    if aside is None or not os.path.lexists(path) or not (path.is_dir() or made.is_dir()):
-        os.replace(made, path)
+    if aside is None or not os.path.lexists(path) or not (path.is_dir() or built.is_dir()):
+        os.replace(built, path)
         return
     old = aside / f"{path.name}.old"
     os.replace(path, old)
     try:
-        os.replace(made, path)
+        os.replace(built, path)
     except BaseException:  # an interruption, too
         os.replace(old, path)
         raise

@@ -27,7 +27,7 @@ def explain_link(path: Path, base: Path) -> str | None:
         return None
     return (
         f"leads to {real}, which is not in {base}: expected the file itself. If you trust it, name "
-        "the path that it leads to, or put a copy in its place"
+        "the path that it leads to, or replace it by a copy"
     )
 
 
@@ -47,10 +47,10 @@ LONGEST_NAME = 256
 """One more than the bytes that a file's name has at most."""
 
 
-def check_name(name: str, place: object) -> None:
+def check_name(name: str, source: object) -> None:
     """CheckpointError for the name of a file that does not lie in a folder: `../x`, `/x`.
 
-    `place` is the folder, or the file in it that names this one.
+    `source` is the folder, or the file in it that names this one.
     """
     path = PurePosixPath(name)
     plain = not path.is_absolute() and ".." not in path.parts and "\0" not in name
@@ -58,7 +58,7 @@ def check_name(name: str, place: object) -> None:
         return
     what = "leads out of the folder" if not plain else "is longer than the name of any file"
     raise CheckpointError(
-        f"{place}: the name {quote(name)} {what}: expected a file in it; the checkpoint is damaged, "
+        f"{source}: the name {quote(name)} {what}: expected a file in it; the checkpoint is damaged, "
         "or was made to read your other files: do not use it"
     )
 

@@ -1,4 +1,4 @@
-"""Quoting: names and values out of files that strangers wrote, as messages and pages show them.
+"""Quoting: names and values out of untrusted files, as messages and pages show them.
 
 A tensor's name may hold a line break and `::error::`, which a CI takes for a command, an escape
 sequence that a terminal obeys, or a megabyte. What is quoted has none of these: characters that
@@ -16,7 +16,7 @@ TAIL = 40
 """Characters of its end that a value keeps when it is cut: a path ends in the file's name."""
 MESSAGE = 2000
 """Bytes of the longest message."""
-LONG_WORD = re.compile(rf"\S{{{VALUE + 1},}}")
+LONG_NAME = re.compile(rf"\S{{{VALUE + 1},}}")
 COMMAND = re.compile(r"^(\s*):(?=:)|##(?=\[)", re.MULTILINE)
 """What a GitHub runner takes for a command: two colons that begin a line, `##[` anywhere."""
 MARKDOWN = re.compile(
@@ -71,8 +71,8 @@ def _break_command(match: re.Match[str]) -> str:
 
 
 def limit_message(text: str, most: int = MESSAGE) -> str:
-    """A message as a terminal or a log may show it: escaped, long words and its end cut."""
-    lines = LONG_WORD.sub(lambda match: quote(match[0]), escape_lines(text))
+    """A message as a terminal or a log may show it: escaped, with long names and its end cut."""
+    lines = LONG_NAME.sub(lambda match: quote(match[0]), escape_lines(text))
     data = lines.encode()
     if len(data) <= most:
         return lines

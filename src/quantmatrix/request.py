@@ -104,8 +104,8 @@ class Request:
             ("nvfp4_layout", (None, *NVFP4_LAYOUTS)),
         ):
             if getattr(self, name) not in known:
-                words = ", ".join(filter(None, known))
-                raise UsageError(f"--{_dashed(name)} {getattr(self, name)}: expected {words}")
+                choices = ", ".join(filter(None, known))
+                raise UsageError(f"--{_dashed(name)} {getattr(self, name)}: expected {choices}")
         self._check_generation()
         object.__setattr__(self, "component_paths", dict(self.component_paths))
         object.__setattr__(self, "weights_paths", dict(self.weights_paths))
@@ -150,20 +150,20 @@ class Request:
         object.__setattr__(self, "weights_paths", weights)
 
     @classmethod
-    def from_words(cls, words: Sequence[str], **extra: Any) -> Request:
-        """The request of command-line words (without `quantmatrix generate`)."""
+    def from_words(cls, argv: Sequence[str], **extra: Any) -> Request:
+        """The request of command-line arguments (without `quantmatrix generate`)."""
         parser = argparse.ArgumentParser(prog="quantmatrix generate", exit_on_error=False)
         add_request_flags(parser)
         add_sharing_flag(parser)
         add_output_flags(parser)
-        arguments, rest = parser.parse_known_args(normalize_words(words))
+        arguments, rest = parser.parse_known_args(normalize_flags(argv))
         return cls.from_arguments(arguments, rest, **extra)
 
     @classmethod
     def from_arguments(
         cls, arguments: argparse.Namespace, rest: Sequence[str], **extra: Any
     ) -> Request:
-        """The request of parsed flags; `rest` holds the dynamic `--<component>-path` words."""
+        """The request of parsed flags; `rest` holds the dynamic `--<component>-path` flags."""
         components, weights = parse_overrides(rest)
         values = {
             f.name: getattr(arguments, f.name)
@@ -182,10 +182,10 @@ def _dashed(component: str) -> str:
 
 def parse_bool(text: str) -> bool:
     """`true` or `false`, any case; raises ArgumentTypeError for anything else."""
-    word = text.lower()
-    if word not in ("true", "false"):
+    value = text.lower()
+    if value not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
-    return word == "true"
+    return value == "true"
 
 
 def parse_number(text: str) -> float:
@@ -202,37 +202,37 @@ def parse_number(text: str) -> float:
     return number
 
 
-def normalize_words(words: Sequence[str]) -> list[str]:
-    """The words with underscores in flag names turned to dashes; values are left alone."""
+def normalize_flags(argv: Sequence[str]) -> list[str]:
+    """The arguments with underscores in flag names turned into dashes; values are left alone."""
     normal = []
-    for word in words:
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
+    for argument in argv:
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
             head, dot, component = name.partition(".")
-            word = head.replace("_", "-") + dot + component + equals + value
-        normal.append(word)
+            argument = head.replace("_", "-") + dot + component + equals + value
+        normal.append(argument)
     return normal
 
 
 def parse_overrides(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """(component paths, weights paths) from the words that the fixed flags left over.
+    """(component paths, weights paths) from the arguments that the fixed flags left over.
 
     Raises UsageError for an unknown flag, one without a value and one given twice.
     """
     components: dict[str, str] = {}
     weights: dict[str, str] = {}
-    words = list(rest)
+    argv = list(rest)
     unknown = []
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.partition("=")
+    while argv:
+        argument = argv.pop(0)
+        name, equals, value = argument.partition("=")
         target, component = _override_of(name, components, weights)
         if target is None:
-            unknown.append(word)
+            unknown.append(argument)
             continue
-        if not equals and (not words or words[0].startswith("--")):
+        if not equals and (not argv or argv[0].startswith("--")):
             raise UsageError(f"{name}: expected a file, a folder or a hub id after it")
-        value = value if equals else words.pop(0)
+        value = value if equals else argv.pop(0)
         if target.get(component, value) != value:
             raise UsageError(f"{name} is given twice: {target[component]} and {value}")
         target[component] = value
@@ -276,29 +276,34 @@ def add_request_flags(parser: argparse.ArgumentParser, *, needed: bool = True) -
         "--quantization", metavar="FAMILY", help="quantize BF16 weights while loading: fp8"
     )
     what.add_argument(
-        "--quantization-ignored-layers", nargs="+", metavar="NAME", help="left alone by it"
+        "--quantization-ignored-layers",
+        nargs="+",
+        metavar="NAME",
+        help="layers that it leaves unquantized",
     )
     what.add_argument(
         "--witness",
         choices=WITNESS,
-        help="compare decoded layers with the base model's own weights: when they are at hand "
-        "(auto, the default), always (an error where they are not, or where a base model that is only "
-        "a guess disagrees), or never",
+        help="compare decoded layers with the base model's own weights: when they are available "
+        "(auto, the default), always (an error when they are missing, or when a guessed base "
+        "model disagrees), or never",
     )
     what.add_argument(
-        "--nvfp4-layout", choices=NVFP4_LAYOUTS, help="how NVFP4 block scales lie, where undeclared"
+        "--nvfp4-layout", choices=NVFP4_LAYOUTS, help="layout of NVFP4 block scales, if undeclared"
     )
     what.add_argument(
-        "--nibble-order", choices=NIBBLE_ORDERS, help="nibble of the even column of NVFP4 codes"
+        "--nibble-order", choices=NIBBLE_ORDERS, help="nibble that holds the even column of NVFP4"
     )
     what.add_argument("--revision", help="revision of hub ids")
     what.add_argument(
-        "--tiny", action="store_true", help="use tiny true-format stand-ins, made on first use"
+        "--tiny",
+        action="store_true",
+        help="use tiny stand-ins in the true formats, written on first use",
     )
     where = parser.add_argument_group("machine")
     where.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the best there is)")
     where.add_argument("--dtype", choices=DTYPES, help="compute dtype (default bfloat16)")
-    where.add_argument("--backend", help="kernel backend; nothing else is tried")
+    where.add_argument("--backend", help="use only this kernel backend")
     _add_bool(where, "--dit-layerwise-offload", "keep transformer blocks in host memory")
     _add_bool(where, "--dit-cpu-offload", "keep the whole transformer in host memory")
     where.add_argument("--compile", action="store_true", help="compile the repeated blocks")

@@ -1,12 +1,12 @@
 """Scheme: how one linear layer is stored and multiplied. Plain data, shared by everybody.
 
 A family reads schemes from a checkpoint, a kernel declares which schemes it serves, and the plan
-records one per layer. Words used in the fields:
+records one per layer. Names used in the fields:
 
 | field       | values |
 | ----------- | ------ |
 | `op`        | what is computed: `linear.fp8`, `linear.nvfp4`, `linear.svdq`, `linear.int8` ... |
-| `name`      | the checkpoint's own word for it: `FP8`, `NVFP4`, `W8A8_DYNAMIC`, `svdq-int4` ... |
+| `name`      | the checkpoint's own name of it: `FP8`, `NVFP4`, `W8A8_DYNAMIC`, `svdq-int4` ... |
 | `weight`    | number format of the codes: `e4m3`, `e2m1`, `int4`, `int8` |
 | `scale`     | granularity of the weight scales: `tensor`, `channel`, `block`, `group` |
 | `activation`| `none`, `tensor-static`, `tensor-dynamic`, `token-dynamic`, `group-dynamic`, |

@@ -1,6 +1,6 @@
-"""Strict JSON: the one place where JSON that somebody else wrote is read.
+"""Strict JSON: the only reader of JSON that somebody else wrote.
 
-Weight files, configs, indexes, packets and records come from strangers. Python's own reader takes a
+Weight files, configs, indexes, packets and records are untrusted. Python's own reader takes a
 file of any size, forty times its size in memory, names that stand twice, NaN, and numbers of
 thousands of digits, which take a time that grows with the square of their length. Here a text is
 judged in time linear in its bytes, and what is refused is refused before it takes memory:
@@ -46,7 +46,7 @@ class JsonError(ValueError):
 
 
 class NotJsonError(JsonError):
-    """Text that is no JSON."""
+    """Text that is not valid JSON."""
 
 
 def read(path: Path) -> Any:
@@ -64,7 +64,7 @@ def read_bytes(path: Path, base: Path | None = None) -> bytes:
         raise JsonError(f"it {why}")
     found = path.stat()
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
-        raise JsonError("it is no regular file")
+        raise JsonError("it is not a regular file")
     if found.st_size > LIMIT:
         raise JsonError(f"it has {found.st_size} bytes, the limit is {LIMIT}")
     with path.open("rb") as file:
@@ -72,10 +72,10 @@ def read_bytes(path: Path, base: Path | None = None) -> bytes:
 
 
 def parse(text: bytes | str, make: Make | None = None) -> Any:
-    """The value of a text; `make` may put something smaller in the place of each object.
+    """The value of a text; `make` may replace each object by something smaller.
 
     Raises JsonError for a text that exceeds a limit, has a name twice or a number that is not
-    finite, and NotJsonError for one that is no JSON.
+    finite, and NotJsonError for one that is not valid JSON.
     """
     check_size(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
 
@@ -84,10 +84,10 @@ def parse(text: bytes | str, make: Make | None = None) -> Any:
         if len(table) < len(pairs):
             [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
             raise JsonError(f"{quote(twice)!r} is in it twice")
-        made = table if make is None else make(table)
-        if made is table:  # what is made of known names needs no look at them
+        built = table if make is None else make(table)
+        if built is table:  # what is made of known names needs no look at them
             check_names(table)
-        return made
+        return built
 
     try:
         value = json.loads(

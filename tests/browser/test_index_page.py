@@ -197,15 +197,15 @@ def test_a_cell_shows_speed_and_memory_beside_bf16(page: Any) -> None:
     text = open_cell(page, PROVEN)
     assert f"a tiny stand-in on {DEVICE}" in text
     assert "wall clock" in text
-    titles = ["Latency of a step beside BF16", "Loading beside BF16", "Memory beside BF16"]
+    titles = ["Latency of a step against BF16", "Loading beside BF16", "Memory beside BF16"]
     pictures = {
         picture.get_attribute("aria-label").partition(":")[0]: picture
         for picture in page.find_elements("css selector", "#cell svg[role=img]")
     }
     assert set(titles) <= set(pictures)
     steps = pictures[titles[0]]
-    told = "transformer step, BF16 10.0 ms, transformer step, quantized 8.00 ms"
-    assert steps.get_attribute("aria-label").endswith(told)
+    said = "transformer step, BF16 10.0 ms, transformer step, quantized 8.00 ms"
+    assert steps.get_attribute("aria-label").endswith(said)
     widths = [
         float(bar.get_attribute("width")) for bar in steps.find_elements("css selector", "rect")
     ]

@@ -39,7 +39,7 @@ LONGEST = 2000
 """Bytes of a message, and characters of a value in it."""
 VALUE = 200
 WORDS = (0, 1, 2, 3, 10, 11, 12, 13)
-"""Exit codes of an ending in words; the last four are those of `evidence check` and `summary`."""
+"""Exit codes of an ending as text; the last four are those of `evidence check` and `summary`."""
 KEPT = "merged"
 """What a command that ends with 1 may leave: evidence merged without what was damaged."""
 SYSTEM = ("/proc", "/sys", "/dev/null", "/dev/urandom", "/etc/localtime", "/usr/share/zoneinfo")
@@ -137,15 +137,15 @@ def run(act: Callable[[], int], folder: Path, allowed: list[str]) -> Ending:
         for file in files:
             file.seek(0)
         texts = [file.read().decode("utf-8", "replace") for file in files]
-    told = json.loads(texts[2] or "{}")
+    said = json.loads(texts[2] or "{}")
     code = os.waitstatus_to_exitcode(status)
     made = {path.name for path in (folder / "out").iterdir()} - {KEPT}
     return Ending(
-        code if code >= 0 and told else None,
+        code if code >= 0 and said else None,
         *texts[:2],
-        told.get("seconds", time.monotonic() - began),
-        told.get("growth", 0),
-        tuple(told.get("seen", ())),
+        said.get("seconds", time.monotonic() - began),
+        said.get("growth", 0),
+        tuple(said.get("seen", ())),
         () if code == 0 else tuple(sorted(made)),
     )
 
@@ -190,8 +190,8 @@ def _be_child(act: Callable[[], int], folder: Path, allowed: list[str], files: l
         seen = list(watch.seen)
         growth = read_peak() - before
     finally:
-        told = {"seen": seen, "growth": growth, "seconds": time.process_time() - began}
-        os.write(files[2], json.dumps(told).encode())
+        said = {"seen": seen, "growth": growth, "seconds": time.process_time() - began}
+        os.write(files[2], json.dumps(said).encode())
         os._exit(code)
 
 
@@ -220,7 +220,7 @@ def judge(ending: Ending, *, as_json: bool = False, as_lines: bool = False) -> l
     if ending.left:
         problems.append(f"left behind: {', '.join(ending.left)}")
     if ending.code and not (ending.errors + ending.out).strip():
-        problems.append("fails without a word")
+        problems.append("fails silently")
     return problems + judge_text(ending, as_json=as_json, as_lines=as_lines)
 
 

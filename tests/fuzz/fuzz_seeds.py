@@ -240,7 +240,7 @@ def make_tables(folder: Path) -> Seed:
 
 
 def make_gguf(folder: Path) -> Seed:
-    """A file of another container, which has no family: refused in words, whatever is in it."""
+    """A file of another container, which has no family: refused as text, whatever is in it."""
     folder.mkdir()
     fields = b"\x01\0\0\0\0\0\0\0a\x08\0\0\0\x04\0\0\0\0\0\0\0flux"
     data = b"GGUF\x03\0\0\0" + b"\0" * 8 + b"\x01\0\0\0\0\0\0\0" + fields + b"\0" * 64

@@ -43,12 +43,12 @@ class Result:
         return {"cases": self.cases, "endings": dict(sorted(self.endings.items())), "bad": self.bad}
 
 
-def load_transformer(words: Sequence[str]) -> int:
+def load_transformer(argv: Sequence[str]) -> int:
     """LOAD: the transformer of a request, as `generate` builds it."""
     import quantmatrix
     from quantmatrix.errors import QuantmatrixError
 
-    flags = dict(zip(words[::2], words[1::2], strict=True))
+    flags = dict(zip(argv[::2], argv[1::2], strict=True))
     names = {
         "--transformer-path": "transformer_path",
         "--transformer-weights-path": "transformer_weights_path",
@@ -61,12 +61,12 @@ def load_transformer(words: Sequence[str]) -> int:
     return 0
 
 
-def check_parts(words: Sequence[str]) -> int:
+def check_parts(argv: Sequence[str]) -> int:
     """PARTS: what stands before diffusers loads the other parts of a model."""
     from quantmatrix.errors import QuantmatrixError
     from quantmatrix.runtime.plan import other_parts
 
-    folder = Path(words[words.index("--model-path") + 1])
+    folder = Path(argv[argv.index("--model-path") + 1])
     try:
         other_parts.check_folder(folder, "WanPipeline", {"transformer", "transformer_2"})
     except QuantmatrixError as error:
@@ -74,13 +74,13 @@ def check_parts(words: Sequence[str]) -> int:
     return 0
 
 
-def read_tables(words: Sequence[str]) -> int:
+def read_tables(argv: Sequence[str]) -> int:
     """TABLES: the matrix of a folder."""
     from quantmatrix.errors import QuantmatrixError
     from quantmatrix.tables import read
 
     try:
-        read.read(Path(words[0]).resolve())
+        read.read(Path(argv[0]).resolve())
     except QuantmatrixError as error:
         return report(error)
     return 0
@@ -94,11 +94,11 @@ def report(error: Any) -> int:
     return output.report_error(error, exit_codes.EXIT_PROBLEM, as_json=False)
 
 
-def run_words(words: Sequence[str]) -> int:
+def run_words(argv: Sequence[str]) -> int:
     """A command line."""
     from quantmatrix.cli import main as cli_main
 
-    return cli_main.main(list(words))
+    return cli_main.main(list(argv))
 
 
 ACTS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -109,10 +109,10 @@ ACTS: dict[str, Callable[[Sequence[str]], int]] = {
 """What is asked of the library and not of the command line."""
 
 
-def choose_act(words: Sequence[str]) -> Callable[[], int]:
+def choose_act(argv: Sequence[str]) -> Callable[[], int]:
     """What a child does."""
-    act = ACTS.get(words[0])
-    return (lambda: act(words[1:])) if act else (lambda: run_words(words))
+    act = ACTS.get(argv[0])
+    return (lambda: act(argv[1:])) if act else (lambda: run_words(argv))
 
 
 class Campaign:
@@ -137,10 +137,10 @@ class Campaign:
         here = Path.cwd()
         for found in self.seeds:
             os.chdir(found.folder)
-            for words in found.commands:
+            for argv in found.commands:
                 with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
                     target = self.root / "warm"
-                    choose_act([str(target) if w.startswith("./out/") else w for w in words])()
+                    choose_act([str(target) if w.startswith("./out/") else w for w in argv])()
                     fuzz_sandbox.clear(target)
         os.chdir(here)
         fuzz_sandbox.freeze()
@@ -154,24 +154,24 @@ class Campaign:
         done = fuzz_mutations.change(rng, folder, list(found.files))
         if found.name == "packet" and rng.random() < 0.6:
             refit_packet(folder / "packet")
-        words = rng.choice(found.commands)
-        ending = fuzz_sandbox.run(choose_act(words), folder, self.allowed)
+        argv = rng.choice(found.commands)
+        ending = fuzz_sandbox.run(choose_act(argv), folder, self.allowed)
         fuzz_sandbox.clear(folder)
-        return found, words, done, ending
+        return found, argv, done, ending
 
     def run(self, numbers: range) -> Iterator[tuple[int, str, list[str], dict[str, Any]]]:
-        """(number, what it is counted under, problems, the case in words) of every case."""
+        """(number, what it is counted under, problems, the case as text) of every case."""
         for number in numbers:
-            found, words, done, ending = self.run_case(number)
-            kind = {"as_json": "--json" in words, "as_lines": words[0] == "TABLES"}
+            found, argv, done, ending = self.run_case(number)
+            kind = {"as_json": "--json" in argv, "as_lines": argv[0] == "TABLES"}
             problems = fuzz_sandbox.judge(ending, **kind)
-            name = f"{found.name} {words[0]} {ending.code}"
-            told = {
-                "case": number, "seed": self.seed, "command": f"{found.name}: {' '.join(words)}",
+            name = f"{found.name} {argv[0]} {ending.code}"
+            said = {
+                "case": number, "seed": self.seed, "command": f"{found.name}: {' '.join(argv)}",
                 "changed": done, "problems": problems, "code": ending.code,
                 "errors": ending.errors[-3000:], "out": ending.out[-1000:],
             }  # fmt: skip
-            yield number, name, problems, told
+            yield number, name, problems, said
 
 
 def link_folder(source: Path, target: Path) -> None:
@@ -193,11 +193,11 @@ def refit_packet(folder: Path) -> None:
     if not all(path.is_file() or path.is_dir() for path in folder.rglob("*")):
         return  # a pipe, or a link to nowhere
     try:
-        told = json.loads(card.read_text(encoding="utf-8"))
-        told["files"] = {name: packets.describe(folder / name) for name in told["files"]}
+        said = json.loads(card.read_text(encoding="utf-8"))
+        said["files"] = {name: packets.describe(folder / name) for name in said["files"]}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return  # the card itself is what was damaged
-    fuzz_mutations.replace(card, json.dumps(told).encode("utf-8", "surrogatepass"))
+    fuzz_mutations.replace(card, json.dumps(said).encode("utf-8", "surrogatepass"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -216,13 +216,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = Result()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as root:
         campaign = Campaign(Path(root).resolve(), arguments.seed, arguments.seeds)
-        for number, name, problems, told in campaign.run(numbers):
+        for number, name, problems, said in campaign.run(numbers):
             result.cases += 1
             result.endings[name] += 1
             if problems:
-                result.bad.append(told)
+                result.bad.append(said)
             if arguments.only is not None or (problems and len(result.bad) <= SHOWN):
-                print(json.dumps(told, indent=1), file=sys.stderr, flush=True)
+                print(json.dumps(said, indent=1), file=sys.stderr, flush=True)
             if number % 500 == 499:
                 print(f"{number + 1} cases, {len(result.bad)} bad", file=sys.stderr, flush=True)
     if arguments.json:

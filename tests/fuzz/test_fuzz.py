@@ -91,7 +91,7 @@ BAD = {
     "reads outside": (read_outside, "open '../outside/secret.json'"),
     "removes": (remove, "os.remove for writing"),
     "starts": (start, "subprocess.Popen"),
-    "silent": (lambda: 1, "fails without a word"),
+    "silent": (lambda: 1, "fails silently"),
     "code": (say("quantmatrix: x", 77), "exit code 77"),
     "long message": (say("quantmatrix: " + "word " * 600), "a message of 300"),
     "long value": (say("quantmatrix: " + "Q" * 201), "a value of 201 characters"),

@@ -62,9 +62,9 @@ class Score:
         return 100.0 * self.killed / total if total else 100.0
 
 
-def main(words: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Prepare, sample, run, and tell; 1 when less than `GOAL` per cent were killed."""
-    given = parse(words)
+    given = parse(argv)
     if shutil.which("git") is None:
         raise SystemExit("mutants: git is needed to copy the checkout")
     state = digest_state()
@@ -84,7 +84,7 @@ def main(words: Sequence[str]) -> int:
     return 0 if percent >= GOAL else 1
 
 
-def parse(words: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(prog="mutants")
     parser.add_argument("--sample", type=int, default=300, help="mutants to run (default 300)")
@@ -94,7 +94,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tests", nargs="+", default=["tests/unit"], help="tests to look at")
     parser.add_argument("--workers", type=int, default=2, help="of the run that records the tests")
     parser.add_argument("--write", action="store_true", help=f"put the table into {TABLE.name}")
-    return parser.parse_args(words)
+    return parser.parse_args(argv)
 
 
 def list_files() -> list[Path]:

@@ -101,8 +101,8 @@ def main() -> int:
             commands = ask_for_commands(arch, environment)
             chosen = choose(commands, whole=arguments.all)
             version = metadata.version("flashinfer-python")
-            told = f"flashinfer {version} for {arch}: {len(chosen)} of {len(commands)} files"
-            print(told, file=sys.stderr, flush=True)
+            said = f"flashinfer {version} for {arch}: {len(chosen)} of {len(commands)} files"
+            print(said, file=sys.stderr, flush=True)
             for target, command in chosen.items():
                 results.append(build(arch, Path(target), command, environment, arguments))
                 print(results[-1], file=sys.stderr, flush=True)
@@ -237,9 +237,9 @@ def read_kernels(text: str) -> tuple[int, tuple[int, ...], int]:
 
 def find_reason(text: str, code: int, gib: str) -> str:
     """Why a file was not built: a header, memory, or the compiler's first error."""
-    for pattern, told in REASONS:
+    for pattern, said in REASONS:
         if hit := re.search(pattern, text):
-            return told.format(*hit.groups(), gib=gib).strip()
+            return said.format(*hit.groups(), gib=gib).strip()
     if code < 0 or code >= 128:
         name = signal.Signals(-code if code < 0 else code - 128).name
         return f"the compiler was ended by {name}: memory?"

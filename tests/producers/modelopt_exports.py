@@ -142,7 +142,7 @@ def export(
 ) -> nn.Module:
     """Quantize a tiny transformer with ModelOpt, export it; returns the simulated model.
 
-    `prepare` may switch quantizers off before the export; `config` takes the place of the preset
+    `prepare` may switch quantizers off before the export; `config` replaces the preset
     that `word` names; `options` are those of ModelOpt's export.
     """
     made = make_transformer(model, dtype)

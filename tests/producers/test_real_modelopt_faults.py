@@ -193,17 +193,22 @@ def test_both_experts_of_wan_in_one_folder(tmp_path: Path) -> None:
             )
     out = tmp_path / "out"
     export_hf_checkpoint(pipeline, export_dir=out, components=list(parts))
-    made = plan(
+    planned = plan(
         Request(
             model_path=str(tmp_path / "base"),
             component_paths=dict.fromkeys(parts, str(out)),
             device="cpu",
         )
     )
-    assert isinstance(made, Plan)
-    assert [part.family for part in made.components.values()] == ["modelopt-fp8", "modelopt-nvfp4"]
+    assert isinstance(planned, Plan)
+    assert [part.family for part in planned.components.values()] == [
+        "modelopt-fp8",
+        "modelopt-nvfp4",
+    ]
     for name in parts:
-        assert made.components[name].checkpoint.files == open_component(str(out), Hub(), name).files
+        assert (
+            planned.components[name].checkpoint.files == open_component(str(out), Hub(), name).files
+        )
     alone = plan(Request(model_path=str(out), device="cpu"))
     assert isinstance(alone, Plan)
     with pytest.raises(CheckpointError, match="a part of a model, without scheduler"):
@@ -213,7 +218,7 @@ def test_both_experts_of_wan_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_a_quantized_text_encoder_is_never_taken_for_numbers(tmp_path: Path) -> None:
-    """transformers loads such codes without a word: the prompt became another one."""
+    """transformers loads such codes silently: the prompt became another one."""
     pipeline = open_tiny("flux-1", tmp_path / "base")
     words = torch.arange(1, 9)[None]
     with torch.no_grad():
@@ -221,7 +226,7 @@ def test_a_quantized_text_encoder_is_never_taken_for_numbers(tmp_path: Path) -> 
     export_hf_checkpoint(pipeline, export_dir=tmp_path / "out")
     stored = exports.read_export(tmp_path / "out" / "text_encoder")
     assert any(tensor.dtype == torch.float8_e4m3fn for tensor in stored.values())
-    made = plan(Request(model_path=str(tmp_path / "out"), device="cpu"))
-    assert isinstance(made, Plan)
+    planned = plan(Request(model_path=str(tmp_path / "out"), device="cpu"))
+    assert isinstance(planned, Plan)
     with pytest.raises(CheckpointError, match="text_encoder was quantized by ModelOpt"):
-        build_pipeline(made)
+        build_pipeline(planned)

@@ -187,8 +187,8 @@ def test_exports_of_pipelines(pipelines: tuple[Path, Path, Path]) -> None:
         {"model_path": base, "component_paths": {"transformer": f"{alone}/transformer"}},
         {"model_path": base, "weights_paths": {"transformer": alone}},
     ):
-        made = plan(Request(**options, **paths))
-        assert isinstance(made, Plan)
-        assert made.components["transformer"].family == "modelopt-nvfp4"
-        latents.append(generate(made.request, made=made).latents[-1])
+        planned = plan(Request(**options, **paths))
+        assert isinstance(planned, Plan)
+        assert planned.components["transformer"].family == "modelopt-nvfp4"
+        latents.append(generate(planned.request, plan=planned).latents[-1])
     assert all(torch.equal(latents[0], other) for other in latents[1:])

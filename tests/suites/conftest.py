@@ -47,9 +47,9 @@ def job(cell: Cell, workbench: Workbench, proof: Proof) -> Job:
     """The cell's request and plan; its checkpoint, plan and command go to the evidence."""
     proof.command = workbench.command(cell)
     request = workbench.request(cell)
-    made = plan_or_skip(workbench, request)
-    job = Job(cell, request, made)
-    proof.places = workbench.places(made.request)
-    proof.plan = made.to_json()
+    plan = plan_or_skip(workbench, request)
+    job = Job(cell, request, plan)
+    proof.folders = workbench.folders(plan.request)
+    proof.plan = plan.to_json()
     proof.files = tuple(f for part in job.quantized.values() for f in part.checkpoint.files)
     return job

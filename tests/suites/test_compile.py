@@ -33,7 +33,7 @@ def test_compile(cell: Cell, workbench: Workbench, proof: Proof, builder: Builde
         pytest.skip(compiling.INSTALL)
     plan = workbench.plan(workbench.planned_request(cell))
     proof.command = f"quantmatrix compile --hardware {cell.hardware} --row {cell.id}"
-    proof.places = workbench.places(plan.request)
+    proof.folders = workbench.folders(plan.request)
     proof.plan = plan.to_json()
     found = builder.compile_plan(plan)
     proof.metrics = found.to_metrics()

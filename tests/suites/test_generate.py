@@ -34,12 +34,12 @@ def test_generate(
 
     for name, value in cell.environment.items():
         monkeypatch.setenv(name, value)
-    words = [*workbench.words(cell)[1:], "--device", job.request.device or "cpu"]
+    words = [*workbench.argv(cell)[1:], "--device", job.request.device or "cpu"]
     start = time.perf_counter()
     code = main.main([*words, "--output-path", str(tmp_path), "--json"])
     proof.timings["command"] = time.perf_counter() - start
     out, err = capfd.readouterr()
-    proof.places[str(tmp_path)] = "$OUTPUT"
+    proof.folders[str(tmp_path)] = "$OUTPUT"
     if code == ENVIRONMENT_UNUSABLE:
         raise UnusableError(err)
     assert code == 0, err

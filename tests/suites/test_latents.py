@@ -63,7 +63,7 @@ def test_latents(cell: Cell, job: Job, workbench: Workbench, proof: Proof) -> No
 
 
 def judge_layers(job: Job, errors: LayerErrors, most: float) -> list[str]:
-    """Layers that are further from the base model's than allowed, in words."""
+    """Layers that are further from the base model's than allowed, as text."""
     return [
         f"{name}.{layer}: relative error {error:.4g} on its own input, the limit is {most:.4g}"
         for name in job.quantized

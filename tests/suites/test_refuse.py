@@ -24,21 +24,23 @@ def test_refuse(cell: Cell, workbench: Workbench, proof: Proof) -> None:
     from quantmatrix.api import plan
 
     request = workbench.planned_request(cell)
-    made = plan(request)
+    planned = plan(request)
     proof.command = f"{workbench.command(cell)} --hardware {cell.hardware}".replace(
         "quantmatrix generate", "quantmatrix plan", 1
     )
-    proof.places = workbench.places(getattr(made, "request", request))
-    proof.plan = made.to_json()
+    proof.folders = workbench.folders(getattr(planned, "request", request))
+    proof.plan = planned.to_json()
     proof.limits = {"rule": cell.rule}
-    assert not made.ok, f"{cell.id} is claimed to be refused ({cell.rule}), and the plan accepts it"
-    proof.metrics = {"rule": made.rule}
-    assert made.rule == cell.rule, f"refused by another rule: {made.message}"
+    assert not planned.ok, (
+        f"{cell.id} is claimed to be refused ({cell.rule}), and the plan accepts it"
+    )
+    proof.metrics = {"rule": planned.rule}
+    assert planned.rule == cell.rule, f"refused by another rule: {planned.message}"
     name = workbench.tables.hardware[cell.hardware].name
-    assert name in made.message, f"the message does not name {name}: {made.message}"
-    offered = find_backends(made.message)
+    assert name in planned.message, f"the message does not name {name}: {planned.message}"
+    offered = find_backends(planned.message)
     proof.metrics["works_instead"] = offered
-    assert offered or "--" in made.message, f"no way out is named: {made.message}"
+    assert offered or "--" in planned.message, f"no way out is named: {planned.message}"
     for backend in offered:
         other = plan(replace(request, backend=backend))
         assert other.ok, f"--backend {backend} is offered, and refused, too: {other.to_json()}"

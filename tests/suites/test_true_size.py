@@ -34,7 +34,7 @@ def test_true_size(cell: Cell, workbench: Workbench, proof: Proof, written: Path
     row = workbench.tables.checkpoints[cell.checkpoint]
     request = workbench.request(cell)
     proof.command = f"quantmatrix true-size {cell.id}"
-    proof.places = {**workbench.places(request), str(written): "$RANDOM"}
+    proof.folders = {**workbench.folders(request), str(written): "$RANDOM"}
     found = true_size.measure(row, request, workbench.tables, written)
     proof.plan = found.plan.to_json()
     proof.files = found.plan.components[true_size.COMPONENT].checkpoint.files

@@ -25,8 +25,8 @@ def make_memory(bf16: int, quantized: int, working: int = 2**20) -> dict[str, An
     for form, weights in (("bf16", bf16), ("quantized", quantized)):
         memory[form] = {"weights": weights, "working": working, "peak": weights + working}
     for what in ("weights", "peak"):
-        told = describe_sizes(memory["bf16"][what], memory["quantized"][what])
-        memory[f"{what}_ratio"], memory[f"{what}_verdict"] = told
+        said = describe_sizes(memory["bf16"][what], memory["quantized"][what])
+        memory[f"{what}_ratio"], memory[f"{what}_verdict"] = said
     return memory
 
 
@@ -66,5 +66,5 @@ def make_result(
 def bench_cell(tables: Matrix, name: str, **changes: Any) -> dict[str, Any]:
     """The result of a cell of the tables as it stands."""
     cell = next(cell for cell in tables.cells if cell.id == name)
-    told = records.describe_cell(cell, tables)
-    return make_result(name, cell=sign(told, make_result(name, **changes), tables), **changes)
+    said = records.describe_cell(cell, tables)
+    return make_result(name, cell=sign(said, make_result(name, **changes), tables), **changes)

@@ -29,24 +29,24 @@ def read(words: list[str]) -> Request:
     return Request.from_words(["--device", "cpu", *words, "--tiny", "--prompt", "a fox"])
 
 
-def watch(request: Request, made: Any, pipeline: Any) -> dict[str, Any]:
+def watch(request: Request, plan: Any, pipeline: Any) -> dict[str, Any]:
     """Latents, and how many rows the quantized layers have seen in how many calls."""
     rows = []
-    for name in made.components:
+    for name in plan.components:
         for module in getattr(pipeline, name).modules():
             if isinstance(module, QuantizedLinear):
                 module.register_forward_pre_hook(
                     lambda _, x: rows.append(x[0].numel() // x[0].shape[-1])
                 )
-    run = generate(request, made=made, pipeline=pipeline)
+    run = generate(request, plan=plan, pipeline=pipeline)
     return {"latents": run.latents, "rows": sum(rows), "calls": len(rows)}
 
 
 def run_alone(words: Sequence[str]) -> dict[str, Any]:
     """What this process sees."""
     request = read(list(words))
-    made = api.require_plan(request)
-    return watch(request, made, build_pipeline(made))
+    plan = api.require_plan(request)
+    return watch(request, plan, build_pipeline(plan))
 
 
 def run_together(target: Path, words: Sequence[str]) -> dict[str, Any]:

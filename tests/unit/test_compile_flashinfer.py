@@ -40,12 +40,12 @@ def run(script: ModuleType, folder: Path, command: str, minutes: float = 1) -> s
 
 def test_a_file_that_is_built(script: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "said").write_text(SAID)
-    told = run(script, tmp_path, f"cat {tmp_path}/said; head -c 4096 /dev/zero > deep/x.cuda.o")
-    assert "not built" in told  # the object lies elsewhere than it should
+    said = run(script, tmp_path, f"cat {tmp_path}/said; head -c 4096 /dev/zero > deep/x.cuda.o")
+    assert "not built" in said  # the object lies elsewhere than it should
     target = tmp_path / "deep" / "x.cuda.o"
-    told = run(script, tmp_path, f"cat {tmp_path}/said; head -c 4096 /dev/zero > {target}")
+    said = run(script, tmp_path, f"cat {tmp_path}/said; head -c 4096 /dev/zero > {target}")
     expected = "2 kernels of 168/255 registers, at most 96 bytes spilled, 4 KiB"
-    assert told.startswith(f"sm120a x.cuda.o: built: {expected} (0 s, ")
+    assert said.startswith(f"sm120a x.cuda.o: built: {expected} (0 s, ")
 
 
 @pytest.mark.parametrize(
@@ -62,13 +62,13 @@ def test_a_file_that_is_built(script: ModuleType, tmp_path: Path) -> None:
 def test_why_a_file_is_not_built(
     script: ModuleType, tmp_path: Path, command: str, reason: str
 ) -> None:
-    told = run(script, tmp_path, f"export PATH=/usr/bin:/bin; set -o pipefail; {command}")
-    assert re.match(f"sm120a x.cuda.o: not built: .*{reason}", told)
+    said = run(script, tmp_path, f"export PATH=/usr/bin:/bin; set -o pipefail; {command}")
+    assert re.match(f"sm120a x.cuda.o: not built: .*{reason}", said)
 
 
 def test_the_time_of_a_file_ends_what_it_started(script: ModuleType, tmp_path: Path) -> None:
-    told = run(script, tmp_path, f"(sleep 3; touch {tmp_path}/late) & wait", minutes=0.005)
-    assert "not built: 0.005 minutes are over: see --minutes" in told
+    said = run(script, tmp_path, f"(sleep 3; touch {tmp_path}/late) & wait", minutes=0.005)
+    assert "not built: 0.005 minutes are over: see --minutes" in said
     assert not (tmp_path / "late").exists()
 
 

@@ -20,7 +20,7 @@ import quantmatrix
 from quantmatrix.checkpoints.writer import save_tensors
 from quantmatrix.errors import UsageError
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, EXIT_TERMINATED
-from quantmatrix.files import check_place, naming, remove_leftovers, whole, write_whole
+from quantmatrix.files import check_writable, naming, remove_leftovers, whole, write_whole
 from quantmatrix.report import job_summary
 from quantmatrix.report.render import read_evidence
 
@@ -34,16 +34,16 @@ def fail_full(*args: object, **kwargs: object) -> None:
 
 def test_a_path_through_a_file_is_no_place(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    check_place(tmp_path / "new" / "newer" / "x.png")
-    with pytest.raises(UsageError, match=r"--output-path .*file is no folder"):
-        check_place(tmp_path / "file" / "x.png")
+    check_writable(tmp_path / "new" / "newer" / "x.png")
+    with pytest.raises(UsageError, match=r"--output-path .*file is not a folder"):
+        check_writable(tmp_path / "file" / "x.png")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
 def test_a_folder_without_permission_is_no_place(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UsageError, match="may not write"):
-        check_place(tmp_path / "x.png")
+        check_writable(tmp_path / "x.png")
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,9 +60,9 @@ def test_the_same_is_said_outside(
     found = capsys.readouterr()
     assert "read from" not in inside.err
     assert f"read from {carried} (the summary in the installed package" in found.err
-    told, expected = (text.out.partition("\n{\n") for text in (found, inside))
-    assert told[0] == expected[0]
-    pair = [json.loads("{" + part[2]) for part in (told, expected)]
+    said, expected = (text.out.partition("\n{\n") for text in (found, inside))
+    assert said[0] == expected[0]
+    pair = [json.loads("{" + part[2]) for part in (said, expected)]
     assert str(carried) in pair[0].pop("read_from")
     assert str(ROOT / "reports") in pair[1].pop("read_from")
     assert pair[0] == pair[1]
@@ -73,11 +73,11 @@ def test_a_summary_is_small_and_gives_every_standing(carried: Path) -> None:
     short = packaged.read_records(carried / packaged.RECORDS)
     assert list(short) == sorted(whole)
     tables = read.read()
-    told = [
+    said = [
         {name: (one.label, one.reason, one.others) for name, one in standings.items()}
         for standings in (render.stand_all(tables, found) for found in (whole, short))
     ]
-    assert told[0] == told[1]
+    assert said[0] == said[1]
     assert (carried / packaged.RECORDS).stat().st_size < 6000 * len(whole)
     assert "data:image" not in (carried / packaged.RECORDS).read_text()
 
@@ -102,7 +102,7 @@ def test_what_is_not_there_is_said(
         assert "carries no" in capsys.readouterr().err
     monkeypatch.setattr(read, "tables_folder", lambda: tmp_path / "tables")
     assert main(["matrix", "diff", "A..B"]) == EXIT_USAGE
-    assert "is no git checkout" in capsys.readouterr().err
+    assert "is not a git checkout" in capsys.readouterr().err
 
 
 def test_limits_are_never_measured_into_the_package(
@@ -183,8 +183,8 @@ def test_a_wheel_answers_without_a_checkout(
 
 def test_what_a_wheel_lacks_is_said(installed: Path, tmp_path: Path) -> None:
     commands = {
-        ("matrix", "diff", "A..B"): "is no git checkout",
-        ("thresholds", "--diff", "HEAD"): "is no git checkout",
+        ("matrix", "diff", "A..B"): "is not a git checkout",
+        ("thresholds", "--diff", "HEAD"): "is not a git checkout",
         ("report",): "no evidence",
         ("report", "--check"): "no evidence",
     }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from quantmatrix.errors import UsageError
-from quantmatrix.request import Request, normalize_words, parse_bool, parse_overrides
+from quantmatrix.request import Request, normalize_flags, parse_bool, parse_overrides
 
 BASE = ["--model-path", "owner/base"]
 
@@ -48,7 +48,7 @@ def test_dashes_and_underscores_are_the_same(dash: str) -> None:
 
 
 def test_values_keep_their_underscores() -> None:
-    assert normalize_words(["--prompt=a_b", "c_d", "--model_id"]) == [
+    assert normalize_flags(["--prompt=a_b", "c_d", "--model_id"]) == [
         "--prompt=a_b",
         "c_d",
         "--model-id",

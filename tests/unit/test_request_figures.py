@@ -139,7 +139,7 @@ def test_what_goes_with_an_offload(fast: str, offload: str) -> None:
 
 def test_every_prompt_with_every_seed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading is the first run's; each run is saved when it is there, before the next begins."""
-    made: Any = SimpleNamespace(processes=1, model="flux-1")
+    plan: Any = SimpleNamespace(processes=1, model="flux-1")
     events: list[tuple[str, str, int]] = []
 
     def one(request: Any, made: Any, pipeline: Any, prompt: str, seed: int) -> Any:
@@ -152,7 +152,7 @@ def test_every_prompt_with_every_seed_in_order(monkeypatch: pytest.MonkeyPatch) 
     )
     request = Request(model_path="x", prompt=("a", "b"), seed=(1, 2))
     runs = generate_all(
-        request, made=made, save=lambda run: events.append(("save", run.prompt, run.seed))
+        request, plan=plan, save=lambda run: events.append(("save", run.prompt, run.seed))
     )
     order = [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
     assert [(run.prompt, run.seed) for run in runs] == order

@@ -2,10 +2,10 @@
 
 A safetensors file starts with eight bytes, the little-endian length of a JSON header, then the
 header: tensor names with dtype, shape and byte range, and `__metadata__` with strings. What the
-files say about their quantization may stand in four places: config.json beside them
+files say about their quantization may appear in four locations: config.json beside them
 (`quantization_config`), the header's metadata (`_quantization_metadata`, `quantization_config`), a
-description file (`quant_model_description*.json`), or `hf_quant_config.json`. Two places that
-disagree about one key are an error. ComfyUI's files may say it in small tensors, a fifth place
+description file (`quant_model_description*.json`), or `hf_quant_config.json`. Two of them that
+disagree about one key are an error. ComfyUI's files may say it in small tensors, a fifth location
 (`quantmatrix.checkpoints.comfyui`).
 """
 
@@ -60,7 +60,7 @@ class Checkpoint:
     left_out: tuple[str, ...] = ()
     """Files of the folder that hold a LoRA: no part of the weights, and not applied."""
     chosen: Mapping[str, str] = field(default_factory=dict)
-    """Words for what the files leave open (`nibble_order`, `nvfp4_layout`), and `why` these."""
+    """Values for what the files leave open (`nibble_order`, `nvfp4_layout`), and `why` these."""
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +81,7 @@ class Checkpoint:
         return {layer: frozenset(suffixes) for layer, suffixes in found.items()}
 
 
-def find_places(file: BinaryIO) -> dict[str, int]:
+def find_offsets(file: BinaryIO) -> dict[str, int]:
     """First byte of every tensor in an open safetensors file, by its name there."""
     (length,) = struct.unpack("<Q", file.read(8))
     header = json.loads(file.read(length))

@@ -6,7 +6,7 @@ Either the header's `_quantization_metadata` has one entry per layer under `laye
     {"format": "float8_e4m3fn", "full_precision_matrix_mult": true, "orig_dtype": "torch.bfloat16"}
 
 Where the header lists a layer, that counts, as it does in ComfyUI; the tensors of other layers are
-read, though they are no header: no other place tells what an FP8 layer does with its inputs. Files
+read, though they are no header: nothing else says what an FP8 layer does with its inputs. Files
 whose quantization has a method (`quant_method`, `quant_algo`) need none of this. Sources: ComfyUI's
 QUANTIZATION.md and `convert_old_quants`, the pages of comfy-quants, files of `convert-to-quant`.
 """
@@ -33,7 +33,7 @@ ReadTensors = Callable[[str, list[str]], Mapping[str, bytes]]
 
 def complete(
     block: Mapping[str, Any] | None,
-    place: str | None,
+    source: str | None,
     tensors: Mapping[str, TensorHeader],
     read: ReadTensors,
 ) -> tuple[dict[str, Any] | None, str | None]:
@@ -43,19 +43,19 @@ def complete(
     object says nothing. Raises CheckpointError for weights that were rotated.
     """
     if block is not None and has_method(block):
-        return dict(block), place
+        return dict(block), source
     listed = block.get("layers") if block else None
     entries = {str(k): v for k, v in listed.items()} if isinstance(listed, Mapping) else {}
     for file, markers in find_markers(tensors, entries).items():
-        place = place or f"{file}: tensors *{MARKER}"
+        source = source or f"{file}: tensors *{MARKER}"
         for name, content in read(file, markers).items():
             entry = parse_block(content.decode("utf-8", "replace"))
             if entry:
                 entries[name.removesuffix(MARKER)] = entry
     if not entries:
-        return (None, None) if block is None else (dict(block), place)
-    checked = {layer: read_entry(layer, entry, str(place)) for layer, entry in entries.items()}
-    return {"format_version": "1.0", **(block or {}), "layers": checked}, place
+        return (None, None) if block is None else (dict(block), source)
+    checked = {layer: read_entry(layer, entry, str(source)) for layer, entry in entries.items()}
+    return {"format_version": "1.0", **(block or {}), "layers": checked}, source
 
 
 def has_method(block: Mapping[str, Any]) -> bool:
@@ -78,8 +78,8 @@ def find_markers(
     return found
 
 
-def read_entry(layer: str, entry: Any, place: str) -> Any:
-    """An entry without its notes; a word in place of an object stays as it is.
+def read_entry(layer: str, entry: Any, source: str) -> Any:
+    """An entry without its notes; a plain string is kept as it is.
 
     Raises CheckpointError for a weight that was rotated (ConvRot), which no family takes.
     """
@@ -88,7 +88,7 @@ def read_entry(layer: str, entry: Any, place: str) -> Any:
     nested = entry.get("params")
     if entry.get(ROTATION) or (isinstance(nested, Mapping) and nested.get(ROTATION)):
         raise CheckpointError(
-            f"{place}: the weight of {layer} was rotated before it was quantized (ConvRot, "
+            f"{source}: the weight of {layer} was rotated before it was quantized (ConvRot, "
             f"{entry.get('format')} with {ROTATION}), which no quant family takes: without the same "
             "rotation of its inputs a layer gives other numbers. Quantize without it, or name a "
             "file in float8_e4m3fn or nvfp4, or in full precision"

@@ -1,4 +1,4 @@
-"""Declarations: the places where files describe their quantization, joined or refused."""
+"""Declarations: where files describe their quantization, joined or refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def merge_headers(headers: Mapping[str, Header]) -> Header:
 
     Descriptions of the quantization are joined (`merge_blocks`); of other metadata the first file
     that has a key counts. Raises CheckpointError for a tensor in two files, for descriptions that
-    disagree and for a value that is no JSON where JSON belongs (`JSON_KEYS`).
+    disagree and for a value that is not valid JSON where JSON belongs (`JSON_KEYS`).
     """
     tensors: dict[str, TensorHeader] = {}
     metadata: dict[str, str] = {}
@@ -62,7 +62,7 @@ def merge_headers(headers: Mapping[str, Header]) -> Header:
 
 
 def check_json(key: str, text: str, file: str) -> None:
-    """Raises CheckpointError for a header's value that is no JSON object where one belongs.
+    """Raises CheckpointError for a header's value that is not a JSON object where one belongs.
 
     Empty values and `null` say nothing and pass.
     """
@@ -97,7 +97,7 @@ def parse_block(text: str) -> dict[str, Any]:
 
 
 def merge_blocks(
-    first: Mapping[str, Any], place: str, second: Mapping[str, Any], other: str, path: str = ""
+    first: Mapping[str, Any], source: str, second: Mapping[str, Any], other: str, path: str = ""
 ) -> dict[str, Any]:
     """Two descriptions of one quantization as one.
 
@@ -108,12 +108,12 @@ def merge_blocks(
     for key, value in second.items():
         mine = first.get(key, value)
         if isinstance(mine, Mapping) and isinstance(value, Mapping):
-            joined[key] = merge_blocks(mine, place, value, other, f"{path}{key}.")
+            joined[key] = merge_blocks(mine, source, value, other, f"{path}{key}.")
         elif _sort_list(mine) == _sort_list(value):
             joined[key] = mine
         else:
             raise CheckpointError(
-                f"{place} and {other} disagree about {path}{key} of the quantization: "
+                f"{source} and {other} disagree about {path}{key} of the quantization: "
                 f"{quote_json(mine, 120)} and {quote_json(value, 120)}; one of the two is stale, "
                 "correct or remove it"
             )
@@ -135,12 +135,12 @@ def find_block(
 
     `nested` is the content and name of an hf_quant_config.json, the last source.
     """
-    block, place = find_config_block(config or {}, config_file or "config.json")
+    block, source = find_config_block(config or {}, config_file or "config.json")
     header, where = find_header_block(metadata, files[0] if files else "header")
     if block and header:
-        return merge_blocks(block, place, header, where), place
+        return merge_blocks(block, source, header, where), source
     if block or header:
-        return (block, place) if block else (header, where)
+        return (block, source) if block else (header, where)
     if nested is not None:
         content, where = nested
         inner = content.get("quantization", content)
@@ -153,9 +153,9 @@ def find_block(
 
 
 def find_config_block(config: Mapping[str, Any], file: str) -> tuple[dict[str, Any], str]:
-    """(block, place) that a config.json describes its quantization with; empty when it does not.
+    """(block, source) that a config.json describes its quantization with; empty when it does not.
 
-    Raises CheckpointError where the description is there and is no JSON object.
+    Raises CheckpointError where the description is there and is not a JSON object.
     """
     for key in QUANTIZATION_KEYS:
         value: Any = config
@@ -171,7 +171,7 @@ def find_config_block(config: Mapping[str, Any], file: str) -> tuple[dict[str, A
 
 
 def find_header_block(metadata: Mapping[str, str], file: str) -> tuple[dict[str, Any], str]:
-    """(block, place) that the headers describe the quantization with; empty when they do not.
+    """(block, source) that the headers describe the quantization with; empty when they do not.
 
     `_quantization_metadata` counts. One that only lists layers is completed by
     `quantization_config`, which otherwise counts where the first is absent.

@@ -36,7 +36,7 @@ FOREIGN_STARTS = {
     b"\x80": "a pickle: it could run code when it is opened; convert it to safetensors first",
     b"GGUF": "a GGUF file, which no quant family takes: name a .safetensors file, or let diffusers "
     "write plain weights (from_single_file, then dequantize() and save_pretrained())",
-    b"<": "a web page, saved in place of the file: download the file itself",
+    b"<": "a web page, saved instead of the file: download the file itself",
     b"{": "JSON: name the .safetensors file, or the .safetensors.index.json of its shards",
 }
 """First bytes of files that are often taken for safetensors, and what to do about them."""
@@ -143,7 +143,7 @@ def parse_header(text: bytes, file: str, *, data_bytes: int | None = None) -> He
             _check_entry(name, entry)
     except (ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{file}: the safetensors header is no valid JSON table of tensors ({error}): the file "
+            f"{file}: the safetensors header is not a valid JSON table of tensors ({error}): the file "
             "is damaged or of another format; download it again"
         ) from error
     return check_ranges(entries, file, data_bytes), strings
@@ -221,24 +221,24 @@ def check_ranges(
                 f"{file}: tensor {name} ({dtype} {quote(shape)}) needs {_count_bytes(bits)} bytes, "
                 f"the header gives it {offsets[1] - offsets[0]}; the header is damaged"
             )
-    place, before = 0, "the start of the data"
+    position, before = 0, "the start of the data"
     for name in sorted(ranges, key=lambda name: ranges[name][2]):
         begin, end = ranges[name][2]
-        if begin != place:
-            what = "overlap" if begin < place else "leave a gap"
+        if begin != position:
+            what = "overlap" if begin < position else "leave a gap"
             raise CheckpointError(
                 f"{file}: {before} and tensor {name} {what}: it begins at byte {begin}, expected "
-                f"{place}; the header is damaged"
+                f"{position}; the header is damaged"
             )
-        place, before = end, f"tensor {name}"
-    if data_bytes is not None and place != data_bytes:
+        position, before = end, f"tensor {name}"
+    if data_bytes is not None and position != data_bytes:
         raise CheckpointError(
-            f"{file}: the header describes {place} bytes of tensors, the file holds {data_bytes}: "
+            f"{file}: the header describes {position} bytes of tensors, the file holds {data_bytes}: "
             "it is truncated or damaged; download it again"
         )
     return tensors
 
 
 def _count_bytes(bits: int) -> str:
-    """Bytes as a number; too large ones, which no float holds, in words."""
+    """Bytes as a number; too large ones, which no float holds, as text."""
     return f"{bits / 8:g}" if bits < 2**100 else "more than 2**97"

@@ -118,8 +118,8 @@ class HubFolder:
 
         full = self.full(name)
         with translate_hub_errors(f"{self.repo}/{full}: cannot be read", self.repo):
-            place = f"{self.repo}/{full}"
-            remote = HfFileSystem().open(place, revision=self.commit, cache_type="none")
+            path = f"{self.repo}/{full}"
+            remote = HfFileSystem().open(path, revision=self.commit, cache_type="none")
             with remote as file:
                 return read_contents(file, tensors)
 
@@ -133,7 +133,7 @@ class HubFolder:
         return self.cached(name) is not None
 
     def address(self, name: str) -> str:
-        """How a file is named in a checkpoint: its path, or its place on the hub."""
+        """How a file is named in a checkpoint: its path, or its address on the hub."""
         cached = self.cached(name)
         if cached is not None:
             return str(cached)
@@ -251,8 +251,8 @@ def translate_hub_errors(what: str, repo: str) -> Iterator[None]:
 
 def is_unreachable(error: Exception) -> bool:
     """Whether the hub could not be read: no connection, an answer of 401, 403, 429 or 5xx, a gated
-    repository, or one that nobody without a token is told about. Names and revisions that the hub does
-    not have, and files that are none, are a fault of whoever wrote them."""
+    repository, or one that is hidden from anyone without a token. Names and revisions that the hub
+    does not have, and files that are none, are a fault of whoever wrote them."""
     from huggingface_hub import errors, get_token
 
     if isinstance(error, (errors.GatedRepoError, errors.LocalEntryNotFoundError)):

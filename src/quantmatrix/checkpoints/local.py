@@ -1,4 +1,4 @@
-"""Local: a folder on this machine as a place to read a checkpoint from."""
+"""Local: a folder on this machine to read a checkpoint from."""
 
 from __future__ import annotations
 

@@ -297,7 +297,7 @@ def build_checkpoint(
     beside = folder.enter(next(iter(selection)).rpartition("/")[0])
     config, config_file = read_beside(beside, "config.json")
     nested, nested_file = read_beside(beside, "hf_quant_config.json")
-    block, place = find_block(
+    block, source = find_block(
         config,
         config_file,
         metadata,
@@ -305,14 +305,14 @@ def build_checkpoint(
         (nested, nested_file) if nested and nested_file else None,
     )
     tensors, prefix, aside = name_prefixes.strip_tensors(tensors)
-    places = {folder.address(name): name for name in selection}
+    addresses = {folder.address(name): name for name in selection}
 
     def read(file: str, names: list[str]) -> dict[str, bytes]:
         stored = {tensors[name].on_disk: name for name in names}
-        found = folder.contents(places[file], list(stored))
+        found = folder.contents(addresses[file], list(stored))
         return {stored[name]: content for name, content in found.items()}
 
-    block, place = comfyui.complete(name_prefixes.strip_block(block), place, tensors, read)
+    block, source = comfyui.complete(name_prefixes.strip_block(block), source, tensors, read)
     description, description_file = read_beside(beside, find_description(beside))
     return Checkpoint(
         reference=reference,
@@ -322,7 +322,7 @@ def build_checkpoint(
         config=config,
         config_file=config_file,
         quantization=block,
-        quantization_from=place,
+        quantization_from=source,
         description=name_prefixes.strip_keys(description) if description else description,
         description_file=description_file,
         prefix=prefix,
@@ -404,8 +404,8 @@ def drop_adapters(folder: Folder, files: list[str]) -> list[str]:
 
 def list_adapters(folder: Folder, selection: Selection) -> list[str]:
     """Files with a LoRA that lie beside the selected ones, and are none of them."""
-    place = PurePosixPath(next(iter(selection))).parent
-    others = (n for n in drop_precisions(folder.names) if PurePosixPath(n).parent == place)
+    above = PurePosixPath(next(iter(selection))).parent
+    others = (n for n in drop_precisions(folder.names) if PurePosixPath(n).parent == above)
     files = [name for name in others if name.endswith(WEIGHTS) and name not in selection]
     return [name for name in files if holds_adapter(folder, name)]
 
@@ -460,8 +460,8 @@ def explain_missing(folder: Folder, index: str, present: Collection[str]) -> str
 
     Who exports a model in one file into a folder that held shards of it leaves their index behind.
     """
-    place = PurePosixPath(index).parent
-    others = [n for n in folder.names if n.endswith(WEIGHTS) and PurePosixPath(n).parent == place]
+    above = PurePosixPath(index).parent
+    others = [n for n in folder.names if n.endswith(WEIGHTS) and PurePosixPath(n).parent == above]
     if others and not present:
         return (
             f"there is {', '.join(others)} instead: if the index was left behind by an earlier "

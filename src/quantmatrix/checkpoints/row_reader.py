@@ -1,8 +1,8 @@
 """Row reader: some rows of a large matrix in a file, and nothing around them.
 
 A mapped file brings in what lies around every page that is touched, megabytes at a time on some
-machines. Rows of a safetensors tensor lie one after another, so they are read by their place
-instead, and the system is told not to read ahead.
+machines. Rows of a safetensors tensor lie one after another, so they are read by their offset
+instead, and the system is asked not to read ahead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantmatrix.checkpoints.checkpoint import Checkpoint, find_places
+from quantmatrix.checkpoints.checkpoint import Checkpoint, find_offsets
 from quantmatrix.checkpoints.dtypes import to_torch
 
 if TYPE_CHECKING:
@@ -45,10 +45,10 @@ class RowReader:
         import torch
 
         header = self._checkpoint.tensors[name]
-        handle, places = self._open(header.file)
+        handle, offsets = self._open(header.file)
         dtype = to_torch(header.dtype)
         width = prod(header.shape[1:]) * dtype.itemsize
-        start = places[header.on_disk]
+        start = offsets[header.on_disk]
         parts = [
             read_exactly(handle, start + first * width, (last - first) * width)
             for first, last in find_runs(rows)
@@ -61,10 +61,10 @@ class RowReader:
             handle = os.open(file, os.O_RDONLY)
             self._stack.callback(os.close, handle)
             with Path(file).open("rb") as stream:
-                places = find_places(stream)
+                offsets = find_offsets(stream)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
-            self._files[file] = handle, places
+            self._files[file] = handle, offsets
         return self._files[file]
 
 
@@ -82,7 +82,7 @@ def find_runs(rows: slice | torch.Tensor) -> list[tuple[int, int]]:
 
 
 def read_exactly(handle: int, start: int, count: int) -> bytes:
-    """Bytes at a place of an open file; OSError where the file ends before."""
+    """Bytes at an offset of an open file; OSError where the file ends before."""
     found = b""
     while len(found) < count:
         part = os.pread(handle, count - len(found), start + len(found))

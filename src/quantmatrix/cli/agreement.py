@@ -22,15 +22,17 @@ def add_to(commands: Any) -> None:
     from quantmatrix.cli.output import add_command
     from quantmatrix.request import parse_number
 
-    text = "percentage of claims with fresh, agreeing evidence; a list of the others"
+    text = "show the percentage of claims with fresh, agreeing evidence, and list the others"
     parser = add_command(commands, "agreement", text, run_agreement)
-    parser.add_argument("--today", metavar="DATE", help="count ages to this day (default: today)")
+    parser.add_argument(
+        "--today", metavar="DATE", help="compute ages as of this date (default: today)"
+    )
     text = "list evidence older than this as due to be made again (default 90)"
     parser.add_argument("--max-age-days", type=int, metavar="N", help=text)
     parser.add_argument(
         "--fail-under", type=parse_number, metavar="PERCENT", help="exit 1 below this percentage"
     )
-    parser.add_argument("--all", action="store_true", help="name every cell")
+    parser.add_argument("--all", action="store_true", help="list every cell")
     parser.add_argument("--reports", help="folder of the reports (default: reports)")
     parser.add_argument("--json", action="store_true")
 
@@ -98,9 +100,9 @@ def to_text(found: Agreement, runs: Mapping[str, str], shown: int | None) -> str
         lines += ["", f"by {title}"]
         lines += [f"  {describe_share(name, s)}" for name, s in shares.items() if s.claims]
     kinds = Counter((task.life, task.hardware) for task in found.tasks)
-    for (life, place), count in kinds.items():
-        lines += ["", f"{life} on {place}: {count}", f"  {runs[place]}"]
-        tasks = [task for task in found.tasks if (task.life, task.hardware) == (life, place)]
+    for (life, hardware), count in kinds.items():
+        lines += ["", f"{life} on {hardware}: {count}", f"  {runs[hardware]}"]
+        tasks = [task for task in found.tasks if (task.life, task.hardware) == (life, hardware)]
         lines += [f"  {label(task.cell, task.scope)}: {task.reason}" for task in tasks[:shown]]
         if shown is not None and count > shown:
             lines.append(f"  and {count - shown} more: --all")

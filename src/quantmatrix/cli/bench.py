@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantmatrix.errors import UsageError
-from quantmatrix.files import check_place
+from quantmatrix.files import check_writable
 
 ROUNDS = 20
 STAGES = {"layers": 4, "step": 2, "load": 3, "memory": 1}
@@ -22,7 +22,7 @@ def add_to(commands: Any) -> None:
     from quantmatrix.cli.output import add_command
     from quantmatrix.request import add_request_flags, parse_number
 
-    text = "time a checkpoint beside BF16: layers, step, load, memory, each with its interval"
+    text = "time a checkpoint against BF16: layers, step, load and memory, each with its interval"
     parser = add_command(commands, "bench", text, run_bench)
     add_request_flags(parser, needed=False)
     what = parser.add_argument_group("what to measure, instead of --model-path")
@@ -31,14 +31,19 @@ def add_to(commands: Any) -> None:
     what.add_argument("--family", help="with --synthetic: fp8, modelopt-nvfp4 ...")
     what.add_argument("--scheme", help="with --synthetic: of the family (default: its first)")
     what.add_argument(
-        "--compare", nargs=2, metavar=("KEPT", "NEW"), help="measure nothing: two saved results"
+        "--compare",
+        nargs=2,
+        metavar=("KEPT", "NEW"),
+        help="compare two saved results, measure nothing",
     )
     how = parser.add_argument_group("measurement")
     how.add_argument("--repeats", type=int, default=ROUNDS, help="rounds of each comparison")
-    how.add_argument("--baseline", metavar="FILE", help="kept results: 1 when a ratio got worse")
+    how.add_argument(
+        "--baseline", metavar="FILE", help="saved results: exit code 1 when a ratio got worse"
+    )
     text = "how much worse is allowed (default 1.1, of a layer alone 1.35)"
     how.add_argument("--tolerance", type=parse_number, help=text)
-    how.add_argument("--output-path", metavar="FILE", help="keep the results")
+    how.add_argument("--output-path", metavar="FILE", help="save the results")
     how.add_argument("--json", action="store_true")
     parser.set_defaults(takes_overrides=True)
 
@@ -49,13 +54,13 @@ def run_bench(arguments: argparse.Namespace, rest: list[str]) -> int:
     from quantmatrix.exit_codes import EXIT_PROBLEM
     from quantmatrix.proof import bench_gate, bench_results
 
-    check_words(arguments)
+    check_arguments(arguments)
     kept = None
     if arguments.compare:
         kept, results = (bench_results.read(Path(file)) for file in arguments.compare)
     else:
         if arguments.output_path:
-            check_place(Path(arguments.output_path))
+            check_writable(Path(arguments.output_path))
         if arguments.baseline:
             kept = bench_results.read(Path(arguments.baseline))  # before anything is measured
         results = measure(arguments, rest)
@@ -74,7 +79,7 @@ def run_bench(arguments: argparse.Namespace, rest: list[str]) -> int:
     return EXIT_PROBLEM if worse else 0
 
 
-def check_words(arguments: argparse.Namespace) -> None:
+def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UsageError where the flags do not say exactly one thing to measure."""
     from quantmatrix.proof.ratios import FEWEST
 
@@ -146,19 +151,19 @@ def measure_synthetic(arguments: argparse.Namespace, say: Callable[[str], None])
     from quantmatrix import families, models
     from quantmatrix.hardware import probe
 
-    for flag, word, known in (
+    for flag, value, known in (
         ("--model-id", arguments.model_id, models.IDS),
         ("--family", arguments.family, families.IDS),
     ):
-        if word not in known:
-            raise UsageError(f"{flag} {word}: --synthetic expects one of {', '.join(known)}")
+        if value not in known:
+            raise UsageError(f"{flag} {value}: --synthetic expects one of {', '.join(known)}")
     schemes = families.load(arguments.family).SCHEMES
     scheme = arguments.scheme or next(iter(schemes))
     if scheme not in schemes:
         raise UsageError(f"--scheme {scheme}: {arguments.family} has {', '.join(schemes)}")
     from quantmatrix.measure.bench.pairs import bench_synthetic
 
-    words = [arguments.model_id, arguments.family, scheme, arguments.backend or "default"]
+    names = [arguments.model_id, arguments.family, scheme, arguments.backend or "default"]
     found = bench_synthetic(
         arguments.model_id,
         probe.probe(arguments.device),
@@ -169,7 +174,7 @@ def measure_synthetic(arguments: argparse.Namespace, say: Callable[[str], None])
         repeats=arguments.repeats,
         say=say,
     )
-    what = f"synthetic {arguments.synthetic} {' '.join(words)}"
+    what = f"synthetic {arguments.synthetic} {' '.join(names)}"
     return {"what": what, "command": tell_command(arguments), **found}
 
 
@@ -177,7 +182,7 @@ def tell_command(arguments: argparse.Namespace) -> str:
     """The command as it was given."""
     import shlex
 
-    return shlex.join(["quantmatrix", *arguments.words])
+    return shlex.join(["quantmatrix", *arguments.argv])
 
 
 @contextmanager
@@ -217,7 +222,7 @@ def show(
             for finding in findings:
                 print(finding.tell())
         counts = bench_gate.count_verdicts(findings)
-        print("; ".join(f"{count} {word}" for word, count in counts.items()))
+        print("; ".join(f"{count} {verdict}" for verdict, count in counts.items()))
 
 
 def print_result(result: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ def add_to(commands: Any) -> None:
     from quantmatrix.cli.output import add_command
     from quantmatrix.request import add_request_flags, parse_number
 
-    text = "compare two checkpoints, backends or saved runs; 1 when a limit is violated"
+    text = "compare two checkpoints, backends or saved runs; exit code 1 when a limit is exceeded"
     parser = add_command(commands, "compare", text, run_compare)
     what = "a checkpoint, the base model, X@BACKEND, or a file of `generate --save-latents`"
     parser.add_argument("reference", metavar="A", help=what)
@@ -50,9 +50,9 @@ def run_compare(arguments: argparse.Namespace, rest: list[str]) -> int:
     from quantmatrix.measure.comparison import Bounds, compare_sides, read_side
 
     sides = []
-    for word in (arguments.reference, arguments.candidate):
-        report_progress(word)
-        sides.append(read_side(word, request))
+    for side in (arguments.reference, arguments.candidate):
+        report_progress(side)
+        sides.append(read_side(side, request))
     bounds = Bounds(**{name: getattr(arguments, name) for name in BOUNDS})
     found = compare_sides(sides[0], sides[1], bounds)
     if arguments.json:
@@ -88,5 +88,5 @@ def print_step(label: str, step: Mapping[str, Any]) -> None:
 
 
 def tell(value: float | None, other: str = "inf") -> str:
-    """Six digits; what JSON cannot hold in words."""
+    """Six digits; what JSON cannot hold as text."""
     return other if value is None else f"{value:.6g}"

@@ -1,4 +1,4 @@
-"""`quantmatrix compile`: the kernels of ours that a hardware's rows start, built without it."""
+"""`quantmatrix compile`: the kernels of ours that a device's rows start, built without it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ def add_to(commands: Any) -> None:
     """Add the parser."""
     from quantmatrix.cli.output import add_command
 
-    text = "build the Triton kernels that a hardware's rows start, at true sizes, on any machine"
+    text = (
+        "build the Triton kernels that the rows of a device launch, at true sizes, on any machine"
+    )
     parser = add_command(commands, "compile", text, run_compile)
     parser.add_argument("--hardware", required=True, metavar="ID", help="a row of hardware.csv")
     parser.add_argument("--row", help="a row of cases.csv, or a cell; default: all of the hardware")
-    parser.add_argument("--no-cache", action="store_true", help="build what is kept, too")
+    parser.add_argument("--no-cache", action="store_true", help="rebuild cached kernels, too")
     parser.add_argument("--json", action="store_true")
 
 
@@ -39,7 +41,7 @@ def run_compile(arguments: argparse.Namespace, rest: list[str]) -> int:
     builder = compiled.Builder(None if arguments.no_cache else compiled.default_folder())
     shown = tqdm(cells, desc=row.id, disable=not sys.stderr.isatty(), leave=False)
     found = {cell.id: compiled.compile_cell(tables, cell, builder) for cell in shown}
-    ok = not any(told.faults for told in found.values() if told is not None)
+    ok = not any(result.faults for result in found.values() if result is not None)
     if arguments.json:
         print_json(
             {
@@ -48,26 +50,26 @@ def run_compile(arguments: argparse.Namespace, rest: list[str]) -> int:
                 "arch": row.arch,
                 "triton": version,
                 "built": builder.built,
-                "cells": {name: told and told.to_json() for name, told in found.items()},
+                "cells": {name: result and result.to_json() for name, result in found.items()},
             }
         )
     else:
         print(f"{row.name} ({row.arch}), Triton {version}: built, never run")
-        print("\n".join(line for name, told in found.items() for line in to_lines(name, told)))
+        print("\n".join(line for name, result in found.items() for line in to_lines(name, result)))
         print(f"{len(builder.kept)} programs, {builder.built} of them built now")
     return 0 if ok else EXIT_PROBLEM
 
 
-def to_lines(name: str, told: Compiled | None) -> list[str]:
+def to_lines(name: str, result: Compiled | None) -> list[str]:
     """A cell for people."""
-    if told is None:
+    if result is None:
         return [f"{name}: starts no kernel of ours"]
-    lines = [f"{name}: {told.summary}"]
-    for program in told.programs:
+    lines = [f"{name}: {result.summary}"]
+    for program in result.programs:
         used = (
             f"{program.registers} registers, {program.spilled} bytes spilled, "
             f"{program.shared / 1024:.3g} of {program.shared_limit / 1024:g} KiB shared, "
             f"{program.warps} warps, {program.digest[:19]}"
         )
         lines.append(f"  {program.kernel}: {used if program.digest else 'not built'}")
-    return [*lines, *(f"  FAULT {fault}" for fault in told.faults)]
+    return [*lines, *(f"  FAULT {fault}" for fault in result.faults)]

@@ -31,9 +31,11 @@ def run_dequantize(arguments: argparse.Namespace, rest: list[str]) -> int:
         raise UsageError("--output-path is missing: name the folder to write")
     dtype = arguments.dtype or "float32"
     request = use_tiny(read_request(arguments, rest))
-    made = dequantize(request, arguments.output_path, component=arguments.component, dtype=dtype)
+    written = dequantize(request, arguments.output_path, component=arguments.component, dtype=dtype)
     if arguments.json:
-        print_json(made)
+        print_json(written)
     else:
-        say(f"{made['output']}: {made['tensors']} tensors, {made['bytes'] / 2**20:,.1f} MiB")
+        say(
+            f"{written['output']}: {written['tensors']} tensors, {written['bytes'] / 2**20:,.1f} MiB"
+        )
     return 0

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def _add_doctor(commands: Any) -> None:
-    text = "look at this machine: devices, optional packages, the wrong `nunchaku`"
+    text = "check this machine: devices, optional packages, an unrelated `nunchaku` package"
     parser = add_command(commands, "doctor", text, run_doctor)
     parser.add_argument("--json", action="store_true")
 

@@ -1,4 +1,4 @@
-"""`quantmatrix matrix dry-run`: what the job of a hardware would run, on any machine."""
+"""`quantmatrix matrix dry-run`: what the job of a device would run, on any machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def add_to_matrix(actions: Any) -> None:
     """Add the action to those of `quantmatrix matrix`."""
     from quantmatrix.cli.output import add_command
 
-    text = "the guide's checkpoints on a hardware: commands, kernels and memory, without it"
+    text = "the guide's checkpoints on a device: commands, kernels and memory, without it"
     parser = add_command(actions, "dry-run", text, run_dry)
     parser.add_argument("--hardware", required=True, metavar="ID", help="a row of hardware.csv")
     parser.add_argument("--json", action="store_true")
@@ -31,31 +31,34 @@ def run_dry(arguments: argparse.Namespace, rest: list[str]) -> int:
     row = tables.hardware[arguments.hardware]
     shown = tqdm(cells, desc=row.job, disable=not sys.stderr.isatty(), leave=False)
     found = [dry_run.describe(tables, cell) for cell in shown]
-    ok = bool(found) and all(told["ok"] for told in found)
+    ok = bool(found) and all(described["ok"] for described in found)
     if arguments.json:
         print_json({"ok": ok, "hardware": row.id, "job": row.job, "cells": found})
     else:
         many = "checkpoint" if len(found) == 1 else "checkpoints"
         print(f"{row.job}: {len(found)} {many} of the guide on {row.name}, planned only")
-        print("\n".join(line for told in found for line in to_lines(told)))
+        print("\n".join(line for described in found for line in to_lines(described)))
     if not found:
         return NOTHING_COLLECTED
     return 0 if ok else EXIT_PROBLEM
 
 
-def to_lines(told: dict[str, Any]) -> list[str]:
+def to_lines(described: dict[str, Any]) -> list[str]:
     """A cell for people."""
-    lines = ["", told["cell"], f"  {told['command']}"]
-    if not told["ok"]:
-        return [*lines, f"  refused [{told['refusal']['rule']}]: {told['refusal']['message']}"]
-    for name, counts in told["kernels"].items():
+    lines = ["", described["cell"], f"  {described['command']}"]
+    if not described["ok"]:
+        return [
+            *lines,
+            f"  refused [{described['refusal']['rule']}]: {described['refusal']['message']}",
+        ]
+    for name, counts in described["kernels"].items():
         kernels = ", ".join(f"{count} x {kernel}" for kernel, count in counts.items())
         lines.append(f"  kernels  {name}: {kernels or 'full precision'} (tiny stand-in)")
-    true, tiny = told["true_bytes"] / 2**30, told["tiny_bytes"] / 2**20
-    each = f" on each of {told['devices']} devices" if told["devices"] > 1 else ""
-    held = told["memory_bytes"] / 2**30
+    true, tiny = described["true_bytes"] / 2**30, described["tiny_bytes"] / 2**20
+    each = f" on each of {described['devices']} devices" if described["devices"] > 1 else ""
+    held = described["memory_bytes"] / 2**30
     lines.append(
         f"  memory   {held:.1f} GiB of weights at true size{each}, {true:.1f} GiB in files "
         f"({tiny:.1f} MiB tiny)"
     )
-    return [*lines, *(f"  warning: {warning}" for warning in told["warnings"])]
+    return [*lines, *(f"  warning: {warning}" for warning in described["warnings"])]

@@ -41,7 +41,7 @@ def add_to(commands: Any) -> None:
     shown.add_argument("--json", action="store_true", help="the same: a schema is JSON")
     for action in (merge, check):
         action.add_argument(
-            "--check", nargs="+", default=[], metavar="NAME", help="look at these checks only"
+            "--check", nargs="+", default=[], metavar="NAME", help="only these checks"
         )
         action.add_argument("--json", action="store_true")
 
@@ -102,8 +102,8 @@ def run_check(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.json:
         print_json({**found.to_json(), "stale": stale})
     else:
-        told = [f"stale: {cell}: {why}" for cell, why in stale.items()]
-        say("\n".join([*told, *found.describe(), f"{found.planned} cells were planned"]))
+        lines = [f"stale: {cell}: {why}" for cell, why in stale.items()]
+        say("\n".join([*lines, *found.describe(), f"{found.planned} cells were planned"]))
     return found.code
 
 
@@ -147,8 +147,8 @@ def compare(arguments: argparse.Namespace, verdicts: Verdicts, tables: Matrix) -
     from quantmatrix.harness import completeness
     from quantmatrix.tables import rows
 
-    if strange := [name for name in arguments.check if name not in rows.CHECKS]:
-        raise UsageError(f"--check {strange[0]}: known: {', '.join(rows.CHECKS)}")
+    if unknown := [name for name in arguments.check if name not in rows.CHECKS]:
+        raise UsageError(f"--check {unknown[0]}: known: {', '.join(rows.CHECKS)}")
     planned = completeness.read_planned(arguments.planned, tables)
     return completeness.compare(planned, verdicts, arguments.check)
 

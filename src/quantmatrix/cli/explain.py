@@ -13,7 +13,7 @@ def add_to(commands: Any) -> None:
     """Add the parser."""
     from quantmatrix.cli.output import add_command
 
-    text = "say whether a checkpoint works on a hardware, why, and what works instead"
+    text = "check whether a checkpoint works on your GPU, and what to use if it does not"
     parser = add_command(commands, "explain", text, run_explain)
     parser.add_argument("--checkpoint", required=True, help="an id, a hub id, a path or file name")
     parser.add_argument("--hardware", required=True, help="an id, a group or `auto`")
@@ -37,8 +37,10 @@ def run_explain(arguments: argparse.Namespace, rest: list[str]) -> int:
     explainer = Explainer(read.read(), evidence, now)
     found = explainer.explain(arguments.checkpoint, arguments.hardware, arguments.model)
     if arguments.json:
-        told = {"cells": [one.to_json() for one in found]}
-        print_json({"ok": True, "read_from": reports_folder.tell_source(arguments.reports), **told})
+        answer = {"cells": [one.to_json() for one in found]}
+        print_json(
+            {"ok": True, "read_from": reports_folder.tell_source(arguments.reports), **answer}
+        )
     else:
         print("\n\n".join(to_text(explanation) for explanation in found))
         tell_where(arguments.reports)
@@ -61,9 +63,9 @@ def to_text(found: Explanation) -> str:
     if found.evidence:
         lines.append(f"  evidence  {found.evidence}")
     for other in found.alternatives:
-        told = label(other.state, other.scope)
-        lines.append(f"  instead   {other.how}: {other.cell} ({told})")
+        label_text = label(other.state, other.scope)
+        lines.append(f"  instead   {other.how}: {other.cell} ({label_text})")
         lines += [f"            {command}" for command in other.commands]
     if not found.alternatives and found.state != "proven":
-        lines.append("  instead   nothing in the tables works in its place")
+        lines.append("  instead   nothing in the tables")
     return "\n".join(lines)

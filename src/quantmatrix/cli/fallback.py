@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantmatrix.errors import UsageError
-from quantmatrix.files import check_place, whole, write_whole
+from quantmatrix.files import check_writable, whole, write_whole
 
 
 def add_to(commands: Any) -> None:
@@ -16,12 +16,12 @@ def add_to(commands: Any) -> None:
     from quantmatrix.cli.output import add_command
     from quantmatrix.request import add_request_flags, parse_number
 
-    text = "measure what each quantized layer does to the latents; propose the smallest BF16 set"
+    text = "measure how much each quantized layer changes the latents; propose the smallest set to keep in BF16"
     parser = add_command(commands, "fallback", text, run_fallback)
     add_request_flags(parser)
     parser.add_argument(
         "--target-psnr", type=parse_number, default=30.0, metavar="DB",
-        help="PSNR of the final latents against full precision that is to be met (default 30)",
+        help="PSNR that the final latents must reach against full precision (default 30)",
     )  # fmt: skip
     parser.add_argument("--by", choices=("layer", "block"), default="layer", help="what is kept")
     parser.add_argument("--output-path", metavar="DIR", help="write fallback.json and .svg there")
@@ -39,7 +39,7 @@ def run_fallback(arguments: argparse.Namespace, rest: list[str]) -> int:
     if folder is not None and folder.exists() and not folder.is_dir():
         raise UsageError(f"--output-path {folder}: is a file, expected a folder")
     if folder is not None:
-        check_place(folder / "files")
+        check_writable(folder / "files")
     found = fallback.propose(
         read_request(arguments, rest),
         target_db=arguments.target_psnr,

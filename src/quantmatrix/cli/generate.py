@@ -24,7 +24,7 @@ def _add_generate(commands: Any) -> None:
     )
     add_request_flags(parser)
     add_output_flags(parser)
-    parser.add_argument("--save-latents", metavar="FILE", help="keep the run for `compare`")
+    parser.add_argument("--save-latents", metavar="FILE", help="save the run for `compare`")
     add_sharing_flag(parser)
     parser.set_defaults(takes_overrides=True)
 
@@ -39,7 +39,7 @@ def run_generate(arguments: argparse.Namespace, rest: list[str]) -> int:
     from quantmatrix.runtime import parallel
 
     if not parallel.is_worker():
-        return parallel.launch(api.require_plan(request), arguments.words)
+        return parallel.launch(api.require_plan(request), arguments.argv)
     request, _ = api.resolve(request)
     with parallel.join(request) as (rank, plan, pipeline):
         return show_runs(request, arguments, plan, rank, pipeline)
@@ -84,7 +84,7 @@ def show_runs(
 
     runs = generate_all(
         request,
-        made=plan,
+        plan=plan,
         pipeline=pipeline,
         progress=sys.stderr.isatty(),
         save=None if rank else save,

@@ -17,7 +17,9 @@ def add_to_matrix(actions: Any) -> None:
     parser.add_argument(
         "--hardware", nargs="+", default=[], metavar="ID", help="ids or groups (default: all)"
     )
-    parser.add_argument("--parts", type=int, metavar="N", help="cut each hardware into N parts")
+    parser.add_argument(
+        "--parts", type=int, metavar="N", help="cut the cells of each device into N parts"
+    )
     parser.add_argument(
         "--minutes", type=parse_number, default=30.0, help="or into parts of about this length (30)"
     )
@@ -38,8 +40,8 @@ def run_jobs(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     tables = read.read()
     known = [*tables.hardware, *tables.groups]
-    if strange := [word for word in arguments.hardware if word not in known]:
-        raise UsageError(f"--hardware {strange[0]}: not in the tables; known: {', '.join(known)}")
+    if unknown := [name for name in arguments.hardware if name not in known]:
+        raise UsageError(f"--hardware {unknown[0]}: not in the tables; known: {', '.join(known)}")
     if (arguments.parts is not None and arguments.parts < 1) or arguments.minutes <= 0:
         raise UsageError("--parts and --minutes: expected more than 0")
     evidence = render.read_evidence(arguments.reports)

@@ -1,8 +1,8 @@
 """The command line. Every command has `--json`; nothing heavy is imported before it is needed.
 
-Exit codes: 0 done, 1 something is wrong with a file or a claim, 2 the words contradict each other,
-3 a refusal (the plan ended in a rule), 14 the environment is unusable (the hub cannot be read, a package
-is missing, the disk is full), 130 interrupted, 143 terminated.
+Exit codes: 0 done, 1 something is wrong with a file or a claim, 2 the arguments contradict each
+other, 3 a refusal (the plan ended in a rule), 14 the environment is unusable (the hub cannot be
+read, a package is missing, the disk is full), 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from quantmatrix.exit_codes import (
     blames_environment,
 )
 from quantmatrix.request import (
-    normalize_words,
+    normalize_flags,
 )
 
 if TYPE_CHECKING:
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    words = normalize_words(sys.argv[1:] if argv is None else argv)
-    as_json = "--json" in words
+    flags = normalize_flags(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in flags
     try:
-        code = run_command(words)
+        code = run_command(flags)
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
@@ -74,11 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
-def run_command(words: list[str]) -> int:
+def run_command(argv: list[str]) -> int:
     """Parse the arguments and run their command; raises UsageError for one that nothing takes."""
     parser = build_parser()
-    arguments, rest = parser.parse_known_args(words)
-    arguments.words = words
+    arguments, rest = parser.parse_known_args(argv)
+    arguments.argv = argv
     handler: Handler | None = getattr(arguments, "handler", None)
     if handler is None:
         if rest:

@@ -58,9 +58,9 @@ def run_matrix_list(arguments: argparse.Namespace, rest: list[str]) -> int:
     for flag in LIST_FILTERS:
         wanted = getattr(arguments, flag)
         known = {row[flag] for row in rows} - {""} | known_values(tables, flag)
-        strange = [word for word in wanted if word not in known]
-        if strange:
-            raise UsageError(f"--{flag} {strange[0]}: not in the tables; known: {sorted(known)}")
+        unknown = [name for name in wanted if name not in known]
+        if unknown:
+            raise UsageError(f"--{flag} {unknown[0]}: not in the tables; known: {sorted(known)}")
         rows = [row for row in rows if not wanted or row[flag] in wanted]
     if arguments.json:
         from quantmatrix.proof import reports_folder

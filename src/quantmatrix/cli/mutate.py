@@ -14,7 +14,7 @@ def add_to(commands: Any) -> None:
     """Add the parser."""
     from quantmatrix.cli.output import add_command
 
-    text = "inject faults into tiny checkpoints and see that the rows' checks catch them"
+    text = "inject faults into tiny checkpoints and confirm that the rows' checks catch them"
     parser = add_command(commands, "mutate", text, run_mutate)
     parser.add_argument("rows", nargs="*", metavar="ROW", help="rows, families, models, or globs")
     parser.add_argument("--faults", nargs="+", default=[], metavar="NAME", help="these only")

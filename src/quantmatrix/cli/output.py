@@ -59,7 +59,7 @@ def explain_os_error(error: OSError) -> QuantmatrixError:
 
 
 def report_error(error: QuantmatrixError, code: int, *, as_json: bool) -> int:
-    """Print an error: words on standard error, and the same as JSON where that was asked for."""
+    """Print an error: text on standard error, and the same as JSON where that was asked for."""
     message = shorten_error(error)
     print(f"quantmatrix: {message}", file=sys.stderr)
     if as_json:
@@ -71,7 +71,7 @@ def report_error(error: QuantmatrixError, code: int, *, as_json: bool) -> int:
 
 
 def shorten_error(error: QuantmatrixError) -> str:
-    """The words of an error, without what names and values of strangers may do in them.
+    """The text of an error, with names and values from untrusted files made harmless.
 
     Only the list of what is wrong with the tables, which are the user's own, is shown to its end.
     """
@@ -125,7 +125,7 @@ def report_progress(text: str) -> None:
 
 
 def say(text: str, *, to_errors: bool = False) -> None:
-    """Print lines for people, in which names and values of strangers are escaped."""
+    """Print lines for people, in which names and values from untrusted files are escaped."""
     print(escape_lines(text), file=sys.stderr if to_errors else sys.stdout)
 
 
@@ -144,7 +144,7 @@ def add_command(commands: Any, name: str, text: str, handler: Handler) -> argpar
 
 
 def read_request(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
-    """The request of parsed flags; the only place where environment variables are read."""
+    """The request of parsed flags; environment variables are read only here."""
     from quantmatrix.request import Hub
 
     extra: dict[str, Any] = {"fp4_gemm_backend": os.environ.get(FP4_BACKEND_VARIABLE)}

@@ -19,7 +19,7 @@ def add_to(commands: Any) -> None:
     text = "run the latents check of a cell on this machine, and write its packet"
     make = add_command(actions, "make", text, run_make)
     make.add_argument("cell", help="id of a cell (row@hardware, row@hardware+backend)")
-    make.add_argument("--output-path", required=True, help="the folder to write, a new one")
+    make.add_argument("--output-path", required=True, help="the folder to write; it must not exist")
     make.add_argument("--tiny", action="store_true", help="on tiny stand-ins")
     text = "verify schema and digests, and compute the metrics again from the latents"
     check = add_command(actions, "check", text, run_check)
@@ -47,8 +47,8 @@ def run_make(arguments: argparse.Namespace, rest: list[str]) -> int:
     found = record.checks["latents"]
     if arguments.json:
         scope = scopes.read_scope(record)
-        told = {"verdict": found.verdict, "message": found.message, "scope": scope}
-        print_json({"ok": True, "packet": str(folder), "cell": cell.id, **told})
+        result = {"verdict": found.verdict, "message": found.message, "scope": scope}
+        print_json({"ok": True, "packet": str(folder), "cell": cell.id, **result})
     else:
         print(f"{folder}: {cell.id}: {found.verdict} {found.message}".rstrip())
     return 0

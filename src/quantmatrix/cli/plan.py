@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _add_plan(commands: Any) -> None:
-    text = "say what would run, with which kernels and memory, or why not; reads headers only"
+    text = "show what would run, with which kernels and how much memory, or why not; reads headers only"
     parser = add_command(commands, "plan", text, run_plan)
     add_request_flags(parser)
     add_output_flags(parser)
@@ -29,34 +29,34 @@ def run_plan(arguments: argparse.Namespace, rest: list[str]) -> int:
     from quantmatrix.api import plan
     from quantmatrix.runtime.plan.types import Refusal
 
-    made = plan(read_request(arguments, rest))
-    told = made.to_json()
-    if not isinstance(made, Refusal) and made.request.tiny:
-        told |= describe_true_size(made, told["warnings"])
+    planned = plan(read_request(arguments, rest))
+    fields = planned.to_json()
+    if not isinstance(planned, Refusal) and planned.request.tiny:
+        fields |= describe_true_size(planned, fields["warnings"])
     if arguments.json:
-        print_json(told)
-    elif isinstance(made, Refusal):
-        say(f"refused [{made.rule}]: {made.message}")
+        print_json(fields)
+    elif isinstance(planned, Refusal):
+        say(f"refused [{planned.rule}]: {planned.message}")
     else:
-        print_plan(told)
-    return 0 if made.ok else EXIT_REFUSED
+        print_plan(fields)
+    return 0 if planned.ok else EXIT_REFUSED
 
 
-def describe_true_size(made: Any, warnings: list[str]) -> dict[str, Any]:
+def describe_true_size(plan: Any, warnings: list[str]) -> dict[str, Any]:
     """What a plan of stand-ins says of the model itself: bytes per component, and whether they fit."""
     from quantmatrix.runtime import true_bytes
 
-    sizes = true_bytes.measure_all(made)
-    why = true_bytes.explain_fit(sizes, made)
-    told = {name: size.whole for name, size in sizes.items()}
-    return {"true_bytes": told, "warnings": [*warnings, *([why] if why else [])]}
+    sizes = true_bytes.measure_all(plan)
+    why = true_bytes.explain_fit(sizes, plan)
+    whole = {name: size.whole for name, size in sizes.items()}
+    return {"true_bytes": whole, "warnings": [*warnings, *([why] if why else [])]}
 
 
-def print_plan(made: Mapping[str, Any]) -> None:
+def print_plan(plan: Mapping[str, Any]) -> None:
     """A plan for people."""
-    say(f"{made['model']} on {made['machine']['name']} ({made['machine']['arch']})")
-    each = f" in each of {made['processes']} processes" if made["processes"] > 1 else ""
-    for name, part in made["components"].items():
+    say(f"{plan['model']} on {plan['machine']['name']} ({plan['machine']['arch']})")
+    each = f" in each of {plan['processes']} processes" if plan["processes"] > 1 else ""
+    for name, part in plan["components"].items():
         say(f"  {name}: {part['family'] or 'full precision'} ({part['why']})")
         say(f"    weights      {', '.join(part['files'])}")
         if part["layout"]:
@@ -66,14 +66,14 @@ def print_plan(made: Mapping[str, Any]) -> None:
         layers = f"{part['quantized_layers']} of {part['total_layers']}"
         say(f"    quantized    {layers} linear layers, {part['precision'] or '-'}{rank}")
         say(f"    kernels      {backends_text(part['backends'])}")
-        say(f"    memory       {describe_weights(made, name)}{each}")
-    for warning in made["warnings"]:
+        say(f"    memory       {describe_weights(plan, name)}{each}")
+    for warning in plan["warnings"]:
         say(f"  warning: {warning}")
 
 
-def describe_weights(made: Mapping[str, Any], name: str) -> str:
+def describe_weights(plan: Mapping[str, Any], name: str) -> str:
     """Bytes of a component's weights; of a stand-in those of the model itself, too."""
-    found = f"{made['components'][name]['bytes'] / 2**20:,.1f} MiB of weights"
-    if "true_bytes" not in made:
+    found = f"{plan['components'][name]['bytes'] / 2**20:,.1f} MiB of weights"
+    if "true_bytes" not in plan:
         return found
-    return f"{found} in the stand-in; at true size {made['true_bytes'][name] / 2**30:,.1f} GiB"
+    return f"{found} in the stand-in; at true size {plan['true_bytes'][name] / 2**30:,.1f} GiB"

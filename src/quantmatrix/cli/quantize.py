@@ -16,22 +16,24 @@ def add_to(commands: Any) -> None:
     from quantmatrix.cli.output import add_command
     from quantmatrix.request import add_request_flags
 
-    text = "make a checkpoint of a family from a full-precision model, calibrated by running it"
+    text = "quantize a full-precision model into a family's format, calibrated by running it"
     parser = add_command(commands, "quantize", text, run_quantize)
     add_request_flags(parser)
-    made = parser.add_argument_group("what is made")
-    made.add_argument("--family", required=True, help="fp8, modelopt-fp8, nunchaku-svdq ...")
-    made.add_argument("--scheme", help="of the family: FP8, NVFP4, W8A8_DYNAMIC, tensor-static ...")
-    made.add_argument("--precision", help="int4 or nvfp4, for nunchaku-svdq")
-    made.add_argument("--rank", type=int, help="low-rank size, for nunchaku-svdq (default 32)")
-    made.add_argument(
+    group = parser.add_argument_group("what is made")
+    group.add_argument("--family", required=True, help="fp8, modelopt-fp8, nunchaku-svdq ...")
+    group.add_argument(
+        "--scheme", help="of the family: FP8, NVFP4, W8A8_DYNAMIC, tensor-static ..."
+    )
+    group.add_argument("--precision", help="int4 or nvfp4, for nunchaku-svdq")
+    group.add_argument("--rank", type=int, help="low-rank size, for nunchaku-svdq (default 32)")
+    group.add_argument(
         "--keep", nargs="*", metavar="SET|REGEX",
-        help="layers left alone (default: those of the validated checkpoints; nothing: none)",
+        help="layers to leave unquantized (default: those of the validated checkpoints; no names: none)",
     )  # fmt: skip
-    made.add_argument("--calibration-prompts", metavar="FILE", help="one prompt a line")
-    made.add_argument("--output-path", required=True, help="a folder, or one .safetensors file")
-    made.add_argument("--overwrite", action="store_true", help="replace what is there")
-    made.add_argument("--json", action="store_true")
+    group.add_argument("--calibration-prompts", metavar="FILE", help="one prompt per line")
+    group.add_argument("--output-path", required=True, help="a folder, or one .safetensors file")
+    group.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    group.add_argument("--json", action="store_true")
 
 
 def read_prompts(path: str) -> list[str]:
@@ -42,7 +44,7 @@ def read_prompts(path: str) -> list[str]:
         raise UsageError(f"--calibration-prompts {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"--calibration-prompts {path}: {error}; expected text, one prompt a line"
+            f"--calibration-prompts {path}: {error}; expected text, one prompt per line"
         ) from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:

@@ -12,13 +12,15 @@ def add_to(commands: Any) -> None:
     """Add the parser."""
     from quantmatrix.cli.output import add_command
 
-    text = "time one transformer forward with random weights, quantized beside BF16; no download"
+    text = (
+        "time one transformer forward with random weights, quantized and in BF16; downloads nothing"
+    )
     parser = add_command(commands, "speed", text, run_speed)
     parser.add_argument("--synthetic", choices=("full", "tiny"), default="full", help="model size")
     parser.add_argument("--model-id", required=True, help="flux-1, flux-2, wan-2-2 ...")
     parser.add_argument("--family", required=True, help="fp8, modelopt-nvfp4 ...")
     parser.add_argument("--scheme", help="of the family (default: its first)")
-    parser.add_argument("--backend", help="kernel backend; nothing else is tried")
+    parser.add_argument("--backend", help="use only this kernel backend")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the best there is)")
     parser.add_argument("--compile", action="store_true", help="compile the repeated blocks")
     parser.add_argument("--cuda-graph", action="store_true", help="replay from a CUDA graph")
@@ -37,12 +39,12 @@ def run_speed(arguments: argparse.Namespace, rest: list[str]) -> int:
     from quantmatrix.hardware import probe
     from quantmatrix.measure.bench import speed
 
-    for flag, word, known in (
+    for flag, value, known in (
         ("--model-id", arguments.model_id, models.IDS),
         ("--family", arguments.family, families.IDS),
     ):
-        if word not in known:
-            raise UsageError(f"{flag} {word}: expected one of {', '.join(known)}")
+        if value not in known:
+            raise UsageError(f"{flag} {value}: expected one of {', '.join(known)}")
     schemes = families.load(arguments.family).SCHEMES
     scheme = arguments.scheme or next(iter(schemes))
     if scheme not in schemes:

@@ -15,7 +15,7 @@ def add_to(commands: Any) -> None:
     """Add the parser."""
     from quantmatrix.cli.output import add_command
 
-    text = f"Markdown of what runs showed, changed cells first, for ${STEP}"
+    text = f"summarize runs in Markdown, changed cells first, for ${STEP}"
     parser = add_command(commands, "summary", text, run_summary)
     parser.add_argument("folders", nargs="+", type=Path, metavar="EVIDENCE")
     parser.add_argument(
@@ -30,7 +30,7 @@ def add_to(commands: Any) -> None:
 def run_summary(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Append or print; a job that showed nothing is no success, nor is one with a damaged record.
 
-    Raises UsageError for a `--since` that is no folder.
+    Raises UsageError for a `--since` that is not a folder.
     """
     from quantmatrix.cli.output import print_json, read_variable
     from quantmatrix.errors import UsageError
@@ -52,14 +52,14 @@ def run_summary(arguments: argparse.Namespace, rest: list[str]) -> int:
     cells = job_summary.list_cells(read.read(), before, merged.records, now)
     problems = [f"damaged: {line}" for line in merged.damaged]
     problems += [] if cells else [MEANINGS[NOTHING_COLLECTED]]
-    place = arguments.output_path or read_variable(STEP)
-    if place:
-        size = job_summary.append(Path(place), cells, problems)
-        print(f"{size} bytes appended to {place}", file=sys.stderr)
+    path = arguments.output_path or read_variable(STEP)
+    if path:
+        size = job_summary.append(Path(path), cells, problems)
+        print(f"{size} bytes appended to {path}", file=sys.stderr)
     if arguments.json:
         listed = job_summary.to_json(cells)
-        print_json({"ok": not problems, "cells": listed, "problems": problems, "output": place})
-    elif not place:
+        print_json({"ok": not problems, "cells": listed, "problems": problems, "output": path})
+    elif not path:
         print(job_summary.write_summary(cells, problems), end="")
     if not cells:
         return NOTHING_COLLECTED

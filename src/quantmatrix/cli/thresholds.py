@@ -20,7 +20,9 @@ def add_to(commands: Any) -> None:
     """Add the parser."""
     from quantmatrix.cli.output import add_command
 
-    text = "list the limits and the samples behind them; with --diff, 1 when any is loosened"
+    text = (
+        "list the limits and the samples behind them; with --diff, exit code 1 when any is loosened"
+    )
     parser = add_command(commands, "thresholds", text, run_thresholds)
     what = "a git revision, or another limits.csv, that the limits are compared with"
     parser.add_argument("--diff", metavar="REV|FILE", help=what)
@@ -58,8 +60,8 @@ def run_thresholds(arguments: argparse.Namespace, rest: list[str]) -> int:
             for s, allowed in found
         ]
         spreads = {name: vars(spread) for name, spread in ledger.spreads.items()}
-        told = {"margin": limits.MARGIN, "limits": rows, "spreads": spreads}
-        print_json({"ok": True, "read_from": str(path), **told})
+        answer = {"margin": limits.MARGIN, "limits": rows, "spreads": spreads}
+        print_json({"ok": True, "read_from": str(path), **answer})
     else:
         for sample, allowed in found:
             print_limit(sample, allowed)
@@ -100,7 +102,7 @@ def print_limit(sample: Sample, allowed: Limits) -> None:
     )
 
 
-def read_older(word: str) -> Ledger:
+def read_older(reference: str) -> Ledger:
     """The ledger of a file and the spread.csv beside it, or of a revision of the project.
 
     Raises UsageError for a word that is neither.
@@ -109,19 +111,19 @@ def read_older(word: str) -> Ledger:
     from quantmatrix.proof.revisions import ask_git
     from quantmatrix.report.changes import find_checkout
 
-    if Path(word).is_file():
-        spreads = limit_samples.read_spreads(Path(word).with_name(limit_samples.SPREADS))
-        return limits.Ledger(limit_samples.read_samples(Path(word)), spreads)
-    root = find_checkout(f"--diff {word}")
+    if Path(reference).is_file():
+        spreads = limit_samples.read_spreads(Path(reference).with_name(limit_samples.SPREADS))
+        return limits.Ledger(limit_samples.read_samples(Path(reference)), spreads)
+    root = find_checkout(f"--diff {reference}")
     texts = []
     for name in (FILE, limit_samples.SPREADS):
-        done = ask_git(root, "show", f"{word}:reports/{name}")
+        done = ask_git(root, "show", f"{reference}:reports/{name}")
         texts.append("" if done.returncode else done.stdout.decode())
     if not texts[0]:
         raise UsageError(
-            f"--diff {word}: neither a file nor a revision that has reports/{FILE}; see `git log`"
+            f"--diff {reference}: neither a file nor a revision that has reports/{FILE}; see `git log`"
         )
-    samples = limit_samples.parse_samples(texts[0], f"{word}:reports/{FILE}")
-    place = f"{word}:reports/{limit_samples.SPREADS}"
-    spreads = limit_samples.parse_spreads(texts[1], place) if texts[1] else {}
+    samples = limit_samples.parse_samples(texts[0], f"{reference}:reports/{FILE}")
+    address = f"{reference}:reports/{limit_samples.SPREADS}"
+    spreads = limit_samples.parse_spreads(texts[1], address) if texts[1] else {}
     return limits.Ledger(samples, spreads)  # revisions before spreads were kept have none

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantmatrix.cli.output import add_command, print_json
-from quantmatrix.files import check_place, naming
+from quantmatrix.files import check_writable, naming
 
 if TYPE_CHECKING:
     import argparse
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _add_tiny_hub(commands: Any) -> None:
-    text = "make tiny true-format stand-ins for every repository in the tables"
+    text = "write tiny stand-ins, in the true formats, for every repository in the tables"
     parser = add_command(commands, "tiny-hub", text, run_tiny_hub)
     parser.add_argument("folder", nargs="?", help="a hub cache folder (default: your cache)")
     parser.add_argument("--json", action="store_true")
@@ -26,12 +26,12 @@ def run_tiny_hub(arguments: argparse.Namespace, rest: list[str]) -> int:
     from quantmatrix.tiny import hub
 
     folder = Path(arguments.folder) if arguments.folder else hub.default_folder()
-    check_place(folder / "models", "FOLDER")
+    check_writable(folder / "models", "FOLDER")
     with naming(folder):
-        made = hub.ensure_all(folder)
+        written = hub.ensure_all(folder)
     if arguments.json:
-        print_json({"folder": str(folder), "repositories": made})
+        print_json({"folder": str(folder), "repositories": written})
     else:
-        print("\n".join(made))
-        print(f"{len(made)} stand-ins in {folder}", file=sys.stderr)
+        print("\n".join(written))
+        print(f"{len(written)} stand-ins in {folder}", file=sys.stderr)
     return 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import QuantmatrixError, UsageError
-from quantmatrix.files import check_place
+from quantmatrix.files import check_writable
 
 if TYPE_CHECKING:
     from quantmatrix.measure.trace_census import Census
@@ -26,7 +26,7 @@ def add_to(commands: Any) -> None:
     from quantmatrix.cli.output import add_command
     from quantmatrix.request import add_request_flags
 
-    text = "profile a generation (Chrome trace), and see that the planned kernels ran"
+    text = "profile a generation (Chrome trace) and confirm that the planned kernels ran"
     parser = add_command(commands, "trace", text, run_trace)
     add_request_flags(parser, needed=False)
     parser.add_argument("--hardware", metavar="ROW", help="cells that this row is claimed to run")
@@ -53,7 +53,7 @@ def run_trace(arguments: argparse.Namespace, rest: list[str]) -> int:
     from quantmatrix.measure.trace import trace
 
     path = Path(arguments.output_path or FILE)
-    check_place(path)
+    check_writable(path)
     census = trace(read_request(arguments, rest), path)
     if arguments.json:
         print_json({"ok": not census.problems, "output": str(path), **census.to_json()})
@@ -84,7 +84,7 @@ def run_cells(arguments: argparse.Namespace, rest: list[str]) -> int:
     else:
         cells = choose_cells(tables, arguments.hardware)
     folder = Path(arguments.output_path or FOLDER)
-    check_place(folder / "CELL")
+    check_writable(folder / "CELL")
     found = trace_cells(cells, tables, folder, tiny=bool(arguments.tiny), quiet=arguments.json)
     problems = [line for one in found.values() for line in one["problems"]]
     if arguments.json:
@@ -92,8 +92,10 @@ def run_cells(arguments: argparse.Namespace, rest: list[str]) -> int:
     else:
         for name, one in found.items():
             share = one.get("quantize_and_scale_share")
-            told = "failed" if share is None else f"{share:6.1%} of the layers' time not in matmuls"
-            print(f"{name:50} {told}")
+            summary = (
+                "failed" if share is None else f"{share:6.1%} of the layers' time not in matmuls"
+            )
+            print(f"{name:50} {summary}")
         print(folder)
     report_problems(problems)
     return EXIT_PROBLEM if problems else 0
@@ -114,17 +116,17 @@ def trace_cells(
     for cell in tqdm(cells, desc="trace", unit="cell", disable=quiet):
         try:
             request = bench.request(cell)
-            made = bench.plan(request)
-            pipeline = bench.pipeline(request, made)
-            census = trace_pipeline(request, made, pipeline, folder / f"{cell.id}{ENDING}")
+            plan = bench.plan(request)
+            pipeline = bench.pipeline(request, plan)
+            census = trace_pipeline(request, plan, pipeline, folder / f"{cell.id}{ENDING}")
         except QuantmatrixError as error:
             found[cell.id] = {"problems": [f"{cell.id}: {error}"]}
             continue
-        told = census.to_json()
-        told["problems"] = [f"{cell.id}: {line}" for line in census.problems]
-        text = json.dumps(told, indent=1, sort_keys=True) + "\n"
+        fields = census.to_json()
+        fields["problems"] = [f"{cell.id}: {line}" for line in census.problems]
+        text = json.dumps(fields, indent=1, sort_keys=True) + "\n"
         (folder / f"{cell.id}.json").write_text(text, encoding="utf-8")
-        found[cell.id] = told
+        found[cell.id] = fields
     return found
 
 
@@ -154,12 +156,14 @@ def choose_cells(tables: Matrix, hardware: str) -> list[Cell]:
     return list(chosen.values())
 
 
-def show(census: Census, place: str) -> None:
+def show(census: Census, title: str) -> None:
     """Stages, backends and shares for people."""
-    told = census.summarize()
-    for name, stage in told["stages"].items():
+    summary = census.summarize()
+    for name, stage in summary["stages"].items():
         print(f"{name:14} {stage['calls']:5.0f} calls {stage['seconds'] * 1e3:10.2f} ms")
-    for backend, found in told["backends"].items():
+    for backend, found in summary["backends"].items():
         print(f"{found['layers']} quantized layers ran by {backend}, {found['calls']} calls")
-    print(f"{told['quantize_and_scale_share']:.1%} of their time went into quantizing and scaling")
-    print(place)
+    print(
+        f"{summary['quantize_and_scale_share']:.1%} of their time went into quantizing and scaling"
+    )
+    print(title)

@@ -14,9 +14,7 @@ def add_to(commands: Any) -> None:
     """Add the parser."""
     from quantmatrix.cli.output import add_command
 
-    text = (
-        "four steps of a cell at its model's true size with random weights, quantized and in BF16"
-    )
+    text = "run four steps of a cell at its model's true size with random weights, quantized and in BF16"
     parser = add_command(commands, "true-size", text, run_true_size)
     parser.add_argument(
         "cell", help="id of a cell (row@hardware); this machine must be its hardware"

@@ -62,16 +62,16 @@ def run_validate(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def tell_command(arguments: argparse.Namespace, rest: list[str]) -> str:
     """The command that repeats the measurement."""
-    words = ["quantmatrix", "validate", "--model-path", arguments.model_path, *rest]
+    command = ["quantmatrix", "validate", "--model-path", arguments.model_path, *rest]
     flags = ("backend", "device", "dtype", "quantization", "quantization_precision", "revision", "witness",
              "nibble_order", "nvfp4_layout",
              "quantization_rank", "height", "width", "num_frames", "num_inference_steps",
              "guidance_scale", "negative_prompt", "prompts")  # fmt: skip
     for name in flags:
         if (value := getattr(arguments, name, None)) is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+            command += [f"--{name.replace('_', '-')}", str(value)]
     for name in ("prompt", "seed"):
         if values := getattr(arguments, name):
-            words += [f"--{name}", *map(str, values)]
-    words += ["--tiny"] * bool(arguments.tiny)
-    return shlex.join([*words, "--output-path", arguments.output_path])
+            command += [f"--{name}", *map(str, values)]
+    command += ["--tiny"] * bool(arguments.tiny)
+    return shlex.join([*command, "--output-path", arguments.output_path])

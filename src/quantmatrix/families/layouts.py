@@ -46,7 +46,7 @@ class Layout:
 
 
 def describe_reading(nibbles: str, scales: str) -> str:
-    """A reading in words."""
+    """A reading as text."""
     order = "128 x 4 tiles" if scales == "tiles" else "rows"
     return f"even column in the {nibbles} nibble, block scales in {order}"
 

@@ -28,10 +28,10 @@ import torch
 
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families.producers.modelopt import (
-    FP8_WORDS,
+    FP8_ALGORITHMS,
     StoredLayer,
     read_block,
-    read_words,
+    read_method,
     refuse_others,
 )
 from quantmatrix.families.producers.modelopt_faults import check_export, list_doubts
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 ID = "modelopt-fp8"
 FP8 = Scheme("linear.fp8", "FP8", "e4m3", "tensor", "tensor-static")
 SCHEMES: Mapping[str, Scheme] = {"FP8": FP8}
-ALGORITHMS = FP8_WORDS
+ALGORITHMS = FP8_ALGORITHMS
 CPU_OFFLOAD = False
 """As the guide has it."""
 NUMBER: Mapping[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
@@ -58,7 +58,7 @@ def detect(checkpoint: Checkpoint) -> str | None:
 
     Raises CheckpointError where method and algorithm contradict each other.
     """
-    method, algorithm = read_words(read_block(checkpoint))
+    method, algorithm = read_method(read_block(checkpoint))
     if method == "modelopt_fp8" and algorithm not in ("", "FP8"):
         raise CheckpointError(
             f"{checkpoint.quantization_from}: quant_method {method} and quant_algo {algorithm} "
@@ -90,9 +90,9 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
 
     Raises CheckpointError for what does not fit together: the declaration, and tensors as they are.
     """
-    block, place = read_block(checkpoint), checkpoint.quantization_from or checkpoint.reference
-    excluded = read_ignore(block, place)
-    check_groups(block, place)
+    block, source = read_block(checkpoint), checkpoint.quantization_from or checkpoint.reference
+    excluded = read_ignore(block, source)
+    check_groups(block, source)
     found: dict[str, Scheme] = {}
     for layer, suffixes in checkpoint.layers().items():
         if "_quantizer" in layer:
@@ -111,7 +111,7 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     return found
 
 
-def check_groups(block: Mapping[str, Any], place: str) -> None:
+def check_groups(block: Mapping[str, Any], source: str) -> None:
     """`config_groups`, where there are any, must describe static FP8 of weights and inputs.
 
     Raises CheckpointError where they do not.
@@ -119,7 +119,7 @@ def check_groups(block: Mapping[str, Any], place: str) -> None:
     groups = block.get("config_groups") or {}
     if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) for g in groups.values()):
         raise CheckpointError(
-            f"{place}: config_groups is {json.dumps(groups)[:120]}: expected an object of objects"
+            f"{source}: config_groups is {json.dumps(groups)[:120]}: expected an object of objects"
         )
     for name, group in groups.items():
         for part in ("weights", "input_activations"):
@@ -127,13 +127,13 @@ def check_groups(block: Mapping[str, Any], place: str) -> None:
             known = isinstance(stated, Mapping)
             if not known or any(stated.get(key, value) != value for key, value in NUMBER.items()):
                 raise CheckpointError(
-                    f"{place}: config_groups.{name}.{part} is {json.dumps(stated)[:120]}, while "
+                    f"{source}: config_groups.{name}.{part} is {json.dumps(stated)[:120]}, while "
                     f"quant_algo is FP8: expected {json.dumps(NUMBER)}. Correct the declaration, "
                     "or export again"
                 )
 
 
-def read_ignore(block: Mapping[str, Any], place: str = "config.json") -> list[re.Pattern[str]]:
+def read_ignore(block: Mapping[str, Any], source: str = "config.json") -> list[re.Pattern[str]]:
     """Patterns of the layers that were left alone; `*` stands for any characters.
 
     Raises CheckpointError where `ignore` is no list of names.
@@ -141,7 +141,7 @@ def read_ignore(block: Mapping[str, Any], place: str = "config.json") -> list[re
     entries = block.get("ignore") or []
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
         raise CheckpointError(
-            f"{place}: `ignore` is {json.dumps(entries)[:120]}: expected a list of layer names"
+            f"{source}: `ignore` is {json.dumps(entries)[:120]}: expected a list of layer names"
         )
     return [re.compile(re.escape(entry).replace(r"\*", ".*") + r"\Z") for entry in entries]
 
@@ -204,12 +204,12 @@ def quantize(
     amax = weight.abs().amax().float()
     scale = torch.where(amax > 0, amax, 1.0) / E4M3_MAX
     scaled = weight / scale  # a scale without a dimension leaves the dtype alone
-    made = {
+    stored_form = {
         "weight": scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn),
         "weight_scale": scale,
         "input_scale": calibration.amax.float().amax().clamp_min(1e-12) / E4M3_MAX,
     }
-    return made if bias is None else {**made, "bias": bias}
+    return stored_form if bias is None else {**stored_form, "bias": bias}
 
 
 def cut_rows(
@@ -227,12 +227,12 @@ def canonical(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, t
 
     Takes tensors as in the module's table.
     """
-    made = {"weight": stored["weight"]}
+    stored_form = {"weight": stored["weight"]}
     for suffix in ("weight_scale", "input_scale"):
-        made[suffix] = stored[suffix].float().reshape(())
+        stored_form[suffix] = stored[suffix].float().reshape(())
     if "bias" in stored:
-        made["bias"] = stored["bias"]
-    return made
+        stored_form["bias"] = stored["bias"]
+    return stored_form
 
 
 def dequantize(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:

@@ -60,7 +60,7 @@ class Needed(Protocol):
 
     ID: str
     SCHEMES: Mapping[str, Scheme]
-    """Every scheme that `quantize` can write, by the word used in checkpoints.csv."""
+    """Every scheme that `quantize` can write, by the name used in checkpoints.csv."""
 
     def detect(self, checkpoint: Checkpoint) -> str | None:
         """The reason why the checkpoint is of this family, or None."""
@@ -205,13 +205,14 @@ class Family(Needed, Protocol):
     """Whether `quantize` needs a CPU: for sums of integers that GPUs do not have."""
 
     def name_scheme(self, scheme: str | None, precision: str | None, rank: int | None) -> str:
-        """The word in `SCHEMES` that `quantmatrix quantize` asks for; UsageError where none fits."""
+        """The name in `SCHEMES` that `quantmatrix quantize` asks for; UsageError where none
+        fits."""
         if precision is not None or rank is not None:
             raise UsageError(f"--precision and --rank are not for {self.ID}: give --scheme")
-        word = next(iter(self.SCHEMES)) if scheme is None else scheme
-        if word not in self.SCHEMES:
-            raise UsageError(f"--scheme {word}: {self.ID} has {', '.join(self.SCHEMES)}")
-        return word
+        name = next(iter(self.SCHEMES)) if scheme is None else scheme
+        if name not in self.SCHEMES:
+            raise UsageError(f"--scheme {name}: {self.ID} has {', '.join(self.SCHEMES)}")
+        return name
 
     def scheme_of(
         self, layer: str, scheme: Scheme, *, raw: bool, gelu: bool, interleaved: bool

@@ -1,12 +1,12 @@
 """Unknown quantization: why a checkpoint that no family takes is not one in full precision.
 
-`explain_unknown` is the only place that says so. It looks first for the formats of `FORMATS`, which
+`explain_unknown` alone says so. It looks first for the formats of `FORMATS`, which
 are known by name and read by no family; then at what the checkpoint declares, and at last for codes
 that nothing declares. A format is recognised by any of these:
 
 | what tells it | for example |
 | ------------- | ----------- |
-| a word: `quant_method`, `quant_algo`, `method`, or the format of a layer in a list | `torchao` |
+| a name: `quant_method`, `quant_algo`, `method`, or the format of a layer in a list | `torchao` |
 | a string in the header | `quantization_format: quanto` |
 | the tensors of a layer, by the ends of their names | `qweight`, `qzeros`, `scales` |
 | the dtype of a tensor | F8_E5M2 |
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from quantmatrix import families
 from quantmatrix.checkpoints.adapters import explain_adapter
 from quantmatrix.checkpoints.declaration import METHOD_KEYS
-from quantmatrix.families.producers.comfyui import PLAIN_WORDS
+from quantmatrix.families.producers.comfyui import PLAIN_FORMATS
 
 if TYPE_CHECKING:
     from quantmatrix.checkpoints.checkpoint import Checkpoint
@@ -49,7 +49,7 @@ class Format:
 
     name: str
     advice: str
-    words: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     """What declares it, in lower case with `_` for `-`."""
     header: str = ""
     """Regular expression over `key: value` of the header's strings."""
@@ -76,21 +76,21 @@ FORMATS = (
     Format(
         "torchao",
         _decode("torchao", DIFFUSERS),
-        words=("torchao",),
+        names=("torchao",),
         header=r'"_tensor_data_names":',
         layers=_sets("_weight_qdata", "_weight:qdata", "_weight_tensor_impl"),
     ),
     Format(
         "quanto",
         _decode("optimum-quanto", "its weights have dequantize()"),
-        words=("quanto",),
+        names=("quanto",),
         header=r"^quantization_(format: quanto|map_base64:)",
         layers=_sets("_data _scale", "_scale _shift"),
     ),
     Format(
         "bitsandbytes",
         _decode("bitsandbytes", DIFFUSERS),
-        words=("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"),
+        names=("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"),
         layers=_sets(
             "absmax quant_map", "SCB", "weight_format", "bitsandbytes__nf4", "bitsandbytes__fp4"
         ),
@@ -98,32 +98,32 @@ FORMATS = (
     Format(
         "AutoRound",
         f"{FULL}: AutoRound packs weights as GPTQ or AWQ do, for kernels of its own",
-        words=("auto_round", "autoround", "intel/auto_round", "intel_auto_round"),
+        names=("auto_round", "autoround", "intel/auto_round", "intel_auto_round"),
     ),
     Format(
         "SDNQ",
         _decode("sdnq", "its loader dequantizes a model"),
-        words=("sdnq", "sdnq_training"),
+        names=("sdnq", "sdnq_training"),
         layers=_sets("weight scale", "weight svd_up svd_down"),
         codes=INTEGERS,
     ),
     Format(
         "AWQ or GPTQ",
         f"{FULL}: this packing of int4 codes, AutoRound's too, is for language models' kernels",
-        words=("awq", "gptq", "gptq_v2", "gptqmodel", "marlin"),
+        names=("awq", "gptq", "gptq_v2", "gptqmodel", "marlin"),
         layers=_sets("qweight qzeros scales"),
     ),
     Format(
         "HQQ",
         _decode("hqq", "its layers have dequantize()"),
-        words=("hqq",),
+        names=("hqq",),
         layers=_sets("W_q"),
     ),
     Format("GGUF", _decode("gguf", DIFFUSERS), ("gguf",)),
     Format(
         "compressed-tensors",
         _decode("compressed-tensors", "its ModelCompressor decompresses a model"),
-        words=("compressed_tensors",),
+        names=("compressed_tensors",),
         layers=_sets("weight_packed", "weight_global_scale"),
     ),
     Format("ComfyUI's INT8", _COMFY, ("int8_tensorwise", "int8_blockwise", "int8_rowwise")),
@@ -134,21 +134,21 @@ FORMATS = (
     Format(
         "MXFP8",
         f"{FULL}, or a file of msmodelslim, whose MXFP8 is read",
-        words=("mxfp8",),
+        names=("mxfp8",),
         dtypes={r"scale(_inv)?$": ("F8_E8M0",)},
         bare=True,
     ),
-    Format("MXFP4", f"{FULL}, or NVFP4, which has blocks of 16", words=("mxfp4",)),
+    Format("MXFP4", f"{FULL}, or NVFP4, which has blocks of 16", names=("mxfp4",)),
     Format(
         "FP8 in E5M2 (5 exponent bits, for older GPUs)",
         "The file is whole: name one in e4m3fn, or multiply weights and scales into plain numbers",
-        words=("float8_e5m2", "e5m2"),
+        names=("float8_e5m2", "e5m2"),
         dtypes={WEIGHT: ("F8_E5M2",)},
     ),
     Format(
         "FP8 in FNUZ (AMD's, another bias of exponents)",
         "The file is whole: name one in e4m3fn, or multiply weights and scales into plain numbers",
-        words=("float8_e4m3fnuz", "float8_e5m2fnuz", "e4m3fnuz", "e5m2fnuz"),
+        names=("float8_e4m3fnuz", "float8_e5m2fnuz", "e4m3fnuz", "e5m2fnuz"),
         dtypes={WEIGHT: ("F8_E4M3FNUZ", "F8_E5M2FNUZ")},
     ),
     Format(
@@ -178,9 +178,9 @@ def explain_unknown(checkpoint: Checkpoint) -> str | None:
 
 def explain_format(checkpoint: Checkpoint) -> str | None:
     """Why a checkpoint in one of `FORMATS` is not taken; None: it is in none of them."""
-    words = dict(list_words(checkpoint))
+    declared = dict(list_declared(checkpoint))
     for known in FORMATS:
-        said = next((text for word, text in words.items() if word in known.words), None)
+        said = next((text for name, text in declared.items() if name in known.names), None)
         if said is not None:
             return f"{said}, which no quant family takes: this is {known.name}. {known.advice}"
     for known in FORMATS:
@@ -190,25 +190,25 @@ def explain_format(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def list_words(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
-    """(word that declares a format, where it stands) of the whole and of each listed layer."""
+def list_declared(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """(name that declares a format, where it is declared) of the whole and of each listed layer."""
     block = read_block(checkpoint)
     stated = describe_block(block)
     for key in METHOD_KEYS:
         if block.get(key):
-            word = str(block[key]).lower().replace("-", "_")
-            yield word, f"{checkpoint.quantization_from} declares {stated}"
-    for layer, word in list_formats(checkpoint):
-        yield word.lower(), f"{checkpoint.quantization_from}: {layer} has the format {word}"
+            name = str(block[key]).lower().replace("-", "_")
+            yield name, f"{checkpoint.quantization_from} declares {stated}"
+    for layer, name in list_formats(checkpoint):
+        yield name.lower(), f"{checkpoint.quantization_from}: {layer} has the format {name}"
 
 
 def list_formats(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
-    """(layer, word) of every layer to which a list gives a format."""
+    """(layer, format) of every layer to which a list gives a format."""
     listed = (checkpoint.quantization or {}).get("layers")
     for layer, entry in listed.items() if isinstance(listed, Mapping) else ():
-        word = entry.get("format") if isinstance(entry, Mapping) else entry
-        if word and isinstance(word, str):
-            yield str(layer), word
+        name = entry.get("format") if isinstance(entry, Mapping) else entry
+        if name and isinstance(name, str):
+            yield str(layer), name
 
 
 def read_block(checkpoint: Checkpoint) -> Mapping[str, object]:
@@ -219,13 +219,14 @@ def read_block(checkpoint: Checkpoint) -> Mapping[str, object]:
 
 
 def describe_block(block: Mapping[str, object]) -> str:
-    """The words of a declaration, as they stand there."""
+    """A declaration's own names of its format."""
     keys = (*METHOD_KEYS, "format") if "quant_method" in block else METHOD_KEYS
     return ", ".join(f"{key} {block[key]}" for key in keys if block.get(key))
 
 
 def find_tensor(checkpoint: Checkpoint, known: Format) -> str | None:
-    """The first string, layer or tensor by which a file is of a format, in words; None: it is not."""
+    """The first string, layer or tensor by which a file is of a format, as text; None: it is
+    not."""
     if known.bare and (checkpoint.quantization is not None or checkpoint.description is not None):
         return None
     for key, value in checkpoint.metadata.items() if known.header else ():
@@ -248,25 +249,25 @@ def find_tensor(checkpoint: Checkpoint, known: Format) -> str | None:
 
 def explain_declaration(checkpoint: Checkpoint) -> str | None:
     """Why a checkpoint that no family takes, of no known format, is not in full precision."""
-    place = checkpoint.quantization_from
+    source = checkpoint.quantization_from
     block = read_block(checkpoint)
-    for layer, word in list_formats(checkpoint):
-        if word not in (*LISTED, *PLAIN_WORDS):
+    for layer, name in list_formats(checkpoint):
+        if name not in (*LISTED, *PLAIN_FORMATS):
             return (
-                f"{place}: {layer} has the format {word}, which no quant family takes: known are "
+                f"{source}: {layer} has the format {name}, which no quant family takes: known are "
                 f"{', '.join(LISTED)}. Quantize with one of these"
             )
-    if words := describe_block(block):
+    if declared := describe_block(block):
         lists = (families.load(family).ALGORITHMS for family in families.written())
-        known = ", ".join(word for algorithms in lists for word in algorithms)
+        known = ", ".join(name for algorithms in lists for name in algorithms)
         return (
-            f"{place} declares {words}, which no quant family takes: known are "
+            f"{source} declares {declared}, which no quant family takes: known are "
             f"{', '.join(families.written())}, of ModelOpt the quant_algo {known}. Quantize with "
             "one of these, or name a checkpoint in full precision"
         )
     if block and "format_version" not in block:
         return (
-            f"{place} describes a quantization by {', '.join(block)}, but says nowhere which: "
+            f"{source} describes a quantization by {', '.join(block)}, but says nowhere which: "
             "expected a quant_method. Add it, or remove the description"
         )
     return explain_codes(checkpoint)

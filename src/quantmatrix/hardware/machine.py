@@ -12,7 +12,7 @@ class Flaw:
     op: str
     backend: str
     rule: str
-    """Id of the rule; a refusal that comes from it quotes this word."""
+    """Id of the rule; a refusal that comes from it quotes this id."""
     why: str
 
 

@@ -3,7 +3,7 @@
 Optional packages are looked for without importing them: some break the interpreter where their
 driver stack is missing, and one name belongs to two projects. The package `nunchaku` on the public
 index is an unrelated statistics package; the engine of that name comes as wheels from elsewhere.
-The two are told apart by their files: only the engine has a compiled `nunchaku/_C` extension and
+The two are distinguished by their files: only the engine has a compiled `nunchaku/_C` extension and
 the modules `nunchaku/ops/gemm` and `nunchaku/models/linear`.
 """
 

@@ -1,4 +1,4 @@
-"""Executed: which planned checks of which cells were run, told from records or from JUnit files.
+"""Executed: which planned checks of which cells were run, read from records or from JUnit files.
 
 The unit is a check of a cell. A test that was skipped, stopped at its time limit, or whose process
 died has no verdict and counts as not executed; so does a row, or its code, that changed since its record was made.
@@ -64,39 +64,40 @@ class Comparison:
 
     def describe(self) -> list[str]:
         """One line per cell with a problem."""
-        words = (
+        groups = (
             (MEANINGS[NOT_EXECUTED], self.missing),
             (MEANINGS[CLAIM_VIOLATED], self.failed),
             ("not planned", self.unplanned),
         )
         lines = [
-            f"{word}: {cell} ({', '.join(checks)})"
-            for word, found in words
+            f"{label}: {cell} ({', '.join(checks)})"
+            for label, found in groups
             for cell, checks in found.items()
         ]
         return [*([MEANINGS[NOTHING_COLLECTED]] if self.nothing else []), *lines]
 
 
-def read_planned(words: Iterable[str], tables: Matrix) -> list[Cell]:
-    """Cells that words plan: ids or groups of hardware.csv, files of rows, or of CI jobs as JSON.
+def read_planned(names: Iterable[str], tables: Matrix) -> list[Cell]:
+    """Cells that arguments plan: ids or groups of hardware.csv, files of rows, or of CI jobs as
+    JSON.
 
-    Raises UsageError for a word that is none of these, and for rows that are not claimed.
+    Raises UsageError for an argument that is none of these, and for rows that are not claimed.
     """
     from quantmatrix.harness import shards
 
     claimed = shards.runnable(tables)
     chosen: set[str] = set()
-    for word in words:
-        if word in tables.hardware or word in tables.groups:
-            chosen.update(cell.id for cell in shards.runnable(tables, [word]))
+    for name in names:
+        if name in tables.hardware or name in tables.groups:
+            chosen.update(cell.id for cell in shards.runnable(tables, [name]))
             continue
-        if not Path(word).is_file():
+        if not Path(name).is_file():
             raise UsageError(
-                f"--planned {word}: neither a hardware of the tables nor a file; "
+                f"--planned {name}: neither hardware of the tables nor a file; "
                 f"known: {', '.join([*tables.hardware, *tables.groups])}"
             )
-        rows = read_rows_or_jobs(Path(word))
-        where = f"--planned {word}"
+        rows = read_rows_or_jobs(Path(name))
+        where = f"--planned {name}"
         chosen.update(cell.id for cell in shards.select_rows(claimed, rows, where))
     return [cell for cell in claimed if cell.id in chosen]
 
@@ -141,11 +142,11 @@ def take_records(found: Mapping[str, Evidence], tables: Matrix, now: Now | None 
         if key in stale:
             continue
         name = cell_of(key)
-        told = {check: result.verdict for check, result in record.checks.items()}
+        results = {check: result.verdict for check, result in record.checks.items()}
         cell = cells.get(name)
-        if cell and cell.claim == "failing" and cell.rule in told:
-            told[cell.rule] = "pass" if told[cell.rule] == "fail" else "fail"
-        verdicts = combine([verdicts, {name: told}])
+        if cell and cell.claim == "failing" and cell.rule in results:
+            results[cell.rule] = "pass" if results[cell.rule] == "fail" else "fail"
+        verdicts = combine([verdicts, {name: results}])
     return verdicts
 
 
@@ -172,16 +173,16 @@ def read_junit(path: Path) -> Verdicts:
         raise ExecutedError(f"{path}: not a JUnit report: {error}") from error
     verdicts: Verdicts = {}
     for case in root.iter("testcase"):
-        told = {p.get("name", ""): p.get("value", "") for p in case.iter("property")}
+        properties = {p.get("name", ""): p.get("value", "") for p in case.iter("property")}
         cell = case.get("name", "").partition("[")[2].removesuffix("]")
-        if not cell or told.get("cell") != cell or "check" not in told:
+        if not cell or properties.get("cell") != cell or "check" not in properties:
             continue  # another test, or one whose process died
         bad = case.find("failure") is not None or case.find("error") is not None
-        if case.find("skipped") is not None or (bad and told.get("problem") in NO_VERDICT):
+        if case.find("skipped") is not None or (bad and properties.get("problem") in NO_VERDICT):
             continue
         checks = verdicts.setdefault(cell, {})
-        if checks.get(told["check"]) != "fail":
-            checks[told["check"]] = "fail" if bad else "pass"
+        if checks.get(properties["check"]) != "fail":
+            checks[properties["check"]] = "fail" if bad else "pass"
     return verdicts
 
 
@@ -208,7 +209,7 @@ def compare(planned: Iterable[Cell], verdicts: Verdicts, only: Collection[str] =
     """
     wanted = {cell.id: [c for c in cell.checks if fits(c, only)] for cell in planned}
     wanted = {cell: checks for cell, checks in wanted.items() if checks}
-    places = {cell.partition("@")[2].partition("+")[0] for cell in wanted}
+    rows_seen = {cell.partition("@")[2].partition("+")[0] for cell in wanted}
 
     def list_checks(cell: str, verdict: str | None) -> tuple[str, ...]:
         return tuple(c for c in wanted[cell] if verdicts.get(cell, {}).get(c) == verdict)
@@ -218,7 +219,7 @@ def compare(planned: Iterable[Cell], verdicts: Verdicts, only: Collection[str] =
     unplanned = {
         cell: extra
         for cell, checks in verdicts.items()
-        if cell.partition("@")[2].partition("+")[0] in places
+        if cell.partition("@")[2].partition("+")[0] in rows_seen
         and (extra := tuple(c for c in checks if fits(c, only) and c not in wanted.get(cell, ())))
     }
     executed = any(verdicts.get(cell) for cell in wanted)

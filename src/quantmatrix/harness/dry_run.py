@@ -28,7 +28,7 @@ PLAIN_BYTES = 2
 def choose_cells(tables: Matrix, hardware: str) -> list[Cell]:
     """The first claimed cell of every checkpoint of the guide's table that the hardware loads.
 
-    Raises UsageError for hardware that is no row.
+    Raises UsageError for hardware that is not a row.
     """
     from quantmatrix.harness.shards import runnable
 
@@ -44,42 +44,42 @@ def choose_cells(tables: Matrix, hardware: str) -> list[Cell]:
 
 
 def describe(tables: Matrix, cell: Cell) -> dict[str, Any]:
-    """Command, plan and memory of one cell, plain data; a refusal is told as one."""
+    """Command, plan and memory of one cell, plain data; a refusal is reported as one."""
     from quantmatrix.api import plan
     from quantmatrix.measure.workbench import Workbench
     from quantmatrix.runtime import true_bytes
     from quantmatrix.runtime.plan.types import Plan
 
-    made = plan(Workbench(tables, tiny=True).planned_request(cell))
+    planned = plan(Workbench(tables, tiny=True).planned_request(cell))
     checkpoint = tables.checkpoints[cell.checkpoint]
-    told: dict[str, Any] = {
+    described: dict[str, Any] = {
         "cell": cell.id,
         "checkpoint": checkpoint.reference,
         "command": cell.shell(tables),
-        "ok": made.ok,
+        "ok": planned.ok,
         "devices": tables.hardware[cell.hardware].devices,
     }
-    if not isinstance(made, Plan):
-        return {**told, "refusal": {"rule": made.rule, "message": made.message}}
-    sizes = true_bytes.measure_all(made)
-    why = true_bytes.explain_fit(sizes, made)
+    if not isinstance(planned, Plan):
+        return {**described, "refusal": {"rule": planned.rule, "message": planned.message}}
+    sizes = true_bytes.measure_all(planned)
+    why = true_bytes.explain_fit(sizes, planned)
     return {
-        **told,
+        **described,
         "kernels": {
             name: {f"{op}: {backend}": count for (op, backend), count in counts.items()}
-            for name, counts in count_kernels(made).items()
+            for name, counts in count_kernels(planned).items()
         },
-        "tiny_bytes": sum(part.bytes for part in made.components.values()),
+        "tiny_bytes": sum(part.bytes for part in planned.components.values()),
         "true_bytes": estimate_bytes(tables, checkpoint),
         "memory_bytes": sum(size.whole for size in sizes.values()),
-        "warnings": [*made.warnings, *([why] if why else [])],
+        "warnings": [*planned.warnings, *([why] if why else [])],
     }
 
 
-def count_kernels(made: Any) -> dict[str, dict[tuple[str, str], int]]:
+def count_kernels(plan: Any) -> dict[str, dict[tuple[str, str], int]]:
     """Layers per (op, backend) of each component of a plan."""
     found: dict[str, dict[tuple[str, str], int]] = {}
-    for name, part in made.components.items():
+    for name, part in plan.components.items():
         counts = found.setdefault(name, {})
         for piece in part.pieces():
             key = (piece.scheme.op, piece.backend)
@@ -133,11 +133,11 @@ def list_parameters(model: str) -> tuple[tuple[str, tuple[int, ...], bool], ...]
 
     from quantmatrix.runtime.empty_model import build_plain
 
-    made = build_plain(model, "full")
-    linear = {name for name, module in made.named_modules() if isinstance(module, nn.Linear)}
+    model_built = build_plain(model, "full")
+    linear = {name for name, module in model_built.named_modules() if isinstance(module, nn.Linear)}
     return tuple(
         (name, tuple(parameter.shape), name.rpartition(".")[0] in linear)
-        for name, parameter in made.named_parameters()
+        for name, parameter in model_built.named_parameters()
     )
 
 

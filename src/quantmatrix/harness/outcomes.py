@@ -35,7 +35,7 @@ class Outcomes:
     """What became of every test of a cell, by test id; a plugin of the process that reports."""
 
     def __init__(self, is_cell: Callable[[str], bool]) -> None:
-        """`is_cell` tells whether the words in the brackets of a test id are a cell's id."""
+        """`is_cell` tells whether the text in the brackets of a test id is a cell's id."""
         self.is_cell = is_cell
         self.planned: set[str] = set()
         self.done: set[str] = set()
@@ -74,13 +74,15 @@ class Outcomes:
         """Count a report; a crash of its process is a failure without a verdict."""
         if not self.is_cell(name_cell(report.nodeid)):
             return
-        words = dict(report.user_properties)
-        if "cell" not in words and report.when in ("setup", "call", "teardown"):
+        properties = dict(report.user_properties)
+        if "cell" not in properties and report.when in ("setup", "call", "teardown"):
             self.planned.discard(report.nodeid)  # another test that has a cell's id as parameter
-        elif "cell" not in words:  # its process died
+        elif "cell" not in properties:  # its process died
             self.problems[report.nodeid] = NOT_EXECUTED
         elif report.failed:
-            found = next((c for c, word in MEANINGS.items() if word == words.get(PROBLEM)), None)
+            found = next(
+                (c for c, name in MEANINGS.items() if name == properties.get(PROBLEM)), None
+            )
             code = found or CLAIM_VIOLATED
             self.problems[report.nodeid] = max(code, self.problems.get(report.nodeid, 0))
         elif report.skipped:
@@ -151,18 +153,18 @@ def classify(error: BaseException) -> int | None:
 
 
 def find_loosened(older: Mapping[str, Any], newer: Mapping[str, Any]) -> list[str]:
-    """Limits of a check that are wider than they were, or gone, in words."""
+    """Limits of a check that are wider than they were, or gone, as text."""
     lines = []
     for name, old in older.items():
         if not isinstance(old, Mapping) or not old.keys() & {"at_least", "at_most"}:
             continue
         new = newer.get(name)
-        for word, sign in (("at_least", 1), ("at_most", -1)):
-            if word not in old:
+        for bound, sign in (("at_least", 1), ("at_most", -1)):
+            if bound not in old:
                 continue
-            now = new.get(word) if isinstance(new, Mapping) else None
-            if now is None or sign * (old[word] - now) > SLACK * abs(old[word]):
+            now = new.get(bound) if isinstance(new, Mapping) else None
+            if now is None or sign * (old[bound] - now) > SLACK * abs(old[bound]):
                 lines.append(
-                    f"{name}: {word} {old[word]:g} became {now if now is None else f'{now:g}'}"
+                    f"{name}: {bound} {old[bound]:g} became {now if now is None else f'{now:g}'}"
                 )
     return lines

@@ -11,7 +11,7 @@ A packet is one folder:
 So a packet is an evidence folder, too: what `check` finds sound, `quantmatrix evidence merge` takes.
 `check` believes nothing that it can compute: digests of files, metrics of every step (within one
 unit of the sixth digit), the digest of the latents, and the verdict under this project's limits. What
-nobody could compute again from latents, a check of another kind, is no part of a packet.
+nobody could compute again from latents, a check of another kind, is not part of a packet.
 Pictures, and the distances of media, are not in the latents: of those only the form is checked.
 """
 
@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix import strict_json
 from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
-from quantmatrix.files import check_place, whole
+from quantmatrix.files import check_writable, whole
 from quantmatrix.proof import record as records
 from quantmatrix.proof import shapes, store
 from quantmatrix.proof.freshness import sign
 from quantmatrix.proof.record import CheckResult, Evidence, EvidenceError
 from quantmatrix.proof.scopes import PUBLISHED, STAND_IN, make_key
-from quantmatrix.proof.states import find_other_place
+from quantmatrix.proof.states import find_other_row
 from quantmatrix.quoting import quote
 
 if TYPE_CHECKING:
@@ -64,19 +64,19 @@ def make(tables: Matrix, cell: Cell, folder: Path, *, tiny: bool = False) -> Pat
 
     if folder.exists():
         raise UsageError(f"--output-path {folder} exists; name a new folder")
-    check_place(folder)
+    check_writable(folder)
     bench = Workbench(tables, tiny=tiny)
     request = bench.request(cell)
-    made = bench.plan(request)
+    plan = bench.plan(request)
     baseline = bench.baseline(cell, request)
-    run = bench.run(request, made)
-    quantized = [part for part in made.components.values() if part.layers]
+    run = bench.run(request, plan)
+    quantized = [part for part in plan.components.values() if part.layers]
     record = Evidence(
         cell=records.describe_cell(cell, tables),
         checks={"latents": measure(cell, baseline, run)},
         command=bench.command(cell),
         checkpoint=records.describe_files(f for part in quantized for f in part.checkpoint.files),
-        plan=records.make_portable(made.to_json(), bench.places(made.request)),
+        plan=records.make_portable(plan.to_json(), bench.folders(plan.request)),
         timings={name: round(seconds, 4) for name, seconds in run.seconds.items()},
         latents_digest=digest(run.latents),
         made=records.tell_time(),
@@ -123,7 +123,8 @@ def read_ledger() -> Ledger:
 
 
 def find_limits(kind: str, model: str, hardware: str) -> Limits | None:
-    """This project's limits of a class of arithmetic on a hardware, or None when it was never measured.
+    """This project's limits of a class of arithmetic on a device, or None when it was never
+    measured.
 
     LimitsError when the file of samples is damaged.
     """
@@ -159,9 +160,9 @@ def write(
     sides = zip(SIDES, (baseline, candidate), strict=True)
     tensors = {f"{side}.{n:03}": t.contiguous() for side, ts in sides for n, t in enumerate(ts)}
     with whole(folder) as temporary:
-        place = store.write(record, temporary)
+        path = store.write(record, temporary)
         save_tensors(tensors, temporary / LATENTS)
-        files = [place, temporary / LATENTS]
+        files = [path, temporary / LATENTS]
         card = {
             "schema": SCHEMA,
             "cell": record.cell["id"],
@@ -235,18 +236,18 @@ def find_record(files: Iterable[str]) -> str:
     return next(name for name in files if name != LATENTS)
 
 
-def list_file_problems(folder: Path, told: Mapping[str, Any]) -> list[str]:
+def list_file_problems(folder: Path, listed: Mapping[str, Any]) -> list[str]:
     """Files that are missing, changed, or that nobody asked for."""
     problems = []
-    for name, wanted in sorted(told.items()):
+    for name, wanted in sorted(listed.items()):
         path = folder / name
         if not path.is_file() or path.is_symlink():
             problems.append(f"{name}: missing")
         elif why := explain_change(path, wanted):
             problems.append(f"{name}: {why}")
     here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    strange = sorted(here - {CARD, *told})
-    return problems + [f"{name}: not a part of a packet" for name in strange]
+    unknown = sorted(here - {CARD, *listed})
+    return problems + [f"{name}: not a part of a packet" for name in unknown]
 
 
 def explain_change(path: Path, wanted: Any) -> str | None:
@@ -296,7 +297,7 @@ def list_row_problems(record: Evidence, tables: Matrix) -> list[str]:
         return [f"{cell.id}: the row or its checkpoint's row changed since the run"]
     if not record.plan.get("machine"):
         return ["the plan of the record tells no machine: was it run?"]
-    why = find_other_place(cell, record, tables, now)
+    why = find_other_row(cell, record, tables, now)
     return [why] if why else []
 
 
@@ -307,29 +308,31 @@ def list_record_problems(record: Evidence, metrics: Mapping[str, Any]) -> list[s
         return ["the record has no latents check"]
     if others := sorted(set(record.checks) - {"latents"}):
         return [f"checks: {', '.join(others)}: latents prove nothing of these; leave them out"]
-    told = {name: found.metrics.get(name) for name in metrics}
-    return [f"checks.latents.metrics.{text}" for text in compare_metrics(told, metrics)]
+    recorded = {name: found.metrics.get(name) for name in metrics}
+    return [f"checks.latents.metrics.{text}" for text in compare_metrics(recorded, metrics)]
 
 
-def is_near(told: Any, found: Any) -> bool:
+def is_near(recorded: Any, found: Any) -> bool:
     """Whether two values are numbers that agree but for the sixth digit."""
-    if not (isinstance(told, int | float) and isinstance(found, int | float)):
+    if not (isinstance(recorded, int | float) and isinstance(found, int | float)):
         return False
     try:
-        return math.isclose(told, found, rel_tol=TOLERANCE, abs_tol=1e-9)
+        return math.isclose(recorded, found, rel_tol=TOLERANCE, abs_tol=1e-9)
     except OverflowError:  # an integer that no float holds
         return False
 
 
-def compare_metrics(told: Any, found: Any, where: str = "metrics") -> list[str]:
-    """Differences of nested metrics, in words; numbers may differ in the sixth digit."""
-    if isinstance(found, Mapping) and isinstance(told, Mapping) and set(told) == set(found):
-        pairs = [(f"{where}.{name}", told[name], found[name]) for name in sorted(found)]
-    elif isinstance(found, list) and isinstance(told, list) and len(told) == len(found):
-        pairs = [(f"{where}[{n}]", *pair) for n, pair in enumerate(zip(told, found, strict=True))]
+def compare_metrics(recorded: Any, found: Any, where: str = "metrics") -> list[str]:
+    """Differences of nested metrics, as text; numbers may differ in the sixth digit."""
+    if isinstance(found, Mapping) and isinstance(recorded, Mapping) and set(recorded) == set(found):
+        pairs = [(f"{where}.{name}", recorded[name], found[name]) for name in sorted(found)]
+    elif isinstance(found, list) and isinstance(recorded, list) and len(recorded) == len(found):
+        pairs = [
+            (f"{where}[{n}]", *pair) for n, pair in enumerate(zip(recorded, found, strict=True))
+        ]
     else:
-        same = told == found or is_near(told, found)
-        return [] if same else [f"{where} is {told!r:.80}, the latents give {found!r:.80}"]
+        same = recorded == found or is_near(recorded, found)
+        return [] if same else [f"{where} is {recorded!r:.80}, the latents give {found!r:.80}"]
     return [
         problem for where, one, other in pairs for problem in compare_metrics(one, other, where)
     ]
@@ -344,10 +347,10 @@ def list_verdict_problems(
     """
     from quantmatrix.measure.latents import compare_trajectories, judge
 
-    told = record.checks.get("latents")
-    if told is None or told.verdict != "pass":
+    recorded = record.checks.get("latents")
+    if recorded is None or recorded.verdict != "pass":
         return []
-    kind = str(told.metrics.get("class", ""))
+    kind = str(recorded.metrics.get("class", ""))
     allowed = find_limits(kind, record.cell["model"], record.cell["hardware"])
     if allowed is None:
         return [f"the record says pass, and no limit is known for {kind or 'a run without class'}"]

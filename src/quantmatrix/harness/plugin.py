@@ -15,10 +15,10 @@ last check of the cell is done. A run that keeps its evidence to itself must giv
 are committed beside the tables, better ones included.
 
 Under xdist all tests of one checkpoint run on one worker, and each worker has one thread and one of
-the devices that are visible. `--rows FILE` and `--shard i/n` run a part of the cells. How a
-run ends is told by `quantmatrix.exit_codes`: nothing collected, a row without a verdict or a wrong
-machine is never success. Nothing here imports torch; `quantmatrix.measure.workbench` does, once a test
-needs it.
+the devices that are visible. `--rows FILE` and `--shard i/n` run a part of the cells. How a run
+ends is described in `quantmatrix.exit_codes`: nothing collected, a row without a verdict or a wrong
+machine is never success. Nothing here imports torch; `quantmatrix.measure.workbench` does, once a
+test needs it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import pytest
 
 from quantmatrix.errors import MachineError, UsageError
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, GATE_LOOSENED, NOTHING_COLLECTED
-from quantmatrix.files import check_place
+from quantmatrix.files import check_writable
 from quantmatrix.harness import selection
 from quantmatrix.harness.outcomes import (
     Outcomes,
@@ -95,7 +95,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     group.addoption(
         "--rewrite",
         action="store_true",
-        help="write records again that say nothing new (default: they keep their date)",
+        help="rewrite records that have nothing new (default: they keep their date)",
     )
     group.addoption(
         "--full-size",
@@ -118,7 +118,7 @@ def check_evidence_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise pytest.UsageError(f"--evidence-dir {folder}: this is a file; name a folder")
     try:
-        check_place(folder / "cpu", "--evidence-dir")
+        check_writable(folder / "cpu", "--evidence-dir")
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
 
@@ -156,7 +156,7 @@ class Harness:
         """Read the options; the tables are read when they are needed."""
         self.config = config
         self.tables_folder = config.rootpath / config.getini(TABLES)
-        self.wanted = {name: selection.split_words(config.getoption(name)) for name in FILTERS}
+        self.wanted = {name: selection.split_values(config.getoption(name)) for name in FILTERS}
         asked = config.getoption("evidence_dir")
         folder = Path(asked).absolute() if asked else None
         if folder is not None:
@@ -242,15 +242,15 @@ class Harness:
         """Ids of the selected cells."""
         return frozenset(cell.id for cell in self.cells)
 
-    def is_cell(self, words: str) -> bool:
+    def is_cell(self, name: str) -> bool:
         """Whether these are the id of a selected cell; never, if nothing needed the tables."""
-        return "cells" in vars(self) and words in self.ids
+        return "cells" in vars(self) and name in self.ids
 
     def resolve_hardware(self) -> None:
         """Replace `auto` by the row of this machine."""
         given = self.wanted["hardware"]
         self.wanted["hardware"] = tuple(
-            identify.resolve(word, self.tables.hardware) for word in given
+            identify.resolve(name, self.tables.hardware) for name in given
         )
 
     def cells_for(self, checks: Iterable[str]) -> Iterator[tuple[Cell, str]]:
@@ -327,13 +327,13 @@ class Harness:
         from quantmatrix.tables.rows import CHECKS
 
         rank: dict[tuple[str, str], int] = {}
-        places: dict[str, tuple[int, int]] = {}
+        order: dict[str, tuple[int, int]] = {}
         for index, cell in enumerate(self.cells):
             group = rank.setdefault((cell.model, cell.checkpoint), index)
-            places[cell.id] = (group, index)
+            order[cell.id] = (group, index)
         others = [item for item in items if not isinstance(item, CellItem)]
         turn = {check: index for index, check in enumerate(CHECKS)}
-        items[:] = [*others, *sorted(found, key=lambda i: (places[i.cell.id], turn[i.check]))]
+        items[:] = [*others, *sorted(found, key=lambda i: (order[i.cell.id], turn[i.check]))]
         for item in found:
             self.pending[item.cell.id] = self.pending.get(item.cell.id, 0) + 1
 
@@ -413,14 +413,14 @@ class Harness:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
         """Stop on a machine that is not the hardware that was asked for."""
-        words = self.wanted["hardware"]
+        ids = self.wanted["hardware"]
         if self.worker is not None or session.config.option.collectonly:
             return
-        for place in words:
-            row = self.tables.hardware[place]
+        for name in ids:
+            row = self.tables.hardware[name]
             wanted = {check for cell in self.cells for check in cell.checks} - set(PLAN_ONLY)
             asked = set(self.wanted["check"] or wanted) & wanted
-            if row.vendor != "cpu" and asked and (why := identify.ask(place, self.tables_folder)):
+            if row.vendor != "cpu" and asked and (why := identify.ask(name, self.tables_folder)):
                 pytest.exit(why, returncode=ENVIRONMENT_UNUSABLE)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Proof:
-    """What a check shows beyond its verdict; a suite fills it in."""
+    """What a check shows besides its verdict; a suite fills it in."""
 
     metrics: dict[str, Any] = field(default_factory=dict)
     limits: dict[str, Any] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Proof:
     """Weight files of the checkpoint."""
     command: str = ""
     """The command that was run, where it is more than the row's."""
-    places: dict[str, str] = field(default_factory=dict)
+    folders: dict[str, str] = field(default_factory=dict)
     """Folders of this machine, and the names that stand for them in the record."""
 
 
@@ -94,7 +94,7 @@ class Recorder:
 
     def add(self, cell: Cell, check: str, verdict: str, message: str, proof: Proof) -> None:
         """Keep the outcome of a check; a later failure (in its teardown) replaces a pass."""
-        message = records.make_portable(message, proof.places)
+        message = records.make_portable(message, proof.folders)
         result = CheckResult(verdict, proof.metrics, proof.limits, message)
         self._results.setdefault(cell.id, {})[check] = result
         self._proofs.setdefault(cell.id, {})[check] = proof
@@ -119,7 +119,7 @@ class Recorder:
         One that says nothing new leaves the earlier one as it is (see `quantmatrix.proof.facts`).
 
         An earlier one that is damaged is replaced, as if it was not there. EvidenceError for results
-        that are no record: a metric that is not finite, a pass beyond its limit.
+        that are no record: a metric that is not finite, a pass that exceeds its limit.
         """
         results = self._results.pop(cell.id, {})
         proofs = self._proofs.pop(cell.id, {})
@@ -154,14 +154,14 @@ class Recorder:
 
         tables = self.tables()
         timings = {key: round(s, 4) for proof in proofs for key, s in proof.timings.items()}
-        places = {key: value for proof in proofs for key, value in proof.places.items()}
+        folders = {key: value for proof in proofs for key, value in proof.folders.items()}
         record = Evidence(
             cell=records.describe_cell(cell, tables),
             checks=results,
             command=last("command") or cell.shell(tables),
             checkpoint=records.describe_files(last("files")),
-            plan=records.make_portable(last("plan"), places),
-            witness=records.make_portable(last("witness"), places),
+            plan=records.make_portable(last("plan"), folders),
+            witness=records.make_portable(last("witness"), folders),
             timings=timings,
             latents_digest=last("latents_digest"),
             made=records.tell_time(),

@@ -2,8 +2,8 @@
 
 Filters name columns of the tables (`--family`, `--model`, `--hardware`, `--check`, `--backend`),
 `--rows` names rows or cells in a file, and `--shard 2/5` takes the second of five parts of what the
-others left. A word that the tables do not have is wrong usage; a selection that fits no claimed cell
-is empty, which a run reports by an exit code of its own.
+others left. A name that the tables do not have is a usage error; a selection that fits no claimed
+cell is empty, which a run reports by an exit code of its own.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class EmptySelection(QuantmatrixError, LookupError):
     """No claimed cell of the matrix is as the options say."""
 
 
-def split_words(given: Iterable[str]) -> tuple[str, ...]:
+def split_values(given: Iterable[str]) -> tuple[str, ...]:
     """Values of a repeatable option, each of which may hold several, separated by commas."""
-    return tuple(word for text in given for word in text.replace(",", " ").split())
+    return tuple(value for text in given for value in text.replace(",", " ").split())
 
 
 def show_options(wanted: Mapping[str, tuple[str, ...]]) -> str:
@@ -45,12 +45,12 @@ def select_cells(
     """Cells that pass every filter, are claimed, and can be run, in the order of the tables.
 
     Rows of a family that has no module yet stay `unproven`: nothing could run them. `evidence` is
-    the folder whose timings decide how `shard` is cut. Raises UsageError for words that the tables
+    the folder whose timings decide how `shard` is cut. Raises UsageError for names that the tables
     do not have, EmptySelection when nothing is left.
     """
     from quantmatrix.harness import shards
 
-    check_words(tables, wanted)
+    check_names(tables, wanted)
     cells = [cell for cell in shards.runnable(tables) if fits(cell, wanted)]
     if rows is not None:
         cells = shards.select_rows(cells, shards.read_rows(rows), f"--rows {rows}")
@@ -67,22 +67,22 @@ def select_cells(
 def check_reach(cells: Iterable[Cell], rows: Path, runs: Callable[[Cell], bool]) -> None:
     """Raise UsageError for a line of a file of rows none of whose cells is run: `runs` tells which.
 
-    A run that skips what it was told to run, and ends well, would be a lie.
+    A run that skips what it was asked to run, and ends well, would be a lie.
     """
     from quantmatrix.harness import shards
 
     cells = list(cells)
-    for word in shards.read_rows(rows):
-        named = [cell for cell in cells if word in (cell.id, cell.row)]
+    for name in shards.read_rows(rows):
+        named = [cell for cell in cells if name in (cell.id, cell.row)]
         if not any(runs(cell) for cell in named):
-            places = ",".join(dict.fromkeys(cell.hardware for cell in named))
+            hardware = ",".join(dict.fromkeys(cell.hardware for cell in named))
             raise UsageError(
-                f"--rows {rows}: {word} runs on {places} only: add --hardware {places}"
+                f"--rows {rows}: {name} runs on {hardware} only: add --hardware {hardware}"
             )
 
 
-def check_words(tables: Matrix, wanted: Mapping[str, tuple[str, ...]]) -> None:
-    """Raise UsageError for a filter's word that the tables do not have."""
+def check_names(tables: Matrix, wanted: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise UsageError for a filter's name that the tables do not have."""
     known: dict[str, set[str]] = {
         "family": set(tables.families),
         "model": set(tables.models),
@@ -91,9 +91,9 @@ def check_words(tables: Matrix, wanted: Mapping[str, tuple[str, ...]]) -> None:
         "backend": {cell.backend for cell in tables.cells} - {""},
     }
     for name, values in wanted.items():
-        if strange := [value for value in values if value not in known[name]]:
+        if unknown := [value for value in values if value not in known[name]]:
             raise UsageError(
-                f"--{name} {strange[0]}: not in the tables; known: {', '.join(sorted(known[name]))}"
+                f"--{name} {unknown[0]}: not in the tables; known: {', '.join(sorted(known[name]))}"
             )
 
 

@@ -67,7 +67,7 @@ class Session:
 
 
 def list_sessions(tables: Matrix) -> list[Session]:
-    """The sessions that need a hardware of their own, in the order of hardware.csv."""
+    """The sessions that need a device of their own, in the order of hardware.csv."""
     rows = tables.hardware.values()
     return [Session(row) for row in rows if row.vendor != "cpu" and row.job]
 
@@ -75,7 +75,7 @@ def list_sessions(tables: Matrix) -> list[Session]:
 def list_requirements(
     row: HardwareRow, torch: str, variables: Mapping[str, str]
 ) -> list[tuple[str, ...]]:
-    """Words of each `pip install` that a row needs, torch's build first.
+    """Arguments of each `pip install` that a row needs, torch's build first.
 
     Raises UsageError where a package is on no public index and no variable names its wheel.
     """
@@ -99,13 +99,13 @@ def list_requirements(
     return steps
 
 
-def suites_command(row: HardwareRow, folder: Path, words: Sequence[str]) -> list[str]:
-    """The run of the suites; `words` are the caller's (`--shard 1/3`, `--full-size`).
+def suites_command(row: HardwareRow, folder: Path, arguments: Sequence[str]) -> list[str]:
+    """The run of the suites; `arguments` are the caller's (`--shard 1/3`, `--full-size`).
 
     A check that is not done at its limit is stopped, and the run goes on; one that hangs in a driver,
     where no signal reaches it, ends the run a little later. What was finished is kept.
     """
-    limit = LIMITS[FULL_SIZE in words]
+    limit = LIMITS[FULL_SIZE in arguments]
     command = ["pytest", "tests/suites", "-q", "-p", "no:cacheprovider", "--hardware", row.id]
     return [
         *command,
@@ -114,7 +114,7 @@ def suites_command(row: HardwareRow, folder: Path, words: Sequence[str]) -> list
         "--evidence-dir",
         str(folder / "evidence"),
         f"--junitxml={folder / 'junit.xml'}",
-        *words,
+        *arguments,
     ]
 
 
@@ -125,26 +125,26 @@ def bench_command(folder: Path) -> list[str]:
     return [*command, f"--benchmark-json={folder / 'bench.json'}"]
 
 
-def trace_command(row: HardwareRow, folder: Path, words: Sequence[str]) -> list[str]:
+def trace_command(row: HardwareRow, folder: Path, arguments: Sequence[str]) -> list[str]:
     """The trace of one cell of each family and model, at the size that the suites have."""
-    tiny = [] if FULL_SIZE in words else ["--tiny"]
-    place = ["--hardware", row.id, "--output-path", str(folder / "traces")]
-    return ["quantmatrix", "trace", *place, *tiny]
+    tiny = [] if FULL_SIZE in arguments else ["--tiny"]
+    where = ["--hardware", row.id, "--output-path", str(folder / "traces")]
+    return ["quantmatrix", "trace", *where, *tiny]
 
 
-def is_first(words: Sequence[str]) -> bool:
+def is_first(arguments: Sequence[str]) -> bool:
     """Whether benchmarks and traces belong to this part of the rows: the first, or the only one."""
-    found = re.search(r"--shard[ =](\d+)/", " ".join(words))
+    found = re.search(r"--shard[ =](\d+)/", " ".join(arguments))
     return found is None or int(found[1]) == 1
 
 
-def asks_for_json(words: Sequence[str]) -> bool:
+def asks_for_json(arguments: Sequence[str]) -> bool:
     """Whether a command line of nox is `nox -l --json`; what follows `--` is not nox's."""
-    return "--json" in words[: words.index("--") if "--" in words else None]
+    return "--json" in arguments[: arguments.index("--") if "--" in arguments else None]
 
 
 def explain_code(code: int) -> str:
-    """An exit code in words."""
+    """An exit code as text."""
     return f"exit code {code} ({MEANINGS.get(code, 'a test failed or could not run')})"
 
 

@@ -3,7 +3,7 @@
 The unit is a checkpoint on a model: its cells are run one after another, so that it is loaded once.
 Units go, the longest first, to the part that has the least to do (longest processing time first);
 ties are broken by names. The seconds come from the last evidence, an unknown cell takes as long as
-the median of the known ones on that hardware. Everything follows from the committed files, so
+the median of the known ones on that device. Everything follows from the committed files, so
 machines that compute the parts on their own agree:
 
     part 1 of 2:  |fp8-flux-2 ....... 41 s|svdq-flux-1 12 s|
@@ -88,7 +88,7 @@ def cut(
     count: int | None = None,
     target: float = TARGET_SECONDS,
 ) -> list[Part]:
-    """The parts of the cells of one hardware; every cell is in exactly one.
+    """The parts of the cells of one device; every cell is in exactly one.
 
     `count` fixes the number of parts, some of which may then be empty.
     """
@@ -139,18 +139,18 @@ def list_jobs(
     target: float = TARGET_SECONDS,
 ) -> dict[str, Any]:
     """The parts of each hardware as a CI matrix, `{"include": [...]}`; empty parts are left out."""
-    places = list(dict.fromkeys(cell.hardware for cell in runnable(tables, hardware)))
+    rows = list(dict.fromkeys(cell.hardware for cell in runnable(tables, hardware)))
     entries = []
-    for place in places:
-        row = tables.hardware[place]
-        for part in cut(runnable(tables, [place]), evidence, count, target):
+    for hardware_id in rows:
+        row = tables.hardware[hardware_id]
+        for part in cut(runnable(tables, [hardware_id]), evidence, count, target):
             if part.cells:
                 entries.append(
                     {
                         "part": part.number,
                         "parts": part.count,
                         "shard": f"{part.number}/{part.count}",
-                        "hardware": place,
+                        "hardware": hardware_id,
                         "rows": list(part.cells),
                         "seconds": round(part.seconds, 1),
                         "job": row.job,
@@ -170,11 +170,11 @@ def read_shard(text: str) -> tuple[int, int]:
 
 
 def select_shard(cells: Sequence[Cell], evidence: Mapping[str, Evidence], text: str) -> list[Cell]:
-    """The cells of one part; each hardware among them is cut on its own."""
+    """The cells of one part; each device among them is cut on its own."""
     number, count = read_shard(text)
     chosen: set[str] = set()
-    for place in dict.fromkeys(cell.hardware for cell in cells):
-        here = [cell for cell in cells if cell.hardware == place]
+    for hardware_id in dict.fromkeys(cell.hardware for cell in cells):
+        here = [cell for cell in cells if cell.hardware == hardware_id]
         chosen.update(cut(here, evidence, count)[number - 1].cells)
     return [cell for cell in cells if cell.id in chosen]
 
@@ -182,7 +182,7 @@ def select_shard(cells: Sequence[Cell], evidence: Mapping[str, Evidence], text: 
 def read_rows(path: Path, option: str = "") -> tuple[str, ...]:
     """Ids of rows or cells in a file, one per line; what follows a `#` is a comment.
 
-    UsageError, which names the option (`--rows FILE`), for a file that is no text.
+    UsageError, which names the option (`--rows FILE`), for a file that is not text.
     """
     option = option or f"--rows {path}"
     try:
@@ -195,8 +195,8 @@ def read_rows(path: Path, option: str = "") -> tuple[str, ...]:
         ) from error
     except strict_json.JsonError as error:
         raise UsageError(f"{option}: {error}; write one row or cell per line") from error
-    words = (line.partition("#")[0].strip() for line in lines)
-    return tuple(dict.fromkeys(word for word in words if word))
+    names = (line.partition("#")[0].strip() for line in lines)
+    return tuple(dict.fromkeys(name for name in names if name))
 
 
 def select_rows(cells: Sequence[Cell], wanted: Collection[str], where: str) -> list[Cell]:
@@ -205,7 +205,7 @@ def select_rows(cells: Sequence[Cell], wanted: Collection[str], where: str) -> l
     `where` is the option that gave the list, as errors name it.
     """
     known = {cell.id for cell in cells} | {cell.row for cell in cells}
-    if strange := [word for word in wanted if word not in known]:
-        named = ", ".join(strange[:SHOWN]) + (" ..." if len(strange) > SHOWN else "")
+    if unknown := [name for name in wanted if name not in known]:
+        named = ", ".join(unknown[:SHOWN]) + (" ..." if len(unknown) > SHOWN else "")
         raise UsageError(f"{where}: {named:.400}: no such row or cell is claimed")
     return [cell for cell in cells if cell.id in wanted or cell.row in wanted]

@@ -1,15 +1,15 @@
 """What an xdist worker is given: tests of cells, and a device of its own.
 
 Devices are counted in the list that the caller lets us see (CUDA_VISIBLE_DEVICES and the like), for
-that is how torch counts them. A worker that takes the place of a dead one takes its device, although
+that is how torch counts them. A worker that replaces a dead one takes its device, although
 xdist gives it a number that was never used.
 
-pytest 9.2 with xdist 3.8 ignores `xdist_group` without a word, so the guarantee cannot be built on
+pytest 9.2 with xdist 3.8 ignores `xdist_group` silently, so the guarantee cannot be built on
 that mark. A scheduler of our own can: the tests of one group go to one worker, as a unit.
 
 When a worker dies, xdist's scheduler runs the test that killed it again on the next one, and waits
 for ever for a worker that it gave finished units only. Ours drops that test, which has no verdict,
-and gives the rest of its unit to the worker that comes in place of the dead one.
+and gives the rest of its unit to the worker that replaces the dead one.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Needs:
     """What a kernel asks of the machine, the scheme and the shape. Empty means: anything."""
 
     rule: str
-    """Id of the rule; a refusal that comes from it quotes this word."""
+    """Id of the rule; a refusal that comes from it quotes this id."""
     vendors: tuple[str, ...] = ()
     arches: tuple[str, ...] = ()
     package: str = ""
@@ -62,7 +62,7 @@ class Needs:
     def why_not(
         self, machine: Machine, scheme: Scheme, shape: tuple[int, int], rows: int = 0
     ) -> str | None:
-        """The first unmet need in words, or None.
+        """The first unmet need as text, or None.
 
         `shape` is (out_features, in_features); `rows` the most rows that an input will have, 0
         when that is not known.
@@ -89,13 +89,13 @@ class Needs:
             return f"needs {', '.join(self.arches)}, this is {machine.name} ({machine.arch})"
         if self.package and self.package not in machine.packages:
             return f"needs the package {self.package}: {explain_missing(self.package)}"
-        for word, allowed, found in (
+        for what, allowed, found in (
             ("weights", self.weights, scheme.weight),
             ("weight scales per", self.scales, scheme.scale),
             ("activations", self.activations, scheme.activation),
         ):
             if allowed and found not in allowed:
-                return f"takes {word} {' or '.join(allowed)}, the layer has {found}"
+                return f"takes {what} {' or '.join(allowed)}, the layer has {found}"
         if self.blocks and scheme.block not in self.blocks:
             sizes = " or ".join("x".join(map(str, block)) for block in self.blocks)
             return f"takes blocks of {sizes}, the layer has {'x'.join(map(str, scheme.block))}"
@@ -112,7 +112,7 @@ class Needs:
 
 
 def explain_missing(package: str) -> str:
-    """What stands in the place of an optional package that cannot be used."""
+    """What stands in for an optional package that cannot be used."""
     kind, note = inspect_nunchaku() if package == "nunchaku" else (None, "")
     return note if kind == "look-alike" else "it is not installed"
 

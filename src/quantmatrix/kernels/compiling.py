@@ -51,7 +51,7 @@ class Target:
     """What Triton compiles for, and what a program may take there."""
 
     backend: str
-    """`cuda` or `hip`, Triton's words."""
+    """`cuda` or `hip`, as Triton names them."""
     arch: int | str
     warp: int
     """Threads that step together: a warp, or AMD's wave."""
@@ -80,7 +80,7 @@ class Program:
     kernel: str
     arch: str
     specialised: str
-    """What the launch was specialised on, in words."""
+    """What the launch was specialised on, as text."""
     warps: int = 0
     stages: int = 0
     registers: int = 0
@@ -175,15 +175,15 @@ def name_specialisation(launch: Launch) -> str:
 def build(launch: Launch, arch: str) -> Program:
     """Build the program of a launch for an architecture; what is wrong with it is in `faults`."""
     target = find_target(arch)
-    told = (launch.kernel.__name__, arch, name_specialisation(launch))
+    about = (launch.kernel.__name__, arch, name_specialisation(launch))
     with use_target(target):
         try:
             made = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options)
         except Exception as error:
-            return Program(*told, faults=(explain_error(error),))
+            return Program(*about, faults=(explain_error(error),))
     registers, spilled = read_resources(made, target)
     program = Program(
-        *told,
+        *about,
         warps=made.metadata.num_warps,
         stages=made.metadata.num_stages,
         registers=registers,

@@ -70,11 +70,11 @@ def backend_alias(value: str) -> str | None:
     `flashinfer_cudnn` and `cudnn` are the same; None for `auto`: the order of the architecture.
     Raises KeyError, naming the known values, for anything else.
     """
-    word = value.strip().lower().removeprefix("flashinfer_")
-    if word not in ALIASES:
-        known = ", ".join(name for word in ALIASES for name in (word, f"flashinfer_{word}"))
+    alias = value.strip().lower().removeprefix("flashinfer_")
+    if alias not in ALIASES:
+        known = ", ".join(name for alias in ALIASES for name in (alias, f"flashinfer_{alias}"))
         raise KeyError(f"no such FP4 GEMM backend: {value!r}; known: {known}")
-    return ALIASES[word]
+    return ALIASES[alias]
 
 
 def prepare_decode(tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -> Tensors:

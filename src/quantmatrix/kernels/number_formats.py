@@ -28,7 +28,7 @@ E2M1_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
 def round_e4m3(x: torch.Tensor) -> torch.Tensor:
-    """x as float8_e4m3fn, any shape, values beyond 448 held at 448 (older casts gave NaN)."""
+    """x as float8_e4m3fn, any shape, values above 448 clamped to it (older casts gave NaN)."""
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 

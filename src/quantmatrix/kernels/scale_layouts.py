@@ -16,7 +16,7 @@ scale of row r and column c lies at
     ((r // 128 * C + c // 4) * 32 + r % 32) * 16 + r % 128 // 32 * 4 + c % 4
 
 When N is a multiple of 128 and K/16 one of 4, tiled and plain have the same shape: the layout is a
-property of the file's format and can never be told from the tensor.
+property of the file's format and can never be seen from the tensor.
 
 *Shuffled*: inside every 32 rows, row i moves to (i % 4) * 8 + i // 4, so that one warp's results
 lie side by side. N is padded to a multiple of 128 with zero rows. Sources: cuBLAS's documentation
@@ -71,7 +71,7 @@ def untile_scales(tiled: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def find_shuffle(rows: int) -> torch.Tensor:
-    """int64 [rows]: which row goes to each place in the shuffled order; rows in multiples of 32.
+    """int64 [rows]: which row goes to each position in the shuffled order; rows in multiples of 32.
 
     Raises ValueError for any other number of rows.
     """

@@ -99,7 +99,7 @@ for line in sys.stdin:
 """Runs twins, a line each, by whichever package stands on the path, and prints a line each; names are
 looked for in today's module, then in the one that earlier revisions have them in."""
 ACCELERATOR = {"--cuda-graph": 1, "--compile": 1, "--nproc-per-node": 2}
-"""Flags that a twin leaves out, and of how many words they are."""
+"""Flags that a twin leaves out, and how many arguments each takes."""
 NAMES = {"latents": "latents", "weights of the checkpoint": "files", "layer errors": "errors"}
 SCOPES = (STAND_IN, TRUE_SIZE)
 """Of records that have a twin on a CPU."""
@@ -108,17 +108,17 @@ Say = Callable[[str], object]
 
 
 class Twin(NamedTuple):
-    """What is run in the place of a record's cell."""
+    """What is run instead of a record's cell."""
 
-    words: tuple[str, ...]
+    argv: tuple[str, ...]
     """Of the command, from the flags on."""
     row: str = ""
     """Of the checkpoint that is measured as of true size; empty for a stand-in."""
 
     def name(self) -> str:
-        """The command of a stand-in; of another one its row and words."""
-        words = shlex.join(self.words)
-        return f"true size of {self.row}: {words}" if self.row else f"quantmatrix generate {words}"
+        """The command of a stand-in; of another one its row and arguments."""
+        argv = shlex.join(self.argv)
+        return f"true size of {self.row}: {argv}" if self.row else f"quantmatrix generate {argv}"
 
 
 @dataclass(frozen=True)
@@ -192,17 +192,17 @@ def list_records(
 
 def name_twin(cell: Cell, tables: Matrix, scope: str) -> Twin:
     """A cell's twin; a stand-in of a CPU is its own."""
-    words = [*cell.command(tables)[2:], "--tiny"]
+    argv = [*cell.command(tables)[2:], "--tiny"]
     kept: list[str] = []
-    while words:
-        word = words.pop(0)
-        count = ACCELERATOR.get(word, 0)
-        if word == "--backend" and tables.hardware[cell.hardware].vendor != "cpu":
+    while argv:
+        argument = argv.pop(0)
+        count = ACCELERATOR.get(argument, 0)
+        if argument == "--backend" and tables.hardware[cell.hardware].vendor != "cpu":
             count = 2
         if count:
-            del words[: count - 1]
+            del argv[: count - 1]
         else:
-            kept.append(word)
+            kept.append(argument)
     return Twin(tuple(kept), cell.checkpoint if scope == TRUE_SIZE else "")
 
 
@@ -211,12 +211,12 @@ def run_twins(sources: Path, twins: Sequence[Twin], say: Say) -> list[dict[str, 
 
     Raises QuantmatrixError where that process ends before the last twin.
     """
-    words = [sys.executable, "-c", RUNNER, str(sources)]
+    argv = [sys.executable, "-c", RUNNER, str(sources)]
     found: list[dict[str, str]] = []
     with tempfile.TemporaryFile("w+") as given:
         given.writelines(f"{json.dumps(twin)}\n" for twin in twins)
         given.seek(0)
-        with subprocess.Popen(words, stdin=given, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(argv, stdin=given, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 found.append(json.loads(line))
@@ -230,10 +230,10 @@ def run_twins(sources: Path, twins: Sequence[Twin], say: Say) -> list[dict[str, 
 
 
 def explain_difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    """Why two runs of a twin are not the same, in words; empty where they are."""
-    for side, told in (("before", old), ("after", new)):
-        if "error" in told:
-            return f"{side}: {told['error'].partition(chr(10))[0]}"
+    """Why two runs of a twin are not the same, as text; empty where they are."""
+    for side, result in (("before", old), ("after", new)):
+        if "error" in result:
+            return f"{side}: {result['error'].partition(chr(10))[0]}"
     changed = [name for name, key in NAMES.items() if old.get(key) != new.get(key)]
     return f"other {' and other '.join(changed)}" if changed else ""
 
@@ -257,20 +257,20 @@ def judge(
     for pair, own in found.twins.items():
         if differing.keys().isdisjoint(own):
             latents = records.digest_json(
-                [[*twin.words, twin.row, gave[twin]["latents"]] for twin in sorted(own)]
+                [[*twin.argv, twin.row, gave[twin]["latents"]] for twin in sorted(own)]
             )
             pairs.append(Pair(*pair, commit, machine, latents, str(len(own))))
             cells += found.cells[pair]
-    told = {twin.name(): why for twin, why in differing.items()}
-    return Outcome(tuple(pairs), tuple(cells), told, found.foreign)
+    reasons = {twin.name(): why for twin, why in differing.items()}
+    return Outcome(tuple(pairs), tuple(cells), reasons, found.foreign)
 
 
 def name_machine() -> str:
     """Processor and system of this machine."""
     from quantmatrix.hardware import probe
 
-    told = probe.fingerprint()
-    return f"{told['processor']}, {told['system']}"
+    facts = probe.fingerprint()
+    return f"{facts['processor']}, {facts['system']}"
 
 
 def carry(revision: str, reports: Path, say: Say) -> Outcome:

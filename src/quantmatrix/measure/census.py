@@ -7,7 +7,7 @@ kernel, and no others?
 
 Layers are alike when their names differ in block numbers only. A declaration leaves a layer alone
 by an `ignore` list (names, globs, or `re:` patterns, on a whole name or on a level above it), or by
-a word for it in a list of layers (`FLOAT`, `bf16`).
+a name for it in a list of layers (`FLOAT`, `bf16`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from quantmatrix.runtime.plan.types import ComponentPlan
 
 IGNORE_KEYS = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules")
-PLAIN_WORDS = ("float", "bf16", "bfloat16", "float16", "float32", "fp16", "fp32", "none")
-"""Words for a layer in full precision, lower case."""
+PLAIN_FORMATS = ("float", "bf16", "bfloat16", "float16", "float32", "fp16", "fp32", "none")
+"""Names of full precision, lower case."""
 
 
 def find_undeclared(part: ComponentPlan) -> dict[str, str]:
@@ -63,7 +63,7 @@ def is_left_alone(checkpoint: Checkpoint, layer: str, module: str) -> bool:
     entries = [str(entry) for key in IGNORE_KEYS for entry in block.get(key) or ()]
     if any(matches(entry, name) for entry in entries for name in names):
         return True
-    return any(word.lower() in PLAIN_WORDS for word in read_words(block, names))
+    return any(name.lower() in PLAIN_FORMATS for name in read_formats(block, names))
 
 
 def matches(entry: str, name: str) -> bool:
@@ -75,13 +75,13 @@ def matches(entry: str, name: str) -> bool:
     return f".{name}.".find(f".{entry}.") >= 0
 
 
-def read_words(block: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
+def read_formats(block: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
     """What a declaration with one entry per layer says about any of the names."""
     listed = block.get("layers")
-    places = [block, listed] if isinstance(listed, Mapping) else [block]
-    for place in places:
+    blocks = [block, listed] if isinstance(listed, Mapping) else [block]
+    for source in blocks:
         for name in names:
-            entry = place.get(name, place.get(f"{name}.weight"))
+            entry = source.get(name, source.get(f"{name}.weight"))
             if isinstance(entry, Mapping):
                 entry = entry.get("format")
             if isinstance(entry, str):
@@ -89,7 +89,7 @@ def read_words(block: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
 
 
 def find_differences(part: ComponentPlan, model: Any) -> dict[str, str]:
-    """Where the quantized layers of a model are not those of its plan, in words by module."""
+    """Where the quantized layers of a model are not those of its plan, as text by module."""
     from quantmatrix.runtime.quantized_linear import QuantizedLinear
 
     found: dict[str, list[str]] = {}

@@ -2,7 +2,7 @@
 
 A side is named by
 
-| word | meaning |
+| argument | meaning |
 | ---- | ------- |
 | a file of `saved_runs` | the trajectory in it |
 | the value of `--model-path`, or another pipeline | that model, as it is |
@@ -10,7 +10,7 @@ A side is named by
 | any of them `@BACKEND` | by this backend: `X@reference` against `X@decode` |
 
 Everything else (prompt, seed, size, steps) is shared by both sides. Limits bound the worst step, as
-everywhere; the final latents and the picture are told beside them.
+everywhere; the final latents and the picture are reported beside them.
 """
 
 from __future__ import annotations
@@ -43,29 +43,29 @@ class Bounds:
     min_ssim: float | None = None
 
 
-def read_side(word: str, request: Request) -> SavedRun:
+def read_side(side: str, request: Request) -> SavedRun:
     """The trajectory of one side, computed here unless it is a saved run."""
-    if is_saved_run(Path(word)):
-        return read(Path(word))
+    if is_saved_run(Path(side)):
+        return read(Path(side))
     from quantmatrix.api import generate
 
-    return from_run(generate(make_request(word, request)), word)
+    return from_run(generate(make_request(side, request)), side)
 
 
-def make_request(word: str, request: Request) -> Request:
+def make_request(side: str, request: Request) -> Request:
     """The request of a side that has to be run.
 
     Raises UsageError without a base model, and where flags and the side name a transformer twice.
     """
-    reference, backend = split_backend(word)
+    reference, backend = split_backend(side)
     if backend:
         request = replace(request, backend=backend)
     if not request.model_path:
-        raise UsageError(f"{word} is no saved run: name its base model with --model-path")
+        raise UsageError(f"{side} is not a saved run: name its base model with --model-path")
     if reference == request.model_path:
         return request
     if request.component_paths or request.weights_paths:
-        raise UsageError(f"{word} and --transformer-path or -weights-path: name each side once")
+        raise UsageError(f"{side} and --transformer-path or -weights-path: name each side once")
     hub = open_tiny_hub([reference]) if request.tiny else request.hub
     folder, name = open_folder(reference, hub)
     if not name and folder.has("model_index.json"):
@@ -75,19 +75,19 @@ def make_request(word: str, request: Request) -> Request:
     return replace(request, component_paths={"transformer": reference})
 
 
-def split_backend(word: str) -> tuple[str, str | None]:
+def split_backend(side: str) -> tuple[str, str | None]:
     """(`X`, backend) of `X@backend`; UsageError for a backend that nothing is computed by."""
-    reference, mark, backend = word.rpartition("@")
-    if not mark or Path(word).exists():
-        return word, None
+    reference, mark, backend = side.rpartition("@")
+    if not mark or Path(side).exists():
+        return side, None
     known = sorted({name for op in kernels.OPS for name in kernels.backends_of(op)})
     if backend not in known:
-        raise UsageError(f"{word}: {backend} is no backend; known: {', '.join(known)}")
+        raise UsageError(f"{side}: {backend} is no backend; known: {', '.join(known)}")
     return reference, backend
 
 
 def compare_sides(reference: SavedRun, candidate: SavedRun, bounds: Bounds) -> dict[str, Any]:
-    """Plain data: distances, both sides in words, and `problems`: what is out of bounds."""
+    """Plain data: distances, both sides as text, and `problems`: what is out of bounds."""
     steps = compare_trajectories(reference.latents, candidate.latents)
     media = None
     if reference.frames is not None and candidate.frames is not None:
@@ -105,7 +105,7 @@ def compare_sides(reference: SavedRun, candidate: SavedRun, bounds: Bounds) -> d
 
 
 def judge(worst: StepMetrics, media: Mapping[str, Any] | None, bounds: Bounds) -> list[str]:
-    """What is out of bounds, in words; PSNR is in dB.
+    """What is out of bounds, as text; PSNR is in dB.
 
     Raises UsageError for a bound on pictures where a side has none.
     """

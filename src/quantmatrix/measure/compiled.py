@@ -45,7 +45,7 @@ class Compiled:
 
     @property
     def faults(self) -> list[str]:
-        """Everything that is wrong, in words."""
+        """Everything that is wrong, as text."""
         return [
             *self.problems,
             *(f"{p.kernel} on {p.arch} {fault}" for p in self.programs for fault in p.faults),
@@ -118,8 +118,8 @@ class Builder:
         if self.folder is None:
             return None
         with suppress(OSError, ValueError, TypeError):
-            told = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-            return Program(**{**told, "faults": tuple(told["faults"])})
+            fields = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+            return Program(**{**fields, "faults": tuple(fields["faults"])})
         return None
 
     def _write(self, name: str, program: Program) -> None:

@@ -58,18 +58,18 @@ class Study:
         """Load both; raises UsageError when nothing is quantized."""
         plain = replace(request, component_paths={}, weights_paths={}, backend=None)
         self.request = plain
-        self.made, quantized = require_plan(plain), require_plan(request)
+        self.plan, quantized = require_plan(plain), require_plan(request)
         if not any(part.layers for part in quantized.components.values()):
             raise UsageError(
                 "no layer of the checkpoint is quantized: name one by --transformer-path or "
                 "--transformer-weights-path"
             )
-        if any(part.layers for part in self.made.components.values()):
+        if any(part.layers for part in self.plan.components.values()):
             raise UsageError(
-                f"{self.made.base} is quantized itself: name the full-precision model by "
+                f"{self.plan.base} is quantized itself: name the full-precision model by "
                 "--model-path, and the checkpoint by --transformer-path"
             )
-        self.pipeline = build_pipeline(self.made)
+        self.pipeline = build_pipeline(self.plan)
         other = build_pipeline(quantized)
         self.forms: dict[str, tuple[nn.Module, nn.Module]] = {}
         for name, part in quantized.components.items():
@@ -90,7 +90,7 @@ class Study:
             parent, _, child = module.rpartition(".")
             owner = getattr(self.pipeline, component).get_submodule(parent)
             replace_child(owner, child, coded if name in chosen else own)
-        return generate(self.request, made=self.made, pipeline=self.pipeline).latents[-1]
+        return generate(self.request, plan=self.plan, pipeline=self.pipeline).latents[-1]
 
     def measure(self, kept: Iterable[str]) -> StepMetrics:
         """Distance from full precision when all modules but `kept` are quantized."""
@@ -99,7 +99,7 @@ class Study:
 
 
 def replace_child(owner: nn.Module, child: str, module: nn.Module) -> None:
-    """Put a module in another's place (numbered children of lists included)."""
+    """Replace a module by another (numbered children of lists included)."""
     owner._modules[child] = module
 
 
@@ -167,7 +167,7 @@ def propose(
     count, seen = find_smallest(study, shares, target_db, show)
     kept = [name for share in shares[:count] for name in share.modules]
     return {
-        "model": study.made.model,
+        "model": study.plan.model,
         "target_psnr_db": target_db,
         "met": seen[count].psnr_db >= target_db,
         "psnr_db": finite(seen[count].psnr_db),

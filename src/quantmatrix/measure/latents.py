@@ -68,7 +68,7 @@ def compare_tensors(reference: torch.Tensor, candidate: torch.Tensor) -> StepMet
     r = reference.detach().to("cpu", torch.float64).flatten()
     c = candidate.detach().to("cpu", torch.float64).flatten()
     if not torch.isfinite(r).all():
-        raise ShapeError("the reference holds NaN or infinite elements: it is no reference")
+        raise ShapeError("the reference holds NaN or infinite elements: it is not a reference")
     nonfinite = int((~torch.isfinite(c)).sum())
     if nonfinite:
         return StepMetrics(0.0, math.inf, -math.inf, math.inf, nonfinite)
@@ -141,7 +141,7 @@ def find_worst(steps: Sequence[StepMetrics]) -> StepMetrics:
 
 
 def judge(steps: Sequence[StepMetrics], limits: Limits) -> list[str]:
-    """What a trajectory violates, in words; empty when it passes."""
+    """What a trajectory violates, as text; empty when it passes."""
     worst = find_worst(steps)
     if worst.nonfinite:
         return [f"{worst.nonfinite} elements of the latents are NaN or infinite"]

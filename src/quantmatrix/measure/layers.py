@@ -28,7 +28,7 @@ from quantmatrix.checkpoints.reader import TensorReader
 from quantmatrix.runtime.plan.types import Plan
 
 USELESS = 1e6
-"""The largest error that is told: the output has nothing to do with the input."""
+"""The largest error that is reported: the output has nothing to do with the input."""
 
 
 @dataclass
@@ -61,18 +61,18 @@ class LayerErrors:
 
 
 @contextmanager
-def watch_layers(pipeline: Any, made: Plan, base: Plan) -> Iterator[LayerErrors]:
+def watch_layers(pipeline: Any, plan: Plan, base: Plan) -> Iterator[LayerErrors]:
     """Measure every quantized layer of a pipeline that is called inside the with block.
 
-    `made` planned the pipeline, `base` the same model in full precision.
+    `plan` planned the pipeline, `base` the same model in full precision.
     """
     errors = LayerErrors()
     with ExitStack() as stack:
-        for name, part in made.components.items():
+        for name, part in plan.components.items():
             if not part.layers:
                 continue
             checkpoint = fetch(base.components[name].checkpoint, base.request.hub)
-            reader = stack.enter_context(TensorReader(checkpoint, made.machine.device))
+            reader = stack.enter_context(TensorReader(checkpoint, plan.machine.device))
             layers = errors.found.setdefault(name, {})
             transformer = getattr(pipeline, name)
             for module in part.layers:

@@ -1,6 +1,6 @@
 """Rounding bounds: how far a decoded weight may be from the weight that it was rounded from.
 
-Latents and layer outputs average over thousands of weights, and a scale in a neighbour's place
+Latents and layer outputs average over thousands of weights, and a scale swapped with its neighbour
 drowns in that. Element by element it does not. With `a` the largest magnitude of the base weights
 that share a scale, rounding to the nearest gives at most
 
@@ -82,13 +82,13 @@ def measure_residual(
     return float(ratio.max()) if bool(torch.isfinite(ratio).all()) else float("inf")
 
 
-def measure_plan(made: Plan, base: Plan) -> Iterator[tuple[str, Piece, float]]:
+def measure_plan(plan: Plan, base: Plan) -> Iterator[tuple[str, Piece, float]]:
     """(component.module, a piece of it, error) of every piece that has a bound."""
-    for name, part in made.components.items():
+    for name, part in plan.components.items():
         if not part.layers:
             continue
         plain = fetch(base.components[name].checkpoint, base.request.hub)
-        coded = fetch(part.checkpoint, made.request.hub)
+        coded = fetch(part.checkpoint, plan.request.hub)
         with TensorReader(plain, "cpu") as reader, TensorReader(coded, "cpu") as stored:
             for module, pieces in part.layers.items():
                 weight = reader.read(f"{module}.weight")
@@ -116,10 +116,10 @@ def measure_piece(
     return measure_error(base, decoded, piece.scheme)
 
 
-def judge_weights(made: Plan, base: Plan) -> list[str]:
+def judge_weights(plan: Plan, base: Plan) -> list[str]:
     """Layers whose weights are further from the base model's than rounding can bring them."""
     problems = []
-    for layer, piece, error in measure_plan(made, base):
+    for layer, piece, error in measure_plan(plan, base):
         bound = find_bound(piece.scheme)
         if bound is not None and not error <= bound * MARGIN:
             problems.append(

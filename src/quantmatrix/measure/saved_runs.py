@@ -23,7 +23,7 @@ import torch
 
 from quantmatrix import strict_json
 from quantmatrix.errors import CheckpointError, UsageError
-from quantmatrix.files import check_place, whole
+from quantmatrix.files import check_writable, whole
 from quantmatrix.links import explain_link
 from quantmatrix.quoting import quote_json
 
@@ -72,7 +72,7 @@ def check_target(path: str | None, *, several: bool) -> Path | None:
         raise UsageError("--save-latents: one file holds one run; give one prompt and one seed")
     if not path.endswith(".safetensors"):
         raise UsageError(f"--save-latents {path}: expected a file ending in .safetensors")
-    check_place(Path(path), "--save-latents")
+    check_writable(Path(path), "--save-latents")
     return Path(path)
 
 
@@ -145,7 +145,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str,
 def _read_pt(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a pickle that is no pickle raises
+    except Exception as error:  # whatever a pickle that is not a pickle raises
         raise CheckpointError(f"{path}: no readable run: {error}") from error
     latents = found.get("latents") if isinstance(found, dict) else None
     if latents is None:

@@ -49,10 +49,10 @@ def measure(model: str, repository: str) -> Spread:
         model_path=repository, tiny=True, device="cpu", prompt=(PROMPT,), dtype="bfloat16"
     )
     exact = api.generate(replace(request, dtype="float32"))
-    made = api.require_plan(request)
-    pipeline = build_pipeline(made)
-    with watch_linear(pipeline, made) as errors:
-        run = generate(request, made=made, pipeline=pipeline)
+    plan = api.require_plan(request)
+    pipeline = build_pipeline(plan)
+    with watch_linear(pipeline, plan) as errors:
+        run = generate(request, plan=plan, pipeline=pipeline)
     return describe(model, exact, run, errors)
 
 
@@ -84,12 +84,12 @@ def round_number(value: float) -> float:
 
 
 @contextmanager
-def watch_linear(pipeline: Any, made: Plan) -> Iterator[LayerErrors]:
+def watch_linear(pipeline: Any, plan: Plan) -> Iterator[LayerErrors]:
     """Measure every linear layer of the transformers that is called inside the with block."""
     errors = LayerErrors()
     with ExitStack() as stack:
-        for name, part in made.components.items():
-            checkpoint = fetch(part.checkpoint, made.request.hub)
+        for name, part in plan.components.items():
+            checkpoint = fetch(part.checkpoint, plan.request.hub)
             reader = stack.enter_context(TensorReader(checkpoint, "cpu"))
             found = errors.found.setdefault(name, {})
             for module, layer in getattr(pipeline, name).named_modules():

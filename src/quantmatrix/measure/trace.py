@@ -36,9 +36,9 @@ def trace(request: Request, path: Path) -> Census:
     """
     if not path.name.endswith(ENDING):
         raise UsageError(f"--output-path {path}: expected a file ending in {ENDING}")
-    made = require_plan(request)
+    plan = require_plan(request)
     refuse_acceleration(request)
-    return trace_pipeline(request, made, build_pipeline(made), path)
+    return trace_pipeline(request, plan, build_pipeline(plan), path)
 
 
 def refuse_acceleration(request: Request) -> None:
@@ -48,28 +48,28 @@ def refuse_acceleration(request: Request) -> None:
             raise UsageError(f"{flag}: a trace names the layers of an ordinary run; leave it out")
 
 
-def trace_pipeline(request: Request, made: Plan, pipeline: Any, path: Path | None = None) -> Census:
+def trace_pipeline(request: Request, plan: Plan, pipeline: Any, path: Path | None = None) -> Census:
     """Profile one generation with the pipeline of a plan; the trace is written where `path` is.
 
     Of a plan for several processes only this one is there: it generates alone.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if made.machine.device.startswith("cuda"):
+    if plan.machine.device.startswith("cuda"):
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     profiler = torch.profiler.profile(activities=activities, record_shapes=True)
-    with named_ranges(pipeline, made), profiler:
-        generate(request, made=replace(made, processes=1), pipeline=pipeline)
-    census = take_census(profiler.events() or [], made)
+    with named_ranges(pipeline, plan), profiler:
+        generate(request, plan=replace(plan, processes=1), pipeline=pipeline)
+    census = take_census(profiler.events() or [], plan)
     if path is not None:
         write_trace(profiler, path)
     return census
 
 
 @contextmanager
-def named_ranges(pipeline: Any, made: Plan) -> Iterator[None]:
+def named_ranges(pipeline: Any, plan: Plan) -> Iterator[None]:
     """Name the forwards of a pipeline's transformers and of their quantized layers meanwhile."""
     with ExitStack() as stack:
-        for component in made.components:
+        for component in plan.components:
             transformer = getattr(pipeline, component)
             stack.enter_context(name_calls(transformer, f"{STAGE}{component}"))
             for name, module in transformer.named_modules():

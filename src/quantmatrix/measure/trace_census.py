@@ -28,7 +28,7 @@ from quantmatrix.runtime.plan.types import Piece, Plan
 
 LAYER = "quantized|"
 PLAIN = {"aten::linear": 1, "aten::mm": 1, "aten::addmm": 2, "aten::bmm": 1, "aten::baddbmm": 2}
-"""Matmuls of plain numbers, each with the place of the weight among its arguments."""
+"""Matmuls of plain numbers, each with the position of the weight among its arguments."""
 
 
 @dataclass
@@ -102,10 +102,10 @@ class Census:
         }
 
 
-def take_census(events: Iterable[Any], made: Plan) -> Census:
+def take_census(events: Iterable[Any], plan: Plan) -> Census:
     """The census of a profiler's events (`torch.profiler.profile(...).events()`)."""
     events = list(events)
-    pieces, timeline = dict(list_pieces(made)), Timeline(events)
+    pieces, timeline = dict(list_pieces(plan)), Timeline(events)
     stages: dict[str, dict[str, float]] = {}
     layers: dict[str, LayerTrace] = {}
     for event in events:
@@ -124,9 +124,9 @@ def take_census(events: Iterable[Any], made: Plan) -> Census:
     return Census(stages, layers, judge(pieces, layers))
 
 
-def list_pieces(made: Plan) -> Iterator[tuple[str, Piece]]:
+def list_pieces(plan: Plan) -> Iterator[tuple[str, Piece]]:
     """(component and module, piece) of every planned layer, as the modules are named in the model."""
-    for component, part in made.components.items():
+    for component, part in plan.components.items():
         for module, pieces in part.layers.items():
             for number, piece in enumerate(pieces):
                 inside = f".parts.{number}" if len(pieces) > 1 else ""
@@ -191,9 +191,9 @@ def read_call(event: Any, layer: LayerTrace, matmuls: tuple[str, ...], timeline:
     layer.operations.update(child.name for child in list_operations(event))
     for child in list_operations(event, closed=matmuls):
         shapes = child.input_shapes or []
-        place = PLAIN.get(child.name)
-        if place is not None and len(shapes) > place:
-            layer.plain.add(tuple(shapes[place]))
+        position = PLAIN.get(child.name)
+        if position is not None and len(shapes) > position:
+            layer.plain.add(tuple(shapes[position]))
 
 
 def list_operations(event: Any, closed: tuple[str, ...] = ()) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 A plan is made from the headers of a checkpoint, which may be a small stand-in's. What a kernel is
 specialised on (rows, columns, groups) comes from the model's own size, so each planned layer is put
-in the place of its like in the transformer of diffusers' published configuration, which is built
+where its like is in the transformer of diffusers' published configuration, which is built
 and called once without memory. The layer then takes its own way, from tensors as on disk to
 canonical ones, `prepare` and `forward`, on the device `meta`, and `kernels.launching` keeps what it
 would have started. Nothing here knows how a kernel is launched.
@@ -47,7 +47,7 @@ class TrueLayer:
 @lru_cache(maxsize=8)
 def list_layers(model: str) -> Mapping[str, TrueLayer]:
     """Linear layers that a forward of a base model calls, by kind (see `census.name_kind`)."""
-    made = build_plain(model, "full").to(device="meta").to(torch.bfloat16).eval()
+    module_built = build_plain(model, "full").to(device="meta").to(torch.bfloat16).eval()
     seen: dict[str, tuple[nn.Linear, set[tuple[int, ...]]]] = {}
 
     def keep(kind: str, layer: nn.Linear) -> Any:
@@ -55,11 +55,11 @@ def list_layers(model: str) -> Mapping[str, TrueLayer]:
             tuple(inputs[0].shape)
         )
 
-    for name, module in made.named_modules():
+    for name, module in module_built.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(keep(name_kind(name), module))
     with torch.no_grad():
-        made(**make_inputs(model, made, "meta", torch.bfloat16))
+        module_built(**make_inputs(model, module_built, "meta", torch.bfloat16))
     return {
         kind: TrueLayer(
             layer.out_features, layer.in_features, layer.bias is not None, frozenset(at)
@@ -135,9 +135,9 @@ def follow(
         canonical = draw_canonical(part, piece, shape)
         if layer.bias:
             canonical["bias"] = torch.empty(shape[0], dtype=dtype, device="meta")
-        made = QuantizedLinear(shape[1], shape[0], kernel, piece.scheme, canonical, dtype)
+        module_built = QuantizedLinear(shape[1], shape[0], kernel, piece.scheme, canonical, dtype)
         for inputs in layer.inputs:
-            made(torch.empty(*inputs[:-1], shape[1], dtype=dtype, device="meta"))
+            module_built(torch.empty(*inputs[:-1], shape[1], dtype=dtype, device="meta"))
     return seen
 
 

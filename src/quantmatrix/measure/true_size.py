@@ -103,7 +103,7 @@ class TrueSize:
     """Of writing and loading."""
 
     def to_json(self) -> dict[str, Any]:
-        """The metrics of the check; times are told apart, for they never repeat."""
+        """The metrics of the check; times are kept apart, for they never repeat."""
         steps = compare_trajectories(self.bf16.latents, self.quantized.latents)
         forms = {"bf16": self.bf16, "quantized": self.quantized}
         return {
@@ -140,17 +140,17 @@ def measure(
     shallow = draw_blocks(row.model, device)
     checkpoint = write_once(row, shallow, folder, base, device)
     seconds = {"write": time.perf_counter() - start}
-    made = plan_checkpoint(row, request, name_base(folder, row), checkpoint)
+    plan = plan_checkpoint(row, request, name_base(folder, row), checkpoint)
     start = time.perf_counter()
-    quantized = load_component(made.components[COMPONENT], made.request, device=device)
+    quantized = load_component(plan.components[COMPONENT], plan.request, device=device)
     seconds["load"] = time.perf_counter() - start
     if deep:  # before any forward: what a kernel keeps of a call would be copied, too
         deepen(quantized, row.model)
-    errors = compare_layers(row.model, made, shallow, quantized, device)
+    errors = compare_layers(row.model, plan, shallow, quantized, device)
     del shallow
     found = measure_steps(row.model, base, quantized, device)
     size = WHOLE if deep else BLOCKS_ONLY
-    return TrueSize(made, size, bf16, found, errors, seconds)
+    return TrueSize(plan, size, bf16, found, errors, seconds)
 
 
 @lru_cache(maxsize=1)
@@ -162,13 +162,13 @@ def measure_plain(model: str, base: str, device: str, deep: bool) -> Measured:
 
 def draw_blocks(model: str, device: str, seed: int = 0) -> nn.Module:
     """The model with one block of each kind, random BF16 weights of gain 1; a seed gives its bits."""
-    made = build_plain(model, "blocks")
+    built = build_plain(model, "blocks")
     generator = torch.Generator(device).manual_seed(seed)
-    fill_plain(made, device, DTYPE, generator)
-    for name, layer in made.named_modules():
+    fill_plain(built, device, DTYPE, generator)
+    for name, layer in built.named_modules():
         if isinstance(layer, nn.Linear) and name.split(".")[0] in models.load(model).BLOCKS:
             layer.weight.data = structure(layer.weight.data, generator)
-    return made.eval().requires_grad_(False)
+    return built.eval().requires_grad_(False)
 
 
 def structure(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -212,8 +212,8 @@ def write_once(
     """
     if row.form == "online":
         raise UsageError(f"{row.id} is quantized while it is loaded: it has no file to write")
-    place, plain = folder / row.id, name_base(folder, row)
-    done = place / "written"
+    target, plain = folder / row.id, name_base(folder, row)
+    done = target / "written"
     if not done.is_file():
         for (
             other
@@ -228,13 +228,13 @@ def write_once(
         weights = {name: tensor.to(device) for name, tensor in shallow.state_dict().items()}
         packed = pack_tensors(weights, recipe.dialect, find_kept(row))
         chosen = choose_schemes(row, packed, recipe.dialect)
-        with torch.device(device):  # the writers make small tensors where they are told to
+        with torch.device(device):  # the writers make small tensors where they are asked to
             family = families.load(row.family)
-            made = quantize_layers(family, recipe.dialect, packed, chosen, ranges)
-        tensors, declaration = finish_tensors(row, *made, chosen)
+            built = quantize_layers(family, recipe.dialect, packed, chosen, ranges)
+        tensors, declaration = finish_tensors(row, *built, chosen)
         stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         inner = Path(row.reference).name
-        written = write_component(row, (stored, declaration), COMPONENT, inner, place, plain)
+        written = write_component(row, (stored, declaration), COMPONENT, inner, target, plain)
         done.write_text(str(written), encoding="utf-8")
     return Path(done.read_text(encoding="utf-8"))
 
@@ -279,11 +279,11 @@ def plan_checkpoint(row: CheckpointRow, request: Request, base: Path, checkpoint
 
 
 def compare_layers(
-    model: str, made: Plan, plain: nn.Module, quantized: nn.Module, device: str
+    model: str, plan: Plan, plain: nn.Module, quantized: nn.Module, device: str
 ) -> LayerErrors:
     """Error of every quantized layer against the BF16 one, on the input that it gets in a forward."""
     found: dict[str, float] = {}
-    layers = made.components[COMPONENT].layers
+    layers = plan.components[COMPONENT].layers
     with ExitStack() as stack, torch.no_grad():
         for name in layers:
             twin: Any = plain.get_submodule(name)
@@ -372,24 +372,24 @@ def open_scheduler(base: str, module: nn.Module, inputs: Mapping[str, Any], devi
 
     folder = hub.default_folder()
     hub.ensure(base, folder)
-    place = hub.find_snapshot(base, folder) / "scheduler"
-    words = json.loads((place / "scheduler_config.json").read_text(encoding="utf-8"))
-    scheduler = getattr(diffusers, words["_class_name"]).from_pretrained(place)
+    path = hub.find_snapshot(base, folder) / "scheduler"
+    config = json.loads((path / "scheduler_config.json").read_text(encoding="utf-8"))
+    scheduler = getattr(diffusers, config["_class_name"]).from_pretrained(path)
     options: dict[str, Any] = {}
-    if words.get("use_dynamic_shifting"):
+    if config.get("use_dynamic_shifting"):
         tokens = inputs["hidden_states"].shape[1]
-        options["mu"] = shift_of(tokens, words)
+        options["mu"] = shift_of(tokens, config)
     scheduler.set_timesteps(STEPS, device=device, **options)
     return scheduler
 
 
-def shift_of(tokens: int, words: Mapping[str, Any]) -> float:
+def shift_of(tokens: int, config: Mapping[str, Any]) -> float:
     """How far a scheduler with dynamic shifting moves its steps for so many tokens.
 
     Linear between two sequence lengths, as in the pipelines of FLUX.1 and Qwen-Image.
     """
-    low, high = words.get("base_image_seq_len", 256), words.get("max_image_seq_len", 4096)
-    least, most = words.get("base_shift", 0.5), words.get("max_shift", 1.15)
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return float(least + (most - least) * (tokens - low) / (high - low))
 
 

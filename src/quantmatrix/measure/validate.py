@@ -15,9 +15,9 @@ in memory. What is measured:
 | `machine`, `versions`, `checkpoint`, `command` | what it was measured on, and with |
 
 The result is a list of problems; it is empty for a checkpoint that holds what it declares. How far
-is too far for a picture is the publisher's choice, so distances are told, not judged; a run that is
-not finite, or that equals the base model's bit for bit, is a problem. Nothing is timed: one cold run
-after another says nothing about speed, for which there is `quantmatrix bench`.
+is too far for a picture is the publisher's choice, so distances are reported, not judged; a run
+that is not finite, or that equals the base model's bit for bit, is a problem. Nothing is timed: one
+cold run after another says nothing about speed, for which there is `quantmatrix bench`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import torch
 from quantmatrix import models
 from quantmatrix.api import require_plan
 from quantmatrix.errors import UsageError
-from quantmatrix.files import check_place, whole
+from quantmatrix.files import check_writable, whole
 from quantmatrix.hardware import probe
 from quantmatrix.measure.census import find_differences, find_undeclared
 from quantmatrix.measure.latents import compare_trajectories, find_worst, summarize
@@ -68,28 +68,28 @@ class Validation:
 
 def validate(request: Request, command: str, say: Say = lambda _: None) -> Validation:
     """Compare the checkpoint of a request with its base model; RefusedError when it cannot run."""
-    made = plan_quantized(request)
+    plan = plan_quantized(request)
     base_request = strip_quantization(request, request.model_path)
     base = require_plan(base_request)
     say(f"base model: {describe_runs(request)}")
-    baselines = generate_all(base_request, made=base)
+    baselines = generate_all(base_request, plan=base)
     release_memory()
     say(f"checkpoint: {describe_runs(request)}")
-    unproved = replace(made, request=replace(made.request, witness="off"))
+    unproved = replace(plan, request=replace(plan.request, witness="off"))
     pipeline = build_pipeline(unproved)  # what the witness finds is a finding here, not an end
-    census, problems = take_census(made, pipeline)
-    reports = examine_plan(made)
+    census, problems = take_census(plan, pipeline)
+    reports = examine_plan(plan)
     problems += [text for found in reports for text in (*found.problems, *found.warnings)]
-    runs = generate_all(request, made=made, pipeline=pipeline)
+    runs = generate_all(request, plan=plan, pipeline=pipeline)
     say("layers on their own inputs")
-    with watch_layers(pipeline, made, base) as errors:
+    with watch_layers(pipeline, plan, base) as errors:
         generate_all(replace(request, prompt=request.prompt[:1], seed=request.seed[:1]),
-                     made=made, pipeline=pipeline)  # fmt: skip
+                     plan=plan, pipeline=pipeline)  # fmt: skip
     for name, found in errors.found.items():
-        census[name]["not_called"] = sorted(set(made.components[name].layers) - set(found))
+        census[name]["not_called"] = sorted(set(plan.components[name].layers) - set(found))
     pairs = list(zip(baselines, runs, strict=True))
     problems += judge_layers(errors) + judge_runs(pairs)
-    quantized = {name: part for name, part in made.components.items() if part.layers}
+    quantized = {name: part for name, part in plan.components.items() if part.layers}
     files = [file for part in quantized.values() for file in part.checkpoint.files]
     report = {
         "schema": SCHEMA,
@@ -97,7 +97,7 @@ def validate(request: Request, command: str, say: Say = lambda _: None) -> Valid
         "problems": problems,
         "command": command,
         "base": request.model_path,
-        "base_id": name_base(request, made),
+        "base_id": name_base(request, plan),
         "scope": name_scope(request, files),
         "pipeline_tag": "text-to-video" if pairs[0][1].is_video else "text-to-image",
         "references": {name: part.checkpoint.reference for name, part in quantized.items()},
@@ -105,18 +105,18 @@ def validate(request: Request, command: str, say: Say = lambda _: None) -> Valid
         "witness": {found.component: found.to_json() for found in reports},
         "layers": {"summary": errors.to_json(), "errors": errors.found},
         "runs": [describe_pair(pair) for pair in pairs],
-        "memory": describe_memory(base, made, pairs),
-        "plan": made.to_json(),
+        "memory": describe_memory(base, plan, pairs),
+        "plan": plan.to_json(),
         "machine": probe.fingerprint(),
         "versions": records.list_versions(),
         "commit": records.find_commit(),
         "checkpoint": records.describe_files(files),
         "made": records.tell_time(),
     }
-    places = name_places(
+    folders = name_folders(
         [*files, *(f for p in base.components.values() for f in p.checkpoint.files)]
     )
-    return Validation(records.make_portable(report, places), problems, pairs)
+    return Validation(records.make_portable(report, folders), problems, pairs)
 
 
 def release_memory() -> None:
@@ -128,8 +128,8 @@ def release_memory() -> None:
 
 def plan_quantized(request: Request) -> Plan:
     """The plan of the checkpoint; UsageError when nothing in it is quantized."""
-    made = require_plan(request)
-    if not any(part.layers for part in made.components.values()):
+    plan = require_plan(request)
+    if not any(part.layers for part in plan.components.values()):
         raise UsageError(
             f"{request.model_path}: no transformer component is quantized, so there is nothing to "
             "validate; name the checkpoint with --transformer-path or --transformer-weights-path"
@@ -139,7 +139,7 @@ def plan_quantized(request: Request) -> Plan:
             f"--model-path {request.model_path} is quantized itself: give the base model with "
             "--model-path, and this one's transformer with --transformer-path"
         )
-    return made
+    return plan
 
 
 def describe_runs(request: Request) -> str:
@@ -148,16 +148,16 @@ def describe_runs(request: Request) -> str:
     return f"{prompts} prompt{'s' * (prompts > 1)}, {seeds} seed{'s' * (seeds > 1)}"
 
 
-def name_places(files: Iterable[str]) -> dict[str, str]:
+def name_folders(files: Iterable[str]) -> dict[str, str]:
     """Folders of this machine that must not stand in a report; a snapshot of the hub's is its id."""
     from quantmatrix.tiny import hub
 
-    places = {str(hub.default_folder()): "$HUB", str(Path.home()): "$HOME"}
+    folders = {str(hub.default_folder()): "$HUB", str(Path.home()): "$HOME"}
     for file in files:
         if origin := scopes.find_origin([file]):
             cache = scopes.find_snapshot(Path(file))
-            places[f"{cache}/snapshots/{origin['revision']}"] = origin["repository"]
-    return places
+            folders[f"{cache}/snapshots/{origin['revision']}"] = origin["repository"]
+    return folders
 
 
 def name_scope(request: Request, files: Sequence[str]) -> str:
@@ -167,19 +167,19 @@ def name_scope(request: Request, files: Sequence[str]) -> str:
     return scopes.PUBLISHED if scopes.find_origin(files) else LOCAL
 
 
-def name_base(request: Request, made: Plan) -> str:
+def name_base(request: Request, plan: Plan) -> str:
     """Hub id of the base model: that of the request, or of the model where a folder was named."""
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", request.model_path)
     if is_hub_id and not Path(request.model_path).exists():
         return request.model_path
-    return models.load(made.model).REPO
+    return models.load(plan.model).REPO
 
 
-def take_census(made: Plan, pipeline: Any) -> tuple[dict[str, Any], list[str]]:
+def take_census(plan: Plan, pipeline: Any) -> tuple[dict[str, Any], list[str]]:
     """(counts and deviations per component, the deviations as problems)."""
     census: dict[str, Any] = {}
     problems = []
-    for name, part in made.components.items():
+    for name, part in plan.components.items():
         if not part.layers:
             continue
         undeclared = find_undeclared(part)
@@ -234,15 +234,15 @@ def describe_pair(pair: tuple[Run, Run]) -> dict[str, Any]:
     }
 
 
-def describe_memory(base: Plan, made: Plan, pairs: Sequence[tuple[Run, Run]]) -> dict[str, Any]:
+def describe_memory(base: Plan, plan: Plan, pairs: Sequence[tuple[Run, Run]]) -> dict[str, Any]:
     """Bytes of transformer weights, and peaks where the device counts them apart."""
 
     def weigh(found: Plan) -> int:
         return sum(part.bytes for part in found.components.values())
 
     memory: dict[str, Any] = {"bf16": {"weight_bytes": weigh(base)}}
-    memory["quantized"] = {"weight_bytes": weigh(made)}
-    if made.machine.vendor != "cpu":  # a process on a CPU has one peak, that of the larger model
+    memory["quantized"] = {"weight_bytes": weigh(plan)}
+    if plan.machine.vendor != "cpu":  # a process on a CPU has one peak, that of the larger model
         memory["bf16"]["peak_bytes"] = max(pair[0].peak_bytes for pair in pairs)
         memory["quantized"]["peak_bytes"] = max(pair[1].peak_bytes for pair in pairs)
     return memory
@@ -267,7 +267,7 @@ def check_output(folder: Path) -> None:
     """UsageError unless the folder can be made, or is empty: nothing is ever written over."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--output-path {folder} exists and is not an empty folder")
-    check_place(folder)
+    check_writable(folder)
 
 
 def write_folder(found: Validation, folder: Path) -> Path:

@@ -28,8 +28,8 @@ LONGEST = 300
 GAIN = 4
 """The difference is shown this many times as strong, around a middle grey."""
 MIB = 2**20
-YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
-"""Words that a reader of YAML takes for something else than a text."""
+YAML_RESERVED = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
+"""Values that a YAML reader does not take for text."""
 
 
 def write_files(found: Validation, folder: Path) -> None:
@@ -63,7 +63,7 @@ def draw_pictures(pair: tuple[Run, Run]) -> list[Any]:
 
 
 def write_page(report: dict[str, Any], pictures: Sequence[Sequence[str]]) -> str:
-    """The page; every word of it is escaped."""
+    """The page; all of its text is escaped."""
     from quantmatrix.report import template
 
     return template.draw(
@@ -85,8 +85,8 @@ def draw_curve(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
     points = [
         (round(5 + n * width, 2), round(105 - 100 * v / top, 2)) for n, v in enumerate(values)
     ]
-    told = ", ".join(f"step {n + 1}: {value}" for n, value in enumerate(values))
-    return {"points": points, "line": " ".join(f"{x},{y}" for x, y in points), "told": told}
+    label = ", ".join(f"step {n + 1}: {value}" for n, value in enumerate(values))
+    return {"points": points, "line": " ".join(f"{x},{y}" for x, y in points), "told": label}
 
 
 def list_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -135,12 +135,12 @@ def describe_scope(scope: str) -> str:
 
 def describe_witness(witness: dict[str, Any]) -> list[str]:
     """Per component the lowest cosine of a decoded layer with the base model's own."""
-    told = []
+    label = []
     for name, part in witness.items():
         cosines = [kind["cosine"] for kind in part["kinds"]]
         lowest = f"cosine at least {min(cosines):.4f} in " if cosines else ""
-        told.append(f"{name}: {part['verdict']} ({lowest}{part['layers']} decoded layers)")
-    return told
+        label.append(f"{name}: {part['verdict']} ({lowest}{part['layers']} decoded layers)")
+    return label
 
 
 def show_worst(steps: Sequence[dict[str, Any]], metric: str) -> str:
@@ -160,7 +160,9 @@ def write_front_matter(report: dict[str, Any]) -> str:
     """The YAML that the hub reads at the top of a model card."""
     parts = report["census"].values()
     tags = {
-        str(word) for part in parts for word in (part["family"], *split_words(part["precision"]))
+        str(name)
+        for part in parts
+        for name in (part["family"], *split_precision(part["precision"]))
     }
     lines = [
         f"base_model: {quote(report['base_id'])}",
@@ -173,14 +175,14 @@ def write_front_matter(report: dict[str, Any]) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def split_words(precision: str | None) -> list[str]:
-    """The words of `FP8 + INT8`."""
+def split_precision(precision: str | None) -> list[str]:
+    """The names in `FP8 + INT8`."""
     return (precision or "").lower().split(" + ") if precision else []
 
 
 def quote(text: str) -> str:
-    """A YAML scalar, quoted unless it is a plain word."""
-    plain = re.fullmatch(r"[A-Za-z][\w./-]*", text) and text.lower() not in YAML_WORDS
+    """A YAML scalar, quoted unless it is a plain name."""
+    plain = re.fullmatch(r"[A-Za-z][\w./-]*", text) and text.lower() not in YAML_RESERVED
     return text if plain else json.dumps(text)
 
 

@@ -43,13 +43,13 @@ class Workbench:
         if worker is not None:
             torch.set_num_threads(1)
 
-    def words(self, cell: Cell) -> list[str]:
+    def argv(self, cell: Cell) -> list[str]:
         """The command of a cell as it is run here."""
-        words = cell.command(self.tables)
-        return [*words, "--tiny"] if self.tiny else words
+        command = cell.command(self.tables)
+        return [*command, "--tiny"] if self.tiny else command
 
     def command(self, cell: Cell) -> str:
-        """The same in shell words, environment included."""
+        """The same quoted for a shell, environment included."""
         return f"{cell.shell(self.tables)}{' --tiny' if self.tiny else ''}"
 
     def request(self, cell: Cell) -> Request:
@@ -63,7 +63,7 @@ class Workbench:
 
     def _read(self, cell: Cell, **extra: str) -> Request:
         backend = cell.environment.get(FP4_BACKEND_VARIABLE)
-        return Request.from_words(self.words(cell)[2:], fp4_gemm_backend=backend, **extra)
+        return Request.from_words(self.argv(cell)[2:], fp4_gemm_backend=backend, **extra)
 
     def find_device(self, row: HardwareRow) -> str:
         """The torch device of a hardware row on this machine; one worker, one device.
@@ -92,32 +92,32 @@ class Workbench:
         """The plan of a request; RefusedError when it ends in a refusal."""
         return api.require_plan(request)
 
-    def pipeline(self, request: Request, made: Plan) -> Any:
+    def pipeline(self, request: Request, plan: Plan) -> Any:
         """The pipeline of a request, the one at hand if it is the same."""
         key = repr(replace(request, **blank_generation()))
         if self._pipeline is None or self._pipeline[0] != key:
             self.release()
-            self._pipeline = (key, build_pipeline(made))
+            self._pipeline = (key, build_pipeline(plan))
         return self._pipeline[1]
 
-    def run(self, request: Request, made: Plan) -> Run:
+    def run(self, request: Request, plan: Plan) -> Run:
         """Generate with the pipeline of a request, or in the processes that its plan has."""
-        if made.processes > 1:
+        if plan.processes > 1:
             self.release()
-            resolved = replace(request, hub=made.request.hub)
-            return parallel.generate_together(resolved, made)
-        return self.run_alone(request, made)
+            resolved = replace(request, hub=plan.request.hub)
+            return parallel.generate_together(resolved, plan)
+        return self.run_alone(request, plan)
 
-    def run_alone(self, request: Request, made: Plan) -> Run:
+    def run_alone(self, request: Request, plan: Plan) -> Run:
         """Generate in this process with the pipeline of a request."""
-        alone = replace(made, processes=1)
-        return generate(request, made=alone, pipeline=self.pipeline(request, made))
+        alone = replace(plan, processes=1)
+        return generate(request, plan=alone, pipeline=self.pipeline(request, plan))
 
-    def run_watched(self, cell: Cell, request: Request, made: Plan) -> tuple[Run, LayerErrors]:
+    def run_watched(self, cell: Cell, request: Request, plan: Plan) -> tuple[Run, LayerErrors]:
         """Generate here, and measure every quantized layer against the base model's on the way."""
         base = self.plan(self.base_request(cell, request))
-        with watch_layers(self.pipeline(request, made), made, base) as errors:
-            return self.run_alone(request, made), errors
+        with watch_layers(self.pipeline(request, plan), plan, base) as errors:
+            return self.run_alone(request, plan), errors
 
     def base_request(self, cell: Cell, request: Request) -> Request:
         """The same request of the base model in full precision."""
@@ -144,7 +144,7 @@ class Workbench:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def places(self, request: Request) -> dict[str, str]:
+    def folders(self, request: Request) -> dict[str, str]:
         """Folders of this machine that must not stand in a record."""
         from quantmatrix.tiny import hub
 

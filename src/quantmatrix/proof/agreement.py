@@ -117,14 +117,14 @@ def measure(
     With `today` fresh evidence older than `max_age_days` is listed as due.
     """
     claims = [cell for cell in tables.cells if cell.claim != "planned"]
-    told = standings or stand_all(tables, evidence, now)
-    lives = {c.id: find_life(told[c.id]) for c in claims}
-    shown = [c for c in claims if lives[c.id] == "fresh" or is_compiled(told[c.id])]
-    scopes = Counter(told[c.id].scope for c in shown)
+    by_cell = standings or stand_all(tables, evidence, now)
+    lives = {c.id: find_life(by_cell[c.id]) for c in claims}
+    shown = [c for c in claims if lives[c.id] == "fresh" or is_compiled(by_cell[c.id])]
+    scopes = Counter(by_cell[c.id].scope for c in shown)
     tasks = [
         Task(
             *(c.id, c.family, c.hardware, c.claim, life),
-            *(explain_life(told[c.id]), told[c.id].scope),
+            *(explain_life(by_cell[c.id]), by_cell[c.id].scope),
         )
         for life in URGENCY
         for c in claims
@@ -133,7 +133,7 @@ def measure(
     due = {
         c.id: why
         for c in claims
-        if today is not None and lives[c.id] == "fresh" and (record := told[c.id].record)
+        if today is not None and lives[c.id] == "fresh" and (record := by_cell[c.id].record)
         if (why := find_age_problem(record, today, max_age_days))
     }
 
@@ -203,6 +203,6 @@ def show_scopes(counts: Mapping[str, int]) -> str:
 def suggest_runs(tasks: Iterable[Task]) -> dict[str, str]:
     """The command that makes the missing evidence of each hardware."""
     return {
-        place: f"pytest tests/suites --hardware {place} --evidence-dir reports/evidence"
-        for place in dict.fromkeys(task.hardware for task in tasks)
+        hardware: f"pytest tests/suites --hardware {hardware} --evidence-dir reports/evidence"
+        for hardware in dict.fromkeys(task.hardware for task in tasks)
     }

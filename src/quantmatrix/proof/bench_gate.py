@@ -2,7 +2,7 @@
 the same device.
 
 Absolute times of two days differ by more than any change worth finding; the ratio to BF16, taken in
-one process, does not. A timing is *worse* when its whole interval lies beyond
+one process, does not. A timing is *worse* when its whole interval lies outside
 
     max(tolerance x kept ratio, upper end of the kept interval)
 
@@ -42,7 +42,7 @@ class Finding:
     verdict: str
 
     def tell(self) -> str:
-        """In words."""
+        """As text."""
         return (
             f"{self.key[0]}: {self.name}: ratio to BF16 was {self.kept:.4g}, is {self.found:.4g} "
             f"({self.low:.4g} to {self.high:.4g}), allowed {self.bound:.4g}: {self.verdict}"
@@ -85,7 +85,7 @@ def list_unmatched(old: Mapping[Key, Result], new: Mapping[Key, Result]) -> list
     """Keys that only one side has; of the kept ones those of the devices that were measured."""
     problems = []
     for what, device in new.keys() - old.keys():
-        others = sorted(place for name, place in old if name == what)
+        others = sorted(machine for name, machine in old if name == what)
         problems.append(
             f"{what}: kept for {', '.join(others)}, measured on {device}: ratios of two devices "
             "cannot be compared; keep a result of this one"
@@ -133,7 +133,9 @@ def judge(key: Key, name: str, kept: Numbers, found: Numbers, tolerance: float) 
 
 def count_verdicts(findings: Sequence[Finding]) -> dict[str, int]:
     """How many numbers are worse, better and unchanged."""
-    return {word: sum(f.verdict == word for f in findings) for word in (WORSE, BETTER, EQUAL)}
+    return {
+        verdict: sum(f.verdict == verdict for f in findings) for verdict in (WORSE, BETTER, EQUAL)
+    }
 
 
 def to_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:

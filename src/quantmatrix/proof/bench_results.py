@@ -2,7 +2,7 @@
 
 A file holds `{"schema": 1, "planned": [...], "results": [...]}`. `planned` names everything that was
 to be measured; a file that lacks one of them is partial, and an error. A result is keyed by `what`
-(a cell's id, or a request in words), `size` and `device`, and holds:
+(a cell's id, or a request as text), `size` and `device`, and holds:
 
 | key          | content |
 | ------------ | ------- |
@@ -96,16 +96,16 @@ def list_problems(result: Any, *, deep: bool = True) -> list[str]:
 
 
 def check_sizes(name: str, found: Mapping[str, Any]) -> Iterator[str]:
-    """Ratios and words that are not those of the bytes of a component."""
+    """Ratios and verdicts that are not those of the bytes of a component."""
     for what in ("weights", "peak"):
         sizes = [found["memory"][form][what] for form in FORMS]
-        told = found["memory"].get(f"{what}_ratio"), found["memory"].get(f"{what}_verdict")
-        if told != describe_sizes(*sizes):
-            yield f"components.{name}.memory.{what}: {sizes} bytes are not {told}"
+        stated = found["memory"].get(f"{what}_ratio"), found["memory"].get(f"{what}_verdict")
+        if stated != describe_sizes(*sizes):
+            yield f"components.{name}.memory.{what}: {sizes} bytes are not {stated}"
 
 
 def describe_sizes(bf16: int, quantized: int) -> tuple[float, str]:
-    """(ratio, word) of two numbers of bytes."""
+    """(ratio, verdict) of two numbers of bytes."""
     return float(f"{quantized / bf16:.6g}"), name_size(bf16, quantized)
 
 
@@ -120,12 +120,12 @@ def check_samples(result: Result) -> list[str]:
     problems = []
     for label, timing in list_comparisons(result):
         try:
-            told = summarize(timing["milliseconds"])
+            summary = summarize(timing["milliseconds"])
         except UsageError as error:
             problems.append(f"{label}: {error}")
             continue
-        if {key: timing[key] for key in told} != told:
-            problems.append(f"{label}: its samples give {show_ratio(told)}, it says otherwise")
+        if {key: timing[key] for key in summary} != summary:
+            problems.append(f"{label}: its samples give {show_ratio(summary)}, it says otherwise")
     return problems
 
 
@@ -160,8 +160,8 @@ def check_file(whole: Any, where: object, *, deep: bool = True) -> None:
     for name, listed in (("results", results), ("planned", planned)):
         if not isinstance(listed, list):
             raise BenchmarkError(f"{where}: {name}: expected a list, found {listed!r:.80}")
-    if strange := [name for name in planned if not isinstance(name, str)]:
-        raise BenchmarkError(f"{where}: planned: expected names, found {strange[0]!r:.80}")
+    if unknown := [name for name in planned if not isinstance(name, str)]:
+        raise BenchmarkError(f"{where}: planned: expected names, found {unknown[0]!r:.80}")
     problems = [f"{where}: {p}" for result in results for p in list_problems(result, deep=deep)]
     if not problems:
         problems = list_missing(planned, [result["what"] for result in results], where)
@@ -213,7 +213,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def read_reports(reports: Path, *, deep: bool = False) -> dict[str, dict[str, Any]]:
-    """Results of cells below a reports folder, by cell id; BenchmarkError for a wrong place."""
+    """Results of cells below a reports folder, by cell id; BenchmarkError for a wrong path."""
     folder = reports / BENCHMARKS
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*/[!.]*.json")):
@@ -232,7 +232,7 @@ def write(results: Sequence[Result], planned: Iterable[str], path: Path) -> Path
 
 
 def write_cell(result: Result, folder: Path) -> Path:
-    """Put the result of a cell in its place below a folder of results."""
+    """Write the result of a cell below a folder of results."""
     return write([result], [result["what"]], folder / path_of(result["what"]))
 
 
@@ -261,7 +261,7 @@ def read_pytest(path: Path, planned: Iterable[str] = ()) -> dict[str, dict[str, 
 
 
 def find_change(result: Result, cell: Cell, tables: Matrix, code: Code | None = None) -> str:
-    """What changed since a result was made, in words; empty when nothing did.
+    """What changed since a result was made, as text; empty when nothing did.
 
     Without `code` that is not looked at.
     """
@@ -269,9 +269,9 @@ def find_change(result: Result, cell: Cell, tables: Matrix, code: Code | None = 
     if code is not None:
         now = sign(now, result, tables, code)
     then = result.get("cell") or {}
-    words = {"row_digest": "the row", "device_digest": "the code", "shared_digest": "the code"}
-    told = (word for key, word in words.items() if key in now and then.get(key) != now[key])
-    changed = list(dict.fromkeys(told))
+    names = {"row_digest": "the row", "device_digest": "the code", "shared_digest": "the code"}
+    changes = (label for key, label in names.items() if key in now and then.get(key) != now[key])
+    changed = list(dict.fromkeys(changes))
     return f"{' and '.join(changed)} changed since" if changed else ""
 
 

@@ -63,7 +63,7 @@ class Carried:
             raise CarriedError(f"{path}:1: expected the columns {','.join(COLUMNS)}")
         for number, row in enumerate(rows[1:], 2):
             whole = len(row) == len(COLUMNS) and all(row)
-            if not whole or not all(word.startswith(DIGEST) for word in (*row[:2], row[4])):
+            if not whole or not all(text.startswith(DIGEST) for text in (*row[:2], row[4])):
                 raise CarriedError(
                     f"{path}:{number}: expected {len(COLUMNS)} values, digests as `{DIGEST}...`; "
                     "write this file with `quantmatrix evidence carry`"

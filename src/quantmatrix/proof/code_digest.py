@@ -23,7 +23,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from quantmatrix.proof.definitions import Package, hash_words
+from quantmatrix.proof.definitions import Package, hash_texts
 from quantmatrix.proof.kernel_tables import KernelTables
 from quantmatrix.proof.scopes import COMPILED, PUBLISHED, STAND_IN, TRUE_SIZE
 from quantmatrix.proof.source_modules import Definition
@@ -132,20 +132,22 @@ class Digests:
 
 
 def find_way(
-    cell: Mapping[str, Any], plan: Mapping[str, Any], place: tuple[str, str], scope: str
+    cell: Mapping[str, Any], plan: Mapping[str, Any], hardware: tuple[str, str], scope: str
 ) -> Way:
     """The way of a record of a scope: its `cell` and `plan`, and (vendor, arch) of its hardware's row."""
     parts = list(plan.get("components", {}).values())
     machine = plan.get("machine") or {}
-    words = {word for part in parts for word in str(part.get("precision") or "").split(" + ")}
+    precisions = {
+        precision for part in parts for precision in str(part.get("precision") or "").split(" + ")
+    }
     return Way(
         family=cell["family"],
         model=cell["model"],
-        vendor=str(machine.get("vendor", place[0])),
-        arch=str(machine.get("arch", place[1])),
+        vendor=str(machine.get("vendor", hardware[0])),
+        arch=str(machine.get("arch", hardware[1])),
         backend=cell["backend"],
         backends=tuple(sorted({name for part in parts for name in part["backends"]})),
-        schemes=tuple(sorted(words - {""})),
+        schemes=tuple(sorted(precisions - {""})),
         scope=scope,
         refused=cell["claim"] == "refused",
         rule=cell["rule"],
@@ -187,10 +189,14 @@ class Code:
         return Digests(self._device[way], self._shared[common])
 
     def describe(
-        self, cell: Mapping[str, Any], plan: Mapping[str, Any], place: tuple[str, str], scope: str
+        self,
+        cell: Mapping[str, Any],
+        plan: Mapping[str, Any],
+        hardware: tuple[str, str],
+        scope: str,
     ) -> dict[str, str]:
         """The two digests as a record's `cell` holds them; arguments as of `find_way`."""
-        found = self.digest(find_way(cell, plan, place, scope))
+        found = self.digest(find_way(cell, plan, hardware, scope))
         return {"device_digest": found.device, "shared_digest": found.shared}
 
     def digest_stand_ins(self) -> str:
@@ -208,7 +214,7 @@ class Code:
             f"{role}={one if isinstance(one, str) else self.package.digest(one)}"
             for role, one in entries
         }
-        return f"sha256:{hash_words(sorted(found))}"
+        return f"sha256:{hash_texts(sorted(found))}"
 
     def list_ids(self, kind: str) -> tuple[str, ...]:
         """Ids of the families or models that have a module."""
@@ -217,20 +223,20 @@ class Code:
 
     def locate(self, module: str, name: str) -> tuple[str, str]:
         """(module, name) of an entry or edge where this package has it: today's, or a former one."""
-        places = [(place, name) for place in (module, *FORMER.get(module, ()))]
-        return next((place for place in places if self.package.has(*place)), places[0])
+        addresses = [(address, name) for address in (module, *FORMER.get(module, ()))]
+        return next((address for address in addresses if self.package.has(*address)), addresses[0])
 
     def name_all(
         self, role: str, module: str, names: Iterable[str | tuple[str, str]]
     ) -> Iterator[tuple[str, Definition]]:
         """(role, definition) of the names that a module has; a pair must be there."""
         for name in names:
-            place = self.locate(*name) if isinstance(name, tuple) else (module, name)
+            address = self.locate(*name) if isinstance(name, tuple) else (module, name)
             if isinstance(name, str) and not self.package.has(module, name):
                 continue
-            found = self.package.find(*place)
+            found = self.package.find(*address)
             if isinstance(found, Definition):
-                yield f"{role}{place[1] if isinstance(name, str) else ''}", found
+                yield f"{role}{address[1] if isinstance(name, str) else ''}", found
 
     def list_shared(self, way: Way) -> list[tuple[str, Definition]]:
         """(role, definition) of the way that a cpu run has in common."""

@@ -200,7 +200,7 @@ class Package:
 
     def digest_pieces(self, pieces: Iterable[Piece]) -> str:
         """sha256 of texts and definitions."""
-        return hash_words(p if isinstance(p, str) else self.digest(p) for p in pieces)
+        return hash_texts(p if isinstance(p, str) else self.digest(p) for p in pieces)
 
     def _list_groups(self, start: Definition) -> Iterator[list[Definition]]:
         """Definitions below `start` that are not digested yet, those that need each other in one
@@ -223,8 +223,8 @@ class Package:
             open_ones = [n for n in self.list_named(node) if n in index and n not in self._digests]
             low[node] = min([low[node], *(low[n] for n in open_ones)])
             if low[node] == index[node]:
-                place = stack.index(node)
-                group, stack[place:] = stack[place:], []
+                position = stack.index(node)
+                group, stack[position:] = stack[position:], []
                 yield group
 
     def list_named(self, definition: Definition) -> list[Definition]:
@@ -240,7 +240,7 @@ class Package:
         inside = any(name in known for one in group for name in self.list_named(one))
         for _ in range(len(group) + 1 if inside else 1):
             known = {
-                one: hash_words(
+                one: hash_texts(
                     p
                     if isinstance(p, str)
                     else f"cycle {known[p]}"
@@ -303,6 +303,6 @@ class Package:
         return found
 
 
-def hash_words(words: Iterable[str]) -> str:
-    """sha256 of texts, each told from the next."""
-    return hashlib.sha256("\0".join(words).encode("utf-8", "surrogatepass")).hexdigest()
+def hash_texts(texts: Iterable[str]) -> str:
+    """sha256 of texts, each kept apart from the next."""
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()

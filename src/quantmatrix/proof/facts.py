@@ -74,9 +74,10 @@ def list_changed_checks(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
 def is_same(then: Any, now: Any, tolerance: float = REPEATS) -> bool:
     """Whether two values tell the same; lists and tuples are, and names of times are not looked at."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
-        told = [{k: v for k, v in one.items() if not k.endswith(TIMES)} for one in (then, now)]
-        return told[0].keys() == told[1].keys() and all(
-            is_same(told[0][key], told[1][key], PEAKS.get(key, tolerance)) for key in told[0]
+        compared = [{k: v for k, v in one.items() if not k.endswith(TIMES)} for one in (then, now)]
+        return compared[0].keys() == compared[1].keys() and all(
+            is_same(compared[0][key], compared[1][key], PEAKS.get(key, tolerance))
+            for key in compared[0]
         )
     if isinstance(then, (list, tuple)) and isinstance(now, (list, tuple)):
         pairs = zip(then, now, strict=False)

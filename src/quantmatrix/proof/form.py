@@ -7,9 +7,9 @@ A record that was edited by hand, or that two runs wrote into, is found where it
 
 | a check that passed | must not tell |
 | ------------------- | ------------- |
-| any                 | a metric beyond the limit beside it |
-| `latents`           | a layer beyond `layer_error`, or latents that equal the base model's |
-| `refuse`            | another rule than the row claims, or a plan that is no refusal |
+| any                 | a metric that exceeds the limit beside it |
+| `latents`           | a layer that exceeds `layer_error`, or latents that equal the base model's |
+| `refuse`            | another rule than the row claims, or a plan that is not a refusal |
 | `compile`           | no program, one with a fault, or one of another architecture than the plan's |
 | all but `refuse`    | a plan that is a refusal |
 
@@ -27,9 +27,9 @@ from quantmatrix.proof.scopes import find_foreign
 SLACK = 1e-5
 """Share by which a rounded metric may miss its rounded limit."""
 LARGEST = 10**300
-"""A whole number beyond this is no measurement."""
+"""A larger whole number is not a measurement."""
 LISTS = ("flags", "checks")
-"""Columns of a row that hold several words."""
+"""Columns of a row that hold several names."""
 
 
 def list_problems(record: Mapping[str, Any]) -> list[str]:
@@ -60,9 +60,9 @@ def check_cell(cell: Mapping[str, Any]) -> Iterator[str]:
         if name not in LISTS and not isinstance(value, str)
     ]
     yield from problems
-    place = f"{cell['row']}@{cell['hardware']}"
-    if not problems and cell["id"] not in (place, f"{place}+{cell['backend']}"):
-        yield f"cell.id: {cell['id']!r} is not a cell of {place}"
+    name = f"{cell['row']}@{cell['hardware']}"
+    if not problems and cell["id"] not in (name, f"{name}+{cell['backend']}"):
+        yield f"cell.id: {cell['id']!r} is not a cell of {name}"
 
 
 def find_faults(record: Mapping[str, Any]) -> Iterator[str]:
@@ -90,32 +90,32 @@ def find_contradictions(record: Mapping[str, Any], name: str) -> Iterator[str]:
     if name != "refuse":
         if refusal:
             yield f"{where}: passed, although the plan is a refusal: {refusal.get('rule')}"
-        beyond = [*list_beyond(check), *(find_faults(record) if name == "compile" else ())]
-        yield from (f"{where}: passed, although {why}" for why in beyond)
+        exceeded = [*list_exceeded(check), *(find_faults(record) if name == "compile" else ())]
+        yield from (f"{where}: passed, although {why}" for why in exceeded)
         return
-    for told in (check["metrics"], refusal or {}):
-        if told.get("rule", cell["rule"]) != cell["rule"]:
-            yield f"{where}: passed, although {told['rule']!r} refused it, not {cell['rule']!r}"
+    for source in (check["metrics"], refusal or {}):
+        if source.get("rule", cell["rule"]) != cell["rule"]:
+            yield f"{where}: passed, although {source['rule']!r} refused it, not {cell['rule']!r}"
     if plan.get("ok"):
-        yield f"{where}: passed, although the plan is no refusal"
+        yield f"{where}: passed, although the plan is not a refusal"
 
 
-def list_beyond(check: Mapping[str, Any]) -> Iterator[str]:
-    """Metrics of a check that are beyond the limits beside them, in words."""
+def list_exceeded(check: Mapping[str, Any]) -> Iterator[str]:
+    """Metrics of a check that exceed the limits beside them, as text."""
     metrics, limits = check["metrics"], check["limits"]
     worst = metrics.get("worst")
-    told = {**metrics, **(worst if isinstance(worst, dict) else {})}
+    values = {**metrics, **(worst if isinstance(worst, dict) else {})}
     layers = metrics.get("layers")
     parts = layers.values() if isinstance(layers, dict) else ()
     if found := [part["worst"] for part in parts if isinstance(part, dict) and "worst" in part]:
-        told["layer_error"] = max(found, key=lambda error: error if is_number(error) else 0)
+        values["layer_error"] = max(found, key=lambda error: error if is_number(error) else 0)
     for name, limit in limits.items():
-        value = told.get(name)
+        value = values.get(name)
         if not isinstance(limit, dict):
             if name in ("identical", "repeats", "constant") and value not in (None, limit):
                 yield f"{name} is {value}, not {limit}"
         elif is_number(value):
-            for word, sign in (("at_least", 1), ("at_most", -1)):
-                bound: Any = limit.get(word)
+            for bound_name, sign in (("at_least", 1), ("at_most", -1)):
+                bound: Any = limit.get(bound_name)
                 if is_number(bound) and sign * (bound - value) > SLACK * abs(bound):
-                    yield f"{name} is {value:g}, {word.replace('_', ' ')} {bound:g} is allowed"
+                    yield f"{name} is {value:g}, {bound_name.replace('_', ' ')} {bound:g} is allowed"

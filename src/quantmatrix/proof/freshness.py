@@ -44,8 +44,8 @@ class Now:
 
     code: Code | None = None
     carried: Carried = field(default_factory=Carried)
-    list_beyond: Callable[[Evidence], list[str]] | None = None
-    """Where a record that passed exceeds the limits as they are now, in words."""
+    list_exceeded: Callable[[Evidence], list[str]] | None = None
+    """Where a record that passed exceeds the limits as they are now, as text."""
     upgrades: Mapping[str, str] = field(default_factory=dict)
     """By the key of a record: what the machine of its record has instead of the record's packages."""
 
@@ -59,13 +59,13 @@ def read_now(reports: Path, evidence: Mapping[str, Evidence], code: Code | None 
     return Now(
         code=code or own_code(),
         carried=Carried.read(reports / CARRIED),
-        list_beyond=partial(limits.list_beyond, ledger=ledger) if ledger.samples else None,
+        list_exceeded=partial(limits.list_exceeded, ledger=ledger) if ledger.samples else None,
         upgrades=find_upgrades(evidence),
     )
 
 
 def list_changes(evidence: Evidence, row: HardwareRow, now: Now) -> list[str]:
-    """What makes a record stale although the rows stand, in words; `row` is of its hardware."""
+    """What makes a record stale although the rows stand, as text; `row` is of its hardware."""
     changes = [] if now.code is None else list_code_changes(evidence, row, now.code, now.carried)
     if why := now.upgrades.get(key_of(evidence)):
         changes.append(why)
@@ -75,7 +75,7 @@ def list_changes(evidence: Evidence, row: HardwareRow, now: Now) -> list[str]:
 def list_code_changes(
     evidence: Evidence, row: HardwareRow, code: Code, carried: Carried
 ) -> list[str]:
-    """Which of a record's digests the code has no more, in words."""
+    """Which of a record's digests the code has no more, as text."""
     then = {name: evidence.cell.get(f"{name}_digest") for name in ("device", "shared")}
     if None in then.values():
         return ["the record has no digests of the code that it was made with"]
@@ -91,7 +91,7 @@ def list_code_changes(
 
 
 def explain_carried(evidence: Evidence, row: HardwareRow, now: Now) -> str:
-    """How a fresh record's shared code leads to today's, in words; empty where it is today's."""
+    """How a fresh record's shared code leads to today's, as text; empty where it is today's."""
     then = evidence.cell.get("shared_digest")
     if now.code is None or then is None:
         return ""
@@ -114,8 +114,8 @@ def sign(record: Evidence, row: HardwareRow) -> Evidence:
 
 def describe(evidence: Evidence, row: HardwareRow, code: Code) -> dict[str, str]:
     """`device_digest` and `shared_digest` that a record's cell has by some code."""
-    place, scope = (row.vendor, row.arch), read_scope(evidence)
-    return code.describe(evidence.cell, evidence.plan, place, scope)
+    hardware, scope = (row.vendor, row.arch), read_scope(evidence)
+    return code.describe(evidence.cell, evidence.plan, hardware, scope)
 
 
 def list_backends(plan: Mapping[str, Any]) -> list[str]:
@@ -160,10 +160,10 @@ def shorten_version(version: str) -> str:
 def find_age_problem(evidence: Evidence, today: date, max_age_days: int) -> str | None:
     """Why a record is due to be made again by its date, or None; no state depends on it."""
     try:
-        made = date.fromisoformat(evidence.made[:10])
+        day = date.fromisoformat(evidence.made[:10])
     except ValueError:
         return f"made {evidence.made or 'at no known time'}: not a date"
-    age = (today - made).days
+    age = (today - day).days
     if age < -1:  # a day of grace for time zones
-        return f"made {made}, which is after {today}"
+        return f"made {day}, which is after {today}"
     return f"{age} days old, the limit is {max_age_days}" if age > max_age_days else None

@@ -74,9 +74,9 @@ class KernelTables:
                     return module, keyword.value
             if self.is_replace(placed):
                 return self.find_argument((module, node.args[0]), name)
-            place = KERNEL.index(name)
-            if place < len(node.args):
-                return module, node.args[place]
+            index = KERNEL.index(name)
+            if index < len(node.args):
+                return module, node.args[index]
         raise UnknownValueError(name)
 
     def follow(self, placed: Placed) -> Placed:
@@ -111,7 +111,7 @@ class KernelTables:
                 yield module, node
 
     def find_rules(self, op: str) -> set[str]:
-        """The rules by which kernels of an op refuse, among the other words of their needs."""
+        """The rules by which kernels of an op refuse, among the other texts of their needs."""
         if op not in self._rules:
             nodes = [placed for entries in self.find_kernels(op).values() for placed in entries]
             pending, seen = list(self.list_needs(nodes)), set[Placed]()
@@ -146,22 +146,22 @@ class KernelTables:
                 continue
             try:
                 name, op = (
-                    self._find_word((definition.module, node), key) for key in ("name", "op")
+                    self._find_text((definition.module, node), key) for key in ("name", "op")
                 )
             except UnknownValueError:
                 continue
             if op in self.ops:
                 yield name, op
 
-    def _find_word(self, placed: Placed, key: str) -> str:
+    def _find_text(self, placed: Placed, key: str) -> str:
         module, node = placed
         if not isinstance(node, ast.Call):
-            return self._find_word(self.follow(placed), key)
+            return self._find_text(self.follow(placed), key)
         given = [keyword.value for keyword in node.keywords if keyword.arg == key]
         if not given and self.is_replace(placed):
-            return self._find_word((module, node.args[0]), key)
+            return self._find_text((module, node.args[0]), key)
         given += node.args[("op", "name").index(key) :]
         if not given:
             raise UnknownValueError(key)
-        word: str = self.package.evaluate(module, given[0])
-        return word
+        text: str = self.package.evaluate(module, given[0])
+        return text

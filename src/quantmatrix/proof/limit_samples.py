@@ -138,7 +138,7 @@ def parse_rows(kind: type[Row], text: str, name: str) -> list[Row]:
     if head != list(columns) and head != needed:
         raise LimitsError(f"{name}:1: expected the columns {','.join(columns)}")
     found: list[Row] = []
-    places: dict[str, int] = {}
+    lines: dict[str, int] = {}
     for row in rows:
         try:
             one = kind(**{key: columns[key](row[key]) for key in head})
@@ -146,15 +146,15 @@ def parse_rows(kind: type[Row], text: str, name: str) -> list[Row]:
             raise LimitsError(f"{name}:{rows.line_num}: {error}") from error
         if problem := find_bareness(one):
             raise LimitsError(f"{name}:{rows.line_num}: {problem}")
-        if (place := name_place(one)) in places:
-            first = f"line {places[place]} has a sample of {place}, too"
+        if (key := name_key(one)) in lines:
+            first = f"line {lines[key]} has a sample of {key}, too"
             raise LimitsError(f"{name}:{rows.line_num}: {first}; delete the one that was added")
-        places[place] = rows.line_num
+        lines[key] = rows.line_num
         found.append(one)
     return found
 
 
-def name_place(row: Sample | Spread) -> str:
+def name_key(row: Sample | Spread) -> str:
     """What a line is the only one of: the looser of two would decide."""
     if isinstance(row, Spread):
         return row.model
@@ -165,7 +165,7 @@ def find_bareness(row: Sample | Spread) -> str | None:
     """Why a line is a bare number, or not even one; None for a measurement."""
     missing = [name for name in PROOF[type(row)] if not getattr(row, name)]
     if missing:
-        return f"a limit without its sample: {', '.join(missing)} not told; measure instead"
+        return f"a limit without its sample: {', '.join(missing)} missing; measure instead"
     odd = [n for n in NUMBERS if hasattr(row, n) and not math.isfinite(getattr(row, n))]
     return f"{', '.join(odd)}: not a finite number" if odd else None
 

@@ -18,9 +18,9 @@ The *class* of a run names the weight format and the arithmetic of its layers (`
 are joined by ` + `). CPUs and accelerators have samples of their own. A class that was measured on
 the other side, or on other models only, borrows the worst of those samples, and says so; a class
 that was never measured has no limit, and its cells fail until somebody measures it from their
-evidence: `python -m quantmatrix.proof.limits reports/evidence reports/limits.csv`. Where stand-ins or
-arithmetic changed on purpose, `--anew` takes what failed, too. What is loosened is printed, and the
-files (see `limit_samples`) are reviewed like any claim.
+evidence: `python -m quantmatrix.proof.limits reports/evidence reports/limits.csv`. Where stand-ins
+or arithmetic changed on purpose, `--anew` counts what failed, too. What is loosened is printed, and
+the files (see `limit_samples`) are reviewed like any claim.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Ledger:
     spreads: Mapping[str, Spread] = field(default_factory=dict)
 
     def find(self, kind: str, model: str, hardware: str = "cpu") -> Limits:
-        """The limits of a class on a model and a hardware; LimitsError for a class never measured."""
+        """The limits of a class on a model and a device; LimitsError for a class never measured."""
         of_kind = [sample for sample in self.samples if sample.kind == kind]
         if not of_kind:
             raise LimitsError(
@@ -109,9 +109,9 @@ class Ledger:
         here = [sample for sample in of_kind if sample.side == side]
         own = [sample for sample in near if sample.side == side]
         worst = min(own or near or here or of_kind, key=lambda sample: sample.psnr_db)
-        strange = [worst.model] if worst.model != model else []
-        strange += [worst.side] if worst.side != side else []
-        note = f", borrowed from {' on '.join(strange)}" if strange else ""
+        borrowed = [worst.model] if worst.model != model else []
+        borrowed += [worst.side] if worst.side != side else []
+        note = f", borrowed from {' on '.join(borrowed)}" if borrowed else ""
         return join_sources(worst, self.spreads.get(model), note)
 
     def list_limits(self) -> list[tuple[Sample, Limits]]:
@@ -137,13 +137,15 @@ def read(path: Path) -> Ledger:
     ledger = Ledger(read_samples(path), read_spreads(path.with_name(SPREADS)))
     remedy = "measure with `quantmatrix thresholds --measure-spread` and `python -m "
     remedy += "quantmatrix.proof.limits reports/evidence reports/limits.csv`"
-    for told, due in zip(ledger.samples, ledger.settle().samples, strict=True):
-        if told.model not in ledger.spreads:
-            raise LimitsError(f"{path}: no spread of {told.model} in {SPREADS}; {remedy}")
-        if told != due:
-            names = [name for name in vars(due) if getattr(told, name) != getattr(due, name)]
-            wrong = [f"{n} is {getattr(told, n)!r}, not {getattr(due, n)!r}" for n in names]
-            raise LimitsError(f"{path}: {told.kind} on {told.model}: {', '.join(wrong)}; {remedy}")
+    for sample, due in zip(ledger.samples, ledger.settle().samples, strict=True):
+        if sample.model not in ledger.spreads:
+            raise LimitsError(f"{path}: no spread of {sample.model} in {SPREADS}; {remedy}")
+        if sample != due:
+            names = [name for name in vars(due) if getattr(sample, name) != getattr(due, name)]
+            wrong = [f"{n} is {getattr(sample, n)!r}, not {getattr(due, n)!r}" for n in names]
+            raise LimitsError(
+                f"{path}: {sample.kind} on {sample.model}: {', '.join(wrong)}; {remedy}"
+            )
     return ledger
 
 
@@ -177,22 +179,22 @@ def join_sources(sample: Sample, spread: Spread | None, note: str = "") -> Limit
         known = [source for source, values in sources.items() if metric in values]
         decided[metric] = max(known, key=lambda name: sign * sources[name][metric])
     others = [f"{metric} by {name}" for metric, name in decided.items() if name != "measured"]
-    words = ", ".join(["measured", *others] if len(others) < len(decided) else others)
-    told = [
+    named = ", ".join(["measured", *others] if len(others) < len(decided) else others)
+    reasons = [
         f"measured: {sample.margin:g} x the error of {sample.cell} (torch {sample.torch}){note}"
     ]
     if spread is not None:
-        told.append(
+        reasons.append(
             f"spread: BF16 is {spread.psnr_db:g} dB, cosine {spread.cosine:g}, relative L2 "
             f"{spread.relative_l2:g} and in a layer {spread.layer_error:g} away from FP32 "
             f"(torch {spread.torch}, {spread.made[:10]})"
         )
     if sample.rounding:
-        told.append(f"rounding: {sample.rounding:g} in a layer")
+        reasons.append(f"rounding: {sample.rounding:g} in a layer")
     return Limits(
         **{metric: sources[name][metric] for metric, name in decided.items()},
-        source="; ".join(told),
-        decided=words,
+        source="; ".join(reasons),
+        decided=named,
     )
 
 
@@ -214,29 +216,29 @@ def name_class(layers: Iterable[tuple[str, str]]) -> str:
     return " + ".join(sorted({f"{weight} {numerics}" for weight, numerics in layers}))
 
 
-def collect_samples(evidence: Mapping[str, Evidence], *, anew: bool = False) -> list[Sample]:
+def collect_samples(evidence: Mapping[str, Evidence], *, again: bool = False) -> list[Sample]:
     """One sample per class, model and side, from records that passed or that had no limit yet.
 
-    With `anew` those that failed count, too.
+    With `again` those that failed count, too.
     """
     groups: dict[tuple[str, str, str], list[tuple[Evidence, dict[str, Any]]]] = {}
     for record in (one for one in evidence.values() if read_scope(one) == STAND_IN):
         check = record.checks.get("latents")
         if check is None:
             continue
-        if check.verdict != "pass" and "psnr_db" in check.limits and not anew:
+        if check.verdict != "pass" and "psnr_db" in check.limits and not again:
             continue
         layers = [part["worst"] for part in check.metrics.get("layers", {}).values()]
         worst = dict(check.metrics.get("worst", {}))
-        told = all(worst.get(name) is not None for name in ("psnr_db", "cosine", "relative_l2"))
-        if layers and told and check.metrics.get("class"):
+        complete = all(worst.get(name) is not None for name in ("psnr_db", "cosine", "relative_l2"))
+        if layers and complete and check.metrics.get("class"):
             worst["layer"] = max(layers)
-            place = (
+            key = (
                 check.metrics["class"],
                 record.cell["model"],
                 name_side(record.cell["hardware"]),
             )
-            groups.setdefault(place, []).append((record, worst))
+            groups.setdefault(key, []).append((record, worst))
     samples = []
     for (kind, model, _), found in groups.items():
         record, _ = min(found, key=lambda pair: (pair[1]["psnr_db"], pair[0].cell["id"]))
@@ -256,8 +258,8 @@ def collect_samples(evidence: Mapping[str, Evidence], *, anew: bool = False) -> 
     return samples
 
 
-def list_beyond(record: Evidence, ledger: Ledger) -> list[str]:
-    """Where a latents check that passed is beyond the limits of a ledger, in words.
+def list_exceeded(record: Evidence, ledger: Ledger) -> list[str]:
+    """Where a latents check that passed exceeds the limits of a ledger, as text.
 
     Its own limits it met; those of the ledger may have been tightened since.
     """
@@ -270,21 +272,21 @@ def list_beyond(record: Evidence, ledger: Ledger) -> list[str]:
     except LimitsError as error:
         return [str(error)]
     layers = [part["worst"] for part in check.metrics.get("layers", {}).values()]
-    told = {**check.metrics.get("worst", {}), "layer_error": max(layers, default=None)}
+    measured = {**check.metrics.get("worst", {}), "layer_error": max(layers, default=None)}
     lines = []
     for name, sign in SIGNS.items():
-        found, bound = told.get(name), getattr(allowed, name)
+        found, bound = measured.get(name), getattr(allowed, name)
         if found is not None and sign * (found - bound) > ROUNDED * abs(bound):
             lines.append(f"{name} is {found:g}, the limit is {bound:g} now")
     return lines
 
 
 def list_loosened(older: Ledger, newer: Ledger) -> list[str]:
-    """Limits that became wider or vanished, from whichever source, in words."""
+    """Limits that became wider or vanished, from whichever source, as text."""
     lines = [
         f"{sample.kind} on {sample.model} ({sample.side}): no longer measured"
         for sample in older.samples
-        if not any(same_place(sample, other) for other in newer.samples)
+        if not any(is_same_key(sample, other) for other in newer.samples)
     ]
     for sample, new in newer.list_limits():
         try:
@@ -302,7 +304,7 @@ def list_loosened(older: Ledger, newer: Ledger) -> list[str]:
     return lines
 
 
-def same_place(one: Sample, other: Sample) -> bool:
+def is_same_key(one: Sample, other: Sample) -> bool:
     """Whether two samples are of one class, model and side."""
     return (one.kind, one.model, one.side) == (other.kind, other.model, other.side)
 
@@ -313,20 +315,20 @@ def write(ledger: Ledger, path: Path) -> list[str]:
     settled = ledger.settle()
     texts = {path: write_rows(Sample, settled.samples)}
     texts[path.with_name(SPREADS)] = write_rows(Spread, settled.spreads.values())
-    for place, text in texts.items():
-        write_whole(place, text.encode())
+    for target, text in texts.items():
+        write_whole(target, text.encode())
     return list_loosened(before, settled)
 
 
-def main(words: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Measure: write the samples of an evidence folder into a file, naming what is loosened."""
     parser = argparse.ArgumentParser(prog="python -m quantmatrix.proof.limits")
     parser.add_argument("evidence", type=Path, help="folder of records")
     parser.add_argument("samples", type=Path, help="CSV file to write")
     parser.add_argument("--anew", action="store_true", help="count cells that failed, too")
-    given = parser.parse_args(words)
+    given = parser.parse_args(argv)
     try:
-        ledger = measure(given.evidence, given.samples, anew=given.anew)
+        ledger = measure(given.evidence, given.samples, again=given.anew)
         loosened = write(ledger, given.samples)
     except (QuantmatrixError, OSError) as error:
         print(f"quantmatrix: {error}", file=sys.stderr)
@@ -337,13 +339,13 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def measure(evidence: Path, path: Path, *, anew: bool = False) -> Ledger:
+def measure(evidence: Path, path: Path, *, again: bool = False) -> Ledger:
     """The ledger that the records of a folder give, with the spreads beside `path`.
 
     LimitsError where they give no sample at all: every limit would be gone.
     """
     found = records.read_folder(evidence)
-    samples = collect_samples(found, anew=anew)
+    samples = collect_samples(found, again=again)
     if not samples:
         raise LimitsError(
             f"{evidence}: no record of a latents check that passed, so {path} stays as it is; "
@@ -355,8 +357,8 @@ def measure(evidence: Path, path: Path, *, anew: bool = False) -> Ledger:
 
 def collect_witness(evidence: Mapping[str, Evidence], path: Path) -> list[Sample]:
     """What the records' witnesses measured, and what `path` has of kinds that no record tells of."""
-    told = ((r.cell, r.versions.get("torch", ""), r.witness) for r in evidence.values())
-    samples = witness_limits.collect(told)
+    witnessed = ((r.cell, r.versions.get("torch", ""), r.witness) for r in evidence.values())
+    samples = witness_limits.collect(witnessed)
     known = {(sample.kind, sample.model) for sample in samples}
     older = [s for s in read_samples(path) if witness_limits.is_witness(s.kind)]
     return [*samples, *(s for s in older if (s.kind, s.model) not in known)]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import QuantmatrixError, UsageError
-from quantmatrix.files import check_place, put, staging
+from quantmatrix.files import check_writable, put, staging
 from quantmatrix.proof import facts, store
 from quantmatrix.proof import record as records
 from quantmatrix.proof.scopes import key_of
@@ -92,7 +92,7 @@ REMEDY = (
 
 
 def find_conflicts(found: Sequence[Found]) -> list[str]:
-    """Results of one cell that differ although row, device and commit are the same, in words."""
+    """Results of one cell that differ although row, device and commit are the same, as text."""
     lines = []
     groups: dict[str, list[Found]] = {}
     for one in sorted(found, key=lambda one: (one.age, str(one.path))):
@@ -131,16 +131,17 @@ def join(found: Sequence[Found]) -> Evidence:
     """The record of a cell: those of one program joined, the newest of different ones."""
     groups: dict[str, list[Found]] = {}
     for one in sorted(found, key=lambda one: one.age):
-        told = [getattr(one.record, name) for name in SUBJECT]
-        groups.setdefault(json.dumps(told, sort_keys=True), []).append(one)
+        subject = [getattr(one.record, name) for name in SUBJECT]
+        groups.setdefault(json.dumps(subject, sort_keys=True), []).append(one)
     newest = max(groups.values(), key=lambda group: group[-1].age)
     return reduce(records.merge, (one.record for one in newest))
 
 
-def is_news(path: Path, place: Path) -> bool:
-    """Whether a new record says more than the one in its place, if there is one that can be read."""
+def is_news(path: Path, target: Path) -> bool:
+    """Whether a new record says more than the one it would replace, if there is one that can be
+    read."""
     try:
-        older = store.read(place)
+        older = store.read(target)
     except (OSError, records.EvidenceError):
         return True
     return facts.is_news(older, store.decode(path.read_bytes()), datetime.now(timezone.utc).date())
@@ -152,15 +153,15 @@ def write(merged: Iterable[Evidence], folder: Path) -> list[Path]:
     One that says nothing new leaves the record there as it is (see `quantmatrix.proof.facts`).
     All of them are written beside the folder first, so a full disk leaves it as it was.
     """
-    check_place(folder / "record")
+    check_writable(folder / "record")
     changed = []
     with staging(folder) as beside:
         written = [store.write(record, beside) for record in merged]
         for path in written:
-            place = folder / path.relative_to(beside)
-            if not is_news(path, place):
+            target = folder / path.relative_to(beside)
+            if not is_news(path, target):
                 continue
-            place.parent.mkdir(parents=True, exist_ok=True)
-            put(path, place)
-            changed.append(place)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            put(path, target)
+            changed.append(target)
     return changed

@@ -1,6 +1,6 @@
 """Normal form: the syntax tree of a definition without all that computes nothing.
 
-What is left out and what stays is told in `definitions`, which digests it.
+What is left out and what stays is described in `definitions`, which digests it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 UNSAID = ("ctx", "type_comment", "kind", "annotation", "returns", "type_params", "type_ignores")
 """Fields of a syntax tree that compute nothing."""
 WORDING = ("remedy", "help", "message")
-"""Keywords that take words for people."""
+"""Keywords that take text for people."""
 OWN_MODULE = re.compile(rf"{PACKAGE}(\.\w+)*\.?")
 
 
@@ -91,7 +91,7 @@ class Normaliser:
 
     @cached_property
     def where(self) -> str:
-        """The place of the definition, for errors."""
+        """Where the definition stands, for errors."""
         return f"{self.module.path}: {self.definition.name}"
 
     # names
@@ -110,7 +110,7 @@ class Normaliser:
         return None
 
     def find_meaning(self, node: ast.expr) -> Meaning | None:
-        """What a dotted name means as a whole, or None where that is not told by names alone."""
+        """What a dotted name means as a whole, or None where names alone do not say."""
         if isinstance(node, ast.Name):
             local = self.find_local(node.id)
             if isinstance(local, tuple):
@@ -158,10 +158,10 @@ class Normaliser:
                 self.visit(item)
             self.out.append("]")
         elif isinstance(node, ast.AST):
-            if self.wording and is_words(node):
+            if self.wording and is_wording(node):
                 self.out.append("words")
                 return
-            if isinstance(node, ast.Subscript) and is_own_place(node):
+            if isinstance(node, ast.Subscript) and is_own_path(node):
                 node = ast.Attribute(node.value.value, "parent")  # type: ignore[attr-defined]
             special = SPECIAL.get(type(node))
             if special is None:
@@ -233,12 +233,12 @@ class Normaliser:
         (self.visit_wording if node.arg in WORDING else self.visit_fields)(node)
 
     def visit_change(self, node: ast.AugAssign) -> None:
-        """`x += y`; what is added to a list of warnings is words."""
+        """`x += y`; what is added to a list of warnings is wording."""
         is_list = isinstance(node.target, ast.Name) and node.target.id == "warnings"
         (self.visit_wording if is_list else self.visit_fields)(node)
 
     def visit_assert(self, node: ast.Assert) -> None:
-        """The condition; the message is words."""
+        """The condition; the message is wording."""
         self.visit_fields(node, ("msg",))
 
     def visit_try(self, node: ast.AST) -> None:
@@ -347,22 +347,22 @@ class Normaliser:
         self.out.append(";")
 
 
-def is_own_place(node: ast.Subscript) -> bool:
+def is_own_path(node: ast.Subscript) -> bool:
     """Whether a node is `Path(__file__).parents[N]`: how deep a file lies computes nothing."""
     return ast.unparse(node.value) == "Path(__file__).parents" and isinstance(
         node.slice, ast.Constant
     )
 
 
-def is_words(node: ast.AST) -> bool:
+def is_wording(node: ast.AST) -> bool:
     """Whether an expression is wording, once it is known to be for people: a text with a blank, or
     one that is put together."""
     if isinstance(node, ast.Constant):
         return isinstance(node.value, str) and any(letter.isspace() for letter in node.value)
     if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mod)):
-        return is_words(node.left) or is_words(node.right)
+        return is_wording(node.left) or is_wording(node.right)
     if isinstance(node, ast.IfExp):
-        return is_words(node.body) and is_words(node.orelse)
+        return is_wording(node.body) and is_wording(node.orelse)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         owner = node.func.value
         return isinstance(owner, (ast.Constant, ast.JoinedStr)) and node.func.attr in (

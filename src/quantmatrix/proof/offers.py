@@ -80,18 +80,18 @@ def name_output(row: CheckpointRow) -> str:
     """What to call the checkpoint of a row that has to be made, as its family's readers need it."""
     if row.family == "nunchaku-svdq":
         form, _, rank = row.scheme.partition("_")
-        word = "int4" if form == "int4" else "fp4"
-        return f"svdq-{word}_{rank}-{row.model}{FILE}"
+        bits = "int4" if form == "int4" else "fp4"
+        return f"svdq-{bits}_{rank}-{row.model}{FILE}"
     return PurePosixPath(row.reference).name
 
 
 def write_quantize(row: CheckpointRow) -> str:
     """The command that makes a checkpoint like the row's from its base model."""
-    words = ["--model-path", row.base, "--family", row.family]
+    argv = ["--model-path", row.base, "--family", row.family]
     if row.family == "nunchaku-svdq":
         form, _, rank = row.scheme.partition("_r")
-        words += ["--precision", form, "--rank", rank]
+        argv += ["--precision", form, "--rank", rank]
     else:
-        words += ["--scheme", row.scheme]
-    words += ["--keep", *row.kept.split(), "--output-path", row.reference]
-    return shlex.join(["quantmatrix", "quantize", *words])
+        argv += ["--scheme", row.scheme]
+    argv += ["--keep", *row.kept.split(), "--output-path", row.reference]
+    return shlex.join(["quantmatrix", "quantize", *argv])

@@ -29,8 +29,8 @@ FOLDER = Path(__file__).parents[1] / "reports"
 RECORDS = "records.json"
 TABLES = ("limits.csv", "spread.csv", "carried.csv")
 """Files of the reports folder that a wheel carries, those that are there."""
-UNTOLD_METRICS = ("thumbnails", "steps", "final", "media", "stages")
-UNTOLD_FACTS = ("files", "config_from", "why", "reference")
+OMITTED_METRICS = ("thumbnails", "steps", "final", "media", "stages")
+OMITTED_FACTS = ("files", "config_from", "why", "reference")
 """Of a planned component: folders of the machine that made the record."""
 
 
@@ -44,13 +44,13 @@ def summarize(evidence: Iterable[Evidence]) -> bytes:
 def shorten(record: Evidence) -> Evidence:
     """A record without what takes room and nobody judges by."""
     checks = {
-        name: replace(check, metrics=leave_out(check.metrics, UNTOLD_METRICS))
+        name: replace(check, metrics=leave_out(check.metrics, OMITTED_METRICS))
         for name, check in record.checks.items()
     }
     parts = record.plan.get("components")
     plan = dict(record.plan)
     if isinstance(parts, Mapping):
-        plan["components"] = {name: leave_out(part, UNTOLD_FACTS) for name, part in parts.items()}
+        plan["components"] = {name: leave_out(part, OMITTED_FACTS) for name, part in parts.items()}
     return replace(record, checks=checks, plan=plan)
 
 

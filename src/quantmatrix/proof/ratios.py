@@ -4,7 +4,7 @@ Both forms run in one process, one timing of each per round, the first one chang
 round (A B, B A, A B ...). A slow neighbour or a falling clock meets both, and a habit of the order
 cancels. From the rounds' ratios q/b, in logarithms, come:
 
-| word         | meaning |
+| verdict      | meaning |
 | ------------ | ------- |
 | `ratio`      | median of the averages of every two rounds (Hodges and Lehmann): below 1 is faster |
 | `low`, `high`| interval that holds the true ratio in at least 95 of 100 measurements (Wilcoxon's |
@@ -37,7 +37,7 @@ FEWEST = 6
 FASTER, SLOWER = "faster", "slower"
 NO_GAIN, NO_LOSS = "no measurable gain", "no measurable loss"
 VERDICTS = (FASTER, SLOWER, NO_GAIN, NO_LOSS)
-"""What a timing can be called. The last two: it looks faster (slower), but not beyond the noise."""
+"""What a timing can be called. The last two: it looks faster (slower), but within the noise."""
 SIZES = ("smaller", "larger", "same")
 """What a number of bytes can be called; bytes are counted, so nothing is left to chance."""
 DIGITS = 6
@@ -104,7 +104,7 @@ def find_detectable(low: float, high: float) -> float:
 
 
 def name_verdict(ratio: float, low: float, high: float) -> str:
-    """The word for an interval."""
+    """The verdict on an interval."""
     if high < 1:
         return FASTER
     if low > 1:
@@ -113,7 +113,7 @@ def name_verdict(ratio: float, low: float, high: float) -> str:
 
 
 def name_size(bf16: int, quantized: int) -> str:
-    """The word for two numbers of bytes."""
+    """The verdict on two numbers of bytes."""
     if quantized == bf16:
         return "same"
     return "smaller" if quantized < bf16 else "larger"

@@ -73,9 +73,9 @@ CELL_KEYS = (
     "rule",
     "row_digest",
 )
-PLACE = ("vendor", "arch", "memory_gib", "devices", "packages")
+HARDWARE_COLUMNS = ("vendor", "arch", "memory_gib", "devices", "packages")
 """Columns of hardware.csv that decide what a run there shows; names and labels do not."""
-UNTOLD = ("notes", "line", "scope")
+OMITTED = ("notes", "line", "scope")
 """Columns that may change without making evidence stale."""
 
 
@@ -134,28 +134,28 @@ def describe_cell(cell: Cell, tables: Matrix) -> dict[str, Any]:
     """The part of a row that evidence is about; it is stale once `row_digest` differs.
 
     A check that is added to a row leaves the results of the others as fresh as they were.
-    `place_digest` is that of what the hardware's and the model's rows say; it is no part of the row,
-    and older records do not have it. What the cell computes is told by `freshness.sign`.
+    `place_digest` is that of what the hardware's and the model's rows say; it is not part of the
+    row, and older records do not have it. What the cell computes is added by `freshness.sign`.
     """
     described = {key: _plain(getattr(cell, key)) for key in CELL_KEYS if key != "row_digest"}
-    told = _describe_checkpoint(tables.checkpoints[cell.checkpoint])
+    fields = _describe_checkpoint(tables.checkpoints[cell.checkpoint])
     claimed = {key: value for key, value in described.items() if key != "checks"}
     return {
         **described,
-        "row_digest": digest_json({"cell": claimed, "checkpoint": told}),
-        "place_digest": _digest_place(tables.hardware[cell.hardware], tables.models[cell.model]),
+        "row_digest": digest_json({"cell": claimed, "checkpoint": fields}),
+        "place_digest": _digest_hardware(tables.hardware[cell.hardware], tables.models[cell.model]),
     }
 
 
 @lru_cache(maxsize=1 << 12)
-def _digest_place(hardware: HardwareRow, model: ModelRow) -> str:
-    told = {name: _plain(getattr(hardware, name)) for name in PLACE}
-    return digest_json([told, model.repo, list(model.transformers)])
+def _digest_hardware(hardware: HardwareRow, model: ModelRow) -> str:
+    fields = {name: _plain(getattr(hardware, name)) for name in HARDWARE_COLUMNS}
+    return digest_json([fields, model.repo, list(model.transformers)])
 
 
 @lru_cache(maxsize=1 << 12)
 def _describe_checkpoint(row: CheckpointRow) -> Mapping[str, Any]:
-    return {key: _plain(value) for key, value in vars(row).items() if key not in UNTOLD}
+    return {key: _plain(value) for key, value in vars(row).items() if key not in OMITTED}
 
 
 def _plain(value: Any) -> Any:
@@ -209,8 +209,8 @@ def find_commit(package: Path | None = None) -> str:
     if not (root / ".git").exists():
         return ""
 
-    def ask(*words: str) -> str:
-        command = ["git", "-C", str(root), *words]
+    def ask(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
         return subprocess.run(
             command, capture_output=True, text=True, check=True, timeout=30
         ).stdout.strip()
@@ -227,16 +227,16 @@ def tell_time() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def make_portable(value: Any, places: Mapping[str, str]) -> Any:
+def make_portable(value: Any, folders: Mapping[str, str]) -> Any:
     """Plain data with folders of this machine replaced, `{"/home/me/hub": "$HUB"}`."""
     if isinstance(value, str):
-        for folder in sorted(places, key=len, reverse=True):
-            value = value.replace(folder, places[folder]) if folder else value
+        for folder in sorted(folders, key=len, reverse=True):
+            value = value.replace(folder, folders[folder]) if folder else value
         return value
     if isinstance(value, Mapping):
-        return {key: make_portable(item, places) for key, item in value.items()}
+        return {key: make_portable(item, folders) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [make_portable(item, places) for item in value]
+        return [make_portable(item, folders) for item in value]
     return value
 
 

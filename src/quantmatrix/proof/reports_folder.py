@@ -37,7 +37,7 @@ def find_source(reports: str | os.PathLike[str] | None) -> Path:
 
 
 def tell_source(reports: str | os.PathLike[str] | None) -> str:
-    """Where evidence is read from, in words."""
+    """Where evidence is read from, as text."""
     folder = find_source(reports)
     if folder != packaged.FOLDER:
         return str(folder)

@@ -23,8 +23,8 @@ BESIDE = tuple(f"{REPORTS}/{name}.csv" for name in ("carried", "limits", "spread
 
 def find_commit(revision: str, root: Path) -> str:
     """Commit of a revision; UsageError when git does not know it."""
-    words = ["rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}"]
-    done = ask_git(root, *words)
+    arguments = ["rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}"]
+    done = ask_git(root, *arguments)
     if done.returncode:
         raise UsageError(f"{revision}: no such revision in {root}; see `git log`")
     return done.stdout.decode().strip()
@@ -52,11 +52,11 @@ def extract(commit: str, root: Path, folder: Path) -> None:
                 path.write_bytes(stream.read())
 
 
-def ask_git(root: Path, *words: str) -> subprocess.CompletedProcess[bytes]:
+def ask_git(root: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
     """Run git in a repository; QuantmatrixError when there is no git."""
     try:
         return subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, check=False, timeout=120
+            ["git", "-C", str(root), *arguments], capture_output=True, check=False, timeout=120
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise QuantmatrixError(f"git {words[0]}: {error}") from error
+        raise QuantmatrixError(f"git {arguments[0]}: {error}") from error

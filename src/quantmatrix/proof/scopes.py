@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 COMPILED, STAND_IN = "compiled", "stand-in"
 TRUE_SIZE, PUBLISHED = "true size", "published"
 SCOPES = (COMPILED, STAND_IN, TRUE_SIZE, PUBLISHED)
-"""The weakest first; a new scope takes its place here and nowhere else."""
+"""The weakest first; a new scope is added here and nowhere else."""
 WEIGHTS = {
     COMPILED: "kernels built, nothing run",
     STAND_IN: "random weights at a tiny size",
     TRUE_SIZE: "random weights at true size",
     PUBLISHED: "published weights",
 }
-"""What was run, in the words that stand below pictures and beside numbers."""
+"""What was run, as captions say it."""
 OWN_CHECKS = {"compile": COMPILED, "true-size": TRUE_SIZE}
 """Checks that make a record of their own, with its scope; the others are of whatever was loaded."""
 PREFERRED = ("proven", "refused", "stale", "unproven", "planned")
@@ -174,12 +174,12 @@ def find_origin(files: Iterable[str | Path]) -> dict[str, str]:
     Nothing for files from elsewhere, and for stand-ins, whose caches have the same layout without the
     `blobs` that a download leaves.
     """
-    places = {find_snapshot(Path(file)) for file in files}
-    if len(places) != 1 or (place := places.pop()) is None or not (place / "blobs").is_dir():
+    snapshots = {find_snapshot(Path(file)) for file in files}
+    if len(snapshots) != 1 or (cache := snapshots.pop()) is None or not (cache / "blobs").is_dir():
         return {}
     first = next(iter(files))
-    revision = Path(first).parts[len(place.parts) + 1]
-    owner, _, name = place.name.removeprefix("models--").partition("--")
+    revision = Path(first).parts[len(cache.parts) + 1]
+    owner, _, name = cache.name.removeprefix("models--").partition("--")
     return {"repository": f"{owner}/{name}", "revision": revision}
 
 

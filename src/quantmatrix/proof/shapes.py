@@ -252,7 +252,7 @@ class Settings(Struct):
 
 
 class Result(Struct):
-    """One benchmark: a cell's, or that of a request in words."""
+    """One benchmark: a cell's, or that of a request as text."""
 
     schema: One
     what: str
@@ -372,7 +372,7 @@ NAMES: Mapping[Any, str] = {
 
 
 def name_kind(kind: Any) -> str:
-    """A kind in words."""
+    """A kind as text."""
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(name_kind(one) for one in get_args(kind) if one is not UnsetType)
     if get_origin(kind) is Literal:

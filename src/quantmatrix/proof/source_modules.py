@@ -26,7 +26,7 @@ class UnknownValueError(Exception):
 
 @dataclass(frozen=True)
 class Definition:
-    """A definition by its place: module below the package (`kernels.linear_fp8`), and name."""
+    """A definition by its address: module below the package (`kernels.linear_fp8`), and name."""
 
     module: str
     name: str

@@ -54,7 +54,7 @@ def state_of(cell: Cell, evidence: Evidence | None, tables: Matrix, now: Now | N
 def explain_state(
     cell: Cell, evidence: Evidence | None, tables: Matrix, now: Now | None = None
 ) -> tuple[str, str]:
-    """(state, the reason in words, empty where the state says it all).
+    """(state, the reason as text, empty where the state says it all).
 
     Without `now` only the rows are looked at.
     """
@@ -71,7 +71,7 @@ def explain_state(
             if key not in ("row_digest", "checks") and row[key] != evidence.cell[key]
         ]
         return "stale", "; ".join(changed) or f"the row of checkpoint {cell.checkpoint} changed"
-    if why := find_other_place(cell, evidence, tables, row):
+    if why := find_other_row(cell, evidence, tables, row):
         return "stale", why
     hardware = tables.hardware[cell.hardware]
     if changes := list_changes(evidence, hardware, now):
@@ -86,21 +86,21 @@ def explain_state(
     missing = [name for name in checks if name not in wanted]
     if missing or not checks:
         return "unproven", f"not run: {', '.join(missing) or 'the row names no check'}"
-    if now.list_beyond is not None and (beyond := now.list_beyond(evidence)):
-        return "failing", "; ".join(beyond)
+    if now.list_exceeded is not None and (exceeded := now.list_exceeded(evidence)):
+        return "failing", "; ".join(exceeded)
     state = "refused" if cell.claim == "refused" else "proven"
     return state, explain_carried(evidence, hardware, now)
 
 
-def find_other_place(
+def find_other_row(
     cell: Cell, evidence: Evidence, tables: Matrix, now: Mapping[str, Any]
 ) -> str | None:
     """Why a record is not of the hardware and the model as their rows stand, or None.
 
     A refusal is planned for a hardware, wherever that is done; all else was run on a machine.
     """
-    told = evidence.cell.get("place_digest")
-    if told and told != now["place_digest"]:
+    recorded = evidence.cell.get("place_digest")
+    if recorded and recorded != now["place_digest"]:
         return f"the row of the hardware {cell.hardware} or of the model {cell.model} changed"
     row, machine = tables.hardware[cell.hardware], evidence.plan.get("machine") or {}
     found = machine.get("vendor", row.vendor), machine.get("arch", row.arch)

@@ -100,7 +100,7 @@ def decode(data: bytes, where: object = "evidence") -> Evidence:
             look = _form_problems
         except (
             msgspec.DecodeError
-        ):  # or a number that is not finite: the slower look names its place
+        ):  # or a number that is not finite: the slower reader says where it is
             record = json.loads(data)
             look = list_problems
         strict_json.check_depth(record)
@@ -117,7 +117,7 @@ def decode(data: bytes, where: object = "evidence") -> Evidence:
 
 
 def write(evidence: Evidence, folder: Path) -> Path:
-    """Put a record in its place below the evidence folder, whole or not at all."""
+    """Write a record below the evidence folder, whole or not at all."""
     data = encode(evidence)
     path = folder / path_of(scopes.key_of(evidence))
     write_whole(path, data)

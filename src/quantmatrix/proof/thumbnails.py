@@ -51,7 +51,7 @@ def list_problems(found: Any) -> list[str]:
 
 
 def find_problem(picture: Any) -> str | None:
-    """Why a value is no picture that a page may show, or None."""
+    """Why a value is not a picture that a page may show, or None."""
     if not isinstance(picture, str) or not picture.startswith(PNG):
         return f"{picture!r:.40} does not start with {PNG}"
     if len(picture) > MOST_BYTES:

@@ -8,10 +8,11 @@ layer's, `psnr_db` is the latter in decibels, and `layer_error` the worst `scale
 
 A checkpoint is allowed the measured error times the line's margin, as everywhere. Beside it, it may
 be quantized from a finetune of the base model, whose layers have a cosine of at least `FINETUNE`
-with the base's: its rounding is independent of what finetuning changed, so the two cosines multiply.
-Such a finetune may lengthen a layer by 1 / `FINETUNE`, and the length of a group of n weights by a
-share of `DELTA` / sqrt(n) more or less than others; `SHIFT` is left to what it does beside that.
-Wrong nibbles, tiles and experts are far below that cosine, scales in another order beyond that length.
+with the base's: its rounding is independent of what finetuning changed, so the two cosines
+multiply. Such a finetune may lengthen a layer by 1 / `FINETUNE`, and the length of a group of n
+weights by a share of `DELTA` / sqrt(n) more or less than others; `SHIFT` is left to what it does
+beside that. Wrong nibbles, tiles and experts are far below that cosine, scales in another order
+past that length.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from typing import Any
 from quantmatrix.proof.limit_samples import LimitsError, Sample, read_samples
 from quantmatrix.scheme import Scheme
 
-WORD = "witness"
-"""First word of the kind of these lines."""
+PREFIX = "witness"
+"""How the kind of these lines begins."""
 FINETUNE = 0.9
 """Cosine between a finetune's layer and the base model's that is always accepted."""
 DELTA = math.sqrt(1.0 / FINETUNE**2 - 1.0)
@@ -74,23 +75,23 @@ def name_kind(scheme: Scheme) -> str:
     """The kind of storage of a layer, `witness e4m3 channel`."""
     size = {"block": "x".join(map(str, scheme.block)), "group": str(scheme.group_size)}
     branch = "low-rank" if scheme.rank else ""
-    words = (WORD, scheme.weight, scheme.scale, size.get(scheme.scale, ""), branch)
-    return " ".join(filter(None, words))
+    parts = (PREFIX, scheme.weight, scheme.scale, size.get(scheme.scale, ""), branch)
+    return " ".join(filter(None, parts))
 
 
 def count_group(kind: str) -> float:
     """Weights that share a scale in a kind of storage; infinitely many have one in a whole layer."""
-    words = kind.split()
-    if words[2] == "tensor":
+    parts = kind.split()
+    if parts[2] == "tensor":
         return math.inf
-    if words[2] == "channel" or len(words) < 4:
+    if parts[2] == "channel" or len(parts) < 4:
         return NARROWEST
-    return math.prod(int(number) for number in words[3].split("x"))
+    return math.prod(int(number) for number in parts[3].split("x"))
 
 
 def is_witness(kind: str) -> bool:
     """Whether a line of limits.csv is one of the witness's."""
-    return kind.partition(" ")[0] == WORD
+    return kind.partition(" ")[0] == PREFIX
 
 
 def derive(sample: Sample, note: str = "") -> Bounds:
@@ -128,10 +129,10 @@ def read() -> tuple[Sample, ...]:
     Raises LimitsError where neither is there.
     """
     package = Path(__file__).parents[1]
-    places = (package.parents[1] / "reports" / FILE, package / "tables" / FILE)
-    path = next((place for place in places if place.is_file()), None)
+    paths = (package.parents[1] / "reports" / FILE, package / "tables" / FILE)
+    path = next((one for one in paths if one.is_file()), None)
     if path is None:
-        raise LimitsError(f"{places[0]}: not there; the package is incomplete, install it again")
+        raise LimitsError(f"{paths[0]}: not there; the package is incomplete, install it again")
     return tuple(sample for sample in read_samples(path) if is_witness(sample.kind))
 
 
@@ -142,8 +143,8 @@ def collect(records: Iterable[tuple[Mapping[str, Any], str, Mapping[str, Any]]])
         for part in section.values():
             for found in part.get("kinds", ()):
                 if found["verdict"] == "agrees":
-                    place = (found["limit"], cell["model"])
-                    groups.setdefault(place, []).append((cell["id"], torch, found))
+                    key = (found["limit"], cell["model"])
+                    groups.setdefault(key, []).append((cell["id"], torch, found))
     return [make_sample(kind, model, found) for (kind, model), found in sorted(groups.items())]
 
 

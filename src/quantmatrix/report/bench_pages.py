@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from quantmatrix.tables.rows import Cell
 
 HEAD = (
-    "cell", "size", "device", "component", "step, of BF16", "noticed from", "verdict", "load, of BF16",
+    "cell", "size", "device", "component", "step, of BF16", "smallest detectable change", "verdict", "load, of BF16",
     "weights, of BF16", "peak, of BF16", "made",
 )  # fmt: skip
 LEGEND = (
     "A ratio below 1 is faster, or smaller, than BF16; in brackets its 95 % interval. A change that is "
-    "smaller than *noticed from* would not have been told from none."
+    "smaller than *smallest detectable change* could not have been detected."
 )
 MEMORY = (("weights", "weights"), ("working", "step memory"))
 
@@ -67,7 +67,7 @@ def list_lines(
         if (result := results.get(cell.id)) is None:
             continue
         old = changes[cell.id]
-        made = f"{result['made'][:10]}{f'; {old}' if old else ''}"
+        day = f"{result['made'][:10]}{f'; {old}' if old else ''}"
         link = f"[{cell.id}](../{BENCHMARKS}/{records.path_of(cell.id)})"
         for component, part in sorted(result["components"].items()):
             step, memory = part["step"], part["memory"]
@@ -76,7 +76,7 @@ def list_lines(
             lines.append(
                 [
                     *(link, result["size"], result["device"], component, show_ratio(step)),
-                    *(f"{step['detectable']:.1%}", step["verdict"], load, *sizes, made),
+                    *(f"{step['detectable']:.1%}", step["verdict"], load, *sizes, day),
                 ]
             )
     return lines

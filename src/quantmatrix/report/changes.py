@@ -34,7 +34,7 @@ CHECKPOINT_ROW = "checkpoint row"
 class CellNow:
     """A cell at one revision."""
 
-    told: Mapping[str, Any]
+    columns: Mapping[str, Any]
     """The columns of its row, as evidence describes them."""
     digest: str
     """Of the row and its checkpoint's row."""
@@ -63,7 +63,7 @@ class Changes:
         """Plain data."""
 
         def tell(cells: Mapping[str, CellNow]) -> dict[str, Any]:
-            return {n: {**c.told, "state": c.state, "scope": c.scope} for n, c in cells.items()}
+            return {n: {**c.columns, "state": c.state, "scope": c.scope} for n, c in cells.items()}
 
         pairs = {
             change.cell: {
@@ -103,9 +103,9 @@ def compare(before: Mapping[str, CellNow], after: Mapping[str, CellNow]) -> Chan
 def list_columns(before: CellNow, after: CellNow) -> dict[str, tuple[Any, Any]]:
     """(before, after) of what differs."""
     found = {
-        column: (before.told[column], after.told[column])
+        column: (before.columns[column], after.columns[column])
         for column in COLUMNS
-        if before.told[column] != after.told[column]
+        if before.columns[column] != after.columns[column]
     }
     if before.digest != after.digest and not set(found) - {"checks"}:
         found[CHECKPOINT_ROW] = ("", "changed")
@@ -145,11 +145,11 @@ def describe_cells(
     found = {}
     standings = stand_all(tables, evidence, now)
     for cell in tables.cells:
-        told = records.describe_cell(cell, tables)
-        columns = {key: told[key] for key in COLUMNS}
+        described = records.describe_cell(cell, tables)
+        columns = {key: described[key] for key in COLUMNS}
         standing = standings[cell.id]
-        place = told["row_digest"], standing.state, standing.scope
-        found[cell.id] = CellNow(columns, *place)
+        row_state = described["row_digest"], standing.state, standing.scope
+        found[cell.id] = CellNow(columns, *row_state)
     return found
 
 
@@ -158,7 +158,7 @@ def find_checkout(command: str) -> Path:
     root = read.tables_folder().parent
     if not (root / ".git").exists():
         raise UsageError(
-            f"{command} asks the history of the project, and there is none: {root} is no git "
+            f"{command} asks the history of the project, and there is none: {root} is not a git "
             "checkout. Clone the project and run it there"
         )
     return root
@@ -172,7 +172,7 @@ def write_markdown(found: Changes, span: str) -> str:
     parts = [f"## Matrix {span}: {counts}"]
     for title, cells in (("Gained", found.gained), ("Lost", found.lost)):
         if cells:
-            rows = [[f"`{n}`", str(c.told["claim"]), c.state] for n, c in cells.items()]
+            rows = [[f"`{n}`", str(c.columns["claim"]), c.state] for n, c in cells.items()]
             parts += [f"### {title}", write_table(["cell", "claim", "state"], rows)]
     if found.changed:
         lines = list_lines(found.changed)
@@ -190,5 +190,5 @@ def list_lines(changed: Iterable[Changed]) -> list[Sequence[str]]:
 
 
 def show(value: Any) -> str:
-    """A value of a column in words."""
+    """A value of a column as text."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)

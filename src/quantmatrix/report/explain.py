@@ -1,4 +1,4 @@
-"""Explain: the state of a checkpoint on a hardware, why, the command, and what works instead.
+"""Explain: the state of a checkpoint on a device, why, the command, and what works instead.
 
 Reads tables and evidence only, so it answers on a machine that has neither torch nor the hardware.
 A checkpoint is named as people name it: by its id in checkpoints.csv, by what a command would pass
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from quantmatrix.tables.rows import Cell, CheckpointRow, Matrix
 
 UNCLAIMED = "unclaimed"
-"""State of a checkpoint on a hardware that no row of cases.csv names."""
+"""State of a checkpoint on a device that no row of cases.csv names."""
 WORKING = ("proven", "unproven")
 """States of cells that may serve instead, the best first."""
 SUGGESTIONS = 5
@@ -63,7 +63,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What is known about one checkpoint on one hardware, in one cell or in none."""
+    """What is known about one checkpoint on one device, in one cell or in none."""
 
     cell: str
     """Id of the cell; empty where no row claims anything."""
@@ -104,24 +104,24 @@ class Explainer:
     def explain(
         self, checkpoint: str, hardware: str, model: str | None = None
     ) -> list[Explanation]:
-        """One explanation per cell, or per pair without one; UsageError for unknown words."""
-        places = find_hardware(self.tables, hardware)
+        """One explanation per cell, or per pair without one; UsageError for unknown names."""
+        rows_of_hardware = find_hardware(self.tables, hardware)
         found = []
         for row in find_checkpoints(self.tables, checkpoint, model):
-            for place in places:
+            for where in rows_of_hardware:
                 cells = [
-                    c for c in self.tables.cells if (c.checkpoint, c.hardware) == (row.id, place)
+                    c for c in self.tables.cells if (c.checkpoint, c.hardware) == (row.id, where)
                 ]
                 found += [self.explain_cell(cell) for cell in cells]
                 if not cells:
-                    found.append(self.explain_gap(row, place))
+                    found.append(self.explain_gap(row, where))
         return found
 
     def explain_cell(self, cell: Cell) -> Explanation:
         """State, reason, command and alternatives of a cell."""
         standing = self.standings[cell.id]
         state, record = standing.state, standing.record
-        place = (cell.checkpoint, cell.hardware)
+        where = (cell.checkpoint, cell.hardware)
         offered = offer(cell, self.tables, record, standing.scope)
         ran = state == "proven" and standing.scope != COMPILED
         return Explanation(
@@ -139,14 +139,14 @@ class Explainer:
             title=offered.title,
             commands=offered.commands,
             evidence=f"{EVIDENCE}/{records.path_of(key_of(record))}" if record else "",
-            alternatives=() if ran else self.find_alternatives(*place, cell),
+            alternatives=() if ran else self.find_alternatives(*where, cell),
         )
 
     def explain_gap(self, row: CheckpointRow, hardware: str) -> Explanation:
         """The answer where no cell is: nobody claims anything, the plan may still say more."""
         real = find_real(row, self.tables)
-        words = shlex.join(real.words)
-        made = [write_quantize(real)] if is_invented(row.reference) else []
+        argv = shlex.join(real.arguments)
+        earlier = [write_quantize(real)] if is_invented(row.reference) else []
         return Explanation(
             cell="",
             checkpoint=row.id,
@@ -160,13 +160,13 @@ class Explainer:
             why=f"no row of cases.csv names {row.id} on {hardware}; the command plans it",
             ran="",
             title="To plan it",
-            commands=(*made, f"quantmatrix plan {words} --hardware {hardware}"),
+            commands=(*earlier, f"quantmatrix plan {argv} --hardware {hardware}"),
             evidence="",
             alternatives=self.find_alternatives(row.id, hardware, None),
         )
 
     def say_why(self, cell: Cell) -> str:
-        """The reason of a cell's state, in words."""
+        """The reason of a cell's state, as text."""
         standing = self.standings[cell.id]
         state, reason, record = standing.state, standing.reason, standing.record
         if state == "proven" and record and standing.scope == COMPILED:
@@ -180,9 +180,9 @@ class Explainer:
             return f"{passed}{near}{carried}"
         if cell.claim == "refused":
             refusal = (record.plan.get("refusal") or {}) if record and state == "refused" else {}
-            told = str(refusal.get("message") or cell.notes)
+            description = str(refusal.get("message") or cell.notes)
             seen = f" ({reason})" if reason else ""
-            return f"rule {cell.rule}: {told}{seen}"
+            return f"rule {cell.rule}: {description}{seen}"
         return reason or cell.notes or state
 
     def find_alternatives(
@@ -227,9 +227,9 @@ class Explainer:
             if best:
                 standing = self.standings[best.id]
                 offered = offer(best, self.tables, standing.record, standing.scope)
-                place = (best.id, best.checkpoint, best.hardware)
-                told = (standing.state, standing.scope, offered.commands)
-                found.append(Alternative(how, *place, *told))
+                where = (best.id, best.checkpoint, best.hardware)
+                description = (standing.state, standing.scope, offered.commands)
+                found.append(Alternative(how, *where, *description))
         return tuple(sorted(found, key=lambda a: WORKING.index(a.state)))
 
     def choose(self, cells: Iterable[Cell], is_near: Callable[[Cell], bool]) -> Cell | None:
@@ -252,30 +252,30 @@ class Explainer:
 
 def say_compiled(record: Evidence) -> str:
     """What kernels that were built and never run show, and what their numbers rest on."""
-    told = record.checks["compile"].metrics
+    description = record.checks["compile"].metrics
     return (
-        f"compiled for {told['arch']}, never run: Triton {told['triton']} built the kernels at true "
-        f"size on {record.made[:10]}, and they fit ({told['kernels']}); their numbers are proven on "
+        f"compiled for {description['arch']}, never run: Triton {description['triton']} built the kernels at true "
+        f"size on {record.made[:10]}, and they fit ({description['kernels']}); their numbers are proven on "
         "a CPU only, by Triton's interpreter and the backend reference"
     )
 
 
 def find_checkpoints(tables: Matrix, name: str, model: str | None = None) -> list[CheckpointRow]:
-    """The checkpoints that a word names, of one model where given.
+    """The checkpoints that a name stands for, of one model where given.
 
     The first that gives any: the id, the whole reference, the repository of a file, the last part
     of a path. UsageError with near names when nothing does.
     """
     if model is not None and model not in tables.models:
         raise UsageError(f"--model {model}: not in the tables; known: {', '.join(tables.models)}")
-    word = name.rstrip("/")
-    if not word:
+    known_name = name.rstrip("/")
+    if not known_name:
         raise UsageError("--checkpoint: empty; see checkpoints.csv, or `quantmatrix matrix list`")
-    last = PurePosixPath(word).name
+    last = PurePosixPath(known_name).name
     tests: Sequence[Callable[[CheckpointRow], bool]] = (
-        lambda row: row.id == word,
-        lambda row: row.reference == word,
-        lambda row: row.reference.startswith(f"{word}/"),
+        lambda row: row.id == known_name,
+        lambda row: row.reference == known_name,
+        lambda row: row.reference.startswith(f"{known_name}/"),
         lambda row: PurePosixPath(row.reference).name == last,
     )
     rows = tables.checkpoints.values()
@@ -286,8 +286,8 @@ def find_checkpoints(tables: Matrix, name: str, model: str | None = None) -> lis
     if named:
         models = sorted({row.model for row in named})
         raise UsageError(f"--checkpoint {name} is of {', '.join(models)}, not of {model}")
-    known = [word for row in rows for word in (row.id, row.reference)]
-    near = difflib.get_close_matches(word, known, SUGGESTIONS, 0.4)
+    known = [known_name for row in rows for known_name in (row.id, row.reference)]
+    near = difflib.get_close_matches(known_name, known, SUGGESTIONS, 0.4)
     hint = f"; did you mean {', '.join(near)}?" if near else "."
     raise UsageError(
         f"--checkpoint {name}: not in checkpoints.csv{hint} "
@@ -296,7 +296,7 @@ def find_checkpoints(tables: Matrix, name: str, model: str | None = None) -> lis
 
 
 def find_hardware(tables: Matrix, name: str) -> tuple[str, ...]:
-    """The hardware ids of an id, a group or `auto` (this machine); UsageError for other words."""
+    """The hardware ids of an id, a group or `auto` (this machine); UsageError for other names."""
     if name == AUTO:
         return (resolve(name, tables.hardware),)
     if name in tables.hardware:

@@ -2,7 +2,7 @@
 
 Cells whose state or latents differ from earlier evidence come first, then every other one as long
 as there is room: a summary of a GitHub step is refused as a whole above 1 MiB. What is left out is
-counted, never dropped without a word.
+counted, never dropped silently.
 """
 
 from __future__ import annotations

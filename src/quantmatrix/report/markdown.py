@@ -93,7 +93,7 @@ def write_carried(joined: Joined) -> list[str]:
 
 
 def write_grid(joined: Joined) -> str:
-    """Families by hardware, as counts in words."""
+    """Families by hardware, as counts."""
     tables = joined.tables
     rows = []
     for family in tables.families:
@@ -119,9 +119,9 @@ def write_families(joined: Joined) -> str:
     for family in joined.tables.families.values():
         cells = [cell for cell in joined.tables.cells if cell.family == family.id]
         proof = f"[{show_counts(joined.count(cells))}](families/{family.id}.md)"
-        told = [family.checkpoint_form, family.canonical_cli, family.supported_models]
-        told += [family.extra_dependency, family.notes]
-        rows.append([f"`{family.id}`", *told, proof])
+        facts = [family.checkpoint_form, family.canonical_cli, family.supported_models]
+        facts += [family.extra_dependency, family.notes]
+        rows.append([f"`{family.id}`", *facts, proof])
     return write_table(head, rows)
 
 
@@ -131,8 +131,8 @@ def write_checkpoints(joined: Joined, rows: Iterable[CheckpointRow], base: str) 
     lines = []
     for row in rows:
         cells = [cell for cell in joined.tables.cells if cell.checkpoint == row.id]
-        told = [f"`{row.algo}`", f"`{row.base}`", f"`{row.cli}`", f"`{row.reference}`"]
-        lines.append([*told, row.scope, row.notes, write_proof(joined, cells, base)])
+        facts = [f"`{row.algo}`", f"`{row.base}`", f"`{row.cli}`", f"`{row.reference}`"]
+        lines.append([*facts, row.scope, row.notes, write_proof(joined, cells, base)])
     return write_table([*head, "Proof"], lines)
 
 
@@ -140,13 +140,13 @@ def write_proof(joined: Joined, cells: Sequence[Cell], base: str) -> str:
     """`**proven · stand-in**: cpu decode (2), h100; **unproven**: b200`, each linked to a record."""
     texts = []
     for label in LABELS:
-        places: dict[str, list[Cell]] = {}
+        by_hardware: dict[str, list[Cell]] = {}
         for cell in cells:
             if joined.standings[cell.id].label == label:
-                places.setdefault(f"{cell.hardware} {cell.backend}".strip(), []).append(cell)
+                by_hardware.setdefault(f"{cell.hardware} {cell.backend}".strip(), []).append(cell)
         links = []
-        for place, found in places.items():
-            names = [place, *(f"({number})" for number in range(2, len(found) + 1))]
+        for name, found in by_hardware.items():
+            names = [name, *(f"({number})" for number in range(2, len(found) + 1))]
             pairs = zip(found, names, strict=True)
             links.append(" ".join(joined.link(cell, name, base) for cell, name in pairs))
         if links:
@@ -157,7 +157,7 @@ def write_proof(joined: Joined, cells: Sequence[Cell], base: str) -> str:
 def write_family(joined: Joined, family: FamilyRow) -> str:
     """The page of one family: what is claimed, what was seen, the commands, the format."""
     cells = [cell for cell in joined.tables.cells if cell.family == family.id]
-    told = [
+    facts = [
         ("checkpoint form", family.checkpoint_form),
         ("canonical CLI", family.canonical_cli),
         ("supported models", family.supported_models),
@@ -169,7 +169,7 @@ def write_family(joined: Joined, family: FamilyRow) -> str:
         NOTICE,
         f"# {family.id}",
         "[All families](../support-matrix.md)",
-        write_table(["", ""], told),
+        write_table(["", ""], facts),
         "## Rows",
         write_rows(joined, cells),
     ]
@@ -238,9 +238,9 @@ def write_measurements(joined: Joined, cells: Sequence[Cell]) -> str:
             kernels.update(component["backends"])
         numbers = [show_number(worst.get(n)) for n in ("psnr_db", "cosine", "relative_l2")]
         shown = ", ".join(f"{name} ({count})" for name, count in sorted(kernels.items()))
-        made = [record.versions.get("torch", ""), record.made[:10]]
+        facts = [record.versions.get("torch", ""), record.made[:10]]
         scope = joined.standings[cell.id].scope
-        lines.append([joined.link(cell, cell.id, "../"), scope, layers, shown, *numbers, *made])
+        lines.append([joined.link(cell, cell.id, "../"), scope, layers, shown, *numbers, *facts])
     return write_table(head, lines)
 
 
@@ -274,21 +274,21 @@ def show_commands(commands: Iterable[str]) -> str:
 
 
 def wrap_command(command: str) -> str:
-    """A command in shell words, one flag per line."""
+    """A command quoted for a shell, one flag per line."""
     lines: list[list[str]] = [[]]
-    for word in shlex.split(command):
-        if word.startswith("--") or (lines[-1] and ASSIGNMENT.fullmatch(lines[-1][0])):
+    for argument in shlex.split(command):
+        if argument.startswith("--") or (lines[-1] and ASSIGNMENT.fullmatch(lines[-1][0])):
             lines.append([])
-        lines[-1].append(word)
-    return " \\\n  ".join(join_words(line) for line in lines if line)
+        lines[-1].append(argument)
+    return " \\\n  ".join(join_arguments(line) for line in lines if line)
 
 
-def join_words(words: Sequence[str]) -> str:
-    """Words of a shell; an assignment at their start stays one."""
-    if words and ASSIGNMENT.fullmatch(words[0]):
-        name, _, value = words[0].partition("=")
+def join_arguments(arguments: Sequence[str]) -> str:
+    """Arguments quoted for a shell; a leading assignment stays one."""
+    if arguments and ASSIGNMENT.fullmatch(arguments[0]):
+        name, _, value = arguments[0].partition("=")
         return f"{name}={shlex.quote(value)}"
-    return shlex.join(words)
+    return shlex.join(arguments)
 
 
 def any_of(joined: Joined, cells: Iterable[Cell], scope: str) -> bool:

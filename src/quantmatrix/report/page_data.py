@@ -1,17 +1,17 @@
 """Page data: what `reports/index.html` knows, as plain data that is small and in a fixed order.
 
 A matrix of thousands of cells repeats itself: machines, versions, limits, plans and pictures are in
-`shared` once, and a record refers to them by their place in that list.
+`shared` once, and a record refers to them by their position in that list.
 
 | key           | content |
 | ------------- | ------- |
 | `states`, `scopes`, `weights`, `families`, `models`, `hardware`, `checkpoints` | tables that |
 |               | numbers below point into |
 | `rows`        | rows of cases.csv: id, family, model, checkpoint |
-| `cells`       | row, hardware, backend, state, scope (-1: none), claim, rule, reason, offer (a place in |
+| `cells`       | row, hardware, backend, state, scope (-1: none), claim, rule, reason, offer (an index in |
 |               | `shared`: title and commands), record (or null), other records ([scope, state, file]) |
 | `records`     | evidence of a cell: see `describe_record` |
-| `benchmarks`  | by the cell's place in `cells`: see `bench_pages.describe_result` |
+| `benchmarks`  | by the cell's index in `cells`: see `bench_pages.describe_result` |
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COMPONENT_FACTS = (
     "bytes",
 )
 """What of a planned component is shown; paths are not."""
-UNTOLD_METRICS = ("steps", "thumbnails", "final", "programs")
+OMITTED_METRICS = ("steps", "thumbnails", "final", "programs")
 """Metrics that have a form of their own on the page, or that others repeat."""
 
 
@@ -56,20 +56,20 @@ class Shared:
 
     def __init__(self) -> None:
         self.values: list[Any] = []
-        self._places: dict[str, int] = {}
+        self._indices: dict[str, int] = {}
         self._pictures: dict[str, int] = {}
         self._room = PICTURE_BYTES
 
     def put(self, value: Any) -> int:
-        """The place of a value in the list."""
+        """The index of a value in the list."""
         key = repr(value)
-        if key not in self._places:
-            self._places[key] = len(self.values)
+        if key not in self._indices:
+            self._indices[key] = len(self.values)
             self.values.append(value)
-        return self._places[key]
+        return self._indices[key]
 
     def put_pictures(self, pictures: Sequence[str]) -> list[int]:
-        """The places of pictures, or none of them where the page has no room for all."""
+        """The indices of pictures, or none of them where the page has no room for all."""
         new = [p for p in dict.fromkeys(pictures) if p not in self._pictures]
         cost = sum(map(len, new))
         if cost > self._room:
@@ -96,10 +96,10 @@ def collect(joined: Joined) -> dict[str, Any]:
     observed: list[dict[str, Any]] = []
     cells: list[list[Any]] = []
     for cell in tables.cells:
-        place = None
+        number = None
         standing, offered = joined.standings[cell.id], joined.offers[cell.id]
         if record := standing.record:
-            place = len(observed)
+            number = len(observed)
             observed.append(describe_record(record, shared))
         cells.append(
             [
@@ -112,7 +112,7 @@ def collect(joined: Joined) -> dict[str, Any]:
                 cell.rule,
                 standing.reason or cell.notes,
                 shared.put([offered.title, *offered.commands]),
-                place,
+                number,
                 [
                     [SCOPES.index(s), STATES.index(n), name_file(make_key(cell.id, s))]
                     for s, n in standing.others
@@ -148,7 +148,7 @@ def collect(joined: Joined) -> dict[str, Any]:
 
 
 def describe_record(record: Evidence, shared: Shared) -> dict[str, Any]:
-    """A record as the page shows it; numbers in `machine` ... `limits` are places in `shared`."""
+    """A record as the page shows it; numbers in `machine` ... `limits` are indices in `shared`."""
     plan = record.plan
     parts = {
         name: {fact: part[fact] for fact in COMPONENT_FACTS if part.get(fact)}
@@ -182,38 +182,38 @@ def name_file(key: str) -> str:
 
 def describe_witness(part: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """What a witness found of a component: its verdict, and the cosine of each kind of layers."""
-    told = flatten(part, ("kinds", "bytes", "seconds"))
-    return [*told, *((f"cosine of {kind['kind']}", kind["cosine"]) for kind in part["kinds"])]
+    facts = flatten(part, ("kinds", "bytes", "seconds"))
+    return [*facts, *((f"cosine of {kind['kind']}", kind["cosine"]) for kind in part["kinds"])]
 
 
 def describe_check(name: str, check: CheckResult, shared: Shared) -> dict[str, Any]:
     """A check: verdict, message, metrics and limits as pairs, steps, and pictures if there are.
 
-    Limits and pictures are places in `shared`: rows of one model have one BF16 picture. A list
+    Limits and pictures are indices in `shared`: rows of one model have one BF16 picture. A list
     without pictures means that there are some, in the record only.
     """
-    told: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "name": name,
         "verdict": check.verdict,
         "message": check.message,
         "metrics": [
-            *flatten(check.metrics, UNTOLD_METRICS),
+            *flatten(check.metrics, OMITTED_METRICS),
             *map(describe_program, check.metrics.get("programs", ())),
         ],
         "limits": shared.put(flatten(check.limits)),
     }
     steps = check.metrics.get("steps")
     if isinstance(steps, Sequence) and steps:
-        told["steps"] = [[step.get(metric) for metric in STEP_METRICS] for step in steps]
+        facts["steps"] = [[step.get(metric) for metric in STEP_METRICS] for step in steps]
     pictures = check.metrics.get("thumbnails")
     if isinstance(pictures, Mapping) and set(pictures) == KEYS:
-        told["pictures"] = shared.put_pictures([pictures[kind] for kind in PICTURES])
-        told["gain"], told["shown"] = pictures["gain"], pictures["shown"]
-    return told
+        facts["pictures"] = shared.put_pictures([pictures[kind] for kind in PICTURES])
+        facts["gain"], facts["shown"] = pictures["gain"], pictures["shown"]
+    return facts
 
 
 def describe_program(program: Mapping[str, Any]) -> tuple[str, str]:
-    """(kernel, what its program takes, in words) of a program that was built."""
+    """(kernel, what its program takes, as text) of a program that was built."""
     takes = (
         f"{program['registers']} registers, {program['spilled']} bytes spilled, "
         f"{program['shared']} of {program['shared_limit']} bytes of shared memory, "

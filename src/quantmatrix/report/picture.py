@@ -1,9 +1,9 @@
 """Picture: the matrix at a glance, as one hand-written SVG (family by hardware).
 
-Each box holds the states of the cells that a family has on a hardware, with the scope of what was run:
-words with counts, and a bar whose segments are as wide as the counts. A colour is a state, its strength
-a scope. Colours follow the reader's light or dark scheme, and nothing is told by colour alone. Nothing
-in it depends on time, so equal counts give equal bytes.
+Each box holds the states of the cells that a family has on a device, with the scope of what was
+run: counts, and a bar whose segments are as wide as the counts. A colour is a state, its strength a
+scope. Colours follow the reader's light or dark scheme, and nothing is shown by colour alone.
+Nothing in it depends on time, so equal counts give equal bytes.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def write_style() -> str:
 
 
 def draw_box(x: int, y: int, counts: Counts) -> list[str]:
-    """One box: at most three lines of words, and the bar below them."""
+    """One box: at most three lines of text, and the bar below them."""
     shown = [(label, counts[label]) for label in LABELS if counts.get(label)]
     if not shown:
         return [f'<rect class="none" x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="4"/>']
@@ -104,7 +104,7 @@ def draw_box(x: int, y: int, counts: Counts) -> list[str]:
 
 
 def draw_legend(y: int) -> list[str]:
-    """One square and word per state, and below it one per scope."""
+    """One square and name per state, and below it one per scope."""
     parts = []
     for index, state in enumerate(COLOURS):
         x = GAP * 3 + index * 92
@@ -126,14 +126,14 @@ def name_class(scope: str) -> str:
 def describe_counts(
     families: Sequence[str], hardware: Sequence[str], counts: Mapping[tuple[str, str], Counts]
 ) -> str:
-    """The picture in words, for those who do not see it."""
+    """The picture as text, for those who do not see it."""
     sentences = []
     for family in families:
         boxes = []
         for name in hardware:
             found = counts.get((family, name), {})
-            words = ", ".join(f"{found[s]} {s}" for s in LABELS if found.get(s))
-            if words:
-                boxes.append(f"{name}: {words}")
+            counted = ", ".join(f"{found[s]} {s}" for s in LABELS if found.get(s))
+            if counted:
+                boxes.append(f"{name}: {counted}")
         sentences.append(f"{family}: {'; '.join(boxes) or 'no cell'}.")
     return " ".join(sentences)

@@ -132,7 +132,7 @@ def keep_everything() -> Iterator[None]:
 def find_orphans(folder: Path) -> list[str]:
     """Records and benchmarks of cells that are no longer in the tables.
 
-    Benchmarks are read with their samples: BenchmarkError where these do not give what is told.
+    Benchmarks are read with their samples: BenchmarkError where these do not give what is stated.
     """
     from quantmatrix.tables import read
 
@@ -174,7 +174,7 @@ def draw_picture(joined: Joined) -> bytes:
     boxes: dict[tuple[str, str], list[Cell]] = {}
     for cell in tables.cells:
         boxes.setdefault((cell.family, cell.hardware), []).append(cell)
-    counts = {place: joined.count(cells) for place, cells in boxes.items()}
+    counts = {name: joined.count(cells) for name, cells in boxes.items()}
     return draw_matrix(list(tables.families), list(tables.hardware), counts)
 
 

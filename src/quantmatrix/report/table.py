@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def write_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; line breaks and bars inside cells are escaped.
 
-    Cells are Markdown: what strangers wrote in one goes through `quoting.escape_markdown`.
+    Cells are Markdown: untrusted text in one goes through `quoting.escape_markdown`.
     """
 
     def line(cells: Sequence[str]) -> str:

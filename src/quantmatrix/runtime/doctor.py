@@ -1,6 +1,6 @@
 """Doctor: what this machine has, what each optional package is for, and what would run here.
 
-The report is plain data (`examine`), and the same in words (`to_text`). Optional packages are never
+The report is plain data (`examine`), and the same as text (`to_text`). Optional packages are never
 imported. torch is, and may fail to: the NPU package hooks itself into `import torch` and takes it
 down where its driver stack is missing. That is a finding, not a crash.
 """
@@ -120,13 +120,13 @@ def list_kernels(machine: Machine) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for family in families.IDS:
         found[family] = {}
-        for word, scheme in families.load(family).SCHEMES.items():
+        for name, scheme in families.load(family).SCHEMES.items():
             try:
                 kernel = choose(scheme.op, machine, scheme, (FEATURES, FEATURES))
             except kernels.NoKernel as refusal:
-                found[family][word] = {"backend": None, "why": refusal.message}
+                found[family][name] = {"backend": None, "why": refusal.message}
             else:
-                found[family][word] = {"backend": kernel.backend, "why": ""}
+                found[family][name] = {"backend": kernel.backend, "why": ""}
     return found
 
 
@@ -134,7 +134,7 @@ def find_problems(torch_found: dict[str, Any], packages: dict[str, dict[str, Any
     """What is wrong here, each with the way to mend it."""
     problems = []
     if torch_found["error"] is not None:
-        advice = "install torch anew"
+        advice = "install torch again"
         if packages["torch_npu"]["state"] == "installed":
             advice = (
                 "torch_npu hooks itself into torch and needs CANN: source CANN's set_env.sh, or "
@@ -152,7 +152,7 @@ def find_problems(torch_found: dict[str, Any], packages: dict[str, dict[str, Any
 
 
 def to_text(found: dict[str, Any]) -> str:
-    """The report in words."""
+    """The report as text."""
     machine, torch_found = found["machine"], found["torch"]
     gib = found["memory_bytes"] / 2**30
     lines = [
@@ -195,7 +195,7 @@ def _describe_torch(found: dict[str, Any]) -> str:
 def _describe_kernels(found: dict[str, dict[str, Any]]) -> list[str]:
     lines = []
     for family, schemes in found.items():
-        for word, kernel in schemes.items():
+        for name, kernel in schemes.items():
             verdict = kernel["backend"] or f"nothing: {kernel['why']}"
-            lines.append(f"  {family:<16}{word:<20}{verdict}")
+            lines.append(f"  {family:<16}{name:<20}{verdict}")
     return lines

@@ -123,5 +123,5 @@ def build_plain(model: str, size: str) -> nn.Module:
     options = dict(module.TINY if size == "tiny" else module.FULL)
     options |= module.ONE_BLOCK if size == "blocks" else {}
     with no_init_weights(), init_empty_weights():
-        made: nn.Module = getattr(diffusers, module.TRANSFORMER)(**options)
-    return made
+        module_built: nn.Module = getattr(diffusers, module.TRANSFORMER)(**options)
+    return module_built

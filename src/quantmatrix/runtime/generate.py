@@ -34,7 +34,7 @@ STAGE = "stage|"
 def generate(
     request: Request,
     *,
-    made: Plan,
+    plan: Plan,
     pipeline: Any = None,
     progress: bool = False,
 ) -> Run:
@@ -42,39 +42,39 @@ def generate(
 
     Raises what `generate_all` raises: UsageError, CheckpointError, WitnessError and BrokenRunError.
     """
-    return next(iter(generate_all(request, made=made, pipeline=pipeline, progress=progress)))
+    return next(iter(generate_all(request, plan=plan, pipeline=pipeline, progress=progress)))
 
 
 def generate_all(
     request: Request,
     *,
-    made: Plan,
+    plan: Plan,
     pipeline: Any = None,
     progress: bool = False,
     save: Callable[[Run], None] | None = None,
 ) -> list[Run]:
     """Generate for every prompt and seed of a request, calling `save` after each.
 
-    `made` is the request's plan, `pipeline` what was built of it; it is built where there is none.
+    `plan` is the request's plan, `pipeline` what was built of it; it is built where there is none.
     Raises UsageError for a flag that the model does not take and for a plan of several processes
     outside of them, CheckpointError and WitnessError for weights that cannot be loaded, and
     BrokenRunError for latents that are not finite.
     """
-    if made.processes > 1 and not distributed.is_initialized():
+    if plan.processes > 1 and not distributed.is_initialized():
         raise UsageError(
-            f"the plan has {made.processes} processes, this is one of none: "
+            f"the plan has {plan.processes} processes, this is one of none: "
             "see `quantmatrix.runtime.parallel.generate_together`"
         )
-    models.load(made.model).call_arguments(request)  # a wrong flag is an error before the loading
+    models.load(plan.model).call_arguments(request)  # a wrong flag is an error before the loading
     seconds = {}
     if pipeline is None:
         start = time.perf_counter()
-        pipeline = build_pipeline(made, progress=progress)
+        pipeline = build_pipeline(plan, progress=progress)
         seconds["load"] = time.perf_counter() - start
     runs = []
     for prompt in request.prompt:
         for seed in request.seed:
-            run = generate_one(request, made, pipeline, prompt, seed)
+            run = generate_one(request, plan, pipeline, prompt, seed)
             run.seconds.update(seconds)
             seconds = {}
             if save is not None:
@@ -83,15 +83,15 @@ def generate_all(
     return runs
 
 
-def generate_one(request: Request, made: Plan, pipeline: Any, prompt: str, seed: int) -> Run:
+def generate_one(request: Request, plan: Plan, pipeline: Any, prompt: str, seed: int) -> Run:
     """One prompt, one seed."""
-    model = models.load(made.model)
+    model = models.load(plan.model)
     latents: list[torch.Tensor] = []
     marks: list[float] = []
     calls: Counter[str] = Counter()
     handles = [
         getattr(pipeline, name).register_forward_hook(lambda *_, name=name: calls.update([name]))
-        for name in made.components
+        for name in plan.components
     ]
 
     def keep(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def generate_one(request: Request, made: Plan, pipeline: Any, prompt: str, seed:
 
     arguments = model.call_arguments(request)
     defaults = model.TINY_DEFAULTS if request.tiny else model.DEFAULTS
-    reset_peak(made.machine.device)
+    reset_peak(plan.machine.device)
     stages: dict[str, float] = {}
     start = time.perf_counter()
     try:
@@ -121,7 +121,7 @@ def generate_one(request: Request, made: Plan, pipeline: Any, prompt: str, seed:
     is_video = hasattr(result, "frames")
     media = list(result.frames[0] if is_video else result.images)
     return Run(
-        plan=made,
+        plan=plan,
         prompt=prompt,
         seed=seed,
         latents=latents,
@@ -134,20 +134,20 @@ def generate_one(request: Request, made: Plan, pipeline: Any, prompt: str, seed:
             "generate": total,
         },
         step_seconds=[after - before for before, after in pairwise(marks)],
-        peak_bytes=read_peak(made.machine.device),
+        peak_bytes=read_peak(plan.machine.device),
         census={
             name: dict(Counter(count_quantized(getattr(pipeline, name)).values()))
-            for name in made.components
+            for name in plan.components
         },
         calls=dict(calls),
-        witness=read_reports(pipeline, made),
+        witness=read_reports(pipeline, plan),
         degenerate=find_degeneration(stack_frames(media)),
     )
 
 
-def read_reports(pipeline: Any, made: Plan) -> dict[str, Any]:
+def read_reports(pipeline: Any, plan: Plan) -> dict[str, Any]:
     """What the witness found when the components of a pipeline were loaded, as plain data."""
-    found = {name: getattr(getattr(pipeline, name), "witness", None) for name in made.components}
+    found = {name: getattr(getattr(pipeline, name), "witness", None) for name in plan.components}
     return {name: report.to_json() for name, report in found.items() if report is not None}
 
 

@@ -45,6 +45,6 @@ def escaped() -> Iterator[None]:
 
 
 def _escape(record: logging.LogRecord) -> bool:
-    """Put the words of a record, as they may be shown, in its place."""
+    """Replace a record's text by its escaped form."""
     record.msg, record.args = limit_message(record.getMessage()), None
     return True

@@ -80,7 +80,7 @@ def load_component(
 
 
 def place_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in another's place."""
+    """Replace a module by another."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent) if parent else model, child, module)
 

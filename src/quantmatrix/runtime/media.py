@@ -11,7 +11,7 @@ import torch
 
 from quantmatrix import models
 from quantmatrix.errors import MissingPackageError, UsageError
-from quantmatrix.files import check_place, whole
+from quantmatrix.files import check_writable, whole
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -77,14 +77,14 @@ def save_media(
     return target
 
 
-def check_output(made: Plan, output_path: str) -> None:
+def check_output(plan: Plan, output_path: str) -> None:
     """Raise UsageError before anything is computed when the result could not be written there.
 
     MissingPackageError where a video is to be written, and there is no encoder.
     """
-    defaults = models.load(made.model).DEFAULTS
+    defaults = models.load(plan.model).DEFAULTS
     path = Path(output_path)
-    check_place(path if is_media_file(path, defaults.frames > 1) else path / "output")
+    check_writable(path if is_media_file(path, defaults.frames > 1) else path / "output")
     if defaults.frames > 1:
         check_video_writer()
 

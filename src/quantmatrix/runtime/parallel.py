@@ -49,9 +49,9 @@ def is_worker() -> bool:
     return bool(distributed.is_torchelastic_launched())
 
 
-def launch(plan: Plan, words: Sequence[str]) -> int:
+def launch(plan: Plan, argv: Sequence[str]) -> int:
     """Run a quantmatrix command in the processes of its plan; its exit code."""
-    command = [*name_launcher(plan.processes), "-m", "quantmatrix", *words]
+    command = [*name_launcher(plan.processes), "-m", "quantmatrix", *argv]
     with subprocess.Popen(command) as launcher:
         try:
             return launcher.wait()
@@ -73,9 +73,11 @@ def generate_together(request: Request, made: Plan) -> Run:
         command = [*name_launcher(made.processes), "-m", "quantmatrix.runtime.parallel", folder]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode or not answer.is_file():
-            told = Path(folder, PROBLEM)
+            problem = Path(folder, PROBLEM)
             said = (
-                told.read_text(encoding="utf-8") if told.is_file() else done.stderr.strip()[-SHOWN:]
+                problem.read_text(encoding="utf-8")
+                if problem.is_file()
+                else done.stderr.strip()[-SHOWN:]
             )
             raise QuantmatrixError(f"{made.processes} processes gave no run: {said}")
         return Run(**{**pickle.loads(answer.read_bytes()), "plan": made})
@@ -85,8 +87,8 @@ def answer_request(folder: Path) -> None:
     """What each process of `generate_together` does: the run of the first, or what went wrong."""
     request: Request = pickle.loads((folder / "request").read_bytes())
     try:
-        with join(request) as (rank, made, pipeline):
-            run = generate(request, made=made, pipeline=pipeline)
+        with join(request) as (rank, plan, pipeline):
+            run = generate(request, plan=plan, pipeline=pipeline)
             if rank == 0:
                 write_whole(folder / "run", pickle.dumps({**vars(run), "plan": None}))
     except Exception as error:
@@ -95,7 +97,7 @@ def answer_request(folder: Path) -> None:
 
 
 def name_launcher(processes: int) -> list[str]:
-    """Words that start a module or file in several processes of this machine."""
+    """Command that starts a module or file in several processes of this machine."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*launcher, "--nproc-per-node", str(processes)]
 
@@ -132,12 +134,12 @@ def join(request: Request) -> Iterator[tuple[int, Plan, Any]]:
         distributed.destroy_process_group()
 
 
-def split(pipeline: Any, made: Plan, count: int) -> None:
+def split(pipeline: Any, plan: Plan, count: int) -> None:
     """Let each transformer of a pipeline work on this process's share of the tokens."""
     from diffusers import ContextParallelConfig
 
-    on_cpu = made.machine.device == "cpu"
-    for name in made.components:
+    on_cpu = plan.machine.device == "cpu"
+    for name in plan.components:
         config = ContextParallelConfig(ulysses_degree=count, ulysses_anything=True)
         with quiet(), count_processor() if on_cpu else nullcontext():
             getattr(pipeline, name).enable_parallelism(config=config)

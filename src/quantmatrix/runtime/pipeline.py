@@ -25,7 +25,7 @@ LONGEST_REASON = 300
 """Characters of a library's error that are repeated."""
 
 
-def build_pipeline(made: Plan, *, progress: bool = False) -> Any:
+def build_pipeline(plan: Plan, *, progress: bool = False) -> Any:
     """Load every component of a plan and put the pipeline together on the plan's machine.
 
     Raises UsageError for a bare component and for flags that the device does not take, and
@@ -34,47 +34,47 @@ def build_pipeline(made: Plan, *, progress: bool = False) -> Any:
     """
     import diffusers
 
-    if made.pipeline_class is None or not made.pipeline_class.endswith("Pipeline"):
+    if plan.pipeline_class is None or not plan.pipeline_class.endswith("Pipeline"):
         raise UsageError(
-            f"{made.base} is a single component, not a pipeline: use load_transformer, "
+            f"{plan.base} is a single component, not a pipeline: use load_transformer, "
             "or name a model folder that has a model_index.json"
         )
-    request = made.request
-    device = made.machine.device
+    request = plan.request
+    device = plan.machine.device
     make_current(device)
-    offloaded = made.layerwise_offload or made.cpu_offload
-    folder = fetch_pipeline(made.base, request.hub, without=tuple(made.components))
+    offloaded = plan.layerwise_offload or plan.cpu_offload
+    folder = fetch_pipeline(plan.base, request.hub, without=tuple(plan.components))
     other_parts.check_folder(
-        Path(folder), made.pipeline_class, {*made.components, *request.component_paths}
+        Path(folder), plan.pipeline_class, {*plan.components, *request.component_paths}
     )
     other_parts.check_rest(
-        open_pipeline(folder, request.hub), made.components, request.component_paths, request.hub
+        open_pipeline(folder, request.hub), plan.components, request.component_paths, request.hub
     )
     parts: dict[str, Any] = {}
-    for name, component in made.components.items():
+    for name, component in plan.components.items():
         with show_progress(component, progress) as report:
             parts[name] = load_component(component, request, device=device, progress=report)
-    parts.update(load_other_overrides(made, read_json(Path(folder) / "model_index.json")))
+    parts.update(load_other_overrides(plan, read_json(Path(folder) / "model_index.json")))
     with (
         quiet(),
         without_components(folder, tuple(parts)) as rest,
-        errors_in_words(f"{folder}: a part of the pipeline", rest, folder),
+        readable_errors(f"{folder}: a part of the pipeline", rest, folder),
     ):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             rest, dtype=getattr(torch, request.dtype), local_files_only=True, **parts
         )
     check_parts(pipeline, parts)
     if device != "cpu":
-        place(pipeline, made, device, offloaded)
-    elif made.layerwise_offload:
-        enable_layerwise(pipeline, made, device)
-    accelerate(pipeline, made)
+        place(pipeline, plan, device, offloaded)
+    elif plan.layerwise_offload:
+        enable_layerwise(pipeline, plan, device)
+    accelerate(pipeline, plan)
     pipeline.set_progress_bar_config(disable=not progress)
     return pipeline
 
 
 @contextmanager
-def errors_in_words(what: str, view: str, folder: str) -> Iterator[None]:
+def readable_errors(what: str, view: str, folder: str) -> Iterator[None]:
     """Whatever a library raises about files as a CheckpointError that names the user's own folder.
 
     A lack of memory is no fault of theirs.
@@ -99,7 +99,7 @@ def without_components(folder: str, names: tuple[str, ...]) -> Iterator[str]:
     """A view of a pipeline folder whose index leaves components empty.
 
     diffusers loads a component that a pipeline declares as optional (both Wan experts) from the
-    folder even when one is passed, and the passed one is dropped without a word.
+    folder even when one is passed, and the passed one is dropped silently.
     """
     source = Path(folder)
     index = read_json(source / "model_index.json")
@@ -128,7 +128,7 @@ def check_parts(pipeline: Any, parts: Mapping[str, Any]) -> None:
             )
 
 
-def load_other_overrides(made: Plan, index: Mapping[str, Any]) -> dict[str, Any]:
+def load_other_overrides(plan: Plan, index: Mapping[str, Any]) -> dict[str, Any]:
     """Components other than transformers that a `--<component>-path` replaces.
 
     Each is of the class that the base model's index names for it.
@@ -137,16 +137,16 @@ def load_other_overrides(made: Plan, index: Mapping[str, Any]) -> dict[str, Any]
     import transformers
 
     loaded: dict[str, Any] = {}
-    for name, reference in made.request.component_paths.items():
-        if name in made.components:
+    for name, reference in plan.request.component_paths.items():
+        if name in plan.components:
             continue
-        folder = fetch_pipeline(reference, made.request.hub)
+        folder = fetch_pipeline(reference, plan.request.hub)
         other_parts.check_part(Path(folder), name)
         library = transformers if name.startswith(("text_encoder", "tokenizer")) else diffusers
         auto = library.AutoTokenizer if name.startswith("tokenizer") else library.AutoModel
         chosen = other_parts.find_class(index, name) or auto
-        with errors_in_words(f"{reference}: {name}", folder, reference):
-            loaded[name] = chosen.from_pretrained(folder, dtype=getattr(torch, made.request.dtype))
+        with readable_errors(f"{reference}: {name}", folder, reference):
+            loaded[name] = chosen.from_pretrained(folder, dtype=getattr(torch, plan.request.dtype))
     return loaded
 
 
@@ -173,15 +173,15 @@ def make_current(device: str) -> None:
         torch.get_device_module(kind).set_device(int(number))
 
 
-def accelerate(pipeline: Any, made: Plan) -> None:
+def accelerate(pipeline: Any, plan: Plan) -> None:
     """Compile or capture the transformers, as the request asks.
 
     Raises UsageError for `--cuda-graph` on any other device than CUDA.
     """
-    request, device = made.request, made.machine.device
+    request, device = plan.request, plan.machine.device
     if request.cuda_graph and not device.startswith("cuda"):
         raise UsageError(f"--cuda-graph needs an NVIDIA GPU, the device is {device}: leave it out")
-    for name in made.components:
+    for name in plan.components:
         if request.compile:
             acceleration.compile_blocks(getattr(pipeline, name))
         if request.cuda_graph:

@@ -43,7 +43,7 @@ class Run:
     witness: dict[str, Any] = field(default_factory=dict)
     """What the witness found of each quantized component; empty where it was not asked."""
     degenerate: str | None = None
-    """Why the run shows nothing: it went beyond numbers, or its media are of one colour."""
+    """Why the run shows nothing: its latents are not finite, or its media are of one colour."""
 
     def require_numbers(self) -> None:
         """Raise BrokenRunError when latents are NaN or infinite: the picture would be black."""

@@ -40,7 +40,7 @@ def check_stored(
         if suffix == "weight" and scheme.weight == "e4m3" and holds_nan(tensor):
             raise CheckpointError(
                 f"{checkpoint.tensors[name].file}: tensor {name} holds NaN codes: expected numbers "
-                "within 448; casts of older writers gave NaN beyond: hold values within 448 before "
+                "within 448; casts of older writers gave NaN above: hold values within 448 before "
                 f"the cast, and quantize again{explain_zeros(tensors)}"
             )
         if "scale" not in suffix or not tensor.is_floating_point():

@@ -52,10 +52,10 @@ class Size:
         return self.outside + sum(sorted(self.blocks)[-AHEAD:])
 
 
-def measure_all(made: Plan) -> dict[str, Size]:
+def measure_all(plan: Plan) -> dict[str, Size]:
     """Size of every transformer component of a plan at the model's own size."""
-    item = DTYPES[made.request.dtype]
-    return {name: measure(made.model, part, item) for name, part in made.components.items()}
+    item = DTYPES[plan.request.dtype]
+    return {name: measure(plan.model, part, item) for name, part in plan.components.items()}
 
 
 def measure(model: str, part: ComponentPlan, item: int) -> Size:
@@ -98,32 +98,32 @@ def list_parameters(model: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """(name, shape) of every parameter of a base model's transformer at its own size."""
     from quantmatrix.runtime.empty_model import build_plain
 
-    made = build_plain(model, "full")
-    return tuple((name, tuple(tensor.shape)) for name, tensor in made.named_parameters())
+    model_built = build_plain(model, "full")
+    return tuple((name, tuple(tensor.shape)) for name, tensor in model_built.named_parameters())
 
 
-def explain_fit(sizes: Mapping[str, Size], made: Plan) -> str | None:
+def explain_fit(sizes: Mapping[str, Size], plan: Plan) -> str | None:
     """Why the weights do not fit as planned, and the offload that makes them fit; None: they do."""
-    room = made.machine.memory_bytes
+    room = plan.machine.memory_bytes
     need = sum(size.whole for size in sizes.values())
-    if made.layerwise_offload:
+    if plan.layerwise_offload:
         need = max(size.layerwise for size in sizes.values())
-    elif made.cpu_offload:
+    elif plan.cpu_offload:
         need = max(size.whole for size in sizes.values())
     if not room or need <= room:
         return None
     found = (
-        f"the transformer weights of {made.model} need {need / GIB:.1f} GiB at true size, "
-        f"{made.machine.name} has {room / GIB:.1f} GiB"
+        f"the transformer weights of {plan.model} need {need / GIB:.1f} GiB at true size, "
+        f"{plan.machine.name} has {room / GIB:.1f} GiB"
     )
-    return f"{found}: {advise(sizes, made, made.machine)}"
+    return f"{found}: {advise(sizes, plan, plan.machine)}"
 
 
-def advise(sizes: Mapping[str, Size], made: Plan, machine: Machine) -> str:
-    """The gentlest offload with which the weights fit, in words."""
+def advise(sizes: Mapping[str, Size], plan: Plan, machine: Machine) -> str:
+    """The gentlest offload with which the weights fit, as text."""
     from quantmatrix import families
 
-    own = {part.family for part in made.components.values()} - {None}
+    own = {part.family for part in plan.components.values()} - {None}
     movable = all(families.load(str(name)).CPU_OFFLOAD for name in own)
     largest = max(size.whole for size in sizes.values())
     layerwise = max(size.layerwise for size in sizes.values())

@@ -67,7 +67,7 @@ def find_row(machine: Machine, rows: Iterable[HardwareRow]) -> HardwareRow:
     if not fitting:
         gib = machine.memory_bytes / 2**30
         raise MachineError(
-            f"{machine.name} ({machine.vendor} {machine.arch}, {gib:.0f} GiB) is no row of "
+            f"{machine.name} ({machine.vendor} {machine.arch}, {gib:.0f} GiB) is not a row of "
             "matrix/hardware.csv: add a line for it, or name a row with --hardware"
         )
 
@@ -77,10 +77,10 @@ def find_row(machine: Machine, rows: Iterable[HardwareRow]) -> HardwareRow:
     return min(fitting, key=rank)
 
 
-def resolve(word: str, rows: Mapping[str, HardwareRow]) -> str:
-    """The id of a row: `auto` is that of this machine, any other word is left as it is."""
-    if word != AUTO:
-        return word
+def resolve(name: str, rows: Mapping[str, HardwareRow]) -> str:
+    """The id of a row: `auto` is that of this machine, any other name is left as it is."""
+    if name != AUTO:
+        return name
     from quantmatrix.hardware import probe
 
     return find_row(probe.probe(), rows.values()).id
@@ -100,12 +100,12 @@ def require(row: HardwareRow) -> Machine:
     return machine
 
 
-def ask(place: str, tables: Path) -> str | None:
+def ask(name: str, tables: Path) -> str | None:
     """Why this machine is not the hardware of a row of the tables, in one line, or None.
 
     Another process looks, so that this one neither imports torch nor holds memory of a device.
     """
-    command = [sys.executable, "-m", "quantmatrix.tables.identify", place, "--tables", str(tables)]
+    command = [sys.executable, "-m", "quantmatrix.tables.identify", name, "--tables", str(tables)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return None if done.returncode == 0 else done.stderr.strip().rpartition("\n")[2]
 
@@ -123,13 +123,13 @@ def require_driver(row: HardwareRow) -> None:
 
 
 def describe(row: HardwareRow) -> str:
-    """What a row wants, in words."""
+    """What a row wants, as text."""
     memory = f", {row.memory_gib:.0f} GiB" if row.memory_gib else ""
     packages = f", with {' and '.join(row.packages)}" if row.packages else ""
     return f"{row.job or row.id} wants {row.wanted} ({row.arch}{memory}){packages}"
 
 
-def main(words: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Print the id of this machine's row, or one line that says what is missing."""
     from quantmatrix.tables import read
     from quantmatrix.tables.rows import MatrixError
@@ -138,7 +138,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("hardware", nargs="?", help="a row of hardware.csv that this must be")
     parser.add_argument("--drivers", action="store_true", help="look at drivers only, before torch")
     parser.add_argument("--tables", type=Path, help="folder of the tables (default: ours)")
-    given = parser.parse_args(words)
+    given = parser.parse_args(argv)
     try:
         rows = read.read(given.tables).hardware
         name = given.hardware or resolve(AUTO, rows)
@@ -165,7 +165,7 @@ if __name__ == "__main__":
 def from_row(row: HardwareRow) -> Machine:
     """A machine as a row of hardware.csv describes it.
 
-    Triton is no package of a row: torch's own builds for NVIDIA and AMD bring it.
+    Triton is not a package of a row: torch's own builds for NVIDIA and AMD bring it.
     """
     brought = frozenset({"triton"} if row.vendor in ("nvidia", "amd") else ())
     device = {"nvidia": "cuda", "amd": "cuda", "ascend": "npu"}.get(row.vendor, "cpu")

@@ -45,7 +45,7 @@ PACKAGE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 OWN_ID = re.compile(r'^ID = "([a-z0-9-]+)"$', re.MULTILINE)
 """The line in which a module of a family or a model names itself."""
 RESERVED = (EVERYWHERE, AUTO)
-"""Words that stand for hardware wherever it is asked for, so that nothing else may be called so."""
+"""Names that stand for hardware wherever it is asked for, so that nothing else may be called so."""
 
 
 def check_families(table: Table[FamilyRow], tables: Matrix) -> None:
@@ -67,7 +67,7 @@ def check_models(table: Table[ModelRow]) -> None:
 
 
 def check_reference(table: Table[Any], line: int, column: str, text: str) -> None:
-    """A hub id or path is one word, and none that a command would take for a flag."""
+    """A hub id or path is one argument, and none that a command would take for a flag."""
     if text.startswith("-") or len(text.split()) > 1:
         table.note(line, f'{column}: "{text}" is no hub id and no path')
 
@@ -109,13 +109,13 @@ def check_hardware(table: Table[HardwareRow]) -> None:
             table.note(line, f'group: "{name}" is the id of a hardware')
         for name in (row.id, *row.group):
             if name in RESERVED:
-                table.note(line, f'"{name}" is a word for other hardware; take another name')
+                table.note(line, f'"{name}" already stands for other hardware; choose another name')
         table.check(line, "group", row.group, row.group)
         table.check(line, "packages", row.packages, row.packages)
         for column, shape in (("group", ID), ("packages", PACKAGE)):
             for name in getattr(row, column):
                 if not shape.fullmatch(name):
-                    table.note(line, f'{column}: "{name}" is no name')
+                    table.note(line, f'{column}: "{name}" is not a valid name')
 
 
 def check_checkpoints(table: Table[CheckpointRow], tables: Matrix) -> None:
@@ -157,9 +157,9 @@ def check_case(table: Table[CaseRow], line: int, row: CaseRow, tables: Matrix) -
                 table.note(line, f"{column}: {found}, but {row.checkpoint} is of {expected}")
         for why in list_flag_problems(row.flags, checkpoint):
             table.note(line, f"flags: {why}")
-    for word in row.backend:
-        if not ID.fullmatch(word) or row.backend.count(word) > 1:
-            table.note(line, f'backend: "{word}" is no name, or stands there twice')
+    for name in row.backend:
+        if not ID.fullmatch(name) or row.backend.count(name) > 1:
+            table.note(line, f'backend: "{name}" is not a valid name, or is repeated')
     table.check(line, "checks", row.checks, CHECKS)
     if table.check(line, "claim", [row.claim], CLAIMS):
         check_claim(table, line, row, tables)
@@ -193,14 +193,15 @@ def check_claim(table: Table[CaseRow], line: int, row: CaseRow, tables: Matrix) 
         )
 
 
-def check_sharing(table: Table[CaseRow], line: int, row: CaseRow, place: HardwareRow) -> None:
+def check_sharing(table: Table[CaseRow], line: int, row: CaseRow, hardware: HardwareRow) -> None:
     """`--nproc-per-node` is the number of devices of the hardware; processes of a CPU share it."""
     text = " ".join(row.flags).replace("_", "-").replace("=", " ")
     found = re.search(r"--nproc-per-node (\S+)", text)
     given = found[1] if found else "1"
-    if place.vendor != "cpu" and given != str(place.devices):
+    if hardware.vendor != "cpu" and given != str(hardware.devices):
         table.note(
-            line, f"flags: --nproc-per-node {given}, but {place.id} has devices: {place.devices}"
+            line,
+            f"flags: --nproc-per-node {given}, but {hardware.id} has devices: {hardware.devices}",
         )
 
 
@@ -213,15 +214,15 @@ def check_twin(
     seen: dict[tuple[Any, ...], int],
 ) -> None:
     """No cell stands in two lines; where a row without flags is refused, nothing is claimed."""
-    place = (row.checkpoint, hardware, backend)
-    text = " ".join(filter(None, place))
-    first = seen.setdefault((*place, row.flags), line)
+    key = (row.checkpoint, hardware, backend)
+    text = " ".join(filter(None, key))
+    first = seen.setdefault((*key, row.flags), line)
     if first != line:
         table.note(line, f"{text}: the same cell as in line {first}")
         return
     refused = row.claim == "refused"
     if refused and row.flags:
         return
-    seen.setdefault((*place, refused), line)
-    if other := seen.get((*place, not refused)):
+    seen.setdefault((*key, refused), line)
+    if other := seen.get((*key, not refused)):
         table.note(line, f"{text}: line {other} claims the opposite")

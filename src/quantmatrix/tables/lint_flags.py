@@ -1,4 +1,4 @@
-"""Lint of flags: what the words of a `flags` cell must not be.
+"""Lint of flags: what a `flags` cell must not hold.
 
 They are read by the parser of `generate` itself, so a flag that it does not know, a number that is
 none and a value that is missing are problems of the table, and not of the run that would trip over
@@ -19,7 +19,7 @@ from quantmatrix.request import (
     add_output_flags,
     add_request_flags,
     add_sharing_flag,
-    normalize_words,
+    normalize_flags,
 )
 from quantmatrix.tables.rows import ASSIGNMENT, CheckpointRow
 
@@ -49,10 +49,10 @@ class Parser(argparse.ArgumentParser):
 def list_flag_problems(flags: Sequence[str], checkpoint: CheckpointRow) -> Iterator[str]:
     """Flags that other columns say, that exclude each other, or that nothing understands."""
     names = [flag.partition("=")[0].replace("_", "-") for flag in flags if flag[:2] == "--"]
-    told = list(list_misplaced(names, checkpoint)) + list(list_setting_problems(flags))
-    yield from told
-    words = tuple(flag for flag in flags if not ASSIGNMENT.fullmatch(flag))
-    if not told and (why := find_parse_problem(words)):
+    problems = list(list_misplaced(names, checkpoint)) + list(list_setting_problems(flags))
+    yield from problems
+    argv = tuple(flag for flag in flags if not ASSIGNMENT.fullmatch(flag))
+    if not problems and (why := find_parse_problem(argv)):
         yield why
 
 
@@ -81,10 +81,10 @@ def list_setting_problems(flags: Sequence[str]) -> Iterator[str]:
 
 
 @lru_cache(maxsize=4096)
-def find_parse_problem(words: Sequence[str]) -> str | None:
-    """What `quantmatrix generate` would say to these words, or None."""
+def find_parse_problem(argv: Sequence[str]) -> str | None:
+    """What `quantmatrix generate` would say to these arguments, or None."""
     try:
-        arguments, rest = make_parser().parse_known_args(normalize_words(words))
+        arguments, rest = make_parser().parse_known_args(normalize_flags(argv))
         Request.from_arguments(arguments, rest)
     except UsageError as error:
         return str(error)

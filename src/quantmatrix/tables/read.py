@@ -61,18 +61,18 @@ def read_tables(folder: Path) -> Matrix:
 
 
 def expand_cases(table: Table[CaseRow], tables: Matrix) -> Iterator[Cell]:
-    """The cells of all lines; a line with an unknown word gives those that can be named."""
+    """The cells of all lines; a line with an unknown name gives those that can be named."""
     groups = tables.groups
-    words = [*tables.hardware, *groups]
-    places: dict[tuple[str, ...], list[str]] = {}
+    names = [*tables.hardware, *groups]
+    rows_named: dict[tuple[str, ...], list[str]] = {}
     seen: dict[tuple[Any, ...], int] = {}
     for line, row in table.rows:
         check_case(table, line, row, tables)
-        if row.hardware not in places and table.check(line, "hardware", row.hardware, words):
-            places[row.hardware] = [p for w in row.hardware for p in groups.get(w, (w,))]
-        listed = places.get(row.hardware, [])
-        for place in {p for p in listed if listed.count(p) > 1}:
-            table.note(line, f"hardware: {place} is named twice, once by a group")
+        if row.hardware not in rows_named and table.check(line, "hardware", row.hardware, names):
+            rows_named[row.hardware] = [p for w in row.hardware for p in groups.get(w, (w,))]
+        listed = rows_named.get(row.hardware, [])
+        for name in {p for p in listed if listed.count(p) > 1}:
+            table.note(line, f"hardware: {name} is named twice, once by a group")
         for hardware in dict.fromkeys(listed):
             check_sharing(table, line, row, tables.hardware[hardware])
             for backend in row.backend or ("",):

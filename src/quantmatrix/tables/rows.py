@@ -2,7 +2,7 @@
 
 | table             | one line is |
 | ----------------- | ----------- |
-| `families.csv`    | a quant family, in the words of the quantization guide |
+| `families.csv`    | a quant family, as the quantization guide describes it |
 | `models.csv`      | a base model and its transformer components |
 | `hardware.csv`    | a machine: vendor, architecture, memory, devices, groups, packages there |
 | `checkpoints.csv` | a quantized checkpoint: how a user names it, and what is in it |
@@ -15,7 +15,7 @@ more than one. A blank backend is the one that the hardware runs by default. Cla
 | claim       | meaning |
 | ----------- | ------- |
 | `validated` | the quantization guide says that it works |
-| `expected`  | we say so, beyond the guide |
+| `expected`  | we say so, besides the guide |
 | `refused`   | it must end in the refusal `rule`; `notes` tell why |
 | `failing`   | it is known not to work: the check that `rule` names fails; `notes` tell why |
 | `planned`   | nobody says so yet; `notes` tell what is missing |
@@ -73,7 +73,7 @@ class MatrixError(QuantmatrixError, ValueError):
 
 @dataclass(frozen=True)
 class FamilyRow:
-    """A quant family, in the guide's words."""
+    """A quant family, as the guide describes it."""
 
     id: str
     checkpoint_form: str
@@ -119,7 +119,7 @@ class HardwareRow:
 
     @property
     def wanted(self) -> str:
-        """What its job wants, in words."""
+        """What its job wants, as text."""
         return f"one {self.name}" if self.devices == 1 else self.name
 
 
@@ -139,7 +139,7 @@ class CheckpointRow:
     """The same model in full precision."""
     revision: str
     scheme: str
-    """How its layers are stored, in a word that the family's SCHEMES has."""
+    """How its layers are stored, as a name in the family's SCHEMES."""
     kept: str
     """Name of the set of layers left in full precision, in the model's FALLBACKS."""
     components: tuple[str, ...]
@@ -150,7 +150,7 @@ class CheckpointRow:
     notes: str
 
     @property
-    def words(self) -> tuple[str, ...]:
+    def arguments(self) -> tuple[str, ...]:
         """The flags that name base model and checkpoint."""
         if self.selector == "--model-path":
             return ("--model-path", self.reference)
@@ -185,19 +185,19 @@ class Cell:
     @property
     def environment(self) -> dict[str, str]:
         """Environment variables of the row, written as `NAME=value` at the start of its flags."""
-        words = (word.partition("=") for word in self.flags if ASSIGNMENT.fullmatch(word))
-        return {name: value for name, _, value in words}
+        pairs = (flag.partition("=") for flag in self.flags if ASSIGNMENT.fullmatch(flag))
+        return {name: value for name, _, value in pairs}
 
     def command(self, matrix: Matrix) -> list[str]:
         """The command that the cell stands for, `environment` left out."""
-        flags = [word for word in self.flags if not ASSIGNMENT.fullmatch(word)]
+        flags = [flag for flag in self.flags if not ASSIGNMENT.fullmatch(flag)]
         backend = ["--backend", self.backend] if self.backend else []
         prompt = [] if "--prompt" in flags else ["--prompt", PROMPT]
-        words = matrix.checkpoints[self.checkpoint].words
-        return ["quantmatrix", "generate", *words, *flags, *backend, *prompt]
+        argv = matrix.checkpoints[self.checkpoint].arguments
+        return ["quantmatrix", "generate", *argv, *flags, *backend, *prompt]
 
     def shell(self, matrix: Matrix) -> str:
-        """The command in shell words on one line, `environment` included."""
+        """The command quoted for a shell on one line, `environment` included."""
         settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         return " ".join([*settings, shlex.join(self.command(matrix))])
 
@@ -235,13 +235,13 @@ class Matrix:
     ) -> list[Cell]:
         """Cells that match each filter that is not empty; `hardware` takes ids and groups."""
         groups = self.groups
-        places = {place for word in hardware for place in groups.get(word, (word,))}
+        ids = {row_id for name in hardware for row_id in groups.get(name, (name,))}
         return [
             cell
             for cell in self.cells
             if (not family or cell.family in family)
             and (not model or cell.model in model)
-            and (not hardware or cell.hardware in places)
+            and (not hardware or cell.hardware in ids)
             and (not claim or cell.claim in claim)
             and (not check or not set(check).isdisjoint(cell.checks))
         ]
@@ -258,10 +258,10 @@ def group_hardware(hardware: Mapping[str, HardwareRow]) -> dict[str, tuple[str, 
 
 @lru_cache(maxsize=4096)
 def split_flags(text: str) -> tuple[str, ...]:
-    """The words of a `flags` cell, quoted as in a shell; ValueError for an open quote."""
+    """The arguments of a `flags` cell, quoted as in a shell; ValueError for an open quote."""
     quoted = any(mark in text for mark in "'\"\\")
     return tuple(shlex.split(text) if quoted else text.split())
 
 
 AUTO = "auto"
-"""The word that stands for the row of the machine that we are on."""
+"""The name that stands for the row of this machine."""

@@ -68,7 +68,7 @@ class Table(Generic[Row]):
         self.problems.append(f"{self.name}:{line}: {text}")
 
     def by_id(self) -> dict[str, Row]:
-        """The rows by id; an id that stands there twice is a problem."""
+        """The rows by id; an id that is repeated is a problem."""
         found: dict[str, Row] = {}
         lines: dict[str, int] = {}
         for line, row in self.rows:
@@ -82,15 +82,15 @@ class Table(Generic[Row]):
             lines.setdefault(row.id, line)
         return found
 
-    def check(self, line: int, column: str, words: Sequence[str], known: Collection[str]) -> bool:
-        """Whether all words are known ones and none stands there twice; blanks were noted."""
-        good = all(words)
-        for word in dict.fromkeys(words):
-            if word and word not in known:
-                self.note(line, f'{column}: "{word}" is not one of {", ".join(known)}')
+    def check(self, line: int, column: str, values: Sequence[str], known: Collection[str]) -> bool:
+        """Whether all values are known and none is repeated; blanks were noted."""
+        good = all(values)
+        for value in dict.fromkeys(values):
+            if value and value not in known:
+                self.note(line, f'{column}: "{value}" is not one of {", ".join(known)}')
                 good = False
-            if words.count(word) > 1:
-                self.note(line, f'{column}: "{word}" stands there twice')
+            if values.count(value) > 1:
+                self.note(line, f'{column}: "{value}" is repeated')
                 good = False
         return good
 
@@ -113,8 +113,8 @@ def read_table(path: Path, kind: type[Row], problems: list[str]) -> Table[Row]:
                 if len(cells) != len(header):
                     table.note(line, f"found {len(cells)} cells, expected {len(header)}")
                 else:
-                    told = dict(zip(header, cells, strict=True))
-                    row = build(line, [told.get(name, "") for name in columns])
+                    cell_by_name = dict(zip(header, cells, strict=True))
+                    row = build(line, [cell_by_name.get(name, "") for name in columns])
                     table.rows.append((line, row))
             if not table.rows and not problems:
                 table.note(line, "no row below the columns: is the file whole?")
@@ -162,7 +162,7 @@ def choose_builder(
             table.note(line, f"{column}: {error}: {text}")
             return ()
 
-    def read_words(line: int, column: str, text: str) -> tuple[str, ...]:
+    def read_names(line: int, column: str, text: str) -> tuple[str, ...]:
         return tuple(text.split())
 
     readers: dict[str, Callable[[int, str, str], Any]] = {}
@@ -174,7 +174,7 @@ def choose_builder(
         elif column.name == "devices":
             readers[column.name] = read_count
         elif column.type == "tuple[str, ...]":
-            readers[column.name] = read_words
+            readers[column.name] = read_names
     columns = [(c.name, c.name not in optional, readers.get(c.name)) for c in fields(kind)]
 
     def build(line: int, cells: list[str]) -> Row:

@@ -43,13 +43,13 @@ def write_checkpoint(row: CheckpointRow, inner: str, folder: Path, base: Path) -
     if row.form == "pipeline":
         shutil.copytree(base, folder / inner, dirs_exist_ok=True)
     for component in row.components:
-        made = make_component(row, component, base)
-        write_component(row, made, component, inner, folder, base / component)
+        written = make_component(row, component, base)
+        write_component(row, written, component, inner, folder, base / component)
 
 
 def write_component(
     row: CheckpointRow,
-    made: tuple[Tensors, Declaration],
+    written: tuple[Tensors, Declaration],
     component: str,
     inner: str,
     folder: Path,
@@ -57,23 +57,23 @@ def write_component(
 ) -> Path:
     """Write one quantized component in the row's form; returns the file or folder.
 
-    `made` is what `make_component` gives, tensors of any shape and dtype with their declaration.
+    `written` is what `make_component` gives, tensors of any shape and dtype with their declaration.
     `base` is the component's folder in the base model, whose config.json is taken over.
     """
     if row.form == "pipeline":
         target = folder / inner / component
         for old in target.glob("*.safetensors*"):
             old.unlink()
-        write_folder(*made, target, base, with_config=True)
+        write_folder(*written, target, base, with_config=True)
     elif row.form == "component-folder":
         target = folder / inner
-        write_folder(*made, target, base, with_config=True)
+        write_folder(*written, target, base, with_config=True)
     elif row.form == "sharded":
         target = folder / inner
-        write_folder(*made, target, base, with_config=False, shards=SHARDS)
+        write_folder(*written, target, base, with_config=False, shards=SHARDS)
     else:
         target = folder / (inner if inner.endswith(".safetensors") else f"{row.id}.safetensors")
-        write_file(*made, target, base)
+        write_file(*written, target, base)
     return target
 
 
@@ -111,15 +111,15 @@ def finish_tensors(
 def find_recipe(row: CheckpointRow) -> Recipe:
     """What becomes of the layers of a row's model."""
     scheme = families.load(row.family).SCHEMES[row.scheme]
-    named_anew = any(dialect.name == "bfl" for dialect in models.load(row.model).DIALECTS)
-    raw = row.form == "raw" or (row.form == "comfyui" and named_anew)
+    renamed = any(dialect.name == "bfl" for dialect in models.load(row.model).DIALECTS)
+    raw = row.form == "raw" or (row.form == "comfyui" and renamed)
     return Recipe(row.model, row.family, scheme, find_kept(row), raw=raw)
 
 
 def find_kept(row: CheckpointRow) -> Callable[[str], bool]:
     """Whether a module, by diffusers' name, is one that the row leaves in full precision."""
     sets = models.load(row.model).FALLBACKS
-    patterns = [re.compile(pattern) for word in row.kept.split() for pattern in sets[word]]
+    patterns = [re.compile(pattern) for name in row.kept.split() for pattern in sets[name]]
     return lambda module: any(pattern.fullmatch(module) for pattern in patterns)
 
 
@@ -134,9 +134,9 @@ def choose_schemes(
 
 
 def mark_layers(chosen: Mapping[str, Scheme]) -> Tensors:
-    """What ComfyUI's writers put beside each FP8 layer in place of a declaration: uint8 [bytes]."""
-    words = {"tensor": "float8_e4m3fn", "channel": "float8_e4m3fn_rowwise"}
-    entries = {layer: {"format": words[scheme.scale]} for layer, scheme in chosen.items()}
+    """What ComfyUI's writers put beside each FP8 layer instead of a declaration: uint8 [bytes]."""
+    formats = {"tensor": "float8_e4m3fn", "channel": "float8_e4m3fn_rowwise"}
+    entries = {layer: {"format": formats[scheme.scale]} for layer, scheme in chosen.items()}
     return {
         f"{layer}{MARKER}": torch.tensor(list(json.dumps(entry).encode()), dtype=torch.uint8)
         for layer, entry in entries.items()

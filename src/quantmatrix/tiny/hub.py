@@ -67,7 +67,7 @@ def repository_of(reference: str) -> str:
     return "/".join(reference.strip("/").split("/")[:2])
 
 
-def place_of(repository: str, folder: Path) -> Path:
+def path_of(repository: str, folder: Path) -> Path:
     """Where a repository's stand-in lies in the hub folder."""
     if repository.startswith(PLACEHOLDER):
         return folder / "local" / repository.lstrip("/")
@@ -83,8 +83,8 @@ def ensure(reference: str, folder: Path, tables: Matrix | None = None) -> None:
     if not reference.startswith(PLACEHOLDER) and Path(reference).expanduser().exists():
         return
     repository = repository_of(reference)
-    place = place_of(repository, folder)
-    if place.exists():
+    path = path_of(repository, folder)
+    if path.exists():
         return
     build = find_builder(repository, folder, tables or read())
     if build is None:
@@ -93,30 +93,30 @@ def ensure(reference: str, folder: Path, tables: Matrix | None = None) -> None:
             "the repositories of matrix/models.csv and matrix/checkpoints.csv; without --tiny the "
             "real one is used"
         )
-    logger.debug("writing the stand-in of %s to %s", repository, place)
+    logger.debug("writing the stand-in of %s to %s", repository, path)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder, f"{MAKING}*")
     with tempfile.TemporaryDirectory(dir=folder, prefix=MAKING) as temporary:
-        made = Path(temporary) / "content"
-        made.mkdir()
-        with quiet(), one_thread(), errors_of_the_system(place):
-            build(made)
+        built = Path(temporary) / "content"
+        built.mkdir()
+        with quiet(), one_thread(), errors_of_the_system(path):
+            build(built)
         if repository.startswith(PLACEHOLDER):
-            files = [path for path in made.iterdir() if path.name == Path(repository).name]
-            move_into_place(files[0] if files and files[0].is_file() else made, place)
+            files = [path for path in built.iterdir() if path.name == Path(repository).name]
+            move_into_place(files[0] if files and files[0].is_file() else built, path)
         else:
-            move_into_place(wrap_snapshot(made, Path(temporary) / "cache"), place)
+            move_into_place(wrap_snapshot(built, Path(temporary) / "cache"), path)
 
 
 @contextmanager
-def errors_of_the_system(place: Path) -> Iterator[None]:
+def errors_of_the_system(path: Path) -> Iterator[None]:
     """A disk that is full while a library writes tensors is an OSError, too."""
     from safetensors import SafetensorError
 
     try:
         yield
     except SafetensorError as error:
-        raise OSError(errno.EIO, str(error), str(place)) from error
+        raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 @contextmanager
@@ -152,16 +152,16 @@ def digest_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def move_into_place(made: Path, place: Path) -> None:
+def move_into_place(built: Path, path: Path) -> None:
     """Rename; another process that was quicker made the same bytes."""
-    place.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        put(made, place)
+        put(built, path)
     except OSError:
-        if not place.exists():
+        if not path.exists():
             raise
-        if made.is_dir():
-            shutil.rmtree(made)
+        if built.is_dir():
+            shutil.rmtree(built)
 
 
 def find_builder(repository: str, folder: Path, tables: Matrix) -> Callable[[Path], None] | None:
@@ -172,7 +172,7 @@ def find_builder(repository: str, folder: Path, tables: Matrix) -> Callable[[Pat
         if row.form != "online" and repository_of(row.reference) == repository
     ]
     if rows:
-        return lambda made: build_checkpoints(rows, made, folder, tables)
+        return lambda built: build_checkpoints(rows, built, folder, tables)
     bases = {row.repo: row.id for row in tables.models.values()}
     bases |= {repository_of(row.base): row.model for row in tables.checkpoints.values()}
     if repository in bases:
@@ -182,7 +182,7 @@ def find_builder(repository: str, folder: Path, tables: Matrix) -> Callable[[Pat
     return None
 
 
-def build_checkpoints(rows: list[CheckpointRow], made: Path, folder: Path, tables: Matrix) -> None:
+def build_checkpoints(rows: list[CheckpointRow], built: Path, folder: Path, tables: Matrix) -> None:
     """Make every checkpoint that lies in one repository."""
     from quantmatrix.tiny.checkpoints import write_checkpoint
 
@@ -201,12 +201,12 @@ def build_checkpoints(rows: list[CheckpointRow], made: Path, folder: Path, table
         inner = name.strip("/")
         if row.reference.startswith(PLACEHOLDER) and row.reference.endswith(".safetensors"):
             inner = Path(row.reference).name
-        write_checkpoint(row, inner, made, find_snapshot(base, folder))
+        write_checkpoint(row, inner, built, find_snapshot(base, folder))
 
 
 def find_snapshot(repository: str, folder: Path) -> Path:
     """The content of a stand-in that was made."""
-    cache = place_of(repository, folder)
+    cache = path_of(repository, folder)
     return cache / "snapshots" / (cache / "refs" / "main").read_text(encoding="utf-8")
 
 

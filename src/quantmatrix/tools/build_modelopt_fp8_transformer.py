@@ -44,7 +44,7 @@ from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
 from quantmatrix.kernels.number_formats import E4M3_MAX, round_e4m3
 from quantmatrix.kernels.nvfp4_arithmetic import cut_rows
 from quantmatrix.quoting import limit_message
-from quantmatrix.request import normalize_words
+from quantmatrix.request import normalize_flags
 from quantmatrix.tools import runtime_names
 from quantmatrix.tools.transformer_folder import (
     TransformerFolder,
@@ -272,11 +272,11 @@ def find_ignored(
 
 def check_plan(plan: Build, block: Mapping[str, Any]) -> None:
     """Refuse what would be written wrongly; raises CheckpointError, which names the module."""
-    place = plan.source.root / "config.json"
+    source = plan.source.root / "config.json"
     algorithm = str(block.get("quant_algo") or "FP8")
     if algorithm.upper() != "FP8":
         raise CheckpointError(
-            f"{place}: quant_algo is {algorithm}: expected FP8, one scale per tensor; quantize with "
+            f"{source}: quant_algo is {algorithm}: expected FP8, one scale per tensor; quantize with "
             "FP8_DEFAULT_CFG"
         )
     tensors = plan.source.checkpoint.tensors
@@ -393,7 +393,7 @@ def read_fp8(reader: TensorReader, header: TensorHeader, scale: torch.Tensor) ->
     return codes
 
 
-def parse_words(words: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(
         prog="python -m quantmatrix.tools.build_modelopt_fp8_transformer",
@@ -416,13 +416,13 @@ def parse_words(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--maxbound", type=float, default=E4M3_MAX, help="amax / maxbound = scale")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    return parser.parse_args(normalize_words(sys.argv[1:] if words is None else words))
+    return parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code (0: written, 1: a bad checkpoint, 2: bad flags)."""
     try:
-        statistics = build(**vars(parse_words(words)))
+        statistics = build(**vars(parse_arguments(argv)))
     except (QuantmatrixError, OSError) as error:
         print(f"build_modelopt_fp8_transformer: {limit_message(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -33,7 +33,7 @@ from quantmatrix.checkpoints.reader import TensorReader
 from quantmatrix.checkpoints.writer import Item
 from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
 from quantmatrix.quoting import limit_message
-from quantmatrix.request import normalize_words
+from quantmatrix.request import normalize_flags
 from quantmatrix.tools import runtime_names
 from quantmatrix.tools.transformer_folder import (
     TransformerFolder,
@@ -159,8 +159,8 @@ def describe(
     block = read_block(source)
     algorithm = str(block.get("quant_algo"))
     listed = block.get("quantized_layers") or {}
-    words = {algorithm, *(str(entry.get("quant_algo")) for entry in listed.values())}
-    if not any("FP4" in word for word in words):
+    algorithms = {algorithm, *(str(entry.get("quant_algo")) for entry in listed.values())}
+    if not any("FP4" in name for name in algorithms):
         raise CheckpointError(
             f"{source.root / 'config.json'}: quant_algo is {algorithm}: expected NVFP4; for FP8 "
             "exports there is build_modelopt_fp8_transformer"
@@ -235,7 +235,7 @@ def list_items(
     return items
 
 
-def parse_words(words: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(
         prog="python -m quantmatrix.tools.build_modelopt_nvfp4_transformer",
@@ -262,13 +262,13 @@ def parse_words(words: Sequence[str] | None) -> argparse.Namespace:
         help="written into the configuration; nothing is repacked",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    return parser.parse_args(normalize_words(sys.argv[1:] if words is None else words))
+    return parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code (0: written, 1: a bad checkpoint, 2: bad flags)."""
     try:
-        statistics = build(**vars(parse_words(words)))
+        statistics = build(**vars(parse_arguments(argv)))
     except (QuantmatrixError, OSError) as error:
         print(f"build_modelopt_nvfp4_transformer: {limit_message(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

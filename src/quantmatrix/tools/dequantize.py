@@ -20,7 +20,7 @@ from quantmatrix.checkpoints.opening import fetch
 from quantmatrix.checkpoints.reader import TensorReader
 from quantmatrix.checkpoints.writer import save_tensors
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
-from quantmatrix.files import check_place, whole
+from quantmatrix.files import check_writable, whole
 from quantmatrix.hardware.machine import Machine
 from quantmatrix.request import Request
 from quantmatrix.runtime.empty_model import measure_model
@@ -48,13 +48,13 @@ def dequantize(
     target = Path(output)
     if target.exists():
         raise UsageError(f"{target} exists already: choose a new --output-path")
-    check_place(target)
-    made = plan_decode(request, component)
-    report = verdict.confirm(made, request)
+    check_writable(target)
+    decode_plan = plan_decode(request, component)
+    report = verdict.confirm(decode_plan, request)
     try:
         with whole(target) as temporary:
             temporary.mkdir()
-            written = write_folder(made, request, temporary, getattr(torch, dtype))
+            written = write_folder(decode_plan, request, temporary, getattr(torch, dtype))
     except OSError as error:
         raise UsageError(
             f"cannot write {target}: {error.strerror or error}; nothing was left behind"
@@ -63,7 +63,7 @@ def dequantize(
     return {
         "output": str(target),
         "dtype": dtype,
-        "family": made.family,
+        "family": decode_plan.family,
         "witness": found,
         **written,
     }

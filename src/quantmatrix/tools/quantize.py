@@ -7,7 +7,7 @@
 | `msmodelslim` | the whole pipeline, with a description beside each component's weights |
 
 A model with two transformers (Wan2.2) gives a folder with one component folder each. Calibration is a
-run of the model itself. Everything is written beside its place and moved there when it is complete;
+run of the model itself. Everything is written beside its path and moved there when it is complete;
 what stood there goes only then. Two runs on one machine give the same bytes.
 """
 
@@ -27,7 +27,7 @@ from quantmatrix.checkpoints.opening import fetch, fetch_pipeline
 from quantmatrix.checkpoints.reader import TensorReader
 from quantmatrix.errors import UsageError
 from quantmatrix.families.protocol import Calibration
-from quantmatrix.files import check_place, whole
+from quantmatrix.files import check_writable, whole
 from quantmatrix.hardware import probe
 from quantmatrix.request import Request
 from quantmatrix.runtime.library_logs import quiet
@@ -54,7 +54,7 @@ PROMPTS = (
 )
 """What is generated for calibration when no prompts are given."""
 FILE = ".safetensors"
-Made = Mapping[str, Any]
+Written = Mapping[str, Any]
 Show = Callable[[str, Iterable[Any]], Iterable[Any]]
 
 
@@ -73,22 +73,22 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize the model of a request and write it; returns what was written.
 
-    A `--tiny` request comes with the hub of its stand-ins; calibration runs on this machine.
-    `kept` are names of the model's sets, or regular expressions over diffusers' module names, of
-    layers left alone; None takes the set that the tables have for the family. `show` wraps long
-    loops: (what is done, the things). Raises UsageError before any work for words that do not fit.
+    A `--tiny` request comes with the hub of its stand-ins; calibration runs on this machine. `kept`
+    are names of the model's sets, or regular expressions over diffusers' module names, of layers
+    left alone; None takes the set that the tables have for the family. `show` wraps long loops:
+    (what is done, the things). Raises UsageError before any work for arguments that do not fit.
     """
     start, target = time.monotonic(), Path(output)
-    word, chosen = find_scheme(family, scheme, precision, rank)
-    check_place(target)
-    made = require(plan_transformers(request, probe.probe(request.device)))
-    check_base(made, family, target, chosen, overwrite)
-    recipe = Recipe(made.model, family, chosen, find_kept(made.model, family, word, kept))
-    check_names(made, recipe)
-    ranges = calibrate(made, prompts, show)
+    scheme_name, chosen = find_scheme(family, scheme, precision, rank)
+    check_writable(target)
+    plan = require(plan_transformers(request, probe.probe(request.device)))
+    check_base(plan, family, target, chosen, overwrite)
+    recipe = Recipe(plan.model, family, chosen, find_kept(plan.model, family, scheme_name, kept))
+    check_names(plan, recipe)
+    ranges = calibrate(plan, prompts, show)
     try:
         with whole(target, overwrite=overwrite) as temporary:
-            layers = write_all(made, recipe, ranges, target, temporary, show)
+            layers = write_all(plan, recipe, ranges, target, temporary, show)
             if target.exists() and not overwrite:
                 raise UsageError(
                     f"{target} appeared while this ran, and was left alone: choose another "
@@ -101,7 +101,7 @@ def quantize(
     sizes = [path.stat().st_size for path in list_files(target)]
     return {
         "output": str(target),
-        "model": made.model,
+        "model": plan.model,
         "family": family,
         "scheme": chosen.name,
         "components": layers,
@@ -114,79 +114,80 @@ def quantize(
 def find_scheme(
     family: str, scheme: str | None, precision: str | None, rank: int | None
 ) -> tuple[str, Scheme]:
-    """(its name, the scheme) that the words name; UsageError when they do not fit the family."""
+    """(its name, the scheme) that the arguments name; UsageError when they do not fit the
+    family."""
     if family not in families.IDS:
         raise UsageError(f"--family {family}: expected one of {', '.join(families.IDS)}")
     own = families.load(family)
-    word = own.name_scheme(scheme, precision, rank)
-    return word, own.SCHEMES[word]
+    name = own.name_scheme(scheme, precision, rank)
+    return name, own.SCHEMES[name]
 
 
-def check_base(made: Plan, family: str, target: Path, scheme: Scheme, overwrite: bool) -> None:
-    """The model must be in full precision, the family must have files for it, the place be free.
+def check_base(plan: Plan, family: str, target: Path, scheme: Scheme, overwrite: bool) -> None:
+    """The model must be in full precision, the family must have files for it, the path be free.
 
     Raises UsageError where one of these fails.
     """
-    for name, component in made.components.items():
+    for name, component in plan.components.items():
         if component.family is not None:
             raise UsageError(
-                f"{made.base}: {name} is quantized already ({component.why}): name the model that "
+                f"{plan.base}: {name} is quantized already ({component.why}): name the model that "
                 "it was made from"
             )
-    if made.pipeline_class is None:
-        raise UsageError(f"{made.base} is one component: calibration needs the whole pipeline")
+    if plan.pipeline_class is None:
+        raise UsageError(f"{plan.base} is one component: calibration needs the whole pipeline")
     own = families.load(family)
-    dialects = [dialect.name for dialect in models.load(made.model).DIALECTS]
+    dialects = [dialect.name for dialect in models.load(plan.model).DIALECTS]
     if own.DIALECT and own.DIALECT not in dialects:
-        raise UsageError(f"{family} has no files for {made.model}")
-    if own.MODELS and made.model not in own.MODELS:
+        raise UsageError(f"{family} has no files for {plan.model}")
+    if own.MODELS and plan.model not in own.MODELS:
         known = " and ".join(models.load(name).NAME for name in own.MODELS)
-        raise UsageError(f"{family} describes {known} only, the model is {made.model}")
-    own.check_output(made.model, scheme, target)
-    if target.suffix == FILE and (len(made.components) > 1 or own.WHOLE_PIPELINE):
+        raise UsageError(f"{family} describes {known} only, the model is {plan.model}")
+    own.check_output(plan.model, scheme, target)
+    if target.suffix == FILE and (len(plan.components) > 1 or own.WHOLE_PIPELINE):
         raise UsageError(f"--output-path {target}: several components need a folder")
     if target.exists() and not overwrite:
         raise UsageError(f"--output-path {target} exists already: choose another, or --overwrite")
-    place = target.resolve()
-    for source in list_sources(made):
-        if place == source or place in source.parents or source in place.parents:
+    path = target.resolve()
+    for source in list_sources(plan):
+        if path == source or path in source.parents or source in path.parents:
             raise UsageError(
                 f"--output-path {target}: the model is read from {source}, which would be written "
-                "over: choose another place"
+                "over: choose another path"
             )
 
 
-def list_sources(made: Plan) -> list[Path]:
+def list_sources(plan: Plan) -> list[Path]:
     """The folders and files that the model is read from, as far as they are on this machine."""
-    files = [file for part in made.components.values() for file in part.checkpoint.files]
-    return [path.resolve() for path in map(Path, (made.base, *files)) if path.exists()]
+    files = [file for part in plan.components.values() for file in part.checkpoint.files]
+    return [path.resolve() for path in map(Path, (plan.base, *files)) if path.exists()]
 
 
 def find_kept(
-    model: str, family: str, scheme: str, words: Sequence[str] | None
+    model: str, family: str, scheme: str, names: Sequence[str] | None
 ) -> Callable[[str], bool]:
     """Whether a module stays in full precision.
 
-    Without words, what the tables' checkpoints keep: those of this scheme before others of the
+    Without names, what the tables' checkpoints keep: those of this scheme before others of the
     family, files with diffusers' names before raw ones. Raises UsageError for a pattern that is
     neither a set of the model nor a regular expression.
     """
     sets = models.load(model).FALLBACKS
-    if words is None:
+    if names is None:
         rows = [
             row
             for row in read.read().checkpoints.values()
             if (row.family, row.model) == (family, model) and row.form != "online"
         ]
         rows.sort(key=lambda row: (row.scheme != scheme, row.form == "raw"))
-        words = rows[0].kept.split() if rows else ()
+        names = rows[0].kept.split() if rows else ()
     patterns: list[re.Pattern[str]] = []
-    for word in words:
+    for name in names:
         try:
-            patterns += [re.compile(pattern) for pattern in sets.get(word, (word,))]
+            patterns += [re.compile(pattern) for pattern in sets.get(name, (name,))]
         except re.error as error:
             raise UsageError(
-                f"--keep {word}: neither a set of {model} ({', '.join(sets) or 'it has none'}) nor "
+                f"--keep {name}: neither a set of {model} ({', '.join(sets) or 'it has none'}) nor "
                 f"a regular expression: {error}"
             ) from error
     return Keeper(patterns)
@@ -204,7 +205,7 @@ class Keeper:
         return any(pattern.fullmatch(module) for pattern in self.patterns)
 
 
-def check_names(made: Plan, recipe: Recipe) -> None:
+def check_names(plan: Plan, recipe: Recipe) -> None:
     """Every pattern must match a module: one that matches nothing would quantize what it names.
 
     Raises UsageError for one that matches none.
@@ -213,27 +214,27 @@ def check_names(made: Plan, recipe: Recipe) -> None:
     assert isinstance(keeper, Keeper)
     modules = {
         name.rpartition(".")[0]
-        for component in made.components.values()
+        for component in plan.components.values()
         for name in component.checkpoint.tensors
     }
     for pattern in keeper.patterns:
         if not any(pattern.fullmatch(module) for module in modules):
             raise UsageError(
                 f"--keep {pattern.pattern}: matches none of the {len(modules)} modules of "
-                f"{made.base}; `quantmatrix inspect --layers` lists them"
+                f"{plan.base}; `quantmatrix inspect --layers` lists them"
             )
 
 
-def calibrate(made: Plan, prompts: Sequence[str], show: Show) -> dict[str, dict[str, Calibration]]:
+def calibrate(plan: Plan, prompts: Sequence[str], show: Show) -> dict[str, dict[str, Calibration]]:
     """Input range of every linear layer of every component, over a generation per prompt.
 
     Raises UsageError without prompts, and for a layer that no step called.
     """
     if not prompts:
         raise UsageError("calibration needs at least one prompt")
-    pipeline = build_pipeline(made)
-    found = {name: watch_inputs(getattr(pipeline, name)) for name in made.components}
-    arguments = models.load(made.model).call_arguments(made.request)
+    pipeline = build_pipeline(plan)
+    found = {name: watch_inputs(getattr(pipeline, name)) for name in plan.components}
+    arguments = models.load(plan.model).call_arguments(plan.request)
     with torch.inference_mode(), quiet():
         for number, prompt in enumerate(show("calibrating", list(prompts))):
             seed = torch.Generator("cpu").manual_seed(number)
@@ -267,7 +268,7 @@ def move(seen: Calibration) -> Calibration:
 
 
 def write_all(
-    made: Plan,
+    plan: Plan,
     recipe: Recipe,
     ranges: Mapping[str, Mapping[str, Calibration]],
     target: Path,
@@ -277,15 +278,15 @@ def write_all(
     """Write every component below (or as) `temporary`; returns how many layers became what."""
     counts: dict[str, dict[str, int]] = {}
     whole = families.load(recipe.family).WHOLE_PIPELINE
-    several = whole or len(made.components) > 1
+    several = whole or len(plan.components) > 1
     if whole:
-        base = fetch_pipeline(made.base, made.request.hub, without=tuple(made.components))
+        base = fetch_pipeline(plan.base, plan.request.hub, without=tuple(plan.components))
         leave = shutil.ignore_patterns("*.safetensors*")
         shutil.copytree(base, temporary, ignore=lambda folder, names: (
-            leave(folder, names) if Path(folder).name in made.components else set()
+            leave(folder, names) if Path(folder).name in plan.components else set()
         ))  # fmt: skip
-    for name, component in made.components.items():
-        packed = read_packed(made, component, recipe)
+    for name, component in plan.components.items():
+        packed = read_packed(plan, component, recipe)
         chosen = choose_schemes(recipe, packed)
         shown = lambda things, name=name: show(f"quantizing {name}", things)  # noqa: E731
         family = families.load(recipe.family)
@@ -293,7 +294,7 @@ def write_all(
             family, recipe.dialect, packed, chosen, ranges[name], shown
         )
         counts[name] = {"quantized": len(chosen), "kept": count_kept(packed, chosen)}
-        config = find_config(made, name)
+        config = find_config(plan, name)
         if target.suffix == FILE:
             write_file(tensors, declaration, temporary, config)
         else:
@@ -308,23 +309,23 @@ def count_kept(packed: Mapping[str, torch.Tensor], chosen: Mapping[str, Scheme])
     return len(weights) - len(chosen)
 
 
-def read_packed(made: Plan, component: ComponentPlan, recipe: Recipe) -> dict[str, torch.Tensor]:
+def read_packed(plan: Plan, component: ComponentPlan, recipe: Recipe) -> dict[str, torch.Tensor]:
     """A component's tensors under the names and in the packing of the family's dialect.
 
     Weights are [out, in]; floating-point tensors are in the request's dtype.
     """
-    checkpoint = fetch(component.checkpoint, made.request.hub)
-    dtype = getattr(torch, made.request.dtype)
+    checkpoint = fetch(component.checkpoint, plan.request.hub)
+    dtype = getattr(torch, plan.request.dtype)
     with TensorReader(checkpoint, "cpu") as reader:
         plain = {name: reader.read(name) for name in checkpoint.tensors}
     plain = {n: t.to(dtype) if t.is_floating_point() else t for n, t in plain.items()}
     return pack_tensors(plain, recipe.dialect, recipe.kept)
 
 
-def find_config(made: Plan, name: str) -> Path:
+def find_config(plan: Plan, name: str) -> Path:
     """The folder that holds a component's config.json."""
-    others = tuple(made.components)
-    return Path(fetch_pipeline(made.base, made.request.hub, without=others)) / name
+    others = tuple(plan.components)
+    return Path(fetch_pipeline(plan.base, plan.request.hub, without=others)) / name
 
 
 def list_files(path: Path) -> list[Path]:

@@ -107,14 +107,14 @@ def quantize_layers(
     kept = [layer for layer, leaf in map(split, sorted(tensors)) if leaf == "weight"]
     kept = [layer for layer in kept if tensors[f"{layer}.weight"].ndim == 2]
     for layer, scheme in progress(list(chosen.items())):
-        made = family.quantize(
+        quantized = family.quantize(
             packed[f"{layer}.weight"],
             scheme,
             bias=packed.get(f"{layer}.bias"),
             calibration=find_range(ranges, layer, dialect),
             parts=dialect.layer_targets(layer)[0].part[1],
         )
-        tensors |= {f"{layer}.{suffix}": tensor for suffix, tensor in made.items()}
+        tensors |= {f"{layer}.{suffix}": tensor for suffix, tensor in quantized.items()}
     return tensors, family.declare(chosen, kept, sorted(tensors))
 
 

@@ -5,7 +5,7 @@ says: `model.safetensors.index.json`, `diffusion_pytorch_model.safetensors.index
 other index by name, or else its only `.safetensors` file.
 
 A new folder keeps the shards of its source (names and number), always has an index, and gets every
-other file of the source. It is written beside its place, tensor by tensor, and moved there when it
+other file of the source. It is written beside its path, tensor by tensor, and moved there when it
 is complete; what stood there before goes only then.
 """
 
@@ -133,9 +133,9 @@ def check_output(output: Path, overwrite: bool, sources: Sequence[Path]) -> None
     """
     if output.exists() and not overwrite:
         raise UsageError(f"--output-dir {output} exists already: choose another, or --overwrite")
-    place = output.resolve()
+    path = output.resolve()
     for source in (path.resolve() for path in sources):
-        if place == source or place in source.parents or source in place.parents:
+        if path == source or path in source.parents or source in path.parents:
             raise UsageError(f"--output-dir {output} overlaps {source}, which is read")
 
 
@@ -150,13 +150,13 @@ def write_transformer(
 
     `metadata` is added to each shard's own header; existing output is replaced at the end.
     """
-    with whole(output, overwrite=True) as made:
-        copy_others(source, made)
+    with whole(output, overwrite=True) as written:
+        copy_others(source, written)
         for shard, items in shards.items():
             header = {"format": "pt", **source.metadata[shard], **metadata}
-            write_file(made / shard, items, dict(sorted(header.items())))
-        write_json(made / source.index, make_index(shards))
-        write_json(made / "config.json", config)
+            write_file(written / shard, items, dict(sorted(header.items())))
+        write_json(written / source.index, make_index(shards))
+        write_json(written / "config.json", config)
 
 
 def copy_others(source: TransformerFolder, target: Path) -> None:
@@ -172,9 +172,9 @@ def copy_others(source: TransformerFolder, target: Path) -> None:
 
 def make_index(shards: Mapping[str, Sequence[Item]]) -> dict[str, Any]:
     """The index of shards: which tensor lies where, and the bytes of all."""
-    places = {item.name: shard for shard, items in shards.items() for item in items}
+    weight_map = {item.name: shard for shard, items in shards.items() for item in items}
     total = sum(item.nbytes for items in shards.values() for item in items)
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -43,7 +43,7 @@ from quantmatrix.families.msmodelslim.description import check_known
 from quantmatrix.files import put, staging, whole
 from quantmatrix.models.dialect import Dialect
 from quantmatrix.quoting import limit_message, quote_json
-from quantmatrix.request import Hub, normalize_words
+from quantmatrix.request import Hub, normalize_flags
 
 MODEL = "wan-2-2"
 TRANSFORMER = "WanTransformer3DModel"
@@ -67,17 +67,17 @@ def repack(input_path: Path, output_path: Path) -> dict[str, int]:
     """Write the transformers of a quantized folder below `output_path`, which may exist already.
 
     Returns the number of tensors of each transformer. Nothing is written when anything is wrong.
-    Raises UsageError for an output that exists and an input that is no folder, CheckpointError for
-    weights that are not what msmodelslim writes.
+    Raises UsageError for an output that exists and an input that is not a folder, CheckpointError
+    for weights that are not what msmodelslim writes.
     """
     sources = find_experts(input_path, None)
     taken = [name for name in sources if (output_path / name).exists()]
     if taken:
         raise UsageError(f"{output_path / taken[0]} exists already: choose a new --output-path")
     with staging(output_path) as beside:
-        made = beside / output_path.name
-        counts = {name: convert(source, made / name) for name, source in sources.items()}
-        move_into(made, output_path)
+        built = beside / output_path.name
+        counts = {name: convert(source, built / name) for name, source in sources.items()}
+        move_into(built, output_path)
     return counts
 
 
@@ -99,35 +99,35 @@ def repack_pipeline(
         )
     sources = find_experts(quant_path, model_type)
     counts = {}
-    with whole(output_path) as made:
+    with whole(output_path) as built:
         for name, source in sources.items():
             config = original_path / name / "config.json"
             if not config.is_file():
                 raise UsageError(f"{config} is missing: is {original_path} a {model_type}?")
-            counts[name] = convert(source, made / name, config)
+            counts[name] = convert(source, built / name, config)
         left_out = shutil.ignore_patterns(".git", ".cache")
         for path in sorted(original_path.iterdir()):
             if path.name in (".git", ".cache", *EXPERTS):
                 continue
             if path.is_dir():
-                shutil.copytree(path, made / path.name, ignore=left_out)
+                shutil.copytree(path, built / path.name, ignore=left_out)
             else:
-                shutil.copy(path, made / path.name)
+                shutil.copy(path, built / path.name)
     return counts
 
 
-def move_into(made: Path, output: Path) -> None:
+def move_into(built: Path, output: Path) -> None:
     """Move a folder to its place, or its entries into the folder that is there: all or none."""
     if not output.exists():
-        return put(made, output)
+        return put(built, output)
     moved: list[str] = []
     try:
-        for path in sorted(made.iterdir()):
+        for path in sorted(built.iterdir()):
             put(path, output / path.name)
             moved.append(path.name)
     except BaseException:  # an interruption, too
         for name in moved:
-            put(output / name, made / name)
+            put(output / name, built / name)
         raise
     return None
 
@@ -139,36 +139,38 @@ def find_experts(folder: Path, model_type: str | None) -> dict[str, Checkpoint]:
     is missing.
     """
     if not folder.is_dir():
-        raise UsageError(f"{folder} is no folder: expected what msmodelslim wrote to --save_path")
+        raise UsageError(
+            f"{folder} is not a folder: expected what msmodelslim wrote to --save_path"
+        )
     dual = any((folder / expert).is_dir() for expert in EXPERTS.values())
     names = MODEL_TYPES[model_type] if model_type else tuple(EXPERTS) if dual else ("transformer",)
     found = {}
     for name in names:
-        place = folder / EXPERTS[name] if len(names) > 1 else folder
-        if not place.is_dir():
-            raise CheckpointError(f"{place} is missing: {name} is made from it")
-        checkpoint = open_expert(place)
+        path = folder / EXPERTS[name] if len(names) > 1 else folder
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is missing: {name} is made from it")
+        checkpoint = open_expert(path)
         if checkpoint.description is None:
             raise CheckpointError(
-                f"{place}: no quant_model_description*.json in it: was it written by msmodelslim?"
+                f"{path}: no quant_model_description*.json in it: was it written by msmodelslim?"
             )
         found[name] = checkpoint
     return found
 
 
-def open_expert(place: Path) -> Checkpoint:
+def open_expert(path: Path) -> Checkpoint:
     """What msmodelslim wrote into a folder; weights of other names beside it are left alone.
 
     Without a file of its name the folder is read as any component's.
     """
-    folder, _ = open_folder(str(place), Hub())
+    folder, _ = open_folder(str(path), Hub())
     names = [name for name in folder.top if name.startswith(QUANTIZED)]
     files = [name for name in names if name.endswith(".safetensors")]
     if not files:
-        return open_component(str(place), Hub())
+        return open_component(str(path), Hub())
     index = find_index(folder, names)
     selection = read_index(folder, index) if index else dict.fromkeys(files, frozenset())
-    return build_checkpoint(str(place), folder, selection)
+    return build_checkpoint(str(path), folder, selection)
 
 
 def convert(source: Checkpoint, target: Path, config_file: Path | None = None) -> int:
@@ -184,7 +186,9 @@ def convert(source: Checkpoint, target: Path, config_file: Path | None = None) -
         )
     renamed = {name: rename(name, dialect) for name in source.tensors}
     found = rename_headers(source, renamed)
-    described = {renamed.get(key, key): word for key, word in (source.description or {}).items()}
+    described = {
+        renamed.get(key, key): quant_type for key, quant_type in (source.description or {}).items()
+    }
     config = read_config(source, config_file)
     check_known(source)
     check_smoothing(source)
@@ -312,8 +316,8 @@ def verify(
     missing = [name for name in expected if name not in found]
     quantized = {
         key.removesuffix(".weight")
-        for key, word in described.items()
-        if key.endswith(".weight") and word != "FLOAT"
+        for key, quant_type in described.items()
+        if key.endswith(".weight") and quant_type != "FLOAT"
     }
     unknown = [
         found[name].name
@@ -356,7 +360,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def parse_words(words: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags of either form."""
     parser = argparse.ArgumentParser(
         prog="python -m quantmatrix.tools.wan_repack",
@@ -369,7 +373,7 @@ def parse_words(words: Sequence[str] | None) -> argparse.Namespace:
     whole.add_argument("--original-model-path", type=Path, help="original in Diffusers' layout")
     whole.add_argument("--quant-path", type=Path, help="folder that msmodelslim wrote")
     parser.add_argument("--output-path", type=Path, required=True, help="folder to write")
-    arguments = parser.parse_args(normalize_words(sys.argv[1:] if words is None else words))
+    arguments = parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
     given = [arguments.model_type, arguments.original_model_path, arguments.quant_path]
     complete = all(given) if arguments.input_path is None else not any(given)
     if not complete:
@@ -380,9 +384,9 @@ def parse_words(words: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code (0: written, 1: a bad checkpoint, 2: bad flags)."""
-    arguments = parse_words(words)
+    arguments = parse_arguments(argv)
     output = arguments.output_path
     try:
         if arguments.input_path is not None:

@@ -100,12 +100,12 @@ def test_factors_in_place_of_weights_are_refused(
     tmp_path: Path, kind: str, more: tuple[str, ...]
 ) -> None:
     path = write(tmp_path / NAME, (*ADAPTERS[kind], *more))
-    told = inspect(str(path))["components"]["transformer"]
-    assert told["unknown"]
+    said = inspect(str(path))["components"]["transformer"]
+    assert said["unknown"]
     for text in (str(path), "LoRA"):
-        assert text in told["why"]
-    assert ("this is a LoRA" in told["why"]) is not bool(more)
-    assert "svdq" not in told["why"]
+        assert text in said["why"]
+    assert ("this is a LoRA" in said["why"]) is not bool(more)
+    assert "svdq" not in said["why"]
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -126,11 +126,11 @@ def test_a_plan_warns_of_it(tmp_path: Path) -> None:
     base = hub.find_snapshot(reference, folder)
     shutil.copytree(base / "transformer", tmp_path / "transformer")
     lora = write(tmp_path / "transformer" / NAME, ADAPTERS["peft"])
-    made = plan(
+    planned = plan(
         model_path=str(base), component_paths={"transformer": str(tmp_path / "transformer")}
     )
-    assert made.ok
-    assert [text for text in made.warnings if str(lora) in text and "LoRA" in text]
+    assert planned.ok
+    assert [text for text in planned.warnings if str(lora) in text and "LoRA" in text]
 
 
 def test_a_folder_of_gguf_alone_is_named(tmp_path: Path) -> None:

@@ -121,14 +121,14 @@ def test_what_is_no_entry_says_nothing(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize("in_header", [False, True])
 def test_rotated_weights_are_refused(tmp_path: Path, in_header: bool, nested: bool) -> None:
     """The NVFP4 family looks at an entry's format only, and would give noise."""
-    told = {"convrot": True, "convrot_groupsize": 256}
-    entry: dict[str, Any] = {"a": {"format": "nvfp4", **({"params": told} if nested else told)}}
+    said = {"convrot": True, "convrot_groupsize": 256}
+    entry: dict[str, Any] = {"a": {"format": "nvfp4", **({"params": said} if nested else said)}}
     path = tmp_path / "w.safetensors"
     write_marked(path, {} if in_header else entry, listed=entry if in_header else None)
     with pytest.raises(CheckpointError, match=r"weight of a was rotated .*convrot"):
         open_file(path)
-    told["convrot"] = False
-    entry["a"] = {"format": "nvfp4", **({"params": told} if nested else told)}
+    said["convrot"] = False
+    entry["a"] = {"format": "nvfp4", **({"params": said} if nested else said)}
     write_marked(path, {} if in_header else entry, listed=entry if in_header else None)
     open_file(path)
 

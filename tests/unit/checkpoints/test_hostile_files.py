@@ -1,4 +1,4 @@
-"""Damaged and hostile files, one kind a test: each ends in words, in little time and memory."""
+"""Damaged and hostile files, one kind a test: each ends as text, in little time and memory."""
 
 from __future__ import annotations
 
@@ -448,7 +448,7 @@ def test_an_evidence_folder_that_is_a_file(tmp_path: Path) -> None:
     path.write_text("x")
     with pytest.raises(pytest.UsageError, match="this is a file; name a folder"):
         check_evidence_folder(path)
-    with pytest.raises(pytest.UsageError, match="is no folder"):
+    with pytest.raises(pytest.UsageError, match="is not a folder"):
         check_evidence_folder(path / "inner")
 
 
@@ -490,7 +490,7 @@ def test_places_that_cannot_be_written(tmp_path: Path, where: str) -> None:
     path.write_text("x")
     if where == "below a file":
         with pytest.raises(UsageError, match="leads through it"):
-            files.check_place(path / "y" / "z")
+            files.check_writable(path / "y" / "z")
 
 
 @pytest.mark.parametrize("about", ['"words"', "[1]", "1", "null"])
@@ -526,8 +526,8 @@ def test_a_huge_file_in_a_packet_is_refused_by_its_header(tmp_path: Path) -> Non
     with path.open("wb") as file:
         file.truncate(3 * 2**30)
     began = time.process_time()
-    told = {packets.LATENTS: {"bytes": 3 * 2**30, "sha256": "0"}}
-    [problem] = packets.list_file_problems(tmp_path, told)
+    said = {packets.LATENTS: {"bytes": 3 * 2**30, "sha256": "0"}}
+    [problem] = packets.list_file_problems(tmp_path, said)
     assert "no complete safetensors header" in problem
     [problem] = packets.list_file_problems(tmp_path, {packets.LATENTS: {"bytes": 1}})
     assert "has 3221225472 bytes, packet.json says" in problem

@@ -79,9 +79,9 @@ def equal(one: torch.Tensor, two: torch.Tensor) -> bool:
 
 def decide(base: str, path: str) -> Plan:
     folder = str(find(base).parent.parent)
-    made = plan(Request(model_path=folder, weights_paths={"transformer": path}, device="cpu"))
-    assert isinstance(made, Plan)
-    return made
+    planned = plan(Request(model_path=folder, weights_paths={"transformer": path}, device="cpu"))
+    assert isinstance(planned, Plan)
+    return planned
 
 
 @pytest.mark.parametrize("form", FORMS)

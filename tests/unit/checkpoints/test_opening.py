@@ -47,7 +47,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def fill(root: Path, content: str) -> Path:
-    """Files of a folder in words: `x.safetensors`, or `i.index.json=a,b` for an index of two."""
+    """Files of a folder as text: `x.safetensors`, or `i.index.json=a,b` for an index of two."""
     root.mkdir(parents=True, exist_ok=True)
     for word in content.split():
         name, _, shards = word.partition("=")
@@ -815,8 +815,8 @@ class HubServer(BaseHTTPRequestHandler):
         folder = path.partition(f"/tree/{COMMIT}/")[2]
         if folder:
             paths = [p for p in (self.files / folder).iterdir() if p.is_file()]
-            told = [{"path": f"{folder}/{p.name}", "size": p.stat().st_size} for p in paths]
-            tree = [{"type": "file", "oid": "0", **entry} for entry in told]
+            said = [{"path": f"{folder}/{p.name}", "size": p.stat().st_size} for p in paths]
+            tree = [{"type": "file", "oid": "0", **entry} for entry in said]
             self.answer("tree", json.dumps(tree).encode(), {})
             return
         if path.startswith("/api/models/o/r"):

@@ -1,4 +1,4 @@
-"""Files in the first names of a model: told apart, and refused with what can be done."""
+"""Files in the first names of a model: distinguished, and refused with what can be done."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def test_inspect_names_the_model(
 ) -> None:
     path = tmp_path / "w.safetensors"
     write_weights(path, {prefix + name: ("BF16", (4, 8)) for name in names})
-    told = inspect(str(path))["components"]["transformer"]
-    assert told["names"] == [f"original ({model})"]
-    assert "original names, which are not read here" in told["names_note"]
+    said = inspect(str(path))["components"]["transformer"]
+    assert said["names"] == [f"original ({model})"]
+    assert "original names, which are not read here" in said["names_note"]
     assert main(["inspect", str(path)]) == 0
     assert f"names        original ({model}): These are" in capsys.readouterr().out
 
@@ -66,9 +66,9 @@ def test_names_that_a_dialect_reads_have_no_note(
     tmp_path: Path, names: tuple[str, ...], expected: list[str]
 ) -> None:
     write_weights(tmp_path / "w.safetensors", dict.fromkeys(names, ("BF16", (4, 8))))
-    told = inspect(str(tmp_path / "w.safetensors"))["components"]["transformer"]
-    assert told["names"] == expected
-    assert told["names_note"] is None
+    said = inspect(str(tmp_path / "w.safetensors"))["components"]["transformer"]
+    assert said["names"] == expected
+    assert said["names_note"] is None
 
 
 @pytest.mark.parametrize("model", models.IDS)

@@ -85,14 +85,14 @@ def test_the_gate(
     kept = keep(tmp_path / "kept.json", make_result())
     measured(make_result(step=step))
     assert main.main([*ANY, "--baseline", kept, *words]) == code
-    told = capsys.readouterr()
+    said = capsys.readouterr()
     if code == 1:
         assert (
-            "quantmatrix: some-row@cpu (tiny): transformer step: ratio to BF16 was 0.8" in told.err
+            "quantmatrix: some-row@cpu (tiny): transformer step: ratio to BF16 was 0.8" in said.err
         )
-        assert "1 worse; 0 better; 4 no measurable change" in told.out
+        assert "1 worse; 0 better; 4 no measurable change" in said.out
     if code == 0:
-        assert "0 worse" in told.out
+        assert "0 worse" in said.out
     capsys.readouterr()
     assert main.main([*ANY, "--baseline", kept, *words, "--json"]) == code
     found = json.loads(capsys.readouterr().out)
@@ -150,10 +150,10 @@ def test_two_saved_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main.main(["bench", "--compare", new, old]) == 0
     capsys.readouterr()
     assert main.main(["bench", "--compare", old, new]) == 1
-    told = capsys.readouterr()
-    assert "transformer step: ratio to BF16 was 0.8, is 1.2" in told.err
-    assert told.out.splitlines()[-1] == "1 worse; 0 better; 4 no measurable change"
-    assert len(told.out.splitlines()) == 6
+    said = capsys.readouterr()
+    assert "transformer step: ratio to BF16 was 0.8, is 1.2" in said.err
+    assert said.out.splitlines()[-1] == "1 worse; 0 better; 4 no measurable change"
+    assert len(said.out.splitlines()) == 6
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,9 @@ def test_inspect_shows_how_a_file_is_laid_out(
     assert found["names"] == [names]
     assert found["layouts"] == {layout: found["quantized_layers"]}
     assert main(["inspect", "--tiny", reference]) == 0
-    told = capsys.readouterr().out
-    assert f"  names        {names}\n" in told
-    assert f" layers: {layout}\n" in told
+    said = capsys.readouterr().out
+    assert f"  names        {names}\n" in said
+    assert f" layers: {layout}\n" in said
 
 
 def test_inspect_a_whole_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,7 +173,7 @@ def test_fp4_backend_variable(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "said"),
     [
         (["generate"], "--model-path"),
         (["generate", *FLUX, "--quantization-rank", "abc"], "invalid int value: 'abc'"),
@@ -183,10 +183,10 @@ def test_fp4_backend_variable(
     ],
 )
 def test_wrong_words_are_json_too(
-    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = run_json(capsys, *words, code=2)
-    assert told in found["error"]["message"]
+    assert said in found["error"]["message"]
     assert "--help" in found["error"]["message"]
 
 
@@ -247,7 +247,7 @@ def test_dequantize_through_a_file(capsys: pytest.CaptureFixture[str], tmp_path:
     (tmp_path / "file").touch()
     words = ["dequantize", *FLUX, "--transformer-path", FP8]
     found = run_json(capsys, *words, "--output-path", str(tmp_path / "file" / "x"), code=2)
-    assert "is no folder" in found["error"]["message"]
+    assert "is not a folder" in found["error"]["message"]
 
 
 @pytest.fixture

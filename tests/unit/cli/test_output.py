@@ -16,7 +16,7 @@ LOGGER = logging.getLogger("quantmatrix")
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "said"),
     [
         (["plan", *FLUX], False),
         (["plan", *FLUX, "--verbose"], True),
@@ -25,12 +25,12 @@ LOGGER = logging.getLogger("quantmatrix")
     ],
 )
 def test_what_a_command_says_of_its_work(
-    words: list[str], told: bool, capsys: pytest.CaptureFixture[str]
+    words: list[str], said: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(words) == 0
     found = capsys.readouterr()
     line = "quantmatrix: planned transformer of flux-1: black-forest-labs/FLUX.1-dev is family None"
-    assert (line in found.err) is told
+    assert (line in found.err) is said
     assert line not in found.out
     assert LOGGER.handlers == []
     assert LOGGER.level == logging.NOTSET

@@ -27,7 +27,7 @@ def ask(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> Any:
 def write_with(sample: Sample, folder: Path) -> Path:
     """The samples of this project with one in the place of its like, and the spreads."""
     ledger = limits.read(REPORTS / "limits.csv")
-    others = [s for s in ledger.samples if not limits.same_place(s, sample)]
+    others = [s for s in ledger.samples if not limits.is_same_key(s, sample)]
     limits.write(replace(ledger, samples=[*others, sample]), folder / "limits.csv")
     return folder / "limits.csv"
 
@@ -152,6 +152,6 @@ def test_revisions_and_wrong_words(tmp_path: Path, capsys: pytest.CaptureFixture
         expected = limits.list_loosened(read_older("HEAD"), own)
         found = ask(capsys, "--diff", "HEAD", code=1 if expected else 0)
         assert found["loosened"] == expected
-    reason = "neither a file" if (REPORTS.parent / ".git").exists() else "is no git checkout"
+    reason = "neither a file" if (REPORTS.parent / ".git").exists() else "is not a git checkout"
     assert reason in ask(capsys, "--diff", "no-such", code=2)["error"]["message"]
     assert "no such file" in ask(capsys, "--reports", str(tmp_path), code=2)["error"]["message"]

@@ -28,10 +28,10 @@ def test_every_planned_layer_ran(tmp_path: Path, capsys: pytest.CaptureFixture[s
     capsys.readouterr()
     assert main(["trace", *WORDS, "--output-path", str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    made = api.plan(Request.from_words(WORDS))
-    assert isinstance(made, Plan)
+    plan = api.plan(Request.from_words(WORDS))
+    assert isinstance(plan, Plan)
     layers = found["layers"]
-    assert set(layers) == {f"transformer.{name}" for name in made.components["transformer"].layers}
+    assert set(layers) == {f"transformer.{name}" for name in plan.components["transformer"].layers}
     assert {layer["backend"] for layer in layers.values()} == {"reference"}
     assert {layer["calls"] for layer in layers.values()} == {2}
     assert all("aten::linear" in layer["operations"] for layer in layers.values())
@@ -53,9 +53,9 @@ def test_a_trace_of_nothing_quantized_says_so(
 ) -> None:
     words = [*WORDS[:3], "--num-inference-steps", "1", "--device", "cpu", "--json"]
     assert main(["trace", *words, "--output-path", str(tmp_path / "a.json.gz")]) == 0
-    told = capsys.readouterr()
-    assert json.loads(told.out)["layers"] == {}
-    assert "warning: no layer is quantized" in told.err
+    said = capsys.readouterr()
+    assert json.loads(said.out)["layers"] == {}
+    assert "warning: no layer is quantized" in said.err
 
 
 def test_what_is_only_planned_is_not_traced() -> None:
@@ -78,8 +78,8 @@ def test_a_row_leaves_a_trace_and_a_census(
     [problem] = found["cells"][other]["problems"]
     assert "cannot be tested here" in problem
     assert {path.name for path in tmp_path.iterdir()} == {f"{CELL}.json", f"{CELL}.json.gz"}
-    told = json.loads((tmp_path / f"{CELL}.json").read_text())
-    assert told["backends"]["decode"]["matmuls"] == {"aten::linear": 4 * len(told["layers"])}
+    said = json.loads((tmp_path / f"{CELL}.json").read_text())
+    assert said["backends"]["decode"]["matmuls"] == {"aten::linear": 4 * len(said["layers"])}
 
 
 @pytest.mark.parametrize(

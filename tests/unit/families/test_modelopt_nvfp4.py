@@ -268,7 +268,7 @@ def test_marker_tensors_mean_comfyuis_layout() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "block", "metadata", "told"),
+    ("layer", "block", "metadata", "said"),
     [
         ("a", None, {}, "nothing in 0.safetensors or 1.safetensors declares it"),
         (PACKED, None, {}, "nothing in .* declares it"),
@@ -278,11 +278,11 @@ def test_marker_tensors_mean_comfyuis_layout() -> None:
     ],
 )
 def test_what_nothing_declares_is_never_assumed(
-    layer: str, block: Mapping[str, Any] | None, metadata: Mapping[str, str], told: str
+    layer: str, block: Mapping[str, Any] | None, metadata: Mapping[str, str], said: str
 ) -> None:
     checkpoint = make_checkpoint({layer: quantize(NVFP4, 128, 64)}, block, metadata)
     assert modelopt_nvfp4.detect(checkpoint)
-    with pytest.raises(CheckpointError, match=told) as caught:
+    with pytest.raises(CheckpointError, match=said) as caught:
         modelopt_nvfp4.schemes(checkpoint)
     layout = modelopt_nvfp4.layout(checkpoint)
     assert layout is not None
@@ -392,9 +392,9 @@ def test_a_header_that_may_hide_tiled_scales_is_told() -> None:
         checkpoint = make_checkpoint({layer: quantize()}, exported, metadata)
         return modelopt_nvfp4.doubts(checkpoint, {})
 
-    [told] = warn("a", exported)
-    assert "0.safetensors" in told
-    assert "enable_swizzle_layout" in told
+    [said] = warn("a", exported)
+    assert "0.safetensors" in said
+    assert "enable_swizzle_layout" in said
     assert warn("a", None) == []
     assert warn("a", built) == []
     assert warn("single_blocks.0.linear1", exported) == []

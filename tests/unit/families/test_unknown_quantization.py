@@ -148,15 +148,15 @@ def check_refused(folder: Path, word: str) -> str:
     if not (folder / "config.json").is_file():
         write_json(folder / "config.json", {"_class_name": "FluxTransformer2DModel"})
     checkpoint = open_component(str(folder), Hub())
-    told = inspect(str(folder))["components"]["transformer"]
+    said = inspect(str(folder))["components"]["transformer"]
     source = Source(checkpoint, "FluxTransformer2DModel", {}, "config.json", primary=True)
     for request in (Request(model_path="x"), Request(model_path="x", quantization="fp8")):
         with pytest.raises(CheckpointError) as caught:
             find_schemes(source, "flux-1", request)
-        assert str(caught.value) == told["why"]
-    text = str(told["why"])
-    assert told["unknown"]
-    assert told["family"] is None
+        assert str(caught.value) == said["why"]
+    text = str(said["why"])
+    assert said["unknown"]
+    assert said["family"] is None
     assert str(folder) in text
     assert word in text
     assert "no quant family takes" in text
@@ -261,7 +261,7 @@ def test_what_a_family_takes_is_in_no_such_format(name: str) -> None:
 def test_the_table_is_in_order() -> None:
     names = [known.name for known in FORMATS]
     assert len(names) == len(set(names))
-    words = [word for known in FORMATS for word in known.words]
+    words = [word for known in FORMATS for word in known.names]
     assert len(words) == len(set(words))
     assert not {"fp8", "modelopt", "svdquant", "nunchaku", *LISTED} & set(words)
-    assert all(known.advice and (known.words or known.layers or known.dtypes) for known in FORMATS)
+    assert all(known.advice and (known.names or known.layers or known.dtypes) for known in FORMATS)

@@ -154,10 +154,10 @@ def test_junit_of_a_run(
     code, _ = shards.run(project, None, *words, fault=f"{fault} {GOOD}")
     rows.write_text("\n".join(f"row-{i}@cpu+reference" for i in range(shards.COUNT)))
     found = check(path, "--planned", rows, "--json")
-    told = json.loads(capsys.readouterr().out)
+    said = json.loads(capsys.readouterr().out)
     assert (found != 0) == (code != 0)
-    assert told["missing"] == {cell: ["latents"] for cell in missing}
-    assert told["failed"] == {cell: ["latents"] for cell in failed}
+    assert said["missing"] == {cell: ["latents"] for cell in missing}
+    assert said["failed"] == {cell: ["latents"] for cell in failed}
 
 
 CASE = '<testcase name="test_latents[{cell}]"><properties>{told}</properties>{end}</testcase>'
@@ -181,7 +181,7 @@ TOLD = f'<property name="cell" value="{GOOD}"/><property name="check" value="lat
 )
 def test_junit_cases(cases: list[tuple[str, str]], verdict: str | None, tmp_path: Path) -> None:
     path = tmp_path / "junit.xml"
-    text = "".join(CASE.format(cell=GOOD, told=told, end=end) for told, end in cases)
+    text = "".join(CASE.format(cell=GOOD, told=said, end=end) for said, end in cases)
     path.write_text(f"<testsuites><testsuite>{text}</testsuite></testsuites>")
     wanted = {} if verdict is None else {GOOD: {"latents": verdict}}
     assert completeness.read_junit(path) == wanted
@@ -249,10 +249,10 @@ def test_a_plan_that_is_none_is_told_in_words(
 ) -> None:
     (tmp_path / "plan").write_bytes(data)
     assert check(tmp_path, "--planned", tmp_path / "plan", "--json") == 2
-    told = capsys.readouterr()
-    assert f"--planned {tmp_path / 'plan'}: " in told.err
-    assert words in told.err
-    assert json.loads(told.out)["ok"] is False
+    said = capsys.readouterr()
+    assert f"--planned {tmp_path / 'plan'}: " in said.err
+    assert words in said.err
+    assert json.loads(said.out)["ok"] is False
 
 
 def test_a_check_on_request_is_planned_where_it_is_named(tables: Matrix) -> None:

@@ -32,9 +32,9 @@ GUIDE = {  # the table of the guide, with what makes its weights on a B200
 
 def test_b200_job_is_the_six_checkpoints_of_the_guide(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["matrix", "dry-run", "--hardware", "b200", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["ok"], told["job"]) == (True, "multimodal-gen-test-1-b200")
-    cells = {cell["checkpoint"]: cell for cell in told["cells"]}
+    said = json.loads(capsys.readouterr().out)
+    assert (said["ok"], said["job"]) == (True, "multimodal-gen-test-1-b200")
+    cells = {cell["checkpoint"]: cell for cell in said["cells"]}
     assert list(cells) == list(GUIDE)
     for checkpoint, kernel in GUIDE.items():
         assert list(cells[checkpoint]["kernels"]["transformer"]) == [kernel]
@@ -71,9 +71,9 @@ def test_same_arithmetic_gives_what_a_plan_measures_in_files(
     monkeypatch.setattr(empty_model, "build_plain", lambda model, size: build(model, "tiny"))
     dry_run.list_parameters.cache_clear()
     cell = next(cell for cell in TABLES.cells if cell.id == f"{row}@b200")
-    made = plan(Workbench(TABLES, tiny=True).planned_request(cell))
-    assert isinstance(made, Plan)
-    planned = sum(part.bytes for part in made.components.values())
+    its_plan = plan(Workbench(TABLES, tiny=True).planned_request(cell))
+    assert isinstance(its_plan, Plan)
+    planned = sum(part.bytes for part in its_plan.components.values())
     estimated = dry_run.estimate_bytes(TABLES, TABLES.checkpoints[cell.checkpoint])
     dry_run.list_parameters.cache_clear()
     assert estimated == pytest.approx(planned, rel=0.01)

@@ -72,8 +72,8 @@ def test_a_dead_worker_leaves_a_row_that_was_not_executed(project: Path, tmp_pat
     evidence, slots = tmp_path / "evidence", tmp_path / "slots"
     slots.mkdir()
     words = ["--backend", "reference", *SPREAD]
-    told = {"fault": f"kill {GOOD}", "SLOTS": str(slots)}
-    found, output = shards.run(project, evidence, *words, **told)
+    said = {"fault": f"kill {GOOD}", "SLOTS": str(slots)}
+    found, output = shards.run(project, evidence, *words, **said)
     assert found == NOT_EXECUTED, output
     assert f"row not executed (exit code 12): {GOOD}" in output.splitlines()
     others = [f"row-{i}@cpu+reference" for i in range(shards.COUNT)]
@@ -150,8 +150,8 @@ def test_junit_tells_cell_check_and_problem(project: Path, tmp_path: Path) -> No
     shards.run(project, None, *words, fault=f"media {GOOD}")
     cases = {case.get("name"): case for case in ElementTree.parse(path).iter("testcase")}
     assert len(cases) == 2 * shards.COUNT
-    told = {p.get("name"): p.get("value") for p in cases[f"test_latents[{GOOD}]"].iter("property")}
-    assert told == {
+    said = {p.get("name"): p.get("value") for p in cases[f"test_latents[{GOOD}]"].iter("property")}
+    assert said == {
         "row": "row-1",
         "cell": GOOD,
         "check": "latents",

@@ -43,12 +43,12 @@ def sides() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 def make_record(tables: Matrix, sides: Any, **changes: Any) -> Evidence:
     metrics = {**packets.recompute(*sides), "class": "e4m3 W8A16"}
     machine = {"vendor": "cpu", "arch": "cpu", "name": "some"}
-    told = {
+    said = {
         "checks": {"latents": CheckResult("pass", metrics)},
         "plan": {"ok": True, "components": {}, "machine": machine},
         "latents_digest": packets.digest(sides[1]),
     }
-    return observe(tables, PROVEN, **{**told, **changes})
+    return observe(tables, PROVEN, **{**said, **changes})
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_nan_in_the_baseline_is_no_reference(packet: Path, tables: Matrix) -> No
     save_file(tensors, path)
     seal(packet)
     [problem] = packets.check(packet, tables)
-    assert "it is no reference" in problem
+    assert "it is not a reference" in problem
 
 
 def test_a_row_that_changed_or_is_unknown(packet: Path, tmp_path: Path) -> None:

@@ -128,8 +128,8 @@ def test_a_listed_row_is_run_or_told(
     (project.path / "rows").write_text(f"{'' if words else 'fp8-flux-2@cpu'}\n{line}\n")
     result = project.runpytest("--collect-only", "-q", "--rows=rows", *words)
     assert result.ret == code, result.stdout.str()
-    told = f"--rows rows: {line} runs on h100 only: add --hardware h100"
-    assert (told in result.stderr.str()) == (code == 4)
+    said = f"--rows rows: {line} runs on h100 only: add --hardware h100"
+    assert (said in result.stderr.str()) == (code == 4)
 
 
 def test_a_part_does_not_change_how_the_parts_are_cut(project: pytest.Pytester) -> None:

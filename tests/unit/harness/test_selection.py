@@ -8,7 +8,7 @@ import pytest
 import shards
 
 from quantmatrix.errors import UsageError
-from quantmatrix.harness.selection import EmptySelection, select_cells, show_options, split_words
+from quantmatrix.harness.selection import EmptySelection, select_cells, show_options, split_values
 from quantmatrix.tables.rows import Matrix
 
 
@@ -19,8 +19,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
 
 
 def test_words_may_be_joined_by_commas() -> None:
-    assert split_words(["fp8,svdq", "int8"]) == ("fp8", "svdq", "int8")
-    assert split_words([]) == ()
+    assert split_values(["fp8,svdq", "int8"]) == ("fp8", "svdq", "int8")
+    assert split_values([]) == ()
     assert show_options({"family": ("fp8", "svdq"), "model": ()}) == "--family fp8,svdq"
 
 

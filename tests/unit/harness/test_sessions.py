@@ -51,20 +51,20 @@ def test_every_hardware_but_the_cpu_has_a_session() -> None:
 
 def list_json(*words: str) -> dict[str, str]:
     """Description of each session that `nox -l --json` names."""
-    told = json.loads(run_nox("-l", "--json", *words).stdout)
-    return {entry["name"]: entry["description"] for entry in told}
+    said = json.loads(run_nox("-l", "--json", *words).stdout)
+    return {entry["name"]: entry["description"] for entry in said}
 
 
 def test_nox_lists_every_session_with_a_line_each() -> None:
     text = (ROOT / "noxfile.py").read_text()
     written = set(re.findall(r"^@nox\.session.*\ndef (\w+)\(", text, re.MULTILINE))
     own = {"matrix", "tests", "lint", "types", "bench", "report", "browser", "producers"}
-    told = list_json()
-    assert {job.name: told[job.name] for job in JOBS} == {job.name: job.description for job in JOBS}
+    said = list_json()
+    assert {job.name: said[job.name] for job in JOBS} == {job.name: job.description for job in JOBS}
     assert own <= written
-    rest = {name.replace("-", "_") for name in told} - {job.name.replace("-", "_") for job in JOBS}
+    rest = {name.replace("-", "_") for name in said} - {job.name.replace("-", "_") for job in JOBS}
     assert rest == written
-    assert all("\n" not in line and len(line) > 20 for line in told.values())
+    assert all("\n" not in line and len(line) > 20 for line in said.values())
 
 
 def test_a_tag_gives_the_hardware_sessions_alone() -> None:

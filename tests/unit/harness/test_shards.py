@@ -1,4 +1,4 @@
-"""Parts of the rows of a hardware: every cell once, about equally long, the same everywhere."""
+"""Parts of the rows of a device: every cell once, about equally long, the same everywhere."""
 
 from __future__ import annotations
 

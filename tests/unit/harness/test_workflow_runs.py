@@ -124,8 +124,8 @@ def test_a_shard_that_sent_nothing_fails_the_last_job_and_the_rest_is_proposed(
 
 def test_nothing_is_proposed_from_an_environment_that_is_unusable(runner: Runner) -> None:
     junit = runner.place("packets/packet-cpu-1/gpu/junit.xml")
-    told = f'<property name="problem" value="{MEANINGS[ENVIRONMENT_UNUSABLE]}"/>'
-    junit.write_text(f"<testsuites><properties>{told}</properties></testsuites>")
+    said = f'<property name="problem" value="{MEANINGS[ENVIRONMENT_UNUSABLE]}"/>'
+    junit.write_text(f"<testsuites><properties>{said}</properties></testsuites>")
     runner.run_job("hardware", "executed", JOBS='{"include": []}')
     assert runner.read_output("unusable") is True
     job = WORKFLOWS["hardware"]["jobs"]["propose"]

@@ -114,8 +114,8 @@ case "$2" in list) cat open;; esac
 def test_freshness_opens_updates_and_closes_one_issue(
     old: int, opened: str, call: str | None, tmp_path: Path
 ) -> None:
-    told = json.dumps({"overall": {"stale": old, "contradicting": 0}})
-    programs = {"gh": GH, "quantmatrix": f"#!/bin/sh\necho '{told}'\nexit {int(old > 0)}\n"}
+    said = json.dumps({"overall": {"stale": old, "contradicting": 0}})
+    programs = {"gh": GH, "quantmatrix": f"#!/bin/sh\necho '{said}'\nexit {int(old > 0)}\n"}
     (tmp_path / "bin").mkdir()
     for name, text in programs.items():
         (tmp_path / "bin" / name).write_text(text)

@@ -146,8 +146,8 @@ def test_digests_tell_nothing_of_files_and_lines(tmp_path: Path) -> None:
     kernels = [make_kernel(tmp_path, 0), make_kernel(tmp_path, 7), make_kernel(tmp_path, 0, 5)]
     x = draw(128)
     launches = [Launch(kernel, (1,), (x, x), (), (128,)) for kernel in kernels]
-    told = [compiling.describe_launch(launch, "sm90") for launch in launches]
-    assert told[0] == told[1] != told[2]
+    said = [compiling.describe_launch(launch, "sm90") for launch in launches]
+    assert said[0] == said[1] != said[2]
     for arch in ("sm90", "gfx942"):
         digests = [compiling.build(launch, arch).digest for launch in launches]
         assert digests[0] == digests[1] != digests[2]

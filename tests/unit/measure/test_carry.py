@@ -156,7 +156,7 @@ STUB = {
     "measure.latents": "def digest_latents(latents):\n    return 'sha256:' + repr(latents)\n",
     "proof.record": "def describe_files(files):\n    return {'digest': repr(files)}\n",
     "request": "class Request:\n    @classmethod\n    def from_words(cls, words, device):\n"
-    "        if 'bad' in words:\n            raise ValueError('bad words')\n        return words\n",
+    "        if 'bad' as text:\n            raise ValueError('bad words')\n        return words\n",
     "runtime.generate": "class Run:\n    latents = [7]\n    class plan:\n        components = {}\n\n\n"
     "def generate(request):\n    return Run\n",
 }

@@ -226,7 +226,7 @@ def test_a_record_at_the_edge_of_a_limit_that_was_tightened() -> None:
         check = SimpleNamespace(verdict="pass", metrics=metrics)
         cell = {"model": "flux-1", "hardware": "cpu"}
         record: Any = SimpleNamespace(checks={"latents": check}, cell=cell)
-        return limits.list_beyond(record, ledger)
+        return limits.list_exceeded(record, ledger)
 
     assert look(allowed.layer_error) == []
     for name, factor in (("psnr_db", 0.999), ("cosine", 0.999), ("relative_l2", 1.001)):

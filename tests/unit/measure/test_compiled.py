@@ -63,11 +63,11 @@ def test_a_record_is_of_scope_compiled_and_lies_in_a_file_of_its_own(tmp_path: P
     path = store.write(record, tmp_path)
     assert path.name == "modelopt-nvfp4-flux-1-packed-elsewhere.compiled.json"
     assert store.read(path) == record
-    told = store.read_folder(tmp_path)
-    standing = stand(CELL, told, TABLES)
+    said = store.read_folder(tmp_path)
+    standing = stand(CELL, said, TABLES)
     assert (standing.label, standing.reason) == ("proven · compiled", "")
     ran = make_record(checks={name: CheckResult("pass") for name in RUN})
-    standing = stand(CELL, {**told, scopes.key_of(ran): ran}, TABLES)
+    standing = stand(CELL, {**said, scopes.key_of(ran): ran}, TABLES)
     assert standing.label == "proven · stand-in"
 
 
@@ -100,8 +100,8 @@ def test_a_record_that_contradicts_its_limits_is_none() -> None:
     ],
 )
 def test_a_pass_that_tells_of_a_fault_is_refused(metrics: dict[str, Any], message: str) -> None:
-    told = make_record().checks["compile"]
-    forged = replace(told, metrics={**told.metrics, **metrics})
+    said = make_record().checks["compile"]
+    forged = replace(said, metrics={**said.metrics, **metrics})
     with pytest.raises(EvidenceError, match=message):
         store.encode(make_record(checks={"compile": forged}))
 
@@ -168,9 +168,9 @@ def test_the_command_builds_one_row(
     monkeypatch.setattr(compiled, "default_folder", lambda: tmp_path)
     words = ["compile", "--hardware", "rtx-3090", "--row", CELL.row]
     assert main.main([*words, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["ok"], told["arch"], told["built"]) == (True, "sm86", 1)
-    [program] = told["cells"][CELL.id]["programs"]
+    said = json.loads(capsys.readouterr().out)
+    assert (said["ok"], said["arch"], said["built"]) == (True, "sm86", 1)
+    [program] = said["cells"][CELL.id]["programs"]
     assert (program["kernel"], program["faults"]) == ("decode", [])
     assert main.main(words) == 0
     text = capsys.readouterr().out

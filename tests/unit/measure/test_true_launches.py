@@ -66,11 +66,11 @@ def test_a_layer_of_two_files_is_followed_in_both_parts() -> None:
 
 
 def test_kernels_of_others_are_left_to_them() -> None:
-    made = plan("svdq-flux-1-int4-r32-engine@a100")
-    assert {piece.backend for part in made.components.values() for piece in part.pieces()} == {
+    planned = plan("svdq-flux-1-int4-r32-engine@a100")
+    assert {piece.backend for part in planned.components.values() for piece in part.pieces()} == {
         "nunchaku"
     }
-    assert true_launches.list_launches(made) == ([], [])
+    assert true_launches.list_launches(planned) == ([], [])
 
 
 def test_a_cpu_starts_nothing() -> None:
@@ -78,11 +78,11 @@ def test_a_cpu_starts_nothing() -> None:
 
 
 def test_a_kernel_that_does_not_take_the_true_size_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = plan("modelopt-nvfp4-flux-1-packed@h200+packed")
-    found = true_launches.find_kernel(next(made.components["transformer"].pieces()))
+    planned = plan("modelopt-nvfp4-flux-1-packed@h200+packed")
+    found = true_launches.find_kernel(next(planned.components["transformer"].pieces()))
     narrow = replace(found, needs=replace(found.needs, max_rows=1024))
     monkeypatch.setattr(true_launches, "find_kernel", lambda piece: narrow)
-    launches, problems = true_launches.list_launches(made)
+    launches, problems = true_launches.list_launches(planned)
     assert len(launches) < len(problems)
     assert "at its true size: packed takes inputs of at most 1024 rows, this run has 4096" in (
         " ".join(problems)

@@ -57,12 +57,12 @@ def measure(cell: Cell, tables: Matrix, folder: Path, **options: Any) -> true_si
 @pytest.mark.parametrize("one", list_cells(), ids=lambda one: one.row)
 def test_every_form_is_measured(one: Cell, narrow: Matrix, tmp_path: Path) -> None:
     found = measure(one, narrow, tmp_path, deep=True)
-    told = found.to_json()
-    assert told["repeats"]
-    assert told["finite"]
-    assert len(told["steps"]) == true_size.STEPS
-    assert 0 < told["worst"]["relative_l2"] < 0.5
-    assert told["size"] == true_size.WHOLE
+    said = found.to_json()
+    assert said["repeats"]
+    assert said["finite"]
+    assert len(said["steps"]) == true_size.STEPS
+    assert 0 < said["worst"]["relative_l2"] < 0.5
+    assert said["size"] == true_size.WHOLE
     part = found.plan.components["transformer"]
     assert part.family == one.family
     assert set(found.errors.found["transformer"]) == set(part.layers)  # each was called
@@ -97,8 +97,8 @@ def test_a_checkpoint_is_written_once_for_the_cells_of_a_row(
 def test_every_copy_computes_with_its_own_codes(narrow: Matrix, tmp_path: Path) -> None:
     """Zeros in the last block alone change what the model gives."""
     cell = list_cells()[0]
-    made = measure(cell, narrow, tmp_path).plan
-    quantized = load_component(made.components["transformer"], made.request)
+    plan = measure(cell, narrow, tmp_path).plan
+    quantized = load_component(plan.components["transformer"], plan.request)
     true_size.deepen(quantized, cell.model)
     inputs = true_size.choose_inputs(cell.model, quantized, "cpu")
     before = flatten_output(quantized(**inputs)).clone()

@@ -37,9 +37,9 @@ LAYER = "transformer_blocks.0.attn.to_q"
 
 
 def plan_fp8(path: str | Path = FP8) -> Plan:
-    made = api.plan(Request.from_words([*FLUX, "--transformer-path", str(path)]))
-    assert isinstance(made, Plan)
-    return made
+    plan = api.plan(Request.from_words([*FLUX, "--transformer-path", str(path)]))
+    assert isinstance(plan, Plan)
+    return plan
 
 
 @pytest.fixture(scope="module")
@@ -123,15 +123,15 @@ def test_a_snapshot_of_the_hub_is_told_by_its_id(
     cache = tmp_path / "hub" / "models--some--flux-fp8"
     file = cache / "snapshots" / ("a" * 40) / "transformer" / "w.safetensors"
     (cache / "blobs").mkdir(parents=True)
-    places = validate.name_places([str(file)])
+    places = validate.name_folders([str(file)])
     assert make_portable(f"--x {file}", places) == "--x some/flux-fp8/transformer/w.safetensors"
     request = Request.from_words(["--model-path", "black-forest-labs/FLUX.1-dev"])
     assert validate.name_scope(request, [str(file)]) == "published"
     assert validate.name_scope(request, [str(tmp_path / "w.safetensors")]) == "local files"
     tiny = Request.from_words([*FLUX])
     assert validate.name_scope(tiny, [str(file)]) == "stand-in"
-    made = plan_fp8()
-    assert validate.name_base(replace(request, model_path=str(tmp_path)), made) == made.base
+    plan = plan_fp8()
+    assert validate.name_base(replace(request, model_path=str(tmp_path)), plan) == plan.base
     assert "weights that are in no repository yet" in describe_scope("local files")
 
 
@@ -179,9 +179,9 @@ def test_a_declaration_may_leave_it_alone(damaged: Path, tmp_path: Path) -> None
 
 
 def test_a_model_that_is_not_as_planned() -> None:
-    made = plan_fp8()
-    part = made.components["transformer"]
-    model = build_pipeline(made).transformer
+    plan = plan_fp8()
+    part = plan.components["transformer"]
+    model = build_pipeline(plan).transformer
     assert find_differences(part, model) == {}
     parent = model.get_submodule(LAYER.rpartition(".")[0])
     parent.to_q = torch.nn.Linear(parent.to_q.in_features, parent.to_q.out_features)
@@ -204,9 +204,9 @@ def test_a_wrong_scale_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[st
     save_file(tensors, folder / file.name)
     out = str(tmp_path / "out")
     run("--transformer-path", str(folder), "--output-path", out, code=1)
-    told = capsys.readouterr().err
-    assert f"transformer.{LAYER}: relative error" in told
-    assert f"layer {LAYER} decodes to other weights" in told
+    said = capsys.readouterr().err
+    assert f"transformer.{LAYER}: relative error" in said
+    assert f"layer {LAYER} decodes to other weights" in said
     report = json.loads((Path(out) / "validation.json").read_text())
     assert report["witness"]["transformer"]["verdict"] == "disagrees"
 

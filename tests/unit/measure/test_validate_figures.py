@@ -51,8 +51,8 @@ def test_memory_of_both_models() -> None:
     """Weights of two components together; the larger of two runs' peaks, of its own side."""
     pairs = [(make_run(1.0, peak=70), make_run(1.0, peak=30)),
              (make_run(1.0, peak=90), make_run(1.0, peak=20))]  # fmt: skip
-    base, made = make_plan(GPU, 4000, 500), make_plan(GPU, 1000, 250)
-    assert validate.describe_memory(base, made, pairs) == {
+    base, plan = make_plan(GPU, 4000, 500), make_plan(GPU, 1000, 250)
+    assert validate.describe_memory(base, plan, pairs) == {
         "bf16": {"weight_bytes": 4500, "peak_bytes": 90},
         "quantized": {"weight_bytes": 1250, "peak_bytes": 30},
     }

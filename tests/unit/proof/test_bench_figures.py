@@ -327,10 +327,10 @@ def make_bench_words(**changes: Any) -> argparse.Namespace:
 )
 def test_what_bench_is_asked_for(changes: dict[str, Any], text: str) -> None:
     if not text:
-        bench_command.check_words(make_bench_words(**changes))
+        bench_command.check_arguments(make_bench_words(**changes))
         return
     with pytest.raises(UsageError, match=text):
-        bench_command.check_words(make_bench_words(**changes))
+        bench_command.check_arguments(make_bench_words(**changes))
 
 
 @pytest.mark.parametrize("tolerance", [1.0, 1.5])

@@ -1,4 +1,4 @@
-"""Records that were edited by hand, or damaged below their keys, are refused in words."""
+"""Records that were edited by hand, or damaged below their keys, are refused as text."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def record(tables: Matrix) -> dict[str, Any]:
     run = observe_run(tables, find(tables, "fp8-flux-1@cpu+decode"))
     limits = {"layer_error": {"at_most": 0.05}, "identical": False, "repeats": True}
     latents = run.checks["latents"]
-    told = CheckResult("pass", latents.metrics, {**latents.limits, **limits})
-    whole = records.Evidence(**{**vars(run), "checks": {**run.checks, "latents": told}})
+    said = CheckResult("pass", latents.metrics, {**latents.limits, **limits})
+    whole = records.Evidence(**{**vars(run), "checks": {**run.checks, "latents": said}})
     found: dict[str, Any] = json.loads(store.encode(whole))
     return found
 
@@ -40,8 +40,8 @@ def record(tables: Matrix) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def refusal(tables: Matrix) -> dict[str, Any]:
     rule = find(tables, REFUSED).rule
-    told = {"rule": rule, "message": "no integer units"}
-    plan = {"ok": False, "refusal": told, "components": {}}
+    said = {"rule": rule, "message": "no integer units"}
+    plan = {"ok": False, "refusal": said, "components": {}}
     checks = {"refuse": CheckResult("pass", {"rule": rule}, {"rule": rule})}
     found: dict[str, Any] = json.loads(
         store.encode(observe(tables, REFUSED, plan=plan, checks=checks))
@@ -111,7 +111,7 @@ def test_a_failed_check_may_be_beyond_its_limit(record: dict[str, Any]) -> None:
     [
         (("plan", "refusal", "rule"), "other", "passed, although 'other' refused it, not"),
         (("checks", "refuse", "metrics", "rule"), "other", "although 'other' refused it, not"),
-        (("plan", "ok"), True, "passed, although the plan is no refusal"),
+        (("plan", "ok"), True, "passed, although the plan is not a refusal"),
     ],
 )
 def test_a_refusal_by_another_rule_is_no_proof(

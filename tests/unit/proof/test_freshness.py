@@ -69,9 +69,9 @@ def test_a_changed_row_comes_before_the_code(tables: Matrix, now: Now, tmp_path:
 
 def test_limits_that_were_tightened_make_a_record_fail(tables: Matrix) -> None:
     record = observe(tables, PROVEN)
-    tight = Now(list_beyond=lambda record: [f"{record.cell['model']}: too far now"])
+    tight = Now(list_exceeded=lambda record: [f"{record.cell['model']}: too far now"])
     assert judge(tables, record, tight) == ("failing", "flux-1: too far now")
-    assert judge(tables, record, Now(list_beyond=lambda record: [])) == ("proven", "")
+    assert judge(tables, record, Now(list_exceeded=lambda record: [])) == ("proven", "")
 
 
 def test_a_carried_record_stays_fresh_and_says_so(tables: Matrix, now: Now) -> None:

@@ -134,14 +134,14 @@ def test_samples_are_the_worst_of_what_passed_or_had_no_limit() -> None:
 def test_a_record_is_held_to_the_limits_as_they_are_now() -> None:
     record = make("a@cpu", 38.0)
     [sample] = limits.collect_samples({"a@cpu": record})
-    assert limits.list_beyond(record, Ledger([sample])) == []
+    assert limits.list_exceeded(record, Ledger([sample])) == []
     tighter = replace(sample, psnr_db=60.0, layer_error=0.01)
-    assert limits.list_beyond(record, Ledger([tighter])) == [
+    assert limits.list_exceeded(record, Ledger([tighter])) == [
         "psnr_db is 38, the limit is 56.4782 now",
         "layer_error is 0.0526316, the limit is 0.015 now",
     ]
-    assert "measure first" in limits.list_beyond(record, Ledger([]))[0]
-    assert limits.list_beyond(make("a@cpu", 38.0, verdict="fail"), Ledger([tighter])) == []
+    assert "measure first" in limits.list_exceeded(record, Ledger([]))[0]
+    assert limits.list_exceeded(make("a@cpu", 38.0, verdict="fail"), Ledger([tighter])) == []
 
 
 def test_a_record_without_measured_layers_is_no_sample() -> None:
@@ -325,8 +325,8 @@ def test_measuring_nothing_leaves_the_limits_as_they_were(
     before = path.read_bytes()
     capsys.readouterr()
     assert limits.main([str(tmp_path / folder), str(path)]) == 1
-    told = "not JSON" if folder == "damaged" else "stays as it is"
-    assert told in capsys.readouterr().err
+    said = "not JSON" if folder == "damaged" else "stays as it is"
+    assert said in capsys.readouterr().err
     assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         *("damaged", "empty", "limits.csv", "spread.csv"),

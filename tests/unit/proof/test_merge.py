@@ -226,8 +226,8 @@ def test_merging_into_a_folder_keeps_its_other_cells(
     output = tmp_path / "reports"
     assert command("evidence", "merge", whole, "--output-path", output) == 0
     before = shards.read_bytes(output)
-    told = {"made": "2026-11-25T10:00:00Z", "command": "another"}
-    newer = copy(record, tmp_path / "a", **told)
+    said = {"made": "2026-11-25T10:00:00Z", "command": "another"}
+    newer = copy(record, tmp_path / "a", **said)
     assert command("evidence", "merge", newer, "--output-path", output) == 0
     after = shards.read_bytes(output)
     assert [name for name in after if after[name] != before[name]] == ["cpu/row-0+decode.json"]
@@ -277,7 +277,5 @@ def test_planned_words(tables: Matrix, tmp_path: Path) -> None:
     rows.write_text('{"rows": []}')
     with pytest.raises(completeness.UsageError, match=r"include\[\]\.rows"):
         completeness.read_planned([str(rows)], tables)
-    with pytest.raises(
-        completeness.UsageError, match="neither a hardware of the tables nor a file"
-    ):
+    with pytest.raises(completeness.UsageError, match="neither hardware of the tables nor a file"):
         completeness.read_planned(["b201"], tables)

@@ -73,10 +73,10 @@ def test_no_difference_is_seldom_called_one() -> None:
 @pytest.mark.parametrize("rounds", [10, 20])
 def test_a_detectable_change_is_detected_as_often_as_promised(rounds: int) -> None:
     dice = random.Random(rounds)
-    told = sorted(measure(dice, rounds, 1.0).detectable for _ in range(400))[200]
-    slower = [measure(dice, rounds, 1 + told).verdict for _ in range(TRIALS)]
+    said = sorted(measure(dice, rounds, 1.0).detectable for _ in range(400))[200]
+    slower = [measure(dice, rounds, 1 + said).verdict for _ in range(TRIALS)]
     assert POWER - 0.1 <= slower.count(SLOWER) / TRIALS <= POWER + 0.1
-    less = [measure(dice, rounds, 1 + told / 4).verdict for _ in range(TRIALS)]
+    less = [measure(dice, rounds, 1 + said / 4).verdict for _ in range(TRIALS)]
     assert less.count(SLOWER) / TRIALS < 0.3
 
 

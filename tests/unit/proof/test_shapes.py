@@ -1,4 +1,5 @@
-"""Shapes: the published schema, by a small reader of JSON Schema of its own, and words for what is no record."""
+"""Shapes: the published schema, by a small reader of JSON Schema of its own, and words for what is
+not a record."""
 
 from __future__ import annotations
 
@@ -91,9 +92,9 @@ def schema() -> Schema:
 
 def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evidence", "schema"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told == shapes.schema()
-    assert told["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    said = json.loads(capsys.readouterr().out)
+    assert said == shapes.schema()
+    assert said["$schema"] == "https://json-schema.org/draft/2020-12/schema"
 
 
 def test_committed_records_and_benchmarks_are_of_the_schema(schema: Schema) -> None:
@@ -106,10 +107,10 @@ def test_committed_records_and_benchmarks_are_of_the_schema(schema: Schema) -> N
 
 
 def test_records_on_disk_are_read_and_written_to_the_byte() -> None:
-    told = [path.read_bytes() for path in RECORDS[::7]]
-    told = [data for data in told if b'"witness":' in data]  # older ones get an empty one
-    assert len(told) > 50
-    for data in told:
+    said = [path.read_bytes() for path in RECORDS[::7]]
+    said = [data for data in said if b'"witness":' in data]  # older ones get an empty one
+    assert len(said) > 50
+    for data in said:
         assert store.encode(store.decode(data)) == data
 
 
@@ -121,8 +122,8 @@ def example(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any]]:
     if request.param == "packet":
         name = "cpu/fp8-flux-1+decode.json"
         files = {name: {"bytes": 3, "sha256": "ab"}, packets.LATENTS: {"bytes": 4, "sha256": "cd"}}
-        told = {"cell": "fp8-flux-1@cpu+decode", "command": "quantmatrix generate", "metrics": {}}
-        return shapes.Packet, {"schema": 1, "files": files, **told}
+        said = {"cell": "fp8-flux-1@cpu+decode", "command": "quantmatrix generate", "metrics": {}}
+        return shapes.Packet, {"schema": 1, "files": files, **said}
     records = (json.loads(path.read_bytes()) for path in RECORDS)
     return shapes.Record, next(one for one in records if request.param in one["checks"])
 
@@ -198,8 +199,8 @@ def test_each_problem_names_place_expected_and_found(value: Any, kind: Any, said
 
 
 def test_every_problem_is_named_at_once() -> None:
-    told = shapes.list_problems({"versions": 1, "devices": [1, "a", 2]}, shapes.Machine, "machine")
-    assert [line.partition(":")[0] for line in told] == [
+    said = shapes.list_problems({"versions": 1, "devices": [1, "a", 2]}, shapes.Machine, "machine")
+    assert [line.partition(":")[0] for line in said] == [
         "machine.devices[0]", "machine.devices[2]", "machine.versions",
     ]  # fmt: skip
 

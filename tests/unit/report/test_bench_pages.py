@@ -34,17 +34,17 @@ def render(tables: Matrix, *results: dict[str, Any]) -> dict[str, bytes]:
 
 def test_the_page_knows_a_cells_benchmark(tables: Matrix) -> None:
     data = read_data(render(tables, bench_cell(tables, PROVEN))["index.html"])
-    [(place, told)] = data["benchmarks"].items()
+    [(place, said)] = data["benchmarks"].items()
     assert tables.cells[int(place)].id == PROVEN
-    assert told["device"] == DEVICE
-    assert told["file"] == PLACE
-    assert told["old"] == ""
-    step = next(timing for timing in told["timings"] if timing[0] == "transformer step")
+    assert said["device"] == DEVICE
+    assert said["file"] == PLACE
+    assert said["old"] == ""
+    step = next(timing for timing in said["timings"] if timing[0] == "transformer step")
     assert step[1:3] == [10.0, 8.0]
     assert step[3] == pytest.approx(0.8, rel=1e-4)
     assert step[-1] == "faster"
-    assert ["transformer weights", 2**25, 2**24] in told["memory"]
-    assert ["transformer step memory", 2**20, 2**20] in told["memory"]
+    assert ["transformer weights", 2**25, 2**24] in said["memory"]
+    assert ["transformer step memory", 2**20, 2**20] in said["memory"]
 
 
 def test_without_benchmarks_nothing_is_shown(tables: Matrix) -> None:
@@ -74,12 +74,12 @@ def test_what_changed_since_is_said(tables: Matrix, tmp_path: Path) -> None:
     cases = [{**CASES[0], "flags": "--seed 7"}, *CASES[1:]]
     changed = read.read(write_tables(tmp_path / "changed", cases))
     pages = render(changed, result)
-    [told] = read_data(pages["index.html"])["benchmarks"].values()
-    assert told["old"] == "the row changed since"
+    [said] = read_data(pages["index.html"])["benchmarks"].values()
+    assert said["old"] == "the row changed since"
     assert "2026-11-26; the row changed since" in pages["families/fp8.md"].decode()
     result["cell"] |= {"shared_digest": "sha256:0"}
-    [told] = read_data(render(changed, result)["index.html"])["benchmarks"].values()
-    assert told["old"] == "the row and the code changed since"
+    [said] = read_data(render(changed, result)["index.html"])["benchmarks"].values()
+    assert said["old"] == "the row and the code changed since"
 
 
 def test_equal_input_equal_bytes(tables: Matrix, tmp_path: Path) -> None:

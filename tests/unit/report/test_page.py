@@ -89,8 +89,8 @@ def test_every_cell_is_there_with_its_state_and_record(tables: Matrix) -> None:
     evidence = {name: observe(tables, name) for name in (PROVEN, REFUSED)}
     data = read_data(render(tables, evidence))
     assert len(data["cells"]) == len(tables.cells)
-    for cell, told in zip(tables.cells, data["cells"], strict=True):
-        row, place, backend, state, scope, claim, rule, reason, offer, record, others = told
+    for cell, said in zip(tables.cells, data["cells"], strict=True):
+        row, place, backend, state, scope, claim, rule, reason, offer, record, others = said
         name, family, model, checkpoint = data["rows"][row]
         assert (name, data["hardware"][place][0], backend) == (
             cell.row,
@@ -115,17 +115,17 @@ def test_every_cell_is_there_with_its_state_and_record(tables: Matrix) -> None:
 def test_a_record_keeps_what_a_reader_wants(tables: Matrix) -> None:
     record = observe_run(tables, find(tables, PROVEN))
     data = read_data(render(tables, {PROVEN: record}))
-    [told] = data["records"]
-    latents = next(check for check in told["checks"] if check["name"] == "latents")
+    [said] = data["records"]
+    latents = next(check for check in said["checks"] if check["name"] == "latents")
     assert latents["steps"][1] == [49.0, 0.9999, 0.02]
     assert ["psnr_db.at_least", 40.5] in data["shared"][latents["limits"]]
     assert ["layers.transformer.worst", 0.0337] in latents["metrics"]
     assert not any(name.startswith("steps") for name, _ in latents["metrics"])
-    assert ["instruction_sets", "avx2, avx512f"] in data["shared"][told["machine"]]
-    assert ["torch", "2.13.0+cpu"] in data["shared"][told["versions"]]
-    assert ["backends.decode", 40] in data["shared"][told["plan"]]["transformer"]
-    assert told["timings"]["denoise"] == 0.25
-    assert told["file"] == "evidence/cpu/fp8-flux-1+decode.json"
+    assert ["instruction_sets", "avx2, avx512f"] in data["shared"][said["machine"]]
+    assert ["torch", "2.13.0+cpu"] in data["shared"][said["versions"]]
+    assert ["backends.decode", 40] in data["shared"][said["plan"]]["transformer"]
+    assert said["timings"]["denoise"] == 0.25
+    assert said["file"] == "evidence/cpu/fp8-flux-1+decode.json"
 
 
 def observe_pictures(tables: Matrix, name: str, found: Any) -> Evidence:
@@ -201,7 +201,7 @@ def test_hundreds_of_cells_are_one_page(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_cosines_of_a_witness_are_on_the_page() -> None:
-    told = dict(page_data.describe_witness(WITNESSED["transformer"]))
-    assert told["verdict"] == "agrees"
-    assert told["base"] == "some/flux1"
-    assert told["cosine of fp8: blocks.{i}.ff"] == 0.9996
+    said = dict(page_data.describe_witness(WITNESSED["transformer"]))
+    assert said["verdict"] == "agrees"
+    assert said["base"] == "some/flux1"
+    assert said["cosine of fp8: blocks.{i}.ff"] == 0.9996

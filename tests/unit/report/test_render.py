@@ -132,8 +132,8 @@ def test_a_record_of_another_architecture_proves_nothing(tables: Matrix) -> None
     for machine, state in (("nvidia sm90", "proven"), ("cpu cpu", "stale")):
         vendor, arch = machine.split()
         record = observe(tables, cell.id)
-        told = {**record.plan, "machine": {"vendor": vendor, "arch": arch, "name": "x"}}
-        found = report_render.explain_state(cell, replace(record, plan=told), tables)
+        said = {**record.plan, "machine": {"vendor": vendor, "arch": arch, "name": "x"}}
+        found = report_render.explain_state(cell, replace(record, plan=said), tables)
         assert found[0] == state
     assert found[1] == "made on cpu cpu, h100 is nvidia sm90"
 
@@ -202,8 +202,8 @@ def test_family_page(tables: Matrix, observed: dict[str, Evidence]) -> None:
     )
     assert "| 41.25 | 0.9991 | 0.01234 | 2.13.0 | 2026-11-23 |" in text
     assert "generate: psnr_db 3 at the worst step more" in text
-    told = text.split("`fp8-flux-1`\n\n")[1]
-    ran, offered = told.split("With the published repository: not yet run")[:2]
+    said = text.split("`fp8-flux-1`\n\n")[1]
+    ran, offered = said.split("With the published repository: not yet run")[:2]
     assert f"Ran (stand-in, `{PROVEN}`)" in ran
     for part in (ran, offered):
         assert "quantmatrix generate \\\n  --model-path some/flux-1 \\\n" in part

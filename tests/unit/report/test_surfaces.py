@@ -66,15 +66,15 @@ def read_surfaces(reports: Path, capsys: pytest.CaptureFixture[str]) -> Callable
         lines = csv.DictReader(io.StringIO((reports / "support-matrix.csv").read_text()))
         page = read_data((reports / "index.html").read_bytes())
         states = [page["states"][cell[3]] for cell in page["cells"]]
-        told = {}
+        said = {}
         for cell in matrix.read().cells:
             found = ask("explain", "--checkpoint", cell.checkpoint, "--hardware", cell.hardware)
-            told |= {one["cell"]: one["state"] for one in found["cells"] if one["cell"]}
+            said |= {one["cell"]: one["state"] for one in found["cells"] if one["cell"]}
         return {
             "matrix list": listed,
             "csv": {line["id"]: line["state"] for line in lines},
             "page": dict(zip(listed, states, strict=True)),
-            "explain": told,
+            "explain": said,
             "agreement": check_lives(ask("agreement"), listed),
         }
 

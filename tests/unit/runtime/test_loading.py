@@ -370,9 +370,9 @@ def test_algorithms_that_no_family_takes_are_refused_by_name(
     with pytest.raises(CheckpointError, match=message):
         load_transformer(str(flux), transformer_path=str(copy))
     assert main.main(["inspect", str(copy)]) == 0
-    told = capsys.readouterr().out
-    assert f"transformer: unknown quantization ({copy}" in told
-    assert algorithm in told
+    said = capsys.readouterr().out
+    assert f"transformer: unknown quantization ({copy}" in said
+    assert algorithm in said
 
 
 def test_quantized_tensors_without_a_declaration(
@@ -512,9 +512,9 @@ def test_online_quantization_of_codes(flux: Path, tmp_path: Path) -> None:
 
 
 def test_online_quantization_tells_of_the_expert_that_it_leaves_alone() -> None:
-    made = quantmatrix.plan(model_path=str(find(BASES["wan-2-2"])), quantization="fp8")
-    assert made.components["transformer_2"].family is None
-    assert any("transformer_2 is loaded as it is stored" in text for text in made.warnings)
+    plan = quantmatrix.plan(model_path=str(find(BASES["wan-2-2"])), quantization="fp8")
+    assert plan.components["transformer_2"].family is None
+    assert any("transformer_2 is loaded as it is stored" in text for text in plan.warnings)
 
 
 def test_online_quantization_of_a_quantized_checkpoint(copy: Path, flux: Path) -> None:
@@ -525,9 +525,9 @@ def test_online_quantization_of_a_quantized_checkpoint(copy: Path, flux: Path) -
 def test_wan_override_leaves_the_second_expert_alone() -> None:
     base = str(find(BASES["wan-2-2"]))
     override = str(find("BBuf/wan22-t2v-a14b-modelopt-fp8-sglang-transformer"))
-    made = quantmatrix.plan(model_path=base, component_paths={"transformer": override})
-    assert made.components["transformer"].family == "modelopt-fp8"
-    assert made.components["transformer_2"].family is None
+    plan = quantmatrix.plan(model_path=base, component_paths={"transformer": override})
+    assert plan.components["transformer"].family == "modelopt-fp8"
+    assert plan.components["transformer_2"].family is None
     both = quantmatrix.plan(
         model_path=base, component_paths={"transformer": override, "transformer_2": override}
     )

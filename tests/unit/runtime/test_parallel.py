@@ -66,14 +66,14 @@ def test_model_without_a_plan_is_refused_by_name(capfd: pytest.CaptureFixture[st
 
 def test_what_cannot_be_shared_is_said_before_anything_starts() -> None:
     request = Request.from_words([*FLUX, "--tiny", "--device", "cpu"])
-    made = api.require_plan(request)
+    plan = api.require_plan(request)
 
     def share(count: int, **changes: Any) -> Plan:
         asked = replace(request, nproc_per_node=count, **changes.pop("request", {}))
-        return sharing.share(replace(made, request=asked, **changes))
+        return sharing.share(replace(plan, request=asked, **changes))
 
-    assert (share(1), share(2).processes) == (replace(made, request=request), 2)
-    gpus = replace(made.machine, device="cuda", count=3)
+    assert (share(1), share(2).processes) == (replace(plan, request=request), 2)
+    gpus = replace(plan.machine, device="cuda", count=3)
     for count, changes, message in (
         (0, {}, "expected 1 or more"),
         (3, {}, "transformer has 2 attention heads"),
@@ -91,11 +91,11 @@ def test_what_cannot_be_shared_is_said_before_anything_starts() -> None:
 
 
 def test_a_stand_in_with_few_heads_says_that_it_takes_fewer_processes() -> None:
-    made = api.require_plan(
+    plan = api.require_plan(
         Request.from_words([*FLUX, "--tiny", "--nproc-per-node", "4"], hardware="rtx-5090-x4")
     )
-    assert made.processes == made.to_json()["processes"] == 2
-    assert "--nproc-per-node 4: 2 processes share the heads of the tiny stand-in" in made.warnings
+    assert plan.processes == plan.to_json()["processes"] == 2
+    assert "--nproc-per-node 4: 2 processes share the heads of the tiny stand-in" in plan.warnings
 
 
 def test_plan_refuses_what_cannot_be_shared(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,18 +111,18 @@ def test_plan_refuses_what_cannot_be_shared(capsys: pytest.CaptureFixture[str]) 
 def test_a_run_together_is_a_run_and_a_failure_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*FLUX, "--tiny", "--device", "cpu", "--height", "32", "--width", "32"]
     request = Request.from_words([*words, "--num-inference-steps", "1", "--nproc-per-node", "2"])
-    made = api.require_plan(request)
+    plan = api.require_plan(request)
     with pytest.raises(UsageError, match=r"2 processes, this is one of none: see .*together"):
         api.generate(request)
     monkeypatch.setattr(parallel, "subprocess", SimpleNamespace(run=context_parallel.answer))
-    run = parallel.generate_together(made.request, made)
-    assert run.plan is made
+    run = parallel.generate_together(plan.request, plan)
+    assert run.plan is plan
     assert (len(run.latents), run.media[0].size, run.calls) == (1, (32, 32), {"transformer": 1})
     alone = api.generate(replace(request, nproc_per_node=1))
     context_parallel.check_latents(alone.latents, run.latents, ROUNDING)
     monkeypatch.setattr(parallel, "name_launcher", lambda processes: [sys.executable])
     with pytest.raises(QuantmatrixError, match=r"2 processes gave no run: \w*Error: .*RANK"):
-        parallel.generate_together(made.request, made)
+        parallel.generate_together(plan.request, plan)
 
 
 def test_an_interruption_ends_the_processes_that_share_the_work(

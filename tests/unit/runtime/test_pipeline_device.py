@@ -28,9 +28,9 @@ def test_numbered_accelerators_become_current(
 
 
 def test_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = plan(Request(model_path="black-forest-labs/FLUX.1-dev", tiny=True, device="cpu"))
-    assert isinstance(made, Plan)
-    elsewhere = replace(made, machine=replace(made.machine, device="cuda:1"))
+    planned = plan(Request(model_path="black-forest-labs/FLUX.1-dev", tiny=True, device="cpu"))
+    assert isinstance(planned, Plan)
+    elsewhere = replace(planned, machine=replace(planned.machine, device="cuda:1"))
 
     def stop(device: str) -> None:
         raise LookupError(device)

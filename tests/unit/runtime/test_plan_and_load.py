@@ -3,7 +3,7 @@
 Every checkpoint of the tables is planned from headers in which tensors were dropped, renamed,
 reshaped, cast, doubled, moved or prefixed. What the plan takes must load, and decode, from tensors
 of exactly those dtypes and shapes whose numbers are harmless, so that a failure can only have a
-reason that a header shows. What it refuses, it refuses in words.
+reason that a header shows. What it refuses, it refuses as text.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def double(chance: random.Random, tensors: Tensors) -> None:
 
 
 def translate(chance: random.Random, tensors: Tensors) -> None:
-    """A name of another layout beside, or in place of, the one that is there."""
+    """A name of another layout beside, or instead of, the one that is there."""
     rules = [
         rule
         for model in models.IDS
@@ -265,10 +265,10 @@ class Files:
         monkeypatch.setattr(LocalFolder, "contents", contents)
         monkeypatch.setattr(TensorReader, "read", read)
 
-    def change(self, made: Plan, seed: str) -> list[str]:
+    def change(self, planned: Plan, seed: str) -> list[str]:
         """Change the headers of the plan's first component; the names of what was done."""
         chance = random.Random(seed)
-        checkpoint = next(iter(made.components.values())).checkpoint
+        checkpoint = next(iter(planned.components.values())).checkpoint
         originals = {
             file: self.real_header(LocalFolder(Path(file).parent), Path(file).name)
             for file in checkpoint.files
@@ -285,12 +285,12 @@ class Files:
 
 
 def decide(request: Request) -> Plan | None:
-    """The plan, or None where it refuses in words."""
+    """The plan, or None where it refuses as text."""
     try:
-        made = plan(request)
+        planned = plan(request)
     except (CheckpointError, UsageError, RefusedError):
         return None
-    return made if isinstance(made, Plan) else None
+    return planned if isinstance(planned, Plan) else None
 
 
 @pytest.mark.parametrize("checkpoint", list_cells())
@@ -304,14 +304,14 @@ def test_what_a_plan_takes_can_be_loaded(checkpoint: str, monkeypatch: pytest.Mo
         seed = f"{checkpoint} {number}"
         done = files.change(whole, seed)
         try:
-            made = decide(request)
+            planned = decide(request)
         except Exception as error:
             raise AssertionError(f"{seed}: {done}: no words from the plan") from error
-        if made is None:
+        if planned is None:
             refused += 1
             continue
         taken += 1
-        part = next(iter(made.components.values()))
+        part = next(iter(planned.components.values()))
         try:
             load_component(part, request)
             with TensorReader(part.checkpoint, "cpu") as reader:

@@ -37,10 +37,12 @@ def test_a_kernel_gives_way_to_another_where_the_run_is_too_large() -> None:
     assert 30 * 52 * 21 + 512 < CUTLASS_ROWS < 45 * 80 * 21 + 512
     found = {}
     for name, size in (("small", SMALL), ("large", LARGE)):
-        made = plan(Request(**WAN, **size, fp4_gemm_backend="cutlass"))
-        assert isinstance(made, Plan)
-        found[name] = made
-    backends = {name: set(made.components["transformer"].backends) for name, made in found.items()}
+        planned = plan(Request(**WAN, **size, fp4_gemm_backend="cutlass"))
+        assert isinstance(planned, Plan)
+        found[name] = planned
+    backends = {
+        name: set(planned.components["transformer"].backends) for name, planned in found.items()
+    }
     assert backends["small"] == {"flashinfer-cutlass"}
     assert "flashinfer-cutlass" not in backends["large"]
     said = [text for text in found["large"].warnings if f"at most {CUTLASS_ROWS} rows" in text]
@@ -50,6 +52,6 @@ def test_a_kernel_gives_way_to_another_where_the_run_is_too_large() -> None:
 
 
 def test_a_backend_that_was_asked_for_alone_is_refused() -> None:
-    made = plan(Request(**WAN, **LARGE, backend="flashinfer-cutlass"))
-    assert isinstance(made, Refusal)
-    assert f"takes inputs of at most {CUTLASS_ROWS} rows" in made.message
+    planned = plan(Request(**WAN, **LARGE, backend="flashinfer-cutlass"))
+    assert isinstance(planned, Refusal)
+    assert f"takes inputs of at most {CUTLASS_ROWS} rows" in planned.message

@@ -141,10 +141,10 @@ def test_a_missing_video_writer_is_said_before_the_work(
         "quantmatrix.runtime.pipeline.build_pipeline", lambda *_, **__: pytest.fail("loaded")
     )
     assert main([*words, "--output-path", str(tmp_path)]) == ENVIRONMENT_UNUSABLE
-    told = json.loads(capsys.readouterr().out)["error"]
-    assert told["type"] == "MissingPackageError"
-    assert told["message"].startswith("imageio-ffmpeg: not installed")
-    assert "pip install imageio-ffmpeg" in told["message"]
+    said = json.loads(capsys.readouterr().out)["error"]
+    assert said["type"] == "MissingPackageError"
+    assert said["message"].startswith("imageio-ffmpeg: not installed")
+    assert "pip install imageio-ffmpeg" in said["message"]
 
 
 def test_guidance_and_size_reach_the_pipeline() -> None:
@@ -166,24 +166,24 @@ def test_layerwise_offload_of_every_modelopt_checkpoint(checkpoint: str) -> None
         words += [row.selector, row.reference]
     else:
         words[2] = row.reference
-    made = plan(Request.from_words([*words, "--dit-layerwise-offload"]))
-    assert isinstance(made, Plan)
-    assert made.layerwise_offload
-    pipeline = build_pipeline(replace(made, layerwise_offload=False))
-    resident = generate(made.request, made=made, pipeline=pipeline)
+    planned = plan(Request.from_words([*words, "--dit-layerwise-offload"]))
+    assert isinstance(planned, Plan)
+    assert planned.layerwise_offload
+    pipeline = build_pipeline(replace(planned, layerwise_offload=False))
+    resident = generate(planned.request, plan=planned, pipeline=pipeline)
     assert any(resident.to_json()["quantized_layers"].values())
-    strides = read_strides(pipeline, made)
-    enable_layerwise(pipeline, made, "cpu")
-    streamed = generate(made.request, made=made, pipeline=pipeline)
-    assert read_strides(pipeline, made) == strides
+    strides = read_strides(pipeline, planned)
+    enable_layerwise(pipeline, planned, "cpu")
+    streamed = generate(planned.request, plan=planned, pipeline=pipeline)
+    assert read_strides(pipeline, planned) == strides
     assert all(a.equal(b) for a, b in zip(streamed.latents, resident.latents, strict=True))
 
 
-def read_strides(pipeline: Any, made: Plan) -> dict[str, tuple[int, ...]]:
+def read_strides(pipeline: Any, planned: Plan) -> dict[str, tuple[int, ...]]:
     """Strides of everything that the transformers keep."""
     return {
         f"{component}.{name}": tensor.stride()
-        for component in made.components
+        for component in planned.components
         for name, tensor in getattr(pipeline, component).state_dict().items()
     }
 

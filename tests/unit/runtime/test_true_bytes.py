@@ -25,10 +25,10 @@ GIB = 2**30
 
 
 def make_plan(*words: str, hardware: str | None = None, memory: float = 0, **changes: Any) -> Plan:
-    made = plan(Request.from_words([*words], hardware=hardware))
-    assert isinstance(made, Plan)
-    machine = replace(made.machine, memory_bytes=int(memory * GIB))
-    return replace(made, machine=machine, **changes)
+    planned = plan(Request.from_words([*words], hardware=hardware))
+    assert isinstance(planned, Plan)
+    machine = replace(planned.machine, memory_bytes=int(memory * GIB))
+    return replace(planned, machine=machine, **changes)
 
 
 def count_linear(model: str) -> int:
@@ -54,8 +54,8 @@ def test_a_kernel_that_keeps_codes_needs_half() -> None:
 
 
 def test_what_fits_is_no_warning() -> None:
-    made = make_plan(*FLUX, *FP8, hardware="h200", memory=141)
-    assert true_bytes.explain_fit(true_bytes.measure_all(made), made) is None
+    planned = make_plan(*FLUX, *FP8, hardware="h200", memory=141)
+    assert true_bytes.explain_fit(true_bytes.measure_all(planned), planned) is None
 
 
 @pytest.mark.parametrize(
@@ -77,12 +77,12 @@ def test_what_fits_is_no_warning() -> None:
 def test_the_gentlest_offload_is_named(
     words: list[str], memory: float, offload: dict[str, bool], advice: str | None
 ) -> None:
-    made = make_plan(*words, memory=memory, **offload)
-    told = true_bytes.explain_fit(true_bytes.measure_all(made), made)
-    assert (told is None) == (advice is None)
-    if advice and told:
-        assert advice in told
-        assert f"has {memory:.1f} GiB" in told
+    planned = make_plan(*words, memory=memory, **offload)
+    said = true_bytes.explain_fit(true_bytes.measure_all(planned), planned)
+    assert (said is None) == (advice is None)
+    if advice and said:
+        assert advice in said
+        assert f"has {memory:.1f} GiB" in said
 
 
 def test_a_layer_of_no_block_is_never_offloaded() -> None:

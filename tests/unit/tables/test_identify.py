@@ -47,7 +47,7 @@ def test_auto_is_the_row_of_the_machine(name: str, monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_a_machine_that_is_no_row_says_what_it_is(machine: Machine) -> None:
-    with pytest.raises(MachineError, match=rf"{machine.name} .*{machine.arch}.* is no row of"):
+    with pytest.raises(MachineError, match=rf"{machine.name} .*{machine.arch}.* is not a row of"):
         identify.find_row(machine, ROWS.values())
 
 
@@ -136,7 +136,7 @@ def test_a_run_on_auto_tests_the_rows_of_this_machine(project: Path, tmp_path: P
     import torch
 
     if torch.cuda.is_available():
-        pytest.skip("this machine is no row of the small tables")
+        pytest.skip("this machine is not a row of the small tables")
     words = ["--hardware", "auto", "--backend", "reference", "-n", "2"]
     code, output = shards.run(project, tmp_path, *words)
     assert code == 0, output

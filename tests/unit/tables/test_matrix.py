@@ -109,7 +109,7 @@ def test_a_checkpoint_named_by_model_path_replaces_the_base(folder: Path) -> Non
     set_cell(folder, "checkpoints", 2, "form", "pipeline")
     set_cell(folder, "checkpoints", 2, "selector", "--model-path")
     tables = read.read(folder)
-    assert tables.checkpoints["flux-1-fp8"].words == ("--model-path", "some/flux1-fp8")
+    assert tables.checkpoints["flux-1-fp8"].arguments == ("--model-path", "some/flux1-fp8")
     assert "some/flux-1" in tables.checkpoints["flux-1-fp8"].repositories
 
 
@@ -145,9 +145,15 @@ ONE_EDIT = [
     ("cases", 2, "family", "msmodelslim", "family: msmodelslim, but flux-1-fp8 is of fp8"),
     ("cases", 2, "model", "flux-2", "model: flux-2, but flux-1-fp8 is of flux-1"),
     ("cases", 2, "hardware", "cpu h300", r'hardware: "h300" is not one of cpu, h100, b200, all'),
-    ("cases", 2, "hardware", "cpu cpu", 'hardware: "cpu" stands there twice'),
+    ("cases", 2, "hardware", "cpu cpu", 'hardware: "cpu" is repeated'),
     ("cases", 2, "hardware", "cpu all", "hardware: cpu is named twice, once by a group"),
-    ("cases", 2, "backend", "decode decode", 'backend: "decode" is no name, or stands there twice'),
+    (
+        "cases",
+        2,
+        "backend",
+        "decode decode",
+        'backend: "decode" is not a valid name, or is repeated',
+    ),
     ("cases", 2, "checks", "load lattents", 'checks: "lattents" is not one of load, latents, '),
     ("cases", 2, "checks", "", "checks: blank"),
     ("cases", 2, "checks", "load refuse", "checks: refuse, but the row is not refused"),
@@ -224,16 +230,22 @@ ONE_EDIT = [
     ("checkpoints", 2, "reference", "some/flux-1", "reference: some/flux-1 is its own base"),
     ("models", 2, "repo", "some/flux-2", "repo: some/flux-2 is the repo of line 2, too", 3),
     ("models", 2, "repo", "a b", 'repo: "a b" is no hub id and no path'),
-    ("models", 3, "transformers", "b b", 'transformers: "b" stands there twice'),
+    ("models", 3, "transformers", "b b", 'transformers: "b" is repeated'),
     ("hardware", 2, "vendor", "nvidia", 'arch: "cpu" is none of nvidia, expected sm'),
     ("hardware", 3, "arch", "gfx942", 'arch: "gfx942" is none of nvidia, expected sm'),
     ("hardware", 3, "arch", "sm9000", 'arch: "sm9000" is none of nvidia, expected sm'),
-    ("hardware", 3, "group", "all", '"all" is a word for other hardware; take another name'),
-    ("hardware", 3, "group", "auto", '"auto" is a word for other hardware; take another name'),
-    ("hardware", 4, "id", "auto", '"auto" is a word for other hardware; take another name'),
-    ("hardware", 3, "group", "fast fast", 'group: "fast" stands there twice'),
-    ("hardware", 3, "group", "Fast!", 'group: "Fast!" is no name'),
-    ("hardware", 3, "packages", "a/b", 'packages: "a/b" is no name'),
+    ("hardware", 3, "group", "all", '"all" already stands for other hardware; choose another name'),
+    (
+        "hardware",
+        3,
+        "group",
+        "auto",
+        '"auto" already stands for other hardware; choose another name',
+    ),
+    ("hardware", 4, "id", "auto", '"auto" already stands for other hardware; choose another name'),
+    ("hardware", 3, "group", "fast fast", 'group: "fast" is repeated'),
+    ("hardware", 3, "group", "Fast!", 'group: "Fast!" is not a valid name'),
+    ("hardware", 3, "packages", "a/b", 'packages: "a/b" is not a valid name'),
     ("hardware", 3, "memory_gib", "1_0", 'memory_gib: "1_0" is not a number of GiB'),
     ("hardware", 3, "devices", "9" * 5000, "is not a number from 1"),
 ]

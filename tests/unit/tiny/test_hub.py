@@ -193,7 +193,7 @@ def test_a_slower_process_keeps_what_the_quicker_one_made(
     for reference in ("quantmatrix/wan-2-2-fp8-single-file", "/path/to/base-model"):
         hub.ensure(reference, tmp_path, tables)
         before = list_hashes(tmp_path)
-        place = hub.place_of(reference, tmp_path)
+        place = hub.path_of(reference, tmp_path)
         asked: list[Path] = []
 
         def exists(path: Path, *, place: Path = place, asked: list[Path] = asked) -> bool:

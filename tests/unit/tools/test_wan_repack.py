@@ -238,7 +238,7 @@ def test_other_weights_beside_an_expert_are_left_alone(quantized, tmp_path, name
 
 
 def test_shards_that_an_index_lists_must_all_be_there(quantized, tmp_path, capsys):
-    """msmodelslim's own index counts: a shard that is missing is not left out without a word."""
+    """msmodelslim's own index counts: a shard that is missing is not left out silently."""
     (quantized / "low_noise_model" / "quant_model_weights-00002-of-00002.safetensors").unlink()
     words = ["--input-path", str(quantized), "--output-path", str(tmp_path / "out")]
     assert wan_repack.main(words) == 1
@@ -388,7 +388,7 @@ def test_half_a_set_of_flags_is_refused(capsys):
 
 @pytest.mark.parametrize("place", ["", "high_noise_model"])
 def test_a_folder_that_was_not_converted_is_told_so(quantized, place):
-    """The folder that msmodelslim wrote, in place of the one that this tool makes of it."""
+    """The folder that msmodelslim wrote, instead of the one that this tool makes of it."""
     (quantized / "high_noise_model" / "config.json").write_text('{"_class_name": "WanModel"}')
     with pytest.raises(CheckpointError, match=r"convert it with .*wan_repack"):
         plan(model_path=str(quantized / place))

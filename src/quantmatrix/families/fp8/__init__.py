@@ -79,9 +79,9 @@ def detect(checkpoint: Checkpoint) -> str | None:
         return f"quant_method fp8 in {checkpoint.quantization_from}"
     if is_fp8r(checkpoint):
         return f"quantization {FP8R} in the header of {checkpoint.files[0]}"
-    words = set(read_formats(block).values())
-    formats = {word for word in words if "float8" in word}
-    if "quant_method" not in block and formats and "nvfp4" not in words:
+    declared_formats = set(read_formats(block).values())
+    formats = {name for name in declared_formats if "float8" in name}
+    if "quant_method" not in block and formats and "nvfp4" not in declared_formats:
         return f"layers of format {', '.join(sorted(formats))} in {checkpoint.quantization_from}"
     return None
 
@@ -102,7 +102,7 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
             continue
         if declared.is_left_alone(layer):
             raise CheckpointError(
-                f"{declared.place}: says that {layer} is left alone, but {header.file} stores it "
+                f"{declared.source}: says that {layer} is left alone, but {header.file} stores it "
                 "as F8_E4M3: correct the list, or quantize again"
             )
         found[layer] = find_scheme(checkpoint, declared, layer, suffixes)
@@ -113,7 +113,7 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     absent = [layer for layer in absent if layer not in layers]
     if absent:
         raise CheckpointError(
-            f"{declared.place}: lists {absent[0]} as {declared.formats[absent[0]]}, but "
+            f"{declared.source}: lists {absent[0]} as {declared.formats[absent[0]]}, but "
             f"{', '.join(checkpoint.files)} have no such layer: expected the names of the tensors"
         )
     check_others(checkpoint, found)
@@ -137,7 +137,7 @@ def check_plain(
         )
     if declared.is_coded(layer):
         raise CheckpointError(
-            f"{declared.place}: lists {layer} as {declared.formats[layer]}, but its "
+            f"{declared.source}: lists {layer} as {declared.formats[layer]}, but its "
             f"weight is {dtype}: expected F8_E4M3. {AGAIN}"
         )
 
@@ -166,7 +166,7 @@ def find_scheme(
         name = f"{layer}.input_scale"
         raise CheckpointError(
             f"{checkpoint.tensors[name].file}: tensor {name} is a static activation scale, but "
-            f"{declared.place} declares dynamic activations: declare activation_scheme static, or "
+            f"{declared.source} declares dynamic activations: declare activation_scheme static, or "
             "leave the scales out"
         )
     return scheme
@@ -189,7 +189,7 @@ def check_tensors(checkpoint: Checkpoint, layer: str, scheme: Scheme, header: Te
             raise CheckpointError(
                 f"{header.file}: tensor {layer}.{suffix} is missing beside {layer}.weight "
                 f"({header.dtype}): expected {expected}; a missing scale is never assumed to be 1. "
-                f"{name_stranger(checkpoint, layer)}{AGAIN}"
+                f"{hint_older_name(checkpoint, layer)}{AGAIN}"
             )
         if found.dtype not in spec.dtypes or found.shape not in spec.shapes:
             raise CheckpointError(
@@ -198,7 +198,7 @@ def check_tensors(checkpoint: Checkpoint, layer: str, scheme: Scheme, header: Te
             )
 
 
-def name_stranger(checkpoint: Checkpoint, layer: str) -> str:
+def hint_older_name(checkpoint: Checkpoint, layer: str) -> str:
     """A hint where a layer's scale has the name that older ComfyUI files give it."""
     if f"{layer}.scale_weight" not in checkpoint.tensors:
         return ""
@@ -249,7 +249,7 @@ def doubts(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> list[str]:
     first = forgotten[0]
     return [
         f"{first.file}: {first.name} is {first.dtype}, while its like in other blocks is quantized "
-        f"and {declared.place} does not leave it alone; {len(forgotten)} such layers are computed "
+        f"and {declared.source} does not leave it alone; {len(forgotten)} such layers are computed "
         "in full precision"
     ]
 
@@ -296,12 +296,12 @@ def quantize(
     else:
         spread = scale.unsqueeze(-1) if scale.ndim else scale
     suffix = "weight_scale_inv" if scheme.scale == "block" else "weight_scale"
-    made = {"weight": round_e4m3(exact / spread), suffix: scale}
+    stored_form = {"weight": round_e4m3(exact / spread), suffix: scale}
     if scheme.activation == "tensor-static":
         if calibration is None:
             raise UsageError("static activation scales need a calibration")
-        made["input_scale"] = calibration.amax.float().amax().clamp_min(1e-12) / E4M3_MAX
-    return made if bias is None else {**made, "bias": bias}
+        stored_form["input_scale"] = calibration.amax.float().amax().clamp_min(1e-12) / E4M3_MAX
+    return stored_form if bias is None else {**stored_form, "bias": bias}
 
 
 def cut_rows(
@@ -328,12 +328,12 @@ def canonical(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, t
     scale = stored[name].float()
     if scheme.scale != "block":
         scale = scale.reshape(-1, 1) if scheme.scale == "channel" else scale.reshape(())
-    made = {"weight": stored["weight"], "weight_scale": scale}
+    stored_form = {"weight": stored["weight"], "weight_scale": scale}
     if scheme.activation == "tensor-static":
-        made["input_scale"] = stored["input_scale"].float().reshape(())
+        stored_form["input_scale"] = stored["input_scale"].float().reshape(())
     if "bias" in stored:
-        made["bias"] = stored["bias"]
-    return made
+        stored_form["bias"] = stored["bias"]
+    return stored_form
 
 
 def dequantize(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:

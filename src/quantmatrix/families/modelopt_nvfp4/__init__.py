@@ -40,14 +40,14 @@ from quantmatrix.families.modelopt_nvfp4.layouts import find_layout, require_lay
 from quantmatrix.families.producers.comfyui import read_whole_inputs
 from quantmatrix.families.producers.modelopt import (
     MIXED,
-    NVFP4_WORDS,
+    NVFP4_ALGORITHMS,
     WEIGHT_ONLY,
     StoredLayer,
     is_nvfp4,
     judge_layer,
     list_tensors,
     read_block,
-    read_words,
+    read_method,
 )
 from quantmatrix.families.producers.modelopt_faults import check_export, list_doubts
 from quantmatrix.families.protocol import Calibration, Declaration
@@ -68,15 +68,15 @@ SCHEMES: Mapping[str, Scheme] = {
     "NVFP4_SVD": replace(NVFP4, name="NVFP4_SVD", rank=32, smoothed=True),
     WEIGHT_ONLY: replace(NVFP4, name=WEIGHT_ONLY, activation="none"),
 }
-ALGORITHMS = (*NVFP4_WORDS, MIXED)
+ALGORITHMS = (*NVFP4_ALGORITHMS, MIXED)
 FORMATS = {"linear.nvfp4": "nvfp4", "linear.fp8": "float8_e4m3fn"}
-"""Words for the layers of a raw file in its header."""
+"""Names that a raw file's header gives its layers' formats."""
 
 
 def detect(checkpoint: Checkpoint) -> str | None:
     """What declares NVFP4, or the first layer whose tensors show it."""
     block = read_block(checkpoint)
-    method, algorithm = read_words(block)
+    method, algorithm = read_method(block)
     if method.startswith("modelopt"):
         return judge_declaration(checkpoint, method, algorithm)
     if method or checkpoint.description is not None:
@@ -88,7 +88,7 @@ def detect(checkpoint: Checkpoint) -> str | None:
 
 
 def judge_declaration(checkpoint: Checkpoint, method: str, algorithm: str) -> str | None:
-    """The reason in words when method and algorithm mean this family, or None.
+    """The reason as text when method and algorithm mean this family, or None.
 
     Raises CheckpointError where the two contradict each other.
     """
@@ -111,8 +111,8 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     declares the layout.
     """
     block = read_block(checkpoint)
-    whole = read_words(block)[1]
-    declared, whole_inputs = read_layer_words(block), read_whole_inputs(block)
+    whole = read_method(block)[1]
+    declared, whole_inputs = read_layer_algorithms(block), read_whole_inputs(block)
     coded = any(h.dtype == "U8" and n.endswith(".weight") for n, h in checkpoint.tensors.items())
     swap, tiled = require_layout(checkpoint) if coded else (False, False)
     layout = replace(NVFP4, swap_nibbles=swap, tiled_scales=tiled)
@@ -149,7 +149,7 @@ def doubts(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> list[str]:
 
 
 def doubt_tiles(checkpoint: Checkpoint) -> str | None:
-    """What a header leaves open: whether ModelOpt was told to put its block scales into tiles.
+    """What a header leaves open: whether ModelOpt was asked to put its block scales into tiles.
 
     Neither shapes nor config.json tell (`enable_swizzle_layout`), but only exports with this option
     or one of its neighbours repeat the configuration in the header. Our builders write it, too, and
@@ -177,7 +177,7 @@ def layout(checkpoint: Checkpoint) -> Layout | None:
     return find_layout(checkpoint) if coded else None
 
 
-def read_layer_words(block: Mapping[str, Any]) -> dict[str, str]:
+def read_layer_algorithms(block: Mapping[str, Any]) -> dict[str, str]:
     """quant_algo of each layer that a MIXED_PRECISION block lists."""
     listed = block.get("quantized_layers") or {}
     return {layer: str(entry.get("quant_algo") or "").upper() for layer, entry in listed.items()}
@@ -276,7 +276,7 @@ def find_smoothing(
 def split_low_rank(
     weight: torch.Tensor, rank: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(a [rank, K], b [N, rank]) of the largest singular directions; zeros beyond the full rank.
+    """(a [rank, K], b [N, rank]) of the largest singular directions; zeros past the full rank.
 
     The weight is [N, K] of any float dtype, the factors are of `dtype`.
     """
@@ -365,17 +365,17 @@ def declare(
         layers = {layer: {"format": FORMATS[s.op]} for layer, s in sorted(schemes.items())}
         listed = {"format_version": "1.0", "layers": layers}
         return Declaration(metadata={"_quantization_metadata": json.dumps(listed)})
-    words = sorted({scheme.name for scheme in schemes.values()})
+    names = sorted({scheme.name for scheme in schemes.values()})
     block: dict[str, Any] = {
         "config_groups": {
-            f"group_{i}": describe_group(word, schemes) for i, word in enumerate(words)
+            f"group_{i}": describe_group(name, schemes) for i, name in enumerate(names)
         },
         "ignore": sorted(kept),
         "producer": {"name": "modelopt", "version": "0.47.0"},
-        "quant_algo": words[0] if len(words) == 1 else MIXED,
+        "quant_algo": names[0] if len(names) == 1 else MIXED,
         "quant_method": "modelopt",
     }
-    if len(words) > 1:
+    if len(names) > 1:
         block["quantized_layers"] = {
             layer: {"quant_algo": scheme.name} for layer, scheme in sorted(schemes.items())
         }
@@ -384,9 +384,9 @@ def declare(
     return Declaration(config=block)
 
 
-def describe_group(word: str, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+def describe_group(name: str, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
     """One entry of `config_groups`: the layers whose scheme has this name."""
-    layers = {layer: scheme for layer, scheme in schemes.items() if scheme.name == word}
+    layers = {layer: scheme for layer, scheme in schemes.items() if scheme.name == name}
     scheme = next(iter(layers.values()))
     number: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
     if scheme.op == "linear.nvfp4":

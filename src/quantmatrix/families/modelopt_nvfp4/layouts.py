@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import CheckpointError
 from quantmatrix.families.layouts import NIBBLES, Layout, explain_open
-from quantmatrix.families.producers.modelopt import read_block, read_words
+from quantmatrix.families.producers.modelopt import read_block, read_method
 
 if TYPE_CHECKING:
     from quantmatrix.checkpoints.checkpoint import Checkpoint
@@ -64,34 +64,34 @@ def find_layout(checkpoint: Checkpoint) -> Layout:
 def find_declared(checkpoint: Checkpoint) -> Layout:
     """What the file itself says; see the module's table."""
     block = read_block(checkpoint)
-    place = checkpoint.quantization_from or checkpoint.reference
-    swap, packed = (read_bit(block, key, place) for key in BITS)
-    scales = read_scale_layout(block, place)
+    source = checkpoint.quantization_from or checkpoint.reference
+    swap, packed = (read_bit(block, key, source) for key in BITS)
+    scales = read_scale_layout(block, source)
     nibbles = None if swap is None else NIBBLES[swap]
     rest = find_rest(checkpoint, block, packed)
     said = [key for key in (*BITS, "checkpoint_weight_scale_layout") if block.get(key) is not None]
-    why = f"{', '.join(said)} in {place}" if said else rest.why
+    why = f"{', '.join(said)} in {source}" if said else rest.why
     if said and (nibbles is None or scales is None) and rest.why:
         why = f"{why}; {rest.why}"
     return Layout(nibbles or rest.nibbles, scales or rest.scales, why)
 
 
 def find_rest(checkpoint: Checkpoint, block: Mapping[str, Any], packed: bool | None) -> Layout:
-    """What names, lists and words of a file say, its keys for the layout left out."""
-    place = checkpoint.quantization_from or checkpoint.reference
-    modelopt = read_words(block)[0].startswith("modelopt")
+    """What names, lists and keys of a file say, its keys for the layout left out."""
+    source = checkpoint.quantization_from or checkpoint.reference
+    modelopt = read_method(block)[0].startswith("modelopt")
     names = packed or (packed is None and any(PACKED.search(n) for n in checkpoint.tensors))
     listed = lists_nvfp4(block) and not modelopt  # ModelOpt's own list says nothing of a layout
     listed = listed or any(n.endswith(MARKER) for n in checkpoint.tensors)
-    word = checkpoint.metadata.get("quantization", "").lower() == "nvfp4"
-    comfy = Layout("high", "tiles", f"layers of format nvfp4 in {place}")
+    in_header = checkpoint.metadata.get("quantization", "").lower() == "nvfp4"
+    comfy = Layout("high", "tiles", f"layers of format nvfp4 in {source}")
     plain = Layout("low", "rows", f"quantization: nvfp4 in the header of {checkpoint.files[0]}")
-    if packed and not listed and not word:
+    if packed and not listed and not in_header:
         return Layout("high", "tiles", "")
     claims = [comfy] if listed else []
-    claims += [plain] if word else []
+    claims += [plain] if in_header else []
     if modelopt and not names:
-        claims.append(Layout("low", "rows", f"quant_method modelopt in {place}"))
+        claims.append(Layout("low", "rows", f"quant_method modelopt in {source}"))
     if len({(claim.nibbles, claim.scales) for claim in claims}) == 1:
         return claims[0]
     if claims:
@@ -109,7 +109,7 @@ def lists_nvfp4(block: Mapping[str, Any]) -> bool:
     return any((e.get("format") if isinstance(e, Mapping) else e) == "nvfp4" for e in entries)
 
 
-def read_bit(block: Mapping[str, Any], key: str, place: str) -> bool | None:
+def read_bit(block: Mapping[str, Any], key: str, source: str) -> bool | None:
     """A key that is true or false; None when it is not there.
 
     Raises CheckpointError for anything else.
@@ -118,11 +118,11 @@ def read_bit(block: Mapping[str, Any], key: str, place: str) -> bool | None:
     if value is None or isinstance(value, bool):
         return value
     raise CheckpointError(
-        f"{place}: {key} is {json.dumps(value)}: expected true or false; {BITS[key]}"
+        f"{source}: {key} is {json.dumps(value)}: expected true or false; {BITS[key]}"
     )
 
 
-def read_scale_layout(block: Mapping[str, Any], place: str) -> str | None:
+def read_scale_layout(block: Mapping[str, Any], source: str) -> str | None:
     """`checkpoint_weight_scale_layout` as we name layouts; None when it is not there.
 
     Raises CheckpointError for an unknown one.
@@ -130,7 +130,7 @@ def read_scale_layout(block: Mapping[str, Any], place: str) -> str | None:
     value = block.get("checkpoint_weight_scale_layout")
     if value is not None and value not in SCALE_LAYOUTS:
         raise CheckpointError(
-            f"{place}: checkpoint_weight_scale_layout is {json.dumps(value)[:120]}: expected "
+            f"{source}: checkpoint_weight_scale_layout is {json.dumps(value)[:120]}: expected "
             f"{' or '.join(SCALE_LAYOUTS)}; the wrong one gives noise"
         )
     return None if value is None else SCALE_LAYOUTS[value]

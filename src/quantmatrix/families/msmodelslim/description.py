@@ -1,7 +1,7 @@
 """What `quant_model_description.json` says of each layer, held against the tensors beside it.
 
 The file names a scheme per tensor; a layer that is described as quantized must have the tensors of
-its scheme, each once, and no tensor may be without a word. Whatever is a computation that nobody
+its scheme, each once, and every tensor must be described. Whatever is a computation that nobody
 here does (rotations, quantized attention, low-rank residuals) is refused by name.
 """
 
@@ -55,10 +55,10 @@ def detect(checkpoint: Checkpoint) -> str | None:
     if checkpoint.description is None:
         return None
     name = PurePath(checkpoint.description_file or DESCRIPTION).name
-    words = {word for _, word in layer_words(checkpoint.description)}
-    if quantized := sorted(words - {FLOAT}):
+    quant_types = {quant_type for _, quant_type in list_layer_types(checkpoint.description)}
+    if quantized := sorted(quant_types - {FLOAT}):
         return f"{name} describes layers as {', '.join(quantized)}"
-    return None if words else f"{name} describes no layer at all"
+    return None if quant_types else f"{name} describes no layer at all"
 
 
 def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
@@ -70,60 +70,62 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     described = checkpoint.description or {}
     refuse_settings(described, checkpoint)
     found: dict[str, Scheme] = {}
-    for name, word in layer_words(described):
-        if word == FLOAT:
+    for name, quant_type in list_layer_types(described):
+        if quant_type == FLOAT:
             continue
-        scheme = find_scheme(name, word, checkpoint)
+        scheme = find_scheme(name, quant_type, checkpoint)
         if EMBEDDING.match(name):
             raise CheckpointError(
-                f"{checkpoint.description_file}: {name} is {word}, but quantized embeddings are "
+                f"{checkpoint.description_file}: {name} is {quant_type}, but quantized embeddings are "
                 "not supported: quantize again without them (they must be FLOAT)"
             )
         found[find_layer(name, checkpoint)] = scheme
-    refuse_strangers(found, checkpoint)
+    refuse_unknown(found, checkpoint)
     check_layers(found, checkpoint)
     return found
 
 
 def check_known(checkpoint: Checkpoint) -> None:
     """Refuse what is wrong with layers of the schemes served here, for tools that copy all schemes."""
-    words = layer_words(checkpoint.description or {})
+    quant_types = list_layer_types(checkpoint.description or {})
     check_layers(
         {
-            find_layer(name, checkpoint): find_scheme(name, word, checkpoint)
-            for name, word in words
-            if word in SCHEMES
+            find_layer(name, checkpoint): find_scheme(name, quant_type, checkpoint)
+            for name, quant_type in quant_types
+            if quant_type in SCHEMES
         },
         checkpoint,
     )
 
 
-def layer_words(described: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(layer as named in the description, scheme word) of every `<layer>.weight` entry."""
-    for key, word in described.items():
+def list_layer_types(described: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(layer as named in the description, quant type) of every `<layer>.weight` entry."""
+    for key, quant_type in described.items():
         if key.endswith(".weight"):
-            yield key.removesuffix(".weight"), str(word)
+            yield key.removesuffix(".weight"), str(quant_type)
 
 
-def find_scheme(name: str, word: str, checkpoint: Checkpoint) -> Scheme:
+def find_scheme(name: str, quant_type: str, checkpoint: Checkpoint) -> Scheme:
     """The scheme of one layer, its smoothing recognised from the tensors beside it.
 
     Raises CheckpointError for a scheme that is not supported, and for a layer that is not there.
     """
-    if word not in SCHEMES:
-        why = next((text for part, text in REFUSED_SCHEMES.items() if part in word), "unknown")
+    if quant_type not in SCHEMES:
+        why = next(
+            (text for part, text in REFUSED_SCHEMES.items() if part in quant_type), "unknown"
+        )
         raise CheckpointError(
-            f"{checkpoint.description_file}: {name}.weight is {word} ({why}), which is not "
+            f"{checkpoint.description_file}: {name}.weight is {quant_type} ({why}), which is not "
             f"supported; supported are FLOAT, {', '.join(SCHEMES)}"
         )
     if f"{name}.weight" not in checkpoint.tensors:
         raise CheckpointError(
-            f"{checkpoint.description_file}: {name}.weight is {word}, but no such tensor is in "
+            f"{checkpoint.description_file}: {name}.weight is {quant_type}, but no such tensor is in "
             f"{', '.join(checkpoint.files)}: is the description of another folder?"
         )
     smoothings = name_smoothings(find_layer(name, checkpoint))
     smoothed = any(smoothing in checkpoint.tensors for smoothing in smoothings)
-    return replace(SCHEMES[word], smoothed=smoothed)
+    return replace(SCHEMES[quant_type], smoothed=smoothed)
 
 
 def find_layer(name: str, checkpoint: Checkpoint) -> str:
@@ -164,7 +166,7 @@ def refuse_settings(described: Mapping[str, Any], checkpoint: Checkpoint) -> Non
             )
 
 
-def refuse_strangers(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> None:
+def refuse_unknown(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> None:
     """Every tensor must be described, and be one that the arithmetic knows.
 
     Raises CheckpointError for one that is not.
@@ -262,7 +264,7 @@ def check_description(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> No
     Entries for what a layer may do without are harmless: its bias, and the weight scales that only
     older writers store beside `deq_scale`. Raises CheckpointError for any other.
     """
-    for name, word in (checkpoint.description or {}).items():
+    for name, quant_type in (checkpoint.description or {}).items():
         layer, suffix = split_name(name, found)
         if layer is None:
             continue
@@ -270,13 +272,13 @@ def check_description(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> No
         spare = ("bias", "weight_scale", "weight_offset") if static else ("bias",)
         if name not in checkpoint.tensors and suffix not in spare:
             raise CheckpointError(
-                f"{checkpoint.description_file}: describes {name} ({word}) of the quantized layer "
+                f"{checkpoint.description_file}: describes {name} ({quant_type}) of the quantized layer "
                 f"{layer}, but no such tensor is in {', '.join(checkpoint.files)}: without it the "
                 "layer would give other numbers; download the weights again"
             )
-        if word not in (FLOAT, found[layer].name):
+        if quant_type not in (FLOAT, found[layer].name):
             raise CheckpointError(
-                f"{checkpoint.description_file}: {name} is {word}, but the weight of {layer} is "
+                f"{checkpoint.description_file}: {name} is {quant_type}, but the weight of {layer} is "
                 f"{found[layer].name}: expected one scheme per layer; the description is of "
                 "another checkpoint, or was edited"
             )

@@ -2,8 +2,8 @@
 
 The exponent is floor(log2(largest magnitude)) - 8, so that the largest code lies between 256 and
 448; the byte is the exponent plus 127. Codes are e4m3, ties away from zero as msmodelslim's writer
-rounds them (`torch`'s own cast rounds ties to even), values beyond 448 held there. Sources: the OCP
-microscaling formats specification (E8M0, MXFP8) and msmodelslim 26.1.0.
+rounds them (`torch`'s own cast rounds ties to even), values above 448 clamped to it. Sources: the
+OCP microscaling formats specification (E8M0, MXFP8) and msmodelslim 26.1.0.
 """
 
 from __future__ import annotations

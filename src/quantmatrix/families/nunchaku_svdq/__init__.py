@@ -64,7 +64,7 @@ DIALECT = "nunchaku"
 CODE_LEAVES = ("qweight",)
 UNUSED = ("smooth_factor_orig", "smooth_orig")
 METHODS = ("svdquant", "nunchaku")
-"""Words that declare the engine's layout; diffusers' `nunchaku_lite` is another one."""
+"""Names that declare the engine's layout; diffusers' `nunchaku_lite` is another one."""
 
 
 def detect(checkpoint: Checkpoint) -> str | None:

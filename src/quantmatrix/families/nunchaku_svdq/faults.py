@@ -1,4 +1,4 @@
-"""SVDQuant faults: what its writers leave out of a file, told by its cause.
+"""SVDQuant faults: what its writers leave out of a file, named by its cause.
 
 The tensors of a file say what it is, but not what was lost on the way. Some losses look like another
 fault, or like none:

@@ -73,18 +73,20 @@ def check_file(request: Request, checkpoint: Checkpoint, why: str | None) -> lis
     if why is None:
         return refuse_plain(checkpoint, bool(enable), named, (precision, rank))
     coded = [s for s in layers.schemes(checkpoint).values() if s.op == "linear.svdq"]
-    held_words = {layers.PRECISIONS[scheme.weight] for scheme in coded}
+    held_precisions = {layers.PRECISIONS[scheme.weight] for scheme in coded}
     held_ranks = {scheme.rank for scheme in coded}
     for flag, given, of_name, held in (
-        ("--quantization-precision", precision, named and named[0], held_words),
+        ("--quantization-precision", precision, named and named[0], held_precisions),
         ("--quantization-rank", rank, named and named[1], held_ranks),
     ):
         wanted = of_name if given is None else given
         if wanted is not None and wanted not in held:
             source = f"{flag} {given}" if given is not None else f"the file name says {of_name}"
-            words = " and ".join(map(str, sorted(held))) or "AWQ layers only, which have neither"
+            named_held = (
+                " and ".join(map(str, sorted(held))) or "AWQ layers only, which have neither"
+            )
             raise CheckpointError(
-                f"{checkpoint.files[0]}: {source}, but its tensors are of {words}: correct the "
+                f"{checkpoint.files[0]}: {source}, but its tensors are of {named_held}: correct the "
                 f"{'flag' if given is not None else f'name, or overrule it with {flag}'}"
             )
     expected = next(filter(None, map(lightning_steps, names)), None)

@@ -48,7 +48,7 @@ POSITIVE = ("smooth_factor", "wcscales", "wtscale")
 BARE_SCALE = 16.0
 """Group scales above this belong under a scale of the layer: alone they make weights above 96."""
 PRECISIONS = {"int4": "int4", "e2m1": "nvfp4"}
-"""Words for a scheme's weight format."""
+"""Names of a scheme's weight format."""
 
 
 def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
@@ -138,7 +138,7 @@ def judge_layer(checkpoint: Checkpoint, name: str, suffixes: frozenset[str]) -> 
 
 
 def describe(scheme: Scheme) -> str:
-    """A kind of layer in words."""
+    """A kind of layer as text."""
     return "an AWQ layer" if scheme is AWQ else f"an SVDQuant layer ({PRECISIONS[scheme.weight]})"
 
 
@@ -151,7 +151,7 @@ def refuse_extra(
     """
     kind = "a quantized layer" if scheme is None else describe(scheme)
     raise CheckpointError(
-        f"{checkpoint.tensors[name].file}: tensor {name} is no part of {kind} as the engine reads "
+        f"{checkpoint.tensors[name].file}: tensor {name} is not part of {kind} as the engine reads "
         f"it, and {layer} is one: leaving it out could change the result. Take it out of the file "
         "if it means nothing (a LoRA must be merged before a model is quantized)"
     )
@@ -181,13 +181,13 @@ def check_header(checkpoint: Checkpoint, name: str, scheme: Scheme) -> None:
     Raises CheckpointError where they are not.
     """
     block = checkpoint.quantization or {}
-    place = checkpoint.quantization_from or checkpoint.reference
+    source = checkpoint.quantization_from or checkpoint.reference
     stated = {"rank": block.get("rank")}
     for side in ("weight", "activation"):
         part = block.get(side) or {}
         if not isinstance(part, Mapping):
             raise CheckpointError(
-                f"{place}: {side} is {json.dumps(part)[:120]}: expected a JSON object with dtype "
+                f"{source}: {side} is {json.dumps(part)[:120]}: expected a JSON object with dtype "
                 "and group_size"
             )
         stated[f"{side}.dtype"] = part.get("dtype")
@@ -201,12 +201,12 @@ def check_header(checkpoint: Checkpoint, name: str, scheme: Scheme) -> None:
             said = "fp4_e2m1_all"
         if said is not None and said != actual:
             raise CheckpointError(
-                f"{place}: {key} is {json.dumps(said)}, but the tensors of {name} say "
+                f"{source}: {key} is {json.dumps(said)}, but the tensors of {name} say "
                 f"{json.dumps(actual)}: the header belongs to another file"
             )
     if block.get("skip_refiners") and "_refiner." in name:
         raise CheckpointError(
-            f"{place}: skip_refiners is true, but {name} is quantized: the header belongs to "
+            f"{source}: skip_refiners is true, but {name} is quantized: the header belongs to "
             "another file"
         )
 

@@ -7,9 +7,9 @@
 | `ignored_layers`, `modules_to_not_convert` | names of layers that were left alone |
 | `fmt`, `scale_fmt` | how codes and scales are coded, where they are named at all: `e4m3`, `float` |
 | `format_version` | `1.0` or `1.1`, of a header that lists layers |
-| `layers` | format word per layer: one with `float8` in it, or one for full precision (`bf16`) |
+| `layers` | format name per layer: one with `float8` in it, or one for full precision (`bf16`) |
 |          | beside it `full_precision_matrix_mult`: inputs are left alone, only weights have codes |
-| `quant_configs` | `scale_recipe` per format word: `rowwise` |
+| `quant_configs` | `scale_recipe` per format name: `rowwise` |
 
 A header entry `quantization: fp8r` (diffusers' conversion script) declares one F32 scale a row and
 dynamic inputs, and nothing else.
@@ -37,11 +37,11 @@ VERSIONS = ("1.0", "1.1")
 CODED = "float8"
 FOREIGN_CODES = ("e5m2", "fnuz", "e8m0")
 """Formats of eight bits that are not float8_e4m3fn."""
-PLAIN_WORDS = ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
+PLAIN_FORMATS = ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
 WHOLE_INPUTS = "full_precision_matrix_mult"
 ROWWISE = "rowwise"
 FP8R = "fp8r"
-WORDS: Mapping[str, tuple[str | None, ...]] = {
+KNOWN_VALUES: Mapping[str, tuple[str | None, ...]] = {
     "activation_scheme": (None, "dynamic", "static"),
     "quant_algo": (None, "FP8"),
     "fmt": (None, "e4m3", "e4m3fn", "float8_e4m3fn"),
@@ -60,14 +60,14 @@ FUSED = {
 class Declared:
     """A checked declaration."""
 
-    place: str
+    source: str
     """Where it stands."""
     method: bool
     """Whether it names its quant_method; a header may just list layers."""
     static: bool
     block: tuple[int, int] | None
     formats: Mapping[str, str]
-    """Format word per listed layer."""
+    """Format name per listed layer."""
     rowwise: frozenset[str]
     """Listed layers with one scale per output channel."""
     whole_inputs: frozenset[str]
@@ -89,55 +89,56 @@ class Declared:
 
 
 def is_fp8r(checkpoint: Checkpoint) -> bool:
-    """Whether the header's word for the quantization is that of scales per row, and nothing else is."""
-    word = checkpoint.metadata.get("quantization", "").lower()
-    return word == FP8R and not checkpoint.quantization
+    """Whether the header's name of the quantization is that of scales per row, and nothing else
+    is."""
+    value = checkpoint.metadata.get("quantization", "").lower()
+    return value == FP8R and not checkpoint.quantization
 
 
 def read_declaration(checkpoint: Checkpoint) -> Declared:
     """The declaration of a checkpoint; raises CheckpointError for what is not known."""
     block = checkpoint.quantization or {}
-    place = checkpoint.quantization_from or checkpoint.reference
+    source = checkpoint.quantization_from or checkpoint.reference
     if is_fp8r(checkpoint):
-        block, place = {"quant_method": "fp8"}, f"{checkpoint.files[0]}: quantization {FP8R}"
-    for key, known in WORDS.items():
+        block, source = {"quant_method": "fp8"}, f"{checkpoint.files[0]}: quantization {FP8R}"
+    for key, known in KNOWN_VALUES.items():
         if block.get(key) not in known:
-            raise wrong(place, key, block[key], f"{' or '.join(filter(None, known))}, or no {key}")
+            raise wrong(source, key, block[key], f"{' or '.join(filter(None, known))}, or no {key}")
     version = block.get("format_version")
     if version is not None and str(version) not in VERSIONS:
         raise CheckpointError(
-            f"{place}: format_version {version} is unknown; known: {', '.join(VERSIONS)}"
+            f"{source}: format_version {version} is unknown; known: {', '.join(VERSIONS)}"
         )
     formats = read_formats(block)
-    recipes = read_recipes(block, place, formats)
-    for layer, word in formats.items():
-        check_word(place, layer, word, block["layers"][layer])
+    recipes = read_recipes(block, source, formats)
+    for layer, form in formats.items():
+        check_format(source, layer, form, block["layers"][layer])
     return Declared(
-        place=place,
+        source=source,
         method="quant_method" in block,
         static=block.get("activation_scheme") == "static",
-        block=read_block_size(block, place),
+        block=read_block_size(block, source),
         formats=formats,
         rowwise=frozenset(
             layer
-            for layer, word in formats.items()
-            if word.startswith(ROWWISE) or recipes.get(word) == ROWWISE
+            for layer, form in formats.items()
+            if form.startswith(ROWWISE) or recipes.get(form) == ROWWISE
         ),
         whole_inputs=read_whole_inputs(block),
-        ignored=tuple(read_ignored(block, place)),
+        ignored=tuple(read_ignored(block, source)),
     )
 
 
-def wrong(place: str, key: str, value: Any, expected: str) -> CheckpointError:
+def wrong(source: str, key: str, value: Any, expected: str) -> CheckpointError:
     """The error about one value of a declaration."""
     return CheckpointError(
-        f"{place}: {key} is {json.dumps(value)[:120]}: expected {expected}. Correct the "
+        f"{source}: {key} is {json.dumps(value)[:120]}: expected {expected}. Correct the "
         "declaration, or quantize with a scheme that is known"
     )
 
 
 def read_formats(block: Mapping[str, Any]) -> dict[str, str]:
-    """Format word per layer of a header's `layers`, which holds words or objects."""
+    """Format name per layer of a header's `layers`, which holds names or objects."""
     layers = block.get("layers")
     if not isinstance(layers, Mapping):
         return {}
@@ -158,24 +159,24 @@ def read_whole_inputs(block: Mapping[str, Any]) -> frozenset[str]:
     )
 
 
-def check_word(place: str, layer: str, word: str, entry: Any) -> None:
+def check_format(source: str, layer: str, form: str, entry: Any) -> None:
     """A format must be known by name, and nothing beside it may ask for more.
 
     Raises CheckpointError otherwise.
     """
-    coded = CODED in word and not any(part in word for part in FOREIGN_CODES)
-    if not coded and word not in PLAIN_WORDS:
-        raise wrong(place, f"the format of {layer}", word, "float8_e4m3fn or bf16")
+    coded = CODED in form and not any(part in form for part in FOREIGN_CODES)
+    if not coded and form not in PLAIN_FORMATS:
+        raise wrong(source, f"the format of {layer}", form, "float8_e4m3fn or bf16")
     more = {key: value for key, value in entry.items() if value} if isinstance(entry, dict) else {}
     more.pop("format", None)
     if more.get(WHOLE_INPUTS) is True:
         del more[WHOLE_INPUTS]
     if coded and more:
-        raise wrong(place, f"what {layer} has beside its format", more, "nothing")
+        raise wrong(source, f"what {layer} has beside its format", more, "nothing")
 
 
 def read_recipes(
-    block: Mapping[str, Any], place: str, formats: Mapping[str, str]
+    block: Mapping[str, Any], source: str, formats: Mapping[str, str]
 ) -> dict[str, str]:
     """`scale_recipe` per format name that some layer has; only `rowwise` is known.
 
@@ -183,19 +184,19 @@ def read_recipes(
     """
     configs = block.get("quant_configs") or {}
     if not isinstance(configs, Mapping):
-        raise wrong(place, "quant_configs", configs, "a JSON object")
+        raise wrong(source, "quant_configs", configs, "a JSON object")
     found = {}
-    for word, recipe in configs.items():
+    for form, recipe in configs.items():
         stated = recipe.get("scale_recipe") if isinstance(recipe, Mapping) else recipe
-        if word in formats.values() and stated != ROWWISE:
+        if form in formats.values() and stated != ROWWISE:
             raise CheckpointError(
-                f"{place}: scale_recipe {stated} of {word} is unknown; known: {ROWWISE}"
+                f"{source}: scale_recipe {stated} of {form} is unknown; known: {ROWWISE}"
             )
-        found[word] = ROWWISE
+        found[form] = ROWWISE
     return found
 
 
-def read_block_size(block: Mapping[str, Any], place: str) -> tuple[int, int] | None:
+def read_block_size(block: Mapping[str, Any], source: str) -> tuple[int, int] | None:
     """Rows and columns of a block, or None when scales are not by blocks.
 
     Raises CheckpointError for any other value, and for blocks with static activations.
@@ -205,16 +206,16 @@ def read_block_size(block: Mapping[str, Any], place: str) -> tuple[int, int] | N
         return None
     numbers = size if isinstance(size, list) else []
     if len(numbers) != 2 or not all(type(n) is int and n > 0 for n in numbers):
-        raise wrong(place, "weight_block_size", size, "rows and columns of a block, as [128, 128]")
+        raise wrong(source, "weight_block_size", size, "rows and columns of a block, as [128, 128]")
     if block.get("activation_scheme") == "static":
         raise CheckpointError(
-            f"{place}: weight_block_size with static activations: expected activation_scheme "
+            f"{source}: weight_block_size with static activations: expected activation_scheme "
             "dynamic"
         )
     return numbers[0], numbers[1]
 
 
-def read_ignored(block: Mapping[str, Any], place: str) -> list[re.Pattern[str]]:
+def read_ignored(block: Mapping[str, Any], source: str) -> list[re.Pattern[str]]:
     """Patterns of the layers that were left alone, for `match` on a layer's full name.
 
     Raises CheckpointError where a list holds anything but names.
@@ -223,7 +224,7 @@ def read_ignored(block: Mapping[str, Any], place: str) -> list[re.Pattern[str]]:
     for key in IGNORE_KEYS:
         entries = block.get(key) or []
         if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-            raise wrong(place, key, entries, "a list of layer names")
+            raise wrong(source, key, entries, "a list of layer names")
         for entry in entries:
             above, dot, last = entry.rpartition(".")
             for part in FUSED.get(last, (last,)):

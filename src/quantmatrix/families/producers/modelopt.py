@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 FP8 = Scheme("linear.fp8", "FP8", "e4m3", "tensor", "tensor-static")
 WEIGHT_ONLY = "W4A16_NVFP4"
-FP8_WORDS = ("FP8",)
-NVFP4_WORDS = ("NVFP4", "NVFP4_SVD", WEIGHT_ONLY, "NVFP4_AWQ")
+FP8_ALGORITHMS = ("FP8",)
+NVFP4_ALGORITHMS = ("NVFP4", "NVFP4_SVD", WEIGHT_ONLY, "NVFP4_AWQ")
 """Algorithms that one layer may have, by its codes."""
 MIXED = "MIXED_PRECISION"
 """The algorithm of a file whose layers differ."""
@@ -49,7 +49,7 @@ class StoredLayer:
         return self.checkpoint.tensors.get(f"{self.name}.{suffix}")
 
     def describe(self, suffix: str) -> str:
-        """Dtype and shape of a tensor in words."""
+        """Dtype and shape of a tensor as text."""
         header = self.header(suffix)
         return "missing" if header is None else f"{header.dtype} {list(header.shape)}"
 
@@ -89,7 +89,7 @@ def read_block(checkpoint: Checkpoint) -> dict[str, Any]:
     return block
 
 
-def read_words(block: Mapping[str, Any]) -> tuple[str, str]:
+def read_method(block: Mapping[str, Any]) -> tuple[str, str]:
     """(quant_method in lower case, quant_algo in upper case); empty when not given."""
     return str(block.get("quant_method") or "").lower(), str(block.get("quant_algo") or "").upper()
 

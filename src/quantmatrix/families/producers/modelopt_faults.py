@@ -1,6 +1,6 @@
-"""Export faults: what ModelOpt writes and no family takes, told by its cause.
+"""Export faults: what ModelOpt writes and no family takes, named by its cause.
 
-ModelOpt quantizes in more ways than its files have words for, and some of these differ by one
+ModelOpt quantizes in more ways than its files have names for, and some of these differ by one
 tensor or one number. Judged by dtypes and shapes alone such a file looks damaged, or padded, which
 sends its owner the wrong way. Here the declaration is read beside the tensors:
 
@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from quantmatrix.errors import CheckpointError
 from quantmatrix.families.producers.comfyui import WHOLE_INPUTS
 from quantmatrix.families.producers.modelopt import (
-    FP8_WORDS,
-    NVFP4_WORDS,
+    FP8_ALGORITHMS,
+    NVFP4_ALGORITHMS,
     read_block,
-    read_words,
+    read_method,
 )
 from quantmatrix.kernels.nvfp4_arithmetic import GROUP
 
@@ -33,30 +33,30 @@ if TYPE_CHECKING:
     from quantmatrix.scheme import Scheme
 
 CODES = ("U8", "I8", "F8_E4M3")
-WORDS = (*FP8_WORDS, *NVFP4_WORDS)
+KNOWN_ALGORITHMS = (*FP8_ALGORITHMS, *NVFP4_ALGORITHMS)
 """Algorithms that one layer may have."""
 
 
 def check_export(checkpoint: Checkpoint) -> None:
     """Refuse what a ModelOpt declaration says of layers and no family takes; CheckpointError."""
     block = read_block(checkpoint)
-    method, whole = read_words(block)
+    method, whole = read_method(block)
     if not method.startswith("modelopt"):
         return
-    place = checkpoint.quantization_from or checkpoint.reference
+    source = checkpoint.quantization_from or checkpoint.reference
     for layer, weight in list_coded(checkpoint):
         entry = find_entry(block, layer)
-        word = str(entry.get("quant_algo") or "").upper()
-        if word and word not in WORDS:
+        algorithm = str(entry.get("quant_algo") or "").upper()
+        if algorithm and algorithm not in KNOWN_ALGORITHMS:
             raise CheckpointError(
-                f"{weight.file}: layer {layer} is {word}, as {place} declares, which no quant "
-                f"family takes: expected {', '.join(sorted(WORDS))}. Quantize it with one of "
+                f"{weight.file}: layer {layer} is {algorithm}, as {source} declares, which no quant "
+                f"family takes: expected {', '.join(sorted(KNOWN_ALGORITHMS))}. Quantize it with one of "
                 "these, or leave it in full precision"
             )
         size = entry.get("group_size") or find_group_size(block)
         if weight.dtype == "U8" and isinstance(size, int) and size not in (0, GROUP):
             raise CheckpointError(
-                f"{weight.file}: layer {layer} has one scale per {size} columns, as {place} "
+                f"{weight.file}: layer {layer} has one scale per {size} columns, as {source} "
                 f"declares (group_size {size}): expected {GROUP}, which the kernels of NVFP4 "
                 f"take. Quantize it with block_sizes {{-1: {GROUP}}}"
             )
@@ -67,10 +67,10 @@ def check_export(checkpoint: Checkpoint) -> None:
 def list_doubts(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> list[str]:
     """Warnings about a ModelOpt checkpoint that is taken: what its files leave open."""
     block = read_block(checkpoint)
-    if not read_words(block)[0].startswith("modelopt"):
+    if not read_method(block)[0].startswith("modelopt"):
         return []
     found = []
-    place = checkpoint.quantization_from or checkpoint.reference
+    source = checkpoint.quantization_from or checkpoint.reference
     per_call = [
         layer
         for layer, scheme in schemes.items()
@@ -78,7 +78,7 @@ def list_doubts(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> list[s
     ]
     if per_call:
         found.append(
-            f"{place}: {len(per_call)} FP8 layers have no input_scale, {per_call[0]} is the first. "
+            f"{source}: {len(per_call)} FP8 layers have no input_scale, {per_call[0]} is the first. "
             "ModelOpt writes none for inputs that it leaves alone, nor for those that it scales "
             "per call; they are taken as scaled per call, save by --backend decode, which leaves "
             "all inputs alone. If they were left alone, add each layer to the block: "
@@ -87,7 +87,7 @@ def list_doubts(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> list[s
     for key in ("kv_cache_scheme", "kv_cache_quant_algo"):
         if block.get(key):
             found.append(
-                f"{place}: {key} is there, but such files hold no scale of keys, values or "
+                f"{source}: {key} is there, but such files hold no scale of keys, values or "
                 "outputs: these are left in full precision"
             )
     return found

@@ -1,9 +1,9 @@
 """Faults: the ways in which a quantized checkpoint goes wrong, injected on purpose.
 
 Each is put into one layer, the middle one of those that it can happen to, because that is where it
-is hardest to see. Three places:
+is hardest to see. Three parts:
 
-| place   | what is changed |
+| part    | what is changed |
 | ------- | --------------- |
 | tensors | the layer's tensors on disk; names, dtypes and shapes stay, unless something is dropped |
 | files   | the checkpoint is written again, from another declaration or other base weights |
@@ -69,12 +69,12 @@ def find_scales(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     Among its tensors on disk, of any shape and dtype; those of inputs and of smoothing are left
     out.
     """
-    strange = ("input", "pre_quant", "smooth", "quant_bias")
+    others = ("input", "pre_quant", "smooth", "quant_bias")
     names = [
         name
         for name in tensors
         if ("scale" in name.rpartition(".")[2] or name.endswith("scales"))
-        and not any(word in name for word in strange)
+        and not any(part in name for part in others)
     ]
     return sorted(names, key=lambda name: -tensors[name].numel())
 
@@ -219,13 +219,13 @@ def exchange_experts(
     return row, empty
 
 
-def load_plain(pipeline: Any, made: Plan, base: Plan) -> bool:
+def load_plain(pipeline: Any, plan: Plan, base: Plan) -> bool:
     """Every quantized layer computes with the base model's weights, and looks as planned."""
     from torch.nn import functional
 
     from quantmatrix.runtime.load import load_component
 
-    for name, part in made.components.items():
+    for name, part in plan.components.items():
         if not part.layers:
             continue
         plain = load_component(base.components[name], base.request)
@@ -240,13 +240,13 @@ def load_plain(pipeline: Any, made: Plan, base: Plan) -> bool:
     return True
 
 
-def ignore_fallbacks(pipeline: Any, made: Plan, base: Plan) -> bool:
+def ignore_fallbacks(pipeline: Any, plan: Plan, base: Plan) -> bool:
     """The loader quantizes a layer that the checkpoint keeps in full precision."""
     from quantmatrix import families, kernels
     from quantmatrix.runtime.load import place_module
     from quantmatrix.runtime.quantized_linear import QuantizedLinear
 
-    for name, part in made.components.items():
+    for name, part in plan.components.items():
         transformer = getattr(pipeline, name)
         like = find_quantizable(part, transformer)
         if like is None:

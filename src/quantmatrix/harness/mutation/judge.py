@@ -8,7 +8,7 @@ the suites, with the same functions and the same `reports/limits.csv`:
 | ---------- | ---------------- |
 | `plan`     | headers and declaration: planned, of the row's family, the row's components, no kept layer |
 | `witness`  | a few decoded layers of each kind beside the base model's own (see `witness`) |
-| `load`     | every tensor has its place, scales are finite, the census equals the plan |
+| `load`     | every tensor is used, scales are finite, the census equals the plan |
 | `weights`  | every weight is as near the base model's as rounding brings it (`rounding_bounds`) |
 | `generate` | a picture or clip that shows something |
 | `latents`  | the worst step against the limit of the row's class; not identical to BF16 |
@@ -64,7 +64,7 @@ class Outcome:
     row: str
     family: str
     model: str
-    place: str
+    part: str
     """The layer, or the part of the model, that was changed."""
     gates: dict[str, str] = field(default_factory=dict)
     """Gates that objected, and what they said."""
@@ -141,12 +141,12 @@ class Mutator:
             except NotApplicable:
                 return None
         with tempfile.TemporaryDirectory() as folder:
-            made = self.write_faulty(cell, request, fault, Path(folder))
-            if made is None:
+            stand_in = self.write_faulty(cell, request, fault, Path(folder))
+            if stand_in is None:
                 return None
-            hub, place = made
+            hub, part = stand_in
             faulty = replace(request, hub=tiny.hub(hub))
-            return Outcome(*about, place, self.judge(cell, request, faulty, None))
+            return Outcome(*about, part, self.judge(cell, request, faulty, None))
 
     def write_faulty(
         self, cell: Cell, request: Request, fault: Fault, folder: Path
@@ -162,16 +162,16 @@ class Mutator:
         link_all(tiny.find_snapshot(repository, source), content)
         if fault.files is not None:
             base = tiny.find_snapshot(self.tables.models[cell.model].repo, source)
-            place = rewrite(row, fault, base, folder, content, repository)
+            part = rewrite(row, fault, base, folder, content, repository)
         else:
-            place = change_layer(sound, fault, content, tiny.find_snapshot(repository, source))
-        if place is None:
+            part = change_layer(sound, fault, content, tiny.find_snapshot(repository, source))
+        if part is None:
             return None
-        link_all(source, hub, without=tiny.place_of(repository, source).name)
+        link_all(source, hub, without=tiny.path_of(repository, source).name)
         tiny.move_into_place(
-            tiny.wrap_snapshot(content, folder / "cache"), tiny.place_of(repository, hub)
+            tiny.wrap_snapshot(content, folder / "cache"), tiny.path_of(repository, hub)
         )
-        return hub, place
+        return hub, part
 
     def judge(
         self, cell: Cell, sound: Request, request: Request, fault: Fault | None
@@ -182,47 +182,51 @@ class Mutator:
         the model.
         """
         try:
-            made = plan(request)
+            planned = plan(request)
         except WitnessError as error:
             return {"witness": str(error)}
         except QuantmatrixError as error:
             return {"plan": str(error)}
-        if isinstance(made, Refusal):
-            return {"plan": made.message}
-        if problems := judge_plan(self.tables.checkpoints[cell.checkpoint], made):
+        if isinstance(planned, Refusal):
+            return {"plan": planned.message}
+        if problems := judge_plan(self.tables.checkpoints[cell.checkpoint], planned):
             return {"plan": problems}
         if fault is not None and fault.model is not None and not set(self.gates) - {*LIGHT_GATES}:
             raise NotApplicable
-        found = judge_witness(made) if "witness" in self.gates else {}
+        found = judge_witness(planned) if "witness" in self.gates else {}
         if not set(self.gates) - {*LIGHT_GATES}:
             return found
         base = self.bench.plan(self.bench.base_request(cell, sound))
         baseline = self.bench.baseline(cell, sound)
-        made = replace(made, request=replace(made.request, witness="off"))
+        planned = replace(planned, request=replace(planned.request, witness="off"))
         try:
-            pipeline = build_pipeline(made)
+            pipeline = build_pipeline(planned)
         except QuantmatrixError as error:
             return found | {"load": str(error)}
-        if fault is not None and fault.model is not None and not fault.model(pipeline, made, base):
+        if (
+            fault is not None
+            and fault.model is not None
+            and not fault.model(pipeline, planned, base)
+        ):
             raise NotApplicable
         differences = [
             f"{module}: {why}"
-            for name, part in made.components.items()
+            for name, part in planned.components.items()
             for module, why in find_differences(part, getattr(pipeline, name)).items()
         ]
         if differences:
             found["load"] = "; ".join(differences)
-        if problems_of_weights := judge_weights(made, base):
+        if problems_of_weights := judge_weights(planned, base):
             found["weights"] = "; ".join(problems_of_weights)
-        with watch_layers(pipeline, made, base) as errors:
-            run = generate(request, made=made, pipeline=pipeline)
-        return found | self.judge_run(cell, made, baseline, run, errors)
+        with watch_layers(pipeline, planned, base) as errors:
+            run = generate(request, plan=planned, pipeline=pipeline)
+        return found | self.judge_run(cell, planned, baseline, run, errors)
 
     def judge_run(
-        self, cell: Cell, made: Plan, baseline: Run, run: Run, errors: LayerErrors
+        self, cell: Cell, planned: Plan, baseline: Run, run: Run, errors: LayerErrors
     ) -> dict[str, str]:
         """What the gates that look at a run say."""
-        pieces = [piece for part in made.components.values() for piece in part.pieces()]
+        pieces = [piece for part in planned.components.values() for piece in part.pieces()]
         kind = limits.name_class((piece.scheme.weight, piece.numerics) for piece in pieces)
         allowed = self.limits.find(kind, cell.model, cell.hardware)
         found = {}
@@ -246,16 +250,18 @@ class NotApplicable(Exception):
     """A model fault found nothing that it could change."""
 
 
-def judge_witness(made: Plan) -> dict[str, str]:
+def judge_witness(planned: Plan) -> dict[str, str]:
     """What `--witness require` refuses in the components of a plan; a warning catches nothing."""
-    reports = verdict.examine_plan(replace(made, request=replace(made.request, witness="require")))
+    reports = verdict.examine_plan(
+        replace(planned, request=replace(planned.request, witness="require"))
+    )
     problems = [text for report in reports for text in report.problems]
     return {"witness": "; ".join(problems)} if problems else {}
 
 
-def judge_plan(row: CheckpointRow, made: Plan) -> str:
+def judge_plan(row: CheckpointRow, planned: Plan) -> str:
     """How a plan differs from what the row claims; empty when it does not."""
-    quantized = {name: part for name, part in made.components.items() if part.layers}
+    quantized = {name: part for name, part in planned.components.items() if part.layers}
     if set(quantized) != set(row.components):
         return f"quantized components are {sorted(quantized)}, the row has {row.components}"
     sets = models.load(row.model).FALLBACKS
@@ -265,7 +271,7 @@ def judge_plan(row: CheckpointRow, made: Plan) -> str:
         kept = [
             layer
             for layer in part.layers
-            if any(re.fullmatch(p, layer) for word in row.kept.split() for p in sets[word])
+            if any(re.fullmatch(p, layer) for name in row.kept.split() for p in sets[name])
         ]
         if kept:
             return f"quantized, although the row keeps {row.kept}: {', '.join(kept[:4])}"
@@ -306,13 +312,13 @@ def rewrite(
     return "files"
 
 
-def change_layer(made: Plan, fault: Fault, content: Path, snapshot: Path) -> str | None:
+def change_layer(planned: Plan, fault: Fault, content: Path, snapshot: Path) -> str | None:
     """Change the middle one of the layers that a fault of tensors can happen to."""
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     assert fault.tensors is not None
-    name, part = next((n, p) for n, p in made.components.items() if p.layers)
+    name, part = next((n, p) for n, p in planned.components.items() if p.layers)
     by_file: dict[str, dict[str, Any]] = {f: load_file(f) for f in part.checkpoint.files}
     possible = []
     for layer in dict.fromkeys(piece.layer for piece in part.pieces()):
@@ -355,9 +361,9 @@ def choose_gates(names: Sequence[str]) -> tuple[str, ...]:
     """
     if not names:
         return GATES
-    if strangers := [name for name in names if name not in LIGHT_GATES]:
+    if unknown := [name for name in names if name not in LIGHT_GATES]:
         raise UsageError(
-            f"--gates {strangers[0]}: expected {' '.join(LIGHT_GATES)}, which need no model; the "
+            f"--gates {unknown[0]}: expected {' '.join(LIGHT_GATES)}, which need no model; the "
             "others come together, when the flag is left out"
         )
     return LIGHT_GATES
@@ -366,7 +372,7 @@ def choose_gates(names: Sequence[str]) -> tuple[str, ...]:
 def choose_faults(names: Sequence[str]) -> list[Fault]:
     """Faults by name, all when none is named; raises UsageError for an unknown one."""
     known = {fault.name: fault for fault in FAULTS}
-    strange = [name for name in names if name not in known]
-    if strange:
-        raise UsageError(f"--faults {strange[0]}: no such fault; known: {', '.join(known)}")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UsageError(f"--faults {unknown[0]}: no such fault; known: {', '.join(known)}")
     return [known[name] for name in names] or list(FAULTS)

@@ -32,12 +32,12 @@ def summarize(outcomes: Sequence[Outcome], gates: Sequence[str] = GATES) -> dict
     share = 1 - len(missed) / len(outcomes)
     whole = tuple(gates) == GATES
     problems = [
-        f"{o.fault} in {o.row} ({o.place}) was missed, which must never be"
+        f"{o.fault} in {o.row} ({o.part}) was missed, which must never be"
         for o in missed
         if whole and o.fault in MUST
     ]
     problems += [
-        f"{o.fault} in {o.row} ({o.place}): the witness says nothing, and must"
+        f"{o.fault} in {o.row} ({o.part}): the witness says nothing, and must"
         for o in outcomes
         if o.fault in WITNESSED and not {"witness", "plan"} & set(o.gates)
     ]
@@ -51,8 +51,8 @@ def summarize(outcomes: Sequence[Outcome], gates: Sequence[str] = GATES) -> dict
         "injected": len(outcomes),
         "caught": len(outcomes) - len(missed),
         "share": round(share, 6),
-        "missed": [f"{o.fault} in {o.row} ({o.place})" for o in missed],
-        "by_witness_alone": [f"{o.fault} in {o.row} ({o.place})" for o in alone],
+        "missed": [f"{o.fault} in {o.row} ({o.part})" for o in missed],
+        "by_witness_alone": [f"{o.fault} in {o.row} ({o.part})" for o in alone],
         "outcomes": [vars(outcome) for outcome in outcomes],
     }
 
@@ -64,7 +64,7 @@ def to_csv(outcomes: Sequence[Outcome]) -> str:
     writer.writerow(["fault", "row", "family", "model", "place", "caught", *GATES])
     for o in sorted(outcomes, key=lambda o: (o.fault, o.row)):
         marks = [int(gate in o.gates) for gate in GATES]
-        writer.writerow([o.fault, o.row, o.family, o.model, o.place, int(o.caught), *marks])
+        writer.writerow([o.fault, o.row, o.family, o.model, o.part, int(o.caught), *marks])
     return stream.getvalue()
 
 
@@ -85,11 +85,11 @@ def to_markdown(outcomes: Sequence[Outcome]) -> str:
         own = [o for o in outcomes if o.fault == fault.name]
         if own:
             marks = " | ".join(str(sum(g in o.gates for o in own) or "") for g in GATES)
-            told = (
+            label = (
                 f"{fault.name}: {fault.what}{' **(never missed)**' if fault.name in MUST else ''}"
             )
-            lines.append(f"| {told} | {len(own)} | {sum(o.caught for o in own)} | {marks} |")
-    missed = [f"- {o.fault} in `{o.row}` ({o.place})" for o in outcomes if not o.caught]
+            lines.append(f"| {label} | {len(own)} | {sum(o.caught for o in own)} | {marks} |")
+    missed = [f"- {o.fault} in `{o.row}` ({o.part})" for o in outcomes if not o.caught]
     lines += ["", *(["Missed:", "", *missed, ""] if missed else [])]
     return "\n".join([*lines, *list_caught_by_witness(outcomes)])
 
@@ -98,13 +98,13 @@ def list_caught_by_witness(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Lines about what only the witness caught: of all gates, and of those that a user passes."""
     passed = [o for o in outcomes if set(o.gates) & set(USER_GATES) == {"witness"}]
     counts = Counter(o.fault for o in passed)
-    told = ", ".join(f"{fault} ({count})" for fault, count in counts.most_common())
+    caught = ", ".join(f"{fault} ({count})" for fault, count in counts.most_common())
     yield (
         f"Caught by the witness alone, of the gates that a user passes ({', '.join(USER_GATES)}): "
-        f"{told or 'none'}."
+        f"{caught or 'none'}."
     )
     yield ""
-    alone = [f"- {o.fault} in `{o.row}` ({o.place})" for o in outcomes if {*o.gates} == {"witness"}]
+    alone = [f"- {o.fault} in `{o.row}` ({o.part})" for o in outcomes if {*o.gates} == {"witness"}]
     yield f"Caught by the witness alone, of all gates:{'' if alone else ' none.'}"
     yield ""
     if alone:

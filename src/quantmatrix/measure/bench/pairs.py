@@ -66,10 +66,10 @@ def bench_cell(
     base = workbench.tables.models[cell.model].repo
     result = bench_request(request, base, repeats, say, watch)
     command = f"quantmatrix bench --row {cell.id}{' --tiny' if workbench.tiny else ''}"
-    told = bench_results.sign(
+    signed = bench_results.sign(
         records.describe_cell(cell, workbench.tables), result, workbench.tables
     )
-    return {"what": cell.id, "cell": told, "command": command, **result}
+    return {"what": cell.id, "cell": signed, "command": command, **result}
 
 
 def bench_request(
@@ -84,14 +84,14 @@ def bench_request(
         raise UsageError(
             "bench measures transformers that lie on their device: leave out the offload flags"
         )
-    made = require_plan(request)
+    plan = require_plan(request)
     plain = require_plan(strip_quantization(request, base))
     say("inputs")
     args, kwargs = capture_inputs(plain)
     release()
     measured = {}
     try:
-        for part in open_parts(made, plain, args, kwargs):
+        for part in open_parts(plan, plain, args, kwargs):
             measured[part.name] = measure_part(part, repeats, say)
             if watch is not None:
                 watch(part)
@@ -99,45 +99,45 @@ def bench_request(
             release()
     except torch.OutOfMemoryError as error:
         raise MachineError(
-            f"{made.machine.name} cannot hold BF16 and the quantized form together, which timing them "
+            f"{plan.machine.name} cannot hold BF16 and the quantized form together, which timing them "
             f"in turn needs: {str(error).partition('.')[0]}; try a smaller --height and --width"
         ) from error
-    backends = {name: made.components[name].backends for name in measured}
+    backends = {name: plan.components[name].backends for name in measured}
     size = "tiny" if request.tiny else "full"
-    return {"size": size, "backends": backends, **describe(measured, made.machine, repeats)}
+    return {"size": size, "backends": backends, **describe(measured, plan.machine, repeats)}
 
 
 def open_parts(
-    made: Plan, plain: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+    plan: Plan, plain: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[Part]:
     """Each component that has quantized layers, in both forms; raises UsageError where none has."""
-    if not any(component.layers for component in made.components.values()):
+    if not any(component.layers for component in plan.components.values()):
         raise UsageError(
-            f"{made.request.model_path}: no transformer component is quantized, so there is nothing "
+            f"{plan.request.model_path}: no transformer component is quantized, so there is nothing "
             "to compare with BF16; name a checkpoint with --transformer-path"
         )
-    for name, component in made.components.items():
+    for name, component in plan.components.items():
         if not component.layers:
             continue
         load = {
             "bf16": make_loader(plain.components[name], plain),
-            "quantized": make_loader(component, made),
+            "quantized": make_loader(component, plan),
         }
         yield Part(
             name=name,
-            device=made.machine.device,
+            device=plan.machine.device,
             bf16=load["bf16"](),
             quantized=load["quantized"](),
             args=args,
             kwargs=kwargs,
             load=load,
-            finish=make_finish(made.request),
+            finish=make_finish(plan.request),
         )
 
 
-def make_loader(component: ComponentPlan, made: Plan) -> Callable[[], nn.Module]:
-    """A call that loads one component anew."""
-    return lambda: load_component(component, made.request, device=made.machine.device)
+def make_loader(component: ComponentPlan, plan: Plan) -> Callable[[], nn.Module]:
+    """A call that loads one component again."""
+    return lambda: load_component(component, plan.request, device=plan.machine.device)
 
 
 def make_finish(request: Request) -> Callable[[nn.Module], None]:
@@ -165,7 +165,7 @@ def capture_inputs(plain: Plan) -> tuple[tuple[Any, ...], dict[str, Any]]:
     for name in plain.components:
         getattr(pipeline, name).register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        generate(plain.request, made=plain, pipeline=pipeline)
+        generate(plain.request, plan=plain, pipeline=pipeline)
     except FirstCall as call:
         return call.passed_args, call.passed_kwargs
     raise UsageError(f"{plain.base}: a generation never called its transformer")
@@ -230,11 +230,11 @@ def name_device(machine: Machine) -> str:
 
 
 def name_request(request: Request) -> str:
-    """A request in words that are equal for equal requests: every field that is not as usual."""
+    """A request as text that is equal for equal requests: every field that is not as usual."""
     usual = Request()
-    told = {
+    settings = {
         field.name: getattr(request, field.name)
         for field in fields(Request)
         if field.name not in UNNAMED and getattr(request, field.name) != getattr(usual, field.name)
     }
-    return ", ".join(f"{name}={value}" for name, value in sorted(told.items()))
+    return ", ".join(f"{name}={value}" for name, value in sorted(settings.items()))

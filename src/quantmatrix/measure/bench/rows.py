@@ -41,7 +41,7 @@ def why_not(cell: Cell) -> str:
     """Why a cell cannot be benchmarked; empty when it can."""
     if cell.claim not in CLAIMED:
         return f"it is claimed to be {cell.claim}"
-    flags = [word.replace("_", "-") for word in cell.flags]
+    flags = [flag.replace("_", "-") for flag in cell.flags]
     if found := [flag for flag in OFFLOAD if flag in flags]:
         return f"it has {found[0]}, and would time the transfers"
     return ""

@@ -45,21 +45,21 @@ def synthesize(
     `size` is `full` or `tiny`; `kept` are regular expressions over names of layers left alone.
     Raises RefusedError where no kernel fits.
     """
-    made = build_plain(model, size)
+    model_built = build_plain(model, size)
     generator = torch.Generator(machine.device).manual_seed(seed)
     if family is not None:
         chosen = families.load(family).SCHEMES[scheme]
         blocks = models.load(model).BLOCKS
         patterns = [re.compile(pattern) for pattern in kept]
-        for name, module in list(made.named_modules()):
+        for name, module in list(model_built.named_modules()):
             inside = isinstance(module, nn.Linear) and name.split(".")[0] in blocks
             if inside and not any(pattern.fullmatch(name) for pattern in patterns):
                 layer = make_layer(module, chosen, family, machine, backend, dtype, generator)
                 parent, _, child = name.rpartition(".")
-                setattr(made.get_submodule(parent), child, layer)
-    fill_plain(made, machine.device, dtype, generator)
-    share_inputs(made)
-    return made.eval().requires_grad_(False)
+                setattr(model_built.get_submodule(parent), child, layer)
+    fill_plain(model_built, machine.device, dtype, generator)
+    share_inputs(model_built)
+    return model_built.eval().requires_grad_(False)
 
 
 def make_layer(

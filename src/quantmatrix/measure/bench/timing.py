@@ -10,12 +10,12 @@ generation with the request's prompt and size. Measured are, per transformer com
 |          | and weights that fit the cache stay there, as in no real step |
 | `step`   | one forward |
 | `load`   | reading the weights to the device until each was touched; the files are in the page cache |
-| `memory` | bytes of weights, and the most that a forward holds beyond them (see `working_memory`) |
+| `memory` | bytes of weights, and the most that a forward holds on top of them (see `working_memory`) |
 
 A timing is a burst of calls that takes about `BURST_MS`, after a warm-up. An accelerator's events
 count its time. On a CPU it is the process's CPU time where torch has one thread, so that a neighbour
 who takes the core is not measured, and the wall clock where it has more. What the numbers of a timing
-mean is told by `quantmatrix.proof.ratios`.
+mean is described in `quantmatrix.proof.ratios`.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def find_layers(part: Part) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
 
 
 def list_quantized(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Quantized modules of a model by name; the parts of a split one are not told apart."""
+    """Quantized modules of a model by name; the parts of a split one count as one."""
     for name, module in model.named_modules():
         whole = isinstance(module, QuantizedLinear) and ".parts." not in f".{name}"
         if whole or isinstance(module, SplitInputLinear):

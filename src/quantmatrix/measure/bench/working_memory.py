@@ -1,4 +1,4 @@
-"""Working memory: the most that one call holds at once beyond what was there before.
+"""Working memory: the most that one call holds at once on top of what was there before.
 
 On an accelerator it is the allocator's own counter. A CPU has no such counter, and the process's
 resident size says nothing about megabytes (the C library keeps and reuses what was freed), so there
@@ -33,10 +33,10 @@ class LiveTensors(TorchDispatchMode):
         """Run an operation; what it was given was there before, what is new counts."""
         kwargs = kwargs or {}
         self._note((args, kwargs), count=False)
-        made = func(*args, **kwargs)
-        self._note(made, count=True)
+        result = func(*args, **kwargs)
+        self._note(result, count=True)
         self.peak = max(self.peak, sum(self._sizes.values()))
-        return made
+        return result
 
     def _note(self, values: Any, *, count: bool) -> None:
         for value in pytree.tree_leaves(values):
@@ -47,7 +47,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def measure_working(call: Callable[[], Any], device: str) -> tuple[int, str]:
-    """(bytes that a call holds at most beyond what was there, how they were counted)."""
+    """(bytes that a call holds at most on top of what was there, how they were counted)."""
     kind = device.partition(":")[0]
     if kind == "cpu":
         with LiveTensors() as live:

@@ -5,7 +5,7 @@ const SYMBOLS = { proven: "✓", refused: "⊘", failing: "✗", stale: "↻", u
 const FILTERS = ["family", "model", "hardware", "state", "scope", "text"];
 const STEP_NAMES = ["PSNR dB", "cosine", "relative L2"];
 const CHUNK = 240; // cells drawn at a time
-const [ROW, PLACE, BACKEND, STATE, SCOPE, CLAIM, RULE, REASON, OFFER, RECORD, OTHERS] = Array(11).keys();
+const [ROW, HARDWARE, BACKEND, STATE, SCOPE, CLAIM, RULE, REASON, OFFER, RECORD, OTHERS] = Array(11).keys();
 const SVG = "http://www.w3.org/2000/svg";
 
 const find = (id) => document.getElementById(id);
@@ -48,7 +48,7 @@ function strengthOf(cell) {
 function nameOf(cell) {
   const backends = BACKENDS_OF.get(cell[ROW]);
   const suffix = backends.size > 1 && cell[BACKEND] ? `+${cell[BACKEND]}` : "";
-  return `${DATA.rows[cell[ROW]][0]}@${DATA.hardware[cell[PLACE]][0]}${suffix}`;
+  return `${DATA.rows[cell[ROW]][0]}@${DATA.hardware[cell[HARDWARE]][0]}${suffix}`;
 }
 
 const BACKENDS_OF = new Map();
@@ -83,7 +83,7 @@ function applyFilters() {
   let cells = 0;
   for (const cell of DATA.cells) {
     if (!passes[cell[ROW]]) continue;
-    if (wanted.hardware >= 0 && cell[PLACE] !== wanted.hardware) continue;
+    if (wanted.hardware >= 0 && cell[HARDWARE] !== wanted.hardware) continue;
     if (wanted.state >= 0 && cell[STATE] !== wanted.state) continue;
     if (wanted.scope >= 0 && cell[SCOPE] !== wanted.scope) continue;
     if (!rows.has(cell[ROW])) rows.set(cell[ROW], []);
@@ -129,12 +129,12 @@ function drawNearEnd() {
   if (left < 2 * box.clientHeight && drawn < found.length) drawMore();
 }
 
-function drawRow([number, cells], places) {
+function drawRow([number, cells], shown) {
   const [id, family, model, checkpoint] = DATA.rows[number];
   const about = `${DATA.families[family]} · ${DATA.models[model]} · ${DATA.checkpoints[checkpoint][1]}`;
   const row = make("tr", {}, make("th", { scope: "row" }, id, make("small", {}, about)));
-  for (const place of places) {
-    row.append(make("td", {}, ...cells.filter((c) => c[PLACE] === place).map(drawCell)));
+  for (const hardware of shown) {
+    row.append(make("td", {}, ...cells.filter((c) => c[HARDWARE] === hardware).map(drawCell)));
   }
   return row;
 }
@@ -152,18 +152,18 @@ function drawCell(cell) {
 
 /* The address keeps filters and the open cell, so both can be sent to somebody. */
 function keepFilters(cell) {
-  const words = new URLSearchParams();
-  for (const id of FILTERS) if (find(id).value) words.set(id, find(id).value);
-  if (cell) words.set("cell", nameOf(cell));
-  const text = words.toString();
+  const params = new URLSearchParams();
+  for (const id of FILTERS) if (find(id).value) params.set(id, find(id).value);
+  if (cell) params.set("cell", nameOf(cell));
+  const text = params.toString();
   history.replaceState(null, "", text ? `#${text}` : location.pathname + location.search);
 }
 
 function readAddress() {
-  const words = new URLSearchParams(location.hash.slice(1));
-  for (const id of FILTERS) find(id).value = words.get(id) ?? "";
+  const params = new URLSearchParams(location.hash.slice(1));
+  for (const id of FILTERS) find(id).value = params.get(id) ?? "";
   applyFilters();
-  const name = words.get("cell");
+  const name = params.get("cell");
   const cell = name && DATA.cells.find((candidate) => nameOf(candidate) === name);
   if (cell) openCell(cell);
 }
@@ -234,7 +234,7 @@ function describeCheck(check, weights) {
   const parts = [make("h3", {}, `Check ${check.name}: ${check.verdict}`)];
   if (check.message) parts.push(make("p", {}, check.message));
   if (check.pictures) {
-    parts.push(...check.pictures.map((place, n) => drawPicture(DATA.shared[place], n, check, weights)));
+    parts.push(...check.pictures.map((index, n) => drawPicture(DATA.shared[index], n, check, weights)));
     if (!check.pictures.length) {
       parts.push(make("p", {}, "Its pictures are in the record: there are too many for one page."));
     }
@@ -248,9 +248,9 @@ function describeCheck(check, weights) {
   return parts;
 }
 
-/* BF16, quantized or difference; the words under it are also its name. */
+/* BF16, quantized or difference; its caption is also its name. */
 function drawPicture(source, n, check, weights) {
-  const kind = ["BF16", "quantized", `difference, ${check.gain} times as strong, black is equal`][n];
+  const kind = ["BF16", "quantized", `difference, amplified ${check.gain}x (black = identical)`][n];
   const name = `${kind}: ${check.shown}; ${weights}`;
   return make("figure", {},
     make("img", { src: source, alt: name }), make("figcaption", {}, name));
@@ -285,11 +285,11 @@ function curve(values, limit, title) {
   const low = Math.min(...numbers), high = Math.max(...numbers), span = high - low || 1;
   const x = (step) => 56 + (step * 290) / Math.max(values.length - 1, 1);
   const y = (value) => 130 - ((value - low) * 110) / span;
-  const told = points.map(([step, value]) => `step ${step + 1}: ${value}`).join(", ");
+  const label = points.map(([step, value]) => `step ${step + 1}: ${value}`).join(", ");
   const bound = limit === undefined ? "" : `; limit ${limit}`;
   const picture = draw("svg", {
     viewBox: "0 0 360 160", width: 360, height: 160, role: "img",
-    "aria-label": `${title} per step: ${told}${bound}`,
+    "aria-label": `${title} per step: ${label}${bound}`,
   });
   picture.append(draw("line", { class: "axis", x1: 50, y1: 136, x2: 352, y2: 136 }));
   if (limit !== undefined) {
@@ -325,10 +325,10 @@ function describeBars(record) {
 function bars(title, facts, show) {
   if (!facts.length) return [];
   const most = Math.max(...facts.map(([, value]) => value)) || 1;
-  const told = facts.map(([name, value]) => `${name} ${show(value)}`).join(", ");
+  const label = facts.map(([name, value]) => `${name} ${show(value)}`).join(", ");
   const height = facts.length * 18 + 6;
   const picture = draw("svg", {
-    viewBox: `0 0 560 ${height}`, width: 560, height, role: "img", "aria-label": `${title}: ${told}`,
+    viewBox: `0 0 560 ${height}`, width: 560, height, role: "img", "aria-label": `${title}: ${label}`,
   });
   facts.forEach(([name, value], n) => {
     const width = Math.max((value * 250) / most, 1);
@@ -340,7 +340,7 @@ function bars(title, facts, show) {
 }
 
 /* Quantized beside BF16: bars of steps, loads and memory, and every comparison as a table. */
-const TIMING_HEAD = ["", "BF16 ms", "quantized ms", "ratio", "95 % interval", "noticed from", "verdict"];
+const TIMING_HEAD = ["", "BF16 ms", "quantized ms", "ratio", "95 % interval", "smallest detectable change", "verdict"];
 
 function describeBenchmark(bench) {
   if (!bench) return [];
@@ -349,13 +349,13 @@ function describeBenchmark(bench) {
   const of = (kind) => whole.filter(([name]) => name.endsWith(kind)).flatMap(both);
   const show = (value) => `${value.toPrecision(3)} ms`;
   const size = bench.size === "tiny" ? "a tiny stand-in" : "full size";
-  const told = `${size} on ${bench.device}; ${bench.clock}; made ${bench.made}${bench.old ? `; ${bench.old}` : ""}`;
+  const label = `${size} on ${bench.device}; ${bench.clock}; made ${bench.made}${bench.old ? `; ${bench.old}` : ""}`;
   return [
-    make("h3", {}, "Beside BF16"), make("p", {}, told),
-    ...bars("Latency of a step beside BF16", of("step"), show),
+    make("h3", {}, "Against BF16"), make("p", {}, label),
+    ...bars("Latency of a step against BF16", of("step"), show),
     ...bars("Loading beside BF16", of("load"), show),
     ...bars("Memory beside BF16", bench.memory.flatMap(both), mebibytes),
-    make("p", {}, `Step memory is what a step holds beyond the weights, counted by ${bench.counted}.`),
+    make("p", {}, `Step memory is what a step holds on top of the weights, counted by ${bench.counted}.`),
     timingTable(bench.timings),
     ...commandBox(bench.command),
     make("p", {}, make("a", { href: bench.file }, "The benchmark as JSON")),

@@ -20,32 +20,32 @@ if TYPE_CHECKING:
 RULE = "context-parallel-plan"
 
 
-def share(made: Plan) -> Plan:
+def share(plan: Plan) -> Plan:
     """The plan with its number of processes; UsageError or RefusedError when they cannot share it."""
-    count = made.request.nproc_per_node
+    count = plan.request.nproc_per_node
     if count == 1:
-        return made
+        return plan
     flag = f"--nproc-per-node {count}"
-    check_devices(made, count, flag)
-    if made.layerwise_offload or made.cpu_offload:
+    check_devices(plan, count, flag)
+    if plan.layerwise_offload or plan.cpu_offload:
         raise UsageError(f"{flag} needs the transformer on its device: leave out the offload")
-    if made.request.cuda_graph:
+    if plan.request.cuda_graph:
         raise UsageError(f"{flag}: processes that wait for each other cannot replay --cuda-graph")
-    for name, component in made.components.items():
-        require_plan(made.model, name, component.class_name)
-    heads = {n: int(p.config.get("num_attention_heads", 0)) for n, p in made.components.items()}
+    for name, component in plan.components.items():
+        require_plan(plan.model, name, component.class_name)
+    heads = {n: int(p.config.get("num_attention_heads", 0)) for n, p in plan.components.items()}
     odd = [name for name, found in heads.items() if not found or found % count]
     if not odd:
-        return replace(made, processes=count)
+        return replace(plan, processes=count)
     fewer = math.gcd(count, *heads.values())
-    if made.request.tiny and all(heads.values()) and fewer > 1:
-        return fit_stand_in(made, fewer, flag)
+    if plan.request.tiny and all(heads.values()) and fewer > 1:
+        return fit_stand_in(plan, fewer, flag)
     raise UsageError(f"{flag}: {odd[0]} has {heads[odd[0]]} attention heads, which it must divide")
 
 
-def check_devices(made: Plan, count: int, flag: str) -> None:
+def check_devices(plan: Plan, count: int, flag: str) -> None:
     """UsageError for a number of processes that the machine of a plan has no devices for."""
-    machine = made.machine
+    machine = plan.machine
     kind, colon, _ = machine.device.partition(":")
     if count < 1:
         raise UsageError(f"{flag}: expected 1 or more")
@@ -55,10 +55,10 @@ def check_devices(made: Plan, count: int, flag: str) -> None:
         raise UsageError(f"{flag}: {machine.name} has {machine.count} {kind} devices")
 
 
-def fit_stand_in(made: Plan, processes: int, flag: str) -> Plan:
+def fit_stand_in(plan: Plan, processes: int, flag: str) -> Plan:
     """The plan of a tiny stand-in, with as many processes as its heads allow."""
     note = f"{flag}: {processes} processes share the heads of the tiny stand-in"
-    return replace(made, processes=processes, warnings=(*made.warnings, note))
+    return replace(plan, processes=processes, warnings=(*plan.warnings, note))
 
 
 def require_plan(model: str, component: str, class_name: str) -> None:

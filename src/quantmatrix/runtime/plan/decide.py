@@ -126,8 +126,9 @@ def plan_component(
 ) -> ComponentPlan:
     """Plan one transformer component; what the user should know of it is added to `warnings`.
 
-    Raises NoKernel when a layer has none, CheckpointError (WitnessError where readings must be told
-    apart) for a checkpoint that cannot be used, and UsageError for flags that do not fit it.
+    Raises NoKernel when a layer has none, CheckpointError (WitnessError where readings must be
+    distinguished) for a checkpoint that cannot be used, and UsageError for flags that do not fit
+    it.
     """
 
     def plan_reading(other: Checkpoint) -> ComponentPlan:
@@ -185,7 +186,7 @@ def list_doubts(
         found.append(
             f"{checkpoint.reference} is a whole checkpoint: of its tensors those of the transformer "
             f"({checkpoint.prefix}*) are used, {parts} are left aside; the base model's own "
-            "components take their place"
+            "components replace them"
         )
     return found
 

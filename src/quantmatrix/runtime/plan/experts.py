@@ -5,7 +5,7 @@ video is noise. Names mostly say which one a file is:
 
 | expert | component | in names of files and folders |
 | ------ | --------- | ----------------------------- |
-| noisy steps | `transformer` | `high_noise`, `high-noise`, `HighNoise`, `HIGH` as a word of its own |
+| noisy steps | `transformer` | `high_noise`, `high-noise`, `HighNoise`, `HIGH` between separators |
 | the rest | `transformer_2` | the same with `low`; the folder `transformer_2` |
 """
 
@@ -17,7 +17,7 @@ from pathlib import PurePosixPath
 
 EXPERTS = {"transformer": "high", "transformer_2": "low"}
 """Noise of the steps that a component takes."""
-WORD = re.compile(
+NOISE_NAME = re.compile(
     r"(?<![A-Za-z])(?i:(low|high)[ ._-]?noise)|(?<![A-Za-z])(LOW|HIGH)(?![A-Za-z])"
     r"|(Low|High)(?=Noise)"
 )
@@ -28,7 +28,7 @@ LEVELS = 3
 def read_noise(path: str) -> str | None:
     """`low` or `high`, whichever the last of a path's names says that says one; None: none does."""
     for name in reversed(PurePosixPath(path.replace("\\", "/")).parts[-LEVELS:]):
-        found = {next(filter(None, match.groups())).lower() for match in WORD.finditer(name)}
+        found = {next(filter(None, match.groups())).lower() for match in NOISE_NAME.finditer(name)}
         if name == "transformer_2":
             found = {EXPERTS[name]}
         if found:
@@ -46,7 +46,7 @@ def warn_of_expert(component: str, files: Iterable[str], components: Collection[
     for file in files:
         noise = read_noise(file)
         if noise is not None and noise != EXPERTS[component]:
-            other = next(name for name, word in EXPERTS.items() if word == noise)
+            other = next(name for name, noise_name in EXPERTS.items() if noise_name == noise)
             return (
                 f"{file}: by its name this is the {noise}_noise expert, and it is given to "
                 f"{component}, which takes the steps of {EXPERTS[component]} noise. Nothing else "

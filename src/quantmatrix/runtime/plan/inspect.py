@@ -99,10 +99,10 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def describe_scheme(scheme: Scheme, layout: Layout | None) -> dict[str, Any]:
     """A scheme as plain data, without what is not so, and without a layout that is open."""
-    told = {k: v for k, v in asdict(scheme).items() if v not in (0, "", False, (0, 0))}
+    fields = {k: v for k, v in asdict(scheme).items() if v not in (0, "", False, (0, 0))}
     if layout is not None and not layout.known:
-        told = {k: v for k, v in told.items() if k not in ("swap_nibbles", "tiled_scales")}
-    return told
+        fields = {k: v for k, v in fields.items() if k not in ("swap_nibbles", "tiled_scales")}
+    return fields
 
 
 def read_schemes(checkpoint: Checkpoint, family: str, layout: Layout | None) -> dict[str, Scheme]:

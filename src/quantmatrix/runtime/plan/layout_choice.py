@@ -35,7 +35,7 @@ def settle(
     """
     checkpoint = source.checkpoint
     chosen = {name: str(getattr(request, name)) for name in FLAGS if getattr(request, name)}
-    flags = " ".join(f"--{name.replace('_', '-')} {word}" for name, word in chosen.items())
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
     declared = families.find_layout(checkpoint)
     if declared is None:
         if chosen:
@@ -67,7 +67,7 @@ def list_contradictions(
 ) -> list[str]:
     """A warning where flags choose another layout than the file declares."""
     said = {"nibble_order": declared.nibbles, "nvfp4_layout": declared.scales}
-    if all(said[name] in (None, word) for name, word in chosen.items()):
+    if all(said[name] in (None, value) for name, value in chosen.items()):
         return []
     return [
         f"{checkpoint.reference}: {flags} is used, although the file declares "
@@ -76,5 +76,5 @@ def list_contradictions(
 
 
 def describe_known(layout: Layout) -> str:
-    """A layout in words, with what is not known."""
+    """A layout as text, with what is not known."""
     return describe_reading(layout.nibbles or "unknown", layout.scales or "unknown order")

@@ -1,4 +1,4 @@
-"""Layouts: where codes and scales of a checkpoint lie, in words."""
+"""Layouts: where codes and scales of a checkpoint lie, as text."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def describe_layouts(schemes: Mapping[str, Scheme], layout: Layout | None) -> dict[str, int]:
-    """Layers per layout in words; one that is open is called unknown."""
-    told = Counter(filter(None, map(describe_layout, schemes.values())))
+    """Layers per layout as text; one that is open is called unknown."""
+    counted = Counter(filter(None, map(describe_layout, schemes.values())))
     if layout is None or layout.known:
-        return dict(told)
-    return {f"unknown: {layout.why}; the base model's weights, or flags, decide": told.total()}
+        return dict(counted)
+    return {f"unknown: {layout.why}; the base model's weights, or flags, decide": counted.total()}
 
 
 def describe_layout(scheme: Scheme) -> str:
-    """Where NVFP4 codes and block scales lie, in words; empty for other codes."""
+    """Where NVFP4 codes and block scales lie, as text; empty for other codes."""
     if scheme.op != "linear.nvfp4":
         return ""
     nibble = "high" if scheme.swap_nibbles else "low"

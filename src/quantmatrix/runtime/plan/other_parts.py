@@ -1,11 +1,11 @@
 """Pipeline parts: the components beside the transformers, which diffusers and transformers load.
 
 Neither library reads ModelOpt's exports. transformers does not know the method and takes FP8 codes
-for numbers, without a word: the pictures are of another prompt. diffusers stops at the declaration.
-A part that such a declaration stands in is refused before it is loaded, and a pipeline folder that
-holds only some parts (an export with `components`) is told from a whole model. So is a part that the
-SVDQuant engine quantized (its T5): nothing declares that, and where codes stand in place of a weight
-transformers draws one at random.
+for numbers, silently: the pictures are of another prompt. diffusers stops at the declaration. A
+part that such a declaration stands in is refused before it is loaded, and a pipeline folder that
+holds only some parts (an export with `components`) is distinguished from a whole model. So is a
+part that the SVDQuant engine quantized (its T5): nothing declares that, and where codes stand
+instead of a weight transformers draws one at random.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 def explain_export(config: Mapping[str, Any], file: str, name: str) -> str | None:
     """Why a part with this config.json cannot be loaded: ModelOpt quantized it; None: it can be."""
-    block, place = find_config_block(config, file)
+    block, source = find_config_block(config, file)
     method = str(block.get("quant_method") or "").lower()
     if not method.startswith("modelopt") or "quant_algo" not in block:
         return None
     return (
-        f"{place}: {name} was quantized by ModelOpt (quant_algo {block['quant_algo']}), which is "
+        f"{source}: {name} was quantized by ModelOpt (quant_algo {block['quant_algo']}), which is "
         "read of transformers only: here its codes would be taken for numbers, without an error. "
         f"Name one in full precision: --{name.replace('_', '-')}-path"
     )
@@ -186,5 +186,5 @@ def find_class(index: Mapping[str, Any], name: str) -> Any:
     An automatic class will not do: it makes a T5 encoder the whole T5, decoder and all.
     """
     entry = index.get(name)
-    library, word = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-    return getattr(import_module(library), str(word), None) if library in LIBRARIES else None
+    library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    return getattr(import_module(library), str(class_name), None) if library in LIBRARIES else None

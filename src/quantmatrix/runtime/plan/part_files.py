@@ -87,7 +87,7 @@ def check_files(folder: Folder, name: str, class_name: str) -> None:
         check_vocabulary(folder, name, class_name)
     elif name.startswith("scheduler") or class_name.endswith("Scheduler"):
         check_config(folder, name, ("scheduler_config.json",))
-    elif any(word in class_name for word in ("Processor", "FeatureExtractor")):
+    elif any(part in class_name for part in ("Processor", "FeatureExtractor")):
         check_config(folder, name, ("preprocessor_config.json", "processor_config.json"))
     else:
         check_config(folder, name, ("config.json",))
@@ -105,7 +105,7 @@ def wrong(folder: Folder, name: str, what: str, expected: str) -> CheckpointErro
 def check_config(folder: Folder, name: str, files: tuple[str, ...]) -> None:
     """A part must say what it is, in one of these JSON files.
 
-    Raises CheckpointError where there is none, or one that is no JSON object.
+    Raises CheckpointError where there is none, or one that is not a JSON object.
     """
     found = [file for file in files if folder.has(file)]
     if not found:
@@ -143,7 +143,7 @@ def explain_vocabulary(path: Path) -> str:
     if path.suffix != ".json":
         return "is a Git LFS pointer" if start.startswith(b"version https://git-lfs") else ""
     whole = start.lstrip().startswith(b"{") and end.rstrip().endswith(b"}")
-    return "" if whole else "is no JSON object, or is cut off"
+    return "" if whole else "is not a JSON object, or is cut off"
 
 
 def check_weights(folder: Folder, name: str) -> None:

@@ -1,7 +1,7 @@
 """Placement: where each tensor of a checkpoint goes in the model, decided from names and shapes.
 
 A plan holds the whole of it, and the loader does nothing but follow it: every tensor belongs to a
-quantized layer, is plain and has a place in the model, or is left aside for a reason of the
+quantized layer, is plain and has a parameter in the model, or is left aside for a reason of the
 family's. Whatever headers show to be wrong is refused here, before a tensor is read: layers and
 tensors that the model does not have, has in another shape, or would get twice, and those that the
 checkpoint lacks.
@@ -73,7 +73,7 @@ class Site:
 
     @property
     def model(self) -> str:
-        """The model and the file of its configuration, in words."""
+        """The model and the file of its configuration, as text."""
         return f"{self.class_name} ({self.config_from})"
 
     def find_code(self, layer: str) -> TensorHeader:
@@ -356,7 +356,9 @@ def explain_names(site: Site, unknown: Sequence[str]) -> str:
     )
     if original := explain_original(site.checkpoint.tensors):
         return text + original
-    prefix = find_common_prefix(unknown, lambda name: any(p in known for p in places(site, name)))
+    prefix = find_common_prefix(
+        unknown, lambda name: any(p in known for p in list_parameters(site, name))
+    )
     if not prefix:
         return text + "Is this checkpoint of another model, or of another size?"
     count = sum(name.startswith(prefix) for name in site.checkpoint.tensors)
@@ -367,7 +369,7 @@ def explain_names(site: Site, unknown: Sequence[str]) -> str:
     )
 
 
-def places(site: Site, name: str) -> list[str]:
+def list_parameters(site: Site, name: str) -> list[str]:
     """Parameters that a name on disk stands for."""
     with_codes = name.rpartition(".")[0]
     found = [f"{target.module}.weight" for target in site.dialect.layer_targets(with_codes)]

@@ -90,11 +90,11 @@ def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict
 def online_scheme(family: str) -> Scheme:
     """The scheme that a family's layers get while loading; UsageError where it makes none."""
     online = {name: families.load(name).ONLINE for name in families.written()}
-    word = online.get(family)
-    if word is None:
+    name = online.get(family)
+    if name is None:
         able = ", ".join(name for name in online if online[name])
         raise UsageError(f"--quantization {family}: only {able} can be made while loading")
-    return families.load(family).SCHEMES[word]
+    return families.load(family).SCHEMES[name]
 
 
 def is_part_of_path(pattern: str, paths: Iterable[str]) -> bool:

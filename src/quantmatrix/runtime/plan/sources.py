@@ -2,7 +2,7 @@
 
 Precedence, best first: the weights override of the component, the component override, the base
 model. The weights override replaces weights only, the component override replaces configuration
-and weights. Nothing here looks at tensors beyond their headers.
+and weights. Nothing here looks at tensors, only at their headers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ COMPATIBLE_BASES = {"FLUX.2-dev-NVFP4": "black-forest-labs/FLUX.2-dev"}
 """Repositories that hold only weights and may stand in `--model-path`, with their real base."""
 
 UNCOMPARED = ("quantization_config", "axes_lens", "rope_max_seq_len", "dtype", "torch_dtype")
-"""Words of a model's configuration that change none of its numbers; two are lengths of tables."""
+"""Keys of a model's configuration that change none of its numbers; two are lengths of tables."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def find_sources(request: Request) -> Sources:
         if note := experts.warn_of_expert(name, files, names):
             warnings.append(note)
         warnings += [
-            f"{file} holds a LoRA, which is no part of the weights: it is left out, and not applied"
+            f"{file} holds a LoRA, which is not part of the weights: it is left out, and not applied"
             for file in source.checkpoint.left_out
         ]
     warnings += other_parts.list_warnings(pipeline, {*names, *request.component_paths})
@@ -207,10 +207,10 @@ def check_overrides(request: Request, pipeline: PipelineFolder, names: list[str]
                     f"--{name.replace('_', '-')}-{suffix}: {pipeline.reference} has no component "
                     f"{name}; it has {', '.join(sorted(known))}"
                 )
-    strange = [name for name in request.weights_paths if name not in names]
-    if strange:
+    unknown = [name for name in request.weights_paths if name not in names]
+    if unknown:
         raise UsageError(
-            f"--{strange[0].replace('_', '-')}-weights-path: only transformer components take a "
+            f"--{unknown[0].replace('_', '-')}-weights-path: only transformer components take a "
             f"weights override ({', '.join(names)})"
         )
 
@@ -286,13 +286,13 @@ def check_stated_config(
     they disagree.
     """
     stated: Mapping[str, Any] = parse_block(checkpoint.metadata.get("config", ""))
-    place = f"{checkpoint.files[0]}: the header's config"
+    source = f"{checkpoint.files[0]}: the header's config"
     if not stated and sorted(PurePath(file).name for file in checkpoint.files) == SVDQUANT_PAIR:
-        stated, place = checkpoint.config or {}, f"{checkpoint.config_file}: this config"
+        stated, source = checkpoint.config or {}, f"{checkpoint.config_file}: this config"
     named = plain_class(stated.get("_class_name"))
     if named and named != class_name:
         raise CheckpointError(
-            f"{place} says these are weights of {quote(named)}, {config_from} says {class_name}: wrong "
+            f"{source} says these are weights of {quote(named)}, {config_from} says {class_name}: wrong "
             "model for the checkpoint"
         )
     for key, value in stated.items():
@@ -301,7 +301,7 @@ def check_stated_config(
         if same or key.startswith("_") or key in UNCOMPARED:
             continue
         raise CheckpointError(
-            f"{place} says {key} {quote_json(value, 120)}, {config_from} says "
+            f"{source} says {key} {quote_json(value, 120)}, {config_from} says "
             f"{quote_json(here, 120)}: these are weights of another model, or of another size; "
             "name the base model that they were made from"
         )

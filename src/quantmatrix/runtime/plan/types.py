@@ -71,9 +71,9 @@ class ComponentPlan:
 
     @property
     def precision(self) -> str | None:
-        """The checkpoint's own words for its schemes, most frequent first."""
-        words = Counter(piece.scheme.name for piece in self.pieces())
-        return " + ".join(word for word, _ in words.most_common()) or None
+        """The checkpoint's own names of its schemes, most frequent first."""
+        names = Counter(piece.scheme.name for piece in self.pieces())
+        return " + ".join(name for name, _ in names.most_common()) or None
 
     @property
     def rank(self) -> int | None:

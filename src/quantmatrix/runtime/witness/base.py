@@ -84,9 +84,9 @@ def list_unproved(base: Base, layout: str) -> list[str]:
 
 
 def look_for_base(name: str, source: Source, model: str, offline: Hub) -> Base:
-    """The first place that has the component in full precision."""
+    """The first source that has the component in full precision."""
     missing = []
-    for reference, siblings, certain in list_places(name, source, model):
+    for reference, siblings, certain in list_candidates(name, source, model):
         try:
             own = open_plain(reference, offline, siblings[name], source)
         except (QuantmatrixError, OSError) as error:
@@ -103,7 +103,7 @@ def look_for_base(name: str, source: Source, model: str, offline: Hub) -> Base:
     return Base(name, missing="; ".join(missing))
 
 
-def list_places(
+def list_candidates(
     name: str, source: Source, model: str
 ) -> Iterator[tuple[str, Mapping[str, str], bool]]:
     """(reference, folder of each component, whether it is certain) to look at, best first."""

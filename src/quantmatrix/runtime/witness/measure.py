@@ -99,25 +99,25 @@ def choose_samples(component: ComponentPlan) -> Iterator[Sample]:
             found.append((module, piece, column))
             column += piece.in_features
     for (_, kind), found in kinds.items():
-        for place, (module, piece, column) in enumerate(spread(found, LAYERS)):
-            yield Sample(module, piece, kind, *choose_rows(piece, place), column)
+        for index, (module, piece, column) in enumerate(spread(found, LAYERS)):
+            yield Sample(module, piece, kind, *choose_rows(piece, index), column)
 
 
 def spread(items: list[tuple[str, Piece, int]], count: int) -> list[tuple[str, Piece, int]]:
     """The first, the last, and some between them."""
     if len(items) <= count:
         return items
-    return [items[place * (len(items) - 1) // (count - 1)] for place in range(count)]
+    return [items[index * (len(items) - 1) // (count - 1)] for index in range(count)]
 
 
-def choose_rows(piece: Piece, place: int) -> tuple[int, int]:
-    """First row on disk of a run of tiles, and its end; which run depends on `place`."""
+def choose_rows(piece: Piece, index: int) -> tuple[int, int]:
+    """First row on disk of a run of tiles, and its end; which run depends on `index`."""
     height = find_height(piece.scheme)
     count = max(1, ELEMENTS // piece.in_features // height) * height
     first, each = piece.target.part[0] * piece.out_features, piece.out_features
     if count >= each:
         return first, first + each
-    start = first + (each - count) * place // (LAYERS - 1)
+    start = first + (each - count) * index // (LAYERS - 1)
     start = max(first, start // height * height)
     return start, min(start + count, first + each)
 

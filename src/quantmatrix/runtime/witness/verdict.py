@@ -3,7 +3,7 @@
 Names, shapes and dtypes cannot tell a nibble order, a scale layout, an expert or a scale that is
 off; one decoded layer beside its original can. A few layers of each kind are decoded the loader's
 own way (`witness_measure`), compared with the base model's (`witness_base`), and judged by measured
-limits (`witness_limits`). The witness speaks at two places:
+limits (`witness_limits`). The witness speaks at two points:
 
 | where | what it does |
 | ----- | ------------ |
@@ -109,7 +109,7 @@ class Report:
     def verdict(self) -> str:
         """The worst verdict of a layer; `no base weights` where there was nothing to compare."""
         found = {finding.verdict for finding in self.findings}
-        worst = (word for word in (DISAGREES, UNJUDGED, AGREES) if word in found)
+        worst = (verdict for verdict in (DISAGREES, UNJUDGED, AGREES) if verdict in found)
         return next(worst, "no base weights")
 
     def to_json(self) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def round_likeness(likeness: Likeness) -> dict[str, float]:
 
 
 def describe_reading(piece: Piece) -> str:
-    """How a layer's codes are read, in words."""
+    """How a layer's codes are read, as text."""
     from quantmatrix.runtime.plan.layouts import describe_layout
 
     return describe_layout(piece.scheme) or f"{piece.scheme.weight} per {piece.scheme.scale}"
@@ -217,10 +217,10 @@ def confirm(component: ComponentPlan, request: Request) -> Report | None:
     return report
 
 
-def examine_plan(made: Plan) -> list[Report]:
+def examine_plan(plan: Plan) -> list[Report]:
     """What the witness finds of each quantized component of a plan; nothing is raised."""
-    parts = [part for part in made.components.values() if part.layers and not part.online]
-    return [judge(examine(part, made.request), part, made.request) for part in parts]
+    parts = [part for part in plan.components.values() if part.layers and not part.online]
+    return [judge(examine(part, plan.request), part, plan.request) for part in parts]
 
 
 def find_damage(report: Report, component: ComponentPlan, request: Request) -> None:
@@ -355,14 +355,14 @@ def decide(
     """The checkpoint with the one reading that agrees with the base weights.
 
     `plan_reading` plans the component under a reading; one whose shapes do not fit is left out.
-    Raises WitnessError, in the words of `explain`, where not exactly one agrees, and
+    Raises WitnessError, with the text of `explain`, where not exactly one agrees, and
     CheckpointError where no reading can be planned.
     """
     if request.witness == "off":
         raise WitnessError(explain("--witness off leaves it to you"))
     if checkpoint.remote is not None:
         raise WitnessError(explain("Download the file first, for its tensors to be looked at"))
-    agreeing, told, errors = [], [], []
+    agreeing, judged, errors = [], [], []
     for reading in readings:
         try:
             component = plan_reading(replace(checkpoint, chosen=reading))
@@ -375,14 +375,16 @@ def decide(
             missing = report.base.missing or "none were named"
             raise WitnessError(explain(f"The base model's weights are not at hand ({missing})"))
         worst = min(f.likeness.cosine for f in coded)
-        told.append(f"{describe_reading(coded[0].sample.piece)}: cosine {worst:.4f}")
+        judged.append(f"{describe_reading(coded[0].sample.piece)}: cosine {worst:.4f}")
         if all(finding.verdict == AGREES for finding in coded):
             agreeing.append((reading, worst, report.base.reference))
-    if not told:
+    if not judged:
         raise errors[0]
     if len(agreeing) != 1:
         count = "more than one reading agrees" if agreeing else "no reading agrees"
-        raise WitnessError(explain(f"Beside the base model's weights {count} ({'; '.join(told)})"))
+        raise WitnessError(
+            explain(f"Beside the base model's weights {count} ({'; '.join(judged)})")
+        )
     reading, cosine, reference = agreeing[0]
     why = f"decided by the weights of {reference} (lowest cosine {cosine:.4f})"
     return replace(checkpoint, chosen={**reading, "why": why})

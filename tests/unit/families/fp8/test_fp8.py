@@ -475,7 +475,7 @@ def test_ignored_layers_name_a_layer_a_level_or_a_fused_one(
 
 
 @pytest.mark.parametrize(
-    ("ignored", "layer", "told"),
+    ("ignored", "layer", "said"),
     [
         ([], "blocks.1.to_q", True),
         (["blocks.1"], "blocks.1.to_q", False),
@@ -484,7 +484,7 @@ def test_ignored_layers_name_a_layer_a_level_or_a_fused_one(
     ],
 )
 def test_a_layer_that_was_forgotten_is_told(
-    tmp_path: Path, ignored: list[str], layer: str, told: bool
+    tmp_path: Path, ignored: list[str], layer: str, said: bool
 ) -> None:
     """A layer in BF16 that nothing leaves alone, while its like is quantized."""
     weight, *_ = make_layer()
@@ -493,7 +493,7 @@ def test_a_layer_that_was_forgotten_is_told(
     block = {"quant_method": "fp8", "ignored_layers": ignored}
     checkpoint = write(tmp_path / "c", tensors, block)
     notes = fp8.doubts(checkpoint, fp8.schemes(checkpoint))
-    assert [f"{layer}.weight is BF16" in note for note in notes] == ([True] if told else [])
+    assert [f"{layer}.weight is BF16" in note for note in notes] == ([True] if said else [])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""What writers of SVDQuant files leave out or leave behind: told by its cause, or read as meant."""
+"""What writers of SVDQuant files leave out or leave behind: named by its cause, or read as
+meant."""
 
 from __future__ import annotations
 
@@ -117,7 +118,7 @@ def test_groups_of_another_size_are_told(
         plan(request("qwen-image", path))
 
 
-# --- a scale that is no part of the engine's state -------------------------------------------
+# --- a scale that is not part of the engine's state -------------------------------------------
 
 
 def save_state(tensors: Tensors) -> None:

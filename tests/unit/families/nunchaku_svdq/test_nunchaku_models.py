@@ -311,11 +311,11 @@ def test_coded_inputs_stay_near_the_plain_model(name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_which_layers_are_unsigned(name: str) -> None:
     model_id, precision = name.split()
-    made = plan(
+    planned = plan(
         model_path=str(find(BASES[model_id])), weights_paths={"transformer": str(find(FILES[name]))}
     )
-    assert isinstance(made, Plan)
-    [component] = made.components.values()
+    assert isinstance(planned, Plan)
+    [component] = planned.components.values()
     unsigned = {piece.layer for piece in component.pieces() if piece.scheme.unsigned}
     ends = {"flux-1": (".mlp_fc2", ".mlp_context_fc2"), "qwen-image": ("_mlp.net.2",)}
     expected = {

@@ -220,14 +220,14 @@ DAMAGE: dict[str, tuple[Headers, Headers, str]] = {
     "bias of codes": (NEW, {"bias": ("I8", (256,))}, r"a\.bias is I8 .*BF16 or F16 or F32"),
     "awq bias": (AWQ, {"bias": ("BF16", (13,))}, r"a\.bias is BF16 \[13\], expected"),
     "two names": (NEW, {"smooth": ("BF16", (256,))}, r"a\.smooth.* and a\.smooth.* are two names"),
-    "more": (NEW, {"pre_quant_scale": ("BF16", (256,))}, r"a\.pre_quant_scale is no part of"),
-    "dense": (NEW, {"weight": ("BF16", (256, 256))}, r"a\.weight is no part of"),
-    "adapter": (NEW, {"lora_A.weight": ("BF16", (8, 256))}, r"a\.lora_A\.weight is no part of"),
-    "int4 scale": (NEW, {"wtscale": ("BF16", (1,))}, r"a\.wtscale is no part of .*\(int4\)"),
+    "more": (NEW, {"pre_quant_scale": ("BF16", (256,))}, r"a\.pre_quant_scale is not part of"),
+    "dense": (NEW, {"weight": ("BF16", (256, 256))}, r"a\.weight is not part of"),
+    "adapter": (NEW, {"lora_A.weight": ("BF16", (8, 256))}, r"a\.lora_A\.weight is not part of"),
+    "int4 scale": (NEW, {"wtscale": ("BF16", (1,))}, r"a\.wtscale is not part of .*\(int4\)"),
     "awq smooth": (
         AWQ,
         {"smooth_factor": ("BF16", (256,))},
-        r"a\.smooth_factor is no part of an AWQ",
+        r"a\.smooth_factor is not part of an AWQ",
     ),
 }
 

@@ -43,7 +43,7 @@ MODULATION = "transformer_blocks.0.img_mod.1"
 def write(
     path: Path, name: str, edit: Edit | None = None, metadata: dict[str, str] | None = None
 ) -> Path:
-    """A copy of one of the good files, changed; `metadata` takes the place of the header's."""
+    """A copy of one of the good files, changed; `metadata` replaces the header's."""
     tensors, header = read_file(find(FILES[name]))
     if edit is not None:
         edit(tensors)

@@ -46,10 +46,10 @@ def round_to_awq(weight: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module", params=BASES)
 def structured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny pipeline whose blocks have a strong part of rank 8, as trained weights have."""
-    made = plan(Request(model_path=BASES[request.param], tiny=True, device="cpu"))
-    assert isinstance(made, Plan)
+    planned = plan(Request(model_path=BASES[request.param], tiny=True, device="cpu"))
+    assert isinstance(planned, Plan)
     folder = tmp_path_factory.mktemp("structured") / request.param
-    shutil.copytree(fetch_pipeline(made.base, made.request.hub), folder)
+    shutil.copytree(fetch_pipeline(planned.base, planned.request.hub), folder)
     file = folder / "transformer" / WEIGHTS
     tensors = load_file(file)
     blocks = models.load(request.param).BLOCKS

@@ -1,4 +1,4 @@
-"""Export faults: what ModelOpt writes and no family takes is told by its cause."""
+"""Export faults: what ModelOpt writes and no family takes is named by its cause."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ def test_inputs_that_a_mixed_file_leaves_open_are_a_warning() -> None:
     assert read_doubts(make_mixed(listed, a=NVFP4, b=STATIC)) == []
     [note] = read_doubts(make_mixed(listed, a=NVFP4, b=FP8))
     assert "1 FP8 layers have no input_scale, b is the first" in note
-    told = {"b": {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}}
+    said = {"b": {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}}
     checkpoint = make_checkpoint(
         {"a": NVFP4, "b": FP8},
         quant_algo="MIXED_PRECISION",
         quantized_layers=listed,
-        layers=told,
+        layers=said,
     )
     assert read_doubts(checkpoint) == []
     assert families.load("modelopt-nvfp4").schemes(checkpoint)["b"].activation == "none"

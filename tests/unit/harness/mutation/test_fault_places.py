@@ -49,9 +49,9 @@ def test_where_a_fault_happens(
 
     def judge(_: Any, sound: Any, faulty: Any, model: Any) -> dict[str, str]:
         if model is not None:
-            made = mutator.bench.plan(request)
+            plan = mutator.bench.plan(request)
             base = mutator.bench.plan(mutator.bench.base_request(cell, request))
-            if not model.model(build_pipeline(made), made, base):
+            if not model.model(build_pipeline(plan), plan, base):
                 raise NotApplicable
         else:
             assert faulty.hub != sound.hub
@@ -63,7 +63,7 @@ def test_where_a_fault_happens(
     if outcome is not None:
         assert outcome.caught
         kind = "model" if fault.model else "files" if fault.files else ""
-        assert outcome.place == kind or (not kind and outcome.place.startswith("transformer"))
+        assert outcome.part == kind or (not kind and outcome.part.startswith("transformer"))
 
 
 def test_each_fault_was_injected_and_has_one_place() -> None:

@@ -83,10 +83,10 @@ def test_the_benchmark_of_a_row(tmp_path: Path) -> None:
     part = result["components"]["transformer"]
     layers = sum(layer["count"] for layer in part["layers"])
     assert result["backends"]["transformer"] == {"decode": layers}
-    told = bench_results.read_pytest(file, [ROW])[ROW]
-    assert told["device"] == result["device"]
-    assert told["transformer step"]["verdict"] == part["step"]["verdict"]
-    assert told["transformer memory"] == part["memory"]
+    said = bench_results.read_pytest(file, [ROW])[ROW]
+    assert said["device"] == result["device"]
+    assert said["transformer step"]["verdict"] == part["step"]["verdict"]
+    assert said["transformer memory"] == part["memory"]
     [entry] = json.loads(file.read_text())["benchmarks"]
     assert entry["stats"]["rounds"] == 5
 

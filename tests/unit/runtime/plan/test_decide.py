@@ -60,18 +60,18 @@ def test_planning_opens_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
      ("mi300x", "decode"), ("ascend-910b", "decode")],
 )  # fmt: skip
 def test_kernel_of_each_hardware(hardware: str, backend: str) -> None:
-    made = decide(*FP8, hardware=hardware)
-    assert isinstance(made, Plan)
-    assert set(made.components["transformer"].backends) == {backend}
+    planned = decide(*FP8, hardware=hardware)
+    assert isinstance(planned, Plan)
+    assert set(planned.components["transformer"].backends) == {backend}
 
 
 @pytest.mark.parametrize("hardware", ["cpu", "a100", "rtx-3090", "mi300x", "ascend-910b"])
 def test_refusal_names_rule_hardware_and_what_works(hardware: str) -> None:
-    made = decide(*FP8, "--backend", "torch", hardware=hardware)
-    assert isinstance(made, Refusal)
-    assert made.rule == "fp8-torch-sm89"
-    assert "--backend reference | decode" in made.message
-    assert made.to_json()["ok"] is False
+    planned = decide(*FP8, "--backend", "torch", hardware=hardware)
+    assert isinstance(planned, Refusal)
+    assert planned.rule == "fp8-torch-sm89"
+    assert "--backend reference | decode" in planned.message
+    assert planned.to_json()["ok"] is False
 
 
 def test_unknown_hardware() -> None:
@@ -80,14 +80,14 @@ def test_unknown_hardware() -> None:
 
 
 def test_weights_override_beats_component_override() -> None:
-    made = decide(
+    planned = decide(
         *FP8,
         "--transformer-weights-path",
         "quantmatrix/flux-1-fp8-single-file/flux-1-fp8.safetensors",
     )
-    assert isinstance(made, Plan)
-    assert made.components["transformer"].family == "fp8"
-    assert "modelopt-fp8" in made.components["transformer"].config_from
+    assert isinstance(planned, Plan)
+    assert planned.components["transformer"].family == "fp8"
+    assert "modelopt-fp8" in planned.components["transformer"].config_from
 
 
 BASE_2, RAW = "black-forest-labs/FLUX.2-dev", "black-forest-labs/FLUX.2-dev-NVFP4"
@@ -109,10 +109,10 @@ FLUX_2_FP8 = "BBuf/flux2-dev-modelopt-fp8-sglang-transformer"
 def test_the_compatibility_use_of_model_path_gives_way_to_a_flag(
     words: list[str], file: str, family: str
 ) -> None:
-    made = plan(Request.from_words(["--tiny", "--model-path", RAW, *words]))
-    assert isinstance(made, Plan)
-    assert made.base == "black-forest-labs/FLUX.2-dev"
-    found = made.components["transformer"]
+    planned = plan(Request.from_words(["--tiny", "--model-path", RAW, *words]))
+    assert isinstance(planned, Plan)
+    assert planned.base == "black-forest-labs/FLUX.2-dev"
+    found = planned.components["transformer"]
     assert [PurePath(path).name for path in found.checkpoint.files] == [file]
     assert found.family == family
 
@@ -122,21 +122,21 @@ def test_a_whole_model_of_a_compatible_name_is_itself(tmp_path: Path) -> None:
     hub = open_tiny_hub([BASE_2, FLUX_2_FP8])
     folder = tmp_path / "FLUX.2-dev-NVFP4"
     shutil.copytree(fetch_pipeline(BASE_2, hub), folder)
-    made = plan(Request(model_path=str(folder), device="cpu", hub=hub))
-    assert isinstance(made, Plan)
-    assert made.base == str(folder)
-    assert made.components["transformer"].family is None
+    planned = plan(Request(model_path=str(folder), device="cpu", hub=hub))
+    assert isinstance(planned, Plan)
+    assert planned.base == str(folder)
+    assert planned.components["transformer"].family is None
     assert inspect(str(folder), hub)["components"]["transformer"]["family"] is None
 
 
 def test_an_unknown_fp4_backend_is_told_with_the_known_values() -> None:
     words = ["--transformer-path", "BBuf/flux1-dev-modelopt-nvfp4-sglang-transformer"]
-    made = decide(*words, hardware="b200", fp4_gemm_backend="packed")
-    assert isinstance(made, Plan)
-    assert set(made.components["transformer"].backends) == {"flashinfer-trtllm"}
-    (told,) = made.warnings
-    assert "FP4_GEMM_BACKEND=packed is not used: no such FP4 GEMM backend" in told
-    assert "known: cudnn, flashinfer_cudnn, cutlass, flashinfer_cutlass, trtllm" in told
+    planned = decide(*words, hardware="b200", fp4_gemm_backend="packed")
+    assert isinstance(planned, Plan)
+    assert set(planned.components["transformer"].backends) == {"flashinfer-trtllm"}
+    (said,) = planned.warnings
+    assert "FP4_GEMM_BACKEND=packed is not used: no such FP4 GEMM backend" in said
+    assert "known: cudnn, flashinfer_cudnn, cutlass, flashinfer_cutlass, trtllm" in said
 
 
 def test_unknown_model_id_is_a_warning() -> None:
@@ -159,17 +159,17 @@ def test_unknown_model_id_is_a_warning() -> None:
 def test_offload_rules_of_modelopt_fp8(
     words: tuple[str, ...], layerwise: bool, cpu: bool, warning: str
 ) -> None:
-    made = decide(*FP8, *words)
-    assert isinstance(made, Plan)
-    assert (made.layerwise_offload, made.cpu_offload) == (layerwise, cpu)
-    assert bool(made.warnings) is bool(warning)
-    assert warning in " ".join(made.warnings)
+    planned = decide(*FP8, *words)
+    assert isinstance(planned, Plan)
+    assert (planned.layerwise_offload, planned.cpu_offload) == (layerwise, cpu)
+    assert bool(planned.warnings) is bool(warning)
+    assert warning in " ".join(planned.warnings)
 
 
 def test_layerwise_wins_over_cpu_offload() -> None:
-    made = decide("--quantization", "fp8", "--dit-cpu-offload", "--dit-layerwise-offload")
-    assert isinstance(made, Plan)
-    assert (made.layerwise_offload, made.cpu_offload) == (True, False)
+    planned = decide("--quantization", "fp8", "--dit-cpu-offload", "--dit-layerwise-offload")
+    assert isinstance(planned, Plan)
+    assert (planned.layerwise_offload, planned.cpu_offload) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -200,20 +200,20 @@ def test_memory_that_does_not_suffice_is_a_warning() -> None:
     from quantmatrix.hardware.machine import Machine
     from quantmatrix.runtime.plan.decide import check_memory
 
-    made = decide(*FP8)
-    assert isinstance(made, Plan)
+    planned = decide(*FP8)
+    assert isinstance(planned, Plan)
     warnings: list[str] = []
-    check_memory(made.components, Machine("small", "nvidia", "sm90", 1000), warnings)
+    check_memory(planned.components, Machine("small", "nvidia", "sm90", 1000), warnings)
     assert "--dit-layerwise-offload" in warnings[0]
 
 
 def test_a_model_id_of_another_model_is_refused() -> None:
-    """It made FLUX.1's defaults those of a Wan folder, without a word."""
+    """It made FLUX.1's defaults those of a Wan folder, silently."""
     words = ["--tiny", "--model-path", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "--model-id"]
     with pytest.raises(UsageError, match=r"FLUX\.1-dev, but .* is a WanPipeline: expected Wan2\.2"):
         plan(Request.from_words([*words, "FLUX.1-dev"]))
-    made = plan(Request.from_words([*words, "wan2.2-t2v-a14b-diffusers"]))
-    assert isinstance(made, Plan)
+    planned = plan(Request.from_words([*words, "wan2.2-t2v-a14b-diffusers"]))
+    assert isinstance(planned, Plan)
 
 
 def test_a_stand_in_that_nobody_opened_is_named() -> None:

@@ -70,11 +70,11 @@ def test_a_plan_warns(tmp_path: Path, component: str, noise: str, form: str) -> 
     (place / "config.json").write_text(json.dumps(config))
     given = str(place / name if form == "weights" else place)
     key = "component_paths" if form == "folder" else "weights_paths"
-    made = plan(model_path=str(base), **{key: {component: given}})
-    assert made.ok
-    told = [text for text in made.warnings if "by its name" in text]
-    assert len(told) == (EXPERTS[component] != noise)
-    assert all(f"{noise}_noise" in text and str(place) in text for text in told)
+    planned = plan(model_path=str(base), **{key: {component: given}})
+    assert planned.ok
+    said = [text for text in planned.warnings if "by its name" in text]
+    assert len(said) == (EXPERTS[component] != noise)
+    assert all(f"{noise}_noise" in text and str(place) in text for text in said)
 
 
 def test_the_base_itself_is_not_judged_by_its_place(tmp_path: Path) -> None:

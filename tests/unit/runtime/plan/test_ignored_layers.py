@@ -35,7 +35,7 @@ PARTS = {
 @cache
 def find_layers(model: str, ignored: tuple[str, ...]) -> frozenset[str]:
     """Quantized modules of a plan."""
-    made = plan(
+    planned = plan(
         Request(
             model_path=models.load(model).REPO,
             tiny=True,
@@ -43,8 +43,8 @@ def find_layers(model: str, ignored: tuple[str, ...]) -> frozenset[str]:
             quantization_ignored_layers=ignored,
         )
     )
-    assert made.ok
-    return frozenset(next(iter(made.components.values())).layers)
+    assert planned.ok
+    return frozenset(next(iter(planned.components.values())).layers)
 
 
 @pytest.mark.parametrize(

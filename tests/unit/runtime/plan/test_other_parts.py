@@ -32,9 +32,9 @@ def base(tmp_path: Path) -> Path:
 
 
 def decide(base: Path, **paths: str) -> Plan:
-    made = plan(Request(model_path=str(base), component_paths=paths, device="cpu"))
-    assert isinstance(made, Plan)
-    return made
+    planned = plan(Request(model_path=str(base), component_paths=paths, device="cpu"))
+    assert isinstance(planned, Plan)
+    return planned
 
 
 def declare(folder: Path) -> None:

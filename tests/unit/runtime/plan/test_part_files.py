@@ -15,7 +15,7 @@ from quantmatrix.api import load_transformer, plan
 from quantmatrix.checkpoints.local import LocalFolder
 from quantmatrix.errors import CheckpointError
 from quantmatrix.request import Request
-from quantmatrix.runtime.pipeline import build_pipeline, errors_in_words
+from quantmatrix.runtime.pipeline import build_pipeline, readable_errors
 from quantmatrix.runtime.plan.part_files import check_class, check_files, explain_vocabulary
 from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.tables import read
@@ -55,7 +55,7 @@ DAMAGES: list[tuple[Damage, str]] = [
     ),
     (
         lambda b: cut(b / "tokenizer/tokenizer.json"),
-        r"tokenizer: tokenizer has a tokenizer\.json that is no JSON object, or is cut off",
+        r"tokenizer: tokenizer has a tokenizer\.json that is not a JSON object, or is cut off",
     ),
     (
         lambda b: (b / "tokenizer/tokenizer.json").write_text(""),
@@ -162,8 +162,8 @@ def test_a_shard_of_a_text_encoder_that_is_missing(tmp_path: Path) -> None:
     [
         (b'{"a": 1}\n', ""),
         (b"", "is empty"),
-        (b'{"a": ', "is no JSON object, or is cut off"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "is no JSON object, or is cut off"),
+        (b'{"a": ', "is not a JSON object, or is cut off"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is not a JSON object, or is cut off"),
     ],
 )
 def test_vocabularies(content: bytes, what: str, tmp_path: Path) -> None:
@@ -183,15 +183,15 @@ def test_errors_of_libraries_name_the_folder_of_the_user() -> None:
         pytest.raises(
             CheckpointError, match=r"/mine: vae cannot .* \(OSError: no file in /mine/vae\)"
         ),
-        errors_in_words("/mine: vae", "/tmp/view", "/mine"),
+        readable_errors("/mine: vae", "/tmp/view", "/mine"),
     ):
         raise OSError("no file in\n /tmp/view/vae")
     with (
         pytest.raises(CheckpointError, match="code that comes with the model, which is never run"),
-        errors_in_words("/mine: text_encoder", "/tmp/view", "/mine"),
+        readable_errors("/mine: text_encoder", "/tmp/view", "/mine"),
     ):
         raise ValueError("set the option `trust_remote_code=True` to remove this error")
-    with pytest.raises(MemoryError), errors_in_words("/mine", "/tmp/view", "/mine"):
+    with pytest.raises(MemoryError), readable_errors("/mine", "/tmp/view", "/mine"):
         raise MemoryError
 
 

@@ -1,4 +1,4 @@
-"""Placement: what headers show to be wrong is refused by the plan, in words that name it."""
+"""Placement: what headers show to be wrong is refused by the plan, as text that name it."""
 
 from __future__ import annotations
 
@@ -165,9 +165,9 @@ def test_headers_are_compared_with_the_model(case: str, monkeypatch: pytest.Monk
 
 def test_the_plan_says_where_every_tensor_goes() -> None:
     base, target = str(find(FLUX_2)), str(find(RAW))
-    made = plan(Request(model_path=base, weights_paths={"transformer": target}, device="cpu"))
-    assert isinstance(made, Plan)
-    part = made.components["transformer"]
+    planned = plan(Request(model_path=base, weights_paths={"transformer": target}, device="cpu"))
+    assert isinstance(planned, Plan)
+    part = planned.components["transformer"]
     places = {plain.parameter: (plain.name, plain.target.part) for plain in part.plain}
     assert places["proj_out.weight"] == ("final_layer.linear.weight", (0, 1))
     assert (

@@ -72,8 +72,8 @@ def bench() -> Workbench:
 
 @pytest.mark.parametrize("one", list(list_cells()), ids=lambda cell: cell.row)
 def test_every_stand_in_agrees_with_its_base_and_leaves_room(one: Cell, bench: Workbench) -> None:
-    made = bench.plan(bench.request(one))
-    reports = verdict.examine_plan(made)
+    planned = bench.plan(bench.request(one))
+    reports = verdict.examine_plan(planned)
     assert {report.component for report in reports} == set(
         bench.tables.checkpoints[one.checkpoint].components
     )
@@ -82,9 +82,9 @@ def test_every_stand_in_agrees_with_its_base_and_leaves_room(one: Cell, bench: W
         assert not report.problems
         assert report.findings
         layers = {finding.sample.module for finding in report.findings}
-        kinds = {measure.name_kind(p) for p in made.components[report.component].pieces()}
+        kinds = {measure.name_kind(p) for p in planned.components[report.component].pieces()}
         assert {finding.sample.kind for finding in report.findings} == kinds  # each was looked at
-        assert layers <= set(made.components[report.component].layers)
+        assert layers <= set(planned.components[report.component].layers)
         for finding in report.findings:
             bounds = finding.bounds
             assert bounds is not None
@@ -131,9 +131,9 @@ def ask(path: Path, base: Path | None = None, **fields: str) -> Request:
 
 
 def decide(request: Request) -> ComponentPlan:
-    made = plan(request)
-    assert isinstance(made, Plan)
-    return made.components["transformer"]
+    planned = plan(request)
+    assert isinstance(planned, Plan)
+    return planned.components["transformer"]
 
 
 def read_layout(component: ComponentPlan) -> set[tuple[str, str]]:
@@ -190,7 +190,7 @@ def test_flags_choose_and_the_witness_confirms(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "said"),
     [
         ({}, "The base model's weights are not at hand"),
         ({"nibble_order": "low"}, "The base model's weights are not at hand"),
@@ -200,7 +200,7 @@ def test_flags_choose_and_the_witness_confirms(
 )
 @pytest.mark.usefixtures("no_hub")
 def test_a_guess_without_a_word_is_impossible(
-    raw: dict[str, torch.Tensor], tmp_path: Path, bare: Path, words: dict[str, str], told: str
+    raw: dict[str, torch.Tensor], tmp_path: Path, bare: Path, words: dict[str, str], said: str
 ) -> None:
     """Without the base weights every way in refuses, naming each open reading and its flags."""
     path = write(raw, tmp_path, "high", "tiles")
@@ -216,7 +216,7 @@ def test_a_guess_without_a_word_is_impossible(
         ) as caught:
             way()
         if words.get("witness") != "require":
-            assert told in str(caught.value)
+            assert said in str(caught.value)
         for nibbles, scales in LAYOUTS:
             flags = f"--nibble-order {nibbles} --nvfp4-layout {scales}"
             assert (flags in str(caught.value)) == (words.get("nibble_order", nibbles) == nibbles)
@@ -269,9 +269,9 @@ def test_a_declaration_that_is_wrong_is_refused_with_the_reading_that_agrees(
     with pytest.raises(WitnessError, match="--nibble-order high --nvfp4-layout tiles reads it"):
         load_transformer(str(find(BASES["flux-2"])), transformer_weights_path=str(path))
     flags = {"nibble_order": "high", "nvfp4_layout": "tiles"}
-    made = plan(ask(path, **flags))
-    assert isinstance(made, Plan)
-    assert any("although the file declares" in text for text in made.warnings)
+    planned = plan(ask(path, **flags))
+    assert isinstance(planned, Plan)
+    assert any("although the file declares" in text for text in planned.warnings)
 
 
 def test_a_layout_known_by_name_alone_is_told(
@@ -279,9 +279,9 @@ def test_a_layout_known_by_name_alone_is_told(
 ) -> None:
     path = tmp_path / "flux2-dev-nvfp4.safetensors"
     save_file(raw, path)
-    made = plan(ask(path, bare))
-    assert isinstance(made, Plan)
-    assert any("taken from a name" in text for text in made.warnings)
+    planned = plan(ask(path, bare))
+    assert isinstance(planned, Plan)
+    assert any("taken from a name" in text for text in planned.warnings)
     confirmed = plan(ask(path))
     assert isinstance(confirmed, Plan)
     assert not [text for text in confirmed.warnings if "taken from a name" in text]
@@ -345,9 +345,9 @@ def wan(folder: Path, base: Path | None = None, **fields: str) -> Request:
 
 
 def as_plan(request: Request) -> Plan:
-    made = plan(request)
-    assert isinstance(made, Plan)
-    return made
+    planned = plan(request)
+    assert isinstance(planned, Plan)
+    return planned
 
 
 @pytest.mark.usefixtures("no_hub")
@@ -374,14 +374,14 @@ def test_a_flag_without_nvfp4_codes_is_told() -> None:
 def whole(bench: Workbench) -> Plan:
     """A whole quantized pipeline, which names no base model in full precision."""
     cell = next(c for c in bench.tables.cells if c.row == "msmodelslim-w8a8-dynamic")
-    made = bench.plan(bench.request(cell))
-    assert isinstance(made, Plan)
-    return made
+    planned = bench.plan(bench.request(cell))
+    assert isinstance(planned, Plan)
+    return planned
 
 
-def beside_another(made: Plan, folder: Path, *, certain: bool) -> ComponentPlan:
+def beside_another(planned: Plan, folder: Path, *, certain: bool) -> ComponentPlan:
     """The plan's transformer beside a base model none of whose layers is like its own."""
-    part = made.components["transformer"]
+    part = planned.components["transformer"]
     weights = part.base.weights["transformer"]
     plain = load_file(weights.files[0])
     noise = {name: torch.randn(tensor.shape).bfloat16() for name, tensor in plain.items()}
@@ -514,8 +514,8 @@ def test_bounds_follow_from_the_sample() -> None:
     borrowed = witness_limits.find(samples, modelopt_nvfp4.NVFP4, "no-such-model")
     assert borrowed is not None
     assert "borrowed from" in borrowed.source
-    strange = replace(modelopt_nvfp4.NVFP4, weight="int3")
-    assert witness_limits.find(samples, strange, "flux-2") is None
+    unknown = replace(modelopt_nvfp4.NVFP4, weight="int3")
+    assert witness_limits.find(samples, unknown, "flux-2") is None
 
 
 def test_a_storage_that_nobody_measured_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
