@@ -43,7 +43,7 @@ KEPT = {
     "tiny/text_encoders.py": {"WORDS", "word", "words"},  # a tokenizer's
 }
 """Names that stay, by file."""
-FIELDS = ("made",)
+FIELDS = ("made", "place_digest")
 """Fields of records and of their classes: keys of JSON files do not change."""
 
 

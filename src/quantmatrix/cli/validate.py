@@ -39,7 +39,8 @@ def run_validate(arguments: argparse.Namespace, rest: list[str]) -> int:
         raise UsageError("--prompts and --prompt: give one of them")
     request = read_request(arguments, rest)
     folder = Path(arguments.output_path)
-    from quantmatrix.measure.validate import check_output, read_prompts, validate, write_folder
+    from quantmatrix.measure.validate import read_prompts, validate
+    from quantmatrix.measure.validation_page import check_output, write_folder
 
     check_output(folder)
     if arguments.prompts:

@@ -34,7 +34,6 @@ import torch
 from quantmatrix import models
 from quantmatrix.api import require_plan
 from quantmatrix.errors import UsageError
-from quantmatrix.files import check_writable, whole
 from quantmatrix.hardware import probe
 from quantmatrix.measure.census import find_differences, find_undeclared
 from quantmatrix.measure.latents import compare_trajectories, find_worst, summarize
@@ -261,21 +260,3 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     if not prompts:
         raise UsageError(f"--prompts {path}: holds no prompt; write one per line")
     return prompts
-
-
-def check_output(folder: Path) -> None:
-    """UsageError unless the folder can be made, or is empty: nothing is ever written over."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"--output-path {folder} exists and is not an empty folder")
-    check_writable(folder)
-
-
-def write_folder(found: Validation, folder: Path) -> Path:
-    """Put page, JSON, Markdown and pictures in a folder that appears whole or not at all."""
-    from quantmatrix.measure.validation_page import write_files
-
-    check_output(folder)
-    with whole(folder) as temporary:
-        temporary.mkdir()
-        write_files(found, temporary)
-    return folder

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantmatrix.errors import UsageError
+from quantmatrix.files import check_writable, whole
 from quantmatrix.proof.scopes import WEIGHTS
 
 if TYPE_CHECKING:
@@ -30,6 +32,25 @@ GAIN = 4
 MIB = 2**20
 YAML_RESERVED = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
 """Values that a YAML reader does not take for text."""
+
+
+def write_folder(found: Validation, folder: Path) -> Path:
+    """Write the four things of the module's table into a folder that appears whole or not at all.
+
+    Raises UsageError for a folder that is not empty, before anything is written.
+    """
+    check_output(folder)
+    with whole(folder) as temporary:
+        temporary.mkdir()
+        write_files(found, temporary)
+    return folder
+
+
+def check_output(folder: Path) -> None:
+    """UsageError unless the folder can be made, or is empty: nothing is ever written over."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"--output-path {folder} exists and is not an empty folder")
+    check_writable(folder)
 
 
 def write_files(found: Validation, folder: Path) -> None:
