@@ -70,8 +70,8 @@ def test_records_of_the_code_before_have_twins(tables: Matrix) -> None:
     assert found.cells == {(OLD, NEW): (PROVEN,)}
     [twin] = found.list_twins()
     assert twin.row == ""
-    assert twin.words[-1] == "--tiny"
-    assert "decode" in twin.words
+    assert twin.argv[-1] == "--tiny"
+    assert "decode" in twin.argv
     assert found.foreign == ()
 
 
@@ -86,7 +86,7 @@ def test_a_record_of_true_size_has_a_twin_of_its_own(tables: Matrix) -> None:
     assert found.cells == {(OLD, NEW): (PROVEN, f"{PROVEN}:true-size")}
     one, other = found.list_twins()
     assert (one.row, other.row) == ("", stand_in.cell["checkpoint"])
-    assert one.words == other.words
+    assert one.argv == other.argv
     assert other.name().startswith(f"true size of {other.row}: ")
     compiled = replace(stand_in, checks={"compile": CheckResult("pass", {})})
     none = list_candidates(tables, {key_of(compiled): compiled}, before, after, Carried())
@@ -109,12 +109,12 @@ def test_a_twin_is_the_command_without_what_only_an_accelerator_has(tmp_path: Pa
     far, here = (
         next(cell for cell in tables.cells if cell.hardware == place) for place in ("h100", "cpu")
     )
-    twin = name_twin(far, tables, STAND_IN).words
+    twin = name_twin(far, tables, STAND_IN).argv
     assert "--backend" not in twin
     assert "torch" not in twin
     assert "--cuda-graph" not in twin
     assert twin[twin.index("--seed") + 1] == "7"
-    assert "torch" in name_twin(here, tables, STAND_IN).words
+    assert "torch" in name_twin(here, tables, STAND_IN).argv
 
 
 GOOD = {"latents": "sha256:1", "files": "sha256:2"}
@@ -156,7 +156,7 @@ STUB = {
     "measure.latents": "def digest_latents(latents):\n    return 'sha256:' + repr(latents)\n",
     "proof.record": "def describe_files(files):\n    return {'digest': repr(files)}\n",
     "request": "class Request:\n    @classmethod\n    def from_words(cls, words, device):\n"
-    "        if 'bad' as text:\n            raise ValueError('bad words')\n        return words\n",
+    "        if 'bad' in words:\n            raise ValueError('bad words')\n        return words\n",
     "runtime.generate": "class Run:\n    latents = [7]\n    class plan:\n        components = {}\n\n\n"
     "def generate(request):\n    return Run\n",
 }

@@ -115,19 +115,21 @@ def test_sides_of_a_comparison_are_not_swapped() -> None:
     assert bad["ok"] is False
 
 
-def test_the_table_of_a_comparison(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_of_a_comparison(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     latents = {**summarize(make_steps()[:2]), "identical": False}
     found = {"reference": {"name": "one"}, "candidate": {"name": "two"}, "latents": latents,
              "media": {"psnr_db": 28.0, "ssim": 0.75}, "problems": ["far"]}  # fmt: skip
     compare_command.print_comparison(found)
-    out, err = capsys.readouterr()
+    out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines()]
     assert lines[:2] == [["A", "one"], ["B", "two"]]
     assert lines[3:6] == [["0", "40", "0.3", "0.99"], ["1", "50", "0.1", "0.9"],
                           ["worst", "40", "0.3", "0.9"]]  # fmt: skip
     assert out.splitlines()[6] == "picture: PSNR 28 dB, SSIM 0.75"
     assert "identical" not in out
-    assert err == "quantmatrix: far\n"
+    assert [record.getMessage() for record in caplog.records] == ["far"]
 
 
 # --- thresholds ------------------------------------------------------------------------------

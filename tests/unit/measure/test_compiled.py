@@ -96,7 +96,7 @@ def test_a_record_that_contradicts_its_limits_is_none() -> None:
         ({"programs": [{**PROGRAM, "arch": "sm90"}]}, "built for sm90, the plan is for sm86"),
         ({"programs": [{"kernel": "decode"}]}, r"programs\[0\].arch: missing"),
         ({"programs": [7]}, r"programs\[0\]: expected an object, found 7"),
-        ({"arch": 86}, "compile.metrics.arch: expected str, found 86"),
+        ({"arch": 86}, "compile.metrics.arch: expected a text, found 86"),
     ],
 )
 def test_a_pass_that_tells_of_a_fault_is_refused(metrics: dict[str, Any], message: str) -> None:

@@ -82,7 +82,7 @@ def test_nan_is_the_worst_there_is(bad: float) -> None:
     found = compare_tensors(reference, candidate)
     assert (found.cosine, found.psnr_db, found.nonfinite) == (0.0, -math.inf, 1)
     assert "NaN" in judge([found], Limits(0.0, 0.0, 9.0))[0]
-    with pytest.raises(ShapeError, match="no reference"):
+    with pytest.raises(ShapeError, match="not a reference"):
         compare_tensors(candidate, reference)
 
 

@@ -164,7 +164,7 @@ class TorchDraw:
     dtype: torch.dtype
 
     def normal(self, *shape: int) -> torch.Tensor:
-        """Normally distributed numbers of this shape, in the compute dtype."""
+        """Normally distributed numbers [*shape] in the compute dtype, a float dtype."""
         return torch.randn(*shape, generator=self.generator, device=self.device).to(self.dtype)
 
     def number(self, value: float) -> torch.Tensor:
