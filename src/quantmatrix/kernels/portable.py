@@ -54,8 +54,8 @@ def run_exactly(
 
 
 def run_decoded(
-    x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None, scheme: Scheme
+    x: torch.Tensor, buffers: Tensors, bias: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
     """x [..., in] times `decoded` [out, in] in its dtype, as x's dtype; inputs are not quantized."""
-    weight = tensors["decoded"]
+    weight = buffers["decoded"]
     return functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)

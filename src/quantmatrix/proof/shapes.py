@@ -309,8 +309,11 @@ def list_problems(value: Any, kind: Any, where: str = "") -> list[str]:
     """What is wrong with plain data that should be of a shape, a line for each place; empty: nothing."""
     try:
         msgspec.convert(value, kind)
-    except msgspec.ValidationError:
-        return list(explain(value, kind, where))
+    except (
+        msgspec.ValidationError,
+        UnicodeEncodeError,
+    ) as error:  # half a surrogate pair is no text
+        return list(explain(value, kind, where)) or [f"{where}: {error}".removeprefix(": ")]
     return []
 
 
