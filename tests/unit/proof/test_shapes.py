@@ -189,10 +189,8 @@ def test_words_and_schema_say_the_same(example: tuple[Any, dict[str, Any]], sche
          shapes.Plan, "components.a.total_layers: expected a count, found -1"),
         ({"worst": {"psnr_db": "x"}}, shapes.Latents,
          "worst.psnr_db: expected a number or null, found 'x'"),
-        ({"class": "\ud800"}, shapes.Latents, r"class: expected a text, found '\ud800'"),
-        ({"versions": {"\ud800": "1"}}, shapes.Machine,
-         r"versions: 'utf-8' codec can't encode character '\ud800' in position 0: "
-         "surrogates not allowed"),
+        ({"\ud800": 1}, shapes.Machine,
+         r"'utf-8' codec can't encode character '\ud800' in position 0: surrogates not allowed"),
         ({"class": 1}, shapes.Latents, "class: expected a text, found 1"),
         ({"devices": ["a", 2]}, shapes.Machine, "devices[1]: expected a text, found 2"),
         ({"ok": 1}, shapes.Plan, "ok: expected true or false, found 1"),
