@@ -7,6 +7,7 @@ folder stays in it; only the links of a hub cache, from its snapshots to its blo
 from __future__ import annotations
 
 import re
+import stat
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 def explain_link(path: Path, base: Path) -> str | None:
     """Why a path is not followed: a link in it leads out of the folder `base`; None: it is."""
+    if path.parent == base and path.name != ".." and is_plain(path):
+        return None
     try:
         real, inside = path.resolve(), base.resolve()
     except (OSError, RuntimeError) as error:  # links in a circle
@@ -29,6 +32,14 @@ def explain_link(path: Path, base: Path) -> str | None:
         f"leads to {real}, which is not in {base}: expected the file itself. If you trust it, name "
         "the path that it leads to, or replace it by a copy"
     )
+
+
+def is_plain(path: Path) -> bool:
+    """Whether something lies at a path, and is no link itself."""
+    try:
+        return not stat.S_ISLNK(path.lstat().st_mode)
+    except OSError:
+        return False
 
 
 def find_blobs(folder: Path) -> list[Path]:

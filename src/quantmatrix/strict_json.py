@@ -20,7 +20,7 @@ import json
 import math
 import stat
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,15 +149,12 @@ def read_float(text: str) -> float:
 
 def check_depth(value: Any) -> None:
     """JsonError for lists and objects more than DEPTH levels inside one another."""
-    level = [value]
+    level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(DEPTH + 1):
-        level = [v for outer in level for v in _list_inner(outer) if isinstance(v, (dict, list))]
+        inner: list[Any] = []
+        for outer in level:
+            inner += outer.values() if isinstance(outer, dict) else outer
+        level = [one for one in inner if isinstance(one, (dict, list))]
         if not level:
             return
     raise JsonError(f"it is nested more than {DEPTH} levels deep")
-
-
-def _list_inner(value: Any) -> Collection[Any]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()

@@ -138,12 +138,12 @@ def write_checkpoints(joined: Joined, rows: Iterable[CheckpointRow], base: str) 
 
 def write_proof(joined: Joined, cells: Sequence[Cell], base: str) -> str:
     """`**proven · stand-in**: cpu decode (2), h100; **unproven**: b200`, each linked to a record."""
+    by_label: dict[str, dict[str, list[Cell]]] = {label: {} for label in LABELS}
+    for cell in cells:
+        by_hardware = by_label[joined.standings[cell.id].label]
+        by_hardware.setdefault(f"{cell.hardware} {cell.backend}".strip(), []).append(cell)
     texts = []
-    for label in LABELS:
-        by_hardware: dict[str, list[Cell]] = {}
-        for cell in cells:
-            if joined.standings[cell.id].label == label:
-                by_hardware.setdefault(f"{cell.hardware} {cell.backend}".strip(), []).append(cell)
+    for label, by_hardware in by_label.items():
         links = []
         for name, found in by_hardware.items():
             names = [name, *(f"({number})" for number in range(2, len(found) + 1))]
