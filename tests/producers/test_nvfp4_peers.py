@@ -140,7 +140,7 @@ def test_a_ragged_raw_file_that_comfy_kitchen_coded(tmp_path: Path) -> None:
         backend="decode",
         dtype=torch.float32,
     )
-    found = {m.removesuffix(".q_weight"): t for m, t in loaded.state_dict().items()}
+    found = {m.removesuffix(".q_decoded"): t for m, t in loaded.state_dict().items()}
     modules = [module for group in LAYERS.values() for module in group]
     for module in modules:
         assert torch.equal(found.pop(module), plain.pop(f"{module}.weight")), module
