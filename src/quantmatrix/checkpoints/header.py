@@ -95,8 +95,8 @@ def read_header(path: str | Path) -> Header:
 def read_contents(file: BinaryIO, names: Sequence[str]) -> dict[str, bytes]:
     """Bytes of small tensors of an open safetensors file, by name; one read for those together."""
     (length,) = struct.unpack("<Q", file.read(8))
-    header = strict_json.parse(file.read(min(length, HEADER_LIMIT)))
-    spans = sorted((*header[name]["data_offsets"], name) for name in names)
+    header = strict_json.parse(file.read(min(length, HEADER_LIMIT)), _pack_entry)
+    spans = sorted((*header[name].data_offsets, name) for name in names)
     found: dict[str, bytes] = {}
     while spans:
         together = [spans.pop(0)]

@@ -174,6 +174,13 @@ def test_what_lies_together_is_read_at_once() -> None:
     assert file.lengths[2:] == [4, 5 + NEAR + 6]
 
 
+def test_an_entry_is_read_as_the_header_reads_it() -> None:
+    """Other keys of an entry, however long, do not count: nor did they when the names were read."""
+    header = make_header({"a": ("U8", (4,))})
+    header["a"]["x" * 5000] = 1
+    assert read_contents(io.BytesIO(join_file(header, b"aaaa")), ["a"]) == {"a": b"aaaa"}
+
+
 def test_of_a_remote_file_only_the_ranges_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
