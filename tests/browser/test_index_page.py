@@ -179,7 +179,7 @@ def test_a_cell_opens_its_evidence(page: Any) -> None:
     names = [
         f"BF16: {shown}",
         f"quantized: {shown}",
-        f"difference, 8 times as strong, black is equal: {shown}",
+        f"difference, amplified 8x (black = identical): {shown}",
     ]
     assert [picture.get_attribute("alt") for picture in pictures] == names
     assert [picture.accessible_name for picture in pictures] == names

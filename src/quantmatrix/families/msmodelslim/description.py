@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import CheckpointError
 from quantmatrix.families.msmodelslim.layers import FLOATS, SCHEMES, WRAPPERS, tensors
+from quantmatrix.quoting import quote
 from quantmatrix.scheme import Scheme, TensorSpec
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
         scheme = find_scheme(name, quant_type, checkpoint)
         if EMBEDDING.match(name):
             raise CheckpointError(
-                f"{checkpoint.description_file}: {name} is {quant_type}, but quantized embeddings are "
+                f"{checkpoint.description_file}: {name} is {quote(quant_type)}, but quantized embeddings are "
                 "not supported: quantize again without them (they must be FLOAT)"
             )
         found[find_layer(name, checkpoint)] = scheme
@@ -115,12 +116,12 @@ def find_scheme(name: str, quant_type: str, checkpoint: Checkpoint) -> Scheme:
             (text for part, text in REFUSED_SCHEMES.items() if part in quant_type), "unknown"
         )
         raise CheckpointError(
-            f"{checkpoint.description_file}: {name}.weight is {quant_type} ({why}), which is not "
+            f"{checkpoint.description_file}: {name}.weight is {quote(quant_type)} ({why}), which is not "
             f"supported; supported are FLOAT, {', '.join(SCHEMES)}"
         )
     if f"{name}.weight" not in checkpoint.tensors:
         raise CheckpointError(
-            f"{checkpoint.description_file}: {name}.weight is {quant_type}, but no such tensor is in "
+            f"{checkpoint.description_file}: {name}.weight is {quote(quant_type)}, but no such tensor is in "
             f"{', '.join(checkpoint.files)}: is the description of another folder?"
         )
     smoothings = name_smoothings(find_layer(name, checkpoint))
@@ -153,7 +154,7 @@ def refuse_settings(described: Mapping[str, Any], checkpoint: Checkpoint) -> Non
         attention = key.endswith(".quant_type") or key in CACHE_SETTINGS
         if attention and value and value != FLOAT:
             raise CheckpointError(
-                f"{checkpoint.description_file}: {key} is {value}: quantized attention is not "
+                f"{checkpoint.description_file}: {key} is {quote(value)}: quantized attention is not "
                 "supported, and its rotations would not cancel out; quantize again without "
                 "fa3_quant"
             )
@@ -272,13 +273,13 @@ def check_description(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> No
         spare = ("bias", "weight_scale", "weight_offset") if static else ("bias",)
         if name not in checkpoint.tensors and suffix not in spare:
             raise CheckpointError(
-                f"{checkpoint.description_file}: describes {name} ({quant_type}) of the quantized layer "
+                f"{checkpoint.description_file}: describes {name} ({quote(quant_type)}) of the quantized layer "
                 f"{layer}, but no such tensor is in {', '.join(checkpoint.files)}: without it the "
                 "layer would give other numbers; download the weights again"
             )
         if quant_type not in (FLOAT, found[layer].name):
             raise CheckpointError(
-                f"{checkpoint.description_file}: {name} is {quant_type}, but the weight of {layer} is "
+                f"{checkpoint.description_file}: {name} is {quote(quant_type)}, but the weight of {layer} is "
                 f"{found[layer].name}: expected one scheme per layer; the description is of "
                 "another checkpoint, or was edited"
             )

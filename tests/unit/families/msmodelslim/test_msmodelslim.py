@@ -339,6 +339,16 @@ def test_description_of_another_folder_is_refused():
         msmodelslim.schemes(checkpoint)
 
 
+@pytest.mark.parametrize("key", ["a.weight", "a.input_offset", "a.other", "fa3.quant_type"])
+def test_values_of_a_description_are_shown_escaped(key):
+    """A line that begins with two colons is a command to a CI."""
+    checkpoint = make_checkpoint({"a": ("W8A8", quantize("W8A8"))})
+    checkpoint.description[key] = "W8A8_x\n::error::c"
+    with pytest.raises(CheckpointError, match=r"W8A8_x\\n::error::c") as caught:
+        msmodelslim.schemes(checkpoint)
+    assert "\n" not in str(caught.value)
+
+
 def test_declaration_covers_every_tensor():
     layers = {f"blocks.0.{word}": (word, quantize(word)) for word in WORDS}
     checkpoint = make_checkpoint({**layers, "norm": plain()})
