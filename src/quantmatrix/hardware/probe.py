@@ -15,15 +15,11 @@ import re
 import sys
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantmatrix.errors import UsageError
 from quantmatrix.hardware.machine import Flaw, Machine
 from quantmatrix.hardware.packages import installed_packages, read_versions
-
-if TYPE_CHECKING:
-    pass
-
 
 DEVICES = ("cpu", "cuda", "npu", "mps")
 """Kinds of device that can be probed, by torch's names."""

@@ -19,10 +19,7 @@ from __future__ import annotations
 import base64
 import string
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 PICTURES = ("baseline", "quantized", "difference")
 KEYS = {*PICTURES, "gain", "shown"}

@@ -31,12 +31,8 @@ import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from quantmatrix.errors import QuantmatrixError
-
-if TYPE_CHECKING:
-    pass
 
 CLAIMS = ("validated", "expected", "refused", "failing", "planned")
 CHECKS = ("load", "latents", "generate", "refuse", "bench", "trace", "true-size", "compile")
