@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.utils import _pytree as pytree
 
 from quantmatrix.errors import UsageError
@@ -82,7 +82,9 @@ class GraphedForward:
                 self.forward(*args, **kwargs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # processes that exchange tokens have a thread that looks at events of the device meanwhile
+        mode = "thread_local" if distributed.is_initialized() else "global"
+        with torch.cuda.graph(graph, capture_error_mode=mode):
             output = self.forward(*args, **kwargs)
         return graph, [leaf for leaf in owned if isinstance(leaf, torch.Tensor)], output
 

@@ -1,9 +1,10 @@
 """Parallel: one generation on several devices of a machine (`--nproc-per-node 4`).
 
 torchrun starts one process per device. Each holds the whole quantized transformer and works on its
-share of the tokens; diffusers' context parallelism (Ulysses) exchanges heads for tokens around every
-attention. The layers see fewer rows and compute each row as before, so the latents are those of one
-process, within the rounding of the compute dtype. Only the first process writes and prints.
+share of the tokens (`token_shares` says which); diffusers' context parallelism (Ulysses) exchanges
+heads for tokens around every attention. The layers see fewer rows and compute each row as before, so
+the latents are those of one process, within the rounding of the compute dtype. Only the first process
+writes and prints.
 
 diffusers 0.42.1 divides by the number of accelerators, which is 0 on a CPU; `count_processor` gives
 it 1 there, and everything else works over gloo.
@@ -35,6 +36,7 @@ from quantmatrix.runtime.pipeline import build_pipeline
 from quantmatrix.runtime.plan import decide
 from quantmatrix.runtime.plan.types import Plan, require
 from quantmatrix.runtime.run import Run
+from quantmatrix.runtime.token_shares import follow_tokens
 
 SHOWN = 2000
 """Characters of what failed processes said that are shown."""
@@ -140,9 +142,11 @@ def split(pipeline: Any, plan: Plan, count: int) -> None:
 
     on_cpu = plan.machine.device == "cpu"
     for name in plan.components:
+        transformer = getattr(pipeline, name)
         config = ContextParallelConfig(ulysses_degree=count, ulysses_anything=True)
         with quiet(), count_processor() if on_cpu else nullcontext():
-            getattr(pipeline, name).enable_parallelism(config=config)
+            transformer.enable_parallelism(config=config)
+        follow_tokens(transformer, config, count)
 
 
 def count_processor() -> Any:

@@ -29,8 +29,6 @@ def share(plan: Plan) -> Plan:
     check_devices(plan, count, flag)
     if plan.layerwise_offload or plan.cpu_offload:
         raise UsageError(f"{flag} needs the transformer on its device: leave out the offload")
-    if plan.request.cuda_graph:
-        raise UsageError(f"{flag}: processes that wait for each other cannot replay --cuda-graph")
     for name, component in plan.components.items():
         require_plan(plan.model, name, component.class_name)
     heads = {n: int(p.config.get("num_attention_heads", 0)) for n, p in plan.components.items()}

@@ -1,0 +1,111 @@
+"""Head exchange: attention over tokens that several processes hold, in two exchanges (Ulysses).
+
+Around an attention every process gives its tokens' heads away and gets all tokens of its own heads.
+diffusers exchanges queries, keys and values one after the other, and copies each before and after.
+Here they travel together: one exchange there and one back, and what arrives is read as it lies.
+
+| step | layout |
+| ---- | ------ |
+| given | query, key, value [B, S, H, D], S tokens of this process |
+| sent | [P, S, B, 3, H/P, D]: a part for each of P processes |
+| received | [all tokens, B, 3, H/P, D], in the order of the processes |
+| attention | [B, all tokens, H/P, D], views of what was received where B is 1 |
+| sent back | [all tokens, B, H/P, D]; received [P, S, B, H/P, D] and joined to [B, S, H, D] |
+
+Processes may hold different numbers of tokens; `quantmatrix.runtime.token_shares` knows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+def exchange(x: torch.Tensor, received: Sequence[int], sent: Sequence[int], group: Any) -> torch.Tensor:
+    """x [sum(sent), ...] parted along its rows among processes: [sum(received), ...]."""
+    from torch.distributed import _functional_collectives as collectives
+
+    even = len({*received, *sent}) == 1
+    splits = (None, None) if even else (list(received), list(sent))
+    found = collectives.all_to_all_single(x.contiguous(), *splits, group)
+    if isinstance(found, collectives.AsyncCollectiveTensor):
+        found = found.wait()
+    return found
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    shares: Sequence[int],
+    group: Any,
+    attention: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """Attention of this process's tokens over all tokens, as [B, S, H, D].
+
+    Query, key and value are [B, S, H, D] of one dtype, H a multiple of the number of processes;
+    `shares` says how many tokens each process holds. `attention` takes three [B, T, H/P, D].
+    """
+    batch, tokens, heads, width = query.shape
+    count = len(shares)
+    own = heads // count
+    parts = [
+        x.view(batch, tokens, count, own, width).permute(2, 1, 0, 3, 4) for x in (query, key, value)
+    ]
+    packed = torch.stack(parts, dim=3).flatten(0, 1)
+    arrived = exchange(packed, shares, [tokens] * count, group)
+    mixed = attention(*(x.transpose(0, 1) for x in arrived.unbind(2)))
+    back = exchange(mixed.transpose(0, 1), [tokens] * count, shares, group)
+    joined = back.view(count, tokens, batch, own, width).permute(2, 1, 0, 3, 4)
+    return joined.reshape(batch, tokens, heads, width)
+
+
+def replace_attention(find_shares: Callable[[int], Sequence[int] | None]) -> None:
+    """Let diffusers' context-parallel attention take this way wherever it can.
+
+    `find_shares` gives the tokens of every process by those of this one, None where it cannot
+    tell. Masks, cross-attention, rings and log-sum-exps stay with diffusers.
+    """
+    from diffusers.models import attention_dispatch
+
+    original = attention_dispatch._templated_context_parallel_attention
+    if hasattr(original, "original"):
+        return
+
+    def templated(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        return_lse: bool = False,
+        *,
+        forward_op: Callable[..., torch.Tensor],
+        backward_op: Callable[..., torch.Tensor],
+        _parallel_config: Any = None,
+    ) -> Any:
+        config = _parallel_config.context_parallel_config
+        shares = find_shares(query.shape[1]) if config.ring_degree == 1 else None
+        plain = attn_mask is None and not (dropout_p or is_causal or enable_gqa or return_lse)
+        fits = query.shape == key.shape == value.shape and query.shape[2] % config.ulysses_degree == 0
+        if shares is None or not plain or not fits:
+            return original(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse,
+                forward_op=forward_op, backward_op=backward_op, _parallel_config=_parallel_config,
+            )  # fmt: skip
+
+        def attention(*parts: torch.Tensor) -> torch.Tensor:
+            return forward_op(
+                None, *parts, None, 0.0, False, scale, False, False,
+                _save_ctx=False, _parallel_config=_parallel_config,
+            )  # fmt: skip
+
+        return attend(query, key, value, shares, config._ulysses_mesh.get_group(), attention)
+
+    templated.original = original  # type: ignore[attr-defined]
+    attention_dispatch._templated_context_parallel_attention = templated
