@@ -23,7 +23,9 @@ from typing import Any
 import torch
 
 
-def exchange(x: torch.Tensor, received: Sequence[int], sent: Sequence[int], group: Any) -> torch.Tensor:
+def exchange(
+    x: torch.Tensor, received: Sequence[int], sent: Sequence[int], group: Any
+) -> torch.Tensor:
     """x [sum(sent), ...] parted along its rows among processes: [sum(received), ...]."""
     from torch.distributed import _functional_collectives as collectives
 
@@ -92,7 +94,9 @@ def replace_attention(find_shares: Callable[[int], Sequence[int] | None]) -> Non
         config = _parallel_config.context_parallel_config
         shares = find_shares(query.shape[1]) if config.ring_degree == 1 else None
         plain = attn_mask is None and not (dropout_p or is_causal or enable_gqa or return_lse)
-        fits = query.shape == key.shape == value.shape and query.shape[2] % config.ulysses_degree == 0
+        fits = (
+            query.shape == key.shape == value.shape and query.shape[2] % config.ulysses_degree == 0
+        )
         if shares is None or not plain or not fits:
             return original(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse,

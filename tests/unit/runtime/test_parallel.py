@@ -79,13 +79,13 @@ def test_what_cannot_be_shared_is_said_before_anything_starts() -> None:
         (3, {}, "transformer has 2 attention heads"),
         (4, {"request": {"tiny": False}}, "transformer has 2 attention heads"),
         (2, {"layerwise_offload": True}, "leave out the offload"),
-        (2, {"request": {"cuda_graph": True}}, "cannot replay --cuda-graph"),
         (4, {"machine": gpus}, "has 3 cuda devices"),
         (2, {"machine": replace(gpus, device="cuda:1")}, "without a number"),
     ):
         with pytest.raises(UsageError, match=message):
             share(count, **changes)
     assert share(2, machine=gpus).processes == 2
+    assert share(2, machine=gpus, request={"cuda_graph": True}).processes == 2
     with pytest.raises(RefusedError, match="z-image: transformer is a ZImage"):
         sharing.require_plan("z-image", "transformer", "ZImageTransformer2DModel")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +34,9 @@ def test_where_one_process_could_confuse_two_sequences_none_answers() -> None:
 
 
 def test_tokens_of_texts_pictures_and_videos_are_counted() -> None:
-    flux = SimpleNamespace(_cp_plan={"": {"hidden_states": 1, "encoder_hidden_states": 1}, "out": 2})
+    flux = SimpleNamespace(
+        _cp_plan={"": {"hidden_states": 1, "encoder_hidden_states": 1}, "out": 2}
+    )
     given: dict[str, Any] = {
         "hidden_states": torch.empty(1, 12, 5),
         "encoder_hidden_states": torch.empty(1, 7, 3),
@@ -52,9 +53,7 @@ def test_tokens_of_texts_pictures_and_videos_are_counted() -> None:
 
 @pytest.mark.parametrize("tokens", [6, 7])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_exchanged_heads_give_the_attention_of_one_process(
-    tokens: int, batch: int, tmp_path: Path
-) -> None:
+def test_exchanged_heads_give_the_attention_of_one_process(tokens: int, batch: int) -> None:
     generator = torch.Generator().manual_seed(tokens)
     whole = [torch.randn(batch, tokens, 4, 8, generator=generator) for _ in range(3)]
     expected = attend_alone(*whole)
