@@ -26,11 +26,13 @@ from typing import Any
 import torch
 from torch import distributed
 
+from quantmatrix import models
 from quantmatrix.hardware import probe
 from quantmatrix.measure.bench import speed
 from quantmatrix.measure.bench.synthetic import make_inputs, synthesize
 from quantmatrix.runtime import parallel
 from quantmatrix.runtime.library_logs import quiet
+from quantmatrix.runtime.sharded_weights import shard
 from quantmatrix.runtime.token_shares import follow_tokens
 
 FORMS: dict[str, dict[str, str]] = {
@@ -45,13 +47,16 @@ WANTED = (
     "qwen-image FP8 compiled-graph",
     "wan-2-2 FP8 eager",
     "wan-2-2 FP8 compiled",
+    "flux-1 FP8 sharded",
+    "flux-1 FP8 sharded-graph",
+    "wan-2-2 FP8 sharded",
     "flux-1 BF16 graph",
     "flux-1 FP8 compiled",
     "flux-2 FP8 graph",
     "qwen-image FP8 eager",
     "wan-2-2 BF16 eager",
 )
-"""Model, form and mode, in order of worth."""
+"""Model, form and mode, in order of worth; `sharded` splits the weights of the shared one, too."""
 
 
 def main() -> int:
@@ -130,8 +135,12 @@ def run_once(
         with quiet(), parallel.count_processor() if given.tiny else nullcontext():
             module.enable_parallelism(config=config)
         follow_tokens(module, config, processes)
+    if processes > 1 and "sharded" in mode:
+        shard(module, models.load(model).BLOCKS)
+        gc.collect()
     run = speed.prepare_forward(module, inputs, compiled="compiled" in mode, graph="graph" in mode)
     if not given.tiny:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():
         output = speed.flatten_output(run()).clone()

@@ -80,6 +80,8 @@ class Request:
     device: str | None = None
     nproc_per_node: int = 1
     """Devices of the machine that share each generation, one process on each."""
+    shard_weights: bool = False
+    """Keep a share of the transformers' weights on each of these devices, instead of all of them."""
     dtype: str = "bfloat16"
     hardware: str | None = None
     """A row of matrix/hardware.csv to plan for, instead of this machine."""
@@ -334,6 +336,10 @@ def add_sharing_flag(parser: argparse.ArgumentParser) -> None:
     """The flag of the commands that can share a generation between devices."""
     text = "devices of this machine that share each generation (context parallelism)"
     parser.add_argument("--nproc-per-node", type=int, metavar="N", help=text)
+    text = (
+        "with --nproc-per-node: each device keeps a share of the weights and gathers block by block"
+    )
+    parser.add_argument("--shard-weights", action="store_true", default=None, help=text)
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
@@ -377,6 +383,7 @@ def strip_quantization(request: Request, base: str) -> Request:
         nibble_order=None,
         nvfp4_layout=None,
         nproc_per_node=1,
+        shard_weights=False,
         backend=None,
         fp4_gemm_backend=None,
     )

@@ -26,6 +26,7 @@ from unittest import mock
 import torch
 from torch import distributed
 
+from quantmatrix import models
 from quantmatrix.errors import QuantmatrixError, UsageError
 from quantmatrix.files import write_whole
 from quantmatrix.hardware import probe
@@ -36,6 +37,7 @@ from quantmatrix.runtime.pipeline import build_pipeline
 from quantmatrix.runtime.plan import decide
 from quantmatrix.runtime.plan.types import Plan, require
 from quantmatrix.runtime.run import Run
+from quantmatrix.runtime.sharded_weights import shard
 from quantmatrix.runtime.token_shares import follow_tokens
 
 SHOWN = 2000
@@ -125,11 +127,14 @@ def join(request: Request) -> Iterator[tuple[int, Plan, Any]]:
             raise UsageError(f"{count} processes were started, the plan has {found.processes}")
         if kind != "cpu":
             getattr(torch, kind).set_device(rank)
-            alone = replace(request, device=f"{kind}:{rank}", nproc_per_node=1)
+            alone = replace(request, device=f"{kind}:{rank}", nproc_per_node=1, shard_weights=False)
             found = replace(find_plan(alone), processes=count)
         pipeline = build_pipeline(found)
         if count > 1:
             split(pipeline, found, count)
+        if request.shard_weights:
+            for name in found.components:
+                shard(getattr(pipeline, name), models.load(found.model).BLOCKS)
         yield rank, found, pipeline
         distributed.barrier()
     finally:

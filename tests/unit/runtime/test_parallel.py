@@ -13,6 +13,7 @@ from typing import Any
 
 import context_parallel
 import pytest
+import torch
 
 from quantmatrix import api, exit_codes
 from quantmatrix.cli import main
@@ -20,6 +21,7 @@ from quantmatrix.errors import QuantmatrixError, RefusedError, UsageError
 from quantmatrix.request import Request
 from quantmatrix.runtime import parallel
 from quantmatrix.runtime.plan import context_parallel as sharing
+from quantmatrix.runtime.plan import decide
 from quantmatrix.runtime.plan.types import Plan
 
 FLUX = (
@@ -42,6 +44,8 @@ def test_two_processes_give_the_latents_of_one(tmp_path: Path) -> None:
     one = context_parallel.run_alone(WAN)
     two = context_parallel.fork_together(tmp_path / "seen.pt", WAN)
     context_parallel.check_shared(one, two, ROUNDING)
+    sharded = context_parallel.fork_together(tmp_path / "sharded.pt", (*WAN, "--shard-weights"))
+    assert all(torch.equal(*pair) for pair in zip(two["latents"], sharded["latents"], strict=True))
 
 
 def test_only_the_first_process_writes_and_prints(
@@ -79,6 +83,8 @@ def test_what_cannot_be_shared_is_said_before_anything_starts() -> None:
         (3, {}, "transformer has 2 attention heads"),
         (4, {"request": {"tiny": False}}, "transformer has 2 attention heads"),
         (2, {"layerwise_offload": True}, "leave out the offload"),
+        (1, {"request": {"shard_weights": True}}, "needs several devices"),
+        (2, {"request": {"shard_weights": True, "compile": True}}, "leave out --compile"),
         (4, {"machine": gpus}, "has 3 cuda devices"),
         (2, {"machine": replace(gpus, device="cuda:1")}, "without a number"),
     ):
@@ -88,6 +94,34 @@ def test_what_cannot_be_shared_is_said_before_anything_starts() -> None:
     assert share(2, machine=gpus, request={"cuda_graph": True}).processes == 2
     with pytest.raises(RefusedError, match="z-image: transformer is a ZImage"):
         sharing.require_plan("z-image", "transformer", "ZImageTransformer2DModel")
+
+
+@pytest.mark.parametrize(
+    ("count", "sharded", "warned"),
+    [
+        (
+            1,
+            False,
+            "the transformer weights need 2.0 GiB, CPU has 1.0 GiB: try --dit-layerwise-offload",
+        ),
+        (4, False, "offload, or --nproc-per-node 4 --shard-weights"),
+        (4, True, ""),
+    ],
+)
+def test_a_plan_that_does_not_fit_one_device_proposes_to_share_the_weights(
+    count: int, sharded: bool, warned: str
+) -> None:
+    plan = api.require_plan(Request.from_words([*FLUX, "--tiny", "--device", "cpu"]))
+    big = {"transformer": replace(plan.components["transformer"], bytes=2**31)}
+    machine = replace(plan.machine, name="CPU", count=count, memory_bytes=2**30)
+    request = replace(plan.request, nproc_per_node=count, shard_weights=sharded)
+    said: list[str] = []
+    decide.check_memory(big, request, machine, said)
+    assert [warned in text for text in said] == [True] * bool(warned)
+    machine = replace(machine, memory_bytes=2**29 - 1)
+    decide.check_memory(big, request, machine, said := [])
+    assert len(said) == 1
+    assert ("1/4 of the transformer weights needs 0.5 GiB" in said[0]) is sharded
 
 
 def test_a_stand_in_with_few_heads_says_that_it_takes_fewer_processes() -> None:

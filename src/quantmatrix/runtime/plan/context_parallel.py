@@ -23,6 +23,8 @@ RULE = "context-parallel-plan"
 def share(plan: Plan) -> Plan:
     """The plan with its number of processes; UsageError or RefusedError when they cannot share it."""
     count = plan.request.nproc_per_node
+    if plan.request.shard_weights:
+        check_sharding(plan, count)
     if count == 1:
         return plan
     flag = f"--nproc-per-node {count}"
@@ -39,6 +41,17 @@ def share(plan: Plan) -> Plan:
     if plan.request.tiny and all(heads.values()) and fewer > 1:
         return fit_stand_in(plan, fewer, flag)
     raise UsageError(f"{flag}: {odd[0]} has {heads[odd[0]]} attention heads, which it must divide")
+
+
+def check_sharding(plan: Plan, count: int) -> None:
+    """UsageError for `--shard-weights` with one process, or with compiled blocks."""
+    if count == 1:
+        raise UsageError("--shard-weights needs several devices: give --nproc-per-node 2 or more")
+    if plan.request.compile:
+        raise UsageError(
+            "--shard-weights gathers each block's weights before it runs, which compiled blocks "
+            "cannot wait for: leave out --compile (--cuda-graph goes with it)"
+        )
 
 
 def check_devices(plan: Plan, count: int, flag: str) -> None:

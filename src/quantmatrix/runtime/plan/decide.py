@@ -95,7 +95,7 @@ def decide(request: Request, machine: Machine, found: Sources) -> Plan | Refusal
             components[name].why, len(components[name].layers),
         )  # fmt: skip
     primary = next(iter(components.values()))
-    check_memory(components, machine, warnings)
+    check_memory(components, request, machine, warnings)
     if request.backend is not None and not any(part.layers for part in components.values()):
         warnings.append(f"--backend {request.backend} is not used: no layer is quantized")
     layerwise, cpu = decide_offload(request, primary.family, warnings)
@@ -233,12 +233,23 @@ def decide_offload(request: Request, family: str | None, warnings: list[str]) ->
 
 
 def check_memory(
-    components: Mapping[str, ComponentPlan], machine: Machine, warnings: list[str]
+    components: Mapping[str, ComponentPlan],
+    request: Request,
+    machine: Machine,
+    warnings: list[str],
 ) -> None:
-    """Warn when the weights alone do not fit."""
-    need = sum(component.bytes for component in components.values())
+    """Warn when the weights alone, or a device's share of them, do not fit."""
+    shares = request.nproc_per_node if request.shard_weights else 1
+    need = sum(component.bytes for component in components.values()) / shares
     if machine.memory_bytes and need > machine.memory_bytes:
+        several = machine.count > 1 and shares == 1
+        shard = f", or --nproc-per-node {machine.count} --shard-weights" if several else ""
+        whose = (
+            f"1/{shares} of the transformer weights needs"
+            if shares > 1
+            else ("the transformer weights need")
+        )
         warnings.append(
-            f"the transformer weights need {need / 2**30:.1f} GiB, {machine.name} has "
-            f"{machine.memory_bytes / 2**30:.1f} GiB: try --dit-layerwise-offload"
+            f"{whose} {need / 2**30:.1f} GiB, {machine.name} has "
+            f"{machine.memory_bytes / 2**30:.1f} GiB: try --dit-layerwise-offload{shard}"
         )
