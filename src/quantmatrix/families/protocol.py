@@ -11,7 +11,7 @@ the module. The rest of the package asks a family by these names alone, and neve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
@@ -159,6 +159,10 @@ class Family(Needed, Protocol):
     def layout(self, checkpoint: Checkpoint) -> Layout | None:
         """Where its codes and scales lie, the user's choice included; None: in one way only."""
         return None
+
+    def plain_codes(self, schemes: Iterable[Scheme]) -> tuple[str, ...]:
+        """Dtypes of codes that are the numbers themselves, where a tensor in no layer has them."""
+        return ()
 
     def after_gelu(self, scheme: Scheme) -> Scheme:
         """The scheme of a layer whose inputs follow a GELU, which leaves few below zero."""

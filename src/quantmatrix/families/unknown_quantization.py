@@ -26,11 +26,12 @@ from quantmatrix import families
 from quantmatrix.checkpoints.adapters import explain_adapter
 from quantmatrix.checkpoints.declaration import METHOD_KEYS
 from quantmatrix.families.producers.comfyui import PLAIN_FORMATS
+from quantmatrix.families.producers.compressed_tensors import is_float_quantized
 
 if TYPE_CHECKING:
     from quantmatrix.checkpoints.checkpoint import Checkpoint
 
-LISTED = ("float8_e4m3fn", "float8_e4m3fn_rowwise", "nvfp4")
+LISTED = ("float8_e4m3fn", "float8_e4m3fn_rowwise", "float8_e5m2", "nvfp4")
 """Formats of a layer in ComfyUI's lists that a family takes."""
 PLAIN_DTYPES = ("BF16", "F16", "F32", "F64", "I64", "I32", "BOOL")
 INTEGERS = ("U8", "I8", "U16", "I16", "U32", "I32")
@@ -140,12 +141,6 @@ FORMATS = (
     ),
     Format("MXFP4", f"{FULL}, or NVFP4, which has blocks of 16", names=("mxfp4",)),
     Format(
-        "FP8 in E5M2 (5 exponent bits, for older GPUs)",
-        "The file is whole: name one in e4m3fn, or multiply weights and scales into plain numbers",
-        names=("float8_e5m2", "e5m2"),
-        dtypes={WEIGHT: ("F8_E5M2",)},
-    ),
-    Format(
         "FP8 in FNUZ (AMD's, another bias of exponents)",
         "The file is whole: name one in e4m3fn, or multiply weights and scales into plain numbers",
         names=("float8_e4m3fnuz", "float8_e5m2fnuz", "e4m3fnuz", "e5m2fnuz"),
@@ -197,7 +192,8 @@ def list_declared(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     for key in METHOD_KEYS:
         if block.get(key):
             name = str(block[key]).lower().replace("-", "_")
-            yield name, f"{checkpoint.quantization_from} declares {stated}"
+            if not is_float_quantized(block):
+                yield name, f"{checkpoint.quantization_from} declares {stated}"
     for layer, name in list_formats(checkpoint):
         yield name.lower(), f"{checkpoint.quantization_from}: {layer} has the format {name}"
 
