@@ -31,7 +31,7 @@ from quantmatrix.families.producers.compressed_tensors import is_float_quantized
 if TYPE_CHECKING:
     from quantmatrix.checkpoints.checkpoint import Checkpoint
 
-LISTED = ("float8_e4m3fn", "float8_e4m3fn_rowwise", "float8_e5m2", "nvfp4")
+LISTED = ("float8_e4m3fn", "float8_e4m3fn_rowwise", "float8_e5m2", "int8_tensorwise", "nvfp4")
 """Formats of a layer in ComfyUI's lists that a family takes."""
 PLAIN_DTYPES = ("BF16", "F16", "F32", "F64", "I64", "I32", "BOOL")
 INTEGERS = ("U8", "I8", "U16", "I16", "U32", "I32")
@@ -72,7 +72,7 @@ def _decode(library: str, how: str) -> str:
     return f"Let {library} write plain weights ({how}), or name others in full precision"
 
 
-_COMFY = "Name a file in float8_e4m3fn or nvfp4, as ComfyUI reads them, too, or in full precision"
+_COMFY = "Name a file in float8_e4m3fn, int8_tensorwise or nvfp4, or in full precision"
 FORMATS = (
     Format(
         "torchao",
@@ -127,7 +127,7 @@ FORMATS = (
         names=("compressed_tensors",),
         layers=_sets("weight_packed", "weight_global_scale"),
     ),
-    Format("ComfyUI's INT8", _COMFY, ("int8_tensorwise", "int8_blockwise", "int8_rowwise")),
+    Format("ComfyUI's INT8 in blocks", _COMFY, ("int8_blockwise", "int8_rowwise")),
     Format("ConvRot W4A4", _COMFY, ("convrot_w4a4",)),
     Format("ConvRot W4A8", _COMFY, ("asym_w4a8_int8",)),
     Format("ConvRot INT8", _COMFY, ("convrot_int8",)),

@@ -123,7 +123,7 @@ DECLARED: dict[str, tuple[dict[str, Any], str]] = {
 
 # formats of a layer in ComfyUI's lists: what must be said
 LAYER_FORMATS = {
-    "int8_tensorwise": "INT8",
+    "int8_blockwise": "INT8 in blocks",
     "convrot_w4a4": "ConvRot W4A4",
     "asym_w4a8_int8": "ConvRot W4A8",
     "svdquant_w4a4": "SVDQuant",
@@ -239,6 +239,10 @@ TAKEN = {
         "nunchaku-svdq",
     ),
     "msmodelslim": ("Eco-Tech/Wan2.2-T2V-A14B-Diffusers-w8a8", "msmodelslim"),
+    "comfyui-int8": (
+        "quantmatrix/flux-1-int8-convrot/flux-1-int8-convrot.safetensors",
+        "comfyui-int8",
+    ),
 }
 """Stand-ins, and the family that takes each."""
 

@@ -28,7 +28,7 @@ in every variant; `_inv` is historical.
 | `compressed-tensors`, `float-quantized` | groups of layers (`producers.compressed_tensors`) |
 | nothing, and no tensor is a scale | a plain cast; biases, norms and other tensors may be cast, too |
 
-A list with a layer of NVFP4 makes the file `modelopt-nvfp4`.
+A list with a layer of NVFP4 makes the file `modelopt-nvfp4`, one with INT8 `comfyui-int8`.
 Sources: vLLM's and SGLang's fp8 checkpoints, diffusers, ComfyUI, compressed-tensors.
 """
 
@@ -118,7 +118,8 @@ def detect(checkpoint: Checkpoint) -> str | None:
         return f"quantization {FP8R} in the header of {checkpoint.files[0]}"
     declared_formats = set(read_formats(block).values())
     formats = {name for name in declared_formats if "float8" in name}
-    if "quant_method" not in block and formats and "nvfp4" not in declared_formats:
+    others = {"nvfp4", "int8_tensorwise"} & declared_formats
+    if "quant_method" not in block and formats and not others:
         return f"layers of format {', '.join(sorted(formats))} in {checkpoint.quantization_from}"
     if compressed_tensors.is_float_quantized(block):
         method = f"{compressed_tensors.METHOD}, format {compressed_tensors.FORMAT}"
