@@ -182,6 +182,8 @@ class Family(Needed, Protocol):
 
     ONLINE: str | None = None
     """The scheme, by its word in `SCHEMES`, that `--quantization` makes while loading; None: none."""
+    ONLINE_NAMES: Mapping[str, str] = {}
+    """Other names of `--quantization`, and the word in `SCHEMES` of what each makes while loading."""
     CPU_OFFLOAD: bool = True
     """Whether `--dit-cpu-offload` may move its components."""
 

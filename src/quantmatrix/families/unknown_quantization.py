@@ -31,7 +31,14 @@ from quantmatrix.families.producers.compressed_tensors import is_float_quantized
 if TYPE_CHECKING:
     from quantmatrix.checkpoints.checkpoint import Checkpoint
 
-LISTED = ("float8_e4m3fn", "float8_e4m3fn_rowwise", "float8_e5m2", "int8_tensorwise", "nvfp4")
+LISTED = (
+    "float8_e4m3fn",
+    "float8_e4m3fn_rowwise",
+    "float8_e5m2",
+    "int8_tensorwise",
+    "mxfp8",
+    "nvfp4",
+)
 """Formats of a layer in ComfyUI's lists that a family takes."""
 PLAIN_DTYPES = ("BF16", "F16", "F32", "F64", "I64", "I32", "BOOL")
 INTEGERS = ("U8", "I8", "U16", "I16", "U32", "I32")
@@ -134,8 +141,7 @@ FORMATS = (
     Format("ComfyUI's SVDQuant", _COMFY, ("svdquant_w4a4",)),
     Format(
         "MXFP8",
-        f"{FULL}, or a file of msmodelslim, whose MXFP8 is read",
-        names=("mxfp8",),
+        f"{FULL}, or a file of ComfyUI or msmodelslim, whose MXFP8 is read",
         dtypes={r"scale(_inv)?$": ("F8_E8M0",)},
         bare=True,
     ),

@@ -94,7 +94,7 @@ def voids_codes(scales: torch.Tensor, scheme: Scheme, tensors: Mapping[str, torc
     `scales` are of any float dtype: one number, [N], [N, 1], or [ceil(N/bn), ceil(K/bk)] for blocks,
     which may lack sides of 1.
     """
-    zero = scales == 0
+    zero = scales.float() == 0
     if scheme.weight not in LARGEST or not zero.any():
         return False
     codes = tensors["weight"].view(torch.uint8) & 0x7F

@@ -115,7 +115,7 @@ DECLARED: dict[str, tuple[dict[str, Any], str]] = {
         {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
         "nvfp4-pack-quantized",
     ),
-    "mxfp8": ({"quant_method": "mxfp8"}, "MXFP8"),
+    "mxfp8": ({"quant_method": "mxfp8"}, "mxfp8"),
     "mxfp4": ({"quant_method": "modelopt", "quant_algo": "MXFP4"}, "MXFP4"),
     "convrot": ({"quant_method": "convrot_int8"}, "ConvRot INT8"),
     "another": ({"quant_method": "aqlm"}, "aqlm"),
@@ -127,7 +127,6 @@ LAYER_FORMATS = {
     "convrot_w4a4": "ConvRot W4A4",
     "asym_w4a8_int8": "ConvRot W4A8",
     "svdquant_w4a4": "SVDQuant",
-    "mxfp8": "MXFP8",
     "mxfp4": "MXFP4",
 }
 UNTRUE = ("nothing in it is quantized", "another model", "ownload")

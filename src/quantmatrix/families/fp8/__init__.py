@@ -11,10 +11,12 @@ Tensors of a quantized linear layer with N outputs and K inputs:
 | weights only | F8_E4M3 [N, K] | as per tensor, channel or block | not quantized |
 | plain cast | F8_E4M3 [N, K] | none: the code is the number | not quantized |
 | E5M2 | F8_E5M2 [N, K] | any of these | not quantized |
+| MXFP8 | F8_E4M3 [N, K] | `weight_scale` F8_E8M0 or U8 [N, K/32], in tiles | a power of two per token and 32 columns |
 
 Scales are F32, BF16 or F16; one number is [], [1] or [1, 1], and blocks' scales, which `weight_scale`
 may be called, too, may lack sides of 1, as `squeeze` leaves them. Real weight = stored value x scale
-in every variant; `_inv` is historical.
+in every variant; `_inv` is historical. ComfyUI's MXFP8 pads its scales to tiles of 128 x 4; the power of
+two of inputs is that of the OCP formats here, of which ComfyUI takes the next one where codes would saturate.
 
 | declared by | means |
 | ----------- | ----- |
@@ -44,7 +46,7 @@ from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families.fp8.casts import (
     CASTS,
     describe_cast,
-    find_fault,
+    find_saturated,
     is_plain_cast,
     list_coded,
 )
@@ -66,6 +68,7 @@ from quantmatrix.families.producers import compressed_tensors
 from quantmatrix.families.producers.comfyui import (
     FP8R,
     is_fp8r,
+    names_codes,
     read_declaration,
     read_formats,
 )
@@ -117,7 +120,7 @@ def detect(checkpoint: Checkpoint) -> str | None:
     if is_fp8r(checkpoint):
         return f"quantization {FP8R} in the header of {checkpoint.files[0]}"
     declared_formats = set(read_formats(block).values())
-    formats = {name for name in declared_formats if "float8" in name}
+    formats = {name for name in declared_formats if names_codes(name)}
     others = {"nvfp4", "int8_tensorwise"} & declared_formats
     if "quant_method" not in block and formats and not others:
         return f"layers of format {', '.join(sorted(formats))} in {checkpoint.quantization_from}"
@@ -189,6 +192,16 @@ def doubts(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> list[str]:
         f"and {declared.source} does not leave it alone; {len(forgotten)} such layers are computed "
         "in full precision"
     ]
+
+
+def find_fault(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[str, str] | None:
+    """(suffix, what it holds) of exponents that mean NaN, and of a cast that needs a scale, or None.
+
+    Takes tensors as in the module's table.
+    """
+    if scheme.tiled_scales and bool((tensors["weight_scale"].view(torch.uint8) == 0xFF).any()):
+        return "weight_scale", "holds exponents of 255, which mean NaN: expected 0 to 254"
+    return find_saturated(tensors, scheme)
 
 
 def plain_codes(schemes: Iterable[Scheme]) -> tuple[str, ...]:

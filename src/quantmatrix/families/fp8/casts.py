@@ -62,7 +62,7 @@ def describe_cast(checkpoint: Checkpoint) -> str:
     )
 
 
-def find_fault(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[str, str] | None:
+def find_saturated(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[str, str] | None:
     """(suffix, what it holds) of a cast weight with the largest code there is; None: it has none.
 
     Weights are far below 448, but divided by a scale their largest is just that. Takes tensors as

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from quantmatrix.kernels.scale_layouts import TILE_ROWS, pad_shape, untile_scales
 from quantmatrix.scheme import Scheme, TensorSpec
 
 TENSOR = Scheme("linear.fp8", "fp8", "e4m3", "tensor", "tensor-dynamic")
@@ -23,6 +24,10 @@ STATIC = {
 CAST = Scheme("linear.fp8", "fp8-cast", "e4m3", "tensor", "none")
 """Codes that are the numbers (`casts`): one scale, which is 1 and stored nowhere."""
 CAST_E5M2 = Scheme("linear.fp8", "fp8-cast-e5m2", "e5m2", "tensor", "none")
+MXFP8 = Scheme(
+    "linear.fp8", "fp8-mxfp8", "e4m3", "block", "group-power", block=(1, 32), tiled_scales=True
+)
+"""Powers of two per 32 columns, in tiles of 128 x 4."""
 CODES = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
 """Formats of codes that are read, by dtype."""
 DTYPES = {form: dtype for dtype, form in CODES.items()}
@@ -42,7 +47,10 @@ def is_cast(scheme: Scheme) -> bool:
 def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
     """The tensors of a layer on disk, by suffix, `bias` left out."""
     specs = {"weight": TensorSpec((DTYPES[scheme.weight],), ((out_features, in_features),))}
-    if scheme.scale == "block":
+    if scheme.tiled_scales:
+        tiles = pad_shape(*count_blocks(scheme, (out_features, in_features)))
+        specs["weight_scale"] = TensorSpec(("F8_E8M0", "U8"), (tiles,))
+    elif scheme.scale == "block":
         blocks = count_blocks(scheme, (out_features, in_features))
         specs["weight_scale_inv"] = TensorSpec(FLOATS, list_squeezed(blocks))
     elif scheme.scale == "channel":
@@ -59,7 +67,7 @@ def name_tensors(
 ) -> dict[str, TensorSpec]:
     """The tensors of a layer [N, K] with these suffixes: its scales under the name that is there."""
     specs = tensors(scheme, *shape)
-    if scheme.scale == "block":
+    if "weight_scale_inv" in specs:
         specs[find_scale_name(scheme, suffixes)] = specs.pop("weight_scale_inv")
     return specs
 
@@ -77,7 +85,8 @@ def list_squeezed(blocks: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
 
 def find_scale_name(scheme: Scheme, suffixes: Collection[str]) -> str:
     """The suffix of a weight's scales: blocks may have either name."""
-    names = SCALES if scheme.scale == "block" else ("weight_scale",)
+    either = scheme.scale == "block" and not scheme.tiled_scales
+    names = SCALES if either else ("weight_scale",)
     return next((name for name in names if name in suffixes), names[0])
 
 
@@ -113,8 +122,12 @@ def shape_scale(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Ten
     weight = stored["weight"]
     if scale is None:
         return torch.ones((), device=weight.device)
+    blocks = count_blocks(scheme, weight.shape)
+    if scheme.tiled_scales:
+        exponents = untile_scales(scale.view(torch.uint8), *blocks)
+        return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents.int() - 127)
     if scheme.scale == "block":
-        return scale.float().reshape(count_blocks(scheme, weight.shape))
+        return scale.float().reshape(blocks)
     return scale.float().reshape((-1, 1) if scheme.scale == "channel" else ())
 
 
@@ -130,7 +143,9 @@ def cut_rows(
     for suffix in suffixes:
         if suffix in stored:
             cut[suffix] = stored[suffix][start:stop]
-    if scheme.scale == "block":
+    if scheme.tiled_scales:  # whole rows of tiles lie together
+        cut["weight_scale"] = stored["weight_scale"][start : -(-stop // TILE_ROWS) * TILE_ROWS]
+    elif scheme.scale == "block":
         height, name = scheme.block[0], find_scale_name(scheme, stored)
         cut[name] = shape_scale(stored, scheme)[start // height : -(-stop // height)]
     return cut

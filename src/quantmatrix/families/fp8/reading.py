@@ -11,11 +11,13 @@ from quantmatrix.families.fp8.layers import (
     BLOCK,
     CHANNEL,
     CODES,
+    MXFP8,
     STATIC,
     TENSOR,
     find_scale_name,
     fit_granularity,
 )
+from quantmatrix.families.producers import comfyui
 
 if TYPE_CHECKING:
     from quantmatrix.checkpoints.checkpoint import Checkpoint
@@ -66,6 +68,8 @@ def find_granularity(
 
     Raises CheckpointError for a layer that no declared group holds.
     """
+    if declared.formats.get(layer) == comfyui.MXFP8:
+        return MXFP8
     if declared.groups:
         return find_group(checkpoint, declared, layer)
     if declared.block is not None:

@@ -60,6 +60,7 @@ CODE_LEAVES = ("weight", "linear.weight")
 BIAS_LEAVES = ("bias", "linear.bias", "quant_bias", "linear.quant_bias")
 """The last two hold a folded zero point, too."""
 MODELS = ("wan-2-2",)
+ONLINE_NAMES = {"mxfp8": "W8A8_MXFP8", "mxfp4": "W4A4_MXFP4"}
 WHOLE_PIPELINE = True
 WRITES_ON_CPU = True
 """Rows are summed by an integer product that GPUs do not have for one column."""

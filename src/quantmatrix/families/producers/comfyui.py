@@ -7,7 +7,7 @@
 | `ignored_layers`, `modules_to_not_convert` | names of layers that were left alone |
 | `fmt`, `scale_fmt` | how codes and scales are coded, where they are named: `e4m3`, `e5m2`; `float` |
 | `format_version` | `1.0` or `1.1`, of a header that lists layers |
-| `layers` | format name per layer: one with `float8` in it, or one for full precision (`bf16`) |
+| `layers` | format name per layer: one with `float8` in it, `mxfp8`, or full precision (`bf16`) |
 |          | beside it `full_precision_matrix_mult`: inputs are left alone, only weights have codes |
 | `quant_configs` | `scale_recipe` per format name: `rowwise` |
 
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 IGNORE_KEYS = ("ignored_layers", "modules_to_not_convert")
 VERSIONS = ("1.0", "1.1")
-CODED = "float8"
+CODED, MXFP8 = "float8", "mxfp8"
+MX_GROUP = 32
+"""Columns that share a power of two, which an entry of MXFP8 may say."""
 FOREIGN_CODES = ("fnuz", "e8m0")
 """Formats of eight bits that are neither float8_e4m3fn nor float8_e5m2."""
 PLAIN_FORMATS = ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
@@ -85,7 +87,7 @@ class Declared:
 
     def is_coded(self, layer: str) -> bool:
         """Whether the list says that a layer holds e4m3 codes."""
-        return CODED in self.formats.get(layer, "")
+        return names_codes(self.formats.get(layer, ""))
 
     def is_left_alone(self, layer: str) -> bool:
         """Whether a layer is said to stay in full precision.
@@ -95,6 +97,11 @@ class Declared:
         if any(pattern.match(layer) for pattern in self.ignored):
             return True
         return not self.is_coded(layer) and (layer in self.formats or not self.method)
+
+
+def names_codes(form: str) -> bool:
+    """Whether a format of a layer has codes of eight-bit floats."""
+    return CODED in form or form == MXFP8
 
 
 def is_fp8r(checkpoint: Checkpoint) -> bool:
@@ -192,13 +199,15 @@ def check_format(source: str, layer: str, form: str, entry: Any) -> None:
 
     Raises CheckpointError otherwise.
     """
-    coded = CODED in form and not any(part in form for part in FOREIGN_CODES)
+    coded = names_codes(form) and not any(part in form for part in FOREIGN_CODES)
     if not coded and form not in PLAIN_FORMATS:
         raise wrong(source, f"the format of {layer}", form, "float8_e4m3fn, float8_e5m2 or bf16")
     more = {key: value for key, value in entry.items() if value} if isinstance(entry, dict) else {}
     more.pop("format", None)
     if more.get(WHOLE_INPUTS) is True:
         del more[WHOLE_INPUTS]
+    if form == MXFP8 and more.get("group_size") == MX_GROUP:
+        del more["group_size"]
     if coded and more:
         raise wrong(source, f"what {layer} has beside its format", more, "nothing")
 

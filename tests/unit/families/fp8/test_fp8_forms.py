@@ -145,6 +145,28 @@ def fp8r(state: Tensors) -> Made:
     return made
 
 
+def microscale(state: Tensors) -> Made:
+    """MXFP8 of ComfyUI: exponents of 32 columns, in tiles of 128 x 4, some as bytes."""
+    made = Made(dict(state), {name: tensor.float() for name, tensor in state.items()})
+    for index, name in enumerate(list_linears(state)):
+        groups = state[name].float().unflatten(1, (-1, 32))
+        exponents = torch.ceil(torch.log2(groups.abs().amax(-1) / 448))
+        spread = torch.exp2(exponents)[..., None]
+        made.tensors[name] = (groups / spread).flatten(1).to(E4M3)
+        made.expected[name] = (made.tensors[name].float().unflatten(1, (-1, 32)) * spread).flatten(
+            1
+        )
+        rows, columns = exponents.shape
+        tiles = torch.zeros(-(-rows // 128) * 128, -(-columns // 4) * 4, dtype=torch.uint8)
+        row, column = torch.arange(rows)[:, None], torch.arange(columns)[None]
+        place = (row // 128 * (tiles.shape[1] // 4) + column // 4) * 512
+        place = place + row % 32 * 16 + row // 32 % 4 * 4 + column % 4
+        tiles.view(-1)[place.flatten()] = (exponents + 127).to(torch.uint8).flatten()
+        scale = tiles if index % 2 else tiles.view(torch.float8_e8m0fnu)
+        made.tensors[f"{name}_scale"] = scale
+    return mark(made, "mxfp8", group_size=32)
+
+
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 BLOCKS = {**FP8, "weight_block_size": [128, 128]}
 # form: (how a file is made, activations, what is said of the family)
@@ -158,6 +180,7 @@ FORMS: dict[str, tuple[Callable[[Tensors], Made], str, str]] = {
     "one number": (
         lambda s: mark(scale_layers(s, small_scale), "float8_e4m3fn"), "tensor-dynamic", "float8_e4m3fn",
     ),
+    "mxfp8": (microscale, "group-power", "layers of format mxfp8"),
     "fp8r": (fp8r, "token-dynamic", "quantization fp8r"),
     "compressed, tensor": (lambda s: compress(s, "tensor"), "tensor-dynamic", "compressed-tensors"),
     "compressed, channel": (lambda s: compress(s, "channel"), "token-dynamic", "float-quantized"),
@@ -234,3 +257,25 @@ def test_the_index_counts_whose_shards_and_names_are_there(tmp_path: Path, stale
     write_index(tmp_path / "z.safetensors.index.json", STALE[stale](new))
     with pytest.raises(CheckpointError, match="2 indexes; name one of them"):
         plan_folder(tmp_path, "qwen-image")
+
+
+def test_a_cast_with_the_largest_code_needs_a_scale(tmp_path: Path) -> None:
+    """Codes that were divided by a scale reach 448; weights do not."""
+    state = draw("qwen-image")
+    made = cast(state)
+    name = list_linears(state)[0]
+    made.tensors[name] = encode(state[name], state[name].float().abs().amax() / 448)
+    planned = plan_folder(write(tmp_path / "it", made, "qwen-image"), "qwen-image")
+    with pytest.raises(CheckpointError, match=rf"{name} holds the largest number of e4m3"):
+        decode(planned)
+
+
+@pytest.mark.parametrize("codes", [E4M3, E5M2])
+def test_codes_that_are_no_numbers_are_named(tmp_path: Path, codes: torch.dtype) -> None:
+    state = draw("qwen-image")
+    made = cast(state, codes)
+    name = list_linears(state)[0]
+    made.tensors[name][0, 0] = torch.nan
+    planned = plan_folder(write(tmp_path / "it", made, "qwen-image"), "qwen-image")
+    with pytest.raises(CheckpointError, match=rf"{name} holds NaN codes"):
+        decode(planned)

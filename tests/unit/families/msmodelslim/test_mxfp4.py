@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawn_files import Made, compare, decode, draw, list_linears, plan_folder, write
+from drawn_files import Made, compare, decode, draw, find_base, list_linears, plan_folder, write
+from safetensors import safe_open
 from torch.nn import functional
 from weight_files import write_json
 
 from quantmatrix.families import msmodelslim
 from quantmatrix.kernels import kernels_of, linear_mxfp4
 from quantmatrix.kernels.number_formats import decode_e2m1, unpack_nibbles
+from quantmatrix.request import Request
+from quantmatrix.tools.dequantize import plan_decode
 
 NUMBERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 PLAIN, DUAL = "W4A4_MXFP4", "W4A4_MXFP4_DUALSCALE"
@@ -138,3 +141,25 @@ def test_every_tensor_of_a_folder(tmp_path: Path, name: str) -> None:
     planned = plan_folder(folder, model)
     assert (planned.family, planned.precision) == ("msmodelslim", name)
     compare(decode(planned), made.expected)
+
+
+@pytest.mark.parametrize("model", ["wan-2-2", "z-image"])
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8"])
+def test_layers_that_are_quantized_while_loading(name: str, model: str) -> None:
+    """Any model's: what `--quantization` makes is what the file would hold."""
+    base = find_base(model)
+    planned = plan_decode(Request(str(base), quantization=name), "transformer")
+    assert (planned.family, planned.online) == ("msmodelslim", True)
+    scheme = msmodelslim.SCHEMES[{"mxfp4": PLAIN, "mxfp8": "W8A8_MXFP8"}[name]]
+    assert {piece.scheme for piece in planned.pieces()} == {scheme}
+    with safe_open(next((base / "transformer").glob("*.safetensors")), "pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    got = decode(planned)
+    layers = set(list_linears(state)) & {f"{layer}.weight" for layer in planned.layers}
+    assert layers
+    for key in sorted(layers)[:6]:
+        if name == "mxfp4":
+            expected = round_input(state[key], dual=False).float()
+        else:
+            expected = msmodelslim.dequantize(msmodelslim.quantize(state[key], scheme), scheme)
+        assert torch.equal(got[key], expected)
