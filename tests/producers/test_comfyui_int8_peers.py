@@ -5,14 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("comfy_kitchen")
-
-from comfy_kitchen.backends.eager import quantization as comfy
-
 from quantmatrix.families import comfyui_int8, fp8
 from quantmatrix.families.fp8.layers import MXFP8
 from quantmatrix.kernels import kernels_of
 
+comfy = pytest.importorskip("comfy_kitchen.backends.eager.quantization")
 N, K = 96, 512
 SCHEMES = ("int8", "convrot")
 
