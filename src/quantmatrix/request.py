@@ -275,7 +275,9 @@ def add_request_flags(parser: argparse.ArgumentParser, *, needed: bool = True) -
     what.add_argument("--quantization-precision", metavar="int4|nvfp4", help="of an SVDQuant file")
     what.add_argument("--quantization-rank", type=int, help="low-rank size of an SVDQuant file")
     what.add_argument(
-        "--quantization", metavar="FAMILY", help="quantize BF16 weights while loading: fp8"
+        "--quantization",
+        metavar="NAME",
+        help="quantize BF16 weights while loading: fp8, mxfp8, mxfp4",
     )
     what.add_argument(
         "--quantization-ignored-layers",

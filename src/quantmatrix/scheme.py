@@ -7,10 +7,10 @@ records one per layer. Names used in the fields:
 | ----------- | ------ |
 | `op`        | what is computed: `linear.fp8`, `linear.nvfp4`, `linear.svdq`, `linear.int8` ... |
 | `name`      | the checkpoint's own name of it: `FP8`, `NVFP4`, `W8A8_DYNAMIC`, `svdq-int4` ... |
-| `weight`    | number format of the codes: `e4m3`, `e2m1`, `int4`, `int8` |
+| `weight`    | number format of the codes: `e4m3`, `e5m2`, `e2m1`, `mxfp4`, `int4`, `int8` |
 | `scale`     | granularity of the weight scales: `tensor`, `channel`, `block`, `group` |
 | `activation`| `none`, `tensor-static`, `tensor-dynamic`, `token-dynamic`, `group-dynamic`, |
-|             | `group-power` (a power of two per group) |
+|             | `group-power` (a power of two per group), `group-dual` (and a coarse scale) |
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Scheme:
     block: tuple[int, int] = (0, 0)
     """Rows and columns that share one scale, when `scale` is `block`."""
     group_size: int = 0
-    """Input columns that share one scale, when `scale` is `group`."""
+    """Input columns that share one scale, when `scale` is `group`, or are rotated together."""
     rank: int = 0
     """Rank of a low-rank branch; 0 when there is none."""
     unsigned: bool = False
@@ -54,7 +54,12 @@ class TensorSpec:
     optional: bool = False
 
 
-PACKED_OPS = {"linear.nvfp4": (1, 2), "linear.svdq": (1, 2), "linear.w4a16": (4, 2)}
+PACKED_OPS = {
+    "linear.nvfp4": (1, 2),
+    "linear.mxfp4": (1, 2),
+    "linear.svdq": (1, 2),
+    "linear.w4a16": (4, 2),
+}
 """Rows and columns of the layer per row and column of the code tensor on disk; others: (1, 1)."""
 
 

@@ -26,6 +26,8 @@ LONGEST = 4096
 NOTES = ("orig_dtype", "orig_shape")
 """Keys of an entry that tell where a layer came from, and nothing about how it is stored."""
 ROTATION = "convrot"
+ROTATED = ("int8_tensorwise",)
+"""Formats whose rotated weights are read."""
 
 ReadTensors = Callable[[str, list[str]], Mapping[str, bytes]]
 """Contents of some tensors of a file, by name."""
@@ -40,7 +42,7 @@ def complete(
     """A quantization block with an entry for every layer that has one, and where it was found.
 
     `read` gets the name of a file and the markers in it that are needed. One that holds no JSON
-    object says nothing. Raises CheckpointError for weights that were rotated.
+    object says nothing. Raises CheckpointError for rotated weights that no family takes.
     """
     if block is not None and has_method(block):
         return dict(block), source
@@ -81,16 +83,18 @@ def find_markers(
 def read_entry(layer: str, entry: Any, source: str) -> Any:
     """An entry without its notes; a plain string is kept as it is.
 
-    Raises CheckpointError for a weight that was rotated (ConvRot), which no family takes.
+    Raises CheckpointError for a weight that was rotated (ConvRot) in a format of which no family
+    takes such.
     """
     if not isinstance(entry, Mapping):
         return entry
     nested = entry.get("params")
-    if entry.get(ROTATION) or (isinstance(nested, Mapping) and nested.get(ROTATION)):
+    rotated = entry.get(ROTATION) or (isinstance(nested, Mapping) and nested.get(ROTATION))
+    if rotated and entry.get("format") not in ROTATED:
         raise CheckpointError(
             f"{source}: the weight of {layer} was rotated before it was quantized (ConvRot, "
             f"{entry.get('format')} with {ROTATION}), which no quant family takes: without the same "
             "rotation of its inputs a layer gives other numbers. Quantize without it, or name a "
-            "file in float8_e4m3fn or nvfp4, or in full precision"
+            "file in float8_e4m3fn, int8_tensorwise or nvfp4, or in full precision"
         )
     return {key: value for key, value in entry.items() if key not in NOTES}

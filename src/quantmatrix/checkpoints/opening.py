@@ -8,7 +8,7 @@ index or copies in other precisions are taken care of.
 | ------------------------- | --------- |
 | one `.safetensors` | that file |
 | one `.safetensors.index.json` | the shards that it lists, whatever else is there |
-| two or more indexes | an error |
+| two or more indexes | the one whose shards are there and hold just its names, or an error |
 | no index, one `*-mixed.safetensors` among others | the mixed file |
 | no index, several mixed files, or several plain ones | an error |
 | `transformer_blocks` and `unquantized_layers` (older SVDQuant folders) | both |
@@ -17,18 +17,18 @@ index or copies in other precisions are taken care of.
 | a LoRA beside weights | the weights; the LoRA is left out, and named |
 | no `.safetensors` | an error of its own |
 
-A *selection* is what these rules give: file names, each with the tensors that an index promises.
+`indexes` says what an index lists, and which of several counts.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePath, PurePosixPath
 from typing import Any
 
-from quantmatrix.checkpoints import comfyui, name_prefixes
+from quantmatrix.checkpoints import comfyui, name_prefixes, scaled_fp8
 from quantmatrix.checkpoints.adapters import is_adapter
 from quantmatrix.checkpoints.checkpoint import Checkpoint, RemoteFiles
 from quantmatrix.checkpoints.declaration import find_block, merge_headers, read_json
@@ -41,20 +41,23 @@ from quantmatrix.checkpoints.foreign import (
 )
 from quantmatrix.checkpoints.header import FOREIGN_STARTS, PICKLES, refuse_pickle
 from quantmatrix.checkpoints.hub import Folder, HubFolder, explain_partial, translate_hub_errors
+from quantmatrix.checkpoints.indexes import (
+    INDEX,
+    WEIGHTS,
+    Selection,
+    ambiguous,
+    find_index,
+    read_index,
+)
 from quantmatrix.checkpoints.local import LocalFolder
 from quantmatrix.errors import CheckpointError
-from quantmatrix.links import check_name
 from quantmatrix.quoting import quote_json
 from quantmatrix.request import Hub
 
-WEIGHTS = ".safetensors"
 GGUF = ".gguf"
-INDEX = re.compile(r"\.safetensors(\.(fp16|bf16|fp32))?\.index(\.(fp16|bf16|fp32))?\.json$")
 MIXED = re.compile(r"-mixed(-\d+-of-\d+)?\.safetensors$")
 PRECISION = re.compile(r"\.(fp16|bf16|fp32)(?=[.-])")
 DESCRIPTION = "quant_model_description"
-
-Selection = Mapping[str, frozenset[str]]
 
 
 @dataclass(frozen=True)
@@ -312,7 +315,11 @@ def build_checkpoint(
         found = folder.contents(addresses[file], list(stored))
         return {stored[name]: content for name, content in found.items()}
 
-    block, source = comfyui.complete(name_prefixes.strip_block(block), source, tensors, read)
+    tensors, layers, where = scaled_fp8.rename(tensors, read)
+    block = name_prefixes.strip_block(block)
+    if layers and not block:
+        block, source = {"format_version": "1.0", "layers": layers}, where
+    block, source = comfyui.complete(block, source, tensors, read)
     description, description_file = read_beside(beside, find_description(beside))
     return Checkpoint(
         reference=reference,
@@ -419,57 +426,6 @@ def holds_adapter(folder: Folder, name: str) -> bool:
     return is_adapter(tensors)
 
 
-def find_index(folder: Folder, names: Iterable[str]) -> str | None:
-    """The index among the names, or None; raises CheckpointError for two."""
-    indexes = [name for name in names if INDEX.search(name)]
-    if len(indexes) > 1:
-        raise ambiguous(folder, indexes, "indexes")
-    return next(iter(indexes), None)
-
-
-def read_index(folder: Folder, name: str) -> Selection:
-    """Shards that an index lists, with their tensors.
-
-    Raises CheckpointError for an index without a `weight_map`, for a shard that is no plain name of
-    a file or is a pickle, and for one that is not there.
-    """
-    weight_map = read_json(folder.path(name)).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder}/{name}: no weight_map in it: expected a safetensors index")
-    shards: dict[str, set[str]] = {}
-    for tensor, shard in weight_map.items():
-        if not isinstance(shard, str):
-            raise CheckpointError(
-                f"{folder}/{name}: the shard of {tensor} is {quote_json(shard)}, expected a name"
-            )
-        shards.setdefault(str(PurePosixPath(name).parent / shard), set()).add(tensor)
-    for shard in shards:
-        check_name(shard, f"{folder}/{name}")
-        refuse_pickle(PurePosixPath(shard))
-    missing = sorted(shard for shard in shards if not folder.has(shard))
-    if missing:
-        raise CheckpointError(
-            f"{folder}/{name}: lists {len(shards)} shards, {len(missing)} are not there: "
-            f"{', '.join(missing)}; {explain_missing(folder, name, shards.keys() - missing)}"
-        )
-    return {shard: frozenset(shards[shard]) for shard in sorted(shards)}
-
-
-def explain_missing(folder: Folder, index: str, present: Collection[str]) -> str:
-    """What to do about shards that an index lists and that are not there.
-
-    Who exports a model in one file into a folder that held shards of it leaves their index behind.
-    """
-    above = PurePosixPath(index).parent
-    others = [n for n in folder.names if n.endswith(WEIGHTS) and PurePosixPath(n).parent == above]
-    if others and not present:
-        return (
-            f"there is {', '.join(others)} instead: if the index was left behind by an earlier "
-            "export into this folder, remove it"
-        )
-    return f"download them again{explain_partial(folder)}"
-
-
 def drop_precisions(names: Iterable[str]) -> list[str]:
     """Names without the fp16, bf16 and fp32 copies of files that are there without a suffix."""
     listed = list(names)
@@ -481,12 +437,6 @@ def drop_precisions(names: Iterable[str]) -> list[str]:
         return weights and bare != name and (bare in plain or INDEX.sub(WEIGHTS, bare) in plain)
 
     return [name for name in listed if not is_copy(name)]
-
-
-def ambiguous(folder: Folder, names: list[str], what: str) -> CheckpointError:
-    """The error for several candidates."""
-    listed = "".join(f"\n  {folder}/{name}" for name in names)
-    return CheckpointError(f"{folder}: {len(names)} {what}; name one of them:{listed}")
 
 
 def no_weights(folder: Folder) -> CheckpointError:

@@ -11,7 +11,7 @@ the module. The rest of the package asks a family by these names alone, and neve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
@@ -160,6 +160,10 @@ class Family(Needed, Protocol):
         """Where its codes and scales lie, the user's choice included; None: in one way only."""
         return None
 
+    def plain_codes(self, schemes: Iterable[Scheme]) -> tuple[str, ...]:
+        """Dtypes of codes that are the numbers themselves, where a tensor in no layer has them."""
+        return ()
+
     def after_gelu(self, scheme: Scheme) -> Scheme:
         """The scheme of a layer whose inputs follow a GELU, which leaves few below zero."""
         return scheme
@@ -178,6 +182,8 @@ class Family(Needed, Protocol):
 
     ONLINE: str | None = None
     """The scheme, by its word in `SCHEMES`, that `--quantization` makes while loading; None: none."""
+    ONLINE_NAMES: Mapping[str, str] = {}
+    """Other names of `--quantization`, and the word in `SCHEMES` of what each makes while loading."""
     CPU_OFFLOAD: bool = True
     """Whether `--dit-cpu-offload` may move its components."""
 

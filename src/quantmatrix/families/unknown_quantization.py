@@ -26,11 +26,19 @@ from quantmatrix import families
 from quantmatrix.checkpoints.adapters import explain_adapter
 from quantmatrix.checkpoints.declaration import METHOD_KEYS
 from quantmatrix.families.producers.comfyui import PLAIN_FORMATS
+from quantmatrix.families.producers.compressed_tensors import is_float_quantized
 
 if TYPE_CHECKING:
     from quantmatrix.checkpoints.checkpoint import Checkpoint
 
-LISTED = ("float8_e4m3fn", "float8_e4m3fn_rowwise", "nvfp4")
+LISTED = (
+    "float8_e4m3fn",
+    "float8_e4m3fn_rowwise",
+    "float8_e5m2",
+    "int8_tensorwise",
+    "mxfp8",
+    "nvfp4",
+)
 """Formats of a layer in ComfyUI's lists that a family takes."""
 PLAIN_DTYPES = ("BF16", "F16", "F32", "F64", "I64", "I32", "BOOL")
 INTEGERS = ("U8", "I8", "U16", "I16", "U32", "I32")
@@ -71,7 +79,7 @@ def _decode(library: str, how: str) -> str:
     return f"Let {library} write plain weights ({how}), or name others in full precision"
 
 
-_COMFY = "Name a file in float8_e4m3fn or nvfp4, as ComfyUI reads them, too, or in full precision"
+_COMFY = "Name a file in float8_e4m3fn, int8_tensorwise or nvfp4, or in full precision"
 FORMATS = (
     Format(
         "torchao",
@@ -126,25 +134,18 @@ FORMATS = (
         names=("compressed_tensors",),
         layers=_sets("weight_packed", "weight_global_scale"),
     ),
-    Format("ComfyUI's INT8", _COMFY, ("int8_tensorwise", "int8_blockwise", "int8_rowwise")),
+    Format("ComfyUI's INT8 in blocks", _COMFY, ("int8_blockwise", "int8_rowwise")),
     Format("ConvRot W4A4", _COMFY, ("convrot_w4a4",)),
     Format("ConvRot W4A8", _COMFY, ("asym_w4a8_int8",)),
     Format("ConvRot INT8", _COMFY, ("convrot_int8",)),
     Format("ComfyUI's SVDQuant", _COMFY, ("svdquant_w4a4",)),
     Format(
         "MXFP8",
-        f"{FULL}, or a file of msmodelslim, whose MXFP8 is read",
-        names=("mxfp8",),
+        f"{FULL}, or a file of ComfyUI or msmodelslim, whose MXFP8 is read",
         dtypes={r"scale(_inv)?$": ("F8_E8M0",)},
         bare=True,
     ),
     Format("MXFP4", f"{FULL}, or NVFP4, which has blocks of 16", names=("mxfp4",)),
-    Format(
-        "FP8 in E5M2 (5 exponent bits, for older GPUs)",
-        "The file is whole: name one in e4m3fn, or multiply weights and scales into plain numbers",
-        names=("float8_e5m2", "e5m2"),
-        dtypes={WEIGHT: ("F8_E5M2",)},
-    ),
     Format(
         "FP8 in FNUZ (AMD's, another bias of exponents)",
         "The file is whole: name one in e4m3fn, or multiply weights and scales into plain numbers",
@@ -197,7 +198,8 @@ def list_declared(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     for key in METHOD_KEYS:
         if block.get(key):
             name = str(block[key]).lower().replace("-", "_")
-            yield name, f"{checkpoint.quantization_from} declares {stated}"
+            if not is_float_quantized(block):
+                yield name, f"{checkpoint.quantization_from} declares {stated}"
     for layer, name in list_formats(checkpoint):
         yield name.lower(), f"{checkpoint.quantization_from}: {layer} has the format {name}"
 

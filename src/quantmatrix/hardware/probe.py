@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -140,9 +141,13 @@ SATURATING = Flaw(
 )
 
 
+ROTATED_SATURATING = replace(SATURATING, op="linear.convrot")
+"""The same product, of rotated codes."""
+
+
 def find_flaws() -> tuple[Flaw, ...]:
     """What this CPU is known to compute wrongly."""
-    return () if multiplies_int8_exactly() else (SATURATING,)
+    return () if multiplies_int8_exactly() else (SATURATING, ROTATED_SATURATING)
 
 
 @cache

@@ -28,6 +28,8 @@ OPS: Mapping[str, str] = {
     "linear.svdq": "quantmatrix.kernels.linear_svdq",
     "linear.w4a16": "quantmatrix.kernels.linear_w4a16",
     "linear.int8": "quantmatrix.kernels.linear_int8",
+    "linear.convrot": "quantmatrix.kernels.linear_convrot",
+    "linear.mxfp4": "quantmatrix.kernels.linear_mxfp4",
 }
 
 

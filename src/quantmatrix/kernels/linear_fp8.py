@@ -59,7 +59,8 @@ def take_rows(tensors: Tensors, rows: torch.Tensor | slice, height: int = 0) -> 
     scale is shared by several rows. Raises ValueError where a block would be parted.
     """
     taken = dict(tensors)
-    taken["weight"] = tensors["weight"].view(torch.uint8)[rows].view(torch.float8_e4m3fn)
+    codes = tensors["weight"]
+    taken["weight"] = codes.view(torch.uint8)[rows].view(codes.dtype)
     if "bias" in tensors:
         taken["bias"] = tensors["bias"][rows]
     scales = tensors["weight_scale"]

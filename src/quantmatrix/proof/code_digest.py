@@ -82,7 +82,7 @@ its former module here."""
 FAMILY_PLANS = (
     *("ID", "detect", "schemes", "tensors", "check", "doubts", "caveat", "ignored", "layout"),
     *("after_gelu", "check_flags", "check_fit", "ALGORITHMS", "DIALECT", "CODE_LEAVES"),
-    *("BIAS_LEAVES", "WRAPPERS", "ONLINE", "CPU_OFFLOAD"),
+    *("BIAS_LEAVES", "WRAPPERS", "ONLINE", "ONLINE_NAMES", "CPU_OFFLOAD", "plain_codes"),
 )
 FAMILY_LOADS = ("canonical", "find_fault", "UNUSED")
 FAMILY_WRITES = ("SCHEMES", "quantize", "declare", "scheme_of", "WRITES_ON_CPU")

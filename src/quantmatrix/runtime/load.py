@@ -22,7 +22,7 @@ from quantmatrix.checkpoints.reader import TensorReader
 from quantmatrix.errors import CheckpointError
 from quantmatrix.request import Request
 from quantmatrix.runtime.empty_model import build_empty
-from quantmatrix.runtime.pieces import read_piece
+from quantmatrix.runtime.pieces import read_piece, widen
 from quantmatrix.runtime.plan.placement import PlainTensor, select_rows, shorten
 from quantmatrix.runtime.plan.types import ComponentPlan, Piece
 from quantmatrix.runtime.quantized_linear import QuantizedLinear, SplitInputLinear, share_inputs
@@ -130,11 +130,11 @@ def build_piece(
 def read_plain(component: ComponentPlan, plain: PlainTensor, reader: TensorReader) -> torch.Tensor:
     """The rows of a plain tensor that its parameter takes, as they are stored.
 
-    They are [rows, ...] of any float dtype. The numbers are looked at once: with the first of the
-    parts that the tensor is cut into. Raises CheckpointError for codes and for numbers that are not
-    finite.
+    They are [rows, ...] of any float dtype; codes that are the numbers become float32. The numbers
+    are looked at once: with the first of the parts that the tensor is cut into. Raises
+    CheckpointError for codes and for numbers that are not finite.
     """
-    tensor = reader.read(plain.name)
+    tensor = widen(component, plain.name, reader.read(plain.name))
     if plain.target.part[0] == 0:
         check_plain(component.checkpoint, plain.name, plain.parameter, tensor)
     rows = select_rows(plain.target, tensor.shape[0] if tensor.ndim else 0)

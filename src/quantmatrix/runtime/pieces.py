@@ -32,9 +32,17 @@ def read_piece(
         name = f"{piece.layer}.weight"
         check_plain(component.checkpoint, name, name, stored["weight"])
         stored = family.quantize(stored["weight"], piece.scheme, bias=stored.get("bias"))
+    for leaf in set(family.BIAS_LEAVES) & set(stored):
+        stored[leaf] = widen(component, f"{piece.layer}.{leaf}", stored[leaf])
     check_stored(component.checkpoint, piece.layer, piece.scheme, stored)
     check_values(component, piece, stored)
     return take_part(component, piece, family.canonical(stored, piece.scheme))
+
+
+def widen(component: ComponentPlan, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on disk, of any shape: in float32 where its codes are the numbers, else as it is."""
+    coded = component.checkpoint.tensors[name].dtype in component.numbers
+    return tensor.float() if coded else tensor
 
 
 def read_layer(checkpoint: Checkpoint, layer: str, reader: TensorReader) -> dict[str, torch.Tensor]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 NUMBERS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """What a tensor in full precision may hold; anything else is codes, or damage."""
+LARGEST = {"e4m3": 448, "e5m2": 57344}
+"""The largest number of each format of eight-bit floats."""
 
 
 def check_stored(
@@ -37,11 +39,12 @@ def check_stored(
         name = f"{layer}.{suffix}"
         if suffix in ("bias", "linear.bias"):
             check_plain(checkpoint, name, name, tensor)
-        if suffix == "weight" and scheme.weight == "e4m3" and holds_nan(tensor):
+        if suffix == "weight" and lacks_numbers(tensor, scheme):
             raise CheckpointError(
                 f"{checkpoint.tensors[name].file}: tensor {name} holds NaN codes: expected numbers "
-                "within 448; casts of older writers gave NaN above: hold values within 448 before "
-                f"the cast, and quantize again{explain_zeros(tensors)}"
+                f"within {LARGEST[scheme.weight]}; casts of older writers gave NaN above: hold values "
+                f"within {LARGEST[scheme.weight]} before the cast, and quantize again"
+                f"{explain_zeros(tensors)}"
             )
         if "scale" not in suffix or not tensor.is_floating_point():
             continue
@@ -60,6 +63,13 @@ def check_stored(
                 f"expected {expected} numbers; the checkpoint is damaged or was exported wrongly"
                 f"{explain_zeros(tensors)}"
             )
+
+
+def lacks_numbers(codes: torch.Tensor, scheme: Scheme) -> bool:
+    """Whether codes of eight-bit floats, of any shape, hold one that is no number."""
+    if scheme.weight == "e5m2":  # infinite, too: all five bits of the exponent are set
+        return bool(((codes.view(torch.uint8) & 0x7C) == 0x7C).any())
+    return scheme.weight == "e4m3" and holds_nan(codes)
 
 
 def explain_zeros(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -81,14 +91,17 @@ def explain_zeros(tensors: Mapping[str, torch.Tensor]) -> str:
 def voids_codes(scales: torch.Tensor, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether a scale of zero stands beside e4m3 codes [N, K] that are not zero.
 
-    `scales` are of any float dtype: [], [N], [N, 1], or [ceil(N/bn), ceil(K/bk)] for blocks.
+    `scales` are of any float dtype: one number, [N], [N, 1], or [ceil(N/bn), ceil(K/bk)] for blocks,
+    which may lack sides of 1.
     """
-    zero = scales == 0
-    if scheme.weight != "e4m3" or not zero.any():
+    zero = scales.float() == 0
+    if scheme.weight not in LARGEST or not zero.any():
         return False
     codes = tensors["weight"].view(torch.uint8) & 0x7F
     if scheme.scale == "block":
-        zero = expand_blocks(zero, scheme.block, (codes.shape[0], codes.shape[1]))
+        (rows, columns), (high, wide) = codes.shape, scheme.block
+        zero = zero.reshape(-(-rows // high), -(-columns // wide))
+        zero = expand_blocks(zero, scheme.block, (rows, columns))
     elif scheme.scale == "channel":
         zero = zero.reshape(-1, 1)
     return bool((codes * zero).any())

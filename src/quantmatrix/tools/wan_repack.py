@@ -37,7 +37,8 @@ from quantmatrix.checkpoints.checkpoint import Checkpoint
 from quantmatrix.checkpoints.declaration import read_json
 from quantmatrix.checkpoints.folders import open_folder
 from quantmatrix.checkpoints.header import TensorHeader
-from quantmatrix.checkpoints.opening import build_checkpoint, find_index, open_component, read_index
+from quantmatrix.checkpoints.indexes import find_index, read_index
+from quantmatrix.checkpoints.opening import build_checkpoint, open_component
 from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
 from quantmatrix.families.msmodelslim.description import check_known
 from quantmatrix.files import put, staging, whole

@@ -133,7 +133,7 @@ def test_rotated_weights_are_refused(tmp_path: Path, in_header: bool, nested: bo
     open_file(path)
 
 
-@pytest.mark.parametrize("word", ["int8_tensorwise", "mxfp8"])
+@pytest.mark.parametrize("word", ["int8_blockwise", "mxfp4"])
 def test_formats_that_no_family_takes_are_named(tmp_path: Path, word: str) -> None:
     path = write_marked(
         tmp_path / "w.safetensors", {"a": {"format": "bf16"}, "b": {"format": word}}

@@ -79,9 +79,19 @@ SELECTIONS = {
         "!lists 2 shards, 1 are not there: b.safetensors",
     ),
     "two indexes": (
+        f"{INDEX}=a.safetensors e.safetensors.index.json=b.safetensors a.safetensors b.safetensors",
+        "!2 indexes",
+        "!2 indexes",
+    ),
+    "two equal indexes": (
         f"{INDEX}=a.safetensors e.safetensors.index.json=a.safetensors a.safetensors",
-        "!2 indexes",
-        "!2 indexes",
+        "a",
+        "a",
+    ),
+    "two indexes, one left behind": (
+        f"{INDEX}=a.safetensors,b.safetensors e.safetensors.index.json=a.safetensors a.safetensors",
+        "a",
+        "a",
     ),
     "one mixed": ("x.safetensors x-mixed.safetensors", "x-mixed", "x-mixed"),
     "only mixed": ("x-mixed.safetensors", "x-mixed", "x-mixed"),

@@ -70,7 +70,12 @@ FP8_BLOCK: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynami
         ({}, {}, ""),
         ({f"{A}.weight_scale": ("F32", (1,))}, {}, ""),
         ({f"{A}.weight_scale": ("F32", (2,))}, {}, "weight_scale is F32 \\[2\\], expected F32"),
-        ({f"{A}.weight_scale": ("BF16", ())}, {}, "weight_scale is BF16"),
+        ({f"{A}.weight_scale": ("BF16", ())}, {}, ""),
+        ({f"{A}.weight_scale": ("F16", (1, 1))}, {}, ""),
+        ({f"{A}.weight_scale": ("F64", ())}, {}, "weight_scale is F64"),
+        ({f"{A}.weight": ("F8_E5M2", (256, 384))}, {}, ""),
+        ({f"{A}.weight": ("F8_E5M2", (256, 384))}, {"fmt": "e4m3"}, "in e4m3, but .* as F8_E5M2"),
+        ({}, {"fmt": "e5m2"}, "in e5m2, but .* as F8_E4M3"),
         ({f"{A}.weight_scale": ("F32", (256,))}, {}, ""),
         ({f"{A}.weight_scale": ("BF16", (256, 1))}, {}, ""),
         ({f"{A}.weight_scale": ("F32", (1, 256))}, {}, "expected F32"),
@@ -94,7 +99,8 @@ FP8_BLOCK: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynami
         ({}, {"ignored_layers": "norm"}, "expected a list of layer names"),
         ({}, {"ignored_layers": [1]}, "expected a list of layer names"),
         ({}, {"activation_scheme": "sometimes"}, "activation_scheme is \"sometimes\""),
-        ({}, {"weight_block_size": [128, 128]}, "weight_scale_inv is missing"),
+        ({}, {"weight_block_size": [128, 128]}, "weight_scale is F32 \\[\\], expected F32 or BF16"),
+        ({f"{A}.weight_scale": None}, {"weight_block_size": [128, 128]}, "scale_inv is missing"),
     ],
 )  # fmt: skip
 def test_fp8(tensors: Any, block: Any, text: str) -> None:

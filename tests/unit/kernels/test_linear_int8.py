@@ -279,7 +279,7 @@ def test_a_processor_that_saturates_gets_another_backend():
 
 
 def test_a_probed_processor_tells_its_flaw(monkeypatch):
-    for exact, flaws in ((True, ()), (False, (probe.SATURATING,))):
+    for exact, flaws in ((True, ()), (False, (probe.SATURATING, probe.ROTATED_SATURATING))):
         monkeypatch.setattr(probe, "multiplies_int8_exactly", lambda exact=exact: exact)
         assert probe.probe("cpu").flaws == flaws
 

@@ -1,73 +1,113 @@
-"""fp8: transformers whose linear layers are stored as e4m3 codes, declared by `quant_method: fp8`.
+"""fp8: transformers whose linear layers are stored as codes of eight-bit floats.
 
-The declaration stands in config.json (`quantization_config`) or in the safetensors header. Tensors
-of a quantized linear layer with N outputs and K inputs:
+Tensors of a quantized linear layer with N outputs and K inputs:
 
 | variant | `weight` | scale tensor | activations |
 | ------- | -------- | ------------ | ----------- |
-| per tensor | F8_E4M3 [N, K] | `weight_scale` F32 [] or [1] | dynamic, or static: `input_scale` F32 [] or [1] |
-| per channel | F8_E4M3 [N, K] | `weight_scale` F32 [N] or [N, 1] | per token, or static `input_scale` |
-| block | F8_E4M3 [N, K] | `weight_scale_inv` F32 [ceil(N/bn), ceil(K/bk)] | dynamic, per token and bk columns |
+| per tensor | F8_E4M3 [N, K] | `weight_scale`, one number | dynamic, or static: `input_scale`, too |
+| per channel | F8_E4M3 [N, K] | `weight_scale` [N] or [N, 1] | per token, or static `input_scale` |
+| block | F8_E4M3 [N, K] | `weight_scale_inv` [ceil(N/bn), ceil(K/bk)] | dynamic, per token and bk columns |
 | online | any float, quantized while loading | made at load | dynamic, per tensor |
-| weights only | F8_E4M3 [N, K] | as per tensor, or per channel | not quantized |
+| weights only | F8_E4M3 [N, K] | as per tensor, channel or block | not quantized |
+| plain cast | F8_E4M3 [N, K] | none: the code is the number | not quantized |
+| E5M2 | F8_E5M2 [N, K] | any of these | not quantized |
+| MXFP8 | F8_E4M3 [N, K] | `weight_scale` F8_E8M0 or U8 [N, K/32], in tiles | a power of two per token and 32 columns |
 
-Scales per channel and block may have the model's own dtype, too. Real weight = stored value x scale
-in every variant; `_inv` is historical. `weight_block_size` declares blocks, `activation_scheme`
-static or dynamic inputs, `ignored_layers` (or `modules_to_not_convert`) the layers that were left
-alone. Three header forms without `quant_method` are known: `layers` of a float8 format (one of NVFP4
-among them makes the file `modelopt-nvfp4`), `quantization: fp8r` (diffusers' script: one scale a
-row, dynamic inputs), and the row-wise form (version 1.1) whose
-`quant_configs` name the scale recipe. A layer that the first lists with
-`full_precision_matrix_mult` has codes for its weight only. Instead of the list, ComfyUI's files may
-have an entry in a tensor `<layer>.comfy_quant` beside each layer (`quantmatrix.checkpoints.comfyui`).
-Sources: vLLM's and SGLang's fp8 checkpoints, diffusers, ComfyUI.
+Scales are F32, BF16 or F16; one number is [], [1] or [1, 1], and blocks' scales, which `weight_scale`
+may be called, too, may lack sides of 1, as `squeeze` leaves them. Real weight = stored value x scale
+in every variant; `_inv` is historical. ComfyUI's MXFP8 pads its scales to tiles of 128 x 4; the power of
+two of inputs is that of the OCP formats here, of which ComfyUI takes the next one where codes would saturate.
+
+| declared by | means |
+| ----------- | ----- |
+| `quant_method: fp8` | `weight_block_size`: blocks; `activation_scheme`: static or dynamic inputs; |
+|                     | `ignored_layers`, `modules_to_not_convert`: layers that were left alone |
+| header's `layers`, or `<layer>.comfy_quant` | ComfyUI: each with a float8 format; inputs with a scale are |
+|                     | static, and left alone with `full_precision_matrix_mult` |
+| `layers` with `quant_configs` (1.1) | row-wise: their `scale_recipe` |
+| `scaled_fp8`, `<layer>.scale_weight` | ComfyUI's first form (`quantmatrix.checkpoints.scaled_fp8`) |
+| header's `quantization: fp8r` | diffusers' conversion script: a scale a row, dynamic inputs |
+| `compressed-tensors`, `float-quantized` | groups of layers (`producers.compressed_tensors`) |
+| nothing, and no tensor is a scale | a plain cast; biases, norms and other tensors may be cast, too |
+
+A list with a layer of NVFP4 makes the file `modelopt-nvfp4`, one with INT8 `comfyui-int8`.
+Sources: vLLM's and SGLang's fp8 checkpoints, diffusers, ComfyUI, compressed-tensors.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.families.fp8.casts import (
+    CASTS,
+    describe_cast,
+    find_saturated,
+    is_plain_cast,
+    list_coded,
+)
+from quantmatrix.families.fp8.checks import check_others, check_plain, check_tensors
+from quantmatrix.families.fp8.layers import (
+    BLOCK,
+    CAST,
+    CHANNEL,
+    CODES,
+    STATIC,
+    TENSOR,
+    canonical,
+    cut_rows,
+    is_cast,
+    tensors,
+)
+from quantmatrix.families.fp8.reading import find_scheme
+from quantmatrix.families.producers import compressed_tensors
 from quantmatrix.families.producers.comfyui import (
     FP8R,
-    Declared,
     is_fp8r,
+    names_codes,
     read_declaration,
     read_formats,
 )
 from quantmatrix.families.protocol import Calibration, Declaration
 from quantmatrix.kernels import linear_fp8
 from quantmatrix.kernels.number_formats import E4M3_MAX, expand_blocks, find_block_amax, round_e4m3
-from quantmatrix.scheme import Scheme, TensorSpec
+from quantmatrix.scheme import Scheme
 
 if TYPE_CHECKING:
     from quantmatrix.checkpoints.checkpoint import Checkpoint
-    from quantmatrix.checkpoints.header import TensorHeader
+
+__all__ = (
+    "ID",
+    "ONLINE",
+    "SCHEMES",
+    "canonical",
+    "cut_rows",
+    "declare",
+    "dequantize",
+    "detect",
+    "doubts",
+    "find_fault",
+    "plain_codes",
+    "quantize",
+    "reference",
+    "schemes",
+    "tensors",
+)
 
 ID = "fp8"
-TENSOR = Scheme("linear.fp8", "fp8", "e4m3", "tensor", "tensor-dynamic")
-CHANNEL = Scheme("linear.fp8", "fp8-channel", "e4m3", "channel", "token-dynamic")
-BLOCK = Scheme("linear.fp8", "fp8-block", "e4m3", "block", "group-dynamic", block=(128, 128))
 SCHEMES: Mapping[str, Scheme] = {
     "tensor-dynamic": TENSOR,
-    "tensor-static": replace(TENSOR, activation="tensor-static"),
+    "tensor-static": STATIC["tensor"],
     "channel-dynamic": CHANNEL,
-    "channel-static": replace(CHANNEL, activation="tensor-static"),
+    "channel-static": STATIC["channel"],
     "block-dynamic": BLOCK,
+    "cast": CAST,
 }
 ONLINE = "tensor-dynamic"
-SCALES = ("weight_scale", "weight_scale_inv")
-FLOATS = ("F32", "BF16", "F16")
-"""Dtypes of scales per block or channel: float32, or the model's own."""
-BESIDE = ("bias", "comfy_quant")
-"""Suffixes that may stand in any layer."""
-AGAIN = "Correct the file with what wrote it, or quantize again"
-"""Headers that are whole and do not fit together came so from their writer."""
 NUMBERED = re.compile(r"\.\d+\.")
 """A block's number in a layer's name."""
 
@@ -80,35 +120,42 @@ def detect(checkpoint: Checkpoint) -> str | None:
     if is_fp8r(checkpoint):
         return f"quantization {FP8R} in the header of {checkpoint.files[0]}"
     declared_formats = set(read_formats(block).values())
-    formats = {name for name in declared_formats if "float8" in name}
-    if "quant_method" not in block and formats and "nvfp4" not in declared_formats:
+    formats = {name for name in declared_formats if names_codes(name)}
+    others = {"nvfp4", "int8_tensorwise"} & declared_formats
+    if "quant_method" not in block and formats and not others:
         return f"layers of format {', '.join(sorted(formats))} in {checkpoint.quantization_from}"
-    return None
+    if compressed_tensors.is_float_quantized(block):
+        method = f"{compressed_tensors.METHOD}, format {compressed_tensors.FORMAT}"
+        return f"quant_method {method} in {checkpoint.quantization_from}"
+    return describe_cast(checkpoint) if is_plain_cast(checkpoint) else None
 
 
 def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
-    """Scheme of every layer with e4m3 codes.
+    """Scheme of every layer with codes.
 
     Raises CheckpointError for a declaration that is not known, and where it and the tensors
     contradict each other.
     """
+    if is_plain_cast(checkpoint):
+        coded = {layer: checkpoint.tensors[f"{layer}.weight"] for layer in list_coded(checkpoint)}
+        return {layer: CASTS[header.dtype] for layer, header in coded.items()}
     declared = read_declaration(checkpoint)
     layers = checkpoint.layers()
     found: dict[str, Scheme] = {}
     for layer, suffixes in layers.items():
         header = checkpoint.tensors.get(f"{layer}.weight")
-        if header is None or header.dtype != "F8_E4M3":
+        if header is None or header.dtype not in CODES:
             check_plain(checkpoint, declared, layer, suffixes)
             continue
         if declared.is_left_alone(layer):
             raise CheckpointError(
                 f"{declared.source}: says that {layer} is left alone, but {header.file} stores it "
-                "as F8_E4M3: correct the list, or quantize again"
+                f"as {header.dtype}: correct the list, or quantize again"
             )
         found[layer] = find_scheme(checkpoint, declared, layer, suffixes)
         if is_fp8r(checkpoint) and found[layer].scale != "channel":
             found[layer] = CHANNEL  # what was declared; check_tensors names the scale that is there
-        check_tensors(checkpoint, layer, found[layer], header)
+        check_tensors(checkpoint, layer, found[layer], suffixes)
     absent = [layer for layer in declared.formats if declared.is_coded(layer)]
     absent = [layer for layer in absent if layer not in layers]
     if absent:
@@ -120,120 +167,13 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     return found
 
 
-def check_plain(
-    checkpoint: Checkpoint, declared: Declared, layer: str, suffixes: frozenset[str]
-) -> None:
-    """A layer without e4m3 codes has no scales, and nothing may say that it has codes.
-
-    Raises CheckpointError for one that does.
-    """
-    header = checkpoint.tensors.get(f"{layer}.weight")
-    dtype = header.dtype if header else "missing"
-    scaled = sorted(suffixes & {*SCALES, "input_scale"})
-    if scaled:
-        raise CheckpointError(
-            f"{checkpoint.tensors[f'{layer}.{scaled[0]}'].file}: tensor {layer}.{scaled[0]} "
-            f"is a scale, but {layer}.weight is {dtype}: expected F8_E4M3. {AGAIN}"
-        )
-    if declared.is_coded(layer):
-        raise CheckpointError(
-            f"{declared.source}: lists {layer} as {declared.formats[layer]}, but its "
-            f"weight is {dtype}: expected F8_E4M3. {AGAIN}"
-        )
-
-
-def find_scheme(
-    checkpoint: Checkpoint, declared: Declared, layer: str, suffixes: frozenset[str]
-) -> Scheme:
-    """Scheme of one layer, from the declaration and the shape of its scales.
-
-    Raises CheckpointError for a static scale where dynamic activations are declared.
-    """
-    whole = layer in declared.whole_inputs
-    static = declared.static or (not declared.method and "input_scale" in suffixes)
-    if declared.block is not None:
-        scheme = replace(BLOCK, block=declared.block)
-    else:
-        rows = checkpoint.tensors[f"{layer}.weight"].shape[:1]
-        scale = checkpoint.tensors.get(f"{layer}.weight_scale")
-        shapes = [(*rows, 1)] if rows == (1,) else [rows, (*rows, 1)]
-        rowwise = layer in declared.rowwise or (scale is not None and scale.shape in shapes)
-        kind = "channel" if rowwise else "tensor"
-        scheme = SCHEMES[f"{kind}-{'static' if static else 'dynamic'}"]
-    if whole:
-        return replace(scheme, name=f"{scheme.name}-weights", activation="none")
-    if "input_scale" in suffixes and not static:
-        name = f"{layer}.input_scale"
-        raise CheckpointError(
-            f"{checkpoint.tensors[name].file}: tensor {name} is a static activation scale, but "
-            f"{declared.source} declares dynamic activations: declare activation_scheme static, or "
-            "leave the scales out"
-        )
-    return scheme
-
-
-def check_tensors(checkpoint: Checkpoint, layer: str, scheme: Scheme, header: TensorHeader) -> None:
-    """Every tensor that the scheme needs must be there, in the right dtype and shape.
-
-    Raises CheckpointError for one that is not.
-    """
-    if len(header.shape) != 2:
-        raise CheckpointError(
-            f"{header.file}: tensor {header.name} is {list(header.shape)}, not 2-D: expected codes "
-            "of a linear layer; leave other layers in full precision"
-        )
-    for suffix, spec in tensors(scheme, *header.shape).items():
-        found = checkpoint.tensors.get(f"{layer}.{suffix}")
-        expected = f"{' or '.join(spec.dtypes)} {' or '.join(str(list(s)) for s in spec.shapes)}"
-        if found is None:
-            raise CheckpointError(
-                f"{header.file}: tensor {layer}.{suffix} is missing beside {layer}.weight "
-                f"({header.dtype}): expected {expected}; a missing scale is never assumed to be 1. "
-                f"{hint_older_name(checkpoint, layer)}{AGAIN}"
-            )
-        if found.dtype not in spec.dtypes or found.shape not in spec.shapes:
-            raise CheckpointError(
-                f"{found.file}: tensor {found.name} is {found.dtype} {list(found.shape)}, "
-                f"expected {expected}. {AGAIN}"
-            )
-
-
-def hint_older_name(checkpoint: Checkpoint, layer: str) -> str:
-    """A hint where a layer's scale has the name that older ComfyUI files give it."""
-    if f"{layer}.scale_weight" not in checkpoint.tensors:
-        return ""
-    return (
-        f"{layer}.scale_weight is ComfyUI's older scaled fp8, which is not taken: rename it to "
-        "weight_scale, as newer files have it. "
-    )
-
-
-def check_others(checkpoint: Checkpoint, found: Mapping[str, Scheme]) -> None:
-    """A tensor of a quantized layer that nothing would use changes its numbers in unknown ways.
-
-    Raises CheckpointError for one.
-    """
-    for name, header in checkpoint.tensors.items():
-        layer, _, suffix = name.rpartition(".")
-        above = layer.rpartition(".")[0]
-        scheme = found.get(layer)
-        known = () if scheme is None else (*tensors(scheme, 1, 1), *BESIDE)
-        if scheme is not None and scheme.activation == "none":
-            known = (*known, "input_scale")
-        if above in found or (scheme is not None and suffix not in known):
-            raise CheckpointError(
-                f"{header.file}: tensor {name} ({header.dtype} {list(header.shape)}) stands beside "
-                f"the codes of {above if above in found else layer}, expected no more than "
-                f"{', '.join(known or ('weight', 'bias', *SCALES))}: leaving it out would give "
-                "other numbers without an error. Quantize with a scheme that is known"
-            )
-
-
 def doubts(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> list[str]:
-    """A warning of layers that nothing leaves alone, and that still are in full precision.
+    """Warnings: of a plain cast, and of layers in full precision that nothing leaves alone.
 
-    That their like in other blocks is quantized tells them from layers of which none ever is.
+    That their like in other blocks is quantized tells these from layers of which none ever is.
     """
+    if any(map(is_cast, schemes.values())):
+        return [f"{checkpoint.reference} is read as {describe_cast(checkpoint)}"]
     declared = read_declaration(checkpoint)
     kinds = {NUMBERED.sub(".N.", layer) for layer in schemes}
     forgotten = [
@@ -254,20 +194,19 @@ def doubts(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> list[str]:
     ]
 
 
-def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
-    """The tensors of a layer on disk, by suffix, `bias` left out."""
-    scalar = TensorSpec(("F32",), ((), (1,)))
-    specs = {"weight": TensorSpec(("F8_E4M3",), ((out_features, in_features),))}
-    if scheme.scale == "block":
-        blocks = (-(-out_features // scheme.block[0]), -(-in_features // scheme.block[1]))
-        specs["weight_scale_inv"] = TensorSpec(FLOATS, (blocks,))
-    elif scheme.scale == "channel":
-        specs["weight_scale"] = TensorSpec(FLOATS, ((out_features,), (out_features, 1)))
-    else:
-        specs["weight_scale"] = scalar
-    if scheme.activation == "tensor-static":
-        specs["input_scale"] = scalar
-    return specs
+def find_fault(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[str, str] | None:
+    """(suffix, what it holds) of exponents that mean NaN, and of a cast that needs a scale, or None.
+
+    Takes tensors as in the module's table.
+    """
+    if scheme.tiled_scales and bool((tensors["weight_scale"].view(torch.uint8) == 0xFF).any()):
+        return "weight_scale", "holds exponents of 255, which mean NaN: expected 0 to 254"
+    return find_saturated(tensors, scheme)
+
+
+def plain_codes(schemes: Iterable[Scheme]) -> tuple[str, ...]:
+    """Dtypes whose codes are numbers outside the layers: a plain cast may hold any tensor so."""
+    return tuple(CODES) if any(map(is_cast, schemes)) else ()
 
 
 def quantize(
@@ -284,6 +223,9 @@ def quantize(
     Raises UsageError for static activations without a calibration.
     """
     exact = weight.float()
+    if is_cast(scheme):
+        cast = {"weight": round_e4m3(exact)}
+        return cast if bias is None else {**cast, "bias": bias}
     if scheme.scale == "block":
         amax = find_block_amax(exact, scheme.block)
     elif scheme.scale == "channel":
@@ -304,38 +246,6 @@ def quantize(
     return stored_form if bias is None else {**stored_form, "bias": bias}
 
 
-def cut_rows(
-    stored: Mapping[str, torch.Tensor], scheme: Scheme, start: int, stop: int
-) -> dict[str, torch.Tensor]:
-    """On-disk tensors of the rows [start, stop) of a layer; see the protocol.
-
-    Takes and gives tensors as in the module's table.
-    """
-    cut = dict(stored)
-    suffixes = ["weight", "bias", *(["weight_scale"] if scheme.scale == "channel" else [])]
-    for suffix in suffixes:
-        if suffix in stored:
-            cut[suffix] = stored[suffix][start:stop]
-    if scheme.scale == "block":
-        height = scheme.block[0]
-        cut["weight_scale_inv"] = stored["weight_scale_inv"][start // height : -(-stop // height)]
-    return cut
-
-
-def canonical(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
-    """Canonical tensors of linear.fp8; takes tensors as in the module's table."""
-    name = "weight_scale_inv" if scheme.scale == "block" else "weight_scale"
-    scale = stored[name].float()
-    if scheme.scale != "block":
-        scale = scale.reshape(-1, 1) if scheme.scale == "channel" else scale.reshape(())
-    stored_form = {"weight": stored["weight"], "weight_scale": scale}
-    if scheme.activation == "tensor-static":
-        stored_form["input_scale"] = stored["input_scale"].float().reshape(())
-    if "bias" in stored:
-        stored_form["bias"] = stored["bias"]
-    return stored_form
-
-
 def dequantize(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
     """The weight in plain numbers, float32 [N, K]."""
     return linear_fp8.decode(canonical(stored, scheme), scheme)
@@ -350,10 +260,17 @@ def reference(x: torch.Tensor, stored: Mapping[str, torch.Tensor], scheme: Schem
 
 
 def declare(
-    schemes: Mapping[str, Scheme], kept: Sequence[str], tensors: Sequence[str] = ()
+    schemes: Mapping[str, Scheme],
+    kept: Sequence[str],
+    tensors: Sequence[str] = (),
 ) -> Declaration:
-    """`quantization_config` of config.json; the same block goes into a single file's header."""
+    """`quantization_config` of config.json; the same block goes into a single file's header.
+
+    A plain cast declares nothing.
+    """
     scheme = next(iter(schemes.values()))
+    if is_cast(scheme):
+        return Declaration()
     static = scheme.activation == "tensor-static"
     config: dict[str, Any] = {
         "activation_scheme": "static" if static else "dynamic",

@@ -1,4 +1,4 @@
-"""msmodelslim: transformers that Ascend's MindStudio-ModelSlim quantized to int8, int4 or MXFP8.
+"""msmodelslim: transformers that Ascend's MindStudio-ModelSlim quantized to int8, int4 or MX formats.
 
 A component folder is of this family when `quant_model_description*.json` lies beside its weights.
 The file has one entry per tensor; the entry of `<layer>.weight` is the layer's scheme, `FLOAT`
@@ -18,6 +18,9 @@ Tensors of a quantized linear layer with N outputs and K inputs:
 | `W4A4_DYNAMIC` | as above; one code in [-8, 7] per byte | I8 [N, K] |
 | `W8A8_MXFP8`: powers of two per 32 columns | `weight` | F8_E4M3 [N, K] |
 | | `weight_scale`, exponent + 127 | U8 [N, K / 32] |
+| `W4A4_MXFP4`: the same with e2m1 codes | `weight`, the even column in the low nibble | U8 [N, K / 2] |
+| | `weight_scale`, exponent + 127 | U8 [N, K / 32] |
+| `W4A4_MXFP4_DUALSCALE`: and a coarse scale | as above, and `weight_dual_scale` | F32 [N, K / 512, 1] |
 | any | `bias`; under `W8A8` a copy of what `quant_bias` holds | F32 [N] |
 | any | `mul_scale`: inputs are multiplied by it before they are quantized | [K] |
 
@@ -26,7 +29,7 @@ int64 `deq_scale` is decided by its stored dtype: the writer's choice does not f
 Other scales of older writers may have the model's own dtype. Both writers (MindIE and AscendV1) are
 read; `quantize` writes what AscendV1 writes, with F32 `deq_scale`. Rotations `q_rot` and `k_rot`
 cancel out in attention scores and are left aside; anything else beside these tensors (FlatQuant,
-SVD residuals, quantized attention, MXFP4, embeddings) is refused by name. Sources: msmodelslim
+SVD residuals, quantized attention, other MX mixes, embeddings) is refused by name. Sources: msmodelslim
 26.1.0 and SGLang 0.5.23.
 """
 
@@ -48,7 +51,8 @@ from quantmatrix.families.msmodelslim.layers import SCHEMES as SCHEMES
 from quantmatrix.families.msmodelslim.layers import WRAPPERS as WRAPPERS
 from quantmatrix.families.msmodelslim.layers import find_fault as find_fault
 from quantmatrix.families.protocol import Calibration, Declaration
-from quantmatrix.kernels import int8_arithmetic, linear_fp8
+from quantmatrix.kernels import int8_arithmetic, linear_fp8, linear_mxfp4
+from quantmatrix.kernels.number_formats import encode_e2m1, pack_nibbles
 from quantmatrix.scheme import Scheme
 
 ID = "msmodelslim"
@@ -56,10 +60,18 @@ CODE_LEAVES = ("weight", "linear.weight")
 BIAS_LEAVES = ("bias", "linear.bias", "quant_bias", "linear.quant_bias")
 """The last two hold a folded zero point, too."""
 MODELS = ("wan-2-2",)
+ONLINE_NAMES = {"mxfp8": "W8A8_MXFP8", "mxfp4": "W4A4_MXFP4"}
 WHOLE_PIPELINE = True
 WRITES_ON_CPU = True
 """Rows are summed by an integer product that GPUs do not have for one column."""
 ROTATION = re.compile(r"\.(to_)?[qk]_rot$")
+ARITHMETIC: Mapping[str, Any] = {
+    "int8": int8_arithmetic,
+    "int4": int8_arithmetic,
+    "e4m3": linear_fp8,
+    "mxfp4": linear_mxfp4,
+}
+"""What decodes and multiplies codes of each number format."""
 EPSILON = torch.finfo(torch.float32).eps
 """The smallest scale that the writer stores."""
 
@@ -84,8 +96,9 @@ def quantize(
     Scales are symmetric per row for weights, and the whole calibrated range (zero included) spreads
     over 255 steps for static activations. Raises UsageError where these lack a calibration.
     """
-    if scheme.weight == "e4m3":
-        return _quantize_blocks(weight) | ({} if bias is None else {"bias": bias.float()})
+    if scheme.scale == "block":
+        stored = _quantize_blocks(weight, scheme)
+        return stored if bias is None else stored | {"bias": bias.float()}
     exact = weight.float()
     largest = int8_arithmetic.LARGEST[scheme.weight]
     scale = (exact.abs().amax(dim=1, keepdim=True) / largest).clamp(min=EPSILON)
@@ -115,12 +128,17 @@ def canonical(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, 
     for offsets that are not zero.
     """
     stored = {plain_suffix(suffix): tensor for suffix, tensor in tensors.items()}
-    scales = ("deq_scale", "input_scale", "input_offset", "quant_bias")
-    needed = scales if scheme.activation == "tensor-static" else ("weight_scale",)
+    static = ("deq_scale", "input_scale", "input_offset", "quant_bias")
+    needed = static if scheme.activation == "tensor-static" else ("weight_scale",)
     if missing := [name for name in needed if name not in stored]:
         raise CheckpointError(f"a {scheme.name} layer has no {missing[0]}; it has {list(stored)}")
-    if scheme.weight == "e4m3":
-        return stored | {"weight_scale": mx_blocks.decode_exponents(stored["weight_scale"])}
+    if scheme.scale == "block":
+        scales = mx_blocks.decode_exponents(stored["weight_scale"])
+        if "weight_dual_scale" in stored:
+            coarse = stored.pop("weight_dual_scale").float().reshape(len(scales), -1)
+            each = linear_mxfp4.COARSE // mx_blocks.BLOCK
+            scales = scales * linear_mxfp4.spread(coarse, each, scales.shape[1])
+        return stored | {"weight_scale": scales}
     offset = stored.get("weight_offset")
     if offset is not None and not offset.is_meta and bool(offset.any()):
         raise CheckpointError(
@@ -149,9 +167,8 @@ def canonical(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, 
 
 def dequantize(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
     """The weight in plain numbers, float32 [N, K], smoothing included."""
-    if scheme.weight == "e4m3":
-        return linear_fp8.decode(canonical(tensors, scheme), scheme)
-    return int8_arithmetic.decode(canonical(tensors, scheme), scheme)
+    weight: torch.Tensor = ARITHMETIC[scheme.weight].decode(canonical(tensors, scheme), scheme)
+    return weight
 
 
 def reference(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
@@ -159,9 +176,9 @@ def reference(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Sche
 
     x [..., K] gives [..., N] in x's dtype; tensors as in the module's table.
     """
-    if scheme.weight == "e4m3":
-        return linear_fp8.reference(x, canonical(tensors, scheme), scheme)
-    return int8_arithmetic.reference(x, canonical(tensors, scheme), scheme)
+    found = canonical(tensors, scheme)
+    y: torch.Tensor = ARITHMETIC[scheme.weight].reference(x, found, scheme)
+    return y
 
 
 def declare(
@@ -221,15 +238,24 @@ def _quantize_input(
     }
 
 
-def _quantize_blocks(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """MXFP8 codes and exponents."""
+def _quantize_blocks(weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
+    """Codes and exponents of an MX scheme, and its coarse scales."""
     if weight.shape[1] % mx_blocks.BLOCK:
         raise UsageError(
-            f"W8A8_MXFP8 takes layers whose inputs are a multiple of {mx_blocks.BLOCK}, not "
+            f"{scheme.name} takes layers whose inputs are a multiple of {mx_blocks.BLOCK}, not "
             f"{weight.shape[1]}: keep the layer in full precision, or use W8A8_DYNAMIC"
         )
-    codes, exponents = mx_blocks.encode_blocks(weight)
-    return {"weight": codes, "weight_scale": exponents}
+    if scheme.weight == "e4m3":
+        codes, exponents = mx_blocks.encode_blocks(weight)
+        return {"weight": codes, "weight_scale": exponents}
+    exact, more = weight.float(), {}
+    if scheme.activation == "group-dual":
+        coarse = linear_mxfp4.find_coarse(exact)
+        exact = exact / linear_mxfp4.spread(coarse, linear_mxfp4.COARSE, exact.shape[1])
+        more = {"weight_dual_scale": coarse[..., None]}
+    numbers, exponents = linear_mxfp4.round_groups(exact)
+    stored = (exponents + mx_blocks.BIAS).clamp(min=0).to(torch.uint8)
+    return {"weight": pack_nibbles(encode_e2m1(numbers)), "weight_scale": stored, **more}
 
 
 def _unfold_bias(found: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from quantmatrix.errors import CheckpointError
 from quantmatrix.families.msmodelslim.layers import FLOATS, SCHEMES, WRAPPERS, tensors
 from quantmatrix.quoting import quote
-from quantmatrix.scheme import Scheme, TensorSpec
+from quantmatrix.scheme import Scheme, TensorSpec, measure_features
 
 if TYPE_CHECKING:
     from quantmatrix.checkpoints.checkpoint import Checkpoint
@@ -37,12 +37,12 @@ REFUSED_SUFFIXES = {
     "clip_ratio": "FlatQuant",
     "svd_lowrank_l1": "an SVD residual",
     "svd_lowrank_l2": "an SVD residual",
-    "weight_dual_scale": "dual-scale MXFP4",
+    "weight_dual_scale": "dual-scale MXFP4 (W4A4_MXFP4_DUALSCALE)",
 }
 REFUSED_SCHEMES = {
-    "MXFP4": "MXFP4",
     "FLATQUANT": "FlatQuant",
     "SVD": "an SVD residual",
+    "MXFP": "another MX format",
     "MIX": "a prefill/decode mix",
 }
 
@@ -179,6 +179,8 @@ def refuse_unknown(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> None:
         if layer is None and suffix == "mul_scale":
             what = "smoothing of a FLOAT layer"
         known = (*tensors(found[layer], 1, 1), "bias") if layer is not None else (suffix,)
+        if layer is not None and suffix in known:
+            what = None
         if what is None and suffix not in known:
             what = "smoothing of MXFP8" if suffix == "mul_scale" else "an unknown attachment"
         if what is not None:
@@ -186,7 +188,7 @@ def refuse_unknown(found: Mapping[str, Scheme], checkpoint: Checkpoint) -> None:
                 f"{header.file}: tensor {name} belongs to {what}, which is not supported: quantize "
                 "again without it, per channel, as one of " + ", ".join(SCHEMES)
             )
-        if header.dtype in ("I8", "F8_E4M3") and described.get(name, FLOAT) == FLOAT:
+        if header.dtype in ("I8", "U8", "F8_E4M3") and described.get(name, FLOAT) == FLOAT:
             raise CheckpointError(
                 f"{header.file}: tensor {name} holds {header.dtype} codes, but "
                 f"{checkpoint.description_file} calls it {described.get(name, 'nothing')}: "
@@ -235,7 +237,7 @@ def check_layer(
             f"{layer}.div.mul_scale is missing: without it the layer would give other numbers; "
             "quantize again, or name a folder that was written completely"
         )
-    out, into = weight.shape
+    out, into = measure_features(scheme, weight.shape)
     bias = TensorSpec(FLOATS, ((out,),), optional=True)
     for suffix, spec in {**tensors(scheme, out, into), "bias": bias}.items():
         header = own.get(suffix)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from quantmatrix.families.msmodelslim import mx_blocks
+from quantmatrix.kernels import linear_mxfp4
 from quantmatrix.scheme import Scheme, TensorSpec
 
 FLOATS = ("F32", "BF16", "F16")
@@ -24,10 +25,19 @@ SCHEMES: Mapping[str, Scheme] = {
     "W8A8_MXFP8": Scheme(
         "linear.fp8", "W8A8_MXFP8", "e4m3", "block", "group-power", (1, mx_blocks.BLOCK)
     ),
+    "W4A4_MXFP4": Scheme(
+        "linear.mxfp4", "W4A4_MXFP4", "mxfp4", "block", "group-power", (1, mx_blocks.BLOCK)
+    ),
+    "W4A4_MXFP4_DUALSCALE": Scheme(
+        "linear.mxfp4", "W4A4_MXFP4_DUALSCALE", "mxfp4", "block", "group-dual", (1, mx_blocks.BLOCK)
+    ),
 }
 WRAPPERS = ("linear", "div")
 """Levels that smoothing adds to names, and `wan_repack` removes."""
-PER_ROW = ("weight", "weight_scale", "weight_offset", "deq_scale", "quant_bias", "bias")
+PER_ROW = (
+    *("weight", "weight_scale", "weight_dual_scale", "weight_offset"),
+    *("deq_scale", "quant_bias", "bias"),
+)
 """Suffixes of tensors with one entry, or one row of them, per output channel."""
 CONTRADICTION = 0.02
 """Share by which two records of one number may differ; what is rounded differs by less."""
@@ -37,12 +47,8 @@ def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, Te
     """The tensors of a layer on disk, by suffix, `bias` left out."""
     rows, column = (out_features,), (out_features, 1)
     static = scheme.activation == "tensor-static"
-    if scheme.weight == "e4m3":
-        blocks = -(-in_features // mx_blocks.BLOCK)
-        return {
-            "weight": TensorSpec(("F8_E4M3",), ((out_features, in_features),)),
-            "weight_scale": TensorSpec(("U8",), ((out_features, blocks),)),
-        }
+    if scheme.scale == "block":
+        return list_mx_tensors(scheme, out_features, in_features)
     specs = {
         "weight": TensorSpec(("I8",), ((out_features, in_features),)),
         "weight_scale": TensorSpec(FLOATS, (column,), optional=static),
@@ -58,6 +64,24 @@ def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, Te
     return specs
 
 
+def list_mx_tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+    """The tensors of a layer in one of the MX schemes, by suffix, `bias` left out."""
+    blocks = -(-in_features // mx_blocks.BLOCK)
+    specs = {
+        "weight": TensorSpec(("F8_E4M3",), ((out_features, in_features),)),
+        "weight_scale": TensorSpec(("U8",), ((out_features, blocks),)),
+    }
+    if scheme.weight == "mxfp4":
+        specs["weight"] = TensorSpec(("U8",), ((out_features, in_features // 2),))
+    if scheme.activation == "group-dual":
+        coarse = -(-in_features // linear_mxfp4.COARSE)
+        shapes = ((out_features, coarse, 1), (out_features, coarse))
+        specs["weight_dual_scale"] = TensorSpec(FLOATS, shapes)
+    if scheme.smoothed and scheme.weight == "mxfp4":
+        specs["mul_scale"] = TensorSpec(FLOATS, ((in_features,),))
+    return specs
+
+
 def find_fault(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[str, str] | None:
     """(suffix, what it holds and what was expected) of a tensor on disk with impossible values.
 
@@ -66,12 +90,11 @@ def find_fault(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[str
     names = {plain_suffix(suffix): suffix for suffix in tensors}
     stored = {plain: tensors[suffix] for plain, suffix in names.items()}
     stored |= {plain: tensor.cpu() for plain, tensor in stored.items() if plain != "weight"}
-    if scheme.weight == "e4m3":
-        if not bool((stored["weight_scale"] == 255).any()):
-            return None
+    blocks = scheme.scale == "block"
+    if blocks and bool((stored["weight_scale"] == 255).any()):
         return names["weight_scale"], "holds exponents of 255, which mean NaN: expected 0 to 254"
-    for plain in ("weight_scale", "deq_scale", "input_scale", "mul_scale"):
-        if plain not in stored:
+    for plain in ("weight_scale", "weight_dual_scale", "deq_scale", "input_scale", "mul_scale"):
+        if plain not in stored or (blocks and plain == "weight_scale"):
             continue
         scales = stored[plain].float()
         if plain == "deq_scale":

@@ -5,9 +5,9 @@
 | `activation_scheme` | `dynamic` (also when absent) or `static` |
 | `weight_block_size` | two positive whole numbers, rows and columns of a block; absent: no blocks |
 | `ignored_layers`, `modules_to_not_convert` | names of layers that were left alone |
-| `fmt`, `scale_fmt` | how codes and scales are coded, where they are named at all: `e4m3`, `float` |
+| `fmt`, `scale_fmt` | how codes and scales are coded, where they are named: `e4m3`, `e5m2`; `float` |
 | `format_version` | `1.0` or `1.1`, of a header that lists layers |
-| `layers` | format name per layer: one with `float8` in it, or one for full precision (`bf16`) |
+| `layers` | format name per layer: one with `float8` in it, `mxfp8`, or full precision (`bf16`) |
 |          | beside it `full_precision_matrix_mult`: inputs are left alone, only weights have codes |
 | `quant_configs` | `scale_recipe` per format name: `rowwise` |
 
@@ -28,15 +28,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import CheckpointError
+from quantmatrix.families.producers import compressed_tensors
 
 if TYPE_CHECKING:
     from quantmatrix.checkpoints.checkpoint import Checkpoint
 
 IGNORE_KEYS = ("ignored_layers", "modules_to_not_convert")
 VERSIONS = ("1.0", "1.1")
-CODED = "float8"
-FOREIGN_CODES = ("e5m2", "fnuz", "e8m0")
-"""Formats of eight bits that are not float8_e4m3fn."""
+CODED, MXFP8 = "float8", "mxfp8"
+MX_GROUP = 32
+"""Columns that share a power of two, which an entry of MXFP8 may say."""
+FOREIGN_CODES = ("fnuz", "e8m0")
+"""Formats of eight bits that are neither float8_e4m3fn nor float8_e5m2."""
 PLAIN_FORMATS = ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
 WHOLE_INPUTS = "full_precision_matrix_mult"
 ROWWISE = "rowwise"
@@ -44,7 +47,7 @@ FP8R = "fp8r"
 KNOWN_VALUES: Mapping[str, tuple[str | None, ...]] = {
     "activation_scheme": (None, "dynamic", "static"),
     "quant_algo": (None, "FP8"),
-    "fmt": (None, "e4m3", "e4m3fn", "float8_e4m3fn"),
+    "fmt": (None, "e4m3", "e4m3fn", "float8_e4m3fn", "e5m2", "float8_e5m2"),
     "scale_fmt": (None, "float", "float32"),
 }
 """Keys that may have a few values only."""
@@ -73,10 +76,18 @@ class Declared:
     whole_inputs: frozenset[str]
     """Listed layers whose inputs are not quantized."""
     ignored: tuple[re.Pattern[str], ...]
+    codes: str | None = None
+    """Format of all codes, where it is named for the whole: `e4m3`, `e5m2` ..."""
+    groups: tuple[compressed_tensors.Group, ...] = ()
+    """Groups of layers, as compressed-tensors declares them."""
+
+    def name_codes(self, layer: str) -> str:
+        """The format that is declared for the codes of a layer, or an empty text."""
+        return self.formats.get(layer) or self.codes or ""
 
     def is_coded(self, layer: str) -> bool:
         """Whether the list says that a layer holds e4m3 codes."""
-        return CODED in self.formats.get(layer, "")
+        return names_codes(self.formats.get(layer, ""))
 
     def is_left_alone(self, layer: str) -> bool:
         """Whether a layer is said to stay in full precision.
@@ -86,6 +97,11 @@ class Declared:
         if any(pattern.match(layer) for pattern in self.ignored):
             return True
         return not self.is_coded(layer) and (layer in self.formats or not self.method)
+
+
+def names_codes(form: str) -> bool:
+    """Whether a format of a layer has codes of eight-bit floats."""
+    return CODED in form or form == MXFP8
 
 
 def is_fp8r(checkpoint: Checkpoint) -> bool:
@@ -101,6 +117,8 @@ def read_declaration(checkpoint: Checkpoint) -> Declared:
     source = checkpoint.quantization_from or checkpoint.reference
     if is_fp8r(checkpoint):
         block, source = {"quant_method": "fp8"}, f"{checkpoint.files[0]}: quantization {FP8R}"
+    if compressed_tensors.is_float_quantized(block):
+        return read_groups(block, source)
     for key, known in KNOWN_VALUES.items():
         if block.get(key) not in known:
             raise wrong(source, key, block[key], f"{' or '.join(filter(None, known))}, or no {key}")
@@ -126,6 +144,23 @@ def read_declaration(checkpoint: Checkpoint) -> Declared:
         ),
         whole_inputs=read_whole_inputs(block),
         ignored=tuple(read_ignored(block, source)),
+        codes=block.get("fmt"),
+    )
+
+
+def read_groups(block: Mapping[str, Any], source: str) -> Declared:
+    """What a block of compressed-tensors declares; CheckpointError for what is not known."""
+    ignored = compressed_tensors.read_patterns(block.get("ignore") or [], source, "ignore")
+    return Declared(
+        source=source,
+        method=True,
+        static=False,
+        block=None,
+        formats={},
+        rowwise=frozenset(),
+        whole_inputs=frozenset(),
+        ignored=tuple(ignored),
+        groups=compressed_tensors.read_groups(block, source),
     )
 
 
@@ -164,13 +199,15 @@ def check_format(source: str, layer: str, form: str, entry: Any) -> None:
 
     Raises CheckpointError otherwise.
     """
-    coded = CODED in form and not any(part in form for part in FOREIGN_CODES)
+    coded = names_codes(form) and not any(part in form for part in FOREIGN_CODES)
     if not coded and form not in PLAIN_FORMATS:
-        raise wrong(source, f"the format of {layer}", form, "float8_e4m3fn or bf16")
+        raise wrong(source, f"the format of {layer}", form, "float8_e4m3fn, float8_e5m2 or bf16")
     more = {key: value for key, value in entry.items() if value} if isinstance(entry, dict) else {}
     more.pop("format", None)
     if more.get(WHOLE_INPUTS) is True:
         del more[WHOLE_INPUTS]
+    if form == MXFP8 and more.get("group_size") == MX_GROUP:
+        del more["group_size"]
     if coded and more:
         raise wrong(source, f"what {layer} has beside its format", more, "nothing")
 

@@ -151,7 +151,10 @@ def plan_component(
             f"{name}, a {source.class_name}"
         )
     shapes = measure_model(source.class_name, source.config, source.config_from)
-    site = Site(checkpoint, dialect, shapes, source.class_name, source.config_from, family, online)
+    numbers = families.load(family).plain_codes(schemes.values()) if family else ()
+    site = Site(
+        checkpoint, dialect, shapes, source.class_name, source.config_from, family, online, numbers
+    )
     placed = place(site, parts, plain)
     layers = choose_kernels(parts, model, request, machine, warnings)
     kept = sum(checkpoint.tensors[n].nbytes for n in plain)
@@ -167,6 +170,7 @@ def plan_component(
         dialect=dialect,
         layers=layers,
         plain=placed,
+        numbers=numbers,
         ignored=ignored_names(checkpoint, family),
         total_layers=total,
         model=model,

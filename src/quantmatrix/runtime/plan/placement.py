@@ -70,6 +70,8 @@ class Site:
     family: str | None = None
     online: bool = False
     """Its layers are quantized while loading, from full precision."""
+    numbers: tuple[str, ...] = ()
+    """Dtypes of codes that are the numbers themselves, beside those of full precision."""
 
     @property
     def model(self) -> str:
@@ -238,7 +240,7 @@ def check_bias(site: Site, module: str, parts: Sequence[Part], *, biased: bool) 
         out = measure_features(part.scheme, site.find_code(part.layer).shape)[0]
         for header in own[part.layer]:
             folded = header.name.endswith("quant_bias")
-            if not folded and header.dtype not in FLOATS:
+            if not folded and header.dtype not in (*FLOATS, *site.numbers):
                 raise describe_codes(header, f"{module}.bias")
             if header.shape != (out,):
                 raise CheckpointError(
@@ -318,7 +320,7 @@ def plain_targets(site: Site, name: str) -> Iterator[tuple[Target, str]]:
 def check_shape(site: Site, tensor: PlainTensor) -> None:
     """A plain tensor must hold numbers, in its parameter's shape; else raises CheckpointError."""
     header = site.checkpoint.tensors[tensor.name]
-    if header.dtype not in FLOATS:
+    if header.dtype not in (*FLOATS, *site.numbers):
         raise describe_codes(header, tensor.parameter)
     target, expected = tensor.target, site.shapes.tensors[tensor.parameter]
     what = ""

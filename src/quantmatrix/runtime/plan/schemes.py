@@ -47,18 +47,19 @@ def find_schemes(
             )
         return family, why, schemes, False
     if request.quantization and source.primary:
-        schemes = online_schemes(checkpoint, model, request)
-        return request.quantization, f"--quantization {request.quantization}", schemes, True
+        family, scheme = online_scheme(request.quantization)
+        schemes = online_schemes(checkpoint, model, request, scheme)
+        return family, f"--quantization {request.quantization}", schemes, True
     return None, "nothing in it is quantized", {}, False
 
 
-def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict[str, Scheme]:
-    """Schemes of `--quantization FAMILY`: every linear layer of the blocks that is not ignored.
+def online_schemes(
+    checkpoint: Checkpoint, model: str, request: Request, scheme: Scheme
+) -> dict[str, Scheme]:
+    """Schemes of `--quantization NAME`: every linear layer of the blocks that is not ignored.
 
-    Raises UsageError for a family that makes none, a pattern that matches nothing, and where nothing
-    is left.
+    Raises UsageError for a pattern that matches nothing, and where nothing is left.
     """
-    scheme = online_scheme(str(request.quantization))
     blocks, dialect = models.load(model).BLOCKS, models.dialect_of(model, checkpoint.tensors)
     ignored = request.quantization_ignored_layers
     hits: Counter[str] = Counter()
@@ -87,14 +88,21 @@ def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict
     return schemes
 
 
-def online_scheme(family: str) -> Scheme:
-    """The scheme that a family's layers get while loading; UsageError where it makes none."""
-    online = {name: families.load(name).ONLINE for name in families.written()}
-    name = online.get(family)
-    if name is None:
-        able = ", ".join(name for name in online if online[name])
-        raise UsageError(f"--quantization {family}: only {able} can be made while loading")
-    return families.load(family).SCHEMES[name]
+def online_scheme(name: str) -> tuple[str, Scheme]:
+    """(family, scheme) that layers get while loading, by the name of `--quantization`.
+
+    Raises UsageError for a name that makes none.
+    """
+    online: dict[str, tuple[str, Scheme]] = {}
+    for family in families.written():
+        module = families.load(family)
+        words = {**module.ONLINE_NAMES, **({family: module.ONLINE} if module.ONLINE else {})}
+        online |= {other: (family, module.SCHEMES[word]) for other, word in words.items()}
+    if name not in online:
+        raise UsageError(
+            f"--quantization {name}: only {', '.join(online)} can be made while loading"
+        )
+    return online[name]
 
 
 def is_part_of_path(pattern: str, paths: Iterable[str]) -> bool:

@@ -59,6 +59,8 @@ class ComponentPlan:
     bytes: int
     """Bytes of weights that stay in memory."""
     model: str = ""
+    numbers: tuple[str, ...] = ()
+    """Dtypes of codes that are the numbers themselves, where full precision is expected."""
     layout: str = ""
     """What the layout of the codes rests on, where it could be another."""
     base: Base = field(default_factory=Base)

@@ -34,10 +34,13 @@ def make_layer() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Calibration]
     return weight, bias, x, Calibration(x.amin(dim=(0, 1)), x.amax(dim=(0, 1)))
 
 
-def write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Checkpoint:
+def write(
+    folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None
+) -> Checkpoint:
     folder.mkdir(exist_ok=True)
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
+    text = json.dumps({"quantization_config": config} if config else {})
+    (folder / "config.json").write_text(text)
     return open_weights(str(folder), Hub(offline=True))
 
 
@@ -54,16 +57,13 @@ def make_checkpoint(
         tensors.pop(f"a.{key}", None)
         if value is not None:
             tensors[f"a.{key}"] = value
-    config = module.declare({"a": scheme}, ["b"]).config
-    assert config is not None
-    return write(folder, tensors, config)
+    return write(folder, tensors, module.declare({"a": scheme}, ["b"]).config)
 
 
 def decode_plainly(made: dict[str, torch.Tensor]) -> torch.Tensor:
     """The weight by the words of the format page, element by element."""
     codes = made["weight"].float()
-    scale = made.get("weight_scale", made.get("weight_scale_inv"))
-    assert scale is not None
+    scale = made.get("weight_scale", made.get("weight_scale_inv", torch.ones(())))
     if "weight_scale_inv" in made:
         rows, columns = torch.arange(N) // 128, torch.arange(K) // 128
         return codes * scale[rows][:, columns]
@@ -99,6 +99,10 @@ def test_reference_rounds_inputs_as_declared(family: str, name: str) -> None:
         scale = (x.abs().max() / 448).expand(3, 5, K)
     elif scheme.activation == "token-dynamic":
         scale = (x.abs().amax(-1, keepdim=True) / 448).expand(3, 5, K)
+    elif scheme.activation == "none":
+        expected = functional.linear(x, decode_plainly(made)) + bias.float()
+        assert torch.equal(module.reference(x, made, scheme), expected)
+        return
     else:
         parts = [p.abs().amax(-1, keepdim=True).expand_as(p) / 448 for p in x.split(128, dim=-1)]
         scale = torch.cat(parts, dim=-1)
@@ -126,7 +130,9 @@ def test_every_kernel_gives_the_layer(family: str, name: str, backend: str) -> N
     weight, bias, x, calibration = make_layer()
     scheme: Scheme = module.SCHEMES[name]
     kernel = next(k for k in kernels_of(scheme.op) if k.backend == backend)
-    if kernel.needs.scales and scheme.scale not in kernel.needs.scales:
+    needs = kernel.needs
+    known = not needs.activations or scheme.activation in needs.activations
+    if not known or (needs.scales and scheme.scale not in needs.scales):
         pytest.skip("not declared by the kernel")
     if backend == "torch":
         skip_without_scaled_product()
@@ -199,7 +205,7 @@ BROKEN = [
     ("fp8", "block-dynamic", {"weight_scale_inv": None}, "a.weight_scale_inv is missing"),
     ("fp8", "tensor-static", {"input_scale": None}, "a.input_scale is missing"),
     ("fp8", "tensor-dynamic", {"weight_scale": torch.ones(3)}, r"\[3\], expected F32"),
-    ("fp8", "tensor-dynamic", {"weight_scale": torch.ones(()).half()}, "is F16"),
+    ("fp8", "tensor-dynamic", {"weight_scale": torch.ones(()).double()}, "is F64"),
     ("fp8", "tensor-dynamic", {"input_scale": torch.ones(())}, "declares dynamic activations"),
     ("fp8", "tensor-dynamic", {"weight": torch.ones(N, K).bfloat16()}, "a.weight is BF16"),
     (
@@ -225,12 +231,16 @@ def test_broken_layers_are_named(
     assert any(word in str(caught.value) for word in ("again", "declare activation_scheme"))
 
 
-def test_the_scale_of_an_older_comfyui_file_is_told(tmp_path: Path) -> None:
+def test_the_scale_of_an_older_comfyui_file_is_read(tmp_path: Path) -> None:
+    scale = torch.ones(())
     checkpoint = make_checkpoint(
-        tmp_path / "c", "fp8", "tensor-dynamic", weight_scale=None, scale_weight=torch.ones(())
+        tmp_path / "c", "fp8", "tensor-dynamic", weight_scale=None, scale_weight=scale
     )
-    with pytest.raises(CheckpointError, match=r"a\.scale_weight is ComfyUI's older scaled fp8"):
-        fp8.schemes(checkpoint)
+    assert fp8.schemes(checkpoint) == {"a": fp8.TENSOR}
+    assert checkpoint.tensors["a.weight_scale"].on_disk == "a.scale_weight"
+    both = make_checkpoint(tmp_path / "d", "fp8", "tensor-dynamic", scale_weight=scale)
+    with pytest.raises(CheckpointError, match=r"a\.scale_weight .* beside the codes of a"):
+        fp8.schemes(both)
 
 
 def test_ignored_layer_that_is_quantized(tmp_path: Path) -> None:
@@ -357,7 +367,8 @@ LISTED = {
     [
         ("tensor-dynamic", {}, r"a\.weight_scale is F32 \[\], expected F32 or BF16 or F16 \[144\]"),
         ("channel-dynamic", {"layers": {"a": ROWWISE, "b": "int3"}}, 'format of b is "int3"'),
-        ("channel-dynamic", {"layers": {"a": "float8_e5m2"}}, 'format of a is "float8_e5m2"'),
+        ("channel-dynamic", {"layers": {"a": "float8_e5m2"}}, "a has codes in float8_e5m2, but"),
+        ("channel-dynamic", {"layers": {"a": "float8_e8m0"}}, 'format of a is "float8_e8m0"'),
         ("channel-dynamic", {"layers": {"b": "bf16", "z.a": ROWWISE}}, "that a is left alone"),
         ("channel-dynamic", {"layers": {"a": ROWWISE, "z": ROWWISE}}, "no such layer"),
         ("channel-dynamic", {"quant_configs": [1]}, "expected a JSON object"),
@@ -431,7 +442,7 @@ def test_inputs_that_a_list_leaves_alone(tmp_path: Path, name: str, beside: Any)
         ({"ignored_layers": "b"}, 'ignored_layers is "b": expected a list'),
         ({"modules_to_not_convert": 5}, "modules_to_not_convert is 5: expected a list"),
         ({"quant_algo": "NVFP4"}, 'quant_algo is "NVFP4": expected FP8'),
-        ({"fmt": "e5m2"}, 'fmt is "e5m2": expected e4m3'),
+        ({"fmt": "e3m4"}, 'fmt is "e3m4": expected e4m3'),
         ({"scale_fmt": "ue8m0"}, 'scale_fmt is "ue8m0"'),
     ],
 )

@@ -17,10 +17,11 @@ from quantmatrix.families.protocol import Calibration
 from quantmatrix.kernels import int8_arithmetic
 
 WORDS = ("W8A8", "W8A8_DYNAMIC", "W4A4_DYNAMIC")
-ALL = pytest.mark.parametrize("word", [*WORDS, "W8A8_MXFP8"])
+MX = ("W8A8_MXFP8", "W4A4_MXFP4", "W4A4_MXFP4_DUALSCALE")
+ALL = pytest.mark.parametrize("word", [*WORDS, *MX])
 EACH = pytest.mark.parametrize("word", WORDS)
 N, K = 24, 96
-LIMITS = {"int8": 0.02, "e4m3": 0.06, "int4": 0.2}
+LIMITS = {"int8": 0.02, "e4m3": 0.06, "int4": 0.2, "mxfp4": 0.25}
 """Relative errors of outputs that the number formats allow."""
 DTYPES = {
     torch.int8: "I8",
@@ -98,7 +99,7 @@ def test_a_description_without_layers_is_not_full_precision():
 
 
 def test_schemes_are_per_layer():
-    words = [*WORDS, "W8A8_MXFP8"]
+    words = [*WORDS, *MX]
     layers = {f"blocks.0.{word}": (word, quantize(word)) for word in words}
     found = msmodelslim.schemes(make_checkpoint({**layers, "blocks.0.ffn.net.2": plain()}))
     assert {layer: scheme.name for layer, scheme in found.items()} == {
@@ -235,7 +236,8 @@ def test_asymmetric_weights_are_refused():
 @pytest.mark.parametrize(
     ("word", "named"),
     [
-        ("W4A4_MXFP4_DUALSCALE", "MXFP4"),
+        ("W4A8_MXFP", "another MX format"),
+        ("W4A4_MXFP4_SVD", "SVD residual"),
         ("W4A4_FLATQUANT_DYNAMIC", "FlatQuant"),
         ("W8A8_SVD_DYNAMIC", "SVD residual"),
         ("W8A8_MIX", "prefill/decode"),
@@ -561,6 +563,6 @@ def test_what_writers_round_is_no_fault(word, dtype):
         rows = stored["weight"].float().sum(dim=1) * stored["input_offset"]
         stored["quant_bias"] = torch.round(bias / deq_scale - rows).int()
         stored |= {"deq_scale": deq_scale.float(), "weight_scale": scale.float()[:, None]}
-    elif word != "W8A8_MXFP8":
+    elif word not in MX:
         stored["weight"][3], stored["weight_scale"][3] = 0, 0
     assert msmodelslim.find_fault(stored, msmodelslim.SCHEMES[word]) is None
