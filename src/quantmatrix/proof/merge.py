@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import reduce
@@ -135,6 +136,21 @@ def join(found: Sequence[Found]) -> Evidence:
         groups.setdefault(json.dumps(subject, sort_keys=True), []).append(one)
     newest = max(groups.values(), key=lambda group: group[-1].age)
     return reduce(records.merge, (one.record for one in newest))
+
+
+def join_kept(record: Evidence, folder: Path) -> Evidence:
+    """A record joined with the one of its cell and scope that lies in an evidence folder, if any can be
+    read; no other file is.
+
+    Raises MergeError where the two contradict each other.
+    """
+    path = folder / records.path_of(key_of(record))
+    found = [Found(record, Path("the new record"))]
+    with suppress(OSError, records.EvidenceError):
+        found.append(Found(store.read(path), path))
+    if conflicts := find_conflicts(found):
+        raise MergeError("\n".join([*conflicts, REMEDY]))
+    return join(found)
 
 
 def is_news(path: Path, target: Path) -> bool:
