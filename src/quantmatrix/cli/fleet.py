@@ -74,9 +74,11 @@ def run_status(arguments: argparse.Namespace, rest: list[str]) -> int:
 def run_fleet(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Plan, run, merge; the exit code is the largest of all (see `quantmatrix.exit_codes`).
 
-    Raises UsageError for filters and paths that are wrong, EmptySelection where no cell fits.
+    Raises UsageError for filters and paths that are wrong.
     """
+    from quantmatrix.cli.output import report_error
     from quantmatrix.errors import UsageError
+    from quantmatrix.exit_codes import NOTHING_COLLECTED
     from quantmatrix.files import check_writable
     from quantmatrix.fleet import bundle
     from quantmatrix.fleet.engine import RayEngine
@@ -94,7 +96,10 @@ def run_fleet(arguments: argparse.Namespace, rest: list[str]) -> int:
     tables, now = read.read(root / bundle.TABLES), read_now(root)
     wanted = {name: selection.split_values(getattr(arguments, name)) for name in FILTERS}
     only = wanted["check"]
-    cells = selection.select_cells(tables, wanted, arguments.rows)
+    try:
+        cells = selection.select_cells(tables, wanted, arguments.rows)
+    except selection.EmptySelection as error:
+        return report_error(error, NOTHING_COLLECTED, as_json=arguments.json)
     planned = [cell for cell in cells if any(completeness.fits(c, only) for c in cell.checks)]
     found, verdicts = read_kept(evidence, tables, now)
     missing = completeness.compare(planned, verdicts, only).missing

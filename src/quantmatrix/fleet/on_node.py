@@ -37,8 +37,8 @@ DAY = 86_400.0
 """Seconds after which a folder that a killed task left is removed."""
 POLL = 0.2
 """Seconds between two looks at the process."""
-TAIL = 2000
-"""Bytes of a process's last output that explain its end."""
+TAIL = 100_000
+"""Bytes of the end of what a process said, which are looked at; a hung one shows all of its stack."""
 OOM_COUNTS = (Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events"))
 """Where Linux counts the processes that it killed for want of memory."""
 
@@ -154,7 +154,7 @@ def explain_death(ended: Ended) -> str:
         return f"killed by signal 9, as for want of memory{held}, or by somebody"
     if ended.code < 0:
         return f"killed by signal {-ended.code} ({signal.strsignal(-ended.code)}){held}"
-    if "Timeout" in ended.output:
+    if "Timeout (" in ended.output:
         return "stopped: hung where no signal reaches it, beyond the time limit of a check"
     return f"the process ended with {ended.code}: {quote(ended.output.strip()[-300:], 400)}"
 
@@ -222,8 +222,8 @@ def watch(
         held = max(held, read_memory(process.pid))
         if steps.stat().st_size != size:
             size = steps.stat().st_size
-            begun, opened, _ = read_steps(steps)
-            say(len(begun) - bool(opened))
+            begun, _, finished = read_steps(steps)
+            say(len(begun) if finished else max(len(begun) - 1, 0))  # the last may have more checks
         if time.monotonic() > end:
             return True, held
     return False, held
