@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from quantmatrix.errors import MissingPackageError, UsageError
+from quantmatrix.errors import MissingPackageError, UnusableError
 from quantmatrix.fleet import on_node
 from quantmatrix.fleet.cluster import Demand, Node
 
@@ -111,16 +111,16 @@ class RayEngine:
     def __init__(self, address: str | None, data: bytes, task: Callable[..., bytes] = work) -> None:
         """Connect; without an address to `RAY_ADDRESS`, the cluster of this machine, or to a new one here.
 
-        `data` is the bundle. Raises MissingPackageError, and UsageError where no cluster answers.
+        `data` is the bundle. Raises MissingPackageError, and UnusableError where no cluster answers or starts.
         """
         self.ray = import_ray()
         try:
             self.context = self.ray.init(
                 address=address, log_to_driver=False, logging_level=logging.ERROR
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except Exception as error:  # Ray has no class of its own for it, and raises five others
             where = f"--address {address}" if address else "Ray"
-            raise UsageError(f"{where}: {' '.join(str(error).split()):.500}") from error
+            raise UnusableError(f"{where}: {' '.join(str(error).split()):.500}") from error
         self.data = self.ray.put(data)
         self.task = self.ray.remote(task)
         self.board = self.ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()
