@@ -43,7 +43,7 @@ def memory():
 
 root = Path("project")
 tables = read.read(root / "matrix")
-with RayEngine("local", bundle.pack(root, ["test_suites.py"]), fleet_nothing.work) as engine:
+with RayEngine("local", bundle.pack(root / "matrix", [root / "test_suites.py"]), fleet_nothing.work) as engine:
     nodes = engine.list_nodes()
     sites = {"cpu": cluster.Site(tables.hardware["cpu"], nodes)}
     outcome = Outcome({})

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from quantmatrix.proof.record import Evidence
     from quantmatrix.tables.rows import Cell, Matrix
 
-SUITES = "tests/suites"
 FILTERS = {
     "family": "ids of families",
     "model": "ids of models",
@@ -50,11 +49,8 @@ def add_to(commands: Any) -> None:
     run.add_argument("--full-size", action="store_true", help="real checkpoints, no stand-ins")
     text = "seconds that one check may take (default: 900, with --full-size 3600)"
     run.add_argument("--timeout", type=int, metavar="SECONDS", help=text)
-    text = "folder with matrix/ and the suites (default: the checkout of this package)"
-    run.add_argument("--project", type=Path, metavar="DIR", help=text)
-    run.add_argument(
-        "--suites", nargs="+", default=[SUITES], metavar="PATH", help=f"in it ({SUITES})"
-    )
+    text = "files or folders of suites (default: those that come with quantmatrix)"
+    run.add_argument("--suites", nargs="+", type=Path, default=[], metavar="PATH", help=text)
     status = add_command(actions, "status", "show how far a run is", run_status)
     for action in (run, status):
         text = "folder of the records; its run is kept beside it, in DIR.fleet"
@@ -95,9 +91,10 @@ def run_fleet(arguments: argparse.Namespace, rest: list[str]) -> int:
         raise UsageError(f"--timeout {arguments.timeout}: expected 1 second or more")
     evidence: Path = arguments.evidence_dir
     check_writable(evidence / "cpu" / "record", "--evidence-dir")
-    root = find_project(arguments.project)
-    data = bundle.pack(root, arguments.suites)
-    tables, now = read.read(root / bundle.TABLES), read_now(root)
+    folder = read.tables_folder()
+    reports = folder.parent / "reports"
+    data = bundle.pack(folder, arguments.suites)
+    tables, now = read.read(folder), read_now(reports)
     wanted = {name: selection.split_values(getattr(arguments, name)) for name in FILTERS}
     only = wanted["check"]
     try:
@@ -107,7 +104,7 @@ def run_fleet(arguments: argparse.Namespace, rest: list[str]) -> int:
     planned = [cell for cell in cells if any(completeness.fits(c, only) for c in cell.checks)]
     found, verdicts = read_kept(evidence, tables, now)
     missing = completeness.compare(planned, verdicts, only).missing
-    timings = {**selection.read_timings(root / "reports" / "evidence"), **found}
+    timings = {**selection.read_timings(reports / "evidence"), **found}
     groups = make_groups([cell for cell in planned if cell.id in missing], timings, only)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -194,27 +191,11 @@ def look_around(engine: RayEngine, tables: Matrix) -> tuple[dict[str, Any], dict
     return find_sites(nodes, probes, tables, bundle.digest_source())
 
 
-def find_project(given: Path | None) -> Path:
-    """The folder with tables and suites; UsageError where the package is in no checkout."""
-    from quantmatrix.errors import UsageError
-    from quantmatrix.proof.reports_folder import is_checkout
-    from quantmatrix.tables import read
-
-    if given is not None:
-        return given.absolute()
-    if not is_checkout():
-        raise UsageError(
-            "fleet run needs the suites, which lie in a checkout: name it with --project"
-        )
-    return read.tables_folder().parent
-
-
-def read_now(root: Path) -> Now:
-    """What records are judged against: the code here, and the project's limits where it has any."""
+def read_now(reports: Path) -> Now:
+    """What records are judged against: the code here, and the limits of a reports folder, if there are any."""
     from quantmatrix.proof import freshness
     from quantmatrix.proof.code_digest import own_code
 
-    reports = root / "reports"
     if (reports / "limits.csv").is_file():
         return freshness.read_now(reports, {})
     return freshness.Now(code=own_code())

@@ -1,25 +1,32 @@
-"""Bundle: suites, tables and limits of a project as one text, laid out again on a node.
+"""Bundle: tables, limits and suites of a project as one text, laid out again on a node.
 
 A node needs the package and pytest, and no checkout: what it runs is what the driver has.
 
     matrix/*.csv          the tables
-    tests/suites/*.py     the suites
-    conftest.py           where there is one
-    reports/*.csv         limits and spreads
+    reports/*.csv         limits and spreads, where the project has some
+    tests/suites/*.py     suites of a folder, or a suite and its conftest beside each other, as they lie
     pytest.ini            says where the tables are
+    suites.json           what pytest is given
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import quantmatrix
 from quantmatrix.errors import UsageError
 
 TABLES = "matrix"
+PACKAGED = "quantmatrix.suites"
+"""Suites that come with the package."""
+FOLDER = "tests/suites"
+"""Where those of a folder are laid out."""
+LIST = "suites.json"
+LIMITS = ("limits.csv", "spread.csv")
 INI = f"""[pytest]
 quantmatrix_tables = {TABLES}
 addopts = --strict-markers --strict-config
@@ -29,23 +36,36 @@ empty_parameter_set_mark = fail_at_collect
 """
 
 
-def pack(root: Path, suites: Iterable[str]) -> bytes:
-    """The files of a project by their paths, as JSON; `suites` are files or folders in it.
+def pack(tables: Path, suites: Sequence[Path] = ()) -> bytes:
+    """The files of a project by their paths, as JSON; `tables` is its folder of tables.
 
-    Raises UsageError where tables or suites are missing.
+    `suites` are files or folders; where none is named, those of the package run. Raises UsageError where
+    tables or suites are missing.
     """
-    paths = sorted((root / TABLES).glob("*.csv"))
-    if not paths:
-        raise UsageError(f"{root / TABLES}: no tables; name a checkout with --project")
-    for name in suites:
-        found = [root / name] if (root / name).is_file() else sorted((root / name).glob("*.py"))
+    texts = {f"{TABLES}/{path.name}": path for path in sorted(tables.glob("*.csv"))}
+    if not texts:
+        raise UsageError(f"{tables}: no tables there")
+    reports = tables.parent / "reports"
+    texts.update({f"reports/{name}": reports / name for name in LIMITS})
+    arguments: list[str] = []
+    for path in suites or find_suites(tables):
+        found = {f"{FOLDER}/{one.name}": one for one in sorted(path.glob("*.py"))}
+        if path.is_file():
+            found = {path.name: path, "conftest.py": path.parent / "conftest.py"}
         if not found:
-            raise UsageError(f"{root / name}: no suites; name a checkout with --project")
-        paths += found
-    others = [root / "conftest.py", root / "reports" / "limits.csv", root / "reports/spread.csv"]
-    paths += [path for path in others if path.is_file()]
-    texts = {path.relative_to(root).as_posix(): path.read_text("utf-8") for path in paths}
-    return json.dumps({**texts, "pytest.ini": INI}, sort_keys=True).encode()
+            raise UsageError(f"--suites {path}: no suites there")
+        texts.update(found)
+        arguments.append(FOLDER if path.is_dir() else path.name)
+    files = {name: path.read_text("utf-8") for name, path in texts.items() if path.is_file()}
+    files[LIST] = json.dumps(arguments or ["--pyargs", PACKAGED])
+    return json.dumps({**files, "pytest.ini": INI}, sort_keys=True).encode()
+
+
+def find_suites(tables: Path) -> list[Path]:
+    """The suites of a checkout, where the package has none of its own."""
+    if importlib.util.find_spec(PACKAGED) is not None:
+        return []
+    return [tables.parent / FOLDER]
 
 
 def unpack(data: bytes, folder: Path) -> None:

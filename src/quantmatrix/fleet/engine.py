@@ -191,7 +191,7 @@ class RayEngine:
         self.names[task.remote(self.data, order, self.board)] = name
 
     def wait(self, seconds: float) -> list[tuple[str, bytes | Failure]]:
-        """The tasks that are done; see `Engine`."""
+        """The tasks that are done, at the latest after some seconds; see `Engine`."""
         refs = list(self.names)
         if not refs:
             return []

@@ -74,8 +74,8 @@ def make_groups(
         units: dict[tuple[str, str], list[Cell]] = {}
         for cell in found:
             units.setdefault((cell.model, cell.checkpoint), []).append(cell)
-        made_of = [make_group(hardware, key, unit, seconds, only) for key, unit in units.items()]
-        groups += sorted(made_of, key=lambda group: (-group.seconds, group.name))
+        units_of = [make_group(hardware, key, unit, seconds, only) for key, unit in units.items()]
+        groups += sorted(units_of, key=lambda group: (-group.seconds, group.name))
     return groups
 
 
@@ -86,7 +86,7 @@ def make_group(
     seconds: Mapping[str, float],
     only: Collection[str],
 ) -> Group:
-    """One group; `key` is (model, checkpoint)."""
+    """One group; `key` is (model, checkpoint), `seconds` are those of each cell."""
     cells = list(cells)
     checks = [check for cell in cells for check in cell.checks if fits(check, only)]
     return Group(

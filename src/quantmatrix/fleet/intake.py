@@ -110,9 +110,9 @@ class Intake:
         if not record.machine:
             return "it does not tell the machine"
         described = records.describe_cell(cell, self.tables)
-        told = {name: record.cell.get(name) for name in described}
-        if told != described:
-            names = [name for name in described if told[name] != described[name]]
+        recorded = {name: record.cell.get(name) for name in described}
+        if recorded != described:
+            names = [name for name in described if recorded[name] != described[name]]
             return f"its {', '.join(names)} are not those of the row here"
         state, why = explain_state(cell, record, self.tables, self.now)
         if state == "stale":

@@ -155,14 +155,14 @@ def explain_death(ended: Ended) -> str:
     if ended.code < 0:
         return f"killed by signal {-ended.code} ({signal.strsignal(-ended.code)}){held}"
     if "Timeout (" in ended.output:
-        return "stopped: hung where no signal reaches it, beyond the time limit of a check"
+        return "stopped: hung where no signal reaches it, past the time limit of a check"
     return f"the process ended with {ended.code}: {quote(ended.output.strip()[-300:], 400)}"
 
 
 def command_of(folder: Path, wanted: dict[str, Any], number: int, leash: int) -> list[str]:
     """The pytest command of the n-th process of a group."""
     limit = int(wanted["limit"])
-    checks = [word for check in wanted["checks"] for word in ("--check", check)]
+    checks = [flag for check in wanted["checks"] for flag in ("--check", check)]
     return [
         *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"),
         *("-p", "quantmatrix.fleet.child", f"--fleet-leash={leash}"),
@@ -173,6 +173,7 @@ def command_of(folder: Path, wanted: dict[str, Any], number: int, leash: int) ->
         f"--timeout={limit}",
         *("-o", f"faulthandler_timeout={limit + GRACE}", "-o", "faulthandler_exit_on_timeout=true"),
         *(["--full-size"] if wanted["full_size"] else []),
+        *json.loads((folder / bundle.LIST).read_text("utf-8")),
     ]
 
 

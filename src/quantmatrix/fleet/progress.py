@@ -130,7 +130,7 @@ class Progress:
         known.done = min(max(note.done, 0), known.cells)
 
     def close(self, name: str, seconds: float, counts: Mapping[str, int]) -> None:
-        """A group is done; `counts` are its cells that are `done`, `failed` and `not_executed`."""
+        """A group is done after some seconds; `counts` are its cells that are `done`, `failed` and `not_executed`."""
         group = self.groups.pop(name)
         lane = self.lane(group.hardware)
         lane.waiting.pop(name, None)
@@ -211,7 +211,7 @@ def describe(status: Mapping[str, Any]) -> list[str]:
 
 
 def show_seconds(seconds: float) -> str:
-    """`2 h 05 min`, `3 min`, `12 s`."""
+    """Seconds as `2 h 05 min`, `3 min`, `12 s`."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import reduce
@@ -145,9 +144,10 @@ def join_kept(record: Evidence, folder: Path) -> Evidence:
     Raises MergeError where the two contradict each other.
     """
     path = folder / records.path_of(key_of(record))
-    found = [Found(record, Path("the new record"))]
-    with suppress(OSError, records.EvidenceError):
-        found.append(Found(store.read(path), path))
+    try:
+        found = [Found(store.read(path), path), Found(record, Path("the new record"))]
+    except (OSError, records.EvidenceError):
+        return record
     if conflicts := find_conflicts(found):
         raise MergeError("\n".join([*conflicts, REMEDY]))
     return join(found)
@@ -172,10 +172,9 @@ def write(merged: Iterable[Evidence], folder: Path) -> list[Path]:
     check_writable(folder / "record")
     changed = []
     with staging(folder) as beside:
-        written = [store.write(record, beside) for record in merged]
-        for path in written:
+        for path in store.write_aside(merged, beside):
             target = folder / path.relative_to(beside)
-            if not is_news(path, target):
+            if target.exists() and not is_news(path, target):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             put(path, target)

@@ -25,11 +25,11 @@ from quantmatrix.fleet.intake import Intake
 from quantmatrix.fleet.progress import Progress
 from quantmatrix.proof import freshness, store
 from quantmatrix.proof.record import CheckResult
+from quantmatrix.tables import read
 from quantmatrix.tables.rows import Cell, Matrix
 
 CPU = Node("1" * 8, "10.0.0.2", {"CPU": 4.0, "quantmatrix/cpu": 4.0})
 HOPPER = Node("2" * 8, "10.0.0.3", {"CPU": 4.0, "quantmatrix/h100": 1.0})
-SUITES = ("--suites", "test_suites.py")
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tables(project: Path) -> Matrix:
-    from quantmatrix.tables import read
-
     return read.read(project / "matrix")
 
 
@@ -157,7 +155,10 @@ BAD: dict[str, tuple[Callable[[Any, Cell], Any], str]] = {
         lambda r, c: spoil_cell(r, id="svdq-a@cpu", row="svdq-a"),
         "of svdq-a@cpu, which was not asked for",
     ),
-    "a path": (lambda r, c: spoil_cell(r, id="../../x@cpu", row="../../x"), "cell.id"),
+    "a path": (
+        lambda r, c: spoil_cell(r, id="../../x@cpu", row="../../x"),
+        "of ../../x@cpu, which was not",
+    ),
     "an older row": (lambda r, c: spoil_cell(r, row_digest="sha256:0"), "row_digest are not those"),
     "another family": (lambda r, c: spoil_cell(r, family="msmodelslim"), "family are not those"),
     "other checks": (
@@ -297,6 +298,7 @@ class Command:
     ) -> None:
         self.project, self.tables, self.evidence = project, tables, evidence
         self.ray = PretendedCluster(respond(tables), [CPU, HOPPER])
+        patch.setattr(read, "tables_folder", lambda: project / "matrix")
         patch.setattr(engine, "RayEngine", lambda address, data: self)
         patch.setattr(command, "read_now", lambda root: freshness.Now())
         patch.setattr(command, "SETTINGS", {})
@@ -313,7 +315,7 @@ class Command:
         self.ray.pending.clear()
 
     def __call__(self, *words: str) -> int:
-        given = ["fleet", "run", "--project", str(self.project), *SUITES]
+        given = ["fleet", "run", "--suites", str(self.project / "test_suites.py")]
         self.ray.orders.clear()
         return main.main([*given, "--evidence-dir", str(self.evidence), *words])
 
@@ -378,8 +380,7 @@ def test_exit_codes_and_lines_of_a_run(fleet: Command, capsys: pytest.CaptureFix
     [
         (["--hardware", "b201"], 2, "--hardware b201: not in the tables"),
         (["--timeout", "0"], 2, "--timeout 0: expected 1 second or more"),
-        (["--suites", "none"], 2, "no suites; name a checkout with --project"),
-        (["--project", "/nowhere"], 2, "/nowhere/matrix: no tables"),
+        (["--suites", "none"], 2, "--suites none: no suites there"),
         (["--family", "msmodelslim"], 13, "no claimed cell of the matrix is so"),
     ],
 )
@@ -398,8 +399,9 @@ def test_without_ray_one_line_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    monkeypatch.setattr(command, "read_now", lambda root: freshness.Now())
-    words = ["--project", str(project), *SUITES, "--evidence-dir", str(tmp_path / "e")]
+    monkeypatch.setattr(command, "read_now", lambda reports: freshness.Now())
+    monkeypatch.setattr(read, "tables_folder", lambda: project / "matrix")
+    words = ["--suites", str(project), "--evidence-dir", str(tmp_path / "e")]
     assert main.main(["fleet", "run", *words]) == ENVIRONMENT_UNUSABLE
     expected = "quantmatrix: quantmatrix fleet needs Ray: pip install 'quantmatrix[ray]'\n"
     assert capsys.readouterr().err == expected

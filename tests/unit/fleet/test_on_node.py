@@ -24,7 +24,7 @@ def test_a_check_that_ends_its_process_costs_its_own_row(
 ) -> None:
     tables = fleets.make_project(tmp_path / "project", fleets.FAULTY)
     [group] = make_groups(tables.cells, {})
-    data = bundle.pack(tmp_path / "project", ["test_suites.py"])
+    data = bundle.pack(tmp_path / "project/matrix", [tmp_path / "project/test_suites.py"])
     monkeypatch.setattr(on_node, "GRACE", 1)
     monkeypatch.setattr(on_node.tempfile, "gettempdir", lambda: str(tmp_path))
     notes: list[Note] = []

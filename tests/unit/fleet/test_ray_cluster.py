@@ -18,8 +18,8 @@ from quantmatrix.cli import main
 from quantmatrix.exit_codes import NOT_EXECUTED
 from quantmatrix.harness import completeness
 from quantmatrix.proof import code_digest, store
+from quantmatrix.tables import read
 
-SUITES = ("--suites", "test_suites.py")
 STORE = 80 * 2**20
 """Bytes of each node's object store, the least that Ray takes."""
 MINUTES = 5
@@ -87,7 +87,7 @@ def is_alive(pid: int) -> bool:
 
 
 def test_four_nodes_one_of_which_dies_give_what_one_machine_gives(
-    cluster: Any, tmp_path: Path
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project, shared, evidence = tmp_path / "project", tmp_path / "shared", tmp_path / "fleet"
     shared.mkdir()
@@ -97,7 +97,8 @@ def test_four_nodes_one_of_which_dies_give_what_one_machine_gives(
     killed: list[set[str]] = []
     thread = Thread(target=kill_one, args=(cluster, shared, killed))
     thread.start()
-    words = ["--project", str(project), *SUITES, "--evidence-dir", str(evidence)]
+    monkeypatch.setattr(read, "tables_folder", lambda: project / "matrix")
+    words = ["--suites", str(project / "test_suites.py"), "--evidence-dir", str(evidence)]
     code = main.main(["fleet", "run", "--address", cluster.address, *words])
     thread.join()
     assert code == 0
@@ -122,11 +123,14 @@ def test_four_nodes_one_of_which_dies_give_what_one_machine_gives(
     assert compared.code == 0
 
 
-def test_the_same_command_without_a_cluster(tmp_path: Path) -> None:
+def test_the_same_command_without_a_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ray starts here; the node is named by nobody, and looked at."""
     project, evidence = tmp_path / "project", tmp_path / "fleet"
     fleets.make_project(project)
-    words = ["--project", str(project), *SUITES, "--evidence-dir", str(evidence)]
+    monkeypatch.setattr(read, "tables_folder", lambda: project / "matrix")
+    words = ["--suites", str(project / "test_suites.py"), "--evidence-dir", str(evidence)]
     code = main.main(["fleet", "run", "--address", "local", *words, "--rows", rows(tmp_path)])
     assert code == NOT_EXECUTED  # nothing here is an H100
     assert set(store.read_folder(evidence)) == {"svdq-a@cpu"}
