@@ -22,13 +22,9 @@ FILTERS = {
     "check": "only these checks",
     "backend": "names of backends",
 }
-SETTINGS = {
-    "RAY_task_oom_retries": "2",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_agent_register_timeout_ms": "120000",
-}
-"""Of Ray, where the caller says nothing: a task that fills the memory is not run for ever, nothing is
-reported to Ray's makers, and a busy machine gets more than 15 seconds to start."""
+SETTINGS = {"RAY_task_oom_retries": "2", "RAY_USAGE_STATS_ENABLED": "0"}
+"""Of Ray, where the caller says nothing: a task that fills the memory is not run for ever, and nothing
+is reported to Ray's makers."""
 
 
 def add_to(commands: Any) -> None:

@@ -22,6 +22,10 @@ RETRIES = 3
 """How often Ray runs a task again whose worker or node died."""
 PROBE_SECONDS = 300.0
 """A node that has not told what it is by then is not used."""
+STARTS = 3
+"""How often Ray is started on this machine before that is given up."""
+SLOW = "timed out during startup"
+"""What Ray says of a machine that was too slow."""
 KEPT = 10_000
 """Notes that wait to be fetched; older ones are dropped."""
 
@@ -92,6 +96,23 @@ def import_ray() -> Any:
     return ray
 
 
+def connect(ray: Any, address: str | None) -> Any:
+    """Ray's context of a cluster; UnusableError where none answers or starts.
+
+    A machine that is busy may not start Ray within the 15 seconds that Ray gives itself: it gets more goes.
+    """
+    for left in reversed(range(STARTS)):
+        try:
+            return ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # Ray has no class of its own for it, and raises five others
+            if left and SLOW in str(error):
+                ray.shutdown()
+                continue
+            where = f"--address {address}" if address else "Ray"
+            raise UnusableError(f"{where}: {' '.join(str(error).split()):.500}") from error
+    raise AssertionError("unreachable")
+
+
 def explain(error: BaseException) -> str:
     """Why a task has no answer, as one line."""
     name = type(error).__name__
@@ -114,13 +135,7 @@ class RayEngine:
         `data` is the bundle. Raises MissingPackageError, and UnusableError where no cluster answers or starts.
         """
         self.ray = import_ray()
-        try:
-            self.context = self.ray.init(
-                address=address, log_to_driver=False, logging_level=logging.ERROR
-            )
-        except Exception as error:  # Ray has no class of its own for it, and raises five others
-            where = f"--address {address}" if address else "Ray"
-            raise UnusableError(f"{where}: {' '.join(str(error).split()):.500}") from error
+        self.context = connect(self.ray, address)
         self.data = self.ray.put(data)
         self.task = self.ray.remote(task)
         self.board = self.ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()

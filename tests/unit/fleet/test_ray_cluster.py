@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -16,12 +16,14 @@ import shards
 
 from quantmatrix.cli import main
 from quantmatrix.exit_codes import NOT_EXECUTED
+from quantmatrix.fleet.engine import SLOW
 from quantmatrix.harness import completeness
 from quantmatrix.proof import code_digest, store
 from quantmatrix.tables import read
 
 STORE = 80 * 2**20
 """Bytes of each node's object store, the least that Ray takes."""
+STARTS = 6
 MINUTES = 5
 """Of waiting for a busy machine."""
 
@@ -34,7 +36,7 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One thread, as Ray gives tasks, and the digests of code that the project's conftest gives nodes."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_agent_register_timeout_ms", "120000")  # on a busy machine
+    monkeypatch.setenv("RAY_enable_worker_prestart", "0")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(code_digest.Code, "prepare", lambda self: None)
     digests = {"device_digest": "sha256:1", "shared_digest": "sha256:2"}
@@ -53,20 +55,30 @@ def cluster(settings: None) -> Iterator[Any]:
             "num_cpus": 2,
             "resources": {f"quantmatrix/{hardware}": 1},
             "object_store_memory": STORE,
+            "include_log_monitor": False,
         }
 
-    found = Cluster(
-        initialize_head=True, head_node_args={**describe("h100"), "include_dashboard": False}
-    )
+    head = {**describe("h100"), "include_dashboard": False}
+    found = start(lambda: Cluster(initialize_head=True, head_node_args=head))
     try:
-        found.add_node(**describe("b200"), wait=False)
-        found.doomed = found.add_node(**describe("cpu"), wait=False)
-        found.add_node(**describe("cpu"), wait=False)
-        found.wait_for_nodes(60 * MINUTES)
+        start(lambda: found.add_node(**describe("b200")))
+        found.doomed = start(lambda: found.add_node(**describe("cpu")))
+        start(lambda: found.add_node(**describe("cpu")))
         yield found
     finally:
         ray.shutdown()
         found.shutdown()
+
+
+def start(node: Callable[[], Any]) -> Any:
+    """A node that is started; Ray gives it 15 seconds, and on a busy machine it gets more goes."""
+    for left in reversed(range(STARTS)):
+        try:
+            return node()
+        except Exception as error:  # Ray has no class of its own for it
+            if not left or SLOW not in str(error):
+                raise
+    raise AssertionError("unreachable")
 
 
 def kill_one(cluster: Any, shared: Path, killed: list[set[str]]) -> None:
