@@ -30,7 +30,8 @@ BELOW["tiny"] = {"tools", *BELOW["tools"]}
 BELOW["api"] = {"tiny", *BELOW["tiny"]}
 BELOW["measure"] = {"api", "proof", *BELOW["api"]}
 BELOW["harness"] = {"measure", *BELOW["measure"]}
-BELOW["cli"] = {"harness", "report", *BELOW["harness"]}
+BELOW["fleet"] = {"harness", *BELOW["harness"]}
+BELOW["cli"] = {"fleet", "report", *BELOW["fleet"]}
 """The house: folders that a folder may import, inside functions too. CONTRIBUTING tells of them."""
 ARROWS = {
     ("runtime.witness.verdict", "proof.witness_limits"),
@@ -39,7 +40,17 @@ ARROWS = {
     ("measure.validation_page", "report.template"),
 }
 """Single modules that may be imported against the table; CONTRIBUTING gives the reasons."""
-LIGHT = ("checkpoints", "cli", "hardware", "models", "proof", "report", "tables", *sorted(GROUND))
+LIGHT = (
+    "checkpoints",
+    "cli",
+    "fleet",
+    "hardware",
+    "models",
+    "proof",
+    "report",
+    "tables",
+    *sorted(GROUND),
+)
 """Folders and modules that import nothing heavy when they are imported; proof, report and tables
 import none inside functions either."""
 HEAVY = {"torch", "diffusers", "transformers", "pandas", "accelerate", "numpy", "safetensors"}
@@ -128,6 +139,12 @@ def test_vendor_packages_are_imported_inside_functions_of_kernels(module: str) -
     assert not roots(imported(module, deep=False)) & VENDOR
     if not module.startswith("kernels."):
         assert not roots(imported(module, deep=True)) & (VENDOR - {"triton"})
+
+
+@pytest.mark.parametrize("module", modules())
+def test_ray_is_imported_inside_functions_of_its_engine(module: str) -> None:
+    assert "ray" not in roots(imported(module, deep=False))
+    assert ("ray" in roots(imported(module, deep=True))) == (module == "fleet.engine")
 
 
 def arrows(module: str) -> set[str]:

@@ -149,6 +149,7 @@ NAMES: tuple[str, ...] = (
     "true_size",
     "bench",
     "compile",
+    "fleet",
 )
 # fmt: on
 """The modules, in the order of `quantmatrix --help`. One name a line, so that changes merge."""

@@ -135,18 +135,21 @@ def take_records(found: Mapping[str, Evidence], tables: Matrix, now: Now | None 
     A record of a row or of code that changed since is left out: that was not executed. A check that is
     claimed to fail passes by failing.
     """
-    cells = {cell.id: cell for cell in tables.cells}
     stale = list_stale(found, tables, now)
+    fresh = {key: record for key, record in found.items() if key not in stale}
+    return read_verdicts(fresh, {cell.id: cell for cell in tables.cells})
+
+
+def read_verdicts(found: Mapping[str, Evidence], cells: Mapping[str, Cell]) -> Verdicts:
+    """The verdicts of records by their keys, none of which is stale; `cells` are the tables' by id."""
     verdicts: Verdicts = {}
     for key, record in found.items():
-        if key in stale:
-            continue
         name = cell_of(key)
         results = {check: result.verdict for check, result in record.checks.items()}
         cell = cells.get(name)
         if cell and cell.claim == "failing" and cell.rule in results:
             results[cell.rule] = "pass" if results[cell.rule] == "fail" else "fail"
-        verdicts = combine([verdicts, {name: results}])
+        add(verdicts, {name: results})
     return verdicts
 
 
@@ -194,11 +197,16 @@ def combine(several: Iterable[Verdicts]) -> Verdicts:
     """All verdicts; a check that failed anywhere failed."""
     combined: Verdicts = {}
     for verdicts in several:
-        for cell, checks in verdicts.items():
-            known = combined.setdefault(cell, {})
-            for check, verdict in checks.items():
-                known[check] = "fail" if "fail" in (verdict, known.get(check)) else verdict
+        add(combined, verdicts)
     return combined
+
+
+def add(combined: Verdicts, verdicts: Verdicts) -> None:
+    """Add verdicts to others; a check that failed in either failed."""
+    for cell, checks in verdicts.items():
+        known = combined.setdefault(cell, {})
+        for check, verdict in checks.items():
+            known[check] = "fail" if "fail" in (verdict, known.get(check)) else verdict
 
 
 def compare(planned: Iterable[Cell], verdicts: Verdicts, only: Collection[str] = ()) -> Comparison:

@@ -137,6 +137,22 @@ def join(found: Sequence[Found]) -> Evidence:
     return reduce(records.merge, (one.record for one in newest))
 
 
+def join_kept(record: Evidence, folder: Path) -> Evidence:
+    """A record joined with the one of its cell and scope that lies in an evidence folder, if any can be
+    read; no other file is.
+
+    Raises MergeError where the two contradict each other.
+    """
+    path = folder / records.path_of(key_of(record))
+    try:
+        found = [Found(store.read(path), path), Found(record, Path("the new record"))]
+    except (OSError, records.EvidenceError):
+        return record
+    if conflicts := find_conflicts(found):
+        raise MergeError("\n".join([*conflicts, REMEDY]))
+    return join(found)
+
+
 def is_news(path: Path, target: Path) -> bool:
     """Whether a new record says more than the one it would replace, if there is one that can be
     read."""
@@ -156,10 +172,9 @@ def write(merged: Iterable[Evidence], folder: Path) -> list[Path]:
     check_writable(folder / "record")
     changed = []
     with staging(folder) as beside:
-        written = [store.write(record, beside) for record in merged]
-        for path in written:
+        for path in store.write_aside(merged, beside):
             target = folder / path.relative_to(beside)
-            if not is_news(path, target):
+            if target.exists() and not is_news(path, target):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             put(path, target)
