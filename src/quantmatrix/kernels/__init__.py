@@ -28,6 +28,7 @@ OPS: Mapping[str, str] = {
     "linear.svdq": "quantmatrix.kernels.linear_svdq",
     "linear.w4a16": "quantmatrix.kernels.linear_w4a16",
     "linear.int8": "quantmatrix.kernels.linear_int8",
+    "linear.gguf": "quantmatrix.kernels.linear_gguf",
 }
 
 

@@ -131,11 +131,3 @@ def test_a_plan_warns_of_it(tmp_path: Path) -> None:
     )
     assert planned.ok
     assert [text for text in planned.warnings if str(lora) in text and "LoRA" in text]
-
-
-def test_a_folder_of_gguf_alone_is_named(tmp_path: Path) -> None:
-    (tmp_path / "flux1-dev-Q4_K_S.gguf").write_bytes(b"GGUF" + bytes(40))
-    with pytest.raises(CheckpointError, match=r"Q4_K_S\.gguf is a GGUF file"):
-        open_weights(str(tmp_path), Hub())
-    with pytest.raises(CheckpointError, match="a GGUF file"):
-        open_weights(str(tmp_path / "flux1-dev-Q4_K_S.gguf"), Hub())
