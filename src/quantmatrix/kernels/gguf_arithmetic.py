@@ -49,7 +49,7 @@ def read_half(blocks: torch.Tensor, at: int) -> torch.Tensor:
 def read_words(blocks: torch.Tensor, size: int) -> torch.Tensor:
     """Little-endian numbers of `size` bytes, int64 [B, n], of uint8 [B, n * size]."""
     parts = blocks.reshape(blocks.shape[0], -1, size).long()
-    words = parts[..., 0]
+    words: torch.Tensor = parts[..., 0]
     for index in range(1, size):
         words = words | (parts[..., index] << (8 * index))
     return words

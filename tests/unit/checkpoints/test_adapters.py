@@ -11,7 +11,6 @@ from quantmatrix.checkpoints.adapters import explain_adapter, is_adapter
 from quantmatrix.checkpoints.checkpoint import Checkpoint
 from quantmatrix.checkpoints.opening import open_component, open_weights
 from quantmatrix.cli.main import main
-from quantmatrix.errors import CheckpointError
 from quantmatrix.request import Hub
 from quantmatrix.runtime.plan.inspect import inspect
 

@@ -91,8 +91,8 @@ def test_values_of_the_metadata_are_texts(tmp_path: Path) -> None:
 
 def test_blocks_have_the_sizes_of_the_package() -> None:
     types = package.GGMLQuantizationType
-    assert BLOCKS == {name: package.GGML_QUANT_SIZES[types[name]] for name in BLOCKS}
-    known = {number: name for number, name in gguf.TYPES.items()}
+    assert {name: package.GGML_QUANT_SIZES[types[name]] for name in BLOCKS} == BLOCKS
+    known = dict(gguf.TYPES.items())
     assert all(types(number).name == name for number, name in known.items())
     left = {kind.value for kind in types} - set(known)
     assert left == set(gguf.FOREIGN_TYPES) & left  # every other type is refused by its name

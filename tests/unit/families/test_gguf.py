@@ -234,7 +234,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, di
 
     path = tmp_path_factory.mktemp("written") / "z-Q8_0.gguf"
     request = use_tiny(Request(model_path="Tongyi-MAI/Z-Image-Turbo", tiny=True))
-    yield path, quantize(request, family="gguf", output=path, scheme="Q8_0", prompts=("a fox",))
+    return path, quantize(request, family="gguf", output=path, scheme="Q8_0", prompts=("a fox",))
 
 
 def test_quantize_writes_one_file_that_is_read_again(written: tuple[Path, dict[str, Any]]) -> None:
