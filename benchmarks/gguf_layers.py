@@ -210,7 +210,9 @@ def main() -> None:
         passed = bool(checked.get("passed") and timed.get("passed"))
         mean = timed.get("geometric mean to diffusers", float("nan"))
         step = found[f"step {kind}"].get("to diffusers", float("nan"))
-        print(f"{kind}: passed {passed}, layers {mean:.3f} and a step {step:.3f} of diffusers' time")
+        print(
+            f"{kind}: passed {passed}, layers {mean:.3f} and a step {step:.3f} of diffusers' time"
+        )
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def parse_header(file: BinaryIO, size: int, name: str) -> Header:
             raise source.wrong(f"the metadata has {quote(key)} twice", "each key once")
         metadata[key] = _read_value(source, source.read_number("<I"), key)
     infos = [_read_tensor(source) for _ in range(count)]
-    return _place(source, infos, metadata), metadata
+    return _locate(source, infos, metadata), metadata
 
 
 @dataclass
@@ -252,7 +252,7 @@ def _read_tensor(source: _Source) -> _Info:
     return _Info(name, sizes[::-1], source.read_number("<I"), source.read_number("<Q"))
 
 
-def _place(
+def _locate(
     source: _Source, infos: Iterable[_Info], metadata: Mapping[str, str]
 ) -> dict[str, TensorHeader]:
     """Tensors by name, each with its first byte; CheckpointError where they do not fit the file."""

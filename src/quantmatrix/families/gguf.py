@@ -78,12 +78,12 @@ def detect(checkpoint: Checkpoint) -> str | None:
         return None
     stated = checkpoint.metadata.get("general.file_type", "")
     named = FILE_TYPES.get(int(stated)) if stated.isdecimal() and len(stated) < 4 else None
-    words = (
+    parts = (
         quote(checkpoint.metadata.get("general.architecture", ""), 40),
         f"file type {named}" if named else "",
         ", ".join(f"{count} {kind}" for kind, count in types.most_common()),
     )
-    return f"a GGUF file ({'; '.join(filter(None, words))})"
+    return f"a GGUF file ({'; '.join(filter(None, parts))})"
 
 
 def check(checkpoint: Checkpoint) -> None:

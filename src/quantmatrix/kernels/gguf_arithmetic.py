@@ -46,13 +46,13 @@ def read_half(blocks: torch.Tensor, at: int) -> torch.Tensor:
     return blocks[:, at : at + 2].clone().view(torch.float16).float()
 
 
-def read_words(blocks: torch.Tensor, size: int) -> torch.Tensor:
+def read_numbers(blocks: torch.Tensor, size: int) -> torch.Tensor:
     """Little-endian numbers of `size` bytes, int64 [B, n], of uint8 [B, n * size]."""
     parts = blocks.reshape(blocks.shape[0], -1, size).long()
-    words: torch.Tensor = parts[..., 0]
+    fields: torch.Tensor = parts[..., 0]
     for index in range(1, size):
-        words = words | (parts[..., index] << (8 * index))
-    return words
+        fields = fields | (parts[..., index] << (8 * index))
+    return fields
 
 
 def spread(data: torch.Tensor, width: int, bits: int) -> torch.Tensor:
@@ -63,7 +63,7 @@ def spread(data: torch.Tensor, width: int, bits: int) -> torch.Tensor:
 
 
 def look_up(values: tuple[int, ...], codes: torch.Tensor) -> torch.Tensor:
-    """float32 values of codes, in their shape."""
+    """float32 values of codes of any integer dtype, in their shape [...]."""
     return torch.tensor(values, dtype=torch.float32, device=codes.device)[codes.int()]
 
 
@@ -74,41 +74,62 @@ def scale_groups(scales: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 
 
 def decode_q4_0(b: torch.Tensor) -> torch.Tensor:
-    """2 bytes d, 16 of codes."""
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    2 bytes d, 16 of codes.
+    """
     return read_half(b, 0) * (spread(b[:, 2:], 16, 4).float() - 8)
 
 
 def decode_q4_1(b: torch.Tensor) -> torch.Tensor:
-    """2 bytes d, 2 m, 16 of codes."""
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    2 bytes d, 2 m, 16 of codes.
+    """
     return read_half(b, 0) * spread(b[:, 4:], 16, 4).float() + read_half(b, 2)
 
 
 def decode_q5_0(b: torch.Tensor) -> torch.Tensor:
-    """2 bytes d, 4 of fifth bits, 16 of codes."""
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    2 bytes d, 4 of fifth bits, 16 of codes.
+    """
     codes = spread(b[:, 6:], 16, 4) | (spread(b[:, 2:6], 1, 1) << 4)
     return read_half(b, 0) * (codes.float() - 16)
 
 
 def decode_q5_1(b: torch.Tensor) -> torch.Tensor:
-    """2 bytes d, 2 m, 4 of fifth bits, 16 of codes."""
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    2 bytes d, 2 m, 4 of fifth bits, 16 of codes.
+    """
     codes = spread(b[:, 8:], 16, 4) | (spread(b[:, 4:8], 1, 1) << 4)
     return read_half(b, 0) * codes.float() + read_half(b, 2)
 
 
 def decode_q8_0(b: torch.Tensor) -> torch.Tensor:
-    """2 bytes d, 32 codes."""
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    2 bytes d, 32 codes.
+    """
     return b[:, 2:].view(torch.int8).float() * read_half(b, 0)
 
 
 def decode_q2_k(b: torch.Tensor) -> torch.Tensor:
-    """16 bytes of scales (low half) and minima, 64 of codes, 2 d, 2 dmin."""
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    16 bytes of scales (low half) and minima, 64 of codes, 2 d, 2 dmin.
+    """
     scales = read_half(b, 80) * (b[:, :16] & 15).float()
     minima = read_half(b, 82) * (b[:, :16] >> 4).float()
     return scale_groups(scales, spread(b[:, 16:80], 32, 2)) - minima.unsqueeze(-1)
 
 
 def decode_q3_k(b: torch.Tensor) -> torch.Tensor:
-    """32 bytes of third bits (0 takes 4 away), 64 of codes, 12 of scales, 2 d."""
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    32 bytes of third bits (0 takes 4 away), 64 of codes, 12 of scales, 2 d.
+    """
     low, high = spread(b[:, 96:104], 8, 4), spread(b[:, 104:108], 4, 2)
     scales = read_half(b, 108) * ((low | (high << 4)).float() - 32)
     codes = spread(b[:, 32:96], 32, 2) | (spread(b[:, :32], 32, 1) << 2)
@@ -124,31 +145,46 @@ def read_k_scales(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def decode_k(b: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """What Q4_K and Q5_K share: 2 bytes d, 2 dmin, 12 of scales and minima, then codes."""
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    What Q4_K and Q5_K share: 2 bytes d, 2 dmin, 12 of scales and minima, then codes.
+    """
     scales, minima = read_k_scales(b[:, 4:16])
     offsets = read_half(b, 2) * minima.float()
     return scale_groups(read_half(b, 0) * scales.float(), codes) - offsets.unsqueeze(-1)
 
 
 def decode_q4_k(b: torch.Tensor) -> torch.Tensor:
-    """As `decode_k`, 128 bytes of codes."""
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    As `decode_k`, 128 bytes of codes.
+    """
     return decode_k(b, spread(b[:, 16:], 32, 4))
 
 
 def decode_q5_k(b: torch.Tensor) -> torch.Tensor:
-    """As `decode_k`, 32 bytes of fifth bits, 128 of codes."""
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    As `decode_k`, 32 bytes of fifth bits, 128 of codes.
+    """
     return decode_k(b, spread(b[:, 48:], 32, 4) | (spread(b[:, 16:48], 32, 1) << 4))
 
 
 def decode_q6_k(b: torch.Tensor) -> torch.Tensor:
-    """128 bytes of codes, 64 of their two high bits, 16 scales (int8), 2 d."""
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    128 bytes of codes, 64 of their two high bits, 16 scales (int8), 2 d.
+    """
     codes = spread(b[:, :128], 64, 4) | (spread(b[:, 128:192], 32, 2) << 4)
     scales = read_half(b, 208) * b[:, 192:208].view(torch.int8).float()
     return scale_groups(scales, codes.float() - 32)
 
 
 def decode_tq1_0(b: torch.Tensor) -> torch.Tensor:
-    """48 bytes of five and 4 of four digits to the base 3, as fractions of 256; 2 d."""
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    48 bytes of five and 4 of four digits to the base 3, as fractions of 256; 2 d.
+    """
     parts = []
     for start, stop, digits in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
         powers = torch.tensor([3**n for n in range(digits)], device=b.device).view(1, -1, 1)
@@ -158,19 +194,28 @@ def decode_tq1_0(b: torch.Tensor) -> torch.Tensor:
 
 
 def decode_tq2_0(b: torch.Tensor) -> torch.Tensor:
-    """64 bytes of codes, 2 d."""
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    64 bytes of codes, 2 d.
+    """
     return read_half(b, 64) * (spread(b[:, :64], 32, 2).float() - 1)
 
 
 def decode_mxfp4(b: torch.Tensor) -> torch.Tensor:
-    """1 byte e, the scale 2^(e - 128); 16 of codes."""
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    1 byte e, the scale 2^(e - 128); 16 of codes.
+    """
     e = b[:, :1].int()
     bits = torch.where(e < 2, 0x00200000 << e.clamp(max=1), (e - 1) << 23)
     return bits.view(torch.float32) * look_up(E2M1_DOUBLED, spread(b[:, 1:], 16, 4))
 
 
 def decode_nvfp4(b: torch.Tensor) -> torch.Tensor:
-    """4 bytes of e4m3 scales without a sign (half of their number counts), 4 times 8 of codes."""
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    4 bytes of e4m3 scales without a sign (half of their number counts), 4 times 8 of codes.
+    """
     code = b[:, :4].int()
     exponent, mantissa = (code >> 3) & 15, (code & 7).float()
     small, large = mantissa * 2**-9, torch.ldexp(1.0 + mantissa / 8.0, exponent - 7)
@@ -180,12 +225,18 @@ def decode_nvfp4(b: torch.Tensor) -> torch.Tensor:
 
 
 def decode_iq4_nl(b: torch.Tensor) -> torch.Tensor:
-    """2 bytes d, 16 of codes."""
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    2 bytes d, 16 of codes.
+    """
     return read_half(b, 0) * look_up(IQ4_VALUES, spread(b[:, 2:], 16, 4))
 
 
 def decode_iq4_xs(b: torch.Tensor) -> torch.Tensor:
-    """2 bytes d, 2 of the high and 4 of the low bits of scales, 128 of codes."""
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    2 bytes d, 2 of the high and 4 of the low bits of scales, 128 of codes.
+    """
     scales = (spread(b[:, 4:8], 1, 4) | (spread(b[:, 2:4], 1, 2) << 4)).float() - 32
     return scale_groups(read_half(b, 0) * scales, look_up(IQ4_VALUES, spread(b[:, 8:], 16, 4)))
 
@@ -197,7 +248,7 @@ def read_signs(bits: torch.Tensor) -> torch.Tensor:
 
 
 def complete_signs(seven: torch.Tensor) -> torch.Tensor:
-    """Bytes of eight signs by seven of them, integers of any shape: their number is always even."""
+    """Bytes of eight signs by seven of them, int64 of any shape: the number of minus signs is even."""
     parity = seven ^ (seven >> 4)
     parity = parity ^ (parity >> 2)
     return seven | (((parity ^ (parity >> 1)) & 1) << 7)
@@ -215,66 +266,87 @@ def take_points(
 
 
 def decode_iq2_xxs(b: torch.Tensor) -> torch.Tensor:
-    """2 bytes d; 8 times 4 of points, 4 of four times seven signs and a scale of four bits."""
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    2 bytes d; 8 times 4 of points, 4 of four times seven signs and a scale of four bits.
+    """
     groups = b[:, 2:].reshape(b.shape[0], 8, 8)
-    words = read_words(groups[:, :, 4:].flatten(1), 4)
-    scales = read_half(b, 0) * (0.5 + (words >> 28).float()) * 0.25
-    return take_points("IQ2_XXS", scales, groups[:, :, :4].flatten(1), split_signs(words))
+    fields = read_numbers(groups[:, :, 4:].flatten(1), 4)
+    scales = read_half(b, 0) * (0.5 + (fields >> 28).float()) * 0.25
+    return take_points("IQ2_XXS", scales, groups[:, :, :4].flatten(1), split_signs(fields))
 
 
-def split_signs(words: torch.Tensor) -> torch.Tensor:
-    """float32 [B, groups, 4, 8] of the four times seven signs in words, int64 [B, groups]."""
-    shifts = torch.tensor([0, 7, 14, 21], device=words.device)
-    return read_signs(complete_signs((words.unsqueeze(-1) >> shifts) & 127))
+def split_signs(fields: torch.Tensor) -> torch.Tensor:
+    """float32 [B, groups, 4, 8] of the four times seven signs in fields, int64 [B, groups]."""
+    shifts = torch.tensor([0, 7, 14, 21], device=fields.device)
+    return read_signs(complete_signs((fields.unsqueeze(-1) >> shifts) & 127))
 
 
 def decode_iq2_xs(b: torch.Tensor) -> torch.Tensor:
-    """2 bytes d, 32 times 2 of a point (9 bits) and seven signs, 8 of scales."""
-    words = read_words(b[:, 2:66], 2)
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    2 bytes d, 32 times 2 of a point (9 bits) and seven signs, 8 of scales.
+    """
+    fields = read_numbers(b[:, 2:66], 2)
     scales = read_half(b, 0) * (0.5 + spread(b[:, 66:], 1, 4).float()) * 0.25
-    return take_points("IQ2_XS", scales, words & 511, read_signs(complete_signs(words >> 9)))
+    return take_points("IQ2_XS", scales, fields & 511, read_signs(complete_signs(fields >> 9)))
 
 
 def decode_iq2_s(b: torch.Tensor) -> torch.Tensor:
-    """2 bytes d, 32 of points, 32 of signs, 8 of the points' high bits, 8 of scales."""
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    2 bytes d, 32 of points, 32 of signs, 8 of the points' high bits, 8 of scales.
+    """
     index = b[:, 2:34].int() | (spread(b[:, 66:74], 1, 2).int() << 8)
     scales = read_half(b, 0) * (0.5 + spread(b[:, 74:], 1, 4).float()) * 0.25
     return take_points("IQ2_S", scales, index, read_signs(b[:, 34:66]))
 
 
 def decode_iq3_xxs(b: torch.Tensor) -> torch.Tensor:
-    """2 bytes d, 64 of points, 8 times 4 of four times seven signs and a scale of four bits."""
-    words = read_words(b[:, 66:], 4)
-    scales = read_half(b, 0) * (0.5 + (words >> 28).float()) * 0.5
-    return take_points("IQ3_XXS", scales, b[:, 2:66], split_signs(words))
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    2 bytes d, 64 of points, 8 times 4 of four times seven signs and a scale of four bits.
+    """
+    fields = read_numbers(b[:, 66:], 4)
+    scales = read_half(b, 0) * (0.5 + (fields >> 28).float()) * 0.5
+    return take_points("IQ3_XXS", scales, b[:, 2:66], split_signs(fields))
 
 
 def decode_iq3_s(b: torch.Tensor) -> torch.Tensor:
-    """2 bytes d, 64 of points, 8 of their ninth bits, 32 of signs, 4 of scales."""
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    2 bytes d, 64 of points, 8 of their ninth bits, 32 of signs, 4 of scales.
+    """
     index = b[:, 2:66].int() | (spread(b[:, 66:74], 1, 1).int() << 8)
     scales = read_half(b, 0) * (1 + 2 * spread(b[:, 106:], 1, 4)).float()
     return take_points("IQ3_S", scales, index, read_signs(b[:, 74:106]))
 
 
 def decode_iq1_s(b: torch.Tensor) -> torch.Tensor:
-    """2 bytes d, 32 of points, 8 times 2 of their high bits, a scale and the sign of the delta."""
-    words = read_words(b[:, 34:], 2)
-    scales = read_half(b, 0) * (2 * ((words >> 12) & 7) + 1).float()
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    2 bytes d, 32 of points, 8 times 2 of their high bits, a scale and the sign of the delta.
+    """
+    fields = read_numbers(b[:, 34:], 2)
+    scales = read_half(b, 0) * (2 * ((fields >> 12) & 7) + 1).float()
     shifts = torch.tensor([0, 3, 6, 9], device=b.device)
-    high = ((words.unsqueeze(-1) >> shifts) & 7).flatten(1)
+    high = ((fields.unsqueeze(-1) >> shifts) & 7).flatten(1)
     points = find_grid("IQ1_S", b.device)[(b[:, 2:34].long() | (high << 8))]
-    delta = torch.where((words & 0x8000) == 0, IQ1_DELTA, -IQ1_DELTA)
+    delta = torch.where((fields & 0x8000) == 0, IQ1_DELTA, -IQ1_DELTA)
     return scale_groups(scales, points.reshape(b.shape[0], 8, 32) + delta.unsqueeze(-1))
 
 
 def decode_iq1_m(b: torch.Tensor) -> torch.Tensor:
-    """32 bytes of points, 16 of their high bits and deltas, 4 times 2 of four scales and a part of d."""
-    words = read_words(b[:, 48:], 2)
-    parts = [((words[:, n] & 0xF000) >> (12 - 4 * n)) for n in range(4)]
+    """float32 [B, columns] of blocks, uint8 [B, bytes].
+
+    32 bytes of points, 16 of their high bits and deltas, 4 times 2 of four scales and a part of d.
+    """
+    fields = read_numbers(b[:, 48:], 2)
+    parts = [((fields[:, n] & 0xF000) >> (12 - 4 * n)) for n in range(4)]
     bits = parts[0] | parts[1] | parts[2] | parts[3]
     d = bits.to(torch.int16).view(torch.float16).float().unsqueeze(1)
     shifts = torch.tensor([0, 3, 6, 9], device=b.device)
-    scales = d * (2 * ((words.unsqueeze(-1) >> shifts) & 7) + 1).flatten(1).float()
+    scales = d * (2 * ((fields.unsqueeze(-1) >> shifts) & 7) + 1).flatten(1).float()
     high = spread(b[:, 32:48], 1, 4)
     points = find_grid("IQ1_S", b.device)[b[:, :32].int() | ((high & 7).int() << 8)]
     delta = torch.where((high & 8) == 0, IQ1_DELTA, -IQ1_DELTA)

@@ -94,10 +94,10 @@ def compile_kernels() -> tuple[Any, Any, Any]:
     def decode_q6_k(codes, halves, out, count, BLOCKS: tl.constexpr):  # type: ignore
         block = (tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS))[:, None]
         inside = block < count
-        place = tl.arange(0, 128)[None, :]
-        half, part, column = place // 64, (place // 32) % 2, place % 32
+        index = tl.arange(0, 128)[None, :]
+        half, part, column = index // 64, (index // 32) % 2, index % 32
         at = codes + block * 210
-        byte = tl.load(at + place, mask=inside, other=0).to(tl.int32)
+        byte = tl.load(at + index, mask=inside, other=0).to(tl.int32)
         bits = tl.load(at + 128 + half * 32 + column, mask=inside, other=0).to(tl.int32)
         low = (byte & 15) | (((bits >> (2 * part)) & 3) << 4)
         high = (byte >> 4) | (((bits >> (2 * part + 4)) & 3) << 4)

@@ -21,6 +21,7 @@ from torch.nn import functional
 from quantmatrix.kernels import Kernel, Needs, Tensors
 from quantmatrix.kernels.compiling import TARGETS
 from quantmatrix.kernels.gguf_arithmetic import decode_blocks
+from quantmatrix.kernels.launching import TRITON
 from quantmatrix.kernels.nvfp4_arithmetic import cut_rows
 from quantmatrix.kernels.portable import keep_all, run_decoded, run_exactly
 from quantmatrix.scheme import BLOCKS, Scheme
@@ -107,9 +108,16 @@ KERNELS = (
         numerics="A16",
         needs=Needs(
             rule="gguf-packed",
-            package="triton",
-            only_on=tuple(TARGETS),
+            vendors=("cpu", *TRITON),
             remedy="--backend decode runs anywhere",
+            further=(
+                Needs(
+                    rule="gguf-packed-triton",
+                    package="triton",
+                    only_on=tuple(TARGETS),
+                    remedy="--backend decode runs anywhere",
+                ),
+            ),
         ),
         prepare=keep_all,
         run=run_packed,

@@ -229,7 +229,8 @@ def write_file(tensors: Tensors, declaration: Declaration, path: Path, base: Pat
 def write_gguf(tensors: Tensors, blocks: Mapping[str, str], path: Path, base: Path) -> None:
     """Write a GGUF file that names the architecture of the model in the folder `base`.
 
-    Tensors have any shape and dtype; those in `blocks` are uint8 [N, bytes of a row].
+    Tensors have any shape and dtype; those in `blocks` are uint8 [N, bytes of a row]. Raises
+    UsageError for a model that has no name there.
     """
     class_name = str(read_json(base / "config.json").get("_class_name"))
     architecture = ARCHITECTURES.get(class_name)

@@ -98,8 +98,8 @@ def test_schemes_are_asked_for_by_name() -> None:
 def test_rows_that_are_no_whole_blocks_get_smaller_ones(
     scheme: str, columns: int, found: str | None
 ) -> None:
-    words = {"raw": True, "gelu": False, "interleaved": False}
-    chosen = gguf.scheme_of("a", gguf.SCHEMES[scheme], **words, columns=columns)
+    flags = {"raw": True, "gelu": False, "interleaved": False}
+    chosen = gguf.scheme_of("a", gguf.SCHEMES[scheme], **flags, columns=columns)
     assert (chosen and chosen.name) == found
 
 
