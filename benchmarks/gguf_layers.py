@@ -122,9 +122,10 @@ def time_layers(bench: Bench, kind: str) -> dict[str, Any]:
         data = draw_blocks(kind, n, k, bench.device)
         x = torch.randn(m, k, device=bench.device).bfloat16()
         plain = (torch.randn(n, k, device=bench.device) / k**0.5).bfloat16()
+        ours, theirs = make_ours(data, kind), make_theirs(data, kind)
         ways: dict[str, Callable[[], Any]] = {
-            "packed": lambda x=x, layer=make_ours(data, kind): layer(x),
-            "diffusers": lambda x=x, layer=make_theirs(data, kind): layer(x),
+            "packed": lambda x=x, layer=ours: layer(x),
+            "diffusers": lambda x=x, layer=theirs: layer(x),
             "bf16": lambda x=x, w=plain: torch.nn.functional.linear(x, w),
         }
         with torch.no_grad():

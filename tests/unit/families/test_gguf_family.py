@@ -192,6 +192,19 @@ def test_diffusers_loader_gives_the_same_weights(name: str) -> None:
         assert torch.equal(found.float(), stored.reshape(found.shape)), plain.parameter
 
 
+def test_faults_are_put_into_a_file_of_the_same_form(tmp_path: Path) -> None:
+    from quantmatrix.checkpoints.opening import open_weights
+    from quantmatrix.harness.mutation.judge import read_file, write_like
+    from quantmatrix.request import Hub
+    from quantmatrix.tables import read
+
+    file, _ = find_file(read.read().checkpoints["gguf-wan-2-2-q8-0"])
+    checkpoint = open_weights(str(file), Hub())
+    stored = read_file(checkpoint, str(file))
+    write_like(checkpoint, str(file), stored, tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == file.read_bytes()
+
+
 def test_plain_tensors_of_blocks_are_decoded(tmp_path: Path) -> None:
     """Quantizers that know no names code tables and tokens, too."""
     from quantmatrix.checkpoints import gguf as container

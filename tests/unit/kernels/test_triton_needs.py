@@ -20,8 +20,8 @@ import torch
 
 from quantmatrix import families, kernels
 from quantmatrix.checkpoints.dtypes import to_torch
-from quantmatrix.hardware.probe import name_arch
 from quantmatrix.families import gguf
+from quantmatrix.hardware.probe import name_arch
 from quantmatrix.kernels import compiling, gguf_triton, linear_fp8, linear_int8, linear_nvfp4
 from quantmatrix.kernels.launching import TRITON, watch
 from quantmatrix.measure import compiled, true_launches
