@@ -59,7 +59,8 @@ def spread(data: torch.Tensor, width: int, bits: int) -> torch.Tensor:
     """Codes of so many bits, uint8 [B, n * 8 / bits], of bytes [B, n] in runs of `width`."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device).view(1, 1, -1, 1)
     runs = data.reshape(data.shape[0], -1, 1, width)
-    return ((runs >> shifts) & (2**bits - 1)).reshape(data.shape[0], -1)
+    codes: torch.Tensor = (runs >> shifts) & (2**bits - 1)
+    return codes.reshape(data.shape[0], -1)
 
 
 def look_up(values: tuple[int, ...], codes: torch.Tensor) -> torch.Tensor:

@@ -361,3 +361,28 @@ def test_a_request_takes_a_gguf_file_as_weights() -> None:
     request = Request(model_path="x/y", component_paths={"transformer": "a/b/c-Q8_0.gguf"})
     assert request.weights_paths == {"transformer": "a/b/c-Q8_0.gguf"}
     assert repository_of("a/b:Q4_K_S") == repository_of("a/b/High:Q8_0") == "a/b"
+
+
+def test_of_a_remote_file_the_header_alone_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    import huggingface_hub
+
+    from quantmatrix.checkpoints.hub import HubFolder
+
+    class Remote(io.BytesIO):
+        size = len(GOOD)
+
+    opened = []
+
+    class Hubs:
+        def open(self, path: str, revision: str, block_size: int) -> Remote:
+            opened.append((path, revision))
+            return Remote(GOOD[:-108])  # the data is not there to be read
+
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", Hubs)
+    folder = HubFolder("a/b", "c" * 40, ("x-Q8_0.gguf",), "/nowhere")
+    tensors, metadata = folder.header("x-Q8_0.gguf")
+    assert opened == [("a/b/x-Q8_0.gguf", "c" * 40)]
+    assert metadata["general.architecture"] == "flux"
+    assert tensors["a.weight"].file == f"hf://a/b@{'c' * 40}/x-Q8_0.gguf"
