@@ -7,7 +7,7 @@ records one per layer. Names used in the fields:
 | ----------- | ------ |
 | `op`        | what is computed: `linear.fp8`, `linear.nvfp4`, `linear.svdq`, `linear.int8` ... |
 | `name`      | the checkpoint's own name of it: `FP8`, `NVFP4`, `W8A8_DYNAMIC`, `svdq-int4` ... |
-| `weight`    | number format of the codes: `e4m3`, `e5m2`, `e2m1`, `mxfp4`, `int4`, `int8` |
+| `weight`    | number format of the codes: `e4m3`, `e5m2`, `e2m1`, `mxfp4`, `int4`, `int8`, `q4_k` ... |
 | `scale`     | granularity of the weight scales: `tensor`, `channel`, `block`, `group` |
 | `activation`| `none`, `tensor-static`, `tensor-dynamic`, `token-dynamic`, `group-dynamic`, |
 |             | `group-power` (a power of two per group), `group-dual` (and a coarse scale) |
@@ -53,6 +53,16 @@ class TensorSpec:
     """Accepted shapes."""
     optional: bool = False
 
+
+BLOCKS = {
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
+    "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176),
+    "Q6_K": (256, 210), "TQ1_0": (256, 54), "TQ2_0": (256, 66), "MXFP4": (32, 17),
+    "NVFP4": (64, 36), "IQ2_XXS": (256, 66), "IQ2_XS": (256, 74), "IQ2_S": (256, 82),
+    "IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "IQ1_S": (256, 50), "IQ1_M": (256, 56),
+    "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
+}  # fmt: skip
+"""Columns and bytes of a block, by the name of a GGUF type."""
 
 PACKED_OPS = {
     "linear.nvfp4": (1, 2),

@@ -288,6 +288,16 @@ def replace(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
+def change_gguf(rng: random.Random, path: Path) -> None:
+    """A GGUF file with a number of its header wrong: a count, a length, a type, a dimension."""
+    data = bytearray(path.read_bytes())
+    width = rng.choice((4, 8))
+    at = rng.choice((4, 8, 16, 24, rng.randrange(24, max(25, len(data) // 2))))
+    value = rng.choice((0, 1, 2, 31, 99, 2**16, 2**31 - 1, 2**32 - 1, 2**40, 2**63, 2**64 - 1))
+    data[at : at + width] = (value % 2 ** (8 * width)).to_bytes(width, "little")
+    replace(path, bytes(data))
+
+
 Change = Callable[[random.Random, Path], None]
 
 
@@ -295,7 +305,9 @@ def choose(rng: random.Random, path: Path) -> Change:
     """What may happen to a file of this kind."""
     if rng.random() < 0.1:
         return change_kind
-    if path.suffix == ".safetensors" and not path.read_bytes().startswith(b"GGUF"):
+    if path.read_bytes().startswith(b"GGUF"):
+        return rng.choice((change_gguf,) * 6 + (change_bytes, change_length))
+    if path.suffix == ".safetensors":
         return rng.choice((change_header,) * 6 + (change_bytes, change_length))
     if path.suffix == ".json":
         return rng.choice((change_json,) * 8 + (change_bytes,))

@@ -240,12 +240,20 @@ def make_tables(folder: Path) -> Seed:
 
 
 def make_gguf(folder: Path) -> Seed:
-    """A file of another container, which has no family: refused as text, whatever is in it."""
+    """A GGUF file of some layers, small and whole, and the same bytes under another name."""
+    import torch
+
+    from quantmatrix.checkpoints import gguf_writer
+
     folder.mkdir()
-    fields = b"\x01\0\0\0\0\0\0\0a\x08\0\0\0\x04\0\0\0\0\0\0\0flux"
-    data = b"GGUF\x03\0\0\0" + b"\0" * 8 + b"\x01\0\0\0\0\0\0\0" + fields + b"\0" * 64
+    numbers = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (4, 2 * 34), generator=numbers, dtype=torch.uint8)
+    codes.view(4, 2, 34)[..., :2] = torch.tensor([0.01]).half().view(torch.uint8)
+    tensors = {"blocks.0.ffn.0.weight": codes, "blocks.0.ffn.0.bias": torch.zeros(4)}
+    metadata: dict[str, str | int] = {"general.architecture": "wan", "general.file_type": 7}
+    blocks = {"blocks.0.ffn.0.weight": "Q8_0"}
     for name in ("flux.gguf", "flux.safetensors"):
-        (folder / name).write_bytes(data)
+        gguf_writer.write_file(folder / name, tensors, blocks, metadata)
     commands = tuple(("inspect", f"./{name}") for name in ("flux.gguf", "flux.safetensors", ""))
     return Seed("gguf", folder, ("flux.gguf", "flux.safetensors"), commands, 2)
 

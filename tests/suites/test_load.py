@@ -112,14 +112,9 @@ def count_tensors(part: Any, model: Any) -> dict[str, int]:
     return {"checkpoint": len(part.checkpoint.tensors), **places}
 
 
-def holds_numbers(kernel: Any) -> bool:
-    """Whether a kernel says that it keeps decoded weights: 16-bit inputs and a full footprint."""
-    from quantmatrix.kernels import OPS
-    from quantmatrix.scheme import Scheme
-
-    assert kernel.op in OPS
-    scheme = Scheme(kernel.op, "", "int4", "group", "none", group_size=64, rank=16)
-    return bool(kernel.footprint(scheme, 1024, 1024, 2) >= 2 * 1024 * 1024)
+def holds_numbers(module: Any) -> bool:
+    """Whether a layer's kernel says that it keeps decoded weights: 16 bits for each of them."""
+    return bool(module.kernel.footprint(module.scheme, 1024, 1024, 2) >= 2 * 1024 * 1024)
 
 
 def count_dtypes(job: Job, part: Any, model: Any) -> dict[str, int]:
@@ -131,7 +126,7 @@ def count_dtypes(job: Job, part: Any, model: Any) -> dict[str, int]:
     wrong = [n for n, p in model.named_parameters() if str(p.dtype) not in allowed]
     assert not wrong, f"parameters of another dtype than {sorted(allowed)}: {wrong}"
     for name, module in model.named_modules():
-        if not isinstance(module, QuantizedLinear) or holds_numbers(module.kernel):
+        if not isinstance(module, QuantizedLinear) or holds_numbers(module):
             continue
         narrow = sum(b.numel() for b in module.buffers() if b.element_size() == 1)
         needed = module.in_features * module.out_features // 2

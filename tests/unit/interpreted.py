@@ -17,6 +17,8 @@ import torch
 
 from quantmatrix.kernels import (
     fp8_triton,
+    gguf_arithmetic,
+    gguf_triton,
     int8_arithmetic,
     int8_triton,
     launching,
@@ -25,6 +27,7 @@ from quantmatrix.kernels import (
 )
 from quantmatrix.kernels.linear_w4a16 import UINT4_VALUES
 from quantmatrix.kernels.number_formats import round_e4m3
+from quantmatrix.scheme import BLOCKS, Scheme
 
 INT4_VALUES = tuple(float(code if code < 8 else code - 16) for code in range(16))
 DTYPES = {
@@ -115,6 +118,21 @@ def decode_zeros() -> int:
     return differ(found, plain.bfloat16())
 
 
+def decode_gguf(kind: str, dtype: torch.dtype) -> int:
+    """Random blocks, more than a whole number of programs, with every float16 that is a number."""
+    columns, size = BLOCKS[kind]
+    blocks = draw_codes(5, 7 * size).view(-1, size)
+    for at in gguf_arithmetic.HALVES[kind]:
+        scales = draw(len(blocks), 1, seed=at).half()
+        scales[0] = 2**-24  # the smallest, which has no exponent of its own
+        blocks[:, at : at + 2] = scales.view(torch.uint8)
+    data = blocks.view(5, -1)
+    scheme = Scheme("linear.gguf", kind, kind.lower(), "group", "none")
+    found = gguf_triton.decode(data, scheme, dtype)
+    plain = gguf_arithmetic.decode_blocks(data, kind).view(5, 7 * columns)
+    return differ(found, plain.to(dtype))
+
+
 def multiply(arch: str, rows: int, *, static: bool) -> int:
     int8_triton.find_arch = lambda _: arch
     integers: dict[str, Any] = {"generator": torch.Generator().manual_seed(4), "dtype": torch.int8}
@@ -176,6 +194,11 @@ CASES: dict[str, Callable[[], int]] = {
         for static in (False, True)
         for arch in ("sm90", "gfx942")
     },
+    **{
+        f"gguf {kind}, {dtype}": lambda kind=kind, dtype=dtype: decode_gguf(kind, dtype)
+        for kind in gguf_triton.TYPES
+        for dtype in (torch.bfloat16, torch.float32)
+    },
     "int8 tokens": lambda: quantize_int8(127),
     "int4 tokens": lambda: quantize_int8(7),
     "int8 static": quantize_int8_static,
@@ -191,7 +214,7 @@ def main() -> None:
 
     assert knobs.runtime.interpret, "TRITON_INTERPRET=1 has to be set"
     interpreter._convert_float = cast
-    for module in (packed_triton, int8_triton, fp8_triton):
+    for module in (packed_triton, int8_triton, fp8_triton, gguf_triton):
         reveal(module)
     print(json.dumps({name: compare() for name, compare in CASES.items()}))
 

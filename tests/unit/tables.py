@@ -16,7 +16,7 @@ FAMILIES = [
         "notes": f"about {name}",
         "models": "flux-1 flux-2",
     }
-    for name in ("fp8", "modelopt-fp8", "modelopt-nvfp4", "nunchaku-svdq", "msmodelslim")
+    for name in ("fp8", "modelopt-fp8", "modelopt-nvfp4", "nunchaku-svdq", "msmodelslim", "gguf")
 ]
 MODELS = [
     {"id": name, "name": name, "repo": f"some/{name}", "transformers": "transformer", "notes": ""}

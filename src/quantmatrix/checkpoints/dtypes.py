@@ -1,11 +1,17 @@
-"""Dtypes: what a safetensors header calls them, the bits of an item, and torch's own names.
+"""Dtypes: what a header calls them, the bits of an item, and torch's own names.
 
-Source of the spellings: the safetensors format (`safetensors/src/tensor.rs`, enum `Dtype`).
+A GGUF file has types of its own beside numbers: blocks, in which the codes and the scales of some
+columns lie together (`quantmatrix.checkpoints.gguf`).
+
+Source of the spellings: the safetensors format (`safetensors/src/tensor.rs`, enum `Dtype`), and
+ggml's (`ggml.h`, enum `ggml_type`; sizes as in the `gguf` package's `GGML_QUANT_SIZES`).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from quantmatrix.scheme import BLOCKS
 
 if TYPE_CHECKING:
     import torch
@@ -41,3 +47,11 @@ def from_torch(dtype: torch.dtype) -> str:
 
 
 SPELLINGS = {name: spelling for spelling, name in TORCH_NAMES.items()}
+
+
+def count_bytes(dtype: str, items: int) -> int:
+    """Bytes of so many items of a dtype or, in whole blocks, of a GGUF type; KeyError if unknown."""
+    if dtype in BLOCKS:
+        columns, size = BLOCKS[dtype]
+        return items // columns * size
+    return items * ITEM_BITS[dtype] // 8

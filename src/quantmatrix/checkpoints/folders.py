@@ -2,7 +2,8 @@
 
 Both list names relative to themselves, hand out small files as paths and read safetensors headers;
 only a hub folder may have weight files that are not here yet. A reference is a path, a hub id
-(`owner/repo`, `owner/repo/sub/folder`, `owner/repo/file.safetensors`) or a full hub URL.
+(`owner/repo`, `owner/repo/sub/folder`, `owner/repo/file.safetensors`) or a full hub URL. Of the
+GGUF files in a folder or repository one is named by its quantization, `owner/repo:Q4_K_M`.
 
 A repository that is in the cache is used at its cached commit, so that what ran yesterday runs
 today; its file list still comes from the hub where that can be reached, because a cached snapshot
@@ -21,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from quantmatrix.checkpoints import gguf
 from quantmatrix.checkpoints.hub import explain_partial, open_repository, read_ref
 from quantmatrix.checkpoints.local import LocalFolder
 from quantmatrix.errors import CheckpointError
@@ -34,6 +36,8 @@ PLACEHOLDER = "/path/to/"
 LOCAL_STARTS = ("/", "./", "../", "~")
 HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+QUANTIZATION = re.compile(r"(.*[^:/\\]):([A-Za-z][A-Za-z0-9_]*)", re.DOTALL)
+"""A folder or repository, and which of its GGUF files."""
 
 OPENED: ContextVar[dict[tuple[str, Hub], tuple[Folder, str]] | None] = ContextVar(
     "opened folders", default=None
@@ -67,6 +71,10 @@ def open_folder(reference: str, hub: Hub) -> tuple[Folder, str]:
 
 def look_up(reference: str, hub: Hub) -> tuple[Folder, str]:
     """As `open_folder`, looked up now; raises CheckpointError where nothing is there."""
+    above, quantization = split_quantization(reference)
+    if quantization:
+        folder, name = look_up(above, hub)
+        return find_quantized(folder, name, quantization)
     local = find_local(reference, hub)
     if local is not None:
         if local.is_dir():
@@ -89,6 +97,33 @@ def look_up(reference: str, hub: Hub) -> tuple[Folder, str]:
             f"{folder} has {here}{explain_partial(folder)}"
         )
     return inside, ""
+
+
+def split_quantization(reference: str) -> tuple[str, str]:
+    """(folder or repository, quantization) of `owner/repo:Q4_K_M`; others have no quantization."""
+    found = QUANTIZATION.fullmatch(reference)
+    if found is None or Path(reference).exists():
+        return reference, ""
+    return found[1], found[2]
+
+
+def find_quantized(folder: Folder, name: str, quantization: str) -> tuple[Folder, str]:
+    """The GGUF file of a quantization in a folder; CheckpointError for a file, none or several."""
+    if name:
+        raise CheckpointError(
+            f"{folder}/{name}:{quantization}: a quantization is named of a folder or repository of "
+            "GGUF files, this is one file: leave it out"
+        )
+    found = gguf.find_quantized(folder.names, quantization)
+    if len(found) == 1:
+        path = PurePosixPath(found[0])
+        return folder.enter("" if str(path.parent) == "." else str(path.parent)), path.name
+    others = found or list(gguf.list_wholes(folder.names))
+    listed = "".join(f"\n  {folder}/{one}" for one in others) or " it has no .gguf file"
+    raise CheckpointError(
+        f"{folder}: {len(found) or 'no'} GGUF files of the quantization {quantization}: expected one; "
+        f"name a file, or another quantization:{listed}"
+    )
 
 
 def find_local(reference: str, hub: Hub) -> Path | None:

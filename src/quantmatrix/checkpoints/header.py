@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, NamedTuple
 
 from quantmatrix import strict_json
-from quantmatrix.checkpoints.dtypes import ITEM_BITS
+from quantmatrix.checkpoints.dtypes import ITEM_BITS, count_bytes
 from quantmatrix.errors import CheckpointError
 from quantmatrix.quoting import quote
 
@@ -34,8 +34,7 @@ FOREIGN_STARTS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull` there",
     b"PK": "a zip archive, as torch.save writes it: pickles are refused, convert it first",
     b"\x80": "a pickle: it could run code when it is opened; convert it to safetensors first",
-    b"GGUF": "a GGUF file, which no quant family takes: name a .safetensors file, or let diffusers "
-    "write plain weights (from_single_file, then dequantize() and save_pretrained())",
+    b"GGUF": "a GGUF file, which is read under a name that ends in .gguf: rename it",
     b"<": "a web page, saved instead of the file: download the file itself",
     b"{": "JSON: name the .safetensors file, or the .safetensors.index.json of its shards",
 }
@@ -44,7 +43,7 @@ FOREIGN_STARTS = {
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """One tensor as a header describes it; dtype in safetensors spelling."""
+    """One tensor as a header describes it; dtype in safetensors spelling, or a type of GGUF's."""
 
     name: str
     dtype: str
@@ -52,6 +51,8 @@ class TensorHeader:
     file: str
     stored_name: str = ""
     """Its name in the file, where that has a prefix that was taken off (`name_prefixes`)."""
+    start: int | None = None
+    """Its first byte in a GGUF file; None: the file's own header says it (safetensors)."""
 
     @property
     def on_disk(self) -> str:
@@ -61,7 +62,7 @@ class TensorHeader:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor in the file."""
-        return math.prod(self.shape) * ITEM_BITS[self.dtype] // 8
+        return count_bytes(self.dtype, math.prod(self.shape))
 
 
 Header = tuple[dict[str, TensorHeader], dict[str, str]]

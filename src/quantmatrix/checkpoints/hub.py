@@ -10,8 +10,9 @@ from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, cast
 
+from quantmatrix.checkpoints import gguf
 from quantmatrix.checkpoints.checkpoint import RemoteFiles
-from quantmatrix.checkpoints.header import check_ranges, read_contents, read_header
+from quantmatrix.checkpoints.header import check_ranges, read_contents
 from quantmatrix.checkpoints.local import LocalFolder
 from quantmatrix.errors import CheckpointError, UnreachableError
 from quantmatrix.links import LONGEST_NAME, PLAIN_NAME, check_link, check_name
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 COMMIT = re.compile(r"[0-9a-f]{40}")
+BLOCK = 2**20
+"""Bytes that are transferred together of a GGUF header, whose length nothing says."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,18 @@ class HubFolder:
             ref.write_text(self.commit, encoding="utf-8")
 
     def header(self, name: str) -> Header:
-        """Header of a safetensors file; of a remote one only the header is transferred."""
+        """Header of a safetensors or GGUF file; of a remote one only the header is transferred."""
         cached = self.cached(name)
         if cached is not None:
-            return read_header(cached)
-        from huggingface_hub import HfApi
+            return LocalFolder(cached.parent).header(cached.name)
+        from huggingface_hub import HfApi, HfFileSystem
 
         full = self.full(name)
+        if gguf.is_gguf(name):
+            with translate_hub_errors(f"{self.repo}/{full}: its header cannot be read", self.repo):
+                path = f"{self.repo}/{full}"
+                with HfFileSystem().open(path, revision=self.commit, block_size=BLOCK) as file:
+                    return gguf.parse_header(file, file.size, self.address(name))
         with translate_hub_errors(f"{self.repo}/{full}: its header cannot be read", self.repo):
             found = HfApi().parse_safetensors_file_metadata(self.repo, full, revision=self.commit)
         ranges = {

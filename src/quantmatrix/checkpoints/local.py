@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from quantmatrix.checkpoints import gguf
 from quantmatrix.checkpoints.header import read_contents, read_header
 from quantmatrix.links import check_link, check_name
 
@@ -49,8 +50,9 @@ class LocalFolder:
         return check_link(self.root / name, self.base or self.root)
 
     def header(self, name: str) -> Header:
-        """Header of a safetensors file."""
-        return read_header(self.path(name))
+        """Header of a safetensors or GGUF file."""
+        read = gguf.read_header if gguf.is_gguf(name) else read_header
+        return read(self.path(name))
 
     def contents(self, name: str, tensors: list[str]) -> dict[str, bytes]:
         """Bytes of small tensors of a safetensors file, by name."""

@@ -15,7 +15,9 @@ index or copies in other precisions are taken care of.
 | `d.safetensors` and `d.fp16.safetensors` (bf16, fp32; indexes, too) | the copy without suffix |
 | files in sub-folders only | the same rules, with all of them |
 | a LoRA beside weights | the weights; the LoRA is left out, and named |
-| no `.safetensors` | an error of its own |
+| no `.safetensors`, one `.gguf` | that file, with its other parts (`-00001-of-00002.gguf`) |
+| no `.safetensors`, several `.gguf` | an error: name one by its quantization, `FOLDER:Q4_K_M` |
+| none of them | an error of its own |
 
 `indexes` says what an index lists, and which of several counts.
 """
@@ -28,7 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath, PurePosixPath
 from typing import Any
 
-from quantmatrix.checkpoints import comfyui, name_prefixes, scaled_fp8
+from quantmatrix.checkpoints import comfyui, gguf, name_prefixes, scaled_fp8
 from quantmatrix.checkpoints.adapters import is_adapter
 from quantmatrix.checkpoints.checkpoint import Checkpoint, RemoteFiles
 from quantmatrix.checkpoints.declaration import find_block, merge_headers, read_json
@@ -39,7 +41,7 @@ from quantmatrix.checkpoints.foreign import (
     explain_original,
     plain_class,
 )
-from quantmatrix.checkpoints.header import FOREIGN_STARTS, PICKLES, refuse_pickle
+from quantmatrix.checkpoints.header import PICKLES, refuse_pickle
 from quantmatrix.checkpoints.hub import Folder, HubFolder, explain_partial, translate_hub_errors
 from quantmatrix.checkpoints.indexes import (
     INDEX,
@@ -54,7 +56,6 @@ from quantmatrix.errors import CheckpointError
 from quantmatrix.quoting import quote_json
 from quantmatrix.request import Hub
 
-GGUF = ".gguf"
 MIXED = re.compile(r"-mixed(-\d+-of-\d+)?\.safetensors$")
 PRECISION = re.compile(r"\.(fp16|bf16|fp32)(?=[.-])")
 DESCRIPTION = "quant_model_description"
@@ -82,7 +83,7 @@ def open_weights(reference: str, hub: Hub) -> Checkpoint:
         selection = read_index(folder, name)
     else:
         refuse_pickle(PurePosixPath(f"{folder}/{name}"))
-        selection = {name: frozenset()}
+        selection = dict.fromkeys(gguf.list_shards(name, folder.top), frozenset())
     return build_checkpoint(reference, folder, selection)
 
 
@@ -378,7 +379,7 @@ def select_weights(folder: Folder) -> Selection:
         raise ambiguous(folder, mixed, "mixed checkpoints and no index")
     chosen = mixed or files
     if not chosen:
-        raise no_weights(folder)
+        return select_gguf(folder, names)
     if sorted(chosen) == SVDQUANT_PAIR:
         return dict.fromkeys(chosen, frozenset())
     if len(chosen) > 1:
@@ -397,9 +398,21 @@ def select_component(folder: Folder) -> Selection:
         return read_index(folder, index)
     files = drop_adapters(folder, [name for name in names if name.endswith(WEIGHTS)])
     if not files:
-        raise no_weights(folder)
+        return select_gguf(folder, names)
     mixed = [name for name in files if MIXED.search(name)]
     return dict.fromkeys(mixed or files, frozenset())
+
+
+def select_gguf(folder: Folder, names: Iterable[str]) -> Selection:
+    """The one GGUF checkpoint among the names, all of its parts; CheckpointError for none or more."""
+    wholes = gguf.list_wholes(names)
+    if not wholes:
+        raise no_weights(folder)
+    if len(wholes) > 1:
+        what = f"GGUF files, name one by its quantization as {folder}:Q8_0"
+        raise ambiguous(folder, list(wholes), what)
+    [parts] = wholes.values()
+    return dict.fromkeys(parts, frozenset())
 
 
 def drop_adapters(folder: Folder, files: list[str]) -> list[str]:
@@ -440,11 +453,9 @@ def drop_precisions(names: Iterable[str]) -> list[str]:
 
 
 def no_weights(folder: Folder) -> CheckpointError:
-    """The error for a folder without weights; pickles and GGUF files are named."""
+    """The error for a folder without weights; pickles are named."""
     pickles = [n for n in folder.names if PurePosixPath(n).suffix.lower() in PICKLES]
     more = f"; {pickles[0]} is a pickle file, which is refused" if pickles else ""
-    if packed := [n for n in folder.names if n.lower().endswith(GGUF)]:
-        more = f"; {packed[0]} is {FOREIGN_STARTS[b'GGUF']}"
     return CheckpointError(
         f"{folder}: no .safetensors weights in it{more}; name a folder or file that has them"
         f"{explain_partial(folder)}"

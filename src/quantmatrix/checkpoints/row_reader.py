@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from quantmatrix.checkpoints.checkpoint import Checkpoint, find_offsets
 from quantmatrix.checkpoints.dtypes import to_torch
+from quantmatrix.checkpoints.gguf import is_gguf
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,7 @@ class RowReader:
         handle, offsets = self._open(header.file)
         dtype = to_torch(header.dtype)
         width = prod(header.shape[1:]) * dtype.itemsize
-        start = offsets[header.on_disk]
+        start = offsets[header.on_disk] if header.start is None else header.start
         parts = [
             read_exactly(handle, start + first * width, (last - first) * width)
             for first, last in find_runs(rows)
@@ -60,8 +61,10 @@ class RowReader:
         if file not in self._files:
             handle = os.open(file, os.O_RDONLY)
             self._stack.callback(os.close, handle)
-            with Path(file).open("rb") as stream:
-                offsets = find_offsets(stream)
+            offsets = {}
+            if not is_gguf(file):
+                with Path(file).open("rb") as stream:
+                    offsets = find_offsets(stream)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
             self._files[file] = handle, offsets

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from quantmatrix.families.protocol import Family
     from quantmatrix.request import Request
 
-IDS = ("fp8", "modelopt-fp8", "modelopt-nvfp4", "nunchaku-svdq", "msmodelslim", "comfyui-int8")
+IDS = (
+    "fp8",
+    "modelopt-fp8",
+    "modelopt-nvfp4",
+    "nunchaku-svdq",
+    "msmodelslim",
+    "comfyui-int8",
+    "gguf",
+)
 
 
 @cache

@@ -53,6 +53,8 @@ class Declaration:
     """Entries of the safetensors header's `__metadata__`."""
     description: tuple[str, dict[str, Any]] | None = None
     """Name and content of a description file beside the weights."""
+    blocks: Mapping[str, str] | None = None
+    """Types of the tensors of a GGUF file that are blocks, by name; None: a safetensors file."""
 
 
 class Needed(Protocol):
@@ -207,6 +209,8 @@ class Family(Needed, Protocol):
     """Ids of the models that its files are defined for; empty: any."""
     WHOLE_PIPELINE: bool = False
     """Whether its readers want the whole pipeline, and no component alone."""
+    ENDING: str = ".safetensors"
+    """How the name of a single file of it ends."""
     WRITES_ON_CPU: bool = False
     """Whether `quantize` needs a CPU: for sums of integers that GPUs do not have."""
 
@@ -221,12 +225,19 @@ class Family(Needed, Protocol):
         return name
 
     def scheme_of(
-        self, layer: str, scheme: Scheme, *, raw: bool, gelu: bool, interleaved: bool
+        self,
+        layer: str,
+        scheme: Scheme,
+        *,
+        raw: bool,
+        gelu: bool,
+        interleaved: bool,
+        columns: int,
     ) -> Scheme | None:
         """The scheme of one layer where `scheme` is that of the whole; None: full precision.
 
         `raw`: written with the model's original names. `gelu`: its inputs follow a GELU.
-        `interleaved`: its rows are, as the dialect has it.
+        `interleaved`: its rows are, as the dialect has it. `columns`: its inputs.
         """
         return scheme
 

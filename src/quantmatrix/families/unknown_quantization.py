@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from quantmatrix import families
 from quantmatrix.checkpoints.adapters import explain_adapter
 from quantmatrix.checkpoints.declaration import METHOD_KEYS
+from quantmatrix.checkpoints.gguf import MAGIC
 from quantmatrix.families.producers.comfyui import PLAIN_FORMATS
 from quantmatrix.families.producers.compressed_tensors import is_float_quantized
 
@@ -79,6 +80,7 @@ def _decode(library: str, how: str) -> str:
     return f"Let {library} write plain weights ({how}), or name others in full precision"
 
 
+GGUF_ITSELF = "Name the .gguf file itself, whose tensors say their types, or full precision"
 _COMFY = "Name a file in float8_e4m3fn, int8_tensorwise or nvfp4, or in full precision"
 FORMATS = (
     Format(
@@ -127,7 +129,7 @@ FORMATS = (
         names=("hqq",),
         layers=_sets("W_q"),
     ),
-    Format("GGUF", _decode("gguf", DIFFUSERS), ("gguf",)),
+    Format("GGUF", GGUF_ITSELF, (MAGIC.decode().lower(),)),
     Format(
         "compressed-tensors",
         _decode("compressed-tensors", "its ModelCompressor decompresses a model"),

@@ -30,6 +30,7 @@ OPS: Mapping[str, str] = {
     "linear.int8": "quantmatrix.kernels.linear_int8",
     "linear.convrot": "quantmatrix.kernels.linear_convrot",
     "linear.mxfp4": "quantmatrix.kernels.linear_mxfp4",
+    "linear.gguf": "quantmatrix.kernels.linear_gguf",
 }
 
 

@@ -150,7 +150,7 @@ class KernelTables:
                 )
             except UnknownValueError:
                 continue
-            if op in self.ops:
+            if isinstance(op, str) and op in self.ops:  # any call with two arguments gets here
                 yield name, op
 
     def _find_text(self, placed: Placed, key: str) -> str:

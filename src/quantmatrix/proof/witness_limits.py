@@ -42,6 +42,8 @@ NARROWEST = 256
 CODED = 2 / 3
 """Share of a cosine that is asked of the codes alone, where a low-rank branch stands beside them."""
 FILE = "limits.csv"
+MEASURED = ("agrees", "not judged")
+"""Verdicts whose numbers count: a kind of storage that has no limit yet gets its first one so."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def collect(records: Iterable[tuple[Mapping[str, Any], str, Mapping[str, Any]]])
     for cell, torch, section in records:
         for part in section.values():
             for found in part.get("kinds", ()):
-                if found["verdict"] == "agrees":
+                if found["verdict"] in MEASURED:
                     key = (found["limit"], cell["model"])
                     groups.setdefault(key, []).append((cell["id"], torch, found))
     return [make_sample(kind, model, found) for (kind, model), found in sorted(groups.items())]

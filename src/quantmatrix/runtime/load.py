@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from quantmatrix import kernels
 from quantmatrix.checkpoints.opening import fetch
 from quantmatrix.checkpoints.reader import TensorReader
 from quantmatrix.errors import CheckpointError
+from quantmatrix.kernels.gguf_arithmetic import decode_blocks
 from quantmatrix.request import Request
 from quantmatrix.runtime.empty_model import build_empty
 from quantmatrix.runtime.pieces import read_piece, widen
@@ -27,6 +29,10 @@ from quantmatrix.runtime.plan.placement import PlainTensor, select_rows, shorten
 from quantmatrix.runtime.plan.types import ComponentPlan, Piece
 from quantmatrix.runtime.quantized_linear import QuantizedLinear, SplitInputLinear, share_inputs
 from quantmatrix.runtime.stored_values import check_plain
+from quantmatrix.scheme import BLOCKS
+
+if TYPE_CHECKING:
+    from quantmatrix.checkpoints.header import TensorHeader
 
 logger = logging.getLogger(__name__)
 
@@ -134,11 +140,22 @@ def read_plain(component: ComponentPlan, plain: PlainTensor, reader: TensorReade
     are looked at once: with the first of the parts that the tensor is cut into. Raises
     CheckpointError for codes and for numbers that are not finite.
     """
-    tensor = widen(component, plain.name, reader.read(plain.name))
+    stored = decode_plain(component.checkpoint.tensors[plain.name], reader.read(plain.name))
+    tensor = widen(component, plain.name, stored)
     if plain.target.part[0] == 0:
         check_plain(component.checkpoint, plain.name, plain.parameter, tensor)
     rows = select_rows(plain.target, tensor.shape[0] if tensor.ndim else 0)
     return tensor if rows is None else tensor[rows]
+
+
+def decode_plain(header: TensorHeader, stored: torch.Tensor) -> torch.Tensor:
+    """A plain tensor in numbers: as it is stored, unless it is blocks, uint8 of any shape.
+
+    These decode to float32 in the shape of the header.
+    """
+    if header.dtype not in BLOCKS:
+        return stored
+    return decode_blocks(stored, header.dtype).view(header.shape)
 
 
 def assign(model: nn.Module, parameter: str, tensor: torch.Tensor) -> None:

@@ -47,6 +47,7 @@ SELECTORS: Mapping[str, tuple[str, ...]] = {
     "sharded": ("--transformer-path", "--transformer-weights-path"),
     "raw": ("--transformer-weights-path", "--model-path"),
     "comfyui": ("--transformer-weights-path",),
+    "gguf-file": ("--transformer-weights-path",),
     "pipeline": ("--model-path",),
     "online": ("--quantization",),
 }

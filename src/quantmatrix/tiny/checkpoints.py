@@ -71,6 +71,10 @@ def write_component(
     elif row.form == "sharded":
         target = folder / inner
         write_folder(*written, target, base, with_config=False, shards=SHARDS)
+    elif row.form == "gguf-file":
+        above, _, quantization = inner.rpartition(":")
+        target = folder / above / f"{row.model}-{quantization}.gguf"
+        write_file(*written, target, base)
     else:
         target = folder / (inner if inner.endswith(".safetensors") else f"{row.id}.safetensors")
         write_file(*written, target, base)
@@ -112,7 +116,7 @@ def find_recipe(row: CheckpointRow) -> Recipe:
     """What becomes of the layers of a row's model."""
     scheme = families.load(row.family).SCHEMES[row.scheme]
     renamed = any(dialect.name == "bfl" for dialect in models.load(row.model).DIALECTS)
-    raw = row.form == "raw" or (row.form == "comfyui" and renamed)
+    raw = row.form in ("raw", "gguf-file") or (row.form == "comfyui" and renamed)
     return Recipe(row.model, row.family, scheme, find_kept(row), raw=raw)
 
 

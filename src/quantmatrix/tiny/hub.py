@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantmatrix import families
+from quantmatrix.checkpoints.folders import split_quantization
 from quantmatrix.errors import CheckpointError
 from quantmatrix.files import put, remove_leftovers
 from quantmatrix.hardware.packages import read_versions
@@ -64,7 +65,7 @@ def repository_of(reference: str) -> str:
     """The hub id, or the first level of a placeholder path, that a reference lies in."""
     if reference.startswith(PLACEHOLDER):
         return PLACEHOLDER + reference.removeprefix(PLACEHOLDER).split("/")[0]
-    return "/".join(reference.strip("/").split("/")[:2])
+    return "/".join(split_quantization(reference)[0].strip("/").split("/")[:2])
 
 
 def path_of(repository: str, folder: Path) -> Path:

@@ -4,6 +4,7 @@
 | ------ | ---------------------------------- |
 | `nunchaku-svdq` | one file, `svdq-{int4,fp4}_r{rank}-NAME.safetensors` |
 | `fp8`, `modelopt-fp8`, `modelopt-nvfp4` | one file (`NAME.safetensors`) or a component folder |
+| `gguf` | one file (`NAME.gguf`) or a component folder with one |
 | `msmodelslim` | the whole pipeline, with a description beside each component's weights |
 
 A model with two transformers (Wan2.2) gives a folder with one component folder each. Calibration is a
@@ -29,7 +30,7 @@ from quantmatrix.errors import UsageError
 from quantmatrix.families.protocol import Calibration
 from quantmatrix.files import check_writable, whole
 from quantmatrix.hardware import probe
-from quantmatrix.request import Request
+from quantmatrix.request import WEIGHT_FILES, Request
 from quantmatrix.runtime.library_logs import quiet
 from quantmatrix.runtime.pipeline import build_pipeline
 from quantmatrix.runtime.plan.decide import plan_transformers
@@ -53,7 +54,6 @@ PROMPTS = (
     "a city at night in the rain, neon signs, reflections",
 )
 """What is generated for calibration when no prompts are given."""
-FILE = ".safetensors"
 Written = Mapping[str, Any]
 Show = Callable[[str, Iterable[Any]], Iterable[Any]]
 
@@ -144,7 +144,12 @@ def check_base(plan: Plan, family: str, target: Path, scheme: Scheme, overwrite:
         known = " and ".join(models.load(name).NAME for name in own.MODELS)
         raise UsageError(f"{family} describes {known} only, the model is {plan.model}")
     own.check_output(plan.model, scheme, target)
-    if target.suffix == FILE and (len(plan.components) > 1 or own.WHOLE_PIPELINE):
+    if target.suffix in WEIGHT_FILES and target.suffix != own.ENDING:
+        raise UsageError(
+            f"--output-path {target}: a single file of {family} ends in {own.ENDING}: call it "
+            f"{target.stem}{own.ENDING}, or name a folder"
+        )
+    if target.suffix == own.ENDING and (len(plan.components) > 1 or own.WHOLE_PIPELINE):
         raise UsageError(f"--output-path {target}: several components need a folder")
     if target.exists() and not overwrite:
         raise UsageError(f"--output-path {target} exists already: choose another, or --overwrite")
@@ -295,7 +300,7 @@ def write_all(
         )
         counts[name] = {"quantized": len(chosen), "kept": count_kept(packed, chosen)}
         config = find_config(plan, name)
-        if target.suffix == FILE:
+        if target.suffix == family.ENDING:
             write_file(tensors, declaration, temporary, config)
         else:
             folder = temporary / name if several else temporary

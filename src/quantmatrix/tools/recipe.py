@@ -15,23 +15,26 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 
 from quantmatrix import families, models
-from quantmatrix.checkpoints import writer
+from quantmatrix.checkpoints import gguf_writer, writer
 from quantmatrix.checkpoints.declaration import read_json
 from quantmatrix.checkpoints.dtypes import from_torch
+from quantmatrix.checkpoints.gguf import ARCHITECTURES
 from quantmatrix.checkpoints.writer import Item
 from quantmatrix.errors import UsageError
 from quantmatrix.families.protocol import Calibration, Declaration, Family
-from quantmatrix.models.dialect import Dialect
+from quantmatrix.models.dialect import DIFFUSERS, Dialect
 from quantmatrix.scheme import Scheme
 from quantmatrix.tools.packing import Tensors, split
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+ORIGINAL = ("bfl", "wan-original", "original")
+"""Dialects that are the names of a model's first release."""
 Ranges = Mapping[str, Calibration]
 """Input range of each linear layer, by diffusers' module name."""
 
@@ -46,13 +49,16 @@ class Recipe:
     kept: Callable[[str], bool]
     """Whether a module, by diffusers' name, stays in full precision."""
     raw: bool = False
-    """Written with the original names, swapped nibbles and tiled scales."""
+    """Written with the model's original names, where it has some; NVFP4 with swapped nibbles and
+    tiled scales, too."""
 
     @property
     def dialect(self) -> Dialect:
         """The dialect that the files are written in."""
-        name = families.load(self.family).DIALECT or ("bfl" if self.raw else "diffusers")
-        return next(d for d in models.load(self.model).DIALECTS if d.name == name)
+        own, listed = families.load(self.family).DIALECT, models.load(self.model).DIALECTS
+        if own is None and self.raw:
+            return next((dialect for dialect in listed if dialect.name in ORIGINAL), DIFFUSERS)
+        return next(dialect for dialect in listed if dialect.name == (own or DIFFUSERS.name))
 
 
 def choose_schemes(recipe: Recipe, packed: Mapping[str, torch.Tensor]) -> dict[str, Scheme]:
@@ -83,6 +89,7 @@ def choose_schemes(recipe: Recipe, packed: Mapping[str, torch.Tensor]) -> dict[s
             raw=recipe.raw,
             gelu=any(target.unsigned for target in targets),
             interleaved=any(target.interleave for target in targets),
+            columns=packed[name].shape[1],
         )
         if scheme is not None:
             found[layer] = scheme
@@ -179,7 +186,9 @@ def write_folder(
     metadata = {"format": "pt", **declaration.metadata}
     if not with_config and declaration.config is not None:
         metadata["quantization_config"] = json.dumps(declaration.config, sort_keys=True)
-    if shards == 1:
+    if declaration.blocks is not None:
+        write_gguf(tensors, declaration.blocks, folder / f"{PurePath(WEIGHTS).stem}.gguf", base)
+    elif shards == 1:
         save(tensors, names, folder / WEIGHTS, metadata)
     else:
         weight_map: dict[str, str] = {}
@@ -207,11 +216,29 @@ def write_file(tensors: Tensors, declaration: Declaration, path: Path, base: Pat
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {} if is_raw(tensors) else dict(declaration.metadata)
+    if declaration.blocks is not None:
+        write_gguf(tensors, declaration.blocks, path, base)
+        return
     if declaration.config is not None:
         metadata["quantization_config"] = json.dumps(declaration.config, sort_keys=True)
     if "quantization_config" in metadata:
         metadata["config"] = (base / "config.json").read_text(encoding="utf-8")
     save(tensors, sorted(tensors), path, {"format": "pt", **metadata})
+
+
+def write_gguf(tensors: Tensors, blocks: Mapping[str, str], path: Path, base: Path) -> None:
+    """Write a GGUF file that names the architecture of the model in the folder `base`.
+
+    Tensors have any shape and dtype; those in `blocks` are uint8 [N, bytes of a row]. Raises
+    UsageError for a model that has no name there.
+    """
+    class_name = str(read_json(base / "config.json").get("_class_name"))
+    architecture = ARCHITECTURES.get(class_name)
+    if architecture is None:
+        raise UsageError(
+            f"{base}: {class_name} has no name in GGUF files; known: {', '.join(ARCHITECTURES)}"
+        )
+    gguf_writer.write_file(path, tensors, blocks, {"general.architecture": architecture})
 
 
 def is_raw(tensors: Tensors) -> bool:

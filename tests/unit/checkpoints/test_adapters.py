@@ -11,7 +11,6 @@ from quantmatrix.checkpoints.adapters import explain_adapter, is_adapter
 from quantmatrix.checkpoints.checkpoint import Checkpoint
 from quantmatrix.checkpoints.opening import open_component, open_weights
 from quantmatrix.cli.main import main
-from quantmatrix.errors import CheckpointError
 from quantmatrix.request import Hub
 from quantmatrix.runtime.plan.inspect import inspect
 
@@ -131,11 +130,3 @@ def test_a_plan_warns_of_it(tmp_path: Path) -> None:
     )
     assert planned.ok
     assert [text for text in planned.warnings if str(lora) in text and "LoRA" in text]
-
-
-def test_a_folder_of_gguf_alone_is_named(tmp_path: Path) -> None:
-    (tmp_path / "flux1-dev-Q4_K_S.gguf").write_bytes(b"GGUF" + bytes(40))
-    with pytest.raises(CheckpointError, match=r"Q4_K_S\.gguf is a GGUF file"):
-        open_weights(str(tmp_path), Hub())
-    with pytest.raises(CheckpointError, match="a GGUF file"):
-        open_weights(str(tmp_path / "flux1-dev-Q4_K_S.gguf"), Hub())

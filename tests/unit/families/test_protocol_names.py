@@ -241,7 +241,7 @@ def test_defaults_are_bound_to_the_module() -> None:
     assert toy.CODE_LEAVES == ("weight",)
     assert toy.name_scheme(None, None, None) == "one"
     scheme = toy.SCHEMES["one"]
-    assert toy.scheme_of("a", scheme, raw=True, gelu=True, interleaved=True) is scheme
+    assert toy.scheme_of("a", scheme, raw=True, gelu=True, interleaved=True, columns=64) is scheme
     assert toy.find_fault({}, scheme) is None
     with pytest.raises(UsageError, match="--scheme three: toy has one, two"):
         toy.name_scheme("three", None, None)

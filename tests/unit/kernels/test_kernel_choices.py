@@ -218,6 +218,12 @@ linear.int8: W8A8, W8A8_DYNAMIC, W4A4_DYNAMIC
     decode                 1      1      1      1      1      1      1      1      1      1      1
     int8                   N      N      N      N      N      N      N      N      N      V      N
     npu                    V      V      V      V      V      V      V      V      V      N      V
+
+linear.gguf: Q8_0, Q5_0, Q4_K
+  3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
+    decode                 1      2      2      2      2      2      2      2      2      1      2
+    packed                 2      1      1      1      1      1      1      1      1      V      1
+    reference              3      3      3      3      3      3      3      3      3      2      3
 """
 """Blocks of an op and schemes that are treated alike; in them one part per shape (out x in x rows).
 
@@ -273,6 +279,9 @@ SCHEMES = {
     "W8A8": scheme_of("msmodelslim", "W8A8"),
     "W8A8_DYNAMIC": scheme_of("msmodelslim", "W8A8_DYNAMIC"),
     "W4A4_DYNAMIC": scheme_of("msmodelslim", "W4A4_DYNAMIC"),
+    "Q8_0": scheme_of("gguf", "Q8_0"),
+    "Q5_0": scheme_of("gguf", "Q5_0"),
+    "Q4_K": scheme_of("gguf", "Q4_K"),
 }
 MACHINES = {row.id: identify.from_row(row) for row in read.read().hardware.values()}
 

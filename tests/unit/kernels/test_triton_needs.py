@@ -9,7 +9,7 @@ that is refused for nothing.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +20,9 @@ import torch
 
 from quantmatrix import families, kernels
 from quantmatrix.checkpoints.dtypes import to_torch
+from quantmatrix.families import gguf
 from quantmatrix.hardware.probe import name_arch
-from quantmatrix.kernels import compiling, linear_fp8, linear_int8, linear_nvfp4
+from quantmatrix.kernels import compiling, gguf_triton, linear_fp8, linear_int8, linear_nvfp4
 from quantmatrix.kernels.launching import TRITON, watch
 from quantmatrix.measure import compiled, true_launches
 from quantmatrix.runtime.quantized_linear import QuantizedLinear
@@ -39,10 +40,17 @@ BLOCK_SCALES = ("sm90",)
 """Where torch's matmul takes scales per 128 columns and 128 x 128 block (its CUDA 12.9 kernels)."""
 
 
+def list_schemes(family: str) -> Mapping[str, Scheme]:
+    """Schemes of a family; of gguf, which reads more than it writes, those that have a program."""
+    if family == gguf.ID:
+        return {kind: gguf.find_scheme(kind) for kind in gguf_triton.TYPES}
+    return families.load(family).SCHEMES
+
+
 def list_pairs() -> Iterator[tuple[str, str, kernels.Kernel, Scheme]]:
     """(family, word, kernel, scheme) of everything that starts a program of ours on a Hopper."""
     for family in families.IDS:
-        for word, scheme in families.load(family).SCHEMES.items():
+        for word, scheme in list_schemes(family).items():
             if scheme.op not in kernels.OPS:
                 continue
             for kernel in kernels.kernels_of(scheme.op):
@@ -129,6 +137,7 @@ def test_the_kernels_are_those_that_the_ops_declare() -> None:
         ("linear.svdq", "packed"),
         ("linear.w4a16", "packed"),
         ("linear.int8", "int8"),
+        ("linear.gguf", "packed"),
     }
 
 

@@ -349,7 +349,7 @@ def reference(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: Sche
 
 
 def scheme_of(
-    layer: str, scheme: Scheme, *, raw: bool, gelu: bool, interleaved: bool
+    layer: str, scheme: Scheme, *, raw: bool, gelu: bool, interleaved: bool, columns: int
 ) -> Scheme | None:
     """The scheme of a layer: under original names NVFP4 lies as in the model's first release."""
     if raw and scheme.op == "linear.nvfp4":

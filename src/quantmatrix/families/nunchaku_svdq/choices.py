@@ -24,7 +24,7 @@ def name_scheme(scheme: str | None, precision: str | None, rank: int | None) -> 
 
 
 def scheme_of(
-    layer: str, scheme: Scheme, *, raw: bool, gelu: bool, interleaved: bool
+    layer: str, scheme: Scheme, *, raw: bool, gelu: bool, interleaved: bool, columns: int
 ) -> Scheme | None:
     """Modulation, whose rows are interleaved, is AWQ; norms stay in full precision."""
     if interleaved:

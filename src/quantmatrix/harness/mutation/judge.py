@@ -31,6 +31,7 @@ from typing import Any
 
 from quantmatrix import models
 from quantmatrix.api import plan
+from quantmatrix.checkpoints.checkpoint import Checkpoint
 from quantmatrix.errors import QuantmatrixError, UsageError, WitnessError
 from quantmatrix.files import share_file
 from quantmatrix.harness.mutation.faults import FAULTS, Fault
@@ -314,12 +315,9 @@ def rewrite(
 
 def change_layer(planned: Plan, fault: Fault, content: Path, snapshot: Path) -> str | None:
     """Change the middle one of the layers that a fault of tensors can happen to."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
     assert fault.tensors is not None
     name, part = next((n, p) for n, p in planned.components.items() if p.layers)
-    by_file: dict[str, dict[str, Any]] = {f: load_file(f) for f in part.checkpoint.files}
+    by_file = {file: read_file(part.checkpoint, file) for file in part.checkpoint.files}
     possible = []
     for layer in dict.fromkeys(piece.layer for piece in part.pieces()):
         file = next(f for f, ts in by_file.items() if any(n.startswith(f"{layer}.") for n in ts))
@@ -336,10 +334,36 @@ def change_layer(planned: Plan, fault: Fault, content: Path, snapshot: Path) -> 
     target = content / Path(file).relative_to(snapshot.resolve() if Path(file).is_relative_to(
         snapshot.resolve()) else snapshot)  # fmt: skip
     target.unlink()
+    write_like(part.checkpoint, file, rest, target)
+    return f"{name}.{layer}"
+
+
+def read_file(checkpoint: Checkpoint, file: str) -> dict[str, Any]:
+    """Tensors of one file of a checkpoint as they are stored, by their names there."""
+    from quantmatrix.checkpoints.reader import TensorReader
+
+    with TensorReader(checkpoint, "cpu") as reader:
+        own = [header for header in checkpoint.tensors.values() if header.file == file]
+        return {header.on_disk: reader.read(header.name) for header in own}
+
+
+def write_like(checkpoint: Checkpoint, file: str, tensors: dict[str, Any], target: Path) -> None:
+    """Tensors as a file of the form, and with the metadata, of one of a checkpoint's."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from quantmatrix.checkpoints import gguf, gguf_writer
+    from quantmatrix.scheme import BLOCKS
+
+    if gguf.is_gguf(file):
+        headers = checkpoint.tensors.values()
+        blocks = {header.on_disk: header.dtype for header in headers if header.dtype in BLOCKS}
+        texts = {"general.architecture": checkpoint.metadata["general.architecture"]}
+        gguf_writer.write_file(target, tensors, blocks, texts)
+        return
     with safe_open(file, framework="pt") as stream:
         metadata = stream.metadata()
-    save_file(rest, target, metadata=metadata)
-    return f"{name}.{layer}"
+    save_file(tensors, target, metadata=metadata)
 
 
 def is_other(own: dict[str, Any], changed: dict[str, Any]) -> bool:

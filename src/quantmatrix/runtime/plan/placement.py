@@ -21,7 +21,7 @@ from quantmatrix.checkpoints.original_names import explain_original
 from quantmatrix.errors import CheckpointError
 from quantmatrix.models.dialect import Dialect, Target
 from quantmatrix.runtime.plan.dialects import find_code
-from quantmatrix.scheme import Scheme, measure_features
+from quantmatrix.scheme import BLOCKS, Scheme, measure_features
 
 if TYPE_CHECKING:
     from quantmatrix.checkpoints.checkpoint import Checkpoint
@@ -320,7 +320,7 @@ def plain_targets(site: Site, name: str) -> Iterator[tuple[Target, str]]:
 def check_shape(site: Site, tensor: PlainTensor) -> None:
     """A plain tensor must hold numbers, in its parameter's shape; else raises CheckpointError."""
     header = site.checkpoint.tensors[tensor.name]
-    if header.dtype not in (*FLOATS, *site.numbers):
+    if header.dtype not in (*FLOATS, *site.numbers) and header.dtype not in BLOCKS:
         raise describe_codes(header, tensor.parameter)
     target, expected = tensor.target, site.shapes.tensors[tensor.parameter]
     what = ""
