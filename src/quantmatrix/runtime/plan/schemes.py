@@ -10,11 +10,11 @@ from quantmatrix import families, models
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families.producers.comfyui import FUSED
 from quantmatrix.families.unknown_quantization import explain_unknown
+from quantmatrix.runtime.plan.dialects import find_dialect
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from quantmatrix.checkpoints.checkpoint import Checkpoint
     from quantmatrix.request import Request
     from quantmatrix.runtime.plan.sources import Source
     from quantmatrix.scheme import Scheme
@@ -47,19 +47,21 @@ def find_schemes(
             )
         return family, why, schemes, False
     if request.quantization and source.primary:
-        schemes = online_schemes(checkpoint, model, request)
+        schemes = online_schemes(source, model, request)
         return request.quantization, f"--quantization {request.quantization}", schemes, True
     return None, "nothing in it is quantized", {}, False
 
 
-def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict[str, Scheme]:
+def online_schemes(source: Source, model: str, request: Request) -> dict[str, Scheme]:
     """Schemes of `--quantization FAMILY`: every linear layer of the blocks that is not ignored.
 
     Raises UsageError for a family that makes none, a pattern that matches nothing, and where nothing
     is left.
     """
     scheme = online_scheme(str(request.quantization))
-    blocks, dialect = models.load(model).BLOCKS, models.dialect_of(model, checkpoint.tensors)
+    checkpoint, blocks = source.checkpoint, models.load(model).BLOCKS
+    names = {name: header.shape for name, header in checkpoint.tensors.items()}
+    dialect = find_dialect(source, model, names)
     ignored = request.quantization_ignored_layers
     hits: Counter[str] = Counter()
     schemes: dict[str, Scheme] = {}
