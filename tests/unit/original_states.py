@@ -368,3 +368,218 @@ transformer_blocks.*.ff.net.2 D
         + "".join(_LTX_ATTENTION.format(attn=attn) for attn in ("attn1", "attn2")),
     ),
 }
+
+
+_LUMINA_BLOCK = """
+{block}.*.attention.qkv Q w
+{block}.*.attention.out D w
+{block}.*.attention.q_norm 96 w
+{block}.*.attention.k_norm 96 w
+{block}.*.attention_norm1 D w
+{block}.*.attention_norm2 D w
+{block}.*.ffn_norm1 D w
+{block}.*.ffn_norm2 D w
+{block}.*.feed_forward.w1 9216 w
+{block}.*.feed_forward.w2 D w
+{block}.*.feed_forward.w3 9216 w
+"""
+_AURA_FLOW = """
+register_tokens 1 -
+positional_encoding 1 -
+init_x_linear D
+cond_seq_linear D w
+t_embedder.mlp.0 D
+t_embedder.mlp.2 D
+final_linear 16 w
+modF.1 2D w
+double_layers.*.modX.1 6D w
+double_layers.*.modC.1 6D w
+single_layers.*.modCX.1 6D w
+"""
+_MOCHI_SIDE = """
+blocks.*.attn.qkv_{side} 3D w
+blocks.*.attn.q_norm_{side} 128 w
+blocks.*.attn.k_norm_{side} 128 w
+"""
+_LTX_2_BRANCH = """
+{a}patchify_proj {D}
+{a}adaln_single.emb.timestep_embedder.linear_1 {D}
+{a}adaln_single.emb.timestep_embedder.linear_2 {D}
+{a}adaln_single.linear 6{D}
+{a}caption_projection.linear_1 {D}
+{a}caption_projection.linear_2 {D}
+{a}scale_shift_table 2 -
+{a}proj_out 128
+transformer_blocks.*.{a}scale_shift_table 6 -
+transformer_blocks.*.scale_shift_table_a2v_ca_{kind} 5 -
+transformer_blocks.*.{a}ff.net.0.proj 4{D}
+transformer_blocks.*.{a}ff.net.2 {D}
+"""
+_LTX_2_ATTENTION = """
+transformer_blocks.*.{attn}.to_q {D}
+transformer_blocks.*.{attn}.to_k {D}
+transformer_blocks.*.{attn}.to_v {D}
+transformer_blocks.*.{attn}.to_out.0 {out}
+transformer_blocks.*.{attn}.q_norm {D} w
+transformer_blocks.*.{attn}.k_norm {D} w
+"""
+_LTX_2_GATE = """
+av_ca_{gate}_adaln_single.emb.timestep_embedder.linear_1 {D}
+av_ca_{gate}_adaln_single.emb.timestep_embedder.linear_2 {D}
+av_ca_{gate}_adaln_single.linear {rows}
+"""
+
+MORE_SPACES = {
+    "Lumina2Transformer2DModel": Space(
+        {"num_layers": 2, "num_refiner_layers": 2},
+        {"D": 2304, "Q": 3840},
+        """
+x_embedder D
+t_embedder.mlp.0 1024
+t_embedder.mlp.2 1024
+cap_embedder.0 1024 w
+cap_embedder.1 D
+final_layer.linear 64
+final_layer.adaLN_modulation.1 D
+norm_final D w
+layers.*.adaLN_modulation.1 9216
+noise_refiner.*.adaLN_modulation.1 9216
+"""
+        + "".join(
+            _LUMINA_BLOCK.format(block=block)
+            for block in ("layers", "noise_refiner", "context_refiner")
+        ),
+        dropped=("norm_final.weight",),
+    ),
+    "AuraFlowTransformer2DModel": Space(
+        {"num_mmdit_layers": 2, "num_single_dit_layers": 2},
+        {"D": 3072},
+        _AURA_FLOW
+        + "".join(
+            f"{block}.*.{mlp}.c_fc1 8192 w\n{block}.*.{mlp}.c_fc2 8192 w\n{block}.*.{mlp}.c_proj D w\n"
+            for block, mlp in (
+                *(("double_layers", "mlpX"), ("double_layers", "mlpC")),
+                ("single_layers", "mlp"),
+            )
+        )
+        + "".join(
+            f"{block}.*.attn.w{number}{x} D w\n"
+            for block, number in (("double_layers", 1), ("double_layers", 2), ("single_layers", 1))
+            for x in "qkvo"
+        ),
+    ),
+    "SanaTransformer2DModel": Space(
+        {"num_layers": 2},
+        {"D": 2240},
+        """
+pos_embed 1 -
+x_embedder.proj D
+t_embedder.mlp.0 D
+t_embedder.mlp.2 D
+t_block.1 6D
+y_embedder.y_embedding 300 -
+y_embedder.y_proj.fc1 D
+y_embedder.y_proj.fc2 D
+attention_y_norm D w
+blocks.*.scale_shift_table 6 -
+blocks.*.attn.qkv 3D w
+blocks.*.attn.proj D
+blocks.*.cross_attn.q_linear D
+blocks.*.cross_attn.kv_linear 2D
+blocks.*.cross_attn.proj D
+blocks.*.mlp.inverted_conv.conv 5D
+blocks.*.mlp.depth_conv.conv 5D
+blocks.*.mlp.point_conv.conv D w
+final_layer.linear 32
+final_layer.scale_shift_table 2 -
+""",
+        dropped=("pos_embed", "y_embedder.y_embedding"),
+    ),
+    "Krea2Transformer2DModel": Space(
+        {"num_layers": 2},
+        {"D": 6144, "T": 2560},
+        """
+first D
+tmlp.0 D
+tmlp.2 D
+tproj.1 6D
+txtmlp.0 T s
+txtmlp.1 D
+txtmlp.3 D
+txtfusion.projector 1 w
+last.linear 64
+last.norm D s
+last.modulation.lin 2 -
+"""
+        + "".join(
+            f"{block}.*.attn.wq {D} w\n{block}.*.attn.wk {kv} w\n{block}.*.attn.wv {kv} w\n"
+            f"{block}.*.attn.wo {D} w\n{block}.*.attn.gate {D} w\n"
+            f"{block}.*.attn.qknorm.qnorm 128 s\n{block}.*.attn.qknorm.knorm 128 s\n"
+            f"{block}.*.mlp.gate {mlp} w\n{block}.*.mlp.up {mlp} w\n{block}.*.mlp.down {D} w\n"
+            f"{block}.*.prenorm {D} s\n{block}.*.postnorm {D} s\n"
+            for block, D, kv, mlp in (
+                ("blocks", "D", "1536", "16384"),
+                ("txtfusion.layerwise_blocks", "T", "T", "6912"),
+                ("txtfusion.refiner_blocks", "T", "T", "6912"),
+            )
+        )
+        + "blocks.*.mod.lin 36864 -\n",
+        shapes={f"blocks.{i}.mod.lin": (36864,) for i in range(2)},
+    ),
+    "MochiTransformer3DModel": Space(
+        {"num_layers": 48},
+        {"D": 3072, "T": 1536},
+        """
+pos_frequencies 3 -
+x_embedder.proj D
+t_embedder.mlp.0 D
+t_embedder.mlp.2 D
+t5_y_embedder.to_kv 8192
+t5_y_embedder.to_q 4096
+t5_y_embedder.to_out D
+t5_yproj T
+blocks.*.mod_x 4D
+blocks.*.mod_y 4T
+blocks.47.mod_y T
+blocks.*.attn.proj_x D
+blocks.*.attn.proj_y T
+blocks.*.mlp_x.w1 16384 w
+blocks.*.mlp_x.w2 D w
+blocks.*.mlp_y.w1 8192 w
+blocks.*.mlp_y.w2 T w
+final_layer.mod 2D
+final_layer.linear 48
+"""
+        + "".join(_MOCHI_SIDE.format(side=side) for side in "xy"),
+        blocks={
+            **dict.fromkeys(
+                ("blocks.*.mod_y", "blocks.*.attn.proj_y", "blocks.*.mlp_y"), range(47)
+            ),
+            "blocks.*": range(48),
+        },
+    ),
+    "LTX2VideoTransformer3DModel": Space(
+        {"num_layers": 2},
+        {"D": 4096, "A": 2048},
+        _LTX_2_BRANCH.format(a="", D="D", kind="video")
+        + _LTX_2_BRANCH.format(a="audio_", D="A", kind="audio")
+        + "".join(
+            _LTX_2_ATTENTION.format(attn=attn, D=D, out=out)
+            for attn, D, out in (
+                *(("attn1", "D", "D"), ("attn2", "D", "D")),
+                *(("audio_attn1", "A", "A"), ("audio_attn2", "A", "A")),
+                *(("audio_to_video_attn", "A", "D"), ("video_to_audio_attn", "A", "A")),
+            )
+        )
+        + "".join(
+            _LTX_2_GATE.format(gate=gate, D=D, rows=rows)
+            for gate, D, rows in (
+                ("video_scale_shift", "D", "4D"),
+                ("audio_scale_shift", "A", "4A"),
+                ("a2v_gate", "D", "D"),
+                ("v2a_gate", "A", "A"),
+            )
+        ),
+    ),
+}
+"""Models that are further from those of the matrix."""
