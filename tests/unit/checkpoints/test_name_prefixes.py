@@ -21,6 +21,7 @@ from quantmatrix.checkpoints.name_prefixes import (
     strip_prefix,
     strip_tensors,
 )
+from quantmatrix.cli.main import main
 from quantmatrix.errors import CheckpointError
 from quantmatrix.request import Request
 from quantmatrix.runtime.plan.inspect import inspect
@@ -137,7 +138,9 @@ def test_lists_may_have_the_prefix_or_not(prefixed: bool, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""])
-def test_a_whole_checkpoint_is_told_from_its_other_parts(prefix: str, tmp_path: Path) -> None:
+def test_a_whole_checkpoint_is_told_from_its_other_parts(
+    prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base, reference = FORMS["fp8, markers"]
     other = {
         "first_stage_model.decoder.conv_in.weight": torch.zeros(2, 2),
@@ -148,6 +151,10 @@ def test_a_whole_checkpoint_is_told_from_its_other_parts(prefix: str, tmp_path: 
     [note] = decide(base, path).warnings
     assert f"transformer{f' ({prefix}*)' if prefix else ''} are used" in note
     assert "1 of first_stage_model.*, 2 of text_encoders.* are left aside" in note
+    assert main(["inspect", path]) == 0
+    shown = capsys.readouterr().out
+    assert "left aside   2 tensors text_encoders.*" in shown
+    assert (f"diffusers after the prefix {prefix}\n" in shown) is bool(prefix)
     assert load(base, path)
 
 

@@ -52,10 +52,12 @@ def test_inspect_names_the_model(
     shown = capsys.readouterr().out
     if model in models.IDS:
         assert said["names_note"] is None
-        assert f"names        original ({model})\n" in shown
+        after = f" after the prefix {prefix}" if prefix else ""
+        assert f"names        original ({model}){after}\n" in shown
     else:
         assert "original names. It is none of the base models here" in said["names_note"]
-        assert f"names        original ({model}): These are" in shown
+        assert f"names        original ({model})" in shown
+        assert ": These are" in shown
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "unknown": unknown is not None,
         "files": list(checkpoint.files),
         "left_out": list(checkpoint.left_out),
+        "prefix": checkpoint.prefix,
+        "aside": dict(checkpoint.aside),
         "bytes": checkpoint.nbytes,
         "tensors": len(checkpoint.tensors),
         "bytes_per_dtype": dict(dtypes),

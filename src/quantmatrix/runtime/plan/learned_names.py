@@ -79,7 +79,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a converter sees in place of a tensor: runs of rows, and a shape."""
+    """What a converter sees in parameter of a tensor: runs of rows, and a shape."""
 
     runs: tuple[Run, ...]
     shape: Shape
@@ -142,10 +142,10 @@ class Rows:
                 raise LearningError(f"rows {key} of {describe(self)}")
             return self._cut(0, len(kept), tuple(kept), kept)[1 if start > 0 else 0]
         keys = key if isinstance(key, tuple) else (key,)
-        sizes = zip(keys, self.shape, strict=False)
-        if any(k != slice(None) and (k != 0 or size != 1) for k, size in sizes):
+        pairs = list(zip(keys, self.shape, strict=False))
+        if any(k != slice(None) and (k != 0 or size != 1) for k, size in pairs):
             raise LearningError(f"[{key}] of {describe(self)}")
-        left = [size for k, size in zip(keys, self.shape, strict=False) if k == slice(None)]
+        left = [size for k, size in pairs if k == slice(None)]
         return self.reshape(*left, *self.shape[len(keys) :])
 
     def reshape(self, *shape: Any) -> Rows:
@@ -218,9 +218,9 @@ def learn(
     except Exception as error:  # whatever a converter does with names that it was not made for
         raise LearningError(f"{type(error).__name__}: {error}") from error
     led: dict[str, dict[str, Rows]] = {}
-    for place, rows in converted.items():
+    for parameter, rows in converted.items():
         if isinstance(rows, Rows) and rows.runs[0].source:
-            led.setdefault(rows.runs[0].source, {})[place] = rows
+            led.setdefault(rows.runs[0].source, {})[parameter] = rows
     table = {name: name_targets(found, model) for name, found in led.items()}
     left = {name for name in state if state[name] == Rows((Run(name),), names.get(name, ()))}
     table |= {name: () for name in names if name not in table and name not in left}
@@ -235,36 +235,38 @@ def name_targets(found: Mapping[str, Rows], model: Mapping[str, Shape]) -> tuple
 
     Raises LearningError for what a `Target` cannot say.
     """
-    places = sorted(found, key=lambda place: found[place].runs[0].index)
+    parameters = sorted(found, key=lambda parameter: found[parameter].runs[0].index)
     whole = [
-        place for place in places if len(found[place].runs) > 1 or found[place].runs[0].count == 1
+        parameter
+        for parameter in parameters
+        if len(found[parameter].runs) > 1 or found[parameter].runs[0].count == 1
     ]
     if whole:
-        return tuple(name_whole(place, found[place]) for place in whole)
-    first = found[places[0]].runs[0]
-    if [found[place].runs[0].index for place in places] != list(range(first.count)):
+        return tuple(name_whole(parameter, found[parameter]) for parameter in whole)
+    first = found[parameters[0]].runs[0]
+    if [found[parameter].runs[0].index for parameter in parameters] != list(range(first.count)):
         raise LearningError(f"{first.source} is cut into pieces, of which some go nowhere or twice")
     sizes = [1] * first.count
     if first.sizes:
-        own = [model.get(place, ()) for place in places]
+        own = [model.get(parameter, ()) for parameter in parameters]
         sizes = [s[0] if s else max(1, size) for s, size in zip(own, first.sizes, strict=True)]
     unit, ends = math.gcd(*sizes), list(itertools.accumulate(sizes, initial=0))
     return tuple(
         Target(
-            place,
+            parameter,
             rows=(ends[index] // unit, ends[index + 1] // unit, ends[-1] // unit),
-            reshaped=found[place].reshaped,
+            reshaped=found[parameter].reshaped,
         )
-        for index, place in enumerate(places)
+        for index, parameter in enumerate(parameters)
     )
 
 
-def name_whole(place: str, rows: Rows) -> Target:
+def name_whole(parameter: str, rows: Rows) -> Target:
     """Where all rows of a tensor go together; LearningError for another order than of two halves."""
     run, order = rows.runs[0], [r.index for r in rows.runs]
     same = {replace(r, index=0) for r in rows.runs} == {replace(run, index=0)}
     if not same or sorted(order) != list(range(run.count)):
-        raise LearningError(f"{place} is made of several tensors, or of a part of {run.source}")
+        raise LearningError(f"{parameter} is made of several tensors, or of a part of {run.source}")
     if order != sorted(order) and (order != [1, 0] or run.sizes):
-        raise LearningError(f"{place} has the rows of {run.source} in another order")
-    return Target(place, swap_halves=order != sorted(order), reshaped=rows.reshaped)
+        raise LearningError(f"{parameter} has the rows of {run.source} in another order")
+    return Target(parameter, swap_halves=order != sorted(order), reshaped=rows.reshaped)

@@ -138,7 +138,7 @@ def test_quantized(model: str, family: str, scheme: str, tmp_path: Path) -> None
         name.removesuffix(".weight"): kind
         for name, tensor in packed.items()
         if name.endswith(".weight") and tensor.ndim == 2 and not tensor.shape[1] % 128
-        and dialect.table[name][0].module.split(".")[0] in blocks
+        and (dialect.table[name][0].module.split(".")[0] in blocks or dialect.table[name][0].swap_halves)
     }  # fmt: skip
     assert any(len(dialect.layer_targets(layer)) > 1 for layer in chosen) or model == "wan-2-2"
     stored, expected = dict(packed), dict(packed)
@@ -160,6 +160,31 @@ def test_quantized(model: str, family: str, scheme: str, tmp_path: Path) -> None
     assert [
         name for name in got if not torch.equal(got[name], wanted[name].to(got[name].dtype))
     ] == []
+
+
+@pytest.mark.parametrize("model", ["flux-1", "z-image"])
+def test_quantized_while_loading(model: str, tmp_path: Path) -> None:
+    """Layers are chosen by the modules that they lead to, and every fused one serves several."""
+    plain = read_base(model)
+    path = write(tmp_path / "w.safetensors", pack(learn_names(model, plain), plain))
+    planned = plan(
+        Request(
+            model_path=str(find_base(model)),
+            weights_paths={"transformer": path},
+            quantization="fp8",
+            device="cpu",
+        )
+    )
+    assert isinstance(planned, Plan)
+    part = planned.components["transformer"]
+    inside = {
+        name.removesuffix(".weight")
+        for name, tensor in plain.items()
+        if name.endswith(".weight") and tensor.ndim == 2
+        if name.split(".")[0] in models.load(model).BLOCKS
+    }
+    assert set(part.layers) == inside
+    assert len({piece.layer for piece in part.pieces()}) < len(inside)
 
 
 def test_what_diffusers_leaves_out_is_ignored_by_name(tmp_path: Path) -> None:
