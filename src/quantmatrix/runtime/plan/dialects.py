@@ -82,11 +82,11 @@ def choose_dialect(
         return find_dialect(source, model, names)
     found = [d for d in models.load(model).DIALECTS if d.name == own]
     if not found:
-        names = {name: models.load(name) for name in models.IDS}
-        known = [m.NAME for m in names.values() if any(d.name == own for d in m.DIALECTS)]
+        modules = {name: models.load(name) for name in models.IDS}
+        known = [m.NAME for m in modules.values() if any(d.name == own for d in m.DIALECTS)]
         raise CheckpointError(
             f"{checkpoint.reference}: {family} files are known of {', '.join(known)} only, not of "
-            f"{names[model].NAME}: how its layers would be packed in one is not defined. Name a "
+            f"{modules[model].NAME}: how its layers would be packed in one is not defined. Name a "
             "checkpoint of another family, or the base model that this one belongs to"
         )
     check_packing(checkpoint, schemes, found[0], family)
