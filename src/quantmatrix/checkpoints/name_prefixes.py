@@ -8,10 +8,10 @@
 | `_orig_mod.` | `torch.compile` |
 | `base_model.model.` | peft |
 
-A prefix is taken off where all tensors of the transformer have it, as often as one is there. What
-config.json, headers and descriptions say by layer may be written with or without it. A whole
-checkpoint holds the VAE and the text encoders, too: they are left aside by their own prefixes,
-which a warning names.
+A prefix is taken off where all tensors of the transformer have it, as often as one is there; a
+marker of the whole file (`scaled_fp8`) may stand without it. What config.json, headers and
+descriptions say by layer may be written with or without it. A whole checkpoint holds the VAE and
+the text encoders, too: they are left aside by their own prefixes, which a warning names.
 """
 
 from __future__ import annotations
@@ -38,12 +38,20 @@ OTHER_PARTS = (
     "cond_stage_model.",
     "conditioner.",
     "vae.",
+    "audio_vae.",
+    "vocoder.",
     "text_encoders.",
     "text_encoder.",
     "text_encoder_2.",
     "text_encoder_3.",
+    "text_encoder_4.",
+    "text_embedding_projection.",
+    "image_encoder.",
+    "model_ema.",
 )
 """Prefixes of what a whole checkpoint holds beside the transformer."""
+MARKERS = ("scaled_fp8",)
+"""Names of tensors that speak of the whole file, and may lack its prefix."""
 LISTS = ("layers", "quantized_layers")
 """Keys of a quantization block that hold an object with an entry per layer."""
 NAMES = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules")
@@ -63,12 +71,12 @@ def strip_tensors(
 ) -> tuple[dict[str, TensorHeader], str, dict[str, int]]:
     """(tensors by their names in the transformer, the prefix taken off, tensors left aside by part).
 
-    Names stay as they are unless every one has the same prefix, other parts of a whole checkpoint
-    not counted; without a prefix nothing tells those parts from the transformer.
+    Names stay as they are unless every one has the same prefix, markers and other parts of a whole
+    checkpoint not counted. A file of such parts alone stays as it is.
     """
     own = {n: header for n, header in tensors.items() if not n.startswith(OTHER_PARTS)}
-    prefix = find_prefix(own)
-    if not prefix:
+    prefix = find_prefix([name for name in own if name not in MARKERS])
+    if not own or (not prefix and len(own) == len(tensors)):
         return dict(tensors), "", {}
     aside: dict[str, int] = {}
     for name in tensors.keys() - own.keys():

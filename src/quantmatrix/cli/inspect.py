@@ -49,10 +49,13 @@ def run_inspect(arguments: argparse.Namespace, rest: list[str]) -> int:
             say(f"  file         {file}")
         for file in part["left_out"]:
             say(f"  left out     {file} (a LoRA, which adds to a model)")
+        for start, count in part["aside"].items():
+            say(f"  left aside   {count} tensors {start}* (another part of a whole checkpoint)")
         say(f"  size         {part['bytes'] / 2**20:,.1f} MiB in {part['tensors']} tensors")
         say(f"  declared in  {part['quantization_from'] or part['description_file'] or '-'}")
         note = f": {part['names_note']}" if part["names_note"] else ""
-        say(f"  names        {', '.join(part['names'])}{note}")
+        prefix = f" after the prefix {part['prefix']}" if part["prefix"] else ""
+        say(f"  names        {', '.join(part['names'])}{prefix}{note}")
         say(f"  schemes      {backends_text(part['schemes'])}")
         for layout, count in part["layouts"].items():
             say(f"  layout       {count} layers: {layout}")

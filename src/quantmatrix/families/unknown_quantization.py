@@ -12,7 +12,7 @@ that nothing declares. A format is recognised by any of these:
 | the dtype of a tensor | F8_E5M2 |
 
 Sources: files of torchao 0.18, optimum-quanto 0.2.7 and SDNQ 0.2.8; bitsandbytes and AutoRound as
-diffusers loads them, comfy-kitchen's and compressed-tensors' names.
+diffusers loads them, comfy-kitchen's and compressed-tensors' names; the pages of mflux and ExLlama.
 """
 
 from __future__ import annotations
@@ -129,6 +129,26 @@ FORMATS = (
         names=("hqq",),
         layers=_sets("W_q"),
     ),
+    Format(
+        "MLX (Apple's, mflux's too)",
+        _decode("mlx", "mlx.core.dequantize gives each layer's"),
+        names=("mlx",),
+        header=r"^(mflux_version|quantization_level): ",
+        layers=_sets("weight scales biases"),
+        codes=("U32",),
+    ),
+    Format(
+        "EXL2 or EXL3",
+        f"{FULL}: this packing is for a language model's kernels",
+        names=("exl2", "exl3"),
+        layers=_sets("q_weight q_scale", "trellis suh svh"),
+    ),
+    Format(
+        "Quark (AMD's)",
+        _decode("quark", "its ModelImporter, then save_pretrained()"),
+        names=("quark",),
+    ),
+    Format("FBGEMM's FP8", _decode("fbgemm-gpu", DIFFUSERS), names=("fbgemm_fp8",)),
     Format("GGUF", GGUF_ITSELF, (MAGIC.decode().lower(),)),
     Format(
         "compressed-tensors",

@@ -107,7 +107,7 @@ def measure_piece(
     if part.online:
         tensors = family.quantize(tensors["weight"], piece.scheme)
     canonical = family.canonical(tensors, piece.scheme)
-    rows = select_rows(piece.target, piece.out_features * piece.target.part[1])
+    rows = select_rows(piece.target, piece.target.count_stored(piece.out_features))
     if rows is not None:
         canonical = kernels.take_rows(piece.scheme, canonical, rows)
     decoded = kernels.decode(piece.scheme, canonical)[0]

@@ -16,8 +16,8 @@ class Target:
     """A diffusers module that takes a layer on disk, or a part of it."""
 
     module: str
-    part: tuple[int, int] = (0, 1)
-    """(index, count): which of `count` equal runs of rows of the layer on disk."""
+    rows: tuple[int, int, int] = (0, 1, 1)
+    """(start, stop, of): which `of`-ths of the rows of the layer on disk this module takes."""
     columns: tuple[int, int, int] = (0, 1, 1)
     """(start, stop, of): which `of`-ths of the module's input columns this layer serves."""
     swap_halves: bool = False
@@ -28,6 +28,19 @@ class Target:
     """Chunks (of `interleave`) in whose bias a 1 was folded."""
     unsigned: bool = False
     """The layer's input follows a GELU: an int4 SVDQuant file codes it without a sign."""
+    reshaped: bool = False
+    """A plain tensor: the same numbers in the same order, in another shape than the model's."""
+
+    def count_stored(self, taken: int) -> int:
+        """Rows of the layer on disk of which the module takes so many."""
+        start, stop, of = self.rows
+        return taken * of // (stop - start)
+
+
+def cut_rows(*modules: str) -> tuple[Target, ...]:
+    """Targets of a layer on disk that holds the rows of several modules, equally many of each."""
+    count = len(modules)
+    return tuple(Target(module, rows=(i, i + 1, count)) for i, module in enumerate(modules))
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,10 @@ class Dialect:
         """Targets of a whole tensor name, when a tensor rule covers it (module = tensor name)."""
         found = _apply(self.tensors, name)
         return None if found == (Target(name),) else found
+
+    def dropped(self) -> dict[str, str]:
+        """Tensors on disk that are no part of the model here, each with the reason."""
+        return {}
 
 
 def _apply(rules: tuple[Rule, ...], name: str) -> tuple[Target, ...]:

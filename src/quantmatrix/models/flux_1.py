@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.models import Defaults, refuse_flags
-from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target
+from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target, cut_rows
 from quantmatrix.models.forward import Step
 from quantmatrix.models.stand_in import IMAGE_VAE, Part, StandIn
 
@@ -32,10 +32,6 @@ _DOUBLE = "transformer_blocks.{i}"
 _SINGLE = "single_transformer_blocks.{i}"
 
 
-def _thirds(*modules: str) -> tuple[Target, ...]:
-    return tuple(Target(module, part=(index, 3)) for index, module in enumerate(modules))
-
-
 def _modulation(module: str, chunks: int) -> tuple[Target, ...]:
     plus_one = (1, 4) if chunks == 6 else (1,)
     return (Target(module, interleave=chunks, plus_one=plus_one),)
@@ -45,10 +41,10 @@ NUNCHAKU = Dialect(
     name="nunchaku",
     marker=r"\.(qkv_proj|mlp_fc1)\.(qweight|wscales)$",
     layers=(
-        Rule(f"{_DOUBLE}.qkv_proj", _thirds(*(f"{_DOUBLE}.attn.to_{x}" for x in "qkv"))),
+        Rule(f"{_DOUBLE}.qkv_proj", cut_rows(*(f"{_DOUBLE}.attn.to_{x}" for x in "qkv"))),
         Rule(
             f"{_DOUBLE}.qkv_proj_context",
-            _thirds(*(f"{_DOUBLE}.attn.add_{x}_proj" for x in "qkv")),
+            cut_rows(*(f"{_DOUBLE}.attn.add_{x}_proj" for x in "qkv")),
         ),
         Rule(f"{_DOUBLE}.out_proj", (Target(f"{_DOUBLE}.attn.to_out.0"),)),
         Rule(f"{_DOUBLE}.out_proj_context", (Target(f"{_DOUBLE}.attn.to_add_out"),)),
@@ -62,7 +58,7 @@ NUNCHAKU = Dialect(
             Rule(f"{_DOUBLE}.{norm}", (Target(f"{_DOUBLE}.attn.{norm}"),))
             for norm in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
         ),
-        Rule(f"{_SINGLE}.qkv_proj", _thirds(*(f"{_SINGLE}.attn.to_{x}" for x in "qkv"))),
+        Rule(f"{_SINGLE}.qkv_proj", cut_rows(*(f"{_SINGLE}.attn.to_{x}" for x in "qkv"))),
         Rule(f"{_SINGLE}.mlp_fc1", (Target(f"{_SINGLE}.proj_mlp"),)),
         Rule(f"{_SINGLE}.out_proj", (Target(f"{_SINGLE}.proj_out", columns=(0, 1, 5)),)),
         Rule(

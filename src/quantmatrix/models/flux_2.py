@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.models import Defaults, refuse_flags
-from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target
+from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target, cut_rows
 from quantmatrix.models.forward import Step
 from quantmatrix.models.stand_in import IMAGE_VAE, Part, Ramp, StandIn
 
@@ -37,7 +37,7 @@ def _rename(source: str, module: str) -> Rule:
 
 
 def _packed(source: str, *modules: str) -> Rule:
-    return Rule(source, tuple(Target(m, part=(index, 3)) for index, m in enumerate(modules)))
+    return Rule(source, cut_rows(*modules))
 
 
 _EMBEDDERS = "time_guidance_embed"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.models import Defaults, refuse_flags
-from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target
+from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target, cut_rows
 from quantmatrix.models.forward import Step
 from quantmatrix.models.stand_in import VIDEO_VAE, Part, StandIn
 
@@ -30,17 +30,13 @@ TINY_DEFAULTS = Defaults(height=64, width=64, steps=4, guidance=4.0, negative_pr
 _BLOCK = "transformer_blocks.{i}"
 
 
-def _thirds(*modules: str) -> tuple[Target, ...]:
-    return tuple(Target(module, part=(index, 3)) for index, module in enumerate(modules))
-
-
 NUNCHAKU = Dialect(
     name="nunchaku",
     marker=r"\.attn\.to_qkv\.(qweight|wscales)$",
     layers=(
-        Rule(f"{_BLOCK}.attn.to_qkv", _thirds(*(f"{_BLOCK}.attn.to_{x}" for x in "qkv"))),
+        Rule(f"{_BLOCK}.attn.to_qkv", cut_rows(*(f"{_BLOCK}.attn.to_{x}" for x in "qkv"))),
         Rule(
-            f"{_BLOCK}.attn.add_qkv_proj", _thirds(*(f"{_BLOCK}.attn.add_{x}_proj" for x in "qkv"))
+            f"{_BLOCK}.attn.add_qkv_proj", cut_rows(*(f"{_BLOCK}.attn.add_{x}_proj" for x in "qkv"))
         ),
         *(
             Rule(

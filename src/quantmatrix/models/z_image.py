@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.models import Defaults, refuse_flags
-from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target
+from quantmatrix.models.dialect import DIFFUSERS, Dialect, Rule, Target, cut_rows
 from quantmatrix.models.forward import Step
 from quantmatrix.models.stand_in import IMAGE_VAE, Part, StandIn
 
@@ -32,13 +32,8 @@ TINY_DEFAULTS = Defaults(height=64, width=64, steps=4, guidance=4.0)
 
 def _fused(block: str) -> tuple[Rule, ...]:
     stem = f"{block}.{{i}}"
-    qkv = tuple(
-        Target(f"{stem}.attention.to_{x}", part=(index, 3)) for index, x in enumerate("qkv")
-    )
-    gate = (
-        Target(f"{stem}.feed_forward.w3", part=(0, 2)),
-        Target(f"{stem}.feed_forward.w1", part=(1, 2)),
-    )
+    qkv = cut_rows(*(f"{stem}.attention.to_{x}" for x in "qkv"))
+    gate = cut_rows(f"{stem}.feed_forward.w3", f"{stem}.feed_forward.w1")
     return (
         Rule(f"{stem}.attention.to_qkv", qkv, quantized_only=True),
         Rule(f"{stem}.feed_forward.net.0.proj", gate),

@@ -136,16 +136,17 @@ def build_piece(
 def read_plain(component: ComponentPlan, plain: PlainTensor, reader: TensorReader) -> torch.Tensor:
     """The rows of a plain tensor that its parameter takes, as they are stored.
 
-    They are [rows, ...] of any float dtype; codes that are the numbers become float32. The numbers
-    are looked at once: with the first of the parts that the tensor is cut into. Raises
-    CheckpointError for codes and for numbers that are not finite.
+    They are of any float dtype and in the parameter's shape; codes that are the numbers become
+    float32. The numbers are looked at once: with the first of the parts that the tensor is cut into.
+    Raises CheckpointError for codes and for numbers that are not finite.
     """
     stored = decode_plain(component.checkpoint.tensors[plain.name], reader.read(plain.name))
     tensor = widen(component, plain.name, stored)
-    if plain.target.part[0] == 0:
+    if plain.target.rows[0] == 0:
         check_plain(component.checkpoint, plain.name, plain.parameter, tensor)
     rows = select_rows(plain.target, tensor.shape[0] if tensor.ndim else 0)
-    return tensor if rows is None else tensor[rows]
+    tensor = tensor if rows is None else tensor[rows]
+    return tensor.reshape(plain.shape) if plain.target.reshaped else tensor
 
 
 def decode_plain(header: TensorHeader, stored: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,7 @@ def take_part(
     Shapes and dtypes are those of the op's table, before with [out, ...], after with [rows, ...].
     Raises CheckpointError where the rows part blocks that share a scale.
     """
-    rows = select_rows(piece.target, piece.out_features * piece.target.part[1])
+    rows = select_rows(piece.target, piece.target.count_stored(piece.out_features))
     if rows is None:
         return tensors
     try:

@@ -119,7 +119,7 @@ def quantize_layers(
             scheme,
             bias=packed.get(f"{layer}.bias"),
             calibration=find_range(ranges, layer, dialect),
-            parts=dialect.layer_targets(layer)[0].part[1],
+            parts=dialect.layer_targets(layer)[0].rows[2],
         )
         tensors |= {f"{layer}.{suffix}": tensor for suffix, tensor in quantized.items()}
     return tensors, family.declare(chosen, kept, sorted(tensors))

@@ -13,7 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quantmatrix.api import load_transformer, plan
-from quantmatrix.checkpoints.name_prefixes import PREFIXES, find_prefix, strip_block, strip_prefix
+from quantmatrix.checkpoints.header import TensorHeader
+from quantmatrix.checkpoints.name_prefixes import (
+    PREFIXES,
+    find_prefix,
+    strip_block,
+    strip_prefix,
+    strip_tensors,
+)
+from quantmatrix.cli.main import main
 from quantmatrix.errors import CheckpointError
 from quantmatrix.request import Request
 from quantmatrix.runtime.plan.inspect import inspect
@@ -129,17 +137,24 @@ def test_lists_may_have_the_prefix_or_not(prefixed: bool, tmp_path: Path) -> Non
     assert decide(base, str(path)).components["transformer"].layers == expected
 
 
-def test_a_whole_checkpoint_is_told_from_its_other_parts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""])
+def test_a_whole_checkpoint_is_told_from_its_other_parts(
+    prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base, reference = FORMS["fp8, markers"]
     other = {
         "first_stage_model.decoder.conv_in.weight": torch.zeros(2, 2),
         "text_encoders.t5.encoder.weight": torch.zeros(3),
         "text_encoders.t5.encoder.bias": torch.zeros(3),
     }
-    path = copy(find(reference), tmp_path, lambda n: f"model.diffusion_model.{n}", other)
+    path = copy(find(reference), tmp_path, lambda n: prefix + n, other)
     [note] = decide(base, path).warnings
-    assert "model.diffusion_model.*) are used" in note
+    assert f"transformer{f' ({prefix}*)' if prefix else ''} are used" in note
     assert "1 of first_stage_model.*, 2 of text_encoders.* are left aside" in note
+    assert main(["inspect", path]) == 0
+    shown = capsys.readouterr().out
+    assert "left aside   2 tensors text_encoders.*" in shown
+    assert (f"diffusers after the prefix {prefix}\n" in shown) is bool(prefix)
     assert load(base, path)
 
 
@@ -157,6 +172,29 @@ def test_what_is_not_taken_off_is_named(rename: Rename, message: str, tmp_path: 
     path = copy(find(FLUX), tmp_path, rename)
     with pytest.raises(CheckpointError, match=message):
         decide(FLUX, path)
+
+
+def header(name: str) -> TensorHeader:
+    return TensorHeader(name, "BF16", (2,), "w.safetensors")
+
+
+def strip(*names: str) -> tuple[list[str], str, dict[str, int]]:
+    tensors, prefix, aside = strip_tensors({name: header(name) for name in names})
+    assert all(tensors[name].name == name for name in tensors)
+    return sorted(tensors), prefix, aside
+
+
+def test_markers_may_lack_the_prefix() -> None:
+    names = ("model.diffusion_model.a.weight", "scaled_fp8")
+    assert strip(*names) == (["a.weight", "scaled_fp8"], "model.diffusion_model.", {})
+    assert strip("a.weight", "scaled_fp8") == (["a.weight", "scaled_fp8"], "", {})
+    assert strip("model.a.weight", "other") == (["model.a.weight", "other"], "", {})
+
+
+def test_a_file_of_other_parts_alone_stays() -> None:
+    names = ("text_encoder.a.weight", "vae.b.weight")
+    assert strip(*names) == (list(names), "", {})
+    assert strip(*names, "a.weight") == (["a.weight"], "", {"text_encoder.": 1, "vae.": 1})
 
 
 def test_prefixes_of_names() -> None:

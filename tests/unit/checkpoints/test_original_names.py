@@ -1,15 +1,16 @@
-"""Files in the first names of a model: distinguished, and refused with what can be done."""
+"""Files in the first names of a model: known by them, and refused for another model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from original_states import SPACES
 from weight_files import write_weights
 
 from quantmatrix import models
 from quantmatrix.api import plan
-from quantmatrix.checkpoints.original_names import explain_original, find_original
+from quantmatrix.checkpoints.original_names import explain_original, find_original, is_original
 from quantmatrix.cli.main import main
 from quantmatrix.errors import CheckpointError
 from quantmatrix.runtime.plan.inspect import inspect
@@ -23,18 +24,18 @@ FLUX_1 = (
     f"{SINGLE}.modulation.lin.weight",
     "vector_in.in_layer.weight",
 )
-SPACES = {
+NAMES = {
     "flux-1": [(*SHARED, name) for name in FLUX_1],
     "chroma": [(*SHARED, "distilled_guidance_layer.in_proj.weight")],
     "hunyuan-video": [(f"{DOUBLE}.img_attn_qkv.weight", f"{DOUBLE}.img_mod.linear.weight")],
     "z-image": [("layers.0.attention.qkv.weight",), ("context_refiner.1.attention.qkv.weight",)],
 }
-"""Names of each space of which no dialect reads any."""
+"""Some names of each space."""
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize(
-    ("model", "names"), [(model, names) for model, sets in SPACES.items() for names in sets]
+    ("model", "names"), [(model, names) for model, sets in NAMES.items() for names in sets]
 )
 def test_inspect_names_the_model(
     tmp_path: Path,
@@ -47,16 +48,23 @@ def test_inspect_names_the_model(
     write_weights(path, {prefix + name: ("BF16", (4, 8)) for name in names})
     said = inspect(str(path))["components"]["transformer"]
     assert said["names"] == [f"original ({model})"]
-    assert "original names, which are not read here" in said["names_note"]
     assert main(["inspect", str(path)]) == 0
-    assert f"names        original ({model}): These are" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    if model in models.IDS:
+        assert said["names_note"] is None
+        after = f" after the prefix {prefix}" if prefix else ""
+        assert f"names        original ({model}){after}\n" in shown
+    else:
+        assert "original names. It is none of the base models here" in said["names_note"]
+        assert f"names        original ({model})" in shown
+        assert ": These are" in shown
 
 
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
         (SHARED, ["bfl (flux-2)"]),
-        (("double_stream_modulation_img.lin.weight",), ["diffusers"]),
+        (("double_stream_modulation_img.lin.weight",), ["original (flux-2)"]),
         ((*SHARED, "double_stream_modulation_img.lin.weight"), ["bfl (flux-2)"]),
         (("blocks.0.self_attn.q.weight",), ["wan-original (wan-2-2)"]),
         (("transformer_blocks.0.attn.to_q.weight",), ["diffusers"]),
@@ -72,10 +80,11 @@ def test_names_that_a_dialect_reads_have_no_note(
 
 
 @pytest.mark.parametrize("model", models.IDS)
-def test_no_dialect_of_a_model_is_taken_for_one_that_is_not_read(model: str) -> None:
+def test_no_dialect_of_a_model_is_taken_for_another_models_names(model: str) -> None:
     for dialect in models.load(model).DIALECTS:
         rules = (*dialect.layers, *dialect.tensors)
-        assert find_original(f"{rule.source.replace('{i}', '0')}.weight" for rule in rules) is None
+        found = find_original(f"{rule.source.replace('{i}', '0')}.weight" for rule in rules)
+        assert found is None or found.model == model
     reference, folder = models.load(model).REPO, hub.default_folder()
     hub.ensure(reference, folder)
     for part in inspect(str(hub.find_snapshot(reference, folder)))["components"].values():
@@ -83,7 +92,7 @@ def test_no_dialect_of_a_model_is_taken_for_one_that_is_not_read(model: str) -> 
         assert part["names_note"] is None
 
 
-@pytest.mark.parametrize("base", ["flux-1", "flux-2"])
+@pytest.mark.parametrize("base", ["flux-2", "z-image"])
 @pytest.mark.parametrize("coded", [False, True])
 def test_a_plan_says_whose_names_they_are(tmp_path: Path, base: str, coded: bool) -> None:
     names = dict.fromkeys((*SHARED, *FLUX_1), ("BF16", (8, 8)))
@@ -104,9 +113,20 @@ def test_a_plan_says_whose_names_they_are(tmp_path: Path, base: str, coded: bool
         )
     text = str(caught.value)
     assert "These are FLUX.1's original names" in text
-    assert "FluxTransformer2DModel.from_single_file" in text
+    assert "the file belongs to a FluxTransformer2DModel" in text
     assert "another model" not in text
 
 
 def test_names_of_nobody_have_no_explanation() -> None:
     assert explain_original(["proj_out.weight"]) is None
+    assert explain_original(FLUX_1, "FluxTransformer2DModel") is None
+    assert is_original(FLUX_1, "FluxTransformer2DModel")
+    assert not is_original(FLUX_1, "Flux2Transformer2DModel")
+    assert not is_original(["proj_out.weight"], "FluxTransformer2DModel")
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_every_space_is_known_by_its_names(space: str) -> None:
+    found = find_original(SPACES[space].shapes_by_name())
+    assert found is not None
+    assert found.transformer == space.split()[0].replace("WanVACE", "Wan")

@@ -72,6 +72,14 @@ FILES: dict[str, tuple[str, Tensors, Mapping[str, str]]] = {
     "gptq": ("GPTQ", {**PACKED, "g_idx": ("I32", (64,))}, {}),
     "awq": ("AWQ", PACKED, {}),
     "hqq": ("HQQ", {"W_q": ("U8", (16, 64)), "scale": SCALE, "zero": SCALE}, {}),
+    "mlx": (
+        "MLX",
+        {"weight": ("U32", (32, 8)), "scales": ("BF16", (32, 1)), "biases": ("BF16", (32, 1))},
+        {},
+    ),
+    "mflux, told by the header": ("MLX", {"weight": ("U32", (32, 8))}, {"mflux_version": "0.9"}),
+    "exl2": ("EXL2", {"q_weight": ("I32", (8, 32)), "q_scale": ("I32", (1, 4))}, {}),
+    "exl3": ("EXL3", dict.fromkeys(("trellis", "suh", "svh"), ("I16", (4, 4))), {}),
     "nvfp4-pack": (
         "compressed-tensors",
         {
@@ -107,6 +115,8 @@ DECLARED: dict[str, tuple[dict[str, Any], str]] = {
     "awq": ({"quant_method": "awq", "bits": 4}, "AWQ"),
     "gptq": ({"quant_method": "gptq", "bits": 4}, "GPTQ"),
     "gguf": ({"quant_method": "gguf"}, "GGUF"),
+    "quark": ({"quant_method": "quark"}, "Quark"),
+    "fbgemm": ({"quant_method": "fbgemm_fp8"}, "FBGEMM"),
     "compressed int8": (
         {"quant_method": "compressed-tensors", "format": "int-quantized"},
         "int-quantized",

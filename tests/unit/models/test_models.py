@@ -170,13 +170,13 @@ def test_the_raw_files_of_flux_2_have_299_plain_tensors() -> None:
 @pytest.mark.parametrize("model", ["flux-1", "qwen-image", "z-image"])
 def test_every_layer_name_leads_to_modules_and_none_is_left(model: str, size: str) -> None:
     rules = models.load(model).DIALECTS[1]
-    shares: dict[str, list[tuple[tuple[int, int], tuple[int, int, int]]]] = {}
+    shares: dict[str, list[tuple[tuple[int, int, int], tuple[int, int, int]]]] = {}
     for layer in list_foreign(model, size):
         targets = rules.layer_targets(layer)
-        parts = [target.part for target in targets]
-        assert parts == [(i, len(targets)) for i in range(len(targets))], layer
+        parts = [target.rows for target in targets]
+        assert parts == [(i, i + 1, len(targets)) for i in range(len(targets))], layer
         for target in targets:
-            shares.setdefault(target.module, []).append((target.part, target.columns))
+            shares.setdefault(target.module, []).append((target.rows, target.columns))
     made = build(model, size)
     assert set(shares) == {
         n if n.endswith("_token") else n.rpartition(".")[0] for n in made.state_dict()

@@ -36,6 +36,7 @@ from quantmatrix.runtime.plan.placement import (
     Site,
     count_plain_linears,
     ignored_names,
+    list_names,
     place,
     sort_layers,
 )
@@ -141,7 +142,9 @@ def plan_component(
     base = Base() if online or family is None else find_base(name, settled, model, request)
     warnings += list_unproved(base, layout)
     warnings += list_doubts(checkpoint, None if online else family, schemes)
-    dialect = choose_dialect(checkpoint, model, family, schemes)
+    shapes = measure_model(source.class_name, source.config, source.config_from)
+    names = list_names(checkpoint, schemes, family, online=online)
+    dialect = choose_dialect(settled, model, family, schemes, names)
     parts, plain = sort_layers(checkpoint, schemes, dialect, family, online=online)
     total = len(parts) + count_plain_linears(checkpoint, plain, dialect)
     if not total:
@@ -150,7 +153,6 @@ def plan_component(
             f"{', '.join(sorted(checkpoint.tensors)[:4]) or 'none'}; expected the weights of "
             f"{name}, a {source.class_name}"
         )
-    shapes = measure_model(source.class_name, source.config, source.config_from)
     numbers = families.load(family).plain_codes(schemes.values()) if family else ()
     site = Site(
         checkpoint, dialect, shapes, source.class_name, source.config_from, family, online, numbers
@@ -171,7 +173,7 @@ def plan_component(
         layers=layers,
         plain=placed,
         numbers=numbers,
-        ignored=ignored_names(checkpoint, family),
+        ignored=ignored_names(checkpoint, family, dialect),
         total_layers=total,
         model=model,
         layout=layout,
@@ -187,10 +189,10 @@ def list_doubts(
     found = families.load(family).doubts(checkpoint, schemes) if family else []
     if checkpoint.aside:
         parts = ", ".join(f"{count} of {part}*" for part, count in checkpoint.aside.items())
+        own = f" ({checkpoint.prefix}*)" if checkpoint.prefix else ""
         found.append(
-            f"{checkpoint.reference} is a whole checkpoint: of its tensors those of the transformer "
-            f"({checkpoint.prefix}*) are used, {parts} are left aside; the base model's own "
-            "components replace them"
+            f"{checkpoint.reference} is a whole checkpoint: of its tensors those of the transformer"
+            f"{own} are used, {parts} are left aside; the base model's own components replace them"
         )
     return found
 

@@ -1,6 +1,7 @@
 """Dialects: in whose names, and in whose layout, a checkpoint is written.
 
-`quantmatrix.models` has the dialects of each model. A family whose files have a layout of their own
+`quantmatrix.models` has the dialects of each model; its original names are learned from diffusers
+where no dialect reads them (`learned_names`). A family whose files have a layout of their own
 names it; what a layer of such a file stands for is not known of one that is stored in another way.
 """
 
@@ -10,14 +11,19 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from quantmatrix import families, models
+from quantmatrix.checkpoints.original_names import is_original
 from quantmatrix.errors import CheckpointError
 from quantmatrix.kernels.svdq_arithmetic import SHIFT
-from quantmatrix.models.dialect import Dialect, Target, find_sources
+from quantmatrix.models.dialect import DIFFUSERS, Dialect, Target, find_sources
+from quantmatrix.quoting import quote
+from quantmatrix.runtime.empty_model import measure_model
+from quantmatrix.runtime.plan.learned_names import LearningError, learn
 from quantmatrix.scheme import Scheme, measure_features
 
 if TYPE_CHECKING:
     from quantmatrix.checkpoints.checkpoint import Checkpoint
     from quantmatrix.checkpoints.header import TensorHeader
+    from quantmatrix.runtime.plan.sources import Source
 
 
 def find_code(checkpoint: Checkpoint, layer: str, family: str) -> TensorHeader:
@@ -32,8 +38,36 @@ def find_code(checkpoint: Checkpoint, layer: str, family: str) -> TensorHeader:
     return code
 
 
+def find_dialect(source: Source, model: str, names: Mapping[str, tuple[int, ...]]) -> Dialect:
+    """The dialect that names on disk are of: one of the model's, its original one, or diffusers'.
+
+    `names` are those of `placement.list_names`, with their shapes. Raises CheckpointError for
+    original names of this model that diffusers' converter does not convert.
+    """
+    checkpoint = source.checkpoint
+    known = models.dialect_of(model, checkpoint.tensors)
+    shapes = measure_model(source.class_name, source.config, source.config_from).tensors
+    if known is not DIFFUSERS or all(name in shapes for name in names):
+        return known
+    try:
+        learned = learn(source.class_name, source.config, names, shapes)
+    except LearningError as error:
+        if not is_original(checkpoint.tensors, source.class_name):
+            return known
+        raise CheckpointError(
+            f"{checkpoint.reference}: these are original names of a {source.class_name}, which "
+            f"diffusers' converter cannot take apart ({quote(str(error))}): the file is incomplete, "
+            "or its names are of another release; name one in diffusers' names"
+        ) from error
+    return learned or known
+
+
 def choose_dialect(
-    checkpoint: Checkpoint, model: str, family: str | None, schemes: Mapping[str, Scheme]
+    source: Source,
+    model: str,
+    family: str | None,
+    schemes: Mapping[str, Scheme],
+    names: Mapping[str, tuple[int, ...]],
 ) -> Dialect:
     """The dialect of a checkpoint: that of its family's files, else the one its names are of.
 
@@ -42,16 +76,17 @@ def choose_dialect(
     CheckpointError for a model that the family has no files of, and for layers that are not as the
     dialect has them.
     """
+    checkpoint = source.checkpoint
     own = families.load(family).DIALECT if family else None
     if family is None or own is None:
-        return models.dialect_of(model, checkpoint.tensors)
+        return find_dialect(source, model, names)
     found = [d for d in models.load(model).DIALECTS if d.name == own]
     if not found:
-        names = {name: models.load(name) for name in models.IDS}
-        known = [m.NAME for m in names.values() if any(d.name == own for d in m.DIALECTS)]
+        modules = {name: models.load(name) for name in models.IDS}
+        known = [m.NAME for m in modules.values() if any(d.name == own for d in m.DIALECTS)]
         raise CheckpointError(
             f"{checkpoint.reference}: {family} files are known of {', '.join(known)} only, not of "
-            f"{names[model].NAME}: how its layers would be packed in one is not defined. Name a "
+            f"{modules[model].NAME}: how its layers would be packed in one is not defined. Name a "
             "checkpoint of another family, or the base model that this one belongs to"
         )
     check_packing(checkpoint, schemes, found[0], family)

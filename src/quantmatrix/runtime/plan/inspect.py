@@ -79,6 +79,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "unknown": unknown is not None,
         "files": list(checkpoint.files),
         "left_out": list(checkpoint.left_out),
+        "prefix": checkpoint.prefix,
+        "aside": dict(checkpoint.aside),
         "bytes": checkpoint.nbytes,
         "tensors": len(checkpoint.tensors),
         "bytes_per_dtype": dict(dtypes),
@@ -92,7 +94,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "layouts": describe_layouts(schemes, layout),
         "layout_from": layout and layout.why,
         "names": find_names(checkpoint),
-        "names_note": original_names.explain_original(checkpoint.tensors),
+        "names_note": find_note(checkpoint),
         "layers": {layer: describe_scheme(scheme, layout) for layer, scheme in schemes.items()},
     }
 
@@ -124,14 +126,22 @@ def read_schemes(checkpoint: Checkpoint, family: str, layout: Layout | None) -> 
 def find_names(checkpoint: Checkpoint) -> list[str]:
     """The name spaces that the tensors are in, as `dialect (model)`; `diffusers` for its own.
 
-    Names that no dialect reads are `original (model)`, and nobody else's.
+    A model's first names that have no dialect are `original (model)`, and nobody else's.
     """
-    if original := original_names.find_original(checkpoint.tensors):
-        return [f"original ({original.model})"]
+    original = original_names.find_original(checkpoint.tensors)
     found = [
         f"{dialect.name} ({model})"
         for model in models.IDS
         for dialect in models.load(model).DIALECTS
         if dialect.name != "diffusers" and dialect.matches(checkpoint.tensors)
+        if original is None or original.model == model
     ]
-    return found or ["diffusers"]
+    return found or ([f"original ({original.model})"] if original else ["diffusers"])
+
+
+def find_note(checkpoint: Checkpoint) -> str | None:
+    """What the names say beyond whose they are: a model that is none of the base models here."""
+    found = original_names.find_original(checkpoint.tensors)
+    if found is None or found.model in models.IDS:
+        return None
+    return f"These are {found.title}'s original names. It is none of the base models here"

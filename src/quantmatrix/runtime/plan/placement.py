@@ -9,6 +9,7 @@ checkpoint lacks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from quantmatrix import families, kernels
 from quantmatrix.checkpoints.name_prefixes import find_common_prefix
 from quantmatrix.checkpoints.original_names import explain_original
 from quantmatrix.errors import CheckpointError
-from quantmatrix.models.dialect import Dialect, Target
+from quantmatrix.models.dialect import DIFFUSERS, Dialect, Target
 from quantmatrix.runtime.plan.dialects import find_code
 from quantmatrix.scheme import BLOCKS, Scheme, measure_features
 
@@ -56,6 +57,8 @@ class PlainTensor:
     """In the model."""
     target: Target
     """Which of its rows are taken."""
+    shape: tuple[int, ...] = ()
+    """The parameter's."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,10 @@ def sort_layers(
         out, into = measure_features(scheme, code.shape)
         for target in dialect.layer_targets(layer):
             kind = families.load(family).after_gelu(scheme) if target.unsigned else scheme
-            rows = out // target.part[1]
+            start, stop, of = target.rows
+            rows = out // of * (stop - start)
             parts.setdefault(target.module, []).append(Part(layer, target, kind, rows, into))
-    ignored = ignored_names(checkpoint, family)
+    ignored = ignored_names(checkpoint, family, dialect)
     wrappers = families.load(family).WRAPPERS if family else ()
     own = {f"{layer}.{leaf}" for layer in schemes for leaf in ("weight", "bias")}
     plain = [
@@ -129,12 +133,37 @@ def sort_layers(
     return parts, plain
 
 
-def ignored_names(checkpoint: Checkpoint, family: str | None) -> dict[str, str]:
-    """Tensors that the family says are never loaded, each with its reason."""
+def list_names(
+    checkpoint: Checkpoint,
+    schemes: Mapping[str, Scheme],
+    family: str | None,
+    *,
+    online: bool = False,
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a model by their names on disk: a weight, and a bias, for each layer.
+
+    How a quantized layer is stored is not among them. Raises CheckpointError for one without codes.
+    """
+    _, plain = sort_layers(checkpoint, schemes, DIFFUSERS, family, online=online)
+    names = {name: checkpoint.tensors[name].shape for name in plain}
+    for layer, scheme in schemes.items():
+        assert family is not None  # nothing is quantized without one
+        features = measure_features(scheme, find_code(checkpoint, layer, family).shape)
+        names[f"{layer}.weight"] = features
+        if find_biases(checkpoint, layer, family):
+            names[f"{layer}.bias"] = features[:1]
+    return names
+
+
+def ignored_names(
+    checkpoint: Checkpoint, family: str | None, dialect: Dialect = DIFFUSERS
+) -> dict[str, str]:
+    """Tensors that the family, or the dialect, says are never loaded, each with its reason."""
+    dropped = {name: why for name, why in dialect.dropped().items() if name in checkpoint.tensors}
     if family is None:
-        return {}
+        return dropped
     ignored = families.load(family).ignored
-    return {name: why for name in checkpoint.tensors if (why := ignored(name))}
+    return dropped | {name: why for name in checkpoint.tensors if (why := ignored(name))}
 
 
 def is_below(name: str, layers: Collection[str], wrappers: Collection[str]) -> bool:
@@ -174,7 +203,7 @@ def check_module(site: Site, module: str, parts: Sequence[Part]) -> None:
     if linear is None:
         found = site.shapes.modules.get(module)
         what = f"a {found}" if found else "nothing of that name"
-        original = explain_original(site.checkpoint.tensors)
+        original = explain_original(site.checkpoint.tensors, site.class_name)
         raise CheckpointError(
             f"{site.checkpoint.reference}: quantized layer {first.layer} should be the linear layer "
             f"{module} of {site.model}, which has {what} there. "
@@ -225,7 +254,7 @@ def check_rows(site: Site, part: Part) -> None:
 
 def explain_rows(target: Target, stored_rows: int) -> str:
     """Why a layer with so many rows on disk cannot be cut as its dialect has it, or ''."""
-    count = target.part[1] * (2 if target.swap_halves else max(target.interleave, 1))
+    count = target.rows[2] * (2 if target.swap_halves else max(target.interleave, 1))
     return f"its {stored_rows} rows are no {count} equal parts" if stored_rows % count else ""
 
 
@@ -288,7 +317,8 @@ def place_plain(
                     f"{site.class_name}: expected one of them; names of two layouts are mixed, "
                     "write the checkpoint again"
                 )
-            placed[parameter] = PlainTensor(name, parameter, target)
+            shape = site.shapes.tensors[parameter]
+            placed[parameter] = PlainTensor(name, parameter, target, shape)
     if unknown:
         raise CheckpointError(explain_names(site, unknown))
     for tensor in placed.values():
@@ -324,15 +354,16 @@ def check_shape(site: Site, tensor: PlainTensor) -> None:
         raise describe_codes(header, tensor.parameter)
     target, expected = tensor.target, site.shapes.tensors[tensor.parameter]
     what = ""
-    if target.part[1] > 1 or target.swap_halves:
+    start, stop, of = target.rows
+    if of > 1 or target.swap_halves:
         rows = header.shape[0] if header.shape else 1
         what = explain_rows(target, rows)
-        taken: tuple[int, ...] = (rows // target.part[1], *header.shape[1:])
+        taken: tuple[int, ...] = (rows // of * (stop - start), *header.shape[1:])
     else:
         taken = header.shape
-    if what or taken != expected:
-        count = target.part[1]
-        rows_of = f", a {count}th of the rows," if count > 1 else ""
+    fits = math.prod(taken) == math.prod(expected) if target.reshaped else taken == expected
+    if what or not fits:
+        rows_of = f", {stop - start} of {of} parts of the rows," if of > 1 else ""
         raise CheckpointError(
             f"{header.file}: tensor {tensor.name} has shape {list(header.shape)}, {site.model} "
             f"expects {list(expected)}{rows_of} for {tensor.parameter}: is this checkpoint of "
@@ -356,7 +387,7 @@ def explain_names(site: Site, unknown: Sequence[str]) -> str:
         f"{site.checkpoint.reference}: {len(unknown)} tensors are unknown to {site.model}: "
         f"{shorten(unknown)}. "
     )
-    if original := explain_original(site.checkpoint.tensors):
+    if original := explain_original(site.checkpoint.tensors, site.class_name):
         return text + original
     prefix = find_common_prefix(
         unknown, lambda name: any(p in known for p in list_parameters(site, name))
@@ -384,14 +415,14 @@ def select_rows(target: Target, stored_rows: int) -> torch.Tensor | slice | None
 
     A slice where they lie together, else int64 [rows].
     """
-    index, count = target.part
-    each = stored_rows // count
+    start, stop, of = target.rows
+    first, end = start * (stored_rows // of), stop * (stored_rows // of)
     if target.swap_halves:
-        half = each // 2
-        return torch.cat([torch.arange(half, each), torch.arange(half)]) + index * each
+        half = (first + end) // 2
+        return torch.cat([torch.arange(half, end), torch.arange(first, half)])
     if target.interleave > 1:
-        return torch.arange(each).view(-1, target.interleave).T.flatten() + index * each
-    return None if count == 1 else slice(index * each, (index + 1) * each)
+        return torch.arange(first, end).view(-1, target.interleave).T.flatten()
+    return None if of == 1 else slice(first, end)
 
 
 def count_plain_linears(checkpoint: Checkpoint, plain: Sequence[str], dialect: Dialect) -> int:

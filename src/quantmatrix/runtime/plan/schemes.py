@@ -10,11 +10,11 @@ from quantmatrix import families, models
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families.producers.comfyui import FUSED
 from quantmatrix.families.unknown_quantization import explain_unknown
+from quantmatrix.runtime.plan.dialects import find_dialect
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from quantmatrix.checkpoints.checkpoint import Checkpoint
     from quantmatrix.request import Request
     from quantmatrix.runtime.plan.sources import Source
     from quantmatrix.scheme import Scheme
@@ -48,19 +48,21 @@ def find_schemes(
         return family, why, schemes, False
     if request.quantization and source.primary:
         family, scheme = online_scheme(request.quantization)
-        schemes = online_schemes(checkpoint, model, request, scheme)
+        schemes = online_schemes(source, model, request, scheme)
         return family, f"--quantization {request.quantization}", schemes, True
     return None, "nothing in it is quantized", {}, False
 
 
 def online_schemes(
-    checkpoint: Checkpoint, model: str, request: Request, scheme: Scheme
+    source: Source, model: str, request: Request, scheme: Scheme
 ) -> dict[str, Scheme]:
     """Schemes of `--quantization NAME`: every linear layer of the blocks that is not ignored.
 
     Raises UsageError for a pattern that matches nothing, and where nothing is left.
     """
-    blocks, dialect = models.load(model).BLOCKS, models.dialect_of(model, checkpoint.tensors)
+    checkpoint, blocks = source.checkpoint, models.load(model).BLOCKS
+    names = {name: header.shape for name, header in checkpoint.tensors.items()}
+    dialect = find_dialect(source, model, names)
     ignored = request.quantization_ignored_layers
     hits: Counter[str] = Counter()
     schemes: dict[str, Scheme] = {}

@@ -114,7 +114,9 @@ def choose_rows(piece: Piece, index: int) -> tuple[int, int]:
     """First row on disk of a run of tiles, and its end; which run depends on `index`."""
     height = find_height(piece.scheme)
     count = max(1, ELEMENTS // piece.in_features // height) * height
-    first, each = piece.target.part[0] * piece.out_features, piece.out_features
+    start, stop, _ = piece.target.rows
+    each = piece.out_features
+    first = each * start // (stop - start)
     if count >= each:
         return first, first + each
     start = first + (each - count) * index // (LAYERS - 1)
@@ -129,7 +131,7 @@ def find_height(scheme: Scheme) -> int:
 
 def find_cut(piece: Piece, start: int, stop: int) -> tuple[int, int]:
     """The whole tiles that hold some rows on disk."""
-    height, total = find_height(piece.scheme), piece.out_features * piece.target.part[1]
+    height, total = find_height(piece.scheme), piece.target.count_stored(piece.out_features)
     return start // height * height, min(total, -(-stop // height) * height)
 
 
@@ -168,7 +170,7 @@ def find_rows(
 
     Both are int64 [rows], the first also a slice.
     """
-    order = select_rows(piece.target, piece.out_features * piece.target.part[1])
+    order = select_rows(piece.target, piece.target.count_stored(piece.out_features))
     if order is None or isinstance(order, slice):
         first = 0 if order is None else order.start
         return slice(start - first, stop - first), None

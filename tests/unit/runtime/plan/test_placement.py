@@ -168,15 +168,15 @@ def test_the_plan_says_where_every_tensor_goes() -> None:
     planned = plan(Request(model_path=base, weights_paths={"transformer": target}, device="cpu"))
     assert isinstance(planned, Plan)
     part = planned.components["transformer"]
-    places = {plain.parameter: (plain.name, plain.target.part) for plain in part.plain}
-    assert places["proj_out.weight"] == ("final_layer.linear.weight", (0, 1))
+    places = {plain.parameter: (plain.name, plain.target.rows) for plain in part.plain}
+    assert places["proj_out.weight"] == ("final_layer.linear.weight", (0, 1, 1))
     assert (
         places["transformer_blocks.0.attn.norm_q.weight"][0]
         == "double_blocks.0.img_attn.norm.query_norm.scale"
     )
     assert places["transformer_blocks.1.attn.add_k_proj.weight"] == (
         "double_blocks.1.txt_attn.qkv.weight",
-        (1, 3),
+        (1, 2, 3),
     )
     own = {name.rpartition(".")[0] for name in part.checkpoint.tensors} - {
         p.layer for p in part.pieces()
@@ -188,9 +188,9 @@ def test_the_plan_says_where_every_tensor_goes() -> None:
     ("target", "rows", "expected"),
     [
         (Target("m"), 4, None),
-        (Target("m", part=(1, 2)), 4, [2, 3]),
+        (Target("m", rows=(1, 2, 2)), 4, [2, 3]),
         (Target("m", swap_halves=True), 4, [2, 3, 0, 1]),
-        (Target("m", part=(1, 2), swap_halves=True), 8, [6, 7, 4, 5]),
+        (Target("m", rows=(1, 2, 2), swap_halves=True), 8, [6, 7, 4, 5]),
         (Target("m", interleave=2), 6, [0, 2, 4, 1, 3, 5]),
     ],
 )
@@ -204,9 +204,9 @@ def test_rows(target: Target, rows: int, expected: list[int] | None) -> None:
 @pytest.mark.parametrize(
     ("target", "rows"),
     [
-        (Target("m", part=(0, 3)), 4),
+        (Target("m", rows=(0, 1, 3)), 4),
         (Target("m", swap_halves=True), 3),
-        (Target("m", part=(0, 2), swap_halves=True), 6),
+        (Target("m", rows=(0, 1, 2), swap_halves=True), 6),
         (Target("m", interleave=6), 8),
     ],
 )

@@ -637,7 +637,7 @@ def test_cut_rows_decode_to_those_rows(family: str, scheme: Scheme, start: int, 
 def test_rows_that_no_tile_begins_with_are_cut_out_of_whole_tiles() -> None:
     made = plan_decode(wan(find(WAN_FP8)), "transformer")
     piece = replace(next(made.pieces()), out_features=200, in_features=2048)
-    piece = replace(piece, target=replace(piece.target, part=(1, 3)))
+    piece = replace(piece, target=replace(piece.target, rows=(1, 2, 3)))
     start, stop = measure.choose_rows(piece, 1)
     assert 200 <= start < stop <= 400
     first, end = measure.find_cut(piece, start, stop)
