@@ -54,6 +54,13 @@ class TensorSpec:
     optional: bool = False
 
 
+def explain_width(scheme: Scheme, in_features: int) -> str:
+    """Why a scheme cannot store a layer of so many input columns, or ''."""
+    if scheme.scale == "group" and scheme.group_size and in_features % scheme.group_size:
+        return f"{scheme.name} has one scale per {scheme.group_size} columns, the layer has {in_features}"
+    return ""
+
+
 PACKED_OPS = {"linear.nvfp4": (1, 2), "linear.svdq": (1, 2), "linear.w4a16": (4, 2)}
 """Rows and columns of the layer per row and column of the code tensor on disk; others: (1, 1)."""
 

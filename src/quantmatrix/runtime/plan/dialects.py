@@ -47,11 +47,11 @@ def choose_dialect(
         return models.dialect_of(model, checkpoint.tensors)
     found = [d for d in models.load(model).DIALECTS if d.name == own]
     if not found:
-        names = {name: models.load(name) for name in models.IDS}
-        known = [m.NAME for m in names.values() if any(d.name == own for d in m.DIALECTS)]
+        every = [models.load(name) for name in models.IDS]
+        known = [m.NAME for m in every if any(d.name == own for d in m.DIALECTS)]
         raise CheckpointError(
             f"{checkpoint.reference}: {family} files are known of {', '.join(known)} only, not of "
-            f"{names[model].NAME}: how its layers would be packed in one is not defined. Name a "
+            f"{models.load(model).NAME}: how its layers would be packed in one is not defined. Name a "
             "checkpoint of another family, or the base model that this one belongs to"
         )
     check_packing(checkpoint, schemes, found[0], family)

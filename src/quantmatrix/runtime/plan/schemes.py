@@ -10,11 +10,11 @@ from quantmatrix import families, models
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families.producers.comfyui import FUSED
 from quantmatrix.families.unknown_quantization import explain_unknown
+from quantmatrix.runtime.empty_model import find_blocks, list_block_layers, measure_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from quantmatrix.checkpoints.checkpoint import Checkpoint
     from quantmatrix.request import Request
     from quantmatrix.runtime.plan.sources import Source
     from quantmatrix.scheme import Scheme
@@ -47,19 +47,21 @@ def find_schemes(
             )
         return family, why, schemes, False
     if request.quantization and source.primary:
-        schemes = online_schemes(checkpoint, model, request)
+        schemes = online_schemes(source, model, request)
         return request.quantization, f"--quantization {request.quantization}", schemes, True
     return None, "nothing in it is quantized", {}, False
 
 
-def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict[str, Scheme]:
+def online_schemes(source: Source, model: str, request: Request) -> dict[str, Scheme]:
     """Schemes of `--quantization FAMILY`: every linear layer of the blocks that is not ignored.
 
     Raises UsageError for a family that makes none, a pattern that matches nothing, and where nothing
     is left.
     """
-    scheme = online_scheme(str(request.quantization))
-    blocks, dialect = models.load(model).BLOCKS, models.dialect_of(model, checkpoint.tensors)
+    scheme, checkpoint = online_scheme(str(request.quantization)), source.checkpoint
+    dialect = models.dialect_of(model, checkpoint.tensors)
+    shapes = measure_model(source.class_name, source.config, source.config_from)
+    linear = list_block_layers(model, shapes)
     ignored = request.quantization_ignored_layers
     hits: Counter[str] = Counter()
     schemes: dict[str, Scheme] = {}
@@ -68,7 +70,7 @@ def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict
         modules = [target.module for target in dialect.layer_targets(layer)]
         matching = [p for p in ignored if is_part_of_path(p, (layer, *modules))]
         hits.update(matching)
-        inside = any(module.split(".")[0] in blocks for module in modules)
+        inside = any(module in linear for module in modules)
         if leaf == "weight" and len(header.shape) == 2 and inside and not matching:
             schemes[layer] = scheme
     unmatched = [pattern for pattern in ignored if not hits[pattern]]
@@ -82,7 +84,7 @@ def online_schemes(checkpoint: Checkpoint, model: str, request: Request) -> dict
     if not schemes:
         raise UsageError(
             f"--quantization {request.quantization}: no linear layer of {checkpoint.reference} is left to quantize: "
-            f"expected some in {', '.join(blocks)} that --quantization-ignored-layers leaves over"
+            f"expected some in {', '.join(find_blocks(model, shapes))} that --quantization-ignored-layers leaves over"
         )
     return schemes
 
