@@ -82,7 +82,7 @@ class Generic:
         """
         parameters = read_call(self.PIPELINE)
         check_call(self.PIPELINE, parameters)
-        given = {
+        given: dict[str, Any] = {
             "height": request.height,
             "width": request.width,
             "num_frames": request.num_frames,
