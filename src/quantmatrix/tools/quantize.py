@@ -80,6 +80,11 @@ def quantize(
     (what is done, the things). Raises UsageError before any work for arguments that do not fit.
     """
     start, target = time.monotonic(), Path(output)
+    if request.lora_path:
+        raise UsageError(
+            "--lora-path: an adapter is no part of the weights that are written; give it with the "
+            "checkpoint, when it is used"
+        )
     scheme_name, chosen = find_scheme(family, scheme, precision, rank)
     check_writable(target)
     plan = require(plan_transformers(request, probe.probe(request.device)))
