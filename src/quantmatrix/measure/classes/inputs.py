@@ -346,8 +346,8 @@ def make_inputs(class_name: str, model: torch.nn.Module, dtype: torch.dtype) -> 
     found: dict[str, Any] = {}
     for name, parameter in parameters.items():
         if name in own:
-            if own[name] is not None:
-                found[name] = own[name](config, draw)
+            if (maker := own[name]) is not None:
+                found[name] = maker(config, draw)
         elif name == "hidden_states":
             found[name] = make_latents(class_name, parameters, config, draw)
         elif name == GUIDANCE and getattr(config, "guidance_embeds", False):
