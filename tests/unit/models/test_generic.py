@@ -230,7 +230,7 @@ def test_codes_of_a_width_without_whole_groups_are_refused_in_words(narrow: Path
     config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
     (narrow / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        CheckpointError, match=rf"{LAYER}: NVFP4 has one scale per 16 columns, the layer has 40"
+        CheckpointError, match=rf"{LAYER} has weight U8 \[40, 20\]: expected .*multiple of 16"
     ):
         decide(narrow)
 

@@ -21,7 +21,7 @@ from quantmatrix.checkpoints.original_names import explain_original
 from quantmatrix.errors import CheckpointError
 from quantmatrix.models.dialect import Dialect, Target
 from quantmatrix.runtime.plan.dialects import find_code
-from quantmatrix.scheme import Scheme, explain_width, measure_features
+from quantmatrix.scheme import Scheme, measure_features
 
 if TYPE_CHECKING:
     from quantmatrix.checkpoints.checkpoint import Checkpoint
@@ -199,18 +199,7 @@ def check_module(site: Site, module: str, parts: Sequence[Part]) -> None:
             f"(out x in), {site.model} expects {linear.out_features} x {linear.in_features} for "
             f"{module}: is this checkpoint of another model, or of another size?"
         )
-    check_width(site, parts)
     check_bias(site, module, parts, biased=linear.biased)
-
-
-def check_width(site: Site, parts: Sequence[Part]) -> None:
-    """No part may have a width that its scheme cannot store; else raises CheckpointError."""
-    for part in parts:
-        if what := explain_width(part.scheme, part.in_features):
-            raise CheckpointError(
-                f"{site.find_code(part.layer).file}: layer {part.layer}: {what}: no reader can know "
-                "how the rest was stored; keep this layer in full precision, as writers do"
-            )
 
 
 def check_rows(site: Site, part: Part) -> None:
