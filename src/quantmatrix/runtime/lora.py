@@ -88,14 +88,15 @@ class LowRankBranch(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor | None:
         """What the adapters add for x [..., in], in x's dtype; None where no scale is set."""
         total: torch.Tensor | None = None
-        for name, pair in self.factors.items():
+        pairs: dict[str, Any] = dict(self.factors.items())
+        for name, pair in pairs.items():
             if scale := self.scales[name]:
                 added = scale * pair(x.to(pair[0].weight.dtype))
                 total = added if total is None else total + added
         return total
 
 
-def add_branch(layer: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> Any:
+def add_branch(layer: Any, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> Any:
     """A forward hook of a layer with a branch: its output [..., out], and what the adapters add.
 
     The result has the output's dtype.
