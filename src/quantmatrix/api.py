@@ -17,6 +17,7 @@ from quantmatrix.hardware import probe
 from quantmatrix.request import WEIGHTS_ALIASES, Request
 from quantmatrix.runtime import generate as generating
 from quantmatrix.runtime.load import load_component
+from quantmatrix.runtime.lora import load_requested
 from quantmatrix.runtime.pipeline import build_pipeline
 from quantmatrix.runtime.plan import decide
 from quantmatrix.runtime.plan.types import require
@@ -84,7 +85,9 @@ def load_transformer(
             f"{model_path} has no transformer component {component!r}; "
             f"it has {', '.join(plan.components)}"
         )
-    return load_component(plan.components[component], plan.request, device=device)
+    model = load_component(plan.components[component], plan.request, device=device)
+    load_requested({component: model}, plan.pipeline_class, plan.request)
+    return model
 
 
 def load_pipeline(request: Request | None = None, /, **fields: Any) -> Any:

@@ -44,6 +44,11 @@ NIBBLE_ORDERS, NVFP4_LAYOUTS = ("low", "high"), ("rows", "tiles")
 WEIGHT_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
 FP4_BACKEND_VARIABLE = "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND"
 """The guide's environment variable for `Request.fp4_gemm_backend`; only the CLI reads it."""
+SEVERAL = (
+    *("prompt", "seed", "quantization_ignored_layers"),
+    *("lora_path", "lora_weight_name", "lora_scale"),
+)
+"""Fields of a request that hold several values."""
 WEIGHTS_ALIASES = ("transformer_weights_path", "transformer_quantized_path", "quantized_model_path")
 """Older names of the weights override in config files and keyword arguments, best first."""
 
@@ -61,6 +66,12 @@ class Request:
     quantization_rank: int | None = None
     quantization: str | None = None
     quantization_ignored_layers: tuple[str, ...] = ()
+    lora_path: tuple[str, ...] = ()
+    """Adapters beside the transformers' layers: files, folders or hub ids."""
+    lora_weight_name: tuple[str, ...] = ()
+    """The file of each adapter, where a folder has several; one stands for all."""
+    lora_scale: tuple[float, ...] = ()
+    """The scale of each adapter; one stands for all, none for 1."""
     witness: str = "auto"
     """Whether decoded layers are compared with the base model's own: where its weights are at hand
     (`auto`), always (`require`: an error where they are not, and where a base model that is only a
@@ -172,7 +183,7 @@ class Request:
             for f in fields(cls)
             if getattr(arguments, f.name, None) is not None
         }
-        for name in ("prompt", "seed", "quantization_ignored_layers"):
+        for name in SEVERAL:
             if name in values:
                 values[name] = tuple(values[name])
         return cls(**{**values, **extra}, component_paths=components, weights_paths=weights)
@@ -284,6 +295,15 @@ def add_request_flags(parser: argparse.ArgumentParser, *, needed: bool = True) -
         nargs="+",
         metavar="NAME",
         help="layers that it leaves unquantized",
+    )
+    what.add_argument(
+        "--lora-path", action="append", help="an adapter: a file, folder or hub id; repeatable"
+    )
+    what.add_argument(
+        "--lora-weight-name", action="append", metavar="FILE", help="its file in a folder"
+    )
+    what.add_argument(
+        "--lora-scale", action="append", type=parse_number, help="its scale (default 1)"
     )
     what.add_argument(
         "--witness",

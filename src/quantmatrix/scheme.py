@@ -54,6 +54,13 @@ class TensorSpec:
     optional: bool = False
 
 
+def explain_width(scheme: Scheme, in_features: int) -> str:
+    """Why a scheme cannot store a layer of so many input columns, or ''."""
+    if scheme.scale == "group" and scheme.group_size and in_features % scheme.group_size:
+        return f"{scheme.name} has one scale per {scheme.group_size} columns, the layer has {in_features}"
+    return ""
+
+
 BLOCKS = {
     "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
     "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176),

@@ -84,7 +84,14 @@ def refuse_flags(request: Any, name: str, *fields: str) -> None:
 
 
 def load(model: str) -> Model:
-    """The module of a model id; raises KeyError for an unknown one."""
+    """The module of a model id, or what stands for it; raises KeyError for an unknown one.
+
+    An id `MODEL/CLASS` is that of a pipeline without a module (see `quantmatrix.models.generic`).
+    """
+    if "/" in model:
+        from quantmatrix.models import generic
+
+        return cast("Model", generic.describe(model))
     if model not in IDS:
         raise KeyError(f"no such base model: {model}; known: {', '.join(IDS)}")
     return cast("Model", import_module(f"quantmatrix.models.{model.replace('-', '_')}"))
@@ -97,6 +104,21 @@ def by_class(class_name: str) -> str | None:
         if class_name in (model.TRANSFORMER, model.PIPELINE):
             return name
     return None
+
+
+def by_transformer(class_name: str, transformer: str) -> str | None:
+    """Model id of a pipeline of another class with a transformer of this class, or None.
+
+    `class_name` may be the transformer's own, of a component alone. None stands for a pipeline or
+    a transformer that diffusers does not have.
+    """
+    from quantmatrix.models import generic
+
+    if not generic.is_transformer(transformer):
+        return None
+    if class_name != transformer and generic.find_pipeline(class_name) is None:
+        return None
+    return f"{by_class(transformer) or generic.UNKNOWN}/{class_name}"
 
 
 def by_short_name(short_name: str) -> str | None:

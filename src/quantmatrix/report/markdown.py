@@ -39,8 +39,11 @@ def show_number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def write_overview(joined: Joined) -> str:
-    """support-matrix.md: the picture, the counts, and the guide's two tables with our proof."""
+def write_overview(joined: Joined, classes: str = "") -> str:
+    """support-matrix.md: the picture, the counts, and the guide's two tables with our proof.
+
+    `classes` is a sentence on the transformer classes that were proved.
+    """
     tables = joined.tables
     claims = [cell for cell in tables.cells if cell.claim != "planned"]
     agreeing = sum(joined.agrees(cell) for cell in claims)
@@ -63,6 +66,7 @@ def write_overview(joined: Joined) -> str:
         "`quant_family` means a checkpoint and loading family with shared usage and loader "
         "behaviour, not just a numeric precision or a kernel backend.",
         write_families(joined),
+        *([classes] if classes else []),
         "## Validated ModelOpt checkpoints",
         write_checkpoints(joined, checkpoints, ""),
     ]

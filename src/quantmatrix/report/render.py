@@ -11,14 +11,14 @@ import csv
 import gc
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantmatrix.errors import UsageError
 from quantmatrix.files import write_whole
-from quantmatrix.proof import bench_results, packaged, store
+from quantmatrix.proof import bench_results, packaged, store, transformer_classes
 from quantmatrix.proof import record as records
 from quantmatrix.proof.agreement import write_badge
 from quantmatrix.proof.bench_results import BENCHMARKS
@@ -33,6 +33,7 @@ from quantmatrix.proof.states import state_of as state_of
 from quantmatrix.report.markdown import show_number, write_family, write_overview
 from quantmatrix.report.page import write_page
 from quantmatrix.report.picture import draw_matrix
+from quantmatrix.report.transformer_classes import PAGE, summarize, write_classes
 
 if TYPE_CHECKING:
     import pandas
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from quantmatrix.proof.bench_results import Result
     from quantmatrix.proof.freshness import Now
     from quantmatrix.proof.record import Evidence
+    from quantmatrix.proof.transformer_classes import ClassLine
     from quantmatrix.tables.rows import Cell, Matrix
 
 
@@ -114,7 +116,8 @@ def _prepare(reports: str | os.PathLike[str] | None) -> tuple[Path, dict[str, by
         )
     with keep_everything():
         evidence, timed = store.read_folder(folder / EVIDENCE), bench_results.read_reports(folder)
-        return folder, render(read.read(), evidence, timed, read_now(folder, evidence))
+        lines = transformer_classes.read_lines(folder / transformer_classes.FILE)
+        return folder, render(read.read(), evidence, timed, read_now(folder, evidence), lines)
 
 
 @contextmanager
@@ -151,13 +154,14 @@ def render(
     evidence: Mapping[str, Evidence],
     benchmarks: Mapping[str, Result] | None = None,
     now: Now | None = None,
+    classes: Sequence[ClassLine] = (),
 ) -> dict[str, bytes]:
     """Every file of the report, by its path below the reports folder; without `now` records are
     judged against the rows alone."""
     standings = stand_all(tables, evidence, now)
     joined = Joined(tables, standings, benchmarks, now.code if now else None)
     pages = {
-        "support-matrix.md": write_overview(joined).encode(),
+        "support-matrix.md": write_overview(joined, summarize(classes)).encode(),
         "support-matrix.csv": write_csv(joined).encode(),
         "support-matrix.svg": draw_picture(joined),
         "badge.json": write_badge(tables, evidence, standings),
@@ -165,6 +169,8 @@ def render(
     }
     for family in tables.families.values():
         pages[f"families/{family.id}.md"] = write_family(joined, family).encode()
+    if classes:
+        pages[PAGE] = write_classes(classes).encode()
     return pages
 
 

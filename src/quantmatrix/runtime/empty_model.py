@@ -45,6 +45,8 @@ class ModelShapes:
     linears: Mapping[str, Linear]
     modules: Mapping[str, str]
     """Class of every module."""
+    repeated: tuple[str, ...] = ()
+    """Classes of blocks, as far as the model's class declares them."""
 
 
 def build_empty(class_name: str, config: Mapping[str, Any], config_from: str) -> nn.Module:
@@ -104,7 +106,27 @@ def list_shapes(model: nn.Module) -> ModelShapes:
             if isinstance(module, nn.Linear)
         },
         modules={name: type(module).__name__ for name, module in modules.items()},
+        repeated=tuple(getattr(model, "_repeated_blocks", None) or ()),
     )
+
+
+def list_block_layers(model: str, shapes: ModelShapes) -> frozenset[str]:
+    """Linear layers of the blocks of a model id, by diffusers name."""
+    blocks = find_blocks(model, shapes)
+    return frozenset(name for name in shapes.linears if name.split(".")[0] in blocks)
+
+
+def find_blocks(model: str, shapes: ModelShapes) -> tuple[str, ...]:
+    """Names of a model's lists of blocks, in forward order.
+
+    Without a model file that has them, they are the lists of modules at the model's top: those of
+    the classes that it declares as repeated, where any of these stand there.
+    """
+    if named := models.load(model).BLOCKS:
+        return named
+    lists = [n for n, kind in shapes.modules.items() if kind == "ModuleList" and "." not in n]
+    repeated = [n for n in lists if shapes.modules.get(f"{n}.0") in shapes.repeated]
+    return tuple(repeated or lists)
 
 
 def build_plain(model: str, size: str) -> nn.Module:

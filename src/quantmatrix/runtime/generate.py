@@ -10,7 +10,7 @@ from __future__ import annotations
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -20,6 +20,7 @@ from torch import distributed
 
 from quantmatrix import models
 from quantmatrix.errors import UsageError
+from quantmatrix.quoting import quote
 from quantmatrix.request import Request
 from quantmatrix.runtime.load import count_quantized
 from quantmatrix.runtime.media import find_degeneration, stack_frames
@@ -105,7 +106,7 @@ def generate_one(request: Request, plan: Plan, pipeline: Any, prompt: str, seed:
     stages: dict[str, float] = {}
     start = time.perf_counter()
     try:
-        with torch.no_grad(), timed_stages(pipeline, stages):
+        with torch.no_grad(), timed_stages(pipeline, stages), readable_call(plan, latents):
             result = pipeline(
                 prompt=prompt,
                 generator=torch.Generator("cpu").manual_seed(seed),
@@ -166,14 +167,39 @@ def timed_stages(pipeline: Any, seconds: dict[str, float]) -> Iterator[None]:
 
         return call
 
-    encode, decode = pipeline.encode_prompt, pipeline.vae.decode
-    pipeline.encode_prompt = timed("encode", encode)
-    pipeline.vae.decode = timed("decode", decode)
+    owners = ((pipeline, "encode_prompt", "encode"), (find_vae(pipeline), "decode", "decode"))
+    there = [(owner, name, stage) for owner, name, stage in owners if hasattr(owner, name)]
+    for owner, name, stage in there:
+        setattr(owner, name, timed(stage, getattr(owner, name)))
     try:
         yield
     finally:
-        del pipeline.encode_prompt
-        del pipeline.vae.decode
+        for owner, name, _ in there:
+            delattr(owner, name)
+
+
+def find_vae(pipeline: Any) -> Any:
+    """The part of a pipeline that turns latents into pictures, or None; some call it otherwise."""
+    return getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+
+
+@contextmanager
+def readable_call(plan: Plan, latents: Sequence[Any]) -> Iterator[None]:
+    """What a pipeline without a model file says of its arguments, before a step, as UsageError.
+
+    Such a pipeline may want what no flag gives, a picture for example, although its signature has a
+    default for it. `latents` are those of the steps taken.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError) as error:
+        if latents or "/" not in plan.model:
+            raise
+        raise UsageError(
+            f"{plan.pipeline_class} did not take its arguments ({type(error).__name__}: "
+            f"{quote(str(error))}): flags give it a prompt, sizes, steps and guidance; it may want a "
+            "picture, which none gives"
+        ) from error
 
 
 def reset_peak(device: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from quantmatrix.checkpoints.declaration import read_json
 from quantmatrix.checkpoints.opening import fetch_pipeline, open_pipeline
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
-from quantmatrix.runtime import acceleration
+from quantmatrix.runtime import acceleration, lora
 from quantmatrix.runtime.library_logs import quiet
 from quantmatrix.runtime.load import load_component, show_progress
 from quantmatrix.runtime.offloading import stream_blocks
@@ -64,6 +64,9 @@ def build_pipeline(plan: Plan, *, progress: bool = False) -> Any:
             rest, dtype=getattr(torch, request.dtype), local_files_only=True, **parts
         )
     check_parts(pipeline, parts)
+    transformers = {name: parts[name] for name in plan.components}
+    lora.load_requested(transformers, plan.pipeline_class, request)
+    lora.give_methods(pipeline, list(transformers), request.hub)
     if device != "cpu":
         place(pipeline, plan, device, offloaded)
     elif plan.layerwise_offload:

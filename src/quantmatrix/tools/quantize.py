@@ -31,6 +31,7 @@ from quantmatrix.families.protocol import Calibration
 from quantmatrix.files import check_writable, whole
 from quantmatrix.hardware import probe
 from quantmatrix.request import WEIGHT_FILES, Request
+from quantmatrix.runtime.empty_model import list_block_layers, measure_model
 from quantmatrix.runtime.library_logs import quiet
 from quantmatrix.runtime.pipeline import build_pipeline
 from quantmatrix.runtime.plan.decide import plan_transformers
@@ -79,11 +80,16 @@ def quantize(
     (what is done, the things). Raises UsageError before any work for arguments that do not fit.
     """
     start, target = time.monotonic(), Path(output)
+    if request.lora_path:
+        raise UsageError(
+            "--lora-path: an adapter is no part of the weights that are written; give it with the "
+            "checkpoint, when it is used"
+        )
     scheme_name, chosen = find_scheme(family, scheme, precision, rank)
     check_writable(target)
     plan = require(plan_transformers(request, probe.probe(request.device)))
     check_base(plan, family, target, chosen, overwrite)
-    recipe = Recipe(plan.model, family, chosen, find_kept(plan.model, family, scheme_name, kept))
+    recipe = find_recipe(plan, family, chosen, find_kept(plan.model, family, scheme_name, kept))
     check_names(plan, recipe)
     ranges = calibrate(plan, prompts, show)
     try:
@@ -109,6 +115,18 @@ def quantize(
         "bytes": sum(sizes),
         "seconds": round(time.monotonic() - start, 3),
     }
+
+
+def find_recipe(plan: Plan, family: str, scheme: Scheme, kept: Callable[[str], bool]) -> Recipe:
+    """What becomes of the layers of a planned model: the linear ones of its components' blocks."""
+    linear = {
+        name
+        for part in plan.components.values()
+        for name in list_block_layers(
+            plan.model, measure_model(part.class_name, part.config, part.config_from)
+        )
+    }
+    return Recipe(plan.model, family, scheme, kept, linear=frozenset(linear))
 
 
 def find_scheme(
@@ -140,7 +158,7 @@ def check_base(plan: Plan, family: str, target: Path, scheme: Scheme, overwrite:
     dialects = [dialect.name for dialect in models.load(plan.model).DIALECTS]
     if own.DIALECT and own.DIALECT not in dialects:
         raise UsageError(f"{family} has no files for {plan.model}")
-    if own.MODELS and plan.model not in own.MODELS:
+    if own.MODELS and models.load(plan.model).ID not in own.MODELS:
         known = " and ".join(models.load(name).NAME for name in own.MODELS)
         raise UsageError(f"{family} describes {known} only, the model is {plan.model}")
     own.check_output(plan.model, scheme, target)
@@ -177,12 +195,12 @@ def find_kept(
     family, files with diffusers' names before raw ones. Raises UsageError for a pattern that is
     neither a set of the model nor a regular expression.
     """
-    sets = models.load(model).FALLBACKS
+    sets, own = models.load(model).FALLBACKS, models.load(model).ID
     if names is None:
         rows = [
             row
             for row in read.read().checkpoints.values()
-            if (row.family, row.model) == (family, model) and row.form != "online"
+            if (row.family, row.model) == (family, own) and row.form != "online"
         ]
         rows.sort(key=lambda row: (row.scheme != scheme, row.form == "raw"))
         names = rows[0].kept.split() if rows else ()

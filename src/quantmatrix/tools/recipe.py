@@ -29,7 +29,7 @@ from quantmatrix.checkpoints.writer import Item
 from quantmatrix.errors import UsageError
 from quantmatrix.families.protocol import Calibration, Declaration, Family
 from quantmatrix.models.dialect import DIFFUSERS, Dialect
-from quantmatrix.scheme import Scheme
+from quantmatrix.scheme import Scheme, explain_width
 from quantmatrix.tools.packing import Tensors, split
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -51,6 +51,8 @@ class Recipe:
     raw: bool = False
     """Written with the model's original names, where it has some; NVFP4 with swapped nibbles and
     tiled scales, too."""
+    linear: frozenset[str] | None = None
+    """The modules that may be quantized, by diffusers' name; None: those of the model file's blocks."""
 
     @property
     def dialect(self) -> Dialect:
@@ -64,16 +66,16 @@ class Recipe:
 def choose_schemes(recipe: Recipe, packed: Mapping[str, torch.Tensor]) -> dict[str, Scheme]:
     """Scheme of each layer on disk that is quantized: linear layers of the blocks, not kept.
 
-    `packed` are tensors by name, weights [out, in], of any dtype. Raises UsageError when a layer is
-    kept that the dialect has no plain form for.
+    `packed` are tensors by name, weights [out, in], of any dtype. A layer of a width that the scheme
+    cannot store stays in full precision. Raises UsageError when a layer is kept that the dialect has
+    no plain form for.
     """
-    blocks = models.load(recipe.model).BLOCKS
     family, dialect = families.load(recipe.family), recipe.dialect
     found: dict[str, Scheme] = {}
     for name in sorted(packed):
         layer, leaf = split(name)
         targets = dialect.layer_targets(layer)
-        inside = targets[0].module.split(".")[0] in blocks
+        inside = is_inside(recipe, targets[0].module)
         if leaf != "weight" or packed[name].ndim != 2 or not inside:
             continue
         if any(recipe.kept(target.module) for target in targets):
@@ -91,9 +93,16 @@ def choose_schemes(recipe: Recipe, packed: Mapping[str, torch.Tensor]) -> dict[s
             interleaved=any(target.interleave for target in targets),
             columns=packed[name].shape[1],
         )
-        if scheme is not None:
+        if scheme is not None and not explain_width(scheme, packed[name].shape[1]):
             found[layer] = scheme
     return found
+
+
+def is_inside(recipe: Recipe, module: str) -> bool:
+    """Whether a module is one that may be quantized."""
+    if recipe.linear is not None:
+        return module in recipe.linear
+    return module.split(".")[0] in models.load(recipe.model).BLOCKS
 
 
 def quantize_layers(

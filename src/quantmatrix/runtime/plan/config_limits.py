@@ -28,9 +28,9 @@ FEWEST_LAYERS, MOST_LAYERS = 64, 1024
 """Blocks of one kind that are taken of any model, and of none; real ones have 20 to 60."""
 WIDEST_HEAD = 1024
 """Columns of a head; models have 64 to 128."""
-MOST_POSITIONS = 2**16
-"""Rows of a table of positions; models have 512 to 8,192."""
-MOST_ENTRIES = 2**22
+MOST_POSITIONS = 2**17
+"""Rows of a table of positions; models have 512 to 8,192, OmniGen 131,072."""
+MOST_ENTRIES = 2**24
 """Positions times the widest head: numbers in a table of positions."""
 LARGEST = 2**24
 """What no other whole number of a transformer's configuration exceeds."""

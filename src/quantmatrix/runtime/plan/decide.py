@@ -24,6 +24,7 @@ from quantmatrix.errors import CheckpointError, RefusedError
 from quantmatrix.request import DTYPES
 from quantmatrix.runtime.empty_model import measure_model
 from quantmatrix.runtime.plan import context_parallel, layout_choice, other_parts
+from quantmatrix.runtime.plan.adapters import list_adapters
 from quantmatrix.runtime.plan.dialects import choose_dialect
 from quantmatrix.runtime.plan.kernel_choice import (
     choose_kernel,
@@ -97,6 +98,7 @@ def decide(request: Request, machine: Machine, found: Sources) -> Plan | Refusal
         )  # fmt: skip
     primary = next(iter(components.values()))
     check_memory(components, request, machine, warnings)
+    list_adapters(request)  # one that is not there is an error before the loading
     if request.backend is not None and not any(part.layers for part in components.values()):
         warnings.append(f"--backend {request.backend} is not used: no layer is quantized")
     layerwise, cpu = decide_offload(request, primary.family, warnings)

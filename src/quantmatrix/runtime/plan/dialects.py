@@ -82,11 +82,11 @@ def choose_dialect(
         return find_dialect(source, model, names)
     found = [d for d in models.load(model).DIALECTS if d.name == own]
     if not found:
-        modules = {name: models.load(name) for name in models.IDS}
-        known = [m.NAME for m in modules.values() if any(d.name == own for d in m.DIALECTS)]
+        every = [models.load(name) for name in models.IDS]
+        known = [m.NAME for m in every if any(d.name == own for d in m.DIALECTS)]
         raise CheckpointError(
             f"{checkpoint.reference}: {family} files are known of {', '.join(known)} only, not of "
-            f"{modules[model].NAME}: how its layers would be packed in one is not defined. Name a "
+            f"{models.load(model).NAME}: how its layers would be packed in one is not defined. Name a "
             "checkpoint of another family, or the base model that this one belongs to"
         )
     check_packing(checkpoint, schemes, found[0], family)

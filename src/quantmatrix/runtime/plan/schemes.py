@@ -6,10 +6,11 @@ from collections import Counter
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from quantmatrix import families, models
+from quantmatrix import families
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.families.producers.comfyui import FUSED
 from quantmatrix.families.unknown_quantization import explain_unknown
+from quantmatrix.runtime.empty_model import find_blocks, list_block_layers, measure_model
 from quantmatrix.runtime.plan.dialects import find_dialect
 
 if TYPE_CHECKING:
@@ -60,9 +61,11 @@ def online_schemes(
 
     Raises UsageError for a pattern that matches nothing, and where nothing is left.
     """
-    checkpoint, blocks = source.checkpoint, models.load(model).BLOCKS
+    checkpoint = source.checkpoint
     names = {name: header.shape for name, header in checkpoint.tensors.items()}
     dialect = find_dialect(source, model, names)
+    shapes = measure_model(source.class_name, source.config, source.config_from)
+    linear = list_block_layers(model, shapes)
     ignored = request.quantization_ignored_layers
     hits: Counter[str] = Counter()
     schemes: dict[str, Scheme] = {}
@@ -71,7 +74,7 @@ def online_schemes(
         modules = [target.module for target in dialect.layer_targets(layer)]
         matching = [p for p in ignored if is_part_of_path(p, (layer, *modules))]
         hits.update(matching)
-        inside = any(module.split(".")[0] in blocks for module in modules)
+        inside = any(module in linear for module in modules)
         if leaf == "weight" and len(header.shape) == 2 and inside and not matching:
             schemes[layer] = scheme
     unmatched = [pattern for pattern in ignored if not hits[pattern]]
@@ -85,7 +88,7 @@ def online_schemes(
     if not schemes:
         raise UsageError(
             f"--quantization {request.quantization}: no linear layer of {checkpoint.reference} is left to quantize: "
-            f"expected some in {', '.join(blocks)} that --quantization-ignored-layers leaves over"
+            f"expected some in {', '.join(find_blocks(model, shapes))} that --quantization-ignored-layers leaves over"
         )
     return schemes
 

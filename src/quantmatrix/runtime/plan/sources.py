@@ -32,6 +32,7 @@ from quantmatrix.checkpoints.opening import (
     read_component_config,
 )
 from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.models import generic
 from quantmatrix.quoting import quote, quote_json
 from quantmatrix.request import Hub, Request
 from quantmatrix.runtime.plan import experts, other_parts
@@ -164,13 +165,30 @@ def find_model(request: Request, pipeline: PipelineFolder) -> tuple[str, list[st
         )
     found = models.by_class(pipeline.class_name or "")
     if found is None:
-        known = ", ".join(models.load(name).PIPELINE for name in models.IDS)
-        raise CheckpointError(
-            f"{pipeline.reference}: {pipeline.class_name} is none of the base models ({known}); "
-            "pass --model-id if this is a mirror of one of them"
-            f"{explain_original([pipeline.class_name or ''])}"
-        )
+        found = find_generic(pipeline)
+        warnings.append(generic.describe_use(found))
     return found, warnings
+
+
+def find_generic(pipeline: PipelineFolder) -> str:
+    """The id of a model whose pipeline no module describes, by the class of its transformer.
+
+    Raises CheckpointError for a pipeline without a transformer that diffusers has.
+    """
+    class_name = pipeline.class_name or ""
+    classes = [name for library, name in pipeline.components.values() if library == "diffusers"]
+    for transformer in classes if pipeline.components else [class_name]:
+        if found := models.by_transformer(class_name, transformer or ""):
+            return found
+    import diffusers
+
+    known = ", ".join(models.load(name).PIPELINE for name in models.IDS)
+    raise CheckpointError(
+        f"{pipeline.reference}: {pipeline.class_name} is none of the base models ({known}), and no "
+        f"other pipeline with a transformer that diffusers {diffusers.__version__} has; pass "
+        "--model-id if this is a mirror of one of them"
+        f"{explain_original([class_name])}"
+    )
 
 
 def component_names(model: str, pipeline: PipelineFolder) -> list[str]:

@@ -115,7 +115,7 @@ def list_candidates(
     declared = find_declared(source.checkpoint)
     if declared not in ("", source.base):
         yield declared, folders, True
-    if module.REPO not in (declared, source.base):
+    if module.REPO not in ("", declared, source.base):
         yield module.REPO, folders, False
 
 
