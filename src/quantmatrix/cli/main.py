@@ -21,7 +21,14 @@ from quantmatrix.cli.doctor import _add_doctor
 from quantmatrix.cli.generate import _add_generate
 from quantmatrix.cli.inspect import _add_inspect
 from quantmatrix.cli.matrix import _add_matrix
-from quantmatrix.cli.output import Parser, drop_output, explain_os_error, report_error, shown_log
+from quantmatrix.cli.output import (
+    Parser,
+    drop_output,
+    explain_os_error,
+    report_error,
+    shown_log,
+    tell_tables,
+)
 from quantmatrix.cli.plan import _add_plan
 from quantmatrix.cli.report import _add_report
 from quantmatrix.cli.tiny_hub import _add_tiny_hub
@@ -35,9 +42,8 @@ from quantmatrix.exit_codes import (
     EXIT_USAGE,
     blames_environment,
 )
-from quantmatrix.request import (
-    normalize_flags,
-)
+from quantmatrix.request import normalize_flags
+from quantmatrix.tables import read, source
 
 if TYPE_CHECKING:
     from quantmatrix.cli.output import Handler
@@ -87,8 +93,13 @@ def run_command(argv: list[str]) -> int:
         return EXIT_USAGE
     if rest and not getattr(arguments, "takes_overrides", False):
         raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
-    with shown_log(verbose=getattr(arguments, "verbose", False)):
-        return handler(arguments, rest)
+    read.last_read.clear()
+    folder = getattr(arguments, "tables", None)
+    with shown_log(verbose=getattr(arguments, "verbose", False)), source.use(folder):
+        code = handler(arguments, rest)
+        if not getattr(arguments, "json", False):
+            tell_tables()
+        return code
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -133,6 +144,7 @@ if __name__ == "__main__":
 
 # fmt: off
 NAMES: tuple[str, ...] = (
+    "init",
     "explain",
     "agreement",
     "validate",

@@ -26,9 +26,16 @@ def _add_matrix(commands: Any) -> None:
         ("list", "list the cells, with their state from the evidence", run_matrix_list),
         ("check", "check the tables; every problem with file and line", run_matrix_check),
         ("show", "show one cell or row: its command, claim, rule and evidence", run_matrix_show),
+        (
+            "schema",
+            "print the columns of the tables as JSON, with their version",
+            run_matrix_schema,
+        ),
     ):
         action = add_command(actions, name, text, handler)
         action.add_argument("--json", action="store_true")
+        if name in ("check", "schema"):
+            continue
         action.add_argument("--reports", help="folder of the reports (default: reports)")
         if name == "show":
             action.add_argument("id", help="id of a cell (row@hardware) or of a row")
@@ -107,6 +114,14 @@ def run_matrix_check(arguments: argparse.Namespace, rest: list[str]) -> int:
         print_json(found)
     else:
         print(f"{found['rows']} rows, {found['cells']} cells: no problem found")
+    return 0
+
+
+def run_matrix_schema(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """`quantmatrix matrix schema`."""
+    from quantmatrix.tables import schema
+
+    print_json(schema.describe())
     return 0
 
 

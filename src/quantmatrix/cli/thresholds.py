@@ -40,10 +40,14 @@ def run_thresholds(arguments: argparse.Namespace, rest: list[str]) -> int:
     """
     from quantmatrix.cli.matrix import tell_where
     from quantmatrix.cli.output import print_json
-    from quantmatrix.proof import limits, packaged, reports_folder
+    from quantmatrix.proof import known_limits, limits, packaged, reports_folder
 
     path = reports_folder.find_source(arguments.reports) / FILE
-    if not path.is_file():
+    ours = known_limits.own_reports() / FILE
+    if not path.is_file() and arguments.reports is None and not arguments.measure_spread:
+        print(f"no {path}: these are the limits that quantmatrix carries", file=sys.stderr)
+        path = ours
+    if not path.is_file() and (arguments.reports or not arguments.measure_spread):
         raise UsageError(f"{path}: no such file; name the folder of the reports with --reports")
     if arguments.measure_spread and path.parent == packaged.FOLDER:
         raise UsageError(f"--measure-spread would write into {path.parent}: name --reports DIR")

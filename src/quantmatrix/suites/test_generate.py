@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Job
-
     from quantmatrix.harness.recorder import Proof
     from quantmatrix.measure.workbench import Workbench
+    from quantmatrix.suites.conftest import Job
     from quantmatrix.tables.rows import Cell
 
 
