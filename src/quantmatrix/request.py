@@ -342,7 +342,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--save-output", action="store_true", default=True, help="(the default)")
     out.add_argument("--no-save-output", action="store_false", dest="save_output")
     out.add_argument("--output-path", default="outputs", help="a folder, or one file")
-    out.add_argument("--json", action="store_true", help="print a performance dump as JSON")
+    out.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 GENERATION = ("prompt", "negative_prompt", "height", "width", "num_frames", "num_inference_steps")

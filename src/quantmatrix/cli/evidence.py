@@ -24,12 +24,15 @@ def add_to(commands: Any) -> None:
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     text = "merge evidence folders of shards; the order of the folders does not matter"
     merge = add_command(actions, "merge", text, run_merge)
-    merge.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
-    merge.add_argument("--output-path", type=Path, required=True, metavar="DIR")
+    merge.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="evidence of shards")
+    what = "the evidence folder to merge into; it is made where there is none"
+    merge.add_argument("--output-path", type=Path, required=True, metavar="DIR", help=what)
     merge.add_argument("--planned", nargs="+", default=[], metavar="WORD", help=PLANNED)
     text = "compare what was executed with what was planned; exit codes tell the difference"
     check = add_command(actions, "check", text, run_check)
-    check.add_argument("sources", nargs="+", type=Path, metavar="FOLDER_OR_JUNIT_XML")
+    check.add_argument(
+        "sources", nargs="+", type=Path, metavar="FOLDER_OR_JUNIT_XML", help="what was executed"
+    )
     check.add_argument("--planned", nargs="+", required=True, metavar="WORD", help=PLANNED)
     text = "run cpu twins by a revision's code and by this one; equal latents keep records fresh"
     carry = add_command(actions, "carry", text, run_carry)

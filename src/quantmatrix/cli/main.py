@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import platform
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from quantmatrix import __version__
 from quantmatrix.cli.dequantize import _add_dequantize
 from quantmatrix.cli.doctor import _add_doctor
+from quantmatrix.cli.flags import fill_help
 from quantmatrix.cli.generate import _add_generate
 from quantmatrix.cli.inspect import _add_inspect
 from quantmatrix.cli.matrix import _add_matrix
@@ -25,6 +27,7 @@ from quantmatrix.cli.output import (
     Parser,
     drop_output,
     explain_os_error,
+    print_json,
     report_error,
     shown_log,
     tell_tables,
@@ -86,6 +89,8 @@ def run_command(argv: list[str]) -> int:
     arguments, rest = parser.parse_known_args(argv)
     arguments.argv = argv
     handler: Handler | None = getattr(arguments, "handler", None)
+    if handler is None and arguments.version and not rest:
+        return show_version(as_json=arguments.json)
     if handler is None:
         if rest:
             raise UsageError(f"{' '.join(rest)}: which command? See `{parser.prog} --help`")
@@ -102,6 +107,33 @@ def run_command(argv: list[str]) -> int:
         return code
 
 
+def show_version(*, as_json: bool) -> int:
+    """The version of the package; as JSON those of the forms that it reads and of what it runs on, too."""
+    from importlib import metadata
+
+    from quantmatrix.tables import table
+
+    if not as_json:
+        print(f"quantmatrix {__version__}")
+        return 0
+    packages: dict[str, str | None] = {}
+    for name in ("torch", "diffusers", "transformers", "triton"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = None
+    print_json(
+        {
+            "quantmatrix": __version__,
+            "python": platform.python_version(),
+            "tables_version": table.VERSION,
+            "record_schema": 1,
+            "packages": packages,
+        }
+    )
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command."""
     parser = Parser(
@@ -109,7 +141,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Which quantized diffusion checkpoint works on which hardware, with proof.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"quantmatrix {__version__}")
+    parser.add_argument("--version", action="store_true", help="show the version; --json: of more")
+    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_generate(commands)
     _add_plan(commands)
@@ -121,6 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_report(commands)
     for name in NAMES:
         import_module(f"quantmatrix.cli.{name}").add_to(commands)
+    fill_help(parser)
     return parser
 
 
@@ -144,6 +178,7 @@ if __name__ == "__main__":
 
 # fmt: off
 NAMES: tuple[str, ...] = (
+    "completion",
     "init",
     "explain",
     "agreement",

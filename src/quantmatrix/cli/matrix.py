@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 LIST_FILTERS = ("family", "model", "hardware", "claim", "state", "scope")
 
 
+PLURALS = {
+    "family": "families",
+    "model": "models",
+    "hardware": "hardware ids",
+    "claim": "claims",
+    "state": "states",
+    "scope": "scopes",
+}
+
+
 def _add_matrix(commands: Any) -> None:
     parser = add_command(commands, "matrix", "read the tables", run_matrix_list)
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
@@ -41,7 +51,13 @@ def _add_matrix(commands: Any) -> None:
             action.add_argument("id", help="id of a cell (row@hardware) or of a row")
         if name == "list":
             for flag in LIST_FILTERS:
-                action.add_argument(f"--{flag}", nargs="+", default=[], metavar=flag.upper())
+                action.add_argument(
+                    f"--{flag}",
+                    nargs="+",
+                    default=[],
+                    metavar=flag.upper(),
+                    help=f"only cells of these {PLURALS[flag]}",
+                )
     for name in ("jobs", "matrix_diff", "dry_run"):
         import_module(f"quantmatrix.cli.{name}").add_to_matrix(actions)
 

@@ -20,7 +20,13 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--faults", nargs="+", default=[], metavar="NAME", help="these only")
     what = "plan and witness only: no model is run (default: all gates)"
     parser.add_argument("--gates", nargs="+", default=[], metavar="GATE", help=what)
-    parser.add_argument("--reports", type=Path, default=Path("reports"), metavar="DIR")
+    parser.add_argument(
+        "--reports",
+        type=Path,
+        default=Path("reports"),
+        metavar="DIR",
+        help="folder of the reports (default: reports)",
+    )
     parser.add_argument("--write", action="store_true", help="write mutation.csv and mutation.md")
     parser.add_argument("--json", action="store_true")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from quantmatrix.cli.examples import write_epilog
 from quantmatrix.errors import QuantmatrixError, UsageError
 from quantmatrix.quoting import escape_lines, limit_message
 from quantmatrix.request import FP4_BACKEND_VARIABLE, Request
@@ -159,16 +160,34 @@ def name_tables() -> str:
 
 
 def tell_tables() -> None:
-    """Say on standard error which tables were read."""
-    if tables := name_tables():
+    """Say on standard error which tables were read; our own ones only on a terminal or with `--verbose`."""
+    from quantmatrix.tables import read, source
+
+    if not (tables := name_tables()):
+        return
+    if read.last_read[-1] == source.own_folder():
+        report_progress(f"tables: {tables}")
+    else:
         print(f"tables: {tables}", file=sys.stderr)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps all text but the examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example") else super()._fill_text(text, width, indent)
 
 
 def add_command(commands: Any, name: str, text: str, handler: Handler) -> argparse.ArgumentParser:
     """Add the parser of one command; `handler` runs it."""
     parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text, allow_abbrev=False
+        name,
+        help=text,
+        description=text,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
+    parser.epilog = write_epilog(parser.prog)
     parser.set_defaults(handler=handler)
     return parser
 

@@ -13,12 +13,14 @@ from quantmatrix.errors import UsageError
 
 def add_to(commands: Any) -> None:
     """Add the parser."""
+    from quantmatrix.cli.flags import ACCELERATION, QUANTIZED, remove_flags
     from quantmatrix.cli.output import add_command
     from quantmatrix.request import add_request_flags
 
     text = "quantize a full-precision model into a family's format, calibrated by running it"
     parser = add_command(commands, "quantize", text, run_quantize)
     add_request_flags(parser)
+    remove_flags(parser, *QUANTIZED, *ACCELERATION, "prompt", "seed", "backend")
     group = parser.add_argument_group("what is made")
     group.add_argument("--family", required=True, help="fp8, modelopt-fp8, nunchaku-svdq ...")
     group.add_argument(

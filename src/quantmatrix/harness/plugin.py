@@ -28,7 +28,7 @@ from __future__ import annotations
 import gc
 import inspect
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,9 +204,9 @@ class Harness:
         self.tables_folder = tables.folder
         self.reports = tables.reports or tables.folder.parent / "reports"
         if tables.folder != source.own_folder():  # what the tests call reads them, too
-            used = source.use(str(tables.folder))
-            used.__enter__()
-            config.add_cleanup(lambda: used.__exit__(None, None, None))
+            used = ExitStack()
+            used.enter_context(source.use(str(tables.folder)))
+            config.add_cleanup(used.close)
         self.wanted = {name: selection.split_values(config.getoption(name)) for name in FILTERS}
         asked = config.getoption("evidence_dir")
         folder = Path(asked).absolute() if asked else None

@@ -141,7 +141,7 @@ def list_checkpoints(joined: Joined) -> list[Row]:
 
 def list_cells(joined: Joined) -> list[Row]:
     """A line per cell."""
-    lines = []
+    lines: list[Row] = []
     for cell in joined.tables.cells:
         record = joined.evidence.get(cell.id)
         worst = read_worst(record)

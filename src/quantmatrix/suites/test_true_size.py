@@ -28,7 +28,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_true_size(
     cell: Cell, workbench: Workbench, proof: Proof, written: Path, reports: Path
 ) -> None:
-    from quantmatrix.measure import true_size
+    from quantmatrix.measure import latents, true_size
     from quantmatrix.proof import known_limits, limits
 
     workbench.release()
@@ -40,7 +40,7 @@ def test_true_size(
     proof.plan = found.plan.to_json()
     proof.files = found.plan.components[true_size.COMPONENT].checkpoint.files
     proof.timings.update(found.tell_times())
-    proof.latents_digest = true_size.digest_latents(found.quantized.latents)
+    proof.latents_digest = latents.digest_latents(found.quantized.latents)
     proof.metrics.update(found.to_json())
     pieces = found.plan.components[true_size.COMPONENT].pieces()
     kind = limits.name_class((piece.scheme.weight, piece.numerics) for piece in pieces)
