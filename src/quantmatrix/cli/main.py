@@ -141,7 +141,11 @@ def build_parser() -> argparse.ArgumentParser:
         description="Which quantized diffusion checkpoint works on which hardware, with proof.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="store_true", help="show the version; --json: of more")
+    parser.add_argument(
+        "--version",
+        action="store_true",
+        help="show the version; with --json those of Python, torch and the file forms, too",
+    )
     parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_generate(commands)

@@ -30,7 +30,9 @@ PLURALS = {
 
 
 def _add_matrix(commands: Any) -> None:
-    parser = add_command(commands, "matrix", "read the tables", run_matrix_list)
+    parser = add_command(
+        commands, "matrix", "list, check and show rows of the tables", run_matrix_list
+    )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, text, handler in (
         ("list", "list the cells, with their state from the evidence", run_matrix_list),

@@ -20,7 +20,9 @@ FORMATS = ("md", "rst", "html", "csv")
 
 def _add_report(commands: Any) -> None:
     parser = add_command(commands, "report", "render the support matrix from evidence", run_report)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail on any drift")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 when a file is out of date"
+    )
     parser.add_argument("--reports", help="folder of the reports (default: reports)")
     parser.add_argument(
         "--into",
@@ -32,10 +34,10 @@ def _add_report(commands: Any) -> None:
         nargs="+",
         default=[],
         choices=TABLES,
-        help="of these (default: every marked one)",
+        help="tables to render (default: every marked one)",
     )
     parser.add_argument(
-        "--format", choices=FORMATS, help="(default: by the ending of the page's name)"
+        "--format", choices=FORMATS, help="format of the page (default: what its name says)"
     )
     parser.add_argument(
         "--columns",

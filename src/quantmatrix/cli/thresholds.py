@@ -26,7 +26,7 @@ def add_to(commands: Any) -> None:
     parser = add_command(commands, "thresholds", text, run_thresholds)
     what = "a git revision, or another limits.csv, that the limits are compared with"
     parser.add_argument("--diff", metavar="REV|FILE", help=what)
-    what = "run every base model in BF16 and in FP32, and write spread.csv; 1 when that loosens"
+    what = "run every base model in BF16 and in FP32, and write spread.csv; exit code 1 when that loosens a limit"
     parser.add_argument("--measure-spread", action="store_true", help=what)
     parser.add_argument("--reports", type=Path, metavar="DIR", help="folder of the reports")
     parser.add_argument("--json", action="store_true")
