@@ -68,7 +68,10 @@ def run_report(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def run_into(arguments: argparse.Namespace) -> int:
-    """`quantmatrix report --into PAGE`; 1 where `--check` finds a difference."""
+    """`quantmatrix report --into PAGE`; 1 where `--check` finds a difference.
+
+    Raises UsageError for columns of no one table.
+    """
     from quantmatrix.proof.joined import Joined
     from quantmatrix.report import fragments, into, render
     from quantmatrix.tables import read

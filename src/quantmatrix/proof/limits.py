@@ -106,7 +106,10 @@ class Ledger:
     """Asked for a class that this one never measured (see `known_limits`)."""
 
     def find(self, kind: str, model: str, hardware: str = "cpu") -> Limits:
-        """The limits of a class on a model and a device; UnmeasuredError for a class never measured."""
+        """The limits of a class on a model and a device.
+
+        UnmeasuredError for a class never measured, LimitsError for none: nothing was quantized.
+        """
         if not kind:
             raise LimitsError(f"no limits for a run without quantized layers on {model}")
         of_kind = [sample for sample in self.samples if sample.kind == kind]

@@ -101,7 +101,7 @@ def render(joined: Joined, name: str, form: str, columns: Sequence[str] = ()) ->
 
 
 def read_column(table: str, text: str) -> tuple[str, str]:
-    """(name, title) of `name` or `name=Title`."""
+    """(name, title) of `name` or `name=Title`; UsageError for a column that is not known."""
     name, _, title = text.partition("=")
     known = COLUMNS[table]
     if name not in known:
