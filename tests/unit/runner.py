@@ -48,7 +48,7 @@ class Runner:
         self.outputs = folder / "outputs"
         self.summary = folder / "summary.md"
         self.issue = folder / "issue"
-        self.body = self.checkout / "body.md"
+        self.body = self.checkout / "agreement" / "body.md"
         self.issue.touch()
         self.bin = folder / "bin"
         self.bin.mkdir()
@@ -140,3 +140,9 @@ class Runner:
         lines = self.outputs.read_text().splitlines()
         [found] = [line for line in lines if line.startswith(f"{name}=")]
         return json.loads(found.removeprefix(f"{name}="))
+
+    def read_last(self, name: str) -> Any:
+        """An output that a step has set more than once, as the runner takes it: the last."""
+        lines = self.outputs.read_text().splitlines()
+        found = [line for line in lines if line.startswith(f"{name}=")]
+        return json.loads(found[-1].removeprefix(f"{name}="))

@@ -28,6 +28,7 @@ CASES = [
 INI = """
 [pytest]
 quantmatrix_tables = matrix
+norecursedirs = src
 strict_parametrization_ids = true
 addopts = --strict-markers --strict-config
 """

@@ -22,7 +22,7 @@ import quantmatrix
 
 ROOT = Path(quantmatrix.__file__).parents[2]
 LIMITS = ("reports/limits.csv", "reports/spread.csv")
-COPIED = ("src", "matrix", "tests/suites", "pyproject.toml", *LIMITS)
+COPIED = ("src", "matrix", "pyproject.toml", *LIMITS)
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Copy:
     def run_suites(self, *words: str) -> dict[str, int]:
         """Passed and failed checks of the copy's suites."""
         plain = ("-p", "no:cacheprovider", "-p", "no:xdist", "-q")
-        said = self.call("pytest", "tests/suites", *plain, *words)
+        said = self.call("pytest", "src/quantmatrix/suites", *plain, *words)
         found = re.findall(r"(\d+) (passed|failed|skipped)", said)
         return {kind: int(count) for count, kind in found}
 
@@ -300,7 +300,7 @@ def test_toy(cell, proof) -> None:
 
 
 def test_a_check(copy: Copy) -> None:
-    copy.add("tests/suites/test_toy.py", SUITE)
+    copy.add("src/quantmatrix/suites/test_toy.py", SUITE)
     copy.replace("src/quantmatrix/tables/rows.py", 'CHECKS = ("load",', 'CHECKS = ("toy", "load",')
     copy.add_row(
         "cases", id="toy", family="fp8", model="flux-1", checkpoint="fp8-flux-1-tensor-dynamic",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
+import wheels
 
 from quantmatrix.cli.main import main
 from quantmatrix.exit_codes import EXIT_USAGE
@@ -152,20 +151,8 @@ def ask(words: list[list[str]], package: Path, folder: Path) -> list[tuple[int, 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of this checkout, unpacked as an installation has it."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    for name in ("src", "matrix", "reports"):
-        shutil.copytree(ROOT / name, source / name)
-    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    words = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    done = subprocess.run(words, cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr  # without hatchling: install the extra `test`
-    [wheel] = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder / "site" / "packages")
-    return folder / "site" / "packages"
+    """A wheel of this checkout, installed."""
+    return wheels.install(tmp_path_factory)
 
 
 def test_a_wheel_says_that_it_is_typed(installed: Path) -> None:

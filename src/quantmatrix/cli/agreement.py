@@ -27,7 +27,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--today", metavar="DATE", help="compute ages as of this date (default: today)"
     )
-    text = "list evidence older than this as due to be made again (default 90)"
+    text = "list evidence older than this as due for another run (default 90)"
     parser.add_argument("--max-age-days", type=int, metavar="N", help=text)
     parser.add_argument(
         "--fail-under", type=parse_number, metavar="PERCENT", help="exit 1 below this percentage"

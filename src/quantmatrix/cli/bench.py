@@ -27,9 +27,11 @@ def add_to(commands: Any) -> None:
     add_request_flags(parser, needed=False)
     what = parser.add_argument_group("what to measure, instead of --model-path")
     what.add_argument("--row", nargs="+", metavar="CELL", help="cells of the matrix (row@hardware)")
-    what.add_argument("--synthetic", choices=("full", "tiny"), help="random weights, of this size")
+    what.add_argument("--synthetic", choices=("full", "tiny"), help="random weights of this size")
     what.add_argument("--family", help="with --synthetic: fp8, modelopt-nvfp4 ...")
-    what.add_argument("--scheme", help="with --synthetic: of the family (default: its first)")
+    what.add_argument(
+        "--scheme", help="with --synthetic: scheme of the family (default: its first)"
+    )
     what.add_argument(
         "--compare",
         nargs=2,

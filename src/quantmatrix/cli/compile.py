@@ -19,7 +19,9 @@ def add_to(commands: Any) -> None:
     )
     parser = add_command(commands, "compile", text, run_compile)
     parser.add_argument("--hardware", required=True, metavar="ID", help="a row of hardware.csv")
-    parser.add_argument("--row", help="a row of cases.csv, or a cell; default: all of the hardware")
+    parser.add_argument(
+        "--row", help="a row of cases.csv, or a cell (default: all of the hardware)"
+    )
     parser.add_argument("--no-cache", action="store_true", help="rebuild cached kernels, too")
     parser.add_argument("--json", action="store_true")
 

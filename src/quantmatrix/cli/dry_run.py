@@ -11,7 +11,7 @@ def add_to_matrix(actions: Any) -> None:
     """Add the action to those of `quantmatrix matrix`."""
     from quantmatrix.cli.output import add_command
 
-    text = "the guide's checkpoints on a device: commands, kernels and memory, without it"
+    text = "show how the guide's checkpoints would run on a device that is not here: commands, kernels, memory"
     parser = add_command(actions, "dry-run", text, run_dry)
     parser.add_argument("--hardware", required=True, metavar="ID", help="a row of hardware.csv")
     parser.add_argument("--json", action="store_true")

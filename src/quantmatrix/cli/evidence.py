@@ -24,24 +24,35 @@ def add_to(commands: Any) -> None:
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     text = "merge evidence folders of shards; the order of the folders does not matter"
     merge = add_command(actions, "merge", text, run_merge)
-    merge.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
-    merge.add_argument("--output-path", type=Path, required=True, metavar="DIR")
+    merge.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="evidence of shards")
+    what = "the evidence folder to merge into; it is made where there is none"
+    merge.add_argument("--output-path", type=Path, required=True, metavar="DIR", help=what)
     merge.add_argument("--planned", nargs="+", default=[], metavar="WORD", help=PLANNED)
-    text = "compare what was executed with what was planned; exit codes tell the difference"
+    text = "compare what was executed with what was planned; the exit code says how they differ"
     check = add_command(actions, "check", text, run_check)
-    check.add_argument("sources", nargs="+", type=Path, metavar="FOLDER_OR_JUNIT_XML")
+    check.add_argument(
+        "sources",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER_OR_JUNIT_XML",
+        help="evidence folders, or JUnit files of runs",
+    )
     check.add_argument("--planned", nargs="+", required=True, metavar="WORD", help=PLANNED)
-    text = "run cpu twins by a revision's code and by this one; equal latents keep records fresh"
+    text = (
+        "run cpu twins with a revision's code and with this one: equal latents keep records fresh"
+    )
     carry = add_command(actions, "carry", text, run_carry)
-    carry.add_argument("revision", metavar="REVISION", help="whose code made the records")
+    carry.add_argument(
+        "revision", metavar="REVISION", help="git revision whose code made the records"
+    )
     carry.add_argument("--reports", help="folder of the reports (default: reports)")
     carry.add_argument("--json", action="store_true")
-    text = "print the JSON Schema of records, files of benchmarks and cards of packets"
+    text = "print the JSON Schema of records, benchmark files and packets"
     shown = add_command(actions, "schema", text, run_schema)
     shown.add_argument("--json", action="store_true", help="the same: a schema is JSON")
     for action in (merge, check):
         action.add_argument(
-            "--check", nargs="+", default=[], metavar="NAME", help="only these checks"
+            "--check", nargs="+", default=[], metavar="NAME", help="compare only these checks"
         )
         action.add_argument("--json", action="store_true")
 

@@ -23,7 +23,12 @@ def add_to(commands: Any) -> None:
         "--target-psnr", type=parse_number, default=30.0, metavar="DB",
         help="PSNR that the final latents must reach against full precision (default 30)",
     )  # fmt: skip
-    parser.add_argument("--by", choices=("layer", "block"), default="layer", help="what is kept")
+    parser.add_argument(
+        "--by",
+        choices=("layer", "block"),
+        default="layer",
+        help="keep single layers or whole blocks",
+    )
     parser.add_argument("--output-path", metavar="DIR", help="write fallback.json and .svg there")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(takes_overrides=True)

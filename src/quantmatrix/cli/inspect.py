@@ -17,9 +17,11 @@ def _add_inspect(commands: Any) -> None:
     text = "identify a checkpoint: family and why, scheme of each layer, sizes, header facts"
     parser = add_command(commands, "inspect", text, run_inspect)
     parser.add_argument("checkpoint", help="a file, a folder or a hub id")
-    parser.add_argument("--tiny", action="store_true", help="look among the tiny stand-ins")
+    parser.add_argument("--tiny", action="store_true", help="use the tiny stand-ins")
     parser.add_argument("--layers", action="store_true", help="list every quantized layer")
-    what = "compare decoded layers with this base model's own weights; 1 when one disagrees"
+    what = (
+        "compare decoded layers with this base model's own weights; exit code 1 when one disagrees"
+    )
     parser.add_argument("--against", metavar="BASE", help=what)
     what = "which transformer of the base a file is compared with (default: the first)"
     parser.add_argument("--component", metavar="NAME", help=what)

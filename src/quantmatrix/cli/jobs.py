@@ -12,7 +12,7 @@ def add_to_matrix(actions: Any) -> None:
     from quantmatrix.cli.output import add_command
     from quantmatrix.request import parse_number
 
-    text = "list the jobs of a hardware, as a CI matrix on one line with --json"
+    text = "list the CI jobs of some hardware; with --json as a matrix on one line"
     parser = add_command(actions, "jobs", text, run_jobs)
     parser.add_argument(
         "--hardware", nargs="+", default=[], metavar="ID", help="ids or groups (default: all)"
@@ -21,7 +21,10 @@ def add_to_matrix(actions: Any) -> None:
         "--parts", type=int, metavar="N", help="cut the cells of each device into N parts"
     )
     parser.add_argument(
-        "--minutes", type=parse_number, default=30.0, help="or into parts of about this length (30)"
+        "--minutes",
+        type=parse_number,
+        default=30.0,
+        help="or into parts of about this many minutes (default 30)",
     )
     parser.add_argument("--reports", help="folder of the reports (default: reports)")
     parser.add_argument("--json", action="store_true")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import platform
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,10 +19,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from quantmatrix import __version__
 from quantmatrix.cli.dequantize import _add_dequantize
 from quantmatrix.cli.doctor import _add_doctor
+from quantmatrix.cli.flags import fill_help
 from quantmatrix.cli.generate import _add_generate
 from quantmatrix.cli.inspect import _add_inspect
 from quantmatrix.cli.matrix import _add_matrix
-from quantmatrix.cli.output import Parser, drop_output, explain_os_error, report_error, shown_log
+from quantmatrix.cli.output import (
+    Parser,
+    drop_output,
+    explain_os_error,
+    print_json,
+    report_error,
+    shown_log,
+    tell_tables,
+)
 from quantmatrix.cli.plan import _add_plan
 from quantmatrix.cli.report import _add_report
 from quantmatrix.cli.tiny_hub import _add_tiny_hub
@@ -35,9 +45,8 @@ from quantmatrix.exit_codes import (
     EXIT_USAGE,
     blames_environment,
 )
-from quantmatrix.request import (
-    normalize_flags,
-)
+from quantmatrix.request import normalize_flags
+from quantmatrix.tables import read, source
 
 if TYPE_CHECKING:
     from quantmatrix.cli.output import Handler
@@ -80,6 +89,8 @@ def run_command(argv: list[str]) -> int:
     arguments, rest = parser.parse_known_args(argv)
     arguments.argv = argv
     handler: Handler | None = getattr(arguments, "handler", None)
+    if handler is None and arguments.version and not rest:
+        return show_version(as_json=arguments.json)
     if handler is None:
         if rest:
             raise UsageError(f"{' '.join(rest)}: which command? See `{parser.prog} --help`")
@@ -87,8 +98,40 @@ def run_command(argv: list[str]) -> int:
         return EXIT_USAGE
     if rest and not getattr(arguments, "takes_overrides", False):
         raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
-    with shown_log(verbose=getattr(arguments, "verbose", False)):
-        return handler(arguments, rest)
+    read.last_read.clear()
+    folder = getattr(arguments, "tables", None)
+    with shown_log(verbose=getattr(arguments, "verbose", False)), source.use(folder):
+        code = handler(arguments, rest)
+        if not getattr(arguments, "json", False):
+            tell_tables()
+        return code
+
+
+def show_version(*, as_json: bool) -> int:
+    """The version of the package; as JSON those of the forms that it reads and of what it runs on, too."""
+    from importlib import metadata
+
+    from quantmatrix.tables import table
+
+    if not as_json:
+        print(f"quantmatrix {__version__}")
+        return 0
+    packages: dict[str, str | None] = {}
+    for name in ("torch", "diffusers", "transformers", "triton"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = None
+    print_json(
+        {
+            "quantmatrix": __version__,
+            "python": platform.python_version(),
+            "tables_version": table.VERSION,
+            "record_schema": 1,
+            "packages": packages,
+        }
+    )
+    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,7 +141,12 @@ def build_parser() -> argparse.ArgumentParser:
         description="Which quantized diffusion checkpoint works on which hardware, with proof.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"quantmatrix {__version__}")
+    parser.add_argument(
+        "--version",
+        action="store_true",
+        help="show the version; with --json those of Python, torch and the file forms, too",
+    )
+    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_generate(commands)
     _add_plan(commands)
@@ -110,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_report(commands)
     for name in NAMES:
         import_module(f"quantmatrix.cli.{name}").add_to(commands)
+    fill_help(parser)
     return parser
 
 
@@ -133,6 +182,8 @@ if __name__ == "__main__":
 
 # fmt: off
 NAMES: tuple[str, ...] = (
+    "completion",
+    "init",
     "explain",
     "agreement",
     "validate",

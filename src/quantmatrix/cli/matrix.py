@@ -19,22 +19,47 @@ if TYPE_CHECKING:
 LIST_FILTERS = ("family", "model", "hardware", "claim", "state", "scope")
 
 
+PLURALS = {
+    "family": "families",
+    "model": "models",
+    "hardware": "hardware ids",
+    "claim": "claims",
+    "state": "states",
+    "scope": "scopes",
+}
+
+
 def _add_matrix(commands: Any) -> None:
-    parser = add_command(commands, "matrix", "read the tables", run_matrix_list)
+    parser = add_command(
+        commands, "matrix", "list, check and show rows of the tables", run_matrix_list
+    )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, text, handler in (
         ("list", "list the cells, with their state from the evidence", run_matrix_list),
         ("check", "check the tables; every problem with file and line", run_matrix_check),
         ("show", "show one cell or row: its command, claim, rule and evidence", run_matrix_show),
+        (
+            "schema",
+            "print the columns of the tables as JSON, with their version",
+            run_matrix_schema,
+        ),
     ):
         action = add_command(actions, name, text, handler)
         action.add_argument("--json", action="store_true")
+        if name in ("check", "schema"):
+            continue
         action.add_argument("--reports", help="folder of the reports (default: reports)")
         if name == "show":
             action.add_argument("id", help="id of a cell (row@hardware) or of a row")
         if name == "list":
             for flag in LIST_FILTERS:
-                action.add_argument(f"--{flag}", nargs="+", default=[], metavar=flag.upper())
+                action.add_argument(
+                    f"--{flag}",
+                    nargs="+",
+                    default=[],
+                    metavar=flag.upper(),
+                    help=f"only cells of these {PLURALS[flag]}",
+                )
     for name in ("jobs", "matrix_diff", "dry_run"):
         import_module(f"quantmatrix.cli.{name}").add_to_matrix(actions)
 
@@ -107,6 +132,14 @@ def run_matrix_check(arguments: argparse.Namespace, rest: list[str]) -> int:
         print_json(found)
     else:
         print(f"{found['rows']} rows, {found['cells']} cells: no problem found")
+    return 0
+
+
+def run_matrix_schema(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """`quantmatrix matrix schema`."""
+    from quantmatrix.tables import schema
+
+    print_json(schema.describe())
     return 0
 
 

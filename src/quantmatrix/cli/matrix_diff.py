@@ -10,9 +10,11 @@ def add_to_matrix(actions: Any) -> None:
     """Add the action to those of `quantmatrix matrix`."""
     from quantmatrix.cli.output import add_command
 
-    text = "cells gained, lost and changed between two git revisions, as Markdown or JSON"
+    text = "list cells gained, lost and changed between two git revisions, as Markdown or JSON"
     parser = add_command(actions, "diff", text, run_diff)
-    parser.add_argument("revisions", metavar="A..B", help="two revisions; B is HEAD if left out")
+    parser.add_argument(
+        "revisions", metavar="A..B", help="two git revisions; B is HEAD if left out"
+    )
     parser.add_argument("--json", action="store_true")
 
 

@@ -17,10 +17,18 @@ def add_to(commands: Any) -> None:
     text = "inject faults into tiny checkpoints and confirm that the rows' checks catch them"
     parser = add_command(commands, "mutate", text, run_mutate)
     parser.add_argument("rows", nargs="*", metavar="ROW", help="rows, families, models, or globs")
-    parser.add_argument("--faults", nargs="+", default=[], metavar="NAME", help="these only")
-    what = "plan and witness only: no model is run (default: all gates)"
+    parser.add_argument(
+        "--faults", nargs="+", default=[], metavar="NAME", help="inject only these faults"
+    )
+    what = "gates to run; plan and witness alone run no model (default: all)"
     parser.add_argument("--gates", nargs="+", default=[], metavar="GATE", help=what)
-    parser.add_argument("--reports", type=Path, default=Path("reports"), metavar="DIR")
+    parser.add_argument(
+        "--reports",
+        type=Path,
+        default=Path("reports"),
+        metavar="DIR",
+        help="folder of the reports (default: reports)",
+    )
     parser.add_argument("--write", action="store_true", help="write mutation.csv and mutation.md")
     parser.add_argument("--json", action="store_true")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from quantmatrix.cli.examples import write_epilog
 from quantmatrix.errors import QuantmatrixError, UsageError
 from quantmatrix.quoting import escape_lines, limit_message
 from quantmatrix.request import FP4_BACKEND_VARIABLE, Request
@@ -24,10 +25,14 @@ if TYPE_CHECKING:
 Handler = Callable[[argparse.Namespace, list[str]], int]
 
 
+EVERYWHERE = ("--help", "--verbose", "--tables")
+"""Flags of every command."""
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints are errors like all others, so that `--json` has them, too.
 
-    It and the parsers of its commands have `--verbose`, so the flag may stand before or after a command.
+    It and the parsers of its commands have `EVERYWHERE`, so these may stand before or after a command.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -37,6 +42,13 @@ class Parser(argparse.ArgumentParser):
             action="store_true",
             default=argparse.SUPPRESS,
             help="say on standard error what is done: the log of `quantmatrix`",
+        )
+        self.add_argument(
+            "--tables",
+            metavar="DIR",
+            default=argparse.SUPPRESS,
+            help="read the tables of this folder (default: $QUANTMATRIX_TABLES, then [tool.quantmatrix] "
+            "of pyproject.toml, then the tables of quantmatrix itself)",
         )
 
     def error(self, message: str) -> NoReturn:
@@ -130,15 +142,52 @@ def say(text: str, *, to_errors: bool = False) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print finite, sorted JSON."""
+    """Print finite, sorted JSON; an answer that was read from tables says from which."""
+    if isinstance(value, dict) and (tables := name_tables()):
+        value = {**value, "tables": tables}
     print(json.dumps(value, indent=2, sort_keys=True, allow_nan=False, default=str))
+
+
+def name_tables() -> str:
+    """The tables that the command has read, as text; empty when it has read none."""
+    from quantmatrix.tables import read, source
+
+    if not read.last_read:
+        return ""
+    found = source.find()
+    folder = read.last_read[-1]
+    return str(found) if found.folder == folder else str(folder)
+
+
+def tell_tables() -> None:
+    """Say on standard error which tables were read; our own ones only on a terminal or with `--verbose`."""
+    from quantmatrix.tables import read, source
+
+    if not (tables := name_tables()):
+        return
+    if read.last_read[-1] == source.own_folder():
+        report_progress(f"tables: {tables}")
+    else:
+        print(f"tables: {tables}", file=sys.stderr)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps all text but the examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example") else super()._fill_text(text, width, indent)
 
 
 def add_command(commands: Any, name: str, text: str, handler: Handler) -> argparse.ArgumentParser:
     """Add the parser of one command; `handler` runs it."""
     parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text, allow_abbrev=False
+        name,
+        help=text,
+        description=text,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
+    parser.epilog = write_epilog(parser.prog)
     parser.set_defaults(handler=handler)
     return parser
 

@@ -20,7 +20,7 @@ def add_to(commands: Any) -> None:
     make = add_command(actions, "make", text, run_make)
     make.add_argument("cell", help="id of a cell (row@hardware, row@hardware+backend)")
     make.add_argument("--output-path", required=True, help="the folder to write; it must not exist")
-    make.add_argument("--tiny", action="store_true", help="on tiny stand-ins")
+    make.add_argument("--tiny", action="store_true", help="use tiny stand-ins")
     text = "verify schema and digests, and compute the metrics again from the latents"
     check = add_command(actions, "check", text, run_check)
     check.add_argument("folders", nargs="+", metavar="DIR", help="packets")

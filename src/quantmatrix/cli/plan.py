@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quantmatrix.cli.flags import SAVING, hide_flags
 from quantmatrix.cli.output import add_command, backends_text, print_json, read_request, say
 from quantmatrix.exit_codes import EXIT_REFUSED
 from quantmatrix.request import add_output_flags, add_request_flags, add_sharing_flag
@@ -21,6 +22,8 @@ def _add_plan(commands: Any) -> None:
     add_output_flags(parser)
     add_sharing_flag(parser)
     parser.add_argument("--hardware", help="a row of hardware.csv instead of this machine")
+    unread = ("prompt", "negative_prompt", "guidance_scale", "seed", "compile", "output_path")
+    hide_flags(parser, *unread, *SAVING)  # a command of generate is planned by changing its name
     parser.set_defaults(takes_overrides=True)
 
 

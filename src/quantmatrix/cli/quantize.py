@@ -13,16 +13,20 @@ from quantmatrix.errors import UsageError
 
 def add_to(commands: Any) -> None:
     """Add the parser."""
+    from quantmatrix.cli.flags import ACCELERATION, QUANTIZED, remove_flags
     from quantmatrix.cli.output import add_command
     from quantmatrix.request import add_request_flags
 
     text = "quantize a full-precision model into a family's format, calibrated by running it"
     parser = add_command(commands, "quantize", text, run_quantize)
     add_request_flags(parser)
+    remove_flags(parser, *QUANTIZED, *ACCELERATION, "prompt", "seed", "backend")
     group = parser.add_argument_group("what is made")
-    group.add_argument("--family", required=True, help="fp8, modelopt-fp8, nunchaku-svdq ...")
     group.add_argument(
-        "--scheme", help="of the family: FP8, NVFP4, W8A8_DYNAMIC, tensor-static ..."
+        "--family", required=True, help="format to write: fp8, modelopt-fp8, nunchaku-svdq ..."
+    )
+    group.add_argument(
+        "--scheme", help="scheme of the family: FP8, NVFP4, W8A8_DYNAMIC, tensor-static ..."
     )
     group.add_argument("--precision", help="int4 or nvfp4, for nunchaku-svdq")
     group.add_argument("--rank", type=int, help="low-rank size, for nunchaku-svdq (default 32)")
@@ -30,7 +34,9 @@ def add_to(commands: Any) -> None:
         "--keep", nargs="*", metavar="SET|REGEX",
         help="layers to leave unquantized (default: those of the validated checkpoints; no names: none)",
     )  # fmt: skip
-    group.add_argument("--calibration-prompts", metavar="FILE", help="one prompt per line")
+    group.add_argument(
+        "--calibration-prompts", metavar="FILE", help="file of prompts, one per line"
+    )
     group.add_argument("--output-path", required=True, help="a folder, or one .safetensors file")
     group.add_argument("--overwrite", action="store_true", help="replace an existing output")
     group.add_argument("--json", action="store_true")

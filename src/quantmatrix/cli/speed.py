@@ -17,14 +17,14 @@ def add_to(commands: Any) -> None:
     )
     parser = add_command(commands, "speed", text, run_speed)
     parser.add_argument("--synthetic", choices=("full", "tiny"), default="full", help="model size")
-    parser.add_argument("--model-id", required=True, help="flux-1, flux-2, wan-2-2 ...")
-    parser.add_argument("--family", required=True, help="fp8, modelopt-nvfp4 ...")
-    parser.add_argument("--scheme", help="of the family (default: its first)")
+    parser.add_argument("--model-id", required=True, help="model: flux-1, flux-2, wan-2-2 ...")
+    parser.add_argument("--family", required=True, help="format: fp8, modelopt-nvfp4 ...")
+    parser.add_argument("--scheme", help="scheme of the family (default: its first)")
     parser.add_argument("--backend", help="use only this kernel backend")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the best there is)")
     parser.add_argument("--compile", action="store_true", help="compile the repeated blocks")
     parser.add_argument("--cuda-graph", action="store_true", help="replay from a CUDA graph")
-    parser.add_argument("--repeats", type=int, default=10, help="timings of each form")
+    parser.add_argument("--repeats", type=int, default=10, help="timings of each")
     parser.add_argument("--json", action="store_true")
 
 

@@ -19,7 +19,10 @@ def add_to(commands: Any) -> None:
     parser = add_command(commands, "summary", text, run_summary)
     parser.add_argument("folders", nargs="+", type=Path, metavar="EVIDENCE")
     parser.add_argument(
-        "--since", type=Path, metavar="EVIDENCE", help="earlier evidence (default: the committed)"
+        "--since",
+        type=Path,
+        metavar="EVIDENCE",
+        help="earlier evidence (default: what is committed)",
     )
     parser.add_argument(
         "--output-path", metavar="FILE", help=f"append there (default: ${STEP}, else print)"

@@ -26,7 +26,7 @@ def add_to(commands: Any) -> None:
     parser = add_command(commands, "thresholds", text, run_thresholds)
     what = "a git revision, or another limits.csv, that the limits are compared with"
     parser.add_argument("--diff", metavar="REV|FILE", help=what)
-    what = "run every base model in BF16 and in FP32, and write spread.csv; 1 when that loosens"
+    what = "run every base model in BF16 and in FP32, and write spread.csv; exit code 1 when that loosens a limit"
     parser.add_argument("--measure-spread", action="store_true", help=what)
     parser.add_argument("--reports", type=Path, metavar="DIR", help="folder of the reports")
     parser.add_argument("--json", action="store_true")
@@ -40,10 +40,14 @@ def run_thresholds(arguments: argparse.Namespace, rest: list[str]) -> int:
     """
     from quantmatrix.cli.matrix import tell_where
     from quantmatrix.cli.output import print_json
-    from quantmatrix.proof import limits, packaged, reports_folder
+    from quantmatrix.proof import known_limits, limits, packaged, reports_folder
 
     path = reports_folder.find_source(arguments.reports) / FILE
-    if not path.is_file():
+    ours = known_limits.own_reports() / FILE
+    if not path.is_file() and arguments.reports is None and not arguments.measure_spread:
+        print(f"no {path}: these are the limits that quantmatrix carries", file=sys.stderr)
+        path = ours
+    if not path.is_file() and (arguments.reports or not arguments.measure_spread):
         raise UsageError(f"{path}: no such file; name the folder of the reports with --reports")
     if arguments.measure_spread and path.parent == packaged.FOLDER:
         raise UsageError(f"--measure-spread would write into {path.parent}: name --reports DIR")

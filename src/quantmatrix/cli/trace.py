@@ -29,7 +29,9 @@ def add_to(commands: Any) -> None:
     text = "profile a generation (Chrome trace) and confirm that the planned kernels ran"
     parser = add_command(commands, "trace", text, run_trace)
     add_request_flags(parser, needed=False)
-    parser.add_argument("--hardware", metavar="ROW", help="cells that this row is claimed to run")
+    parser.add_argument(
+        "--hardware", metavar="ROW", help="trace the cells that are claimed for this hardware"
+    )
     what = "cells of the matrix, such as modelopt-fp8-flux-1@cpu+decode"
     parser.add_argument("--row", action="extend", nargs="+", default=[], metavar="CELL", help=what)
     what = f"{FILE}; with --row or --hardware alone a folder ({FOLDER})"

@@ -13,6 +13,7 @@ from quantmatrix.errors import UsageError
 
 def add_to(commands: Any) -> None:
     """Add the parser."""
+    from quantmatrix.cli.flags import SAVING, remove_flags
     from quantmatrix.cli.output import add_command
     from quantmatrix.request import add_output_flags, add_request_flags
 
@@ -20,6 +21,7 @@ def add_to(commands: Any) -> None:
     parser = add_command(commands, "validate", text, run_validate)
     add_request_flags(parser)
     add_output_flags(parser)
+    remove_flags(parser, *SAVING)
     parser.add_argument("--prompts", metavar="FILE", help="prompts, one per line")
     parser.set_defaults(takes_overrides=True, output_path=None)
 

@@ -23,6 +23,8 @@ from quantmatrix.exit_codes import (
 
 TIMEOUT = "from pytest-timeout"
 """What a test says that was stopped at its time limit: it has no verdict."""
+UNJUDGED = "unjudged"
+"""Property of a report whose check measured something that no limit is known for."""
 PROBLEM = "problem"
 """Property of a report that names one of `MEANINGS`."""
 SLACK = 1e-6
@@ -39,6 +41,8 @@ class Outcomes:
         self.is_cell = is_cell
         self.planned: set[str] = set()
         self.done: set[str] = set()
+        self.unjudged: set[str] = set()
+        """Tests whose check was measured, and not judged."""
         self.problems: dict[str, int] = {}
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -85,6 +89,9 @@ class Outcomes:
             )
             code = found or CLAIM_VIOLATED
             self.problems[report.nodeid] = max(code, self.problems.get(report.nodeid, 0))
+        elif report.skipped and properties.get(UNJUDGED):
+            self.unjudged.add(report.nodeid)
+            self.done.add(report.nodeid)
         elif report.skipped:
             self.problems[report.nodeid] = NOT_EXECUTED
         elif report.when == "call":
@@ -110,13 +117,21 @@ class Outcomes:
         return max([exitstatus, *self.list_problems()])
 
     def describe(self) -> list[str]:
-        """One line per kind of problem, naming cells."""
+        """One line per kind of problem, naming cells; before them a line on those without a limit."""
         lines = []
+        if self.unjudged:
+            names = list(dict.fromkeys(name_cell(test) for test in sorted(self.unjudged)))
+            lines.append(f"unjudged, for want of a limit: {show_some(names)}")
         for code, tests in self.list_problems().items():
             names = list(dict.fromkeys(name_cell(test) for test in tests))
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            lines.append(f"{MEANINGS[code]} (exit code {code}): {', '.join(names[:SHOWN])}{more}")
+            lines.append(f"{MEANINGS[code]} (exit code {code}): {show_some(names)}")
         return lines
+
+
+def show_some(names: list[str]) -> str:
+    """The first names, and how many there are beside them."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
 
 
 def name_cell(test: str) -> str:
@@ -129,6 +144,14 @@ def mark_problem(item: pytest.Item, report: pytest.TestReport, code: int) -> Non
     problem = (PROBLEM, MEANINGS[code])
     report.user_properties.append(problem)
     item.user_properties.append(problem)
+
+
+def mark_unjudged(item: pytest.Item, report: pytest.TestReport, why: str) -> None:
+    """Show a check without a limit as skipped, and name it in its report and in the JUnit file."""
+    report.outcome = "skipped"
+    report.longrepr = (str(item.path), 0, f"unjudged: {why}")
+    for properties in (report.user_properties, item.user_properties):
+        properties.append((UNJUDGED, True))
 
 
 def expect_failure(item: pytest.Item, report: pytest.TestReport) -> None:

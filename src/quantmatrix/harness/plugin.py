@@ -1,7 +1,9 @@
 """The harness, as a pytest plugin: cells of the matrix are tests, their outcomes are evidence.
 
-A project opts in with one line of its pytest configuration, `quantmatrix_tables = "matrix"`, the
-folder of the tables. Elsewhere the plugin adds no option, no fixture and no hook. A suite is a
+A project opts in by naming the folder of its tables: with `--tables DIR`, `QUANTMATRIX_TABLES`,
+`[tool.quantmatrix]` in its pyproject.toml, or one line of its pytest configuration,
+`quantmatrix_tables = "matrix"`. `pytest --pyargs quantmatrix.suites` runs the suites of the package, where
+nobody names a folder with our own tables. Elsewhere the plugin adds no option, no fixture and no hook. A suite is a
 function that asks for `cell` and says which check it performs:
 
     @pytest.mark.check("latents")
@@ -26,14 +28,14 @@ from __future__ import annotations
 import gc
 import inspect
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from quantmatrix.errors import MachineError, UsageError
+from quantmatrix.errors import MachineError, UnjudgedError, UsageError
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, GATE_LOOSENED, NOTHING_COLLECTED
 from quantmatrix.files import check_writable
 from quantmatrix.harness import selection
@@ -43,6 +45,7 @@ from quantmatrix.harness.outcomes import (
     expect_failure,
     find_loosened,
     mark_problem,
+    mark_unjudged,
 )
 from quantmatrix.harness.recorder import Proof, Recorder
 from quantmatrix.harness.selection import FILTERS, EmptySelection
@@ -50,7 +53,7 @@ from quantmatrix.harness.workers import CELLS, Workers, read_worker
 from quantmatrix.proof.code_digest import own_code
 from quantmatrix.proof.record import EvidenceError, path_of
 from quantmatrix.proof.store import remove_leftovers
-from quantmatrix.tables import identify
+from quantmatrix.tables import identify, source
 from quantmatrix.tables.rows import ON_REQUEST
 
 if TYPE_CHECKING:
@@ -58,6 +61,8 @@ if TYPE_CHECKING:
     from quantmatrix.tables.rows import Cell, Matrix
 
 TABLES = "quantmatrix_tables"
+SUITES = "quantmatrix.suites"
+"""What names the suites that come with the package."""
 PLAN_ONLY = ("refuse", "compile")
 """Checks that need no device: they run for every hardware of the tables."""
 MANY = 1000
@@ -70,7 +75,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     """Add the options, in projects that have opted in."""
     parser.addini(TABLES, "folder of the tables whose cells are to be tested", default="")
     config = pluginmanager.get_plugin("pytestconfig")
-    if config is None or not config.getini(TABLES):
+    if config is None or find_tables(config) is None:
         return
     group = parser.getgroup("quantmatrix", "quantmatrix: cells of the support matrix")
     for name in FILTERS:
@@ -79,6 +84,12 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         group.addoption(
             f"--{name}", action="append", default=[], metavar=name.upper(), help=text + more
         )
+    group.addoption(
+        source.FLAG,
+        metavar="DIR",
+        help="run the cells of the tables in this folder (default: $QUANTMATRIX_TABLES, then "
+        "[tool.quantmatrix] of pyproject.toml, then quantmatrix_tables of pytest's configuration)",
+    )
     group.addoption("--rows", metavar="FILE", help="run the rows or cells that a file lists")
     group.addoption("--shard", metavar="I/N", help="run part I of N, cut by the last timings")
     group.addoption(
@@ -106,11 +117,45 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the harness, in projects that have opted in."""
-    if config.getini(TABLES) and hasattr(config.option, "evidence_dir"):
+    if hasattr(config.option, "evidence_dir") and (found := find_tables(config)):
         config.addinivalue_line(
             "markers", "check(*names): checks of the rows that a suite performs"
         )
-        config.pluginmanager.register(Harness(config), "quantmatrix-harness")
+        config.pluginmanager.register(Harness(config, found), "quantmatrix-harness")
+
+
+def find_tables(config: pytest.Config) -> source.Source | None:
+    """The tables that a project opts in with, or None; pytest.UsageError for a folder that is not there."""
+    try:
+        if flag := read_flag(config):
+            return source.check(source.Source(config.invocation_params.dir / flag, source.FLAG))
+        found = source.find()
+        if found != source.own():
+            return found
+        if configured := config.getini(TABLES):
+            folder = config.rootpath / configured
+            return source.Source(folder, f"{TABLES} of {config.inipath}")
+        asked = any(str(argument).startswith(SUITES) for argument in config.invocation_params.args)
+        return found if asked or read_worker(config) is not None else None
+    except UsageError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def read_flag(config: pytest.Config) -> str | None:
+    """The folder that `--tables` names, before options are parsed too; None for another plugin's flag."""
+    given: str | None = getattr(config.option, "tables", None)
+    arguments = [str(argument) for argument in config.invocation_params.args]
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == source.FLAG:
+            given = value if equals else "".join(arguments[index + 1 : index + 2])
+    return given if given and (config.option is None or not is_foreign(config, given)) else None
+
+
+def is_foreign(config: pytest.Config, folder: str) -> bool:
+    """Whether a `--tables` is none of ours: its value is a file, or a folder of something else."""
+    path = config.invocation_params.dir / folder
+    return path.exists() and not (path / "cases.csv").exists()
 
 
 def check_evidence_folder(folder: Path) -> None:
@@ -152,10 +197,16 @@ def fail_on_bad_record(item: CellItem, report: pytest.TestReport) -> Iterator[No
 class Harness:
     """Hooks and fixtures of one pytest session."""
 
-    def __init__(self, config: pytest.Config) -> None:
+    def __init__(self, config: pytest.Config, tables: source.Source) -> None:
         """Read the options; the tables are read when they are needed."""
         self.config = config
-        self.tables_folder = config.rootpath / config.getini(TABLES)
+        self.source = tables
+        self.tables_folder = tables.folder
+        self.reports = tables.reports or tables.folder.parent / "reports"
+        if tables.folder != source.own_folder():  # what the tests call reads them, too
+            used = ExitStack()
+            used.enter_context(source.use(str(tables.folder)))
+            config.add_cleanup(used.close)
         self.wanted = {name: selection.split_values(config.getoption(name)) for name in FILTERS}
         asked = config.getoption("evidence_dir")
         folder = Path(asked).absolute() if asked else None
@@ -185,7 +236,7 @@ class Harness:
     def _find_expected(self, asked: str | None, folder: Path | None) -> Path | None:
         if asked:
             return None if asked == "none" else Path(asked).absolute()
-        beside = self.tables_folder.parent / "reports" / "evidence"
+        beside = self.reports / "evidence"
         return beside if folder is None and beside.is_dir() else None
 
     @cached_property
@@ -212,7 +263,7 @@ class Harness:
             chosen = set(given[CELLS])
             return [cell for cell in self.tables.cells if cell.id in chosen]
         rows, shard = self.config.getoption("rows"), self.config.getoption("shard")
-        timings = self.tables_folder.parent / "reports" / "evidence"
+        timings = self.reports / "evidence"
         if shard and self.recorder.folder and self.recorder.folder.resolve() == timings.resolve():
             raise pytest.UsageError(
                 f"--shard {shard} is cut by the timings in {timings}, and --evidence-dir would change "
@@ -380,20 +431,26 @@ class Harness:
             return  # the machine is to blame, the claim is as open as before
         message = call.excinfo.exconly(tryshort=True)[:2000] if call.excinfo else ""
         verdict = "pass" if report.passed else "fail"
+        if call.excinfo and isinstance(call.excinfo.value, UnjudgedError):
+            verdict, message = "unjudged", str(call.excinfo.value)
+            mark_unjudged(item, report, message)
         self.recorder.add(item.cell, item.check, verdict, message, item.proof)
         if item.cell.claim == "failing" and item.cell.rule == item.check and call.when == "call":
             expect_failure(item, report)
-        elif verdict == "pass":
-            self.compare_with_committed(item, report)
+        elif verdict != "fail":
+            self.compare_with_committed(item, report, verdict)
 
-    def compare_with_committed(self, item: CellItem, report: pytest.TestReport) -> None:
-        """Fail a pass that the committed record does not expect, or held to a tighter limit."""
+    def compare_with_committed(
+        self, item: CellItem, report: pytest.TestReport, verdict: str
+    ) -> None:
+        """Fail a pass that the committed record does not expect, and what it held to a tighter limit, or
+        to one at all."""
         before = self.recorder.expected_result(item.cell, item.check)
         if before is None:
             return
         again = "run the cell again with --evidence-dir and commit its record"
         where = f"the evidence in {self.recorder.expected}"
-        if before.verdict == "fail":
+        if before.verdict == "fail" and verdict == "pass":
             message = f"{item.check} fails in {where}, and passes now: {again}"
         elif wider := find_loosened(before.limits, item.proof.limits):
             message = (
@@ -424,7 +481,9 @@ class Harness:
                 pytest.exit(why, returncode=ENVIRONMENT_UNUSABLE)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Say where the records are."""
+        """Say which tables were read, and where the records are."""
+        if "tables" in vars(self):
+            terminalreporter.write_line(f"tables: {self.source}")
         asked = self.config.getoption("evidence_dir")
         if asked or self.recorder.written:  # with workers, the records are written by them
             count = f"{len(self.recorder.written)} " if self.recorder.written else ""
@@ -447,6 +506,11 @@ class Harness:
             self.recorder.folder = tmp_path_factory.mktemp("evidence")
         proof: Proof = request.node.proof
         return proof
+
+    @pytest.fixture(scope="session", name="reports")
+    def provide_reports(self) -> Path:
+        """The reports folder of the project, whose limits decide before ours."""
+        return self.reports
 
     @pytest.fixture(scope="session", name="workbench")
     def provide_workbench(self) -> Iterator[Workbench]:

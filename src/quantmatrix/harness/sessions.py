@@ -4,7 +4,7 @@ A session of a hardware looks for the driver before anything is installed, insta
 needs, looks again through torch, runs the suites and the benchmarks, traces one cell of each family
 and model, and packs what they left into one archive, failures included:
 
-    identify --drivers -> install -> identify -> tests/suites -> benchmarks -> trace -> <job>.tar.gz
+    identify --drivers -> install -> identify -> suites -> benchmarks -> trace -> <job>.tar.gz
 
 Of several parts of the rows (`--shard 2/3`) the first alone has benchmarks and traces.
 
@@ -106,7 +106,8 @@ def suites_command(row: HardwareRow, folder: Path, arguments: Sequence[str]) -> 
     where no signal reaches it, ends the run a little later. What was finished is kept.
     """
     limit = LIMITS[FULL_SIZE in arguments]
-    command = ["pytest", "tests/suites", "-q", "-p", "no:cacheprovider", "--hardware", row.id]
+    command = ["pytest", "--pyargs", "quantmatrix.suites", "-q", "-p", "no:cacheprovider"]
+    command += ["--hardware", row.id]
     return [
         *command,
         f"--timeout={limit}",

@@ -155,6 +155,10 @@ def list_jobs(
                         "seconds": round(part.seconds, 1),
                         "job": row.job,
                         "label": row.label,
+                        "runner": [row.label]
+                        if row.vendor == "cpu"
+                        else ["self-hosted", row.label],
+                        "size": "" if row.vendor == "cpu" else "--full-size",
                     }
                 )
     return {"include": entries}

@@ -7,7 +7,7 @@ The life of a claim's evidence follows from its state (`states`), which every pa
 | `fresh`         | `proven`, `refused`; of a `failing` claim: its check failed, and no other |
 | `contradicting` | `failing`: claim and run differ, in whichever direction |
 | `stale`         | `stale`: to be run again |
-| `missing`       | `unproven`, and `proven` of scope `compiled`: kernels exist for it, and none was run |
+| `missing`       | `unproven`, `unjudged`, and `proven` of scope `compiled`: kernels exist for it, and none was run |
 
 Old records are listed as due to be made again; their state does not depend on the day. `planned`
 cells claim nothing and are not counted. The number stands on the badge (`reports/badge.json`, in the
@@ -39,6 +39,7 @@ BY_STATE = {
     "refused": "fresh",
     "failing": "contradicting",
     "stale": "stale",
+    "unjudged": "missing",
     "unproven": "missing",
 }
 URGENCY = ("contradicting", "stale", "missing")
@@ -203,6 +204,7 @@ def show_scopes(counts: Mapping[str, int]) -> str:
 def suggest_runs(tasks: Iterable[Task]) -> dict[str, str]:
     """The command that makes the missing evidence of each hardware."""
     return {
-        hardware: f"pytest tests/suites --hardware {hardware} --evidence-dir reports/evidence"
+        hardware: f"pytest --pyargs quantmatrix.suites --hardware {hardware} "
+        "--evidence-dir reports/evidence"
         for hardware in dict.fromkeys(task.hardware for task in tasks)
     }

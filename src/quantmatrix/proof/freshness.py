@@ -52,14 +52,16 @@ class Now:
 
 def read_now(reports: Path, evidence: Mapping[str, Evidence], code: Code | None = None) -> Now:
     """All that records are judged against: the code here (or another), and a reports folder."""
-    from quantmatrix.proof import limits
+    from quantmatrix.proof import known_limits, limits
     from quantmatrix.proof.code_digest import own_code
 
-    ledger = limits.read(reports / "limits.csv")
+    ledger = known_limits.read(reports)
     return Now(
         code=code or own_code(),
         carried=Carried.read(reports / CARRIED),
-        list_exceeded=partial(limits.list_exceeded, ledger=ledger) if ledger.samples else None,
+        list_exceeded=partial(limits.list_exceeded, ledger=ledger)
+        if ledger.samples or ledger.fallback
+        else None,
         upgrades=find_upgrades(evidence),
     )
 

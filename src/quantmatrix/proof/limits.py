@@ -33,7 +33,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from quantmatrix.errors import QuantmatrixError
+from quantmatrix.errors import QuantmatrixError, UnjudgedError
 from quantmatrix.files import write_whole
 from quantmatrix.proof import store as records
 from quantmatrix.proof import witness_limits
@@ -57,6 +57,13 @@ ROUNDED = 1e-5
 """Share by which a metric may miss a limit because both were rounded."""
 SIGNS = {"psnr_db": -1, "cosine": -1, "relative_l2": 1, "layer_error": 1}
 """Metrics, and whether a larger value is looser (1) or tighter (-1)."""
+
+
+BORROWED = "from the limits that quantmatrix carries: this project has none for this class"
+
+
+class UnmeasuredError(LimitsError, UnjudgedError):
+    """A class of arithmetic that nobody has measured, so that there is no limit to judge by."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +102,23 @@ class Ledger:
 
     samples: Sequence[Sample]
     spreads: Mapping[str, Spread] = field(default_factory=dict)
+    fallback: Ledger | None = None
+    """Asked for a class that this one never measured (see `known_limits`)."""
 
     def find(self, kind: str, model: str, hardware: str = "cpu") -> Limits:
-        """The limits of a class on a model and a device; LimitsError for a class never measured."""
+        """The limits of a class on a model and a device.
+
+        UnmeasuredError for a class never measured, LimitsError for none: nothing was quantized.
+        """
+        if not kind:
+            raise LimitsError(f"no limits for a run without quantized layers on {model}")
         of_kind = [sample for sample in self.samples if sample.kind == kind]
+        if not of_kind and self.fallback is not None:
+            found = self.fallback.find(kind, model, hardware)
+            return replace(found, source=f"{found.source}; {BORROWED}")
         if not of_kind:
-            raise LimitsError(
-                f"no limits for {kind or 'a run without quantized layers'} on {model}: measure "
+            raise UnmeasuredError(
+                f"no limits for {kind} on {model}: measure "
                 "first, `python -m quantmatrix.proof.limits reports/evidence reports/limits.csv`"
             )
         side = name_side(hardware)
@@ -128,13 +145,17 @@ class Ledger:
         return replace(self, samples=[replace(s, decided=found.decided) for s, found in joined])
 
 
-def read(path: Path) -> Ledger:
+def read(path: Path, fallback: Ledger | None = None) -> Ledger:
     """The ledger of a limits.csv and the spread.csv beside it; empty when there is neither.
+
+    What it lacks is looked up in `fallback`, classes and spreads alike.
 
     LimitsError for a damaged line, for one that was edited by hand (what follows from the sample no
     longer does), and for a model whose spread nobody measured.
     """
-    ledger = Ledger(read_samples(path), read_spreads(path.with_name(SPREADS)))
+    behind = fallback.spreads if fallback else {}
+    spreads = {**behind, **read_spreads(path.with_name(SPREADS))}
+    ledger = Ledger(read_samples(path), spreads, fallback)
     remedy = "measure with `quantmatrix thresholds --measure-spread` and `python -m "
     remedy += "quantmatrix.proof.limits reports/evidence reports/limits.csv`"
     for sample, due in zip(ledger.samples, ledger.settle().samples, strict=True):

@@ -14,15 +14,19 @@ if TYPE_CHECKING:
 
 
 def default_folder() -> Path:
-    """`reports/` beside the tables of a checkout, else in the current folder."""
-    from quantmatrix.tables import read
+    """`reports/` beside the tables in use, or where their project says; our own installed tables have
+    theirs in the current folder."""
+    from quantmatrix.tables import read, source
 
-    beside = read.tables_folder().parent / "reports"
-    return beside if is_checkout() and beside.is_dir() else Path("reports")
+    folder = read.tables_folder()
+    found = source.find()
+    if found.folder == folder and found.reports is not None:
+        return found.reports
+    return folder.parent / "reports" if is_checkout() else Path("reports")
 
 
 def find_source(reports: str | os.PathLike[str] | None) -> Path:
-    """The folder to read from: the named one, the checkout's, else what the package carries.
+    """The folder to read from: the named one, that of the tables in use, else what the package carries.
 
     UsageError for a named one that is not there, and where the package carries none.
     """
@@ -47,7 +51,7 @@ def tell_source(reports: str | os.PathLike[str] | None) -> str:
 
 
 def is_checkout() -> bool:
-    """Whether the tables in use are those of a checkout, not those in the package."""
+    """Whether the tables in use are those of a checkout or a project, not those in the package."""
     from quantmatrix.tables import read
 
     return read.tables_folder().parent != Path(__file__).parents[1]

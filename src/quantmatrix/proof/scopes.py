@@ -50,7 +50,7 @@ WEIGHTS = {
 """What was run, as captions say it."""
 OWN_CHECKS = {"compile": COMPILED, "true-size": TRUE_SIZE}
 """Checks that make a record of their own, with its scope; the others are of whatever was loaded."""
-PREFERRED = ("proven", "refused", "stale", "unproven", "planned")
+PREFERRED = ("proven", "refused", "unjudged", "stale", "unproven", "planned")
 """States of the record that names a cell where none is failing, the first one before the others."""
 SEPARATOR = " · "
 

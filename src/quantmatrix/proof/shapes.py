@@ -89,7 +89,7 @@ class Plan(Struct):
 class Check(Struct, forbid_unknown_fields=True):
     """What one check found; `metrics` of `latents` and `compile` have shapes of their own."""
 
-    verdict: Literal["pass", "fail"]
+    verdict: Literal["pass", "fail", "unjudged"]
     metrics: dict[str, Any]
     limits: dict[str, Any]
     message: str

@@ -7,6 +7,7 @@ A function of the row as it stands, of the records, and of what else went on (`f
 | `proven`   | every check of the row passed, in a run of the row as it stands |
 | `refused`  | the row claims a refusal, and the plan was seen to refuse by that rule |
 | `failing`  | a check of the row failed, exceeds today's limits, or is claimed to fail and passed |
+| `unjudged` | a check of the row was run and measured something that no limit is known for |
 | `stale`    | there is a record, but the row, its checkpoint's, its hardware's or its model's row, the |
 |            | code of the cell or the packages of its machine changed since, or it was made on another |
 |            | architecture; whether an old failure still holds is not known either |
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from quantmatrix.proof.record import Evidence
     from quantmatrix.tables.rows import Cell, Matrix
 
-STATES = ("proven", "refused", "failing", "stale", "unproven", "planned")
+STATES = ("proven", "refused", "failing", "unjudged", "stale", "unproven", "planned")
 
 
 def stand_all(
@@ -80,12 +81,15 @@ def explain_state(
     wanted = {name: evidence.checks[name] for name in checks if name in evidence.checks}
     if cell.claim == "failing" and cell.rule in wanted and wanted[cell.rule].verdict == "pass":
         return "failing", f"{cell.rule}: claimed to fail, and it passes: change the claim"
-    failed = [f"{name}: {r.message}" for name, r in wanted.items() if r.verdict != "pass"]
+    failed = [f"{name}: {r.message}" for name, r in wanted.items() if r.verdict == "fail"]
     if failed:
         return "failing", "; ".join(failed)
     missing = [name for name in checks if name not in wanted]
     if missing or not checks:
         return "unproven", f"not run: {', '.join(missing) or 'the row names no check'}"
+    unjudged = [f"{name}: {r.message}" for name, r in wanted.items() if r.verdict == "unjudged"]
+    if unjudged:
+        return "unjudged", "; ".join(unjudged)
     if now.list_exceeded is not None and (exceeded := now.list_exceeded(evidence)):
         return "failing", "; ".join(exceeded)
     state = "refused" if cell.claim == "refused" else "proven"

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 UNCLAIMED = "unclaimed"
 """State of a checkpoint on a device that no row of cases.csv names."""
-WORKING = ("proven", "unproven")
+WORKING = ("proven", "unjudged", "unproven")
 """States of cells that may serve instead, the best first."""
 SUGGESTIONS = 5
 

@@ -17,6 +17,7 @@ COLOURS = {
     "proven": ("#1a7f37", "#3fb950"),
     "refused": ("#6639ba", "#a371f7"),
     "failing": ("#cf222e", "#f85149"),
+    "unjudged": ("#0969da", "#58a6ff"),
     "stale": ("#9a6700", "#d29922"),
     "unproven": ("#8c959f", "#6e7681"),
     "planned": ("#d0d7de", "#30363d"),

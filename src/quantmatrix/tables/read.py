@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantmatrix.tables import source
 from quantmatrix.tables.lint import (
     check_case,
     check_checkpoints,
@@ -34,8 +36,11 @@ if TYPE_CHECKING:
     from quantmatrix.tables.table import Table
 
 
-def read_tables(folder: Path) -> Matrix:
-    """All five tables of a folder; raises MatrixError with every problem."""
+def read_tables(folder: Path, *, whole: bool = False) -> Matrix:
+    """All five tables of a folder; raises MatrixError with every problem.
+
+    With `whole` every family and model of the package must have its row.
+    """
     problems: list[str] = []
     family_table = read_table(folder / "families.csv", FamilyRow, problems)
     model_table = read_table(folder / "models.csv", ModelRow, problems)
@@ -50,8 +55,8 @@ def read_tables(folder: Path) -> Matrix:
         cells=(),
     )
     case_table.by_id()
-    check_families(family_table, tables)
-    check_models(model_table)
+    check_families(family_table, tables, whole=whole)
+    check_models(model_table, whole=whole)
     check_hardware(hardware_table)
     check_checkpoints(checkpoint_table, tables)
     cells = tuple(expand_cases(case_table, tables))
@@ -96,13 +101,20 @@ def expand_cases(table: Table[CaseRow], tables: Matrix) -> Iterator[Cell]:
 
 
 def tables_folder() -> Path:
-    """`matrix/` of the checkout that the package runs from, else the copy in the package."""
-    package = Path(__file__).parents[1]
-    checkout = package.parents[1] / "matrix"
-    return checkout if (checkout / "cases.csv").is_file() else package / "tables"
+    """The folder of the tables in use (see `quantmatrix.tables.source`)."""
+    return source.find().folder
 
 
 def read(folder: Path | None = None) -> Matrix:
-    """The tables of a folder; raises MatrixError with every problem of all five files."""
+    """The tables of a folder, or those in use; raises MatrixError with every problem of all five files.
 
-    return read_tables(folder or tables_folder())
+    Only our own must name every family and model that the package knows.
+    """
+    found = folder or tables_folder()
+    if folder is None:
+        last_read.append(found)
+    return read_tables(found, whole=found == source.own_folder())
+
+
+last_read: deque[Path] = deque(maxlen=1)
+"""The folder that a command read, so that it can say so."""

@@ -73,11 +73,17 @@ class FamilyRow:
     """A quant family, as the guide describes it."""
 
     id: str
+    """Name of a family that the package has, such as `modelopt-fp8`."""
     checkpoint_form: str
+    """What its checkpoints look like, as text (Markdown)."""
     canonical_cli: str
+    """The flag that names one, as text (Markdown)."""
     supported_models: str
+    """The models, as text."""
     extra_dependency: str
+    """Packages that it needs, as text; `None` for none."""
     notes: str
+    """What else the page says of it (Markdown)."""
     models: tuple[str, ...]
     """Ids of the models that the guide names for the family."""
 
@@ -87,11 +93,15 @@ class ModelRow:
     """A base model."""
 
     id: str
+    """Name of a model that the package has, such as `flux-1`."""
     name: str
+    """What people call it."""
     repo: str
+    """Hub id of its pipeline in full precision."""
     transformers: tuple[str, ...]
     """Its transformer components, primary first."""
     notes: str
+    """What it makes."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +109,19 @@ class HardwareRow:
     """A machine that claims are made about."""
 
     id: str
+    """Name that rows and `--hardware` say."""
     name: str
+    """What people call it."""
     vendor: str
+    """Who makes it; decides how it is probed."""
     arch: str
+    """Architecture as a probe names it: `sm90`, `gfx942`, `cpu`."""
     memory_gib: float
     """Memory of one device in GiB; 0 where the row does not limit it."""
     devices: int
     """Devices that work together on each generation."""
     group: tuple[str, ...]
+    """Groups that it belongs to; a row may name a group instead of each hardware."""
     packages: tuple[str, ...]
     """Import names of optional packages that are assumed there."""
     job: str
@@ -125,9 +140,13 @@ class CheckpointRow:
     """A quantized checkpoint."""
 
     id: str
+    """Name that rows of cases.csv say."""
     family: str
+    """A row of families.csv."""
     model: str
+    """A row of models.csv."""
     form: str
+    """What it is on disk."""
     selector: str
     """The flag that names it."""
     reference: str
@@ -135,6 +154,7 @@ class CheckpointRow:
     base: str
     """The same model in full precision."""
     revision: str
+    """Commit of the repository, 40 hexadecimal digits."""
     scheme: str
     """How its layers are stored, as a name in the family's SCHEMES."""
     kept: str
@@ -142,9 +162,13 @@ class CheckpointRow:
     components: tuple[str, ...]
     """Transformer components that are quantized."""
     algo: str
+    """Label of the algorithm in the table of checkpoints; a blank one leaves the row out of that table."""
     cli: str
+    """The preferred flag, as that table says it."""
     scope: str
+    """What was validated, as text (Markdown)."""
     notes: str
+    """What else there is to say (Markdown)."""
 
     @property
     def arguments(self) -> tuple[str, ...]:

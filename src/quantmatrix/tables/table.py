@@ -1,4 +1,8 @@
-"""Table: one CSV file, every problem with its line."""
+"""Table: one CSV file, every problem with its line.
+
+A line that begins with `#` is a comment. A first one that reads `# quantmatrix tables, version 1` says which
+version of the columns a file has; without it a file is of version 1, the only one that there is.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +36,11 @@ OPTIONAL = {
 }
 """Columns that may be blank, by table."""
 
+VERSION = 1
+"""Of the columns and of what they may say; a change that earlier tables do not survive raises it."""
+
+DECLARED = re.compile(r"\ufeff?# quantmatrix tables, version ([0-9]{1,4})\b")
+
 LATER = {"hardware": ("devices",)}
 """Of these the columns that tables of earlier revisions do not have; there they count as blank."""
 
@@ -41,16 +50,27 @@ class CaseRow:
     """A line of cases.csv, before it becomes cells."""
 
     id: str
+    """Name of the row."""
     family: str
+    """That of its checkpoint."""
     model: str
+    """That of its checkpoint."""
     checkpoint: str
+    """A row of checkpoints.csv."""
     hardware: tuple[str, ...]
+    """Rows of hardware.csv, groups, or `all`."""
     backend: tuple[str, ...]
+    """Kernel backends; blank for the one that the hardware runs by default."""
     flags: tuple[str, ...]
+    """Further flags of `quantmatrix generate`, quoted as in a shell; first `NAME=value` for variables."""
     checks: tuple[str, ...]
+    """What is checked; each is a test."""
     claim: str
+    """What the row says."""
     rule: str
+    """Of a refused row the rule that refuses; of a failing one the check that fails."""
     notes: str
+    """Why, where it is refused, failing or planned."""
 
 
 @dataclass
@@ -101,6 +121,11 @@ def read_table(path: Path, kind: type[Row], problems: list[str]) -> Table[Row]:
     columns = [column.name for column in fields(kind)]
     try:
         text = strict_json.read_bytes(path).decode("utf-8")
+        if (said := DECLARED.match(text)) and int(said[1]) > VERSION:
+            table.note(
+                1, f"version {said[1]} of the tables; this quantmatrix reads version {VERSION}"
+            )
+            return table
         with io.StringIO(text, newline="") as stream:
             records = number_records(csv.reader(stream, strict=True))
             line, header = next(records, (1, []))
@@ -130,10 +155,10 @@ def read_table(path: Path, kind: type[Row], problems: list[str]) -> Table[Row]:
 
 
 def number_records(reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """(line on which it starts, cells) of every record that is not an empty line."""
+    """(line on which it starts, cells) of every record that is no empty line and no comment."""
     start = 1
     for cells in reader:
-        if cells:
+        if cells and not cells[0].startswith("#"):
             yield start, [cell.strip() for cell in cells]
         start = reader.line_num + 1
 

@@ -382,7 +382,7 @@ def test_collecting_imports_no_torch(project: pytest.Pytester) -> None:
 def test_the_real_suites_collect_without_torch() -> None:
     root = Path(__file__).parents[3]
     code = (
-        "import pytest, sys; code = pytest.main(['tests/suites', '--collect-only', '-q']); "
+        "import pytest, sys; code = pytest.main(['--pyargs', 'quantmatrix.suites', '--collect-only', '-q']); "
         "heavy = {'torch', 'diffusers', 'pandas'} & set(sys.modules); sys.exit(str(heavy or ''))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)

@@ -182,7 +182,7 @@ def noxfile() -> dict[str, Any]:
 
 
 MEASURED = {"fullname": "a", "extra_info": {}, "stats": {"median": 1.0}}
-STEPS = ["pytest tests/suites", "pytest benchmarks", "quantmatrix trace"]
+STEPS = ["pytest --pyargs", "pytest benchmarks", "quantmatrix trace"]
 
 
 class FakeSession:
@@ -211,7 +211,7 @@ class FakeSession:
             return self.row
         self.ran.append(name)
         files = {
-            "pytest tests/suites": ("--evidence-dir", "h200/row.json"),
+            "pytest --pyargs": ("--evidence-dir", "h200/row.json"),
             "quantmatrix trace": ("--output-path", "row@h200.json.gz"),
         }
         if name in files:

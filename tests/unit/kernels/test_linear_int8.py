@@ -322,7 +322,7 @@ def test_what_the_probe_says_of_an_older_processor_is_so(instructions):
 def test_the_suites_skip_what_the_processor_computes_wrongly(monkeypatch, capsys):
     root = Path(__file__).parents[3]
     cells = [f"msmodelslim-w8a8@cpu+{backend}" for backend in ("int8", "decode")]
-    tests = [f"tests/suites/test_load.py::test_load[{cell}]" for cell in cells]
+    tests = [f"src/quantmatrix/suites/test_load.py::test_load[{cell}]" for cell in cells]
     monkeypatch.setattr(probe, "multiplies_int8_exactly", lambda: False)
     monkeypatch.chdir(root)
     code = pytest.main([*tests, "-q", "-rs", "-p", "no:xdist", "-p", "no:cacheprovider"])

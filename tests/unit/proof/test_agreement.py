@@ -130,7 +130,7 @@ def test_command(
     assert found["overall"]["percent"] == 33.3
     assert found["scopes"] == {"stand-in": 2}
     assert found["judged_against"]["today"] == "2026-11-24"
-    assert found["runs"]["h100"].startswith("pytest tests/suites --hardware h100")
+    assert found["runs"]["h100"].startswith("pytest --pyargs quantmatrix.suites --hardware h100 ")
     assert main([*words, "--fail-under", "33.3"]) == 0
     assert main([*words, "--fail-under", "33.4"]) == 1
     capsys.readouterr()

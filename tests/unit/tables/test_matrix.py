@@ -12,7 +12,7 @@ from tables import CASES, write_tables
 
 from quantmatrix.proof import joined
 from quantmatrix.proof.scopes import Standing
-from quantmatrix.tables import read
+from quantmatrix.tables import read, source
 from quantmatrix.tables.rows import Matrix, MatrixError
 
 Edit = Callable[[list[str], list[list[str]]], None]
@@ -282,9 +282,13 @@ def test_one_mistake_is_one_problem(folder: Path) -> None:
     assert problems_of(folder) == [f'matrix/cases.csv:2: claim: "suported" is not one of {words}']
 
 
-def test_a_module_without_a_row_is_a_problem(folder: Path) -> None:
+def test_a_module_without_a_row_is_a_problem_of_our_own_tables(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = folder / "families.csv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert len(read.read(folder).families) == 4
+    monkeypatch.setattr(source, "own_folder", lambda: folder)
     assert problems_of(folder) == [
         "matrix/families.csv: no row for msmodelslim, the module families/msmodelslim"
     ]

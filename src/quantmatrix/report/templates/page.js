@@ -1,7 +1,7 @@
 "use strict";
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
-const SYMBOLS = { proven: "✓", refused: "⊘", failing: "✗", stale: "↻", unproven: "?", planned: "…" };
+const SYMBOLS = { proven: "✓", refused: "⊘", failing: "✗", unjudged: "≈", stale: "↻", unproven: "?", planned: "…" };
 const FILTERS = ["family", "model", "hardware", "state", "scope", "text"];
 const STEP_NAMES = ["PSNR dB", "cosine", "relative L2"];
 const CHUNK = 240; // cells drawn at a time

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Job
-
     from quantmatrix.harness.recorder import Proof
     from quantmatrix.measure.workbench import Workbench
+    from quantmatrix.suites.conftest import Job
 
 STEPS = {1: 1, 2: 3}
 """Denoising steps by number of transformers."""

@@ -5,26 +5,24 @@ So does every layer: on the inputs that it really gets, it stays near the base m
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Job
+    from pathlib import Path
 
     from quantmatrix.harness.recorder import Proof
     from quantmatrix.measure.layers import LayerErrors
     from quantmatrix.measure.workbench import Workbench
+    from quantmatrix.suites.conftest import Job
     from quantmatrix.tables.rows import Cell
-
-SAMPLES = Path(__file__).parents[2] / "reports" / "limits.csv"
 
 
 @pytest.mark.check("latents")
-def test_latents(cell: Cell, job: Job, workbench: Workbench, proof: Proof) -> None:
+def test_latents(cell: Cell, job: Job, workbench: Workbench, proof: Proof, reports: Path) -> None:
     from quantmatrix.measure import latents, pictures, rounding_bounds, thumbnails
-    from quantmatrix.proof import limits
+    from quantmatrix.proof import known_limits, limits
     from quantmatrix.runtime import media
 
     baseline = workbench.baseline(cell, job.request)
@@ -53,7 +51,7 @@ def test_latents(cell: Cell, job: Job, workbench: Workbench, proof: Proof) -> No
         uncalled = set(part.layers) - set(errors.found[name])
         assert not uncalled, f"layers of {name} that no step called: {sorted(uncalled)}"
     assert proof.metrics["repeats"], "the same seed gave other bits the second time"
-    allowed = limits.read(SAMPLES).find(kind, cell.model, cell.hardware)
+    allowed = known_limits.read(reports).find(kind, cell.model, cell.hardware)
     proof.limits.update({**allowed.to_json(), "repeats": True})
     problems = [*latents.judge(steps, allowed), *judge_layers(job, errors, allowed.layer_error)]
     if workbench.tiny:  # a real checkpoint's codes may be searched for instead of rounded

@@ -6,17 +6,16 @@ where `--check true-size` asks for it: a row takes seconds on a GPU, a minute on
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from quantmatrix.harness.recorder import Proof
     from quantmatrix.measure.workbench import Workbench
     from quantmatrix.tables.rows import Cell
-
-SAMPLES = Path(__file__).parents[2] / "reports" / "limits.csv"
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +25,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.check("true-size")
-def test_true_size(cell: Cell, workbench: Workbench, proof: Proof, written: Path) -> None:
-    from quantmatrix.measure import true_size
-    from quantmatrix.proof import limits
+def test_true_size(
+    cell: Cell, workbench: Workbench, proof: Proof, written: Path, reports: Path
+) -> None:
+    from quantmatrix.measure import latents, true_size
+    from quantmatrix.proof import known_limits, limits
 
     workbench.release()
     row = workbench.tables.checkpoints[cell.checkpoint]
@@ -39,11 +40,11 @@ def test_true_size(cell: Cell, workbench: Workbench, proof: Proof, written: Path
     proof.plan = found.plan.to_json()
     proof.files = found.plan.components[true_size.COMPONENT].checkpoint.files
     proof.timings.update(found.tell_times())
-    proof.latents_digest = true_size.digest_latents(found.quantized.latents)
+    proof.latents_digest = latents.digest_latents(found.quantized.latents)
     proof.metrics.update(found.to_json())
     pieces = found.plan.components[true_size.COMPONENT].pieces()
     kind = limits.name_class((piece.scheme.weight, piece.numerics) for piece in pieces)
-    allowed = limits.read(SAMPLES).find(kind, cell.model, cell.hardware)
+    allowed = known_limits.read(reports).find(kind, cell.model, cell.hardware)
     proof.metrics["class"] = kind
     proof.limits.update({"layer_error": {"at_most": allowed.layer_error}, "repeats": True})
     proof.limits.update({"finite": True, "identical": False})

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Job
-
     from quantmatrix.harness.recorder import Proof
     from quantmatrix.measure.workbench import Workbench
+    from quantmatrix.suites.conftest import Job
     from quantmatrix.tables.rows import Cell, CheckpointRow
 
 
@@ -45,7 +44,7 @@ def is_kept(row: CheckpointRow, layer: str) -> bool:
     from quantmatrix import models
 
     sets = models.load(row.model).FALLBACKS
-    return any(re.fullmatch(p, layer) for word in row.kept.split() for p in sets[word])
+    return any(re.fullmatch(p, layer) for name in row.kept.split() for p in sets[name])
 
 
 def load_component(job: Job, name: str) -> Any:
@@ -95,21 +94,21 @@ def count_tensors(part: Any, model: Any) -> dict[str, int]:
     for plain in part.plain:
         targets.setdefault(plain.name, []).append(plain.parameter)
     present = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
-    places: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     lost = []
     for name in part.checkpoint.tensors:
         if name in part.ignored:
-            places["ignored"] += 1
+            counts["ignored"] += 1
         elif is_below(name, layers, wrappers):
-            places["quantized"] += 1
+            counts["quantized"] += 1
         elif name in targets and present.issuperset(targets[name]):
-            places["plain"] += 1
+            counts["plain"] += 1
         else:
             lost.append(name)
     assert not lost, f"tensors of the checkpoint that went nowhere: {lost}"
     empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     assert not empty, f"tensors of the model without a value: {empty}"
-    return {"checkpoint": len(part.checkpoint.tensors), **places}
+    return {"checkpoint": len(part.checkpoint.tensors), **counts}
 
 
 def holds_numbers(module: Any) -> bool:

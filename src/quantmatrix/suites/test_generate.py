@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Job
-
     from quantmatrix.harness.recorder import Proof
     from quantmatrix.measure.workbench import Workbench
+    from quantmatrix.suites.conftest import Job
     from quantmatrix.tables.rows import Cell
 
 
@@ -27,6 +26,7 @@ def test_generate(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    """UnusableError where the machine, not the claim, is to blame."""
     from quantmatrix.cli import main
     from quantmatrix.errors import UnusableError
     from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE
@@ -34,9 +34,9 @@ def test_generate(
 
     for name, value in cell.environment.items():
         monkeypatch.setenv(name, value)
-    words = [*workbench.argv(cell)[1:], "--device", job.request.device or "cpu"]
+    argv = [*workbench.argv(cell)[1:], "--device", job.request.device or "cpu"]
     start = time.perf_counter()
-    code = main.main([*words, "--output-path", str(tmp_path), "--json"])
+    code = main.main([*argv, "--output-path", str(tmp_path), "--json"])
     proof.timings["command"] = time.perf_counter() - start
     out, err = capfd.readouterr()
     proof.folders[str(tmp_path)] = "$OUTPUT"
