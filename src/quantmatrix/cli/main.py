@@ -134,6 +134,7 @@ if __name__ == "__main__":
 # fmt: off
 NAMES: tuple[str, ...] = (
     "explain",
+    "run_column",
     "agreement",
     "validate",
     "packet",

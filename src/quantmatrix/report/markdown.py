@@ -65,6 +65,11 @@ def write_overview(joined: Joined) -> str:
         write_families(joined),
         "## Validated ModelOpt checkpoints",
         write_checkpoints(joined, checkpoints, ""),
+        *(
+            ["## Other programs", "Which of them loads which file: [runtimes.md](runtimes.md)."]
+            if tables.runtimes
+            else []
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
