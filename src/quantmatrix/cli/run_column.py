@@ -72,12 +72,13 @@ def run_column(arguments: argparse.Namespace, rest: list[str]) -> int:
     records = Path(arguments.record_dir) if arguments.record_dir else None
     show = None if arguments.json else lambda outcome: say(to_line(outcome))
     outcomes, archive = packet.make(tables, asked, folder, records, show)
-    lacking = [one for one in outcomes if one.record is None]
+    lacking = [one for one in outcomes if one.record is None and not one.skipped]
+    kept = sum(one.record is not None for one in outcomes)
     if arguments.json:
         cells = {one.cell.id: describe(one) for one in outcomes}
         print_json({"ok": not lacking, "packet": str(archive), "cells": cells})
     else:
-        say(f"{archive}: {len(outcomes) - len(lacking)} records")
+        say(f"{archive}: {kept} records")
     return EXIT_PROBLEM if lacking else 0
 
 
@@ -85,7 +86,8 @@ def to_line(outcome: Outcome) -> str:
     """An outcome on one line."""
     found = outcome.record
     if found is None:
-        return f"{outcome.cell.id}: no verdict: {outcome.problem}"
+        how = "left out" if outcome.skipped else "no verdict"
+        return f"{outcome.cell.id}: {how}: {outcome.problem}"
     return f"{outcome.cell.id}: {found.verdict} {found.reason}".rstrip()
 
 

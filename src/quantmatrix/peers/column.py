@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import shlex
 import sysconfig
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePath, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import quantmatrix
 from quantmatrix import peers
@@ -25,6 +25,7 @@ from quantmatrix.peers.verdict import Verdict, judge_ending, judge_numbers, read
 from quantmatrix.proof import columns
 from quantmatrix.proof import record as records
 from quantmatrix.proof.columns import VERDICTS, RuntimeRecord
+from quantmatrix.proof.offers import is_invented
 from quantmatrix.proof.scopes import PUBLISHED, STAND_IN
 from quantmatrix.quoting import escape_lines
 from quantmatrix.tables.rows import RuntimeCell
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from quantmatrix.tables.rows import CheckpointRow, Matrix
 
+AnyPath = TypeVar("AnyPath", bound=PurePath)
 LINES = 12
 """Lines at the end of a log that a record keeps."""
 WIDTH = 200
@@ -87,6 +89,8 @@ class Outcome:
     cell: RuntimeCell
     record: RuntimeRecord | None
     problem: str = ""
+    skipped: bool = False
+    """There is nothing to be run: the tables invent the file."""
 
 
 class Column:
@@ -134,6 +138,9 @@ class Column:
     def run_one(self, row: CheckpointRow) -> Outcome:
         """The documented ways of loading one checkpoint, one after the other, until one works."""
         cell = RuntimeCell(row.id, self.hardware, self.runtime)
+        if not self.tiny and row.form != "online" and is_invented(row.reference):
+            why = f"{row.reference} exists only as a stand-in: run it with --tiny"
+            return Outcome(cell, None, why, skipped=True)
         task = self.make_task(row)
         base = self.find_baseline(task)
         if base.answer.ending != DONE:
@@ -170,17 +177,18 @@ class Column:
         from quantmatrix.tiny import hub
 
         if not self.tiny:
-            return reference
+            return name_file(reference)
         folder = hub.default_folder()
         hub.ensure(reference, folder, self.tables)
         repository = hub.repository_of(reference)
-        placeholder = repository.startswith(hub.PLACEHOLDER)
-        root = (
-            hub.path_of(repository, folder)
-            if placeholder
-            else hub.find_snapshot(repository, folder)
-        )
         rest = reference.strip("/").removeprefix(repository.strip("/")).strip("/")
+        if repository.startswith(hub.PLACEHOLDER):
+            root = hub.path_of(repository, folder)
+        else:
+            root = hub.find_snapshot(repository, folder)
+        above, colon, quantization = rest.rpartition(":")
+        if colon:
+            return str(pick_file((root / above).glob("*.gguf"), quantization, reference))
         return str(root / rest if rest else root)
 
     def find_flags(self, checkpoint: str) -> tuple[str, ...]:
@@ -304,6 +312,28 @@ def read_log(path: Path) -> str:
         text = stream.read().decode("utf-8", "backslashreplace")
     lines = [line.rsplit("\r")[-1].rstrip()[:WIDTH] for line in text.split("\n")]
     return escape_lines("\n".join([line for line in lines if line][-LINES:]))
+
+
+def name_file(reference: str) -> str:
+    """A reference as other programs take it: the file that `owner/name[/folder]:QUANTIZATION` means."""
+    above, colon, quantization = reference.rpartition(":")
+    if not colon or "/" in quantization:  # an address has its colon before its slashes
+        return reference
+    from huggingface_hub import list_repo_files
+
+    owner, name, *folder = above.split("/")
+    files = map(PurePosixPath, list_repo_files(f"{owner}/{name}"))
+    inside = [f for f in files if f.parent == PurePosixPath(*folder) and f.suffix == ".gguf"]
+    return f"{owner}/{name}/{pick_file(inside, quantization, reference)}"
+
+
+def pick_file(files: Iterable[AnyPath], quantization: str, reference: str) -> AnyPath:
+    """The file whose name ends with a quantization; UnusableError where none does, or several."""
+    found = [file for file in files if file.stem.upper().endswith(quantization.upper())]
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise UnusableError(f"{reference}: expected one file of {quantization}, found {names}")
+    return found[0]
 
 
 def is_weights(path: Path) -> bool:

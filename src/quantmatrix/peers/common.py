@@ -125,10 +125,26 @@ def open_tensor(tensor: Any) -> list[Any]:
     return [part for name in names for part in open_tensor(getattr(tensor, name))]
 
 
-def read_peak() -> int:
-    """Peak memory in bytes: resident, of this process or of the largest that it started."""
+def read_peak(device: str = "") -> int:
+    """Peak memory in bytes: of a CUDA device, else resident, of this process or the largest it started."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated()
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return max(resource.getrusage(kind).ru_maxrss for kind in kinds) * 1024
+
+
+def release() -> None:
+    """Let go of what a task left behind, on a device too, before the next one."""
+    import gc
+    import sys
+
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def pick_message(answer: Answer) -> str:

@@ -14,6 +14,7 @@ Known from the docstrings of diffusers 0.42.1 (`quantizers/quantization_config.p
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.peers import common
@@ -21,7 +22,6 @@ from quantmatrix.peers.protocol import DONE, Answer, Found, Missing, Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from quantmatrix.models import Model
 
@@ -86,7 +86,7 @@ def run_with(task: Task, folder: Path, load: Callable[[Task, Model], Any]) -> An
             "load": round(loaded - start, 3),
             "generate": round(time.perf_counter() - loaded, 3),
         },
-        peak_bytes=common.read_peak(),
+        peak_bytes=common.read_peak(task.device),
     )
 
 
@@ -111,9 +111,18 @@ def load_pipeline(task: Task, model: Model) -> Any:
         loaded = transformer.from_pretrained(task.weights, **dtype)
     else:
         where = {"config": task.base, "subfolder": "transformer"}
-        loaded = transformer.from_single_file(task.weights, **where, **quantized, **dtype)
+        file = name_file(task.weights)
+        loaded = transformer.from_single_file(file, **where, **quantized, **dtype)
     [name, *_] = task.checkpoint.components
     return pipeline.from_pretrained(task.base, **{name: loaded}, **dtype)
+
+
+def name_file(reference: str) -> str:
+    """A file as `from_single_file` takes it: a path here, or the address of one in a repository."""
+    if Path(reference).exists():
+        return reference
+    owner, name, *rest = reference.split("/")
+    return f"https://huggingface.co/{owner}/{name}/blob/main/{'/'.join(rest)}"
 
 
 def make_config(way: str) -> Any:
@@ -169,7 +178,8 @@ def command(task: Task) -> str:
         return f"{model.TRANSFORMER}.from_pretrained({where}{config}{dtype})"
     if task.way == "from_pretrained":
         return f"{model.TRANSFORMER}.from_pretrained({task.weights!r}{dtype})"
-    return f"{model.TRANSFORMER}.from_single_file({task.weights!r}, config={where}{config}{dtype})"
+    file = name_file(task.weights)
+    return f"{model.TRANSFORMER}.from_single_file({file!r}, config={where}{config}{dtype})"
 
 
 def explain(answer: Answer) -> str:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from quantmatrix import peers
-from quantmatrix.peers.common import read_peak
+from quantmatrix.peers.common import read_peak, release
 from quantmatrix.peers.protocol import (
     FAILED,
     LOADED,
@@ -73,6 +73,7 @@ def main(argv: list[str]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         print(json.dumps(asdict(found)), file=answers, flush=True)
+        release()
     return 0
 
 

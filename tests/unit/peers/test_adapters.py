@@ -53,6 +53,13 @@ def test_ways_of_diffusers(checkpoint: str, weights: str, ways: tuple[str, ...])
     assert diffusers.ways(make_task(checkpoint, weights)) == ways
 
 
+def test_a_file_of_a_repository_is_an_address_for_diffusers(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").touch()
+    assert diffusers.name_file(str(tmp_path / "x.safetensors")) == str(tmp_path / "x.safetensors")
+    found = diffusers.name_file("some/repo/folder/x.safetensors")
+    assert found == "https://huggingface.co/some/repo/blob/main/folder/x.safetensors"
+
+
 def test_a_part_that_is_not_installed_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

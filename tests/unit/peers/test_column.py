@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,12 +65,6 @@ def test_faults_of_a_stub_get_their_own_verdicts(
             "BBuf/flux2-dev-modelopt-fp8-sglang-transformer",
         ),
         (
-            "svdq-qwen-image-custom",
-            "sglang generate --model-path Qwen/Qwen-Image --transformer-weights-path "
-            "/path/to/custom_nunchaku_checkpoint.safetensors --enable-svdquant "
-            "--quantization-precision int4 --quantization-rank 128",
-        ),
-        (
             "modelopt-nvfp4-wan-2-2",
             "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND=cudnn sglang generate --model-path "
             "Wan-AI/Wan2.2-T2V-A14B-Diffusers --transformer-path "
@@ -95,6 +90,26 @@ def test_commands_of_sglang_are_the_guides(
     log = next((tmp_path / "runs").glob("0001-base-*/log.txt")).read_text()
     base = json.loads(log.splitlines()[0])
     assert not {"--transformer-path", "--enable-svdquant", "--quantization"} & set(base)
+
+
+def test_flags_that_describe_a_file_are_not_the_bases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("sglang", SGLANG, tmp_path / "bin", monkeypatch)
+    tables = read.read()
+    row = tables.checkpoints["svdq-qwen-image-custom"]
+    with Column(tables, "sglang", "b200", tmp_path, tiny=False, limits=Fixed()) as column:
+        task = column.make_task(row)
+        assert column.adapter.command(task).startswith(
+            "sglang generate --model-path Qwen/Qwen-Image --transformer-weights-path "
+            "/path/to/custom_nunchaku_checkpoint.safetensors --enable-svdquant "
+            "--quantization-precision int4 --quantization-rank 128"
+        )
+        base = column.adapter.command(replace(task, baseline=True, weights=""))
+        assert base.startswith("sglang generate --model-path Qwen/Qwen-Image --prompt ")
+        outcome = column.run_one(row)  # the guide's placeholder is no file
+    assert (outcome.record, outcome.skipped) == (None, True)
+    assert "exists only as a stand-in" in outcome.problem
 
 
 def test_xdit_takes_pipelines_and_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +161,17 @@ def test_a_runtime_that_is_not_here_or_too_old(
 )
 def test_versions_are_compared_by_their_numbers(text: str, numbers: tuple[int, ...]) -> None:
     assert read_version(text) == numbers
+
+
+def test_a_quantization_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = ["README.md", "m-Q8_0.gguf", "m-Q4_K_S.gguf", "High/h-Q8_0.gguf", "m-F16.gguf"]
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: listed)
+    assert columns.name_file("o/m:Q8_0") == "o/m/m-Q8_0.gguf"
+    assert columns.name_file("o/m/High:Q8_0") == "o/m/High/h-Q8_0.gguf"
+    for reference in ("o/m", "https://huggingface.co/o/m"):
+        assert columns.name_file(reference) == reference
+    with pytest.raises(UnusableError, match="expected one file of Q5_0, found none"):
+        columns.name_file("o/m:Q5_0")
 
 
 COMMAND = ["run-column", "--runtime", "sglang", "--hardware", "h200", "--checkpoint", FOLDER]
