@@ -144,9 +144,10 @@ class Column:
         task = self.make_task(row)
         base = self.find_baseline(task)
         if base.answer.ending != DONE:
-            why = judge_ending(base.answer, self.adapter.explain(base.answer))
-            assert why is not None
-            return Outcome(cell, None, f"its BF16 run of {task.base} {why.verdict}: {why.reason}")
+            ended = judge_ending(base.answer, self.adapter.explain(base.answer))
+            assert ended is not None
+            why = f"its BF16 run of {task.base} {ended.verdict}: {ended.reason}"
+            return Outcome(cell, None, why)
         tried: list[tuple[Verdict, Ran]] = []
         for way in self.adapter.ways(task):
             ran = self.ask(replace(task, way=way))

@@ -206,7 +206,7 @@ def write_runs(recorded: Iterable[Shown]) -> str:
         numbers = f"cosine {worst['cosine']:.4g}" if worst else ""
         said = escape_markdown(one.reason or numbers)
         facts = [one.record.version, one.record.made[:10]]
-        how = escape_markdown(one.record.command)
+        how = escape_markdown(one.record.command, 1000)
         lines.append([f"[`{one.cell.id}`]({one.file})", one.label, said, how, *facts])
     head = ["cell", "verdict", "its own words, or the worst step", "loaded by", "version", "on"]
     return write_table(head, lines)
