@@ -325,3 +325,51 @@ def test_a_hardware_of_a_known_architecture(copy: Copy) -> None:
     said = copy.call("quantmatrix", "plan", *words, *path, "--hardware", "toy-4080", "--json")
     assert json.loads(said)["machine"]["arch"] == "sm89"
     check_cost("a hardware of a known architecture", copy)
+
+
+RUNTIME = '''"""Toy: draws a picture, and another one for a quantized file."""
+
+from quantmatrix.peers.protocol import DONE, Answer, Found
+
+ID = "toy"
+
+
+def probe():
+    return Found(version="1.0")
+
+
+def ways(task):
+    return ("draw",)
+
+
+def command(task):
+    return "toy draw"
+
+
+def run(task, folder):
+    from PIL import Image
+
+    picture = Image.linear_gradient("L")
+    if not task.baseline:
+        picture = picture.point(lambda value: max(0, value - 1))
+    picture.save(folder / "toy.png")
+    return Answer(DONE, loaded=True, media="toy.png", weights={"uint8": 4})
+
+
+def explain(answer):
+    return answer.error
+'''
+
+
+def test_a_runtime(copy: Copy) -> None:
+    copy.add("src/quantmatrix/peers/toy.py", RUNTIME)
+    copy.add_row(
+        "runtimes", id="toy", name="Toy", kind="library", found="nothing", hardware="cpu",
+        home="here",
+    )  # fmt: skip
+    assert copy.call("quantmatrix", "matrix", "check")
+    argv = ("--runtime", "toy", "--hardware", "cpu", "--tiny", "--output-path", "packet", "--json")
+    name = "fp8-flux-1-tensor-dynamic"
+    said = json.loads(copy.call("quantmatrix", "run-column", *argv, "--checkpoint", name))
+    assert said["cells"][f"{name}@cpu~toy"]["verdict"] == "works"
+    check_cost("a runtime", copy, id="toy")

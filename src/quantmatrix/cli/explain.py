@@ -26,7 +26,7 @@ def run_explain(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Print one explanation per cell; 0 whatever the state, for the question was answered."""
     from quantmatrix.cli.matrix import tell_where
     from quantmatrix.cli.output import print_json
-    from quantmatrix.proof import reports_folder
+    from quantmatrix.proof import columns, reports_folder
     from quantmatrix.proof.freshness import read_now
     from quantmatrix.report import render
     from quantmatrix.report.explain import Explainer
@@ -34,7 +34,8 @@ def run_explain(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     evidence = render.read_evidence(arguments.reports)
     now = read_now(reports_folder.find_source(arguments.reports), evidence)
-    explainer = Explainer(read.read(), evidence, now)
+    others = columns.read_reports(reports_folder.find_source(arguments.reports))
+    explainer = Explainer(read.read(), evidence, now, others)
     found = explainer.explain(arguments.checkpoint, arguments.hardware, arguments.model)
     if arguments.json:
         answer = {"cells": [one.to_json() for one in found]}

@@ -185,6 +185,7 @@ NAMES: tuple[str, ...] = (
     "completion",
     "init",
     "explain",
+    "run_column",
     "agreement",
     "validate",
     "packet",

@@ -5,6 +5,7 @@ A wheel carries `quantmatrix/reports/`:
 | file           | content |
 | -------------- | ------- |
 | `records.json` | every record of `reports/evidence`, without pictures, steps and paths |
+| `runtimes.json`| every record of `reports/runtimes`, without logs |
 | `*.csv`        | the files of `reports/` that judge: limits, spreads, carried digests |
 
 `hatch_build.py` writes it when a wheel is built. A summary is a record still: what `explain`,
@@ -76,11 +77,13 @@ def read_records(path: Path) -> dict[str, Evidence]:
 
 def write_folder(reports: Path, folder: Path) -> None:
     """What a wheel carries of a reports folder."""
-    from quantmatrix.proof import store
+    from quantmatrix.proof import columns, store
 
     folder.mkdir(parents=True, exist_ok=True)
     found = store.read_folder(reports / "evidence")
     (folder / RECORDS).write_bytes(summarize(found.values()))
+    others = columns.read_folder(reports / columns.RUNTIMES)
+    (folder / columns.SUMMARY).write_bytes(columns.summarize(others.values()))
     for name in TABLES:
         if (reports / name).is_file():
             (folder / name).write_bytes((reports / name).read_bytes())

@@ -293,9 +293,48 @@ class Packet(Struct, forbid_unknown_fields=True):
     files: dict[str, File]
 
 
+class RuntimeCell(Struct):
+    """A checkpoint in another runtime, and digests of its rows and of the adapter's code."""
+
+    id: str
+    checkpoint: str
+    hardware: str
+    runtime: str
+    checkpoint_digest: str
+    runtime_digest: str
+    adapter_digest: str
+
+
+class RuntimeRecord(Struct):
+    """What another program made of a checkpoint; see `columns`."""
+
+    schema: One
+    cell: RuntimeCell
+    verdict: Literal[
+        "works", "wrong numbers", "not quantized", "refuses", "crashes", "not installed"
+    ]
+    reason: str
+    command: str
+    again: str
+    version: str
+    scope: str
+    versions: dict[str, str]
+    machine: Machine
+    checkpoint: Weights
+    metrics: dict[str, Any]
+    limits: dict[str, Any]
+    weights: dict[str, Whole]
+    tried: list[str]
+    log: str
+    seconds: Number
+    peak_bytes: Whole
+    commit: str
+    made: str
+
+
 CHECKS: Mapping[str, type[Struct]] = {"latents": Latents, "compile": Compile}
 """Shapes of the metrics of a check."""
-KINDS = (Record, Benchmark, Packet)
+KINDS = (Record, Benchmark, Packet, RuntimeRecord)
 """Shapes of whole files."""
 
 

@@ -13,6 +13,7 @@ that is only claimed:
 | other row         | checkpoint and hardware: other flags |
 | other checkpoint  | model and hardware, the family where it can |
 | other hardware    | checkpoint, the vendor where it can |
+| other runtime     | checkpoint and hardware: another program that works by a run, or says that it does |
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import UsageError
+from quantmatrix.proof import columns
 from quantmatrix.proof import record as records
 from quantmatrix.proof.joined import EVIDENCE, read_worst
 from quantmatrix.proof.offers import find_real, is_invented, offer, write_quantize
@@ -35,6 +37,7 @@ from quantmatrix.tables.identify import resolve
 from quantmatrix.tables.rows import AUTO
 
 if TYPE_CHECKING:
+    from quantmatrix.proof.columns import RuntimeRecord
     from quantmatrix.proof.freshness import Now
     from quantmatrix.proof.record import Evidence
     from quantmatrix.tables.rows import Cell, CheckpointRow, Matrix
@@ -51,7 +54,7 @@ class Alternative:
     """A cell that may be used instead of another."""
 
     how: str
-    """`other backend`, `other row`, `other checkpoint` or `other hardware`."""
+    """`other backend`, `other row`, `other checkpoint`, `other hardware` or `other runtime`."""
     cell: str
     checkpoint: str
     hardware: str
@@ -95,11 +98,18 @@ class Explainer:
     """Tables and evidence, joined, to be asked about."""
 
     def __init__(
-        self, tables: Matrix, evidence: Mapping[str, Evidence], now: Now | None = None
+        self,
+        tables: Matrix,
+        evidence: Mapping[str, Evidence],
+        now: Now | None = None,
+        others: Mapping[str, RuntimeRecord] | None = None,
     ) -> None:
-        """`evidence` holds records by key; `now` is what they are judged against."""
+        """`evidence` holds records by key; `now` is what they are judged against; `others` are records
+        of other runtimes, by the id of their cell."""
         self.tables = tables
         self.standings = stand_all(tables, evidence, now)
+        self.others = others or {}
+        self.code = now.code if now else None
 
     def explain(
         self, checkpoint: str, hardware: str, model: str | None = None
@@ -230,7 +240,29 @@ class Explainer:
                 where = (best.id, best.checkpoint, best.hardware)
                 description = (standing.state, standing.scope, offered.commands)
                 found.append(Alternative(how, *where, *description))
-        return tuple(sorted(found, key=lambda a: WORKING.index(a.state)))
+        near = sorted(found, key=lambda a: WORKING.index(a.state))
+        return (*near, *self.find_runtimes(checkpoint, hardware))
+
+    def find_runtimes(self, checkpoint: str, hardware: str) -> list[Alternative]:
+        """Other programs that load the checkpoint there: by a run of ours, else by their own word."""
+        found = []
+        for cell in self.tables.runtime_cells:
+            if (cell.checkpoint, cell.hardware) != (checkpoint, hardware):
+                continue
+            record = self.others.get(cell.id)
+            state, _ = columns.explain_state(cell, record, self.tables, self.code)
+            where = ("other runtime", cell.id, checkpoint, hardware)
+            if record is not None and state == "works":
+                found.append(Alternative(*where, state, record.scope, (record.command,)))
+            said = self.tables.find_statements(cell.runtime, checkpoint)
+            if state == columns.UNPROVEN and (
+                claim := next((s for s in said if s.says == "works"), None)
+            ):
+                how = f"documented: {claim.source}"
+                run = f"quantmatrix run-column --runtime {cell.runtime} --hardware {hardware}"
+                commands = (f"{run} --checkpoint {checkpoint}",)
+                found.append(Alternative(*where, how, "", commands))
+        return sorted(found, key=lambda one: one.state != "works")
 
     def choose(self, cells: Iterable[Cell], is_near: Callable[[Cell], bool]) -> Cell | None:
         """The first working cell: proven before claimed, published before what has to be made, near

@@ -69,6 +69,11 @@ def write_overview(joined: Joined, classes: str = "") -> str:
         *([classes] if classes else []),
         "## Validated ModelOpt checkpoints",
         write_checkpoints(joined, checkpoints, ""),
+        *(
+            ["## Other programs", "Which of them loads which file: [runtimes.md](runtimes.md)."]
+            if tables.runtimes
+            else []
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -10,19 +10,23 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from quantmatrix.report import runtimes as columns
 from quantmatrix.report import template
 from quantmatrix.report.page_data import collect
 
 if TYPE_CHECKING:
     from quantmatrix.proof.joined import Joined
+    from quantmatrix.report.runtimes import Runtimes
 
 
-def write_page(joined: Joined) -> bytes:
+def write_page(joined: Joined, runtimes: Runtimes) -> bytes:
     """index.html; equal input gives equal bytes."""
     from markupsafe import Markup
 
     data = Markup(encode_data(collect(joined)))
-    return template.draw("index.html", script=template.read_part("page.js"), data=data).encode()
+    script = template.read_part("page.js")
+    others = columns.collect(runtimes) if joined.tables.runtimes else None
+    return template.draw("index.html", script=script, data=data, runtimes=others).encode()
 
 
 def encode_data(data: Any) -> str:

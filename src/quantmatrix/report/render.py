@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from quantmatrix.errors import UsageError
 from quantmatrix.files import write_whole
-from quantmatrix.proof import bench_results, packaged, store, transformer_classes
+from quantmatrix.proof import bench_results, columns, packaged, store, transformer_classes
 from quantmatrix.proof import record as records
 from quantmatrix.proof.agreement import write_badge
 from quantmatrix.proof.bench_results import BENCHMARKS
@@ -33,12 +33,17 @@ from quantmatrix.proof.states import state_of as state_of
 from quantmatrix.report.markdown import show_number, write_family, write_overview
 from quantmatrix.report.page import write_page
 from quantmatrix.report.picture import draw_matrix
-from quantmatrix.report.transformer_classes import PAGE, summarize, write_classes
+from quantmatrix.report.runtimes import PAGE, TABLE, Runtimes
+from quantmatrix.report.runtimes import write_csv as write_runtimes_csv
+from quantmatrix.report.runtimes import write_page as write_runtimes_page
+from quantmatrix.report.transformer_classes import PAGE as CLASSES_PAGE
+from quantmatrix.report.transformer_classes import summarize, write_classes
 
 if TYPE_CHECKING:
     import pandas
 
     from quantmatrix.proof.bench_results import Result
+    from quantmatrix.proof.columns import RuntimeRecord
     from quantmatrix.proof.freshness import Now
     from quantmatrix.proof.record import Evidence
     from quantmatrix.proof.transformer_classes import ClassLine
@@ -117,7 +122,9 @@ def _prepare(reports: str | os.PathLike[str] | None) -> tuple[Path, dict[str, by
     with keep_everything():
         evidence, timed = store.read_folder(folder / EVIDENCE), bench_results.read_reports(folder)
         lines = transformer_classes.read_lines(folder / transformer_classes.FILE)
-        return folder, render(read.read(), evidence, timed, read_now(folder, evidence), lines)
+        others = columns.read_folder(folder / columns.RUNTIMES)
+        now = read_now(folder, evidence)
+        return folder, render(read.read(), evidence, timed, now, lines, others)
 
 
 @contextmanager
@@ -133,7 +140,7 @@ def keep_everything() -> Iterator[None]:
 
 
 def find_orphans(folder: Path) -> list[str]:
-    """Records and benchmarks of cells that are no longer in the tables.
+    """Records and benchmarks of cells that are no longer in the tables, those of runtimes included.
 
     Benchmarks are read with their samples: BenchmarkError where these do not give what is stated.
     """
@@ -142,10 +149,16 @@ def find_orphans(folder: Path) -> list[str]:
     known = {cell.id for cell in read.read().cells}
     found = [(EVIDENCE, name) for name in store.read_folder(folder / EVIDENCE)]
     found += [(BENCHMARKS, name) for name in bench_results.read_reports(folder, deep=True)]
-    return [
+    orphans = [
         f"{folder / kind / records.path_of(name)}: no cell {cell_of(name)} in the tables; delete it"
         for kind, name in found
         if cell_of(name) not in known
+    ]
+    others = {cell.id for cell in read.read().runtime_cells}
+    return orphans + [
+        f"{folder / columns.RUNTIMES / columns.path_of(name)}: no cell {name} in the tables; delete it"
+        for name in columns.read_folder(folder / columns.RUNTIMES)
+        if name not in others
     ]
 
 
@@ -155,22 +168,28 @@ def render(
     benchmarks: Mapping[str, Result] | None = None,
     now: Now | None = None,
     classes: Sequence[ClassLine] = (),
+    others: Mapping[str, RuntimeRecord] | None = None,
 ) -> dict[str, bytes]:
     """Every file of the report, by its path below the reports folder; without `now` records are
-    judged against the rows alone."""
+    judged against the rows alone. `others` are records of other runtimes, by the id of their cell."""
     standings = stand_all(tables, evidence, now)
-    joined = Joined(tables, standings, benchmarks, now.code if now else None)
+    code = now.code if now else None
+    joined = Joined(tables, standings, benchmarks, code)
+    runtimes = Runtimes(tables, others or {}, standings, code)
     pages = {
         "support-matrix.md": write_overview(joined, summarize(classes)).encode(),
         "support-matrix.csv": write_csv(joined).encode(),
         "support-matrix.svg": draw_picture(joined),
         "badge.json": write_badge(tables, evidence, standings),
-        "index.html": write_page(joined),
+        "index.html": write_page(joined, runtimes),
     }
+    if tables.runtimes:
+        pages[PAGE] = write_runtimes_page(runtimes).encode()
+        pages[TABLE] = write_runtimes_csv(runtimes).encode()
     for family in tables.families.values():
         pages[f"families/{family.id}.md"] = write_family(joined, family).encode()
     if classes:
-        pages[PAGE] = write_classes(classes).encode()
+        pages[CLASSES_PAGE] = write_classes(classes).encode()
     return pages
 
 

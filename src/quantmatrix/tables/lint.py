@@ -18,7 +18,10 @@ from quantmatrix.tables.rows import (
     CHECKS,
     CLAIMS,
     EVERYWHERE,
+    KINDS,
+    OWN,
     PLAIN_BACKENDS,
+    SAYS,
     SELECTORS,
     VENDORS,
     CheckpointRow,
@@ -26,6 +29,8 @@ from quantmatrix.tables.rows import (
     HardwareRow,
     Matrix,
     ModelRow,
+    RuntimeRow,
+    StatementRow,
 )
 from quantmatrix.tables.table import ID
 
@@ -44,6 +49,7 @@ ARCHITECTURES = {
 PACKAGE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 OWN_ID = re.compile(r'^ID = "([a-z0-9-]+)"$', re.MULTILINE)
 """The line in which a module of a family or a model names itself."""
+DAY = re.compile(r"20[0-9]{2}-[01][0-9]-[0-3][0-9]")
 RESERVED = (EVERYWHERE, AUTO)
 """Names that stand for hardware wherever it is asked for, so that nothing else may be called so."""
 
@@ -72,11 +78,13 @@ def check_reference(table: Table[Any], line: int, column: str, text: str) -> Non
         table.note(line, f'{column}: "{text}" is no hub id and no path')
 
 
-def check_modules(table: Table[Any], package: str, *, whole: bool) -> None:
+def check_modules(
+    table: Table[Any], package: str, besides: tuple[str, ...] = (), *, whole: bool
+) -> None:
     """Every row has its module `quantmatrix/<package>/<id>`; with `whole` every module has its row."""
     modules = list_modules(Path(__file__).parents[1] / package)
     for line, row in table.rows:
-        table.check(line, "id", [row.id], modules)
+        table.check(line, "id", [row.id], [*besides, *modules])
     listed = {row.id for _, row in table.rows}
     for name, module in modules.items():
         if whole and name not in listed:
@@ -140,6 +148,34 @@ def check_checkpoints(table: Table[CheckpointRow], tables: Matrix) -> None:
         first, expected = contents.setdefault(row.reference, (line, content))
         if content != expected:
             table.note(line, f"reference: {row.reference} has another content in line {first}")
+
+
+def check_runtimes(table: Table[RuntimeRow], tables: Matrix, *, whole: bool) -> None:
+    """Ids are those of the adapters in peers/, ours aside; kinds and hardware are known."""
+    check_modules(table, "peers", besides=(OWN,), whole=whole)
+    for line, row in table.rows:
+        table.check(line, "kind", [row.kind], KINDS)
+        if (row.kind == "own") != (row.id == OWN):
+            table.note(line, f'kind: "{row.kind}", but only {OWN} is our own, and it always is')
+        table.check(line, "hardware", row.hardware, [*tables.hardware, *tables.groups])
+        listed = [p for w in row.hardware for p in tables.groups.get(w, (w,))]
+        for name in {p for p in listed if listed.count(p) > 1}:
+            table.note(line, f"hardware: {name} is named twice, once by a group")
+        for column in ("found", "home"):
+            if row.id != OWN and not getattr(row, column):
+                table.note(line, f"{column}: blank")
+
+
+def check_statements(table: Table[StatementRow], tables: Matrix) -> None:
+    """Known runtimes, families, models and forms; a day, so that its age is known."""
+    for line, row in table.rows:
+        table.check(line, "runtime", [row.runtime], tables.runtimes)
+        table.check(line, "family", [row.family], tables.families)
+        table.check(line, "models", row.models, tables.models)
+        table.check(line, "forms", row.forms, SELECTORS)
+        table.check(line, "says", [row.says], SAYS)
+        if not DAY.fullmatch(row.date):
+            table.note(line, f'date: "{row.date}" is not a day, year-month-day')
 
 
 def list_checks(checks: tuple[str, ...], backend: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Read: the five tables of a folder; lines of cases become cells."""
+"""Read: the tables of a folder; lines of cases become cells."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from quantmatrix.tables.lint import (
     check_families,
     check_hardware,
     check_models,
+    check_runtimes,
     check_sharing,
+    check_statements,
     check_twin,
     list_checks,
 )
@@ -26,20 +28,21 @@ from quantmatrix.tables.rows import (
     Matrix,
     MatrixError,
     ModelRow,
+    RuntimeRow,
+    StatementRow,
 )
-from quantmatrix.tables.table import CaseRow, read_table
+from quantmatrix.tables.table import CaseRow, Table, read_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-    from quantmatrix.tables.table import Table
-
 
 def read_tables(folder: Path, *, whole: bool = False) -> Matrix:
-    """All five tables of a folder; raises MatrixError with every problem.
+    """All tables of a folder; raises MatrixError with every problem.
 
-    With `whole` every family and model of the package must have its row.
+    With `whole` every family and model of the package must have its row. The tables of runtimes may
+    both be missing: those of earlier revisions are.
     """
     problems: list[str] = []
     family_table = read_table(folder / "families.csv", FamilyRow, problems)
@@ -47,22 +50,43 @@ def read_tables(folder: Path, *, whole: bool = False) -> Matrix:
     hardware_table = read_table(folder / "hardware.csv", HardwareRow, problems)
     checkpoint_table = read_table(folder / "checkpoints.csv", CheckpointRow, problems)
     case_table = read_table(folder / "cases.csv", CaseRow, problems)
+    runtime_table, statement_table = read_runtimes(folder, problems)
     tables = Matrix(
         families=family_table.by_id(),
         models=model_table.by_id(),
         hardware=hardware_table.by_id(),
         checkpoints=checkpoint_table.by_id(),
         cells=(),
+        runtimes=runtime_table.by_id(),
+        statements=statement_table.by_id(),
     )
     case_table.by_id()
     check_families(family_table, tables, whole=whole)
     check_models(model_table, whole=whole)
     check_hardware(hardware_table)
     check_checkpoints(checkpoint_table, tables)
+    if runtime_table.rows:
+        check_runtimes(runtime_table, tables, whole=whole)
+        check_statements(statement_table, tables)
     cells = tuple(expand_cases(case_table, tables))
     if problems:
         raise MatrixError(problems)
     return replace(tables, cells=cells)
+
+
+def read_runtimes(
+    folder: Path, problems: list[str]
+) -> tuple[Table[RuntimeRow], Table[StatementRow]]:
+    """The tables of runtimes and of what is said of them, empty where a folder has neither."""
+    files = folder / "runtimes.csv", folder / "statements.csv"
+    if not any(path.exists() for path in files):
+        names = [f"{path.parent.name}/{path.name}" for path in files]
+        return Table(names[0], problems), Table(names[1], problems)
+    runtimes, statements = files
+    return (
+        read_table(runtimes, RuntimeRow, problems),
+        read_table(statements, StatementRow, problems),
+    )
 
 
 def expand_cases(table: Table[CaseRow], tables: Matrix) -> Iterator[Cell]:
@@ -106,7 +130,7 @@ def tables_folder() -> Path:
 
 
 def read(folder: Path | None = None) -> Matrix:
-    """The tables of a folder, or those in use; raises MatrixError with every problem of all five files.
+    """The tables of a folder, or those in use; raises MatrixError with every problem of all files.
 
     Only our own must name every family and model that the package knows.
     """

@@ -1,4 +1,4 @@
-"""The matrix: five tables written by people, read into typed rows, every problem named at once.
+"""The matrix: seven tables written by people, read into typed rows, every problem named at once.
 
 | table             | one line is |
 | ----------------- | ----------- |
@@ -7,10 +7,14 @@
 | `hardware.csv`    | a machine: vendor, architecture, memory, devices, groups, packages there |
 | `checkpoints.csv` | a quantized checkpoint: how a user names it, and what is in it |
 | `cases.csv`       | a claim: this checkpoint, there, with these flags, passes these checks |
+| `runtimes.csv`    | a program that loads such checkpoints, `quantmatrix` among them |
+| `statements.csv`  | what a runtime's documentation says of a family's checkpoints, with its source |
 
 A line of cases.csv names any number of hardware ids, groups (`hopper`, or `all`) and backends, and
 stands for one `Cell` for each of them: `<row>@<hardware>`, with `+<backend>` where the row names
-more than one. A blank backend is the one that the hardware runs by default. Claims:
+more than one. A blank backend is the one that the hardware runs by default. A checkpoint, a hardware
+and another runtime than ours make a `RuntimeCell`, `<checkpoint>@<hardware>~<runtime>`, which
+nobody claims: a run of that runtime fills it (see `quantmatrix.peers`). Claims:
 
 | claim       | meaning |
 | ----------- | ------- |
@@ -28,8 +32,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from quantmatrix.errors import QuantmatrixError
@@ -223,6 +227,73 @@ class Cell:
         return " ".join([*settings, shlex.join(self.command(matrix))])
 
 
+OWN = "quantmatrix"
+"""The runtime that the cells of cases.csv are of."""
+KINDS = ("own", "library", "program", "server")
+"""What a runtime is: ours, a Python package, a command, or something that listens."""
+SAYS = ("works", "refuses")
+"""What a statement may say."""
+
+
+@dataclass(frozen=True)
+class RuntimeRow:
+    """A program that loads quantized checkpoints; its adapter is `quantmatrix/peers/<id>.py`."""
+
+    id: str
+    name: str
+    kind: str
+    found: str
+    """How it is found: the package, command or environment variable that the adapter looks for."""
+    minimum: str
+    """The oldest version that the adapter knows; blank for any."""
+    hardware: tuple[str, ...]
+    """Ids and groups of the hardware that it runs on."""
+    home: str
+    """Where it says itself what it supports."""
+    notes: str
+
+
+@dataclass(frozen=True)
+class StatementRow:
+    """What somebody else's documentation says of a runtime; never a claim of ours."""
+
+    id: str
+    runtime: str
+    family: str
+    models: tuple[str, ...]
+    """Ids of the models that it speaks of; none: all of the family."""
+    forms: tuple[str, ...]
+    """Forms of a checkpoint that it speaks of; none: all."""
+    says: str
+    version: str
+    date: str
+    source: str
+    """Address or path of the page."""
+    quote: str
+    """Its words, shortened."""
+
+    def speaks_of(self, row: CheckpointRow) -> bool:
+        """Whether it says something of a checkpoint."""
+        fits = row.model in (self.models or (row.model,)) and row.form in (
+            self.forms or (row.form,)
+        )
+        return row.family == self.family and fits
+
+
+@dataclass(frozen=True)
+class RuntimeCell:
+    """One checkpoint on one hardware in one other runtime."""
+
+    checkpoint: str
+    hardware: str
+    runtime: str
+
+    @property
+    def id(self) -> str:
+        """`<checkpoint>@<hardware>~<runtime>`."""
+        return f"{self.checkpoint}@{self.hardware}~{self.runtime}"
+
+
 @dataclass(frozen=True)
 class Matrix:
     """The tables; each row lies under its id, in the order of the file."""
@@ -232,6 +303,25 @@ class Matrix:
     hardware: Mapping[str, HardwareRow]
     checkpoints: Mapping[str, CheckpointRow]
     cells: tuple[Cell, ...]
+    runtimes: Mapping[str, RuntimeRow] = field(default_factory=dict)
+    statements: Mapping[str, StatementRow] = field(default_factory=dict)
+
+    @property
+    def runtime_cells(self) -> Iterator[RuntimeCell]:
+        """Every checkpoint in every other runtime, on each hardware that the runtime runs on."""
+        groups = self.groups
+        for runtime in self.runtimes.values():
+            if runtime.id == OWN:
+                continue
+            for hardware in [h for name in runtime.hardware for h in groups.get(name, (name,))]:
+                for checkpoint in self.checkpoints:
+                    yield RuntimeCell(checkpoint, hardware, runtime.id)
+
+    def find_statements(self, runtime: str, checkpoint: str) -> list[StatementRow]:
+        """What is said of a checkpoint in a runtime."""
+        row = self.checkpoints[checkpoint]
+        said = self.statements.values()
+        return [one for one in said if one.runtime == runtime and one.speaks_of(row)]
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:

@@ -13,7 +13,15 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from quantmatrix import strict_json
-from quantmatrix.tables.rows import CheckpointRow, FamilyRow, HardwareRow, ModelRow, split_flags
+from quantmatrix.tables.rows import (
+    CheckpointRow,
+    FamilyRow,
+    HardwareRow,
+    ModelRow,
+    RuntimeRow,
+    StatementRow,
+    split_flags,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -21,7 +29,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-Row = TypeVar("Row", FamilyRow, ModelRow, HardwareRow, CheckpointRow, "CaseRow")
+Row = TypeVar(
+    "Row", FamilyRow, ModelRow, HardwareRow, CheckpointRow, "CaseRow", RuntimeRow, StatementRow
+)
 
 ID = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
@@ -33,6 +43,8 @@ OPTIONAL = {
     "hardware": ("memory_gib", "devices", "group", "packages"),
     "checkpoints": ("revision", "kept", "algo", "cli", "scope", "notes"),
     "cases": ("backend", "flags", "rule", "notes"),
+    "runtimes": ("found", "minimum", "home", "notes"),
+    "statements": ("models", "forms", "version"),
 }
 """Columns that may be blank, by table."""
 

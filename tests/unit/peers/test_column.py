@@ -1,0 +1,231 @@
+"""Column: verdicts of stub programs that speak the documented flags, and of faults planted in them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from peers_stubs import SGLANG, XDIT, Fixed, install
+
+from quantmatrix.cli.main import main
+from quantmatrix.errors import UnusableError, UsageError
+from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, EXIT_USAGE
+from quantmatrix.peers import column as columns
+from quantmatrix.peers.column import Column, read_version
+from quantmatrix.proof.columns import RuntimeRecord, decode, encode
+from quantmatrix.tables import read
+
+FOLDER = "modelopt-fp8-flux-2"
+
+
+def run(runtime: str, checkpoint: str, folder: Path, hardware: str = "h200") -> RuntimeRecord:
+    with Column(
+        read.read(), runtime, hardware, folder / "runs", tiny=False, limits=Fixed()
+    ) as column:
+        [outcome] = column.run([checkpoint])
+    assert outcome.record is not None, outcome.problem
+    assert decode(encode(outcome.record), "x") == outcome.record
+    return outcome.record
+
+
+@pytest.mark.parametrize(
+    ("fault", "verdict", "reason"),
+    [
+        ("", "works", ""),
+        ("noise", "wrong numbers", "psnr_db "),
+        ("bf16", "not quantized", "every step equals its BF16 run bit for bit"),
+        ("wide", "not quantized", "in memory are 1000 bytes of bfloat16: nothing narrow"),
+        ("refuse", "refuses", r"exit code 1: ValueError: no loader for this layout\x1b[31m"),
+        ("crash", "crashes", "signal 11"),
+        ("silent", "refuses", "no output: "),
+    ],
+)
+def test_faults_of_a_stub_get_their_own_verdicts(
+    fault: str, verdict: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("sglang", SGLANG, tmp_path / "bin", monkeypatch)
+    monkeypatch.setenv("FAULT", fault)
+    found = run("sglang", FOLDER, tmp_path)
+    assert (found.verdict, found.version) == (verdict, "0.5.6")
+    assert found.reason.startswith(reason)
+    assert "\x1b" not in found.reason + found.log
+    if verdict == "works":
+        assert (found.seconds, found.peak_bytes) == (1.5, 64 << 20)
+        assert found.metrics["worst"]["psnr_db"] > 30
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "command"),
+    [
+        (
+            FOLDER,
+            "sglang generate --model-path black-forest-labs/FLUX.2-dev --transformer-path "
+            "BBuf/flux2-dev-modelopt-fp8-sglang-transformer",
+        ),
+        (
+            "modelopt-nvfp4-wan-2-2",
+            "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND=cudnn sglang generate --model-path "
+            "Wan-AI/Wan2.2-T2V-A14B-Diffusers --transformer-path "
+            "BBuf/wan22-t2v-a14b-modelopt-nvfp4-sglang-transformer",
+        ),
+        (
+            "msmodelslim-w8a8",
+            "sglang generate --model-path Eco-Tech/Wan2.2-T2V-A14B-Diffusers-w8a8",
+        ),
+        (
+            "fp8-flux-1-online",
+            "sglang generate --model-path black-forest-labs/FLUX.1-dev --quantization fp8",
+        ),
+    ],
+)
+def test_commands_of_sglang_are_the_guides(
+    checkpoint: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("sglang", SGLANG, tmp_path / "bin", monkeypatch)
+    found = run("sglang", checkpoint, tmp_path, "b200")
+    assert found.command.startswith(command)
+    assert found.verdict == "works"
+    log = next((tmp_path / "runs").glob("0001-base-*/log.txt")).read_text()
+    base = json.loads(log.splitlines()[0])
+    assert not {"--transformer-path", "--enable-svdquant", "--quantization"} & set(base)
+
+
+def test_flags_that_describe_a_file_are_not_the_bases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("sglang", SGLANG, tmp_path / "bin", monkeypatch)
+    tables = read.read()
+    row = tables.checkpoints["svdq-qwen-image-custom"]
+    with Column(tables, "sglang", "b200", tmp_path, tiny=False, limits=Fixed()) as column:
+        task = column.make_task(row)
+        assert column.adapter.command(task).startswith(
+            "sglang generate --model-path Qwen/Qwen-Image --transformer-weights-path "
+            "/path/to/custom_nunchaku_checkpoint.safetensors --enable-svdquant "
+            "--quantization-precision int4 --quantization-rank 128"
+        )
+        base = column.adapter.command(replace(task, baseline=True, weights=""))
+        assert base.startswith("sglang generate --model-path Qwen/Qwen-Image --prompt ")
+        outcome = column.run_one(row)  # the guide's placeholder is no file
+    assert (outcome.record, outcome.skipped) == (None, True)
+    assert "exists only as a stand-in" in outcome.problem
+
+
+def test_xdit_takes_pipelines_and_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("xdit", XDIT, tmp_path / "bin", monkeypatch)
+    online = run("xdit", "fp8-flux-1-online", tmp_path)
+    assert (online.verdict, online.version) == ("works", "0.4.5")
+    assert "--use_fp8_gemms" in online.command
+    found = run("xdit", FOLDER, tmp_path / "again")
+    assert found.verdict == "refuses"
+    assert found.reason.startswith("the adapter knows no documented way to load a component-folder")
+
+
+def test_a_runtime_whose_base_fails_gives_no_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(
+        "sglang",
+        SGLANG.replace("fail(quantized)\nif", "sys.exit(5)\nif"),
+        tmp_path / "bin",
+        monkeypatch,
+    )
+    with Column(
+        read.read(), "sglang", "h200", tmp_path / "runs", tiny=False, limits=Fixed()
+    ) as one:
+        [outcome] = one.run([FOLDER])
+    assert outcome.record is None
+    assert outcome.problem.startswith("its BF16 run of black-forest-labs/FLUX.2-dev refuses: exit")
+
+
+def test_a_runtime_that_is_not_here_or_too_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = read.read()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert columns.probe("sglang", tables).why == "there is no command sglang on the path"
+    with pytest.raises(UnusableError, match="sglang: not installed: there is no command"):
+        Column(tables, "sglang", "h200", tmp_path, tiny=False)
+    monkeypatch.setattr("quantmatrix.peers.common.metadata.version", lambda name: "0.40.0")
+    assert columns.probe("diffusers", tables).why.startswith(
+        "diffusers 0.40.0 is older than 0.42.1"
+    )
+    for name in ("quantmatrix", "no-such"):
+        with pytest.raises(UsageError, match=r"not in runtimes.csv; known: diffusers, sglang"):
+            columns.probe(name, tables)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("0.42.1.dev0", (0, 42, 1)), ("1.10", (1, 10)), ("unknown", ())]
+)
+def test_versions_are_compared_by_their_numbers(text: str, numbers: tuple[int, ...]) -> None:
+    assert read_version(text) == numbers
+
+
+def test_a_quantization_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = ["README.md", "m-Q8_0.gguf", "m-Q4_K_S.gguf", "High/h-Q8_0.gguf", "m-F16.gguf"]
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: listed)
+    assert columns.name_file("o/m:Q8_0") == "o/m/m-Q8_0.gguf"
+    assert columns.name_file("o/m/High:Q8_0") == "o/m/High/h-Q8_0.gguf"
+    for reference in ("o/m", "https://huggingface.co/o/m"):
+        assert columns.name_file(reference) == reference
+    with pytest.raises(UnusableError, match="expected one file of Q5_0, found none"):
+        columns.name_file("o/m:Q5_0")
+
+
+COMMAND = ["run-column", "--runtime", "sglang", "--hardware", "h200", "--checkpoint", FOLDER]
+
+
+def test_one_command_leaves_a_packet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install("sglang", SGLANG, tmp_path / "bin", monkeypatch)
+    monkeypatch.setattr("quantmatrix.tables.identify.require", lambda row: None)
+    monkeypatch.setattr("quantmatrix.peers.packet.read_memory", lambda: 1 << 34)
+    folder, records = tmp_path / "packet", tmp_path / "records"
+    argv = [*COMMAND, "--output-path", str(folder), "--record-dir", str(records), "--json"]
+    assert main(argv) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["cells"][f"{FOLDER}@h200~sglang"]["verdict"] == "works"
+    assert Path(said["packet"]).is_file()
+    [record] = records.rglob("*.json")
+    kept = folder / "runtimes" / "sglang" / "h200" / f"{FOLDER}.json"
+    assert kept.read_bytes() == record.read_bytes()
+    sums = (folder / "SHA256SUMS").read_text()
+    assert f"runtimes/sglang/h200/{FOLDER}.json" in sums
+    assert "log.txt" in sums
+    assert "a_picture.png" in sums
+    assert str(tmp_path) not in record.read_text()
+    assert main([*argv[:-1]]) == EXIT_USAGE  # it exists
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "text"),
+    [
+        (["--runtime", "xdit", "--hardware", "cpu"], EXIT_USAGE, "xdit does not run there"),
+        (["--runtime", "diffusers", "--hardware", "no"], EXIT_USAGE, "not in hardware.csv"),
+        (
+            ["--runtime", "diffusers", "--hardware", "cpu", "--checkpoint", "no"],
+            EXIT_USAGE,
+            "--checkpoint no: not in checkpoints.csv",
+        ),
+        (
+            ["--runtime", "comfyui", "--hardware", "cpu"],
+            ENVIRONMENT_UNUSABLE,
+            "comfyui: not installed: http://127.0.0.1:1 (COMFYUI_URL) does not answer",
+        ),
+    ],
+)
+def test_what_cannot_be_run_says_why(
+    argv: list[str],
+    code: int,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COMFYUI_URL", "http://127.0.0.1:1")
+    assert main(["run-column", *argv, "--output-path", str(tmp_path / "packet")]) == code
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "packet").exists()

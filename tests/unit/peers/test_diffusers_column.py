@@ -1,0 +1,91 @@
+"""The column of diffusers: complete on cpu, of the rows as they stand, and run again once per form.
+
+What a form gives is decided by diffusers, not by the model: one checkpoint of each family and form is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantmatrix.peers.column import Column
+from quantmatrix.peers.verdict import judge_numbers
+from quantmatrix.proof import columns
+from quantmatrix.proof.limits import Limits
+from quantmatrix.tables import read
+from quantmatrix.tables.rows import RuntimeCell
+
+REPORTS = Path(__file__).parents[3] / "reports"
+TABLES = read.read()
+RECORDS = columns.read_folder(REPORTS / columns.RUNTIMES)
+CELLS = [
+    cell for cell in TABLES.runtime_cells if (cell.runtime, cell.hardware) == ("diffusers", "cpu")
+]
+LIMITS = Limits(psnr_db=30.0, cosine=0.99, relative_l2=0.1, layer_error=0.1)
+
+
+def choose() -> list[str]:
+    """The first checkpoint of each family, form and selector, those that ran before those that did not."""
+    found: dict[tuple[str, str, str], str] = {}
+    for cell in sorted(CELLS, key=lambda c: not getattr(RECORDS.get(c.id), "weights", None)):
+        row = TABLES.checkpoints[cell.checkpoint]
+        found.setdefault((row.family, row.form, row.selector), row.id)
+    return sorted(found.values(), key=lambda name: TABLES.checkpoints[name].model)
+
+
+@pytest.fixture(scope="module")
+def column(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Column]:
+    folder = tmp_path_factory.mktemp("column") / "runs"
+    with Column(TABLES, "diffusers", "cpu", folder, tiny=True) as column:
+        yield column
+
+
+def test_the_column_is_complete_and_fresh() -> None:
+    states = {cell.id: columns.explain_state(cell, RECORDS.get(cell.id), TABLES) for cell in CELLS}
+    lacking = {name: why for name, (state, why) in states.items() if state not in columns.VERDICTS}
+    assert lacking == {}, (
+        "run `quantmatrix run-column --runtime diffusers --hardware cpu --tiny --record-dir reports/runtimes`"
+    )
+    assert len(CELLS) == len(TABLES.checkpoints)
+
+
+@pytest.mark.parametrize("checkpoint", choose())
+def test_a_form_gets_its_recorded_verdict(checkpoint: str, column: Column) -> None:
+    outcome = column.run_one(TABLES.checkpoints[checkpoint])
+    recorded = RECORDS[RuntimeCell(checkpoint, "cpu", "diffusers").id]
+    assert outcome.record is not None, outcome.problem
+    found = outcome.record
+    if "not installed" in (found.verdict, recorded.verdict) and found.verdict != recorded.verdict:
+        pytest.skip(f"recorded: {recorded.verdict} {recorded.reason}; here: {found.reason}")
+    assert (found.verdict, found.reason.split(":")[0]) == (
+        recorded.verdict,
+        recorded.reason.split(":")[0],
+    ) or found.verdict == recorded.verdict == "wrong numbers"
+
+
+@pytest.mark.parametrize(
+    ("scale", "weights", "verdict"),
+    [
+        (1e-3, {"float8_e4m3fn": 8, "bfloat16": 8}, "works"),
+        (1e-3, {}, "works"),
+        (1e-3, {"bfloat16": 8, "float32": 8}, "not quantized"),
+        (0.0, {"uint8": 8}, "not quantized"),
+        (1.0, {"uint8": 8}, "wrong numbers"),
+        (float("nan"), {"uint8": 8}, "wrong numbers"),
+    ],
+)
+def test_numbers_and_weights_decide(scale: float, weights: dict[str, int], verdict: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    base = [torch.randn(4, 4, generator=draw) for _ in range(2)]
+    found = [step + scale * torch.randn(4, 4, generator=draw) for step in base]
+    assert judge_numbers(base, found, weights, LIMITS).verdict == verdict
+
+
+def test_runs_of_other_lengths_are_wrong() -> None:
+    step = torch.zeros(2)
+    found = judge_numbers([step], [step, step], {}, LIMITS)
+    assert found.verdict == "wrong numbers"
+    assert "1 steps, candidate 2" in found.reason
