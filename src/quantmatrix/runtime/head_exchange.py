@@ -30,8 +30,8 @@ def exchange(
     from torch.distributed import _functional_collectives as collectives
 
     even = len({*received, *sent}) == 1
-    splits = (None, None) if even else (list(received), list(sent))
-    found = collectives.all_to_all_single(x.contiguous(), *splits, group)
+    to, of = (None, None) if even else (list(received), list(sent))
+    found = collectives.all_to_all_single(x.contiguous(), to, of, group)
     if isinstance(found, collectives.AsyncCollectiveTensor):
         found = found.wait()
     return found

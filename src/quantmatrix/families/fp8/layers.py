@@ -122,12 +122,11 @@ def shape_scale(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Ten
     weight = stored["weight"]
     if scale is None:
         return torch.ones((), device=weight.device)
-    blocks = count_blocks(scheme, weight.shape)
     if scheme.tiled_scales:
-        exponents = untile_scales(scale.view(torch.uint8), *blocks)
+        exponents = untile_scales(scale.view(torch.uint8), *count_blocks(scheme, weight.shape))
         return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents.int() - 127)
     if scheme.scale == "block":
-        return scale.float().reshape(blocks)
+        return scale.float().reshape(count_blocks(scheme, weight.shape))
     return scale.float().reshape((-1, 1) if scheme.scale == "channel" else ())
 
 

@@ -46,7 +46,13 @@ from quantmatrix.families.msmodelslim import mx_blocks
 from quantmatrix.families.msmodelslim.description import DESCRIPTION, FLOAT
 from quantmatrix.families.msmodelslim.description import detect as detect
 from quantmatrix.families.msmodelslim.description import schemes as schemes
-from quantmatrix.families.msmodelslim.layers import PER_ROW, decode_deq_scale, plain_suffix, tensors
+from quantmatrix.families.msmodelslim.layers import (
+    MX,
+    PER_ROW,
+    decode_deq_scale,
+    plain_suffix,
+    tensors,
+)
 from quantmatrix.families.msmodelslim.layers import SCHEMES as SCHEMES
 from quantmatrix.families.msmodelslim.layers import WRAPPERS as WRAPPERS
 from quantmatrix.families.msmodelslim.layers import find_fault as find_fault
@@ -69,7 +75,7 @@ ARITHMETIC: Mapping[str, Any] = {
     "int8": int8_arithmetic,
     "int4": int8_arithmetic,
     "e4m3": linear_fp8,
-    "mxfp4": linear_mxfp4,
+    "e2m1": linear_mxfp4,
 }
 """What decodes and multiplies codes of each number format."""
 EPSILON = torch.finfo(torch.float32).eps
@@ -96,7 +102,7 @@ def quantize(
     Scales are symmetric per row for weights, and the whole calibrated range (zero included) spreads
     over 255 steps for static activations. Raises UsageError where these lack a calibration.
     """
-    if scheme.scale == "block":
+    if scheme.scale in MX:
         stored = _quantize_blocks(weight, scheme)
         return stored if bias is None else stored | {"bias": bias.float()}
     exact = weight.float()
@@ -132,7 +138,7 @@ def canonical(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, 
     needed = static if scheme.activation == "tensor-static" else ("weight_scale",)
     if missing := [name for name in needed if name not in stored]:
         raise CheckpointError(f"a {scheme.name} layer has no {missing[0]}; it has {list(stored)}")
-    if scheme.scale == "block":
+    if scheme.scale in MX:
         scales = mx_blocks.decode_exponents(stored["weight_scale"])
         if "weight_dual_scale" in stored:
             coarse = stored.pop("weight_dual_scale").float().reshape(len(scales), -1)

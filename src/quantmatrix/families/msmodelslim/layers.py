@@ -26,12 +26,19 @@ SCHEMES: Mapping[str, Scheme] = {
         "linear.fp8", "W8A8_MXFP8", "e4m3", "block", "group-power", (1, mx_blocks.BLOCK)
     ),
     "W4A4_MXFP4": Scheme(
-        "linear.mxfp4", "W4A4_MXFP4", "mxfp4", "block", "group-power", (1, mx_blocks.BLOCK)
+        "linear.mxfp4", "W4A4_MXFP4", "e2m1", "group", "group-power", group_size=mx_blocks.BLOCK
     ),
     "W4A4_MXFP4_DUALSCALE": Scheme(
-        "linear.mxfp4", "W4A4_MXFP4_DUALSCALE", "mxfp4", "block", "group-dual", (1, mx_blocks.BLOCK)
+        "linear.mxfp4",
+        "W4A4_MXFP4_DUALSCALE",
+        "e2m1",
+        "group",
+        "group-dual",
+        group_size=mx_blocks.BLOCK,
     ),
 }
+MX = ("block", "group")
+"""Granularities of the weight scales of MX schemes; those of integers are per channel."""
 WRAPPERS = ("linear", "div")
 """Levels that smoothing adds to names, and `wan_repack` removes."""
 PER_ROW = (
@@ -47,7 +54,7 @@ def tensors(scheme: Scheme, out_features: int, in_features: int) -> dict[str, Te
     """The tensors of a layer on disk, by suffix, `bias` left out."""
     rows, column = (out_features,), (out_features, 1)
     static = scheme.activation == "tensor-static"
-    if scheme.scale == "block":
+    if scheme.scale in MX:
         return list_mx_tensors(scheme, out_features, in_features)
     specs = {
         "weight": TensorSpec(("I8",), ((out_features, in_features),)),
@@ -71,13 +78,13 @@ def list_mx_tensors(scheme: Scheme, out_features: int, in_features: int) -> dict
         "weight": TensorSpec(("F8_E4M3",), ((out_features, in_features),)),
         "weight_scale": TensorSpec(("U8",), ((out_features, blocks),)),
     }
-    if scheme.weight == "mxfp4":
+    if scheme.weight == "e2m1":
         specs["weight"] = TensorSpec(("U8",), ((out_features, in_features // 2),))
     if scheme.activation == "group-dual":
         coarse = -(-in_features // linear_mxfp4.COARSE)
         shapes = ((out_features, coarse, 1), (out_features, coarse))
         specs["weight_dual_scale"] = TensorSpec(FLOATS, shapes)
-    if scheme.smoothed and scheme.weight == "mxfp4":
+    if scheme.smoothed and scheme.weight == "e2m1":
         specs["mul_scale"] = TensorSpec(FLOATS, ((in_features,),))
     return specs
 
@@ -90,7 +97,7 @@ def find_fault(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[str
     names = {plain_suffix(suffix): suffix for suffix in tensors}
     stored = {plain: tensors[suffix] for plain, suffix in names.items()}
     stored |= {plain: tensor.cpu() for plain, tensor in stored.items() if plain != "weight"}
-    blocks = scheme.scale == "block"
+    blocks = scheme.scale in MX
     if blocks and bool((stored["weight_scale"] == 255).any()):
         return names["weight_scale"], "holds exponents of 255, which mean NaN: expected 0 to 254"
     for plain in ("weight_scale", "weight_dual_scale", "deq_scale", "input_scale", "mul_scale"):

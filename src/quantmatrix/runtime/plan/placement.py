@@ -115,7 +115,7 @@ def sort_layers(
                 f"a linear layer, which have two dimensions ({scheme.name}); keep other layers in "
                 "full precision"
             )
-        out, into = measure_features(scheme, code.shape)
+        out, into = code.shape if online else measure_features(scheme, code.shape)
         for target in dialect.layer_targets(layer):
             kind = families.load(family).after_gelu(scheme) if target.unsigned else scheme
             start, stop, of = target.rows

@@ -21,7 +21,7 @@ MX = ("W8A8_MXFP8", "W4A4_MXFP4", "W4A4_MXFP4_DUALSCALE")
 ALL = pytest.mark.parametrize("word", [*WORDS, *MX])
 EACH = pytest.mark.parametrize("word", WORDS)
 N, K = 24, 96
-LIMITS = {"int8": 0.02, "e4m3": 0.06, "int4": 0.2, "mxfp4": 0.25}
+LIMITS = {"int8": 0.02, "e4m3": 0.06, "int4": 0.2, "e2m1": 0.25}
 """Relative errors of outputs that the number formats allow."""
 DTYPES = {
     torch.int8: "I8",
