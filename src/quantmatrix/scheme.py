@@ -7,11 +7,7 @@ records one per layer. Names used in the fields:
 | ----------- | ------ |
 | `op`        | what is computed: `linear.fp8`, `linear.nvfp4`, `linear.svdq`, `linear.int8` ... |
 | `name`      | the checkpoint's own name of it: `FP8`, `NVFP4`, `W8A8_DYNAMIC`, `svdq-int4` ... |
-<<<<<<< HEAD
-| `weight`    | number format of the codes: `e4m3`, `e5m2`, `e2m1`, `mxfp4`, `int4`, `int8`, `q4_k` ... |
-=======
-| `weight`    | number format of the codes: `e4m3`, `e5m2`, `e2m1`, `int4`, `int8` |
->>>>>>> forms
+| `weight`    | number format of the codes: `e4m3`, `e5m2`, `e2m1`, `int4`, `int8`, `q4_k` ... |
 | `scale`     | granularity of the weight scales: `tensor`, `channel`, `block`, `group` |
 | `activation`| `none`, `tensor-static`, `tensor-dynamic`, `token-dynamic`, `group-dynamic`, |
 |             | `group-power` (a power of two per group), `group-dual` (and a coarse scale) |
