@@ -163,7 +163,9 @@ def quantize(
     calibration: Calibration | None = None,
     parts: int = 1,
 ) -> dict[str, torch.Tensor]:
-    """On-disk tensors of a layer with this weight [N, K]: one scale, or one a row if it is rotated.
+    """On-disk tensors of a layer with this weight [N, K] of any float dtype, as in the module's table.
+
+    There is one scale, or one a row if the weight is rotated.
 
     Raises UsageError for a layer whose columns are no whole groups of the rotation.
     """

@@ -65,7 +65,7 @@ def round_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def spread(scales: torch.Tensor, size: int, columns: int) -> torch.Tensor:
-    """One scale per column [..., columns] from one per `size` of them."""
+    """One scale per column, float32 [..., columns], from one per `size` of them."""
     return scales.repeat_interleave(size, dim=-1)[..., :columns]
 
 

@@ -65,8 +65,8 @@ def describe_cast(checkpoint: Checkpoint) -> str:
 def find_saturated(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[str, str] | None:
     """(suffix, what it holds) of a cast weight with the largest code there is; None: it has none.
 
-    Weights are far below 448, but divided by a scale their largest is just that. Takes tensors as
-    in the family's table.
+    Weights are far below 448, but divided by a scale their largest is just that. Takes
+    tensors as in the table of `families.fp8`.
     """
     if not is_cast(scheme):
         return None

@@ -102,7 +102,7 @@ def fit_granularity(shape: tuple[int, ...], weight: tuple[int, ...]) -> str:
 
 
 def canonical(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
-    """Canonical tensors of linear.fp8; takes tensors as in the module's table."""
+    """Canonical tensors of linear.fp8; takes tensors as in the table of `families.fp8`."""
     weight = stored["weight"]
     found = {"weight": weight, "weight_scale": shape_scale(stored, scheme)}
     if scheme.activation == "tensor-static":
@@ -116,7 +116,7 @@ def canonical(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, t
 def shape_scale(stored: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
     """The weight's scale as the kernels take it: float32 [], [N, 1] or one per block.
 
-    A plain cast, which has none, gets a 1. Takes tensors as in the module's table.
+    A plain cast, which has none, gets a 1. Takes tensors as in the table of `families.fp8`.
     """
     scale = stored.get(find_scale_name(scheme, stored))
     weight = stored["weight"]
@@ -135,7 +135,7 @@ def cut_rows(
 ) -> dict[str, torch.Tensor]:
     """On-disk tensors of the rows [start, stop) of a layer; see the protocol.
 
-    Takes and gives tensors as in the module's table.
+    Takes and gives tensors as in the table of `families.fp8`.
     """
     cut = dict(stored)
     suffixes = ["weight", "bias", *(["weight_scale"] if scheme.scale == "channel" else [])]
