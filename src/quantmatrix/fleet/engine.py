@@ -101,7 +101,9 @@ def connect(ray: Any, address: str | None) -> Any:
 
     A machine that is busy may not start Ray within the 15 seconds that Ray gives itself: it gets more goes.
     """
-    for left in reversed(range(STARTS)):
+    left = STARTS
+    while True:
+        left -= 1
         try:
             return ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # Ray has no class of its own for it, and raises five others
@@ -110,7 +112,6 @@ def connect(ray: Any, address: str | None) -> Any:
                 continue
             where = f"--address {address}" if address else "Ray"
             raise UnusableError(f"{where}: {' '.join(str(error).split()):.500}") from error
-    raise AssertionError("unreachable")
 
 
 def explain(error: BaseException) -> str:

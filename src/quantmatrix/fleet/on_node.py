@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -77,17 +76,15 @@ def run_group(data: bytes, order: bytes, tell: Tell = lambda note: None) -> byte
     start, wanted = time.monotonic(), json.loads(order)
     home = Path(tempfile.gettempdir())
     files.remove_leftovers(home, f"{PREFIX}*", DAY)
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=home))
     answer = GroupAnswer(socket.gethostname(), [], [], [], 0.0)
-    try:
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=home) as name:
+        folder = Path(name)
         bundle.unpack(data, folder)
         run_cells(folder, wanted, answer, tell)
         evidence = sorted((folder / "evidence").glob("*/[!.]*.json"))
         answer.records = [path.read_text("utf-8") for path in evidence]
         found = sorted(folder.glob("junit-*.xml"))
         answer.junit = [path.read_text("utf-8") for path in found if path.stat().st_size]
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     answer.seconds = round(time.monotonic() - start, 3)
     return answers.write(answer)
 

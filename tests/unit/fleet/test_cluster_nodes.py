@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from quantmatrix.errors import UnusableError
 from quantmatrix.fleet.answers import Probe
 from quantmatrix.fleet.cluster import Demand, Node, Site, find_sites
-from quantmatrix.fleet.engine import demand_to_options, explain
+from quantmatrix.fleet.engine import SLOW, STARTS, connect, demand_to_options, explain
 from quantmatrix.tables import read
 
 OURS = "the digest"
@@ -116,3 +117,31 @@ def test_errors_of_ray_in_a_line(name: str, expected: str) -> None:
     error = type(name, (Exception,), {})("2 workers\n  were killed\nKeyError: 'x'")
     assert explain(error).startswith(expected)
     assert "\n" not in explain(error)
+
+
+class SlowRay:
+    """A Ray that starts the n-th time."""
+
+    def __init__(self, good: int, message: str) -> None:
+        self.good, self.message, self.starts = good, message, 0
+
+    def init(self, **settings: object) -> str:
+        self.starts += 1
+        if self.starts < self.good:
+            raise Exception(self.message)
+        return "context"
+
+    def shutdown(self) -> None:
+        pass
+
+
+def test_a_busy_machine_gets_more_goes_and_a_wrong_address_none() -> None:
+    assert connect(SlowRay(STARTS, f"The current node {SLOW}."), None) == "context"
+    slow = SlowRay(STARTS + 1, f"The current node {SLOW}.")
+    with pytest.raises(UnusableError, match=SLOW):
+        connect(slow, None)
+    assert slow.starts == STARTS
+    wrong = SlowRay(2, "no cluster\n  there")
+    with pytest.raises(UnusableError, match="--address a:1: no cluster there"):
+        connect(wrong, "a:1")
+    assert wrong.starts == 1
