@@ -107,7 +107,6 @@ class Generic:
         return self.own.forward_inputs(config, draw, tiny=tiny)
 
 
-@cache
 def describe(model: str, own: Model | None) -> Generic:
     """The model of an id `MODEL/CLASS`; `own` is the file of MODEL, None where there is none.
 
@@ -159,6 +158,7 @@ def is_transformer(class_name: str) -> bool:
     return isinstance(found, type) and module.startswith(f"{TRANSFORMERS}.")
 
 
+@cache
 def list_transformers(pipeline: str) -> tuple[str, ...]:
     """Components of a pipeline class that are transformers, primary first; by its constructor."""
     parameters = inspect.signature(find_pipeline(pipeline).__init__).parameters
@@ -219,6 +219,7 @@ def name_guidance(parameters: Mapping[str, inspect.Parameter]) -> str:
     return "true_cfg_scale" if unused and "true_cfg_scale" in parameters else "guidance_scale"
 
 
+@cache
 def read_defaults(pipeline: str) -> Defaults:
     """The defaults of a pipeline's call; of a size that it computes, one to reckon with."""
     from quantmatrix.models import Defaults
