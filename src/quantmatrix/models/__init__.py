@@ -91,7 +91,14 @@ def load(model: str) -> Model:
     if "/" in model:
         from quantmatrix.models import generic
 
-        return cast("Model", generic.describe(model))
+        name = model.partition("/")[0]
+        own = None if name == generic.UNKNOWN else load_file(name)
+        return cast("Model", generic.describe(model, own))
+    return load_file(model)
+
+
+def load_file(model: str) -> Model:
+    """The module of a model that has one; raises KeyError for an unknown one."""
     if model not in IDS:
         raise KeyError(f"no such base model: {model}; known: {', '.join(IDS)}")
     return cast("Model", import_module(f"quantmatrix.models.{model.replace('-', '_')}"))

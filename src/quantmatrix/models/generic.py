@@ -107,20 +107,21 @@ class Generic:
         return self.own.forward_inputs(config, draw, tiny=tiny)
 
 
-@cache
-def describe(model: str) -> Generic:
-    """The model of an id `MODEL/CLASS`; KeyError for a class that is no such thing in diffusers."""
-    from quantmatrix.models import Defaults, load
+def describe(model: str, own: Model | None) -> Generic:
+    """The model of an id `MODEL/CLASS`; `own` is the file of MODEL, None where there is none.
 
-    name, _, class_name = model.partition("/")
+    Raises KeyError for a class that is no such thing in diffusers.
+    """
+    from quantmatrix.models import Defaults
+
+    class_name = model.partition("/")[2]
     if is_transformer(class_name):
         return Generic(model, class_name, "", ("transformer",), Defaults(*PICTURE, 1, 0.0))
     if find_pipeline(class_name) is None:
         raise KeyError(f"no such pipeline or transformer in diffusers: {class_name}")
     components, defaults = list_transformers(class_name), read_defaults(class_name)
-    if name == UNKNOWN:
+    if own is None:
         return Generic(model, class_name, class_name, components, defaults)
-    own = load(name)
     return Generic(
         ID=own.ID,
         NAME=class_name,
@@ -157,6 +158,7 @@ def is_transformer(class_name: str) -> bool:
     return isinstance(found, type) and module.startswith(f"{TRANSFORMERS}.")
 
 
+@cache
 def list_transformers(pipeline: str) -> tuple[str, ...]:
     """Components of a pipeline class that are transformers, primary first; by its constructor."""
     parameters = inspect.signature(find_pipeline(pipeline).__init__).parameters
@@ -217,6 +219,7 @@ def name_guidance(parameters: Mapping[str, inspect.Parameter]) -> str:
     return "true_cfg_scale" if unused and "true_cfg_scale" in parameters else "guidance_scale"
 
 
+@cache
 def read_defaults(pipeline: str) -> Defaults:
     """The defaults of a pipeline's call; of a size that it computes, one to reckon with."""
     from quantmatrix.models import Defaults
