@@ -85,6 +85,7 @@ def test_a_packet_is_judged_by_the_packaged_limits(
     outside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
+    monkeypatch.setattr("quantmatrix.proof.known_limits.own_reports", lambda: outside)
     monkeypatch.setattr("quantmatrix.proof.limits.read", lambda path: seen.append(path) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         packets.read_ledger()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from observed import WITNESSED
 
+from quantmatrix.errors import UnjudgedError
 from quantmatrix.proof import limits, store, witness_limits
 from quantmatrix.proof import record as records
 from quantmatrix.proof.limit_samples import LimitsError, Sample, Spread, read_samples
@@ -66,10 +67,24 @@ def test_a_sample_of_a_new_side_is_compared_with_what_it_had_borrowed() -> None:
     assert line.startswith("e4m3 W8A8 on flux-1 (accelerator): psnr_db")
 
 
-@pytest.mark.parametrize("kind", ["e2m1 W4A4", ""])
-def test_a_class_that_was_never_measured_has_no_limit(kind: str) -> None:
-    with pytest.raises(LimitsError, match="measure first"):
-        Ledger([FLUX, WAN]).find(kind, "flux-1")
+def test_a_class_that_was_never_measured_has_no_limit() -> None:
+    with pytest.raises(limits.UnmeasuredError, match="measure first"):
+        Ledger([FLUX, WAN]).find("e2m1 W4A4", "flux-1")
+
+
+def test_a_run_without_quantized_layers_is_wrong_and_not_only_unmeasured() -> None:
+    with pytest.raises(LimitsError, match="without quantized layers") as caught:
+        Ledger([FLUX, WAN], fallback=Ledger([FLUX])).find("", "flux-1")
+    assert not isinstance(caught.value, UnjudgedError)
+
+
+def test_a_class_that_a_project_lacks_is_judged_by_the_fallback_and_says_so() -> None:
+    ours = Ledger([replace(FLUX, kind="e2m1 W4A4")])
+    own = Ledger([FLUX], fallback=ours)
+    assert own.find("e2m1 W4A4", "flux-1").source.endswith(limits.BORROWED)
+    assert limits.BORROWED not in own.find(FLUX.kind, "flux-1").source
+    with pytest.raises(limits.UnmeasuredError):
+        own.find("int3 W3A3", "flux-1")
 
 
 def test_classes_are_named_by_their_layers() -> None:
