@@ -125,7 +125,7 @@ def parse_header(file: BinaryIO, size: int, name: str) -> Header:
     count, entries = _read_start(source)
     metadata: dict[str, str] = {}
     for _ in range(entries):
-        key = source.read_text(LONGEST_NAME, "a key of the metadata")
+        key = source.read_string(LONGEST_NAME, "a key of the metadata")
         if key in metadata:
             raise source.wrong(f"the metadata has {quote(key)} twice", "each key once")
         metadata[key] = _read_value(source, source.read_number("<I"), key)
@@ -160,7 +160,7 @@ class _Source:
         """A number of the header, packed in this way."""
         return struct.unpack(form, self.take(struct.calcsize(form), "a number"))[0]
 
-    def read_text(self, most: int, what: str) -> str:
+    def read_string(self, most: int, what: str) -> str:
         """A string of at most so many bytes."""
         length = self.read_number("<Q")
         if length > most:
@@ -209,7 +209,7 @@ def _read_value(source: _Source, kind: int, key: str, depth: int = 0) -> str:
     if kind in SCALARS:
         return str(source.read_number(SCALARS[kind]))
     if kind == STRING:
-        return source.read_text(HEADER_LIMIT, f"the value of {quote(key)}")
+        return source.read_string(HEADER_LIMIT, f"the value of {quote(key)}")
     if kind != ARRAY or depth == DEEPEST:
         what = f"is of type {kind}" if kind != ARRAY else f"holds arrays {DEEPEST} deep"
         raise source.wrong(f"the value of {quote(key)} {what}", "a number, a text or an array")
@@ -242,7 +242,7 @@ class _Info:
 
 def _read_tensor(source: _Source) -> _Info:
     """The entry of one tensor; CheckpointError for dimensions that no file has."""
-    name = source.read_text(LONGEST_NAME, "a tensor's name")
+    name = source.read_string(LONGEST_NAME, "a tensor's name")
     count = source.read_number("<I")
     if count > MOST_DIMENSIONS:
         raise source.wrong(

@@ -322,7 +322,13 @@ def test_a_name_that_means_nothing_is_an_error(copy: Path, ways: Mapping[str, Wa
 
 OFF_THE_WAY = {
     *("dequantize", "reference", "cut_rows"),  # what numbers are compared with
-    *("MODELS", "WHOLE_PIPELINE", "name_scheme", "check_output"),  # asked by `quantmatrix quantize`
+    *(
+        "MODELS",
+        "WHOLE_PIPELINE",
+        "ENDING",
+        "name_scheme",
+        "check_output",
+    ),  # asked by `quantmatrix quantize`
 }
 """Names of the protocol that no cell computes with."""
 
