@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantmatrix.cli.flags import ACCELERATION, GENERATION, OFFLOAD, SAVING, remove_flags
+from quantmatrix.cli.flags import (
+    ACCELERATION,
+    ADAPTERS,
+    GENERATION,
+    OFFLOAD,
+    SAVING,
+    remove_flags,
+)
 from quantmatrix.cli.output import add_command, print_json, read_request, say
 from quantmatrix.errors import UsageError
 from quantmatrix.request import add_output_flags, add_request_flags
@@ -19,7 +26,8 @@ def _add_dequantize(commands: Any) -> None:
     parser = add_command(commands, "dequantize", text, run_dequantize)
     add_request_flags(parser)
     add_output_flags(parser)
-    remove_flags(parser, *GENERATION, *ACCELERATION, *OFFLOAD, *SAVING, "device", "backend")
+    unused = (*GENERATION, *ACCELERATION, *OFFLOAD, *SAVING, *ADAPTERS, "device", "backend")
+    remove_flags(parser, *unused)
     what = "transformer to write (default: transformer)"
     parser.add_argument("--component", default="transformer", metavar="NAME", help=what)
     parser.set_defaults(takes_overrides=True, output_path=None)

@@ -17,6 +17,7 @@ QUANTIZED = (
     *("quantization_ignored_layers", "witness", "nvfp4_layout", "nibble_order"),
 )
 """How a quantized checkpoint is read."""
+ADAPTERS = ("lora_path", "lora_weight_name", "lora_scale")
 SAVING = ("save_output",)
 
 

@@ -22,7 +22,7 @@ def _add_plan(commands: Any) -> None:
     add_output_flags(parser)
     add_sharing_flag(parser)
     parser.add_argument("--hardware", help="a row of hardware.csv instead of this machine")
-    unread = ("prompt", "negative_prompt", "guidance_scale", "seed", "compile", "output_path")
+    unread = ("prompt", "negative_prompt", "guidance_scale", "seed", "cuda_graph", "output_path")
     hide_flags(parser, *unread, *SAVING)  # a command of generate is planned by changing its name
     parser.set_defaults(takes_overrides=True)
 

@@ -26,7 +26,7 @@ import torch
 def exchange(
     x: torch.Tensor, received: Sequence[int], sent: Sequence[int], group: Any
 ) -> torch.Tensor:
-    """x [sum(sent), ...] parted along its rows among processes: [sum(received), ...]."""
+    """x [sum(sent), ...], of any dtype, parted along its rows among processes: [sum(received), ...]."""
     from torch.distributed import _functional_collectives as collectives
 
     even = len({*received, *sent}) == 1

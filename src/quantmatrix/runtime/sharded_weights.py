@@ -105,7 +105,10 @@ def lay_out(block: nn.Module) -> list[Slot]:
 
 
 def tensors_of(block: nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
-    """(dictionary, name, tensor) of everything that a block's modules keep, except empty ones."""
+    """(dictionary, name, tensor) of everything that a block's modules keep, except empty ones.
+
+    Tensors of any shape and dtype.
+    """
     for module in block.modules():
         homes: dict[str, Any]
         for homes in (module._parameters, module._buffers):
@@ -115,7 +118,7 @@ def tensors_of(block: nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Te
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's elements fill its memory, in any order of its sides."""
+    """Whether the elements of a tensor, of any shape and dtype, fill its memory in some order."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride != expected:
@@ -125,7 +128,7 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 
 def take_home(slot: Slot, buffer: torch.Tensor) -> None:
-    """Let the modules keep the view in place of a tensor."""
+    """Let the modules keep the view over a buffer of bytes, uint8 [size], in place of a tensor."""
     view = slot.view(buffer)
     for homes, name in slot.homes:
         if isinstance(homes[name], nn.Parameter):

@@ -53,7 +53,7 @@ def names_of(part: Any) -> Iterable[str]:
 
 
 def count_patches(transformer: Any, video: torch.Tensor) -> int:
-    """Tokens of latents [B, C, F, H, W]."""
+    """Tokens of latents [B, C, F, H, W], of any dtype."""
     return math.prod(
         size // patch
         for size, patch in zip(video.shape[2:], transformer.config.patch_size, strict=True)

@@ -101,8 +101,8 @@ def online_scheme(name: str) -> tuple[str, Scheme]:
     online: dict[str, tuple[str, Scheme]] = {}
     for family in families.written():
         module = families.load(family)
-        words = {**module.ONLINE_NAMES, **({family: module.ONLINE} if module.ONLINE else {})}
-        online |= {other: (family, module.SCHEMES[word]) for other, word in words.items()}
+        names = {**module.ONLINE_NAMES, **({family: module.ONLINE} if module.ONLINE else {})}
+        online |= {other: (family, module.SCHEMES[scheme]) for other, scheme in names.items()}
     if name not in online:
         raise UsageError(
             f"--quantization {name}: only {', '.join(online)} can be made while loading"
