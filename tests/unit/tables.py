@@ -16,7 +16,10 @@ FAMILIES = [
         "notes": f"about {name}",
         "models": "flux-1 flux-2",
     }
-    for name in ("fp8", "modelopt-fp8", "modelopt-nvfp4", "nunchaku-svdq", "msmodelslim", "gguf")
+    for name in (
+        *("fp8", "modelopt-fp8", "modelopt-nvfp4", "nunchaku-svdq", "comfyui-int8", "gguf"),
+        "msmodelslim",
+    )
 ]
 MODELS = [
     {"id": name, "name": name, "repo": f"some/{name}", "transformers": "transformer", "notes": ""}

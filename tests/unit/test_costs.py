@@ -167,7 +167,8 @@ CLAIM = {"hardware": "cpu", "checks": "load generate", "claim": "expected"}
 
 def test_a_family_on_a_known_op(copy: Copy) -> None:
     copy.add("src/quantmatrix/families/toy.py", FAMILY)
-    copy.replace("src/quantmatrix/families/__init__.py", 'IDS = ("fp8",', 'IDS = ("toy", "fp8",')
+    ids = 'IDS = (\n    "fp8",'
+    copy.replace("src/quantmatrix/families/__init__.py", ids, ids.replace("(", '(\n    "toy",', 1))
     copy.add_row(
         "families", id="toy", checkpoint_form="a folder", canonical_cli="`--transformer-path`",
         supported_models="FLUX.1", extra_dependency="None", notes="a toy", models="flux-1",

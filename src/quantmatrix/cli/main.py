@@ -92,8 +92,10 @@ def run_command(argv: list[str]) -> int:
     if handler is None and arguments.version and not rest:
         return show_version(as_json=arguments.json)
     if handler is None:
-        if rest:
-            raise UsageError(f"{' '.join(rest)}: which command? See `{parser.prog} --help`")
+        if rest or arguments.json:
+            raise UsageError(
+                f"{' '.join(rest)}: which command? See `{parser.prog} --help`".lstrip(": ")
+            )
         parser.print_help()
         return EXIT_USAGE
     if rest and not getattr(arguments, "takes_overrides", False):

@@ -56,7 +56,9 @@ def pack(tables: Path, suites: Sequence[Path] = ()) -> bytes:
             raise UsageError(f"--suites {path}: no suites there")
         texts.update(found)
         arguments.append(FOLDER if path.is_dir() else path.name)
-    files = {name: path.read_text("utf-8") for name, path in texts.items() if path.is_file()}
+    files = {
+        name: path.read_text(encoding="utf-8") for name, path in texts.items() if path.is_file()
+    }
     files[LIST] = json.dumps(arguments or ["--pyargs", PACKAGED])
     return json.dumps({**files, "pytest.ini": INI}, sort_keys=True).encode()
 

@@ -82,9 +82,9 @@ def run_group(data: bytes, order: bytes, tell: Tell = lambda note: None) -> byte
         bundle.unpack(data, folder)
         run_cells(folder, wanted, answer, tell)
         evidence = sorted((folder / "evidence").glob("*/[!.]*.json"))
-        answer.records = [path.read_text("utf-8") for path in evidence]
+        answer.records = [path.read_text(encoding="utf-8") for path in evidence]
         found = sorted(folder.glob("junit-*.xml"))
-        answer.junit = [path.read_text("utf-8") for path in found if path.stat().st_size]
+        answer.junit = [path.read_text(encoding="utf-8") for path in found if path.stat().st_size]
     answer.seconds = round(time.monotonic() - start, 3)
     return answers.write(answer)
 
@@ -170,7 +170,7 @@ def command_of(folder: Path, wanted: dict[str, Any], number: int, leash: int) ->
         f"--timeout={limit}",
         *("-o", f"faulthandler_timeout={limit + GRACE}", "-o", "faulthandler_exit_on_timeout=true"),
         *(["--full-size"] if wanted["full_size"] else []),
-        *json.loads((folder / bundle.LIST).read_text("utf-8")),
+        *json.loads((folder / bundle.LIST).read_text(encoding="utf-8")),
     ]
 
 
@@ -238,7 +238,7 @@ def read_steps(path: Path) -> tuple[set[str], str, bool]:
     """(cells that were begun, the one that is not done, whether the end was reached)."""
     begun: set[str] = set()
     opened, finished = "", False
-    for line in path.read_text("utf-8").split("\n")[:-1]:  # the last may be half written
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # the last may be half written
         what, _, cell = line.partition(" ")
         if what == "start" and cell:
             begun.add(cell)
@@ -250,7 +250,7 @@ def read_steps(path: Path) -> tuple[set[str], str, bool]:
 def read_memory(pid: int) -> float:
     """Bytes of memory that a process has at most had; 0 where nobody can tell."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text("utf-8").splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0.0
     found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
@@ -262,7 +262,7 @@ def count_oom_kills() -> int:
     count = 0
     for path in OOM_COUNTS:
         try:
-            lines = path.read_text("utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").splitlines()
         except OSError:
             continue
         count += sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))

@@ -153,7 +153,7 @@ def count_memory(session: int) -> int:
     total = 0
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = path.read_text(errors="replace").rpartition(")")[2].split()
+            fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         except OSError:  # it ended meanwhile
             continue
         if fields[3] == str(session):  # fields after the name: state, ppid, pgrp, session ...

@@ -53,7 +53,7 @@ def load_component(job: Job, name: str) -> Any:
 
     import torch
 
-    from quantmatrix import load_transformer
+    from quantmatrix.api import load_transformer
 
     request = job.request
     given = ("model_path", "component_paths", "weights_paths", "backend", "device", "dtype")

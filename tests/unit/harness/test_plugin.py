@@ -99,7 +99,7 @@ def test_filters(project: pytest.Pytester, words: list[str], count: int) -> None
 @pytest.mark.parametrize(
     ("words", "message", "code"),
     [
-        (["--family", "fp9"], "--family fp9: not in the tables; known: fp8, modelopt-fp8", 4),
+        (["--family", "fp9"], "--family fp9: not in the tables; known: comfyui-int8, fp8", 4),
         (["--hardware", "b200"], "no claimed cell of the matrix", NOTHING_COLLECTED),
         (["--model", "flux-2", "--check", "refuse"], "no claimed cell", NOTHING_COLLECTED),
         (["--backend", "decode", "-k", "nothing-like-it", "x.py"], "x.py", 4),

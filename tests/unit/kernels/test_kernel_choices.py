@@ -67,6 +67,13 @@ linear.fp8: mxfp8
     torch                  V      A      A      S      S      S      S      S      S      V      V
     torch-block            V      A      A      A      I      I      A      A      A      V      V
 
+linear.fp8: cast
+  3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      o      o      o      o      o      o      2      2
+    decode                 1      1      1      1      1      1      1      1      1      1      1
+    torch                  V      A      A      I      I      I      I      I      I      V      V
+    torch-block            V      A      A      A      S      S      A      A      A      V      V
+
 linear.nvfp4: NVFP4
   3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
     reference              2      2      2      o      o      o      o      o      o      2      2
@@ -219,6 +226,29 @@ linear.int8: W8A8, W8A8_DYNAMIC, W4A4_DYNAMIC
     int8                   N      N      N      N      N      N      N      N      N      V      N
     npu                    V      V      V      V      V      V      V      V      V      N      V
 
+linear.convrot: ComfyUI int8, ConvRot
+  3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
+    reference              3      o      o      o      o      o      o      o      o      o      o
+    decode                 2      2      2      2      2      2      2      2      2      1      1
+    int8                   1      1      1      1      1      1      1      1      1      V      o
+
+linear.convrot: ConvRot weights
+  3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
+    reference              2      o      o      o      o      o      o      o      o      o      o
+    decode                 1      1      1      1      1      1      1      1      1      1      1
+    int8                   I      I      I      I      I      I      I      I      I      V      I
+
+linear.convrot: ComfyUI int8
+  3072 x 7               cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
+    reference              2      o      o      o      o      o      o      o      o      o      o
+    decode                 1      1      1      1      1      1      1      1      1      1      1
+    int8                   N      N      N      N      N      N      N      N      N      V      N
+
+linear.mxfp4: W4A4_MXFP4, W4A4_MXFP4_DUALSCALE
+  3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      2      2      2      2      2      2      2      2
+    decode                 1      1      1      1      1      1      1      1      1      1      1
+
 linear.gguf: Q8_0, Q5_0, Q4_K
   3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
     decode                 1      2      2      2      2      2      2      2      2      1      2
@@ -261,6 +291,7 @@ def scheme_of(family: str, name: str) -> Scheme:
 
 
 INT4 = scheme_of("nunchaku-svdq", "int4_r32")
+CONVROT = scheme_of("comfyui-int8", "convrot")
 SCHEMES = {
     "FP8 tensor-static": scheme_of("modelopt-fp8", "FP8"),
     "tensor-static": scheme_of("fp8", "tensor-static"),
@@ -268,6 +299,7 @@ SCHEMES = {
     "channel-dynamic": scheme_of("fp8", "channel-dynamic"),
     "channel-static": scheme_of("fp8", "channel-static"),
     "block": scheme_of("fp8", "block-dynamic"),
+    "cast": scheme_of("fp8", "cast"),
     "mxfp8": scheme_of("msmodelslim", "W8A8_MXFP8"),
     "NVFP4": scheme_of("modelopt-nvfp4", "NVFP4"),
     "NVFP4_SVD": scheme_of("modelopt-nvfp4", "NVFP4_SVD"),
@@ -279,6 +311,11 @@ SCHEMES = {
     "W8A8": scheme_of("msmodelslim", "W8A8"),
     "W8A8_DYNAMIC": scheme_of("msmodelslim", "W8A8_DYNAMIC"),
     "W4A4_DYNAMIC": scheme_of("msmodelslim", "W4A4_DYNAMIC"),
+    "ComfyUI int8": scheme_of("comfyui-int8", "int8"),
+    "ConvRot": CONVROT,
+    "ConvRot weights": replace(CONVROT, activation="none"),
+    "W4A4_MXFP4": scheme_of("msmodelslim", "W4A4_MXFP4"),
+    "W4A4_MXFP4_DUALSCALE": scheme_of("msmodelslim", "W4A4_MXFP4_DUALSCALE"),
     "Q8_0": scheme_of("gguf", "Q8_0"),
     "Q5_0": scheme_of("gguf", "Q5_0"),
     "Q4_K": scheme_of("gguf", "Q4_K"),
@@ -404,6 +441,8 @@ EDGES = [
     ("cpu", "awq", "comfy-kitchen", "in_multiple", (128, 384, 0), (128, 320, 0)),
     ("cpu", "W8A8", "int8", "in_multiple", (1, 2, 0), (1, 1, 0)),
     ("cpu", "W8A8", "int8", "in_multiple", (1, 4, 0), (1, 3, 0)),
+    ("cpu", "ComfyUI int8", "int8", "in_multiple", (1, 2, 0), (1, 1, 0)),
+    ("h100", "ComfyUI int8", "int8", "in_multiple", (1, 4, 0), (1, 3, 0)),
     ("ascend-910b", "W8A8", "npu", "out_multiple", (8, 8, 0), (4, 8, 0)),
     ("ascend-910b", "W8A8", "npu", "in_multiple", (8, 24, 0), (8, 20, 0)),
 ]  # fmt: skip
@@ -481,6 +520,10 @@ def test_every_limit_on_shapes_has_an_edge() -> None:
          "takes weight scales per channel, the layer has tensor"),
         ("cpu", "W8A8", "int8", {"activation": "group-dynamic"},
          "takes activations tensor-static or token-dynamic, the layer has group-dynamic"),
+        ("cpu", "ConvRot weights", "int8", {},
+         "takes activations token-dynamic, the layer has none"),
+        ("cpu", "ConvRot", "int8", {"activation": "tensor-static"},
+         "takes activations token-dynamic, the layer has tensor-static"),
         ("a100", "nvfp4", "nunchaku", {}, "takes weights int4 or uint4, the layer has e2m1"),
         ("rtx-5090", "int4", "nunchaku", {}, "takes weights e2m1 or uint4, the layer has int4"),
         ("rtx-5090-x4", "nvfp4", "nunchaku", {},

@@ -137,6 +137,7 @@ def test_the_kernels_are_those_that_the_ops_declare() -> None:
         ("linear.svdq", "packed"),
         ("linear.w4a16", "packed"),
         ("linear.int8", "int8"),
+        ("linear.convrot", "int8"),
         ("linear.gguf", "packed"),
     }
 

@@ -181,7 +181,7 @@ def test_words_and_schema_say_the_same(example: tuple[Any, dict[str, Any]], sche
     [
         (3, shapes.Record, "expected an object, found 3"),
         ({"verdict": "ok", "metrics": {}, "limits": {}, "message": ""}, shapes.Check,
-         "verdict: expected pass or fail, found 'ok'"),
+         "verdict: expected pass or fail or unjudged, found 'ok'"),
         ({"verdict": "pass", "metrics": {}, "limits": {}, "message": "", "x": 1}, shapes.Check,
          "x: not a known key"),
         ({"refusal": 3}, shapes.Plan, "refusal: expected an object or null, found 3"),

@@ -4,10 +4,14 @@ Every checkpoint of the tables is planned from headers in which tensors were dro
 reshaped, cast, doubled, moved or prefixed. What the plan takes must load, and decode, from tensors
 of exactly those dtypes and shapes whose numbers are harmless, so that a failure can only have a
 reason that a header shows. What it refuses, it refuses as text.
+
+Tensors of a GGUF file are changed as they are planned, after its header was read: bytes of that
+container are damaged in `tests/unit/checkpoints/test_gguf.py`.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +32,7 @@ from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.request import Request
 from quantmatrix.runtime.load import load_component
 from quantmatrix.runtime.plan.types import Plan
+from quantmatrix.scheme import BLOCKS
 from quantmatrix.tables import read as tables_read
 from quantmatrix.tables import rows
 from quantmatrix.tables.rows import Cell
@@ -183,9 +188,15 @@ def resize(chance: random.Random, tensors: Tensors) -> None:
         tensors[name] = replace(header, shape=shape)
 
 
+def is_blocks(tensors: Tensors) -> bool:
+    """Whether tensors are a quantized GGUF file's."""
+    return any(header.dtype in BLOCKS for header in tensors.values())
+
+
 def cast(chance: random.Random, tensors: Tensors) -> None:
     name = pick(chance, tensors)
-    leaf, dtype = name.rpartition(".")[2], chance.choice(sorted(ITEM_BITS))
+    known = {*ITEM_BITS, *(BLOCKS if is_blocks(tensors) else ())}
+    leaf, dtype = name.rpartition(".")[2], chance.choice(sorted(known))
     alike = chance.random() < 0.3
     for other in [n for n in tensors if n.endswith(f".{leaf}")] if alike else [name]:
         tensors[other] = replace(tensors[other], dtype=dtype)
@@ -229,7 +240,16 @@ CHANGES = (
 
 
 def fill(header: TensorHeader, name: str) -> torch.Tensor:
-    """Harmless numbers of a header's dtype and shape: ones, and zeros where one is an offset."""
+    """Harmless numbers of a header's dtype and shape: ones, and zeros where one is an offset.
+
+    Blocks are zeros, in the bytes and the shape that a reader gives them.
+    """
+    if header.dtype in BLOCKS:
+        columns, size = BLOCKS[header.dtype]
+        if header.shape[-1] % columns:
+            return torch.zeros(header.nbytes, dtype=torch.uint8)
+        row = header.shape[-1] // columns * size
+        return torch.zeros(*header.shape[:-1], row, dtype=torch.uint8)
     if header.dtype not in DTYPES:
         raise CheckpointError(f"{name}: torch has no {header.dtype}")
     dtype = DTYPES[header.dtype]
@@ -241,6 +261,14 @@ def fill(header: TensorHeader, name: str) -> torch.Tensor:
     return torch.full(header.shape, 0 if zero else 1, dtype=torch.float32).to(dtype)
 
 
+def check_blocks(tensors: Tensors) -> None:
+    """What reading a GGUF header guarantees of every tensor: as many numbers as whole blocks have."""
+    for name, header in tensors.items():
+        columns = BLOCKS.get(header.dtype, (1, 0))[0]
+        if math.prod(header.shape) % columns:
+            raise CheckpointError(f"{name}: {list(header.shape)} is no whole blocks of {columns}")
+
+
 class Files:
     """Stands for the weight files of the components that have overrides, or of all."""
 
@@ -250,7 +278,9 @@ class Files:
         files = self
 
         def header(folder: LocalFolder, name: str) -> Header:
-            return files.headers.get(str(folder.root / name)) or files.real_header(folder, name)
+            changed = files.headers.get(str(folder.root / name))
+            check_blocks(changed[0] if changed else {})
+            return changed or files.real_header(folder, name)
 
         def contents(folder: LocalFolder, name: str, tensors: list[str]) -> dict[str, bytes]:
             real = files.real_header(folder, name)[0]

@@ -207,7 +207,7 @@ ONE_EDIT = [
         "reference: some/flux1-fp8 has another content in line 2",
     ),
     ("families", 2, "models", "flux-1 flux-3", 'models: "flux-3" is not one of flux-1, flux-2, '),
-    ("families", 2, "id", "fp9", 'id: "fp9" is not one of fp8, modelopt-fp8, '),
+    ("families", 2, "id", "fp9", 'id: "fp9" is not one of comfyui-int8, fp8, '),
     ("models", 2, "id", "flux-one", 'id: "flux-one" is not one of flux-1, flux-2, '),
     ("hardware", 2, "vendor", "nvdia", 'vendor: "nvdia" is not one of cpu, nvidia, amd, ascend'),
     ("hardware", 2, "memory_gib", "80 GB", 'memory_gib: "80 GB" is not a number of GiB'),
@@ -287,7 +287,7 @@ def test_a_module_without_a_row_is_a_problem_of_our_own_tables(
 ) -> None:
     path = folder / "families.csv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    assert len(read.read(folder).families) == 4
+    assert len(read.read(folder).families) == 6
     monkeypatch.setattr(source, "own_folder", lambda: folder)
     assert problems_of(folder) == [
         "matrix/families.csv: no row for msmodelslim, the module families/msmodelslim"

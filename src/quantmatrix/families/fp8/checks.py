@@ -10,6 +10,7 @@ from quantmatrix.families.fp8.layers import CODES, SCALES, name_tensors
 
 if TYPE_CHECKING:
     from quantmatrix.checkpoints.checkpoint import Checkpoint
+    from quantmatrix.checkpoints.header import TensorHeader
     from quantmatrix.families.producers.comfyui import Declared
     from quantmatrix.scheme import Scheme
 
@@ -41,6 +42,15 @@ def check_plain(
         )
 
 
+def check_matrix(header: TensorHeader) -> None:
+    """Codes must have rows and columns before anything is counted in them; else CheckpointError."""
+    if len(header.shape) != 2:
+        raise CheckpointError(
+            f"{header.file}: tensor {header.name} is {list(header.shape)}, not 2-D: expected codes "
+            "of a linear layer; leave other layers in full precision"
+        )
+
+
 def check_tensors(
     checkpoint: Checkpoint, layer: str, scheme: Scheme, suffixes: frozenset[str]
 ) -> None:
@@ -49,11 +59,7 @@ def check_tensors(
     `suffixes` are those of the layer. Raises CheckpointError for a tensor that is not as needed.
     """
     header = checkpoint.tensors[f"{layer}.weight"]
-    if len(header.shape) != 2:
-        raise CheckpointError(
-            f"{header.file}: tensor {header.name} is {list(header.shape)}, not 2-D: expected codes "
-            "of a linear layer; leave other layers in full precision"
-        )
+    check_matrix(header)
     for suffix, spec in name_tensors(scheme, header.shape, suffixes).items():
         found = checkpoint.tensors.get(f"{layer}.{suffix}")
         expected = f"{' or '.join(spec.dtypes)} {' or '.join(str(list(s)) for s in spec.shapes)}"

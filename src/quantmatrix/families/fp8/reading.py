@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from quantmatrix.errors import CheckpointError
-from quantmatrix.families.fp8.checks import AGAIN
+from quantmatrix.families.fp8.checks import AGAIN, check_matrix
 from quantmatrix.families.fp8.layers import (
     BLOCK,
     CHANNEL,
@@ -66,7 +66,7 @@ def find_granularity(
 ) -> Scheme:
     """How a layer's scales lie and its inputs are treated, whatever the format of its codes.
 
-    Raises CheckpointError for a layer that no declared group holds.
+    Raises CheckpointError for a layer that no declared group holds, and for codes that are no matrix.
     """
     if declared.formats.get(layer) == comfyui.MXFP8:
         return MXFP8
@@ -79,7 +79,9 @@ def find_granularity(
     scale = checkpoint.tensors.get(f"{layer}.{name}")
     kind = "tensor"
     if scale is not None:
-        kind = fit_granularity(scale.shape, checkpoint.tensors[f"{layer}.weight"].shape)
+        weight = checkpoint.tensors[f"{layer}.weight"]
+        check_matrix(weight)
+        kind = fit_granularity(scale.shape, weight.shape)
     if kind == "block" and not static:
         return BLOCK
     if layer in declared.rowwise or (kind == "channel" and name == "weight_scale"):

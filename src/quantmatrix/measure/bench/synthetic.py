@@ -19,10 +19,12 @@ from torch import nn
 from quantmatrix import families, kernels, models
 from quantmatrix.checkpoints.dtypes import to_torch
 from quantmatrix.errors import RefusedError
+from quantmatrix.kernels import linear_gguf
 from quantmatrix.kernels.choosing import choose
+from quantmatrix.kernels.gguf_arithmetic import HALVES
 from quantmatrix.runtime.empty_model import build_plain
 from quantmatrix.runtime.quantized_linear import QuantizedLinear, share_inputs
-from quantmatrix.scheme import Scheme, TensorSpec
+from quantmatrix.scheme import BLOCKS, Scheme, TensorSpec
 
 if TYPE_CHECKING:
     from quantmatrix.hardware.machine import Machine
@@ -86,6 +88,8 @@ def make_layer(
         for suffix, spec in module.tensors(scheme, *shape).items()
         if not spec.optional
     }
+    if scheme.op == linear_gguf.OP:
+        set_block_scales(stored["weight"], scheme, shape[1])
     if linear.bias is not None:
         stored["bias"] = torch.zeros(shape[0], dtype=dtype, device=machine.device)
     canonical = module.canonical(stored, replace(scheme))
@@ -114,6 +118,18 @@ def draw(
         return (torch.randn(size, generator=generator, device=device) * spread).to(dtype)
     low, high = {torch.uint8: (0, 256), torch.int8: (-127, 128)}.get(dtype, (-(2**20), 2**20))
     return torch.randint(low, high, size, generator=generator, device=device, dtype=dtype)
+
+
+def set_block_scales(blocks: torch.Tensor, scheme: Scheme, columns: int) -> None:
+    """Give random blocks scales for weights of gain 1, in place; random bits may be NaN.
+
+    `blocks` are uint8 [N, bytes of a row] of a type in `HALVES`, a row has so many columns.
+    """
+    numbers = blocks.view(torch.float16).unflatten(1, (-1, BLOCKS[scheme.name][1] // 2))
+    places = [at // 2 for at in HALVES[scheme.name]]
+    numbers[..., places] = 1.0
+    spread = linear_gguf.decode({"weight": blocks[:1]}, scheme).square().mean().sqrt()
+    numbers[..., places] = (1 / (math.sqrt(columns) * spread)).to(numbers.dtype)
 
 
 def fill_plain(

@@ -203,7 +203,8 @@ def test_memory_that_does_not_suffice_is_a_warning() -> None:
     planned = decide(*FP8)
     assert isinstance(planned, Plan)
     warnings: list[str] = []
-    check_memory(planned.components, Machine("small", "nvidia", "sm90", 1000), warnings)
+    small = Machine("small", "nvidia", "sm90", 1000)
+    check_memory(planned.components, planned.request, small, warnings)
     assert "--dit-layerwise-offload" in warnings[0]
 
 
