@@ -43,6 +43,8 @@ SCHEMES: Mapping[str, Scheme] = {
     "Q5_0": Scheme("linear.gguf", "Q5_0", "q5_0", "group", "none", group_size=32),
     "Q4_K": Scheme("linear.gguf", "Q4_K", "q4_k", "group", "none", group_size=32),
 }
+OWN = ("weight", "bias")
+"""All that a layer of blocks has."""
 ENCODERS = {
     "Q8_0": gguf_arithmetic.encode_q8_0,
     "Q5_0": gguf_arithmetic.encode_q5_0,
@@ -100,12 +102,24 @@ def check(checkpoint: Checkpoint) -> None:
 
 
 def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
-    """Scheme of each linear layer whose weight is blocks, by its type."""
-    return {
+    """Scheme of each linear layer whose weight is blocks, by its type.
+
+    Raises CheckpointError for a tensor of such a layer that nothing would use.
+    """
+    found = {
         name.removesuffix(".weight"): find_scheme(header.dtype)
         for name, header in checkpoint.tensors.items()
         if name.endswith(".weight") and is_linear(header)
     }
+    for name, header in checkpoint.tensors.items():
+        layer, _, suffix = name.rpartition(".")
+        if layer in found and suffix not in OWN:
+            raise CheckpointError(
+                f"{header.file}: tensor {name} ({header.dtype} {list(header.shape)}) stands beside "
+                f"the blocks of {layer}, expected no more than {', '.join(OWN)}: leaving it out would "
+                "give other numbers without an error. Convert the model again without it"
+            )
+    return found
 
 
 def is_linear(header: TensorHeader) -> bool:

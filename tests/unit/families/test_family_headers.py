@@ -82,6 +82,8 @@ FP8_BLOCK: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynami
         ({f"{A}.weight_scale": ("F32", (384,))}, {}, "expected F32"),
         ({f"{A}.weight_scale": None}, {}, "weight_scale is missing"),
         ({f"{A}.weight": ("F8_E4M3", (256, 384, 1))}, {}, "not 2-D"),
+        ({f"{A}.weight": ("F8_E4M3", (256,))}, {}, f"tensor {A}.weight is \\[256\\], not 2-D"),
+        ({f"{A}.weight": ("F8_E4M3", ())}, {}, f"tensor {A}.weight is \\[\\], not 2-D"),
         ({f"{A}.bias": ("BF16", (256,))}, {}, ""),
         ({f"{A}.comfy_quant": ("U8", (30,))}, {}, ""),
         ({f"{A}.lora_down": ("BF16", (4, 384))}, {}, "stands beside the codes"),

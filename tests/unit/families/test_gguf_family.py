@@ -64,6 +64,12 @@ def test_every_matrix_of_whole_blocks_is_a_layer_of_its_own_type() -> None:
     assert found["blocks.0.self_attn.v"].group_size == 16
 
 
+def test_a_tensor_beside_blocks_that_nothing_would_use_is_refused() -> None:
+    name = "blocks.0.self_attn.q.weight_scale"
+    with pytest.raises(CheckpointError, match=f"x.gguf: tensor {name} .F32 .256.. stands beside"):
+        gguf.schemes(make({**MIXED, name: ("F32", (256,))}))
+
+
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
 def test_a_file_of_numbers_is_not_quantized(dtype: str) -> None:
     plain = make({"a.weight": (dtype, (8, 32))}, architecture="flux", file_type="1")

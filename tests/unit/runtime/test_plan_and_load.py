@@ -24,6 +24,7 @@ import torch
 from quantmatrix import models
 from quantmatrix.api import plan
 from quantmatrix.checkpoints.dtypes import ITEM_BITS
+from quantmatrix.checkpoints.gguf import TYPES as GGUF_TYPES
 from quantmatrix.checkpoints.header import Header, TensorHeader
 from quantmatrix.checkpoints.local import LocalFolder
 from quantmatrix.checkpoints.name_prefixes import PREFIXES
@@ -80,6 +81,12 @@ def read_request(checkpoint: str) -> Request:
 
 
 # Changes: each takes the tensors of a checkpoint by name and changes some of them.
+
+
+def list_dtypes(tensors: Tensors) -> list[str]:
+    """Dtypes that a container can have: those of GGUF where tensors are blocks, or of safetensors."""
+    blocks = any(header.dtype in BLOCKS for header in tensors.values())
+    return sorted(GGUF_TYPES.values() if blocks else ITEM_BITS)
 
 
 def pick(chance: random.Random, tensors: Tensors) -> str:
@@ -188,15 +195,9 @@ def resize(chance: random.Random, tensors: Tensors) -> None:
         tensors[name] = replace(header, shape=shape)
 
 
-def is_blocks(tensors: Tensors) -> bool:
-    """Whether tensors are a quantized GGUF file's."""
-    return any(header.dtype in BLOCKS for header in tensors.values())
-
-
 def cast(chance: random.Random, tensors: Tensors) -> None:
     name = pick(chance, tensors)
-    known = {*ITEM_BITS, *(BLOCKS if is_blocks(tensors) else ())}
-    leaf, dtype = name.rpartition(".")[2], chance.choice(sorted(known))
+    leaf, dtype = name.rpartition(".")[2], chance.choice(list_dtypes(tensors))
     alike = chance.random() < 0.3
     for other in [n for n in tensors if n.endswith(f".{leaf}")] if alike else [name]:
         tensors[other] = replace(tensors[other], dtype=dtype)
@@ -219,7 +220,7 @@ def add(chance: random.Random, tensors: Tensors) -> None:
     )
     shape = chance.choice(((), (1,), (256,), (256, 256), (256, 1), (4, 256)))
     file = tensors[pick(chance, tensors)].file
-    header = TensorHeader(name, chance.choice(sorted(ITEM_BITS)), shape, file)
+    header = TensorHeader(name, chance.choice(list_dtypes(tensors)), shape, file)
     tensors.setdefault(name, header)
 
 

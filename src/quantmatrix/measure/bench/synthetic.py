@@ -19,6 +19,7 @@ from torch import nn
 from quantmatrix import families, kernels, models
 from quantmatrix.checkpoints.dtypes import to_torch
 from quantmatrix.errors import RefusedError
+from quantmatrix.families import gguf
 from quantmatrix.kernels import linear_gguf
 from quantmatrix.kernels.choosing import choose
 from quantmatrix.kernels.gguf_arithmetic import HALVES
@@ -56,7 +57,8 @@ def synthesize(
         for name, module in list(model_built.named_modules()):
             inside = isinstance(module, nn.Linear) and name.split(".")[0] in blocks
             if inside and not any(pattern.fullmatch(name) for pattern in patterns):
-                layer = make_layer(module, chosen, family, machine, backend, dtype, generator)
+                found = find_scheme(chosen, name, module.in_features)
+                layer = make_layer(module, found, family, machine, backend, dtype, generator)
                 parent, _, child = name.rpartition(".")
                 setattr(model_built.get_submodule(parent), child, layer)
     fill_plain(model_built, machine.device, dtype, generator)
@@ -118,6 +120,14 @@ def draw(
         return (torch.randn(size, generator=generator, device=device) * spread).to(dtype)
     low, high = {torch.uint8: (0, 256), torch.int8: (-127, 128)}.get(dtype, (-(2**20), 2**20))
     return torch.randint(low, high, size, generator=generator, device=device, dtype=dtype)
+
+
+def find_scheme(scheme: Scheme, layer: str, columns: int) -> Scheme:
+    """The scheme of a layer: of GGUF another type where its rows are no whole blocks, as in files."""
+    if scheme.op != linear_gguf.OP:
+        return scheme
+    asked = {"raw": False, "gelu": False, "interleaved": False}
+    return gguf.scheme_of(layer, scheme, columns=columns, **asked) or scheme
 
 
 def set_block_scales(blocks: torch.Tensor, scheme: Scheme, columns: int) -> None:

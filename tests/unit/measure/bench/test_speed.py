@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from quantmatrix import families, models
 from quantmatrix.cli import main
 from quantmatrix.hardware import probe
 from quantmatrix.measure.bench import speed
 from quantmatrix.measure.bench.synthetic import synthesize
+from quantmatrix.runtime.quantized_linear import QuantizedLinear
+from quantmatrix.scheme import BLOCKS
 
 
 @pytest.mark.parametrize("model", models.IDS)
@@ -27,6 +30,19 @@ def test_every_family_runs_on_every_model(family: str, model: str) -> None:
     assert found["repeats_bit_identical"]
     assert found["finite"]
     assert found["ratio"] == found["milliseconds"]["quantized"] / found["milliseconds"]["bf16"]
+
+
+@pytest.mark.parametrize("scheme", families.load("gguf").SCHEMES)
+def test_rows_that_are_no_whole_blocks_have_another_type(scheme: str) -> None:
+    """Z-Image's tiny rows are 384 columns; random blocks have scales that are numbers."""
+    made = synthesize("z-image", probe.probe("cpu"), family="gguf", scheme=scheme, size="tiny")
+    layers = [module for module in made.modules() if isinstance(module, QuantizedLinear)]
+    assert layers
+    for layer in layers:
+        whole = layer.in_features % BLOCKS[scheme][0] == 0
+        assert layer.scheme.name == (scheme if whole else "Q5_0")
+        x = torch.randn(64, layer.in_features, generator=torch.Generator().manual_seed(0))
+        assert 0.5 < layer(x.bfloat16()).float().std() < 2
 
 
 def test_ways_take_turns() -> None:
