@@ -136,10 +136,10 @@ def set_block_scales(blocks: torch.Tensor, scheme: Scheme, columns: int) -> None
     `blocks` are uint8 [N, bytes of a row] of a type in `HALVES`, a row has so many columns.
     """
     numbers = blocks.view(torch.float16).unflatten(1, (-1, BLOCKS[scheme.name][1] // 2))
-    places = [at // 2 for at in HALVES[scheme.name]]
-    numbers[..., places] = 1.0
+    offsets = [at // 2 for at in HALVES[scheme.name]]
+    numbers[..., offsets] = 1.0
     spread = linear_gguf.decode({"weight": blocks[:1]}, scheme).square().mean().sqrt()
-    numbers[..., places] = (1 / (math.sqrt(columns) * spread)).to(numbers.dtype)
+    numbers[..., offsets] = (1 / (math.sqrt(columns) * spread)).to(numbers.dtype)
 
 
 def fill_plain(
