@@ -11,8 +11,8 @@ that share a scale, rounding to the nearest gives at most
 | `int8`  | 1/254     | 127 steps to each side |
 | `int4`  | 1/14      | 7 steps to each side |
 
-Smoothing and a low-rank branch move what is rounded. There the error is taken where the rounding
-happened (columns multiplied by the smoothing), and `a` is the scale times the largest code. `uint4`
+Smoothing, a rotation and a low-rank branch move what is rounded. There the error is taken where the rounding
+happened (columns multiplied by the smoothing, or rotated), and `a` is the scale times the largest code. `uint4`
 layers (AWQ) search for a range and cut what is outside: no bound is known for them. `MARGIN` is
 for scales kept in 16 bits and for weights that a converter held there.
 """
@@ -26,7 +26,7 @@ import torch
 from quantmatrix import families, kernels
 from quantmatrix.checkpoints.opening import fetch
 from quantmatrix.checkpoints.reader import TensorReader
-from quantmatrix.kernels import Tensors
+from quantmatrix.kernels import Tensors, linear_convrot
 from quantmatrix.proof.rounding_model import LARGEST_CODE, TOP_GAP
 from quantmatrix.runtime.pieces import read_layer
 from quantmatrix.runtime.plan.placement import select_rows
@@ -111,6 +111,11 @@ def measure_piece(
     if rows is not None:
         canonical = kernels.take_rows(piece.scheme, canonical, rows)
     decoded = kernels.decode(piece.scheme, canonical)[0]
+    if piece.scheme.op == "linear.convrot":
+        size = piece.scheme.group_size
+        base = linear_convrot.rotate(base.float(), size)
+        decoded = linear_convrot.rotate(decoded.float(), size)
+        return measure_residual(base, decoded, canonical, piece.scheme)
     if piece.scheme.rank or piece.scheme.smoothed:
         return measure_residual(base, decoded, canonical, piece.scheme)
     return measure_error(base, decoded, piece.scheme)
