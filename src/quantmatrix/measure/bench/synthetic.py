@@ -19,7 +19,6 @@ from torch import nn
 from quantmatrix import families, kernels, models
 from quantmatrix.checkpoints.dtypes import to_torch
 from quantmatrix.errors import RefusedError
-from quantmatrix.families import gguf
 from quantmatrix.kernels import linear_gguf
 from quantmatrix.kernels.choosing import choose
 from quantmatrix.kernels.gguf_arithmetic import HALVES
@@ -57,7 +56,7 @@ def synthesize(
         for name, module in list(model_built.named_modules()):
             inside = isinstance(module, nn.Linear) and name.split(".")[0] in blocks
             if inside and not any(pattern.fullmatch(name) for pattern in patterns):
-                found = find_scheme(chosen, name, module.in_features)
+                found = find_scheme(family, chosen, name, module.in_features)
                 layer = make_layer(module, found, family, machine, backend, dtype, generator)
                 parent, _, child = name.rpartition(".")
                 setattr(model_built.get_submodule(parent), child, layer)
@@ -122,12 +121,12 @@ def draw(
     return torch.randint(low, high, size, generator=generator, device=device, dtype=dtype)
 
 
-def find_scheme(scheme: Scheme, layer: str, columns: int) -> Scheme:
+def find_scheme(family: str, scheme: Scheme, layer: str, columns: int) -> Scheme:
     """The scheme of a layer: of GGUF another type where its rows are no whole blocks, as in files."""
     if scheme.op != linear_gguf.OP:
         return scheme
     asked = {"raw": False, "gelu": False, "interleaved": False}
-    return gguf.scheme_of(layer, scheme, columns=columns, **asked) or scheme
+    return families.load(family).scheme_of(layer, scheme, columns=columns, **asked) or scheme
 
 
 def set_block_scales(blocks: torch.Tensor, scheme: Scheme, columns: int) -> None:
