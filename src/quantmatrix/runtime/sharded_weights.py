@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from quantmatrix.errors import UsageError
+
 ALIGNMENT = 256
 """Tensors begin at multiples of so many bytes, as allocated ones do."""
 SLOTS = 2
@@ -141,7 +143,12 @@ def take_home(slot: Slot, buffer: torch.Tensor) -> None:
 def shard(transformer: nn.Module, blocks: tuple[str, ...]) -> ShardedBlocks:
     """Shard the blocks of a transformer, in the lists of modules with these names, in their order.
 
-    Every process of the default group takes part, with the same weights on its device.
+    Every process of the default group takes part, with the same weights on its device. Raises
+    UsageError where no list is known, as of a model without a file of its own.
     """
     found = [block for name in blocks for block in transformer.get_submodule(name).children()]
+    if not found:
+        raise UsageError(
+            f"--shard-weights: no blocks are known of {type(transformer).__name__}: leave it out"
+        )
     return ShardedBlocks(found, distributed.new_group())

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import distributed, nn
 
+from quantmatrix.errors import UsageError
 from quantmatrix.runtime import sharded_weights
 
 
@@ -94,3 +95,8 @@ def test_a_block_that_comes_out_of_turn_is_gathered_all_the_same() -> None:
 )
 def test_dense_is_what_fills_its_memory(tensor: torch.Tensor, dense: bool) -> None:
     assert sharded_weights.is_dense(tensor) is dense
+
+
+def test_a_model_without_known_blocks_is_refused_in_words() -> None:
+    with pytest.raises(UsageError, match="no blocks are known of Model"):
+        sharded_weights.shard(Model(1), ())
