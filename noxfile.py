@@ -133,7 +133,7 @@ def types(session: nox.Session) -> None:
         "jinja2",
         "msgspec",
     ]
-    needed += ["pytest", "pytest-xdist"]
+    needed += ["pytest", "pytest-xdist", "shtab"]
     session.install("-c", "constraints.txt", *needed)
     session.run("mypy")
 
