@@ -1,8 +1,16 @@
 """Ten thousand cells whose checks do nothing, as a thousand tasks of Ray on this machine.
 
-The bar is on the CPU time of the driver, all its threads, Ray's included, from the first task handed
-over to the last record written: it judges, merges and writes every record and JUnit file as it always
-does. Its memory at the end is held against that after the first tenth.
+The driver judges, merges and writes every record and JUnit file as it always does. Three times are measured, each
+over all cells, from the first task handed over to the last record written:
+
+| key    | what it is | held to 3 ms |
+| ------ | ---------- | ------------ |
+| `cpu`  | CPU time of the driver's process, all threads, Ray's included | yes |
+| `own`  | time on the clock in which the driver does not wait for an answer: its own work and the disk's | yes |
+| `wall` | time on the clock, in which the tasks make their records on the same processor | no |
+
+Its memory at the end is held against that after the first fifth, when Ray's threads have all they need.
+Python's own blocks must not grow with the cells at all; the rest is Ray's, which keeps some bytes of every task.
 """
 
 from __future__ import annotations
@@ -20,9 +28,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "unit"))
 CELLS = 10_000
 GROUP = 10
 MILLISECONDS = 3.0
-"""Of the driver's time, a cell."""
-GROWTH = 32 * 2**20
-"""Bytes by which the driver may grow over nine tenths of the cells."""
+"""Of the driver's time, a cell, by either clock."""
+GROWTH = 6 * 2**20
+"""Bytes by which the process may grow over four fifths of the cells, Ray's included."""
+BLOCKS = 0.1
+"""Blocks of Python's memory by which the driver may grow, a cell; one verdict of each would be two."""
 PROGRAM = """
 import json, resource, sys, time
 from pathlib import Path
@@ -54,15 +64,26 @@ with RayEngine("local", bundle.pack(root / "matrix", [root / "test_suites.py"]),
     def say(cells):
         global done
         done += cells
-        sizes[done] = memory()
+        if cells:
+            sizes[done] = memory(), sys.getallocatedblocks()
+    waited, wait = 0.0, engine.wait
+    def timed_wait(seconds):
+        global waited
+        begun = time.perf_counter()
+        try:
+            return wait(seconds)
+        finally:
+            waited += time.perf_counter() - begun
+    engine.wait = timed_wait
     wall, start = time.perf_counter(), time.process_time()
     driver.plan(groups, sites)
     driver.run(say)
     spent, wall = time.process_time() - start, time.perf_counter() - wall
 code = outcome.compare(tables.cells, ()).code
-tenth = min(size for size in sizes if size >= len(tables.cells) // 10)
-print(json.dumps({"code": code, "cells": done, "cpu": spent, "wall": wall, "groups": len(groups),
-                  "growth": sizes[done] - sizes[tenth], "memory": sizes[done]}))
+fifth = min(size for size in sizes if size >= len(tables.cells) // 5)
+growth, blocks = (after - before for before, after in zip(sizes[fifth], sizes[done]))
+print(json.dumps({"code": code, "cells": done, "cpu": spent, "wall": wall, "own": wall - waited,
+                  "groups": len(groups), "growth": growth, "blocks": blocks, "memory": sizes[done][0]}))
 """
 
 
@@ -102,8 +123,10 @@ def test_ten_thousand_cells_cost_the_driver_little(benchmark: Any, project: Path
         found.update(json.loads(done.stdout))
 
     benchmark.pedantic(run, rounds=1)
-    benchmark.extra_info.update(found, milliseconds=round(1000 * found["cpu"] / CELLS, 2))
+    each = {clock: round(1000 * found[clock] / CELLS, 2) for clock in ("cpu", "own", "wall")}
+    benchmark.extra_info.update(found, milliseconds_a_cell=each)
     assert (found["code"], found["cells"], found["groups"]) == (0, CELLS, CELLS // GROUP)
     assert len(list((project / "evidence" / "cpu").glob("*.json"))) == CELLS
-    assert 1000 * found["cpu"] / CELLS <= MILLISECONDS, found
+    assert max(each["cpu"], each["own"]) <= MILLISECONDS, found
+    assert found["blocks"] <= BLOCKS * CELLS, found
     assert found["growth"] <= GROWTH, found

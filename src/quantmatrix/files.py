@@ -10,11 +10,14 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quantmatrix.errors import UsageError
+
+TOGETHER = 16
+"""Files that the disk is asked for at once."""
 
 
 def check_writable(path: Path, flag: str = "--output-path") -> None:
@@ -114,6 +117,41 @@ def write_whole(path: Path, data: bytes) -> None:
     with whole(path) as temporary, temporary.open("wb") as stream:
         stream.write(data)
         stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write_several(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files into a folder by their names: all of them beside it first, then each whole to its place."""
+    if not contents:
+        return
+    with staging(folder) as beside:
+        paths = [beside / name for name in contents]
+        for path, data in zip(paths, contents.values(), strict=True):
+            path.write_bytes(data)
+        settle(paths)
+        folder.mkdir(exist_ok=True)
+        for path in paths:
+            put(path, folder / path.name)
+
+
+def settle(paths: Sequence[Path]) -> None:
+    """Wait until the disk holds some files; asked for many at once, it makes one journey of them.
+
+    An OSError, as of a full disk, is raised once all were tried.
+    """
+    from concurrent.futures import ThreadPoolExecutor  # only what writes pays for it
+
+    if len(paths) < 2:
+        for path in paths:
+            settle_one(path)
+        return
+    with ThreadPoolExecutor(min(len(paths), TOGETHER)) as pool:
+        list(pool.map(settle_one, paths))
+
+
+def settle_one(path: Path) -> None:
+    """Wait until the disk holds a file."""
+    with path.open("rb") as stream:
         os.fsync(stream.fileno())
 
 

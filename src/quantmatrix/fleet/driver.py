@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, MEANINGS, NOT_EXECUTED
-from quantmatrix.files import write_whole
+from quantmatrix.files import write_several
 from quantmatrix.fleet.answers import AnswerError, Note, read
 from quantmatrix.fleet.cluster import Demand, Site
 from quantmatrix.fleet.engine import Engine, Failure
@@ -51,6 +51,18 @@ class Outcome:
     """Records."""
     code: int = 0
     """The largest exit code that a node reported."""
+    known: dict[tuple[tuple[str, str], ...], dict[str, str]] = field(default_factory=dict)
+    """One dictionary for all cells with the same verdicts, so that memory stays flat."""
+
+    def expect(self, cells: Iterable[str]) -> None:
+        """Make room for the verdicts of cells."""
+        for cell in cells:
+            self.add(cell, {})
+
+    def add(self, cell: str, verdicts: Mapping[str, str]) -> None:
+        """Take verdicts of a cell, beside those that it has."""
+        both = {**self.verdicts.get(cell, {}), **verdicts}
+        self.verdicts[cell] = self.known.setdefault(tuple(both.items()), both)
 
     def compare(self, planned: Iterable[Cell], only: Sequence[str]) -> Comparison:
         """Planned and executed checks; cells that nothing could run are missing, and not nothing."""
@@ -97,6 +109,7 @@ class Driver:
             self.progress.lane(hardware).nodes = len(site.nodes)
         for group in groups:
             self.progress.expect([group])
+            self.outcome.expect(group.cells)
             if group.hardware not in sites:
                 self.lose(group, f"no node of the cluster is {group.hardware}")
                 continue
@@ -112,8 +125,8 @@ class Driver:
         """Until every group is done or given up; `say` takes the number of cells each time."""
         while any(self.waiting.values()) or any(self.handed.values()):
             self.hand_over()
-            for name, answer in self.engine.wait(TURN):
-                say(self.take(name, answer))
+            if answers := self.engine.wait(TURN):
+                say(self.take(answers))
             for data in self.engine.read_notes():
                 self.take_note(data)
             self.progress.write()
@@ -131,34 +144,43 @@ class Driver:
                 handed[group.name] = group
                 self.engine.submit(group.name, order, self.demands.pop(group.name))
 
-    def take(self, name: str, answer: bytes | Failure) -> int:
-        """Keep what came of a group; the number of its cells."""
+    def take(self, answers: Iterable[tuple[str, bytes | Failure]]) -> int:
+        """Keep what came of some groups, with one journey of the disk; the number of their cells."""
+        found = [self.read_answer(name, answer) for name, answer in answers]
+        self.keep([taken for _, taken in found])
+        junit = {
+            f"{group.name.replace('/', '--')}{f'-{number}' if number > 1 else ''}.xml": data
+            for group, taken in found
+            for number, data in enumerate(taken.junit, 1)
+        }
+        write_several(self.progress.path.parent / "junit", junit)
+        for group, taken in found:
+            self.close(group, taken)
+        return sum(len(group.cells) for group, _ in found)
+
+    def read_answer(self, name: str, answer: bytes | Failure) -> tuple[Group, Taken]:
+        """A group that is done, and what of its answer may be kept."""
         group = next(held.pop(name) for held in self.handed.values() if name in held)
         if isinstance(answer, Failure):
-            return self.lose(group, answer.why)
-        taken = self.intake.take(answer, group.cells)
-        self.keep(taken)
-        number = 0
-        for number, data in enumerate(taken.junit, 1):
-            more = f"-{number}" if number > 1 else ""
-            file = f"{name.replace('/', '--')}{more}.xml"
-            write_whole(self.progress.path.parent / "junit" / file, data)
-        self.close(group, taken)
-        return len(group.cells)
+            return group, blame(group, answer.why)
+        return group, self.intake.take(answer, group.cells)
 
-    def keep(self, taken: Taken) -> None:
+    def keep(self, several: Iterable[Taken]) -> None:
         """Merge the records into the folder; one that contradicts what lies there is not kept."""
         joined: list[Evidence] = []
-        for record in taken.records:
-            try:
-                joined.append(merge.join_kept(record, self.evidence))
-            except merge.MergeError as error:
-                taken.blame([record.cell["id"]], f"not kept: {error}")
+        for taken in several:
+            for record in taken.records:
+                try:
+                    joined.append(merge.join_kept(record, self.evidence))
+                except merge.MergeError as error:
+                    taken.blame([record.cell["id"]], f"not kept: {error}")
+        if not joined:
+            return
         self.outcome.written += len(merge.write(joined, self.evidence))
         keyed = {scopes.key_of(record): record for record in joined}
         cells = {record.cell["id"]: self.intake.cells[record.cell["id"]] for record in joined}
         for cell, verdicts in completeness.read_verdicts(keyed, cells).items():
-            self.outcome.verdicts.setdefault(cell, {}).update(verdicts)
+            self.outcome.add(cells[cell].id, verdicts)
 
     def close(self, group: Group, taken: Taken) -> None:
         """Count the cells of a group."""
@@ -178,9 +200,7 @@ class Driver:
 
     def lose(self, group: Group, why: str) -> int:
         """Give a group up; the number of its cells."""
-        taken = Taken("")
-        taken.blame(group.cells, why)
-        self.close(group, taken)
+        self.close(group, blame(group, why))
         return len(group.cells)
 
     def take_note(self, data: bytes) -> None:
@@ -211,6 +231,13 @@ class Driver:
         for name in handed:
             self.engine.cancel(name)
         return sum(self.lose(group, why) for group in [*handed.values(), *waiting])
+
+
+def blame(group: Group, why: str) -> Taken:
+    """What is kept of a group without an answer: the reason, for each of its cells."""
+    taken = Taken("")
+    taken.blame(group.cells, why)
+    return taken
 
 
 def describe(outcome: Outcome, compared: Comparison, unused: dict[str, str]) -> list[str]:

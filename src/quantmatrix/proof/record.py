@@ -115,7 +115,6 @@ class Evidence:
         return {"schema": SCHEMA, **asdict(self)}
 
 
-@lru_cache(maxsize=1 << 16)
 def path_of(key: str) -> PurePosixPath:
     """Where a record lies, relative to the evidence folder, by its cell's id or its key.
 
@@ -127,7 +126,7 @@ def path_of(key: str) -> PurePosixPath:
     cell_id, colon, scope = key.partition(":")
     row, _, where = cell_id.partition("@")
     hardware, plus, backend = where.partition("+")
-    return PurePosixPath(hardware) / f"{row}{plus}{backend}{colon and '.'}{scope}.json"
+    return PurePosixPath(hardware, f"{row}{plus}{backend}{colon and '.'}{scope}.json")
 
 
 def describe_cell(cell: Cell, tables: Matrix) -> dict[str, Any]:

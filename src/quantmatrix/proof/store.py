@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,9 +134,7 @@ def write_aside(several: Iterable[Evidence], folder: Path) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(evidence))
         paths.append(path)
-    for path in paths:  # the first of these waits for most of the others, too
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
+    files.settle(paths)
     return paths
 
 

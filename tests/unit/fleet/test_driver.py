@@ -23,7 +23,7 @@ from quantmatrix.fleet.engine import Failure
 from quantmatrix.fleet.groups import Group, make_groups
 from quantmatrix.fleet.intake import Intake
 from quantmatrix.fleet.progress import Progress
-from quantmatrix.proof import freshness, store
+from quantmatrix.proof import freshness, merge, store
 from quantmatrix.proof.record import CheckResult
 from quantmatrix.tables import read
 from quantmatrix.tables.rows import Cell, Matrix
@@ -112,6 +112,56 @@ def test_ray_has_a_window_of_groups(
     run(tables, ray, tmp_path / "evidence")
     assert len(ray.orders) == 4
     assert ray.most == 2
+
+
+def test_cells_with_the_same_verdicts_share_them(tables: Matrix, tmp_path: Path) -> None:
+    """Memory stays flat however many cells there are; a verdict that is added later is the cell's alone."""
+    outcome, _, _ = run(tables, PretendedCluster(respond(tables), [CPU, HOPPER]), tmp_path / "e")
+    passed = {cell: found for cell, found in outcome.verdicts.items() if "@cpu" in cell}
+    assert len(passed) == 5
+    assert len({id(found) for found in passed.values()}) == 1
+    outcome.add("fp8-b@cpu", {"latents": "fail"})
+    assert outcome.verdicts["fp8-b@cpu"] == {"load": "pass", "latents": "fail"}
+    assert outcome.verdicts["svdq-a@cpu"] == {"load": "pass", "latents": "pass"}
+
+
+def test_answers_that_come_together_are_kept_with_one_journey_of_the_disk(
+    tables: Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them is a failure, another contradicts what lies there: each costs its own cells."""
+    [cell] = [cell for cell in tables.cells if cell.id == "fp8-b@cpu"]
+    store.write(make_record(cell, tables, latents_digest="sha256:1"), tmp_path / "evidence")
+    usual, writes = respond(tables, junit=["<testsuites/>"]), []
+    merged = merge.write
+    monkeypatch.setattr(merge, "write", lambda *given: writes.append(1) or merged(*given))
+
+    def some_fail(order: dict[str, Any]) -> bytes | Failure:
+        if order["group"] == "cpu/flux-1/svdq-a":
+            return Failure("its node died")
+        if order["group"] == "cpu/flux-1/fp8-b":
+            return fleets.answer([make_record(cell, tables, latents_digest="sha256:2")])
+        return usual(order)
+
+    ray = PretendedCluster(some_fail, [CPU, HOPPER])
+    monkeypatch.setattr(
+        ray,
+        "wait",
+        lambda seconds: [(n, ray.respond(ray.pending.pop(n))) for n in list(ray.pending)],
+    )
+    outcome, progress, code = run(tables, ray, tmp_path / "evidence")
+    assert len(writes) == 1
+    assert outcome.reasons["svdq-a@cpu"] == "its node died"
+    assert "one program gave two results" in outcome.reasons["fp8-b@cpu"]
+    found = store.read_folder(tmp_path / "evidence")
+    assert found["fp8-b@cpu"].latents_digest == "sha256:1"
+    assert {"fp8-a@cpu+reference", "fp8-a@cpu+decode", "svdq-a-hopper@h100"} < set(found)
+    lane = progress.lanes["cpu"]
+    assert (lane.done, lane.not_executed) == (3, 2)
+    files = {path.name for path in (tmp_path / "evidence.fleet" / "junit").iterdir()}
+    assert files == {"cpu--flux-1--fp8-a.xml", "cpu--flux-1--svdq-b.xml"} | {
+        name for name in files if name.startswith("h100--")
+    }
+    assert code == NOT_EXECUTED
 
 
 @pytest.mark.parametrize(
