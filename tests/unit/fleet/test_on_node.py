@@ -83,6 +83,38 @@ def test_how_a_process_died_is_told(given: dict[str, object], expected: str) -> 
     assert expected in explain_death(end(**given))
 
 
+@pytest.mark.parametrize(
+    ("killed", "expected"),
+    [
+        (4, "out of memory: the system killed the process (it had 0."),
+        (3, "killed by signal 9, as for want of memory (it had 0."),
+    ],
+)
+def test_a_process_that_the_system_kills_for_want_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: int, expected: str
+) -> None:
+    """The count of the system rises while it runs, or does not; the cell that it was in is named."""
+    count, steps = tmp_path / "vmstat", tmp_path / "steps-0"
+    count.write_text("pgfault 7\noom_kill 3\n")
+    monkeypatch.setattr(on_node, "OOM_COUNTS", (count, tmp_path / "none"))
+    code = f"""
+import os, signal, time
+from pathlib import Path
+Path({str(steps)!r}).write_text("start a@cpu\\nend a@cpu\\nstart b@cpu\\n")
+block = bytearray(96 << 20)
+Path({str(count)!r}).write_text("pgfault 9\\noom_kill {killed}\\n")
+time.sleep(0.5)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    monkeypatch.setattr(on_node, "command_of", lambda *given: [sys.executable, "-c", code])
+    cells = ["a@cpu", "b@cpu", "c@cpu"]
+    ended = on_node.run_process(tmp_path, {"most_seconds": 60}, cells, lambda done: None)
+    assert ended.gib > 96 / 1024
+    [problem] = explain_end(ended, cells)
+    assert problem.cells == ["b@cpu"]
+    assert expected in problem.why
+
+
 def test_what_an_ended_process_says_of_its_cells() -> None:
     cells = ["a@cpu", "b@cpu"]
     for code in (0, 1, 10, 11, 12):  # the records say which checks have a verdict

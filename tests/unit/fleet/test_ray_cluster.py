@@ -1,9 +1,11 @@
-"""A real Ray cluster of four nodes on this machine, one of which is killed, and Ray's local mode."""
+"""A real Ray cluster of four nodes on this machine, one of which is killed, and a laptop without any."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +16,10 @@ import fleets
 import pytest
 import shards
 
+from quantmatrix import suites
 from quantmatrix.cli import main
 from quantmatrix.exit_codes import NOT_EXECUTED
+from quantmatrix.fleet import bundle
 from quantmatrix.fleet.engine import SLOW
 from quantmatrix.fleet.groups import make_groups
 from quantmatrix.harness import completeness
@@ -28,20 +32,61 @@ STARTS = 6
 MINUTES = 5
 """Of waiting for a busy machine."""
 
+REAL = (
+    "modelopt-fp8-flux-1@cpu+reference",
+    "modelopt-fp8-flux-1@cpu+decode",
+    "svdq-flux-1-int4-r32@cpu+reference",
+    "svdq-flux-1-int4-r32@cpu+decode",
+    "svdq-flux-1-int4-r32-no-engine@h100",
+    "svdq-flux-1-int4-r32-no-engine@b200",
+)
+STILL = """
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from time import sleep
+
+from quantmatrix.proof import record as records, store
+
+# What differs between two runs of one program: the time, and the checkout that people edit.
+records.tell_time = lambda: "2026-11-24T10:00:00Z"
+records.find_commit = lambda: "c" * 40
+write = store.write
+
+
+def write_still(record, folder):
+    timings = dict.fromkeys(record.timings, 0.5)
+    witness = {{name: {{**found, "seconds": 0.5}} for name, found in record.witness.items()}}
+    return write(replace(record, timings=timings, witness=witness), folder)
+
+
+store.write = write_still
+SHARED = Path({shared!r})
+SEEN = []
+
+
+def pytest_runtest_setup(item):
+    SEEN.append(item)
+    cell = item.cell.id
+    if "@cpu" in cell and len(SEEN) == 2:  # one check of the group is done
+        (SHARED / f"{{cell}} {{os.getpid()}}").touch()
+        while not (SHARED / "go").exists():
+            sleep(0.05)
+"""
+"""What is added to the suites' conftest: the clock stands, and a group waits in its middle."""
+
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.timeout(60 * MINUTES * 2)
 
 
 @pytest.fixture(autouse=True)
 def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread, as Ray gives tasks, and the digests of code that the project's conftest gives nodes."""
+    """One thread, as Ray gives tasks, and no cluster that others have named."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_enable_worker_prestart", "0")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(code_digest.Code, "prepare", lambda self: None)
-    digests = {"device_digest": "sha256:1", "shared_digest": "sha256:2"}
-    monkeypatch.setattr(code_digest.Code, "describe", lambda self, *about: digests)
     yield
     ray.shutdown()
 
@@ -83,7 +128,7 @@ def start(node: Callable[[], Any]) -> Any:
 
 
 def kill_one(cluster: Any, shared: Path, killed: list[set[str]]) -> None:
-    """Kill a node once both of the cpu's are at work, and then let the work go on."""
+    """Kill a node once both of the cpu's are in the middle of a group, and then let the work go on."""
     end = time.monotonic() + 60 * MINUTES
     while len(found := {path.name for path in shared.iterdir()}) < 2 and time.monotonic() < end:
         time.sleep(0.1)
@@ -99,54 +144,83 @@ def is_alive(pid: int) -> bool:
     return False
 
 
-def test_four_nodes_one_of_which_dies_give_what_one_machine_gives(
-    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def copy_suites(folder: Path, shared: Path) -> Path:
+    """The suites of the package, which wait in the middle of a cpu's group for a file `go` in `shared`."""
+    packaged = Path(suites.__file__).parent
+    folder.mkdir()
+    for name in ("load", "latents", "refuse"):
+        shutil.copy(packaged / f"test_{name}.py", folder)
+    text = (packaged / "conftest.py").read_text()
+    (folder / "conftest.py").write_text(text + STILL.format(shared=str(shared)))
+    return folder
+
+
+def test_real_rows_on_four_nodes_one_of_which_dies_give_what_one_machine_gives(
+    cluster: Any, tmp_path: Path
 ) -> None:
-    project, shared, evidence = tmp_path / "project", tmp_path / "shared", tmp_path / "fleet"
+    """Rows of our tables, of two families on two nodes and their refusals on two others."""
+    shared, evidence, listed = tmp_path / "shared", tmp_path / "fleet", tmp_path / "rows"
     shared.mkdir()
-    wanted = ("fp8-a", "svdq-a", "svdq-a-hopper", "svdq-b-blackwell")
-    cases = [case for case in fleets.CASES if case["id"] in wanted]
-    tables = fleets.make_project(project, cases, shared)
+    listed.write_text("\n".join(REAL))
+    folder = copy_suites(tmp_path / "suites", shared)
     killed: list[set[str]] = []
     thread = Thread(target=kill_one, args=(cluster, shared, killed))
     thread.start()
-    monkeypatch.setattr(read, "tables_folder", lambda: project / "matrix")
-    words = ["--suites", str(project / "test_suites.py"), "--evidence-dir", str(evidence)]
-    code = main.main(["fleet", "run", "--address", cluster.address, *words])
+    words = ["--rows", str(listed), "--checks", "load", "latents", "refuse"]
+    given = ["--suites", str(folder), "--evidence-dir", str(evidence)]
+    code = main.main(["fleet", "run", "--address", cluster.address, *given, *words])
     thread.join()
     assert code == 0
     [before] = killed
     assert len(before) == 2, "two groups were at work when a node was killed"
     begun = [path.name.partition(" ")[0] for path in shared.iterdir() if path.name != "go"]
-    # A worker outlives its node for a moment, in which it may begin the next cell of its group.
-    groups = {cell: group.name for group in make_groups(tables.cells, {}) for cell in group.cells}
+    tables = read.read()
+    cells = [cell for cell in tables.cells if cell.id in REAL]
+    groups = {cell: group.name for group in make_groups(cells, {}) for cell in group.cells}
     again = {groups[cell] for cell in begun if begun.count(cell) > 1}
     assert len(again) == 1, "the group of the dead node, and no other, was run again"
     assert again < {groups[name.partition(" ")[0]] for name in before}
     pids = [int(path.name.partition(" ")[2]) for path in shared.iterdir() if path.name != "go"]
     assert not any(map(is_alive, pids)), "no process outlives its node"
 
-    one = tmp_path / "one"
-    status, said = shards.run(project, one, "-p", "no:xdist")
+    project, one = tmp_path / "project", tmp_path / "one"
+    bundle.unpack(bundle.pack(read.tables_folder(), [folder]), project)
+    checks = [flag for check in words[3:] for flag in ("--check", check)]
+    status, said = shards.run(
+        project, one, "-p", "no:xdist", "--rows", str(listed), *checks, bundle.FOLDER
+    )
     assert status == 0, said
     assert shards.read_bytes(evidence) == shards.read_bytes(one)
-    assert set(store.read_folder(evidence)) == {cell.id for cell in tables.cells}
+    found = store.read_folder(evidence)
+    assert set(found) == set(REAL)
+    assert {record.cell["family"] for record in found.values()} == {"modelopt-fp8", "nunchaku-svdq"}
+    for name, record in found.items():
+        wanted = {"load", "latents"} if "@cpu" in name else {"refuse"}
+        assert set(record.checks) == wanted
     files = sorted((tmp_path / "fleet.fleet" / "junit").iterdir())
     assert len(files) == 4
-    found = completeness.combine([completeness.read_junit(path) for path in files])
-    compared = completeness.compare(tables.cells, found)
-    assert compared.code == 0
+    verdicts = completeness.combine([completeness.read_junit(path) for path in files])
+    assert completeness.compare(cells, verdicts, words[3:]).code == 0
 
 
-def test_the_same_command_without_a_cluster(
+def test_the_same_command_without_an_address(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray starts here; the node is named by nobody, and looked at."""
+    """On a laptop: Ray starts here; the node is named by nobody, and looked at."""
     project, evidence = tmp_path / "project", tmp_path / "fleet"
     fleets.make_project(project)
+    monkeypatch.setattr(code_digest.Code, "prepare", lambda self: None)
+    digests = {"device_digest": "sha256:1", "shared_digest": "sha256:2"}
+    monkeypatch.setattr(code_digest.Code, "describe", lambda self, *about: digests)
     monkeypatch.setattr(read, "tables_folder", lambda: project / "matrix")
     words = ["--suites", str(project / "test_suites.py"), "--evidence-dir", str(evidence)]
-    code = main.main(["fleet", "run", "--address", "local", *words, "--rows", rows(tmp_path)])
+    with tempfile.TemporaryDirectory(prefix="qm-", ignore_cleanup_errors=True) as short:
+        monkeypatch.setenv(
+            "RAY_TMPDIR", short
+        )  # no cluster is known there; sockets want short paths
+        code = main.main(["fleet", "run", *words, "--rows", rows(tmp_path)])
+        assert list(Path(short, "ray").glob("session_*")), "Ray was started here"
+        ray.shutdown()
     assert code == NOT_EXECUTED  # nothing here is an H100
     assert set(store.read_folder(evidence)) == {"svdq-a@cpu"}
 
