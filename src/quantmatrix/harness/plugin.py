@@ -90,7 +90,13 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         help="run the cells of the tables in this folder (default: $QUANTMATRIX_TABLES, then "
         "[tool.quantmatrix] of pyproject.toml, then quantmatrix_tables of pytest's configuration)",
     )
-    group.addoption("--rows", metavar="FILE", help="run the rows or cells that a file lists")
+    group.addoption("--rows", metavar="FILE", help="run only the rows or cells listed in a file")
+    group.addoption(
+        "--changed",
+        action="store_true",
+        help="run only the cells whose committed record is missing, failing or stale, and one of each "
+        "family, model, backend and claim of the others",
+    )
     group.addoption("--shard", metavar="I/N", help="run part I of N, cut by the last timings")
     group.addoption(
         "--evidence-dir",
@@ -106,7 +112,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     group.addoption(
         "--rewrite",
         action="store_true",
-        help="rewrite records that have nothing new (default: they keep their date)",
+        help="rewrite records even if nothing is new in them (default: they keep their date)",
     )
     group.addoption(
         "--full-size",
@@ -276,6 +282,8 @@ class Harness:
             cells = selection.select_cells(self.tables, self.wanted, listed, shard, timings)
             if listed is not None and not self.wanted["hardware"]:
                 selection.check_reach(self.tables.cells, listed, self.runs_here)
+            if self.config.getoption("changed"):
+                cells = selection.select_changed(cells, self.tables, self.reports, self.runs_check)
             return cells
         except EmptySelection as error:
             pytest.exit(str(error), returncode=NOTHING_COLLECTED)
@@ -287,6 +295,10 @@ class Harness:
     def runs_here(self, cell: Cell) -> bool:
         """Whether any check of a cell is run where no hardware is asked for."""
         return cell.hardware == LOCAL or not set(cell.checks).isdisjoint(PLAN_ONLY)
+
+    def runs_check(self, cell: Cell, check: str) -> bool:
+        """Whether a check of a selected cell is run."""
+        return bool(self.wanted["hardware"]) or cell.hardware == LOCAL or check in PLAN_ONLY
 
     @cached_property
     def ids(self) -> frozenset[str]:
@@ -451,7 +463,7 @@ class Harness:
         again = "run the cell again with --evidence-dir and commit its record"
         where = f"the evidence in {self.recorder.expected}"
         if before.verdict == "fail" and verdict == "pass":
-            message = f"{item.check} fails in {where}, and passes now: {again}"
+            message = f"{item.check} fails in {where}, but passes now: {again}"
         elif wider := find_loosened(before.limits, item.proof.limits):
             message = (
                 f"{item.check} was held to tighter limits in {where}: {'; '.join(wider)}; {again}"

@@ -8,11 +8,12 @@ cell is empty, which a run reports by an exit code of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantmatrix.errors import QuantmatrixError, UsageError
+from quantmatrix.proof.record import list_versions
 
 if TYPE_CHECKING:
     from quantmatrix.proof.record import Evidence
@@ -60,8 +61,39 @@ def select_cells(
         options = [show_options(wanted), f"--rows {rows}" if rows else ""]
         options.append(f"--shard {shard}" if shard else "")
         chosen = " ".join(option for option in options if option)
-        raise EmptySelection(f"{chosen or 'the tables'}: no claimed cell of the matrix is so")
+        raise EmptySelection(f"{chosen or 'the tables'}: no claimed cell of the matrix matches")
     return cells
+
+
+def select_changed(
+    cells: Sequence[Cell], tables: Matrix, reports: Path, runs: Callable[[Cell, str], bool]
+) -> list[Cell]:
+    """Cells that have to run again, and one of each family, model, backend and claim of the others.
+
+    Those that have to are cells one of whose checks `runs` here, and has no passing verdict in the reports
+    folder: its record is missing, failing, or stale (of another row, code or release of a package). The others ran
+    on the code that is here; one of each kind shows that this machine agrees.
+    """
+    from quantmatrix.harness import completeness
+    from quantmatrix.proof import freshness, merge, scopes
+
+    cells = [cell for cell in cells if any(runs(cell, check) for check in cell.checks)]
+    records = merge.merge_folders([reports / "evidence"]).records
+    now = freshness.read_now(reports, records)
+    verdicts = completeness.take_records(records, tables, now)
+    found = completeness.compare(cells, verdicts)
+    open_checks = [*found.missing.items(), *found.failed.items()]
+    by_id = {cell.id: cell for cell in cells}
+    due = {cell for cell, checks in open_checks if any(runs(by_id[cell], c) for c in checks)}
+    installed = list_versions()
+    for key, record in records.items():
+        cell = by_id.get(scopes.cell_of(key))
+        if cell and runs(cell, "load") and freshness.list_upgrades(record.versions, installed):
+            due.add(cell.id)
+    first: dict[tuple[str, ...], str] = {}
+    for cell in cells:
+        first.setdefault((cell.family, cell.model, cell.backend, cell.claim), cell.id)
+    return [cell for cell in cells if cell.id in due or cell.id in first.values()]
 
 
 def check_reach(cells: Iterable[Cell], rows: Path, runs: Callable[[Cell], bool]) -> None:

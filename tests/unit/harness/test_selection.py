@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import shards
+from fleets import make_record
 
 from quantmatrix.errors import UsageError
-from quantmatrix.harness.selection import EmptySelection, select_cells, show_options, split_values
+from quantmatrix.harness import selection
+from quantmatrix.harness.selection import (
+    EmptySelection,
+    select_cells,
+    select_changed,
+    show_options,
+    split_values,
+)
+from quantmatrix.proof import freshness, store
 from quantmatrix.tables.rows import Matrix
 
 
@@ -49,3 +59,36 @@ def test_unknown_words_are_wrong_usage(tables: Matrix, tmp_path: Path) -> None:
             select_cells(tables, {name: (word,)})
     with pytest.raises(UsageError, match="expected i/n"):
         select_cells(tables, {}, None, "3/2")
+
+
+def test_what_changed_is_chosen_and_one_of_each_kind_of_the_rest(
+    tables: Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(freshness, "read_now", lambda reports, records: freshness.Now())
+    monkeypatch.setattr(selection, "list_versions", lambda: {"torch": "2.13.0", "quantmatrix": "9"})
+    evidence = tmp_path / "evidence"
+    by_id = {cell.id: cell for cell in tables.cells}
+
+    def chosen(asked: bool = True) -> set[str]:
+        return {c.id for c in select_changed(tables.cells, tables, tmp_path, lambda *_: asked)}
+
+    for cell in tables.cells:
+        versions = {"torch": "2.13.0", "quantmatrix": "1"}
+        store.write(make_record(cell, tables, versions=versions), evidence)
+    first = {"row-0@cpu+reference", "row-0@cpu+decode"}
+    assert chosen() == first
+    assert chosen(asked=False) == set()
+
+    changes = {
+        "row-1@cpu+decode": make_record(by_id["row-1@cpu+decode"], tables, "fail"),
+        "row-2@cpu+decode": make_record(
+            by_id["row-2@cpu+decode"], tables, versions={"torch": "2.14.0"}
+        ),
+        "row-3@cpu+decode": make_record(by_id["row-3@cpu+decode"], tables),
+    }
+    older = changes["row-3@cpu+decode"]
+    changes["row-3@cpu+decode"] = replace(older, cell={**older.cell, "row_digest": "sha256:0"})
+    for record in changes.values():
+        store.write(record, evidence)
+    (evidence / "cpu" / "row-4+decode.json").unlink()
+    assert chosen() == first | {*changes, "row-4@cpu+decode"}
