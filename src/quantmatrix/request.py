@@ -302,7 +302,10 @@ def add_request_flags(parser: argparse.ArgumentParser, *, needed: bool = True) -
         "--lora-path", action="append", help="an adapter: a file, folder or hub id; repeatable"
     )
     what.add_argument(
-        "--lora-weight-name", action="append", metavar="FILE", help="its file in a folder"
+        "--lora-weight-name",
+        action="append",
+        metavar="FILE",
+        help="its file name, when the path is a folder",
     )
     what.add_argument(
         "--lora-scale", action="append", type=parse_number, help="its scale (default 1)"
@@ -322,7 +325,7 @@ def add_request_flags(parser: argparse.ArgumentParser, *, needed: bool = True) -
         choices=NIBBLE_ORDERS,
         help="nibble that holds the even column of NVFP4 codes, if undeclared",
     )
-    what.add_argument("--revision", help="revision of hub ids")
+    what.add_argument("--revision", help="revision (branch, tag or commit) of hub ids")
     what.add_argument(
         "--tiny",
         action="store_true",

@@ -83,7 +83,7 @@ def parse(text: bytes | str, make: Make | None = None) -> Any:
         table = dict(pairs)
         if len(table) < len(pairs):
             [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-            raise JsonError(f"{quote(twice)!r} is in it twice")
+            raise JsonError(f"{quote(twice)!r} appears twice")
         built = table if make is None else make(table)
         if built is table:  # what is made of known names needs no look at them
             check_names(table)

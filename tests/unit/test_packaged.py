@@ -99,7 +99,7 @@ def test_what_is_not_there_is_said(
     monkeypatch.setattr(reports_folder, "is_checkout", lambda: False)
     for words in COMMANDS:
         assert main(words) == EXIT_USAGE
-        assert "carries no" in capsys.readouterr().err
+        assert "has no" in capsys.readouterr().err
     monkeypatch.setattr(read, "tables_folder", lambda: tmp_path / "tables")
     assert main(["matrix", "diff", "A..B"]) == EXIT_USAGE
     assert "is not a git checkout" in capsys.readouterr().err

@@ -76,7 +76,7 @@ def check_json(key: str, text: str, file: str) -> None:
     if not isinstance(found, dict):
         raise CheckpointError(
             f"{file}: {key} in the header is {quote(text, 120)!r}, {what}: expected a JSON object. What "
-            "it was to declare is unknown: correct it, or write the file again without it"
+            "it should declare is unknown: correct it, or write the file again without it"
         )
 
 
@@ -195,7 +195,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = strict_json.parse(strict_json.read_bytes(path, Path(path.absolute().anchor)))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: no readable JSON: {error}; download it again") from error
+        raise CheckpointError(f"{path}: not valid JSON: {error}; download it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content

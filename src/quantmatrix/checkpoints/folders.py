@@ -111,8 +111,8 @@ def find_quantized(folder: Folder, name: str, quantization: str) -> tuple[Folder
     """The GGUF file of a quantization in a folder; CheckpointError for a file, none or several."""
     if name:
         raise CheckpointError(
-            f"{folder}/{name}:{quantization}: a quantization is named of a folder or repository of "
-            "GGUF files, this is one file: leave it out"
+            f"{folder}/{name}:{quantization}: a quantization is chosen in a folder or repository "
+            "of GGUF files, and this is a single file: leave it out"
         )
     found = gguf.find_quantized(folder.names, quantization)
     if len(found) == 1:
@@ -151,8 +151,8 @@ def find_local(reference: str, hub: Hub) -> Path | None:
         raise CheckpointError(f"{reference}: no such file or folder")
     if "/" not in reference.strip("/"):
         raise CheckpointError(
-            f"{reference}: no such file or folder here, and no hub id: those have the form "
-            "owner/repo"
+            f"{reference}: no such file or folder here, and not a hub id, which has the "
+            "form owner/repo"
         )
     return None
 
@@ -219,7 +219,7 @@ def _parse_hub_url(reference: str, hub: Hub) -> tuple[str, str, str | None]:
 def _check_repository(reference: str, repo: str) -> str:
     if not REPOSITORY.fullmatch(repo):
         raise CheckpointError(
-            f"{reference}: no such file or folder here, and {repo} is no hub id: those have the "
-            "form owner/repo"
+            f"{reference}: no such file or folder here, and {repo} is not a hub id, which has "
+            "the form owner/repo"
         )
     return repo

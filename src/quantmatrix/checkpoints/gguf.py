@@ -168,7 +168,7 @@ class _Source:
         try:
             return self.take(length, what).decode()
         except UnicodeDecodeError as error:
-            raise self.wrong(f"{what} is no UTF-8 ({error.reason})", "a text") from error
+            raise self.wrong(f"{what} is not UTF-8 ({error.reason})", "a text") from error
 
     def wrong(self, found: str, expected: str) -> CheckpointError:
         """The error about something in the header."""
@@ -200,7 +200,7 @@ def _read_start(source: _Source) -> tuple[int, int]:
         (entries, MOST_ENTRIES, "metadata entries"),
     ):
         if number > most:
-            raise source.wrong(f"there are to be {number} {what}", f"at most {most}")
+            raise source.wrong(f"it announces {number} {what}", f"at most {most}")
     return count, entries
 
 
@@ -263,7 +263,7 @@ def _locate(
     for info in infos:
         shown = quote(info.name)
         if info.name in tensors:
-            raise source.wrong(f"tensor {shown} is there twice", "each name once")
+            raise source.wrong(f"tensor {shown} appears twice", "each name once")
         size = _count_bytes(source, info)
         if info.offset != position:
             raise source.wrong(

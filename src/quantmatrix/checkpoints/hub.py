@@ -218,7 +218,7 @@ def read_ref(folder: Path, revision: str) -> str | None:
         return None
     commit = check_link(ref, folder).read_bytes()[:LONGEST_NAME].decode("utf-8", "replace").strip()
     if not PLAIN_NAME.fullmatch(commit or "-"):
-        raise CheckpointError(f"{ref}: {quote(commit)} is no commit; remove the file")
+        raise CheckpointError(f"{ref}: {quote(commit)} is not a commit; remove the file")
     return commit or None
 
 

@@ -88,7 +88,7 @@ def read_index(folder: Folder, name: str) -> Selection:
     missing = sorted(shard for shard in shards if not folder.has(shard))
     if missing:
         raise CheckpointError(
-            f"{folder}/{name}: lists {len(shards)} shards, {len(missing)} are not there: "
+            f"{folder}/{name}: lists {len(shards)} shards, {len(missing)} are missing: "
             f"{', '.join(missing)}; {explain_missing(folder, name, shards.keys() - missing)}"
         )
     return {shard: frozenset(shards[shard]) for shard in sorted(shards)}

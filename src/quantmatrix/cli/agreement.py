@@ -68,7 +68,7 @@ def run_agreement(arguments: argparse.Namespace, rest: list[str]) -> int:
         tell_where(arguments.reports)
         if found.due:
             count = f"{len(found.due)} fresh records are older than {limit} days"
-            print(f"\n{count}: due to be made again, see --json")
+            print(f"\n{count}: due for another run, see --json")
     return EXIT_PROBLEM if bad else 0
 
 

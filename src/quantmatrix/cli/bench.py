@@ -94,10 +94,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     given = [flag for flag, value in ways.items() if value]
     if len(given) != 1:
         found = f"both {' and '.join(given)}" if given else "none of them"
-        raise UsageError(f"give one of {', '.join(ways)}; there is {found}")
+        raise UsageError(f"give one of {', '.join(ways)}; found {found}")
     if arguments.repeats < FEWEST:
         raise UsageError(
-            f"--repeats {arguments.repeats}: expected {FEWEST} or more, fewer give no interval"
+            f"--repeats {arguments.repeats}: expected {FEWEST} or more; fewer give no interval"
         )
     if arguments.compare and (arguments.baseline or arguments.output_path):
         raise UsageError("--compare measures nothing: leave out --baseline and --output-path")

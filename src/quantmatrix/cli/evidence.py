@@ -25,7 +25,7 @@ def add_to(commands: Any) -> None:
     text = "merge evidence folders of shards; the order of the folders does not matter"
     merge = add_command(actions, "merge", text, run_merge)
     merge.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="evidence of shards")
-    what = "the evidence folder to merge into; it is made where there is none"
+    what = "the evidence folder to merge into; it is made if there is none"
     merge.add_argument("--output-path", type=Path, required=True, metavar="DIR", help=what)
     merge.add_argument("--planned", nargs="+", default=[], metavar="WORD", help=PLANNED)
     text = "compare what was executed with what was planned; the exit code says how they differ"

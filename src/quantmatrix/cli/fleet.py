@@ -34,20 +34,26 @@ def add_to(commands: Any) -> None:
     text = "run the matrix on a Ray cluster, each cell on a node of its hardware"
     parser = add_command(commands, "fleet", text, run_status)
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    text = "run planned cells as Ray tasks; started again, it goes on where it stopped"
+    text = "run planned cells as Ray tasks; started again, it resumes where it stopped"
     run = add_command(actions, "run", text, run_fleet)
     text = "HOST:PORT of the cluster (default: RAY_ADDRESS, the cluster of this machine, or a new one here)"
     run.add_argument("--address", metavar="ADDRESS", help=text)
     for name, text in FILTERS.items():
         flags = ["--check", "--checks"] if name == "check" else [f"--{name}"]
         run.add_argument(*flags, nargs="+", default=[], metavar=name.upper(), help=text)
-    run.add_argument("--rows", type=Path, metavar="FILE", help="rows or cells that a file lists")
-    run.add_argument("--full-size", action="store_true", help="real checkpoints, no stand-ins")
-    text = "seconds that one check may take (default: 900, with --full-size 3600)"
+    run.add_argument(
+        "--rows", type=Path, metavar="FILE", help="run only the rows or cells listed in a file"
+    )
+    run.add_argument(
+        "--full-size",
+        action="store_true",
+        help="use the real checkpoints instead of the tiny stand-ins",
+    )
+    text = "time limit of one check in seconds (default: 900, with --full-size 3600)"
     run.add_argument("--timeout", type=int, metavar="SECONDS", help=text)
     text = "files or folders of suites (default: those that come with quantmatrix)"
     run.add_argument("--suites", nargs="+", type=Path, default=[], metavar="PATH", help=text)
-    status = add_command(actions, "status", "show how far a run is", run_status)
+    status = add_command(actions, "status", "show the progress of a run", run_status)
     for action in (run, status):
         text = "folder of the records; its run is kept beside it, in DIR.fleet"
         action.add_argument("--evidence-dir", type=Path, required=True, metavar="DIR", help=text)
@@ -55,7 +61,7 @@ def add_to(commands: Any) -> None:
 
 
 def run_status(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Print how far a run is; UsageError where there is none."""
+    """Print how far a run is; UsageError if there is none."""
     from quantmatrix.cli.output import print_json, say
     from quantmatrix.fleet import progress
 

@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
             "--verbose",
             action="store_true",
             default=argparse.SUPPRESS,
-            help="say on standard error what is done: the log of `quantmatrix`",
+            help="write a log to standard error",
         )
         self.add_argument(
             "--tables",

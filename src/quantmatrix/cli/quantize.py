@@ -21,7 +21,7 @@ def add_to(commands: Any) -> None:
     parser = add_command(commands, "quantize", text, run_quantize)
     add_request_flags(parser)
     remove_flags(parser, *QUANTIZED, *ACCELERATION, "prompt", "seed", "backend")
-    group = parser.add_argument_group("what is made")
+    group = parser.add_argument_group("output")
     group.add_argument(
         "--family", required=True, help="format to write: fp8, modelopt-fp8, nunchaku-svdq ..."
     )
@@ -54,7 +54,7 @@ def read_prompts(path: str) -> list[str]:
         ) from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise UsageError(f"--calibration-prompts {path}: holds no prompt, expected one a line")
+        raise UsageError(f"--calibration-prompts {path}: holds no prompt; expected one per line")
     return prompts
 
 

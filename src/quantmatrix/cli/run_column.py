@@ -17,9 +17,7 @@ def add_to(commands: Any) -> None:
     from quantmatrix.cli.output import add_command
     from quantmatrix.request import parse_number
 
-    text = (
-        "run every checkpoint in another program (diffusers, sglang ...), and keep what came of it"
-    )
+    text = "run every checkpoint in another program (diffusers, sglang ...), and record the outcome"
     parser = add_command(commands, "run-column", text, run_column)
     parser.add_argument("--runtime", required=True, help="an id of runtimes.csv")
     parser.add_argument("--hardware", required=True, help="an id, or `auto` for this machine's row")
@@ -38,11 +36,11 @@ def add_to(commands: Any) -> None:
         type=parse_number,
         default=600.0,
         metavar="S",
-        help="seconds a run may take (600)",
+        help="time limit of a run in seconds (default: 600)",
     )
     parser.add_argument(
         "--memory", type=parse_number, default=0.0, metavar="GIB",
-        help="memory that a run may take (default: what is there)",
+        help="memory limit of a run (default: all there is)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true")
 

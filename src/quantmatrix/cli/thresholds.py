@@ -45,7 +45,7 @@ def run_thresholds(arguments: argparse.Namespace, rest: list[str]) -> int:
     path = reports_folder.find_source(arguments.reports) / FILE
     ours = known_limits.own_reports() / FILE
     if not path.is_file() and arguments.reports is None and not arguments.measure_spread:
-        print(f"no {path}: these are the limits that quantmatrix carries", file=sys.stderr)
+        print(f"no {path}: these are the limits that come with quantmatrix", file=sys.stderr)
         path = ours
     if not path.is_file() and (arguments.reports or not arguments.measure_spread):
         raise UsageError(f"{path}: no such file; name the folder of the reports with --reports")

@@ -143,7 +143,7 @@ def find_cell(tables: Matrix, name: str) -> Cell:
 def choose_cells(tables: Matrix, hardware: str) -> list[Cell]:
     """The first cell of every family, model and backend that a hardware is claimed to run.
 
-    Raises UsageError where there is none, or no such hardware.
+    Raises UsageError if there is none, or no such hardware.
     """
     if hardware not in tables.hardware:
         known = ", ".join(tables.hardware)

@@ -125,7 +125,7 @@ def check_layer(
     out, into = header.shape
     if scheme.group_size and into % scheme.group_size:
         raise CheckpointError(
-            f"{header.file}: {layer} has {into} inputs, which are no whole groups of the "
+            f"{header.file}: {layer} has {into} inputs, which is not a whole number of groups of the "
             f"{scheme.group_size} columns that {checkpoint.quantization_from} says were rotated "
             f"together. {AGAIN}"
         )

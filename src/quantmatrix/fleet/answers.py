@@ -63,7 +63,7 @@ Form = TypeVar("Form", Probe, GroupAnswer, Note)
 def read(data: bytes, form: type[Form]) -> Form:
     """An answer of a form; raises AnswerError for anything else, and for what is too large."""
     if len(data) > strict_json.LIMIT:
-        raise AnswerError(f"it has {len(data)} bytes, the limit is {strict_json.LIMIT}")
+        raise AnswerError(f"it has {len(data)} bytes, but the limit is {strict_json.LIMIT}")
     try:
         strict_json.check_size(data)
         return msgspec.json.decode(data, type=form)

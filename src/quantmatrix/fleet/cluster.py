@@ -114,13 +114,13 @@ def judge(
 ) -> tuple[str, list[HardwareRow]]:
     """(why a node is not used, or nothing; the rows of hardware.csv that it is)."""
     if not node.runs_tasks:
-        return "it offers no CPU to tasks", []
+        return "it offers tasks no CPU", []
     if isinstance(found, str):
         return found, []
     if found.problem:
         return quote(found.problem, 500), []
     if found.source != source:
-        return "its quantmatrix is another than the driver's: install the same commit there", []
+        return "its quantmatrix differs from the driver's: install the same commit there", []
     names = node.named or (found.hardware,)
     if unknown := [name for name in names if name not in tables.hardware]:
         return f"{quote(unknown[0])} is not a row of hardware.csv", []

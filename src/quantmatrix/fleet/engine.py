@@ -186,7 +186,7 @@ class RayEngine:
         for ref in late:
             self.ray.cancel(ref, force=True)
         silent = (
-            f"it did not tell what it is within {PROBE_SECONDS:.0f} seconds: are its devices taken?"
+            f"it did not identify itself within {PROBE_SECONDS:.0f} seconds: are its devices busy?"
         )
         return {asked[ref]: self.fetch(ref) for ref in ready} | {
             asked[ref]: Failure(silent) for ref in late

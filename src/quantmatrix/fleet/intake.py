@@ -108,7 +108,7 @@ class Intake:
         if scope == scopes.PUBLISHED and not self.full_size:
             return "it says that published weights ran, and stand-ins were asked for"
         if not record.machine:
-            return "it does not tell the machine"
+            return "it does not name the machine"
         described = records.describe_cell(cell, self.tables)
         recorded = {name: record.cell.get(name) for name in described}
         if recorded != described:

@@ -204,9 +204,9 @@ def describe(status: Mapping[str, Any]) -> list[str]:
             )
         more = len(lane["running"]) - SHOWN
         if more > 0 or lane["waiting_groups"]:
-            lines.append(f"  {max(more, 0)} more run, {lane['waiting_groups']} groups wait")
+            lines.append(f"  {max(more, 0)} more running, {lane['waiting_groups']} groups waiting")
     if status["state"] == "stopped":
-        lines.append("nobody runs it: the same `quantmatrix fleet run` goes on where it stopped")
+        lines.append("nobody runs it: start the same `quantmatrix fleet run` again to resume")
     return lines
 
 

@@ -97,7 +97,7 @@ def estimate_bytes(tables: Matrix, checkpoint: CheckpointRow) -> int:
     family = families.load(checkpoint.family)
     model = models.load(checkpoint.model)
     if checkpoint.scheme not in family.SCHEMES:
-        raise UsageError(f"{checkpoint.id}: scheme {checkpoint.scheme} is none of its family")
+        raise UsageError(f"{checkpoint.id}: scheme {checkpoint.scheme} is not one of its family's")
     scheme = family.SCHEMES[checkpoint.scheme]
     kept = [re.compile(pattern) for pattern in model.FALLBACKS.get(checkpoint.kept, ())]
     total = 0

@@ -160,7 +160,7 @@ def expect_failure(item: pytest.Item, report: pytest.TestReport) -> None:
         report.outcome, report.longrepr = "passed", None
     else:
         report.outcome = "failed"
-        report.longrepr = f"{item.name}: claimed to fail, and it passes: change the claim"
+        report.longrepr = f"{item.name}: claimed to fail, but it passes: change the claim"
 
 
 def classify(error: BaseException) -> int | None:

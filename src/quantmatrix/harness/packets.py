@@ -108,7 +108,7 @@ def measure(cell: Cell, baseline: Run, run: Run) -> CheckResult:
     }
     allowed = find_limits(kind, cell.model, cell.hardware)
     if allowed is None:
-        why = f"no limits for {kind} on {cell.model}: measured, not judged"
+        why = f"there are no limits for {kind} on {cell.model}: measured, not judged"
         return CheckResult("unjudged", metrics, {}, why)
     problems = measure_latents.judge(steps, allowed)
     verdict = "fail" if problems else "pass"
@@ -296,7 +296,7 @@ def list_row_problems(record: Evidence, tables: Matrix) -> list[str]:
     if now["row_digest"] != record.cell["row_digest"]:
         return [f"{cell.id}: the row or its checkpoint's row changed since the run"]
     if not record.plan.get("machine"):
-        return ["the plan of the record tells no machine: was it run?"]
+        return ["the plan in the record names no machine: was it run?"]
     why = find_other_row(cell, record, tables, now)
     return [why] if why else []
 
@@ -353,6 +353,6 @@ def list_verdict_problems(
     kind = str(recorded.metrics.get("class", ""))
     allowed = find_limits(kind, record.cell["model"], record.cell["hardware"])
     if allowed is None:
-        return [f"the record says pass, and no limit is known for {kind or 'a run without class'}"]
+        return [f"the record says pass, but no limit is known for {kind or 'a run without class'}"]
     problems = judge(compare_trajectories(*sides), allowed)
     return [f"the record says pass, but {problem}" for problem in problems]

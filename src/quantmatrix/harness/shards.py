@@ -195,7 +195,7 @@ def read_rows(path: Path, option: str = "") -> tuple[str, ...]:
         raise UsageError(f"{option}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"{option}: no text in UTF-8 ({error.reason}); write one row or cell per line"
+            f"{option}: not UTF-8 text ({error.reason}); write one row or cell per line"
         ) from error
     except strict_json.JsonError as error:
         raise UsageError(f"{option}: {error}; write one row or cell per line") from error

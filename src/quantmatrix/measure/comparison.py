@@ -82,7 +82,7 @@ def split_backend(side: str) -> tuple[str, str | None]:
         return side, None
     known = sorted({name for op in kernels.OPS for name in kernels.backends_of(op)})
     if backend not in known:
-        raise UsageError(f"{side}: {backend} is no backend; known: {', '.join(known)}")
+        raise UsageError(f"{side}: {backend} is not a backend; known: {', '.join(known)}")
     return reference, backend
 
 

@@ -126,7 +126,7 @@ def read(path: Path) -> SavedRun:
         )
     odd = [name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]
     if odd or not isinstance(about, Mapping):
-        what = f"{odd[0]} is no tensor" if odd else f"{KEY} is {quote_json(about)}"
+        what = f"{odd[0]} is not a tensor" if odd else f"{KEY} is {quote_json(about)}"
         raise CheckpointError(f"{path}: {what}: expected a run of `generate --save-latents`")
     return SavedRun(path.name, [tensors[name] for name in names], tensors.get("frames"), about)
 
@@ -139,14 +139,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str,
             about = strict_json.parse((file.metadata() or {}).get(KEY, "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
     except (SafetensorError, OSError, strict_json.JsonError) as error:
-        raise CheckpointError(f"{path}: no readable run: {error}") from error
+        raise CheckpointError(f"{path}: not a readable run: {error}") from error
 
 
 def _read_pt(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a pickle that is not a pickle raises
-        raise CheckpointError(f"{path}: no readable run: {error}") from error
+        raise CheckpointError(f"{path}: not a readable run: {error}") from error
     latents = found.get("latents") if isinstance(found, dict) else None
     if latents is None:
         raise CheckpointError(f"{path}: expected a dict with the key `latents`")

@@ -31,5 +31,5 @@ def load(runtime: str) -> Adapter:
             raise
         raise UsageError(f"--runtime {runtime}: there is no adapter {name}") from error
     if getattr(module, "ID", None) != runtime:
-        raise UsageError(f"--runtime {runtime}: {name} is no adapter of it")
+        raise UsageError(f"--runtime {runtime}: {name} is not an adapter of it")
     return cast("Adapter", module)

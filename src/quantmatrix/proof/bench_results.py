@@ -153,7 +153,7 @@ def check_file(whole: Any, where: object, *, deep: bool = True) -> None:
     `deep` computes ratio, interval and verdict from the samples again.
     """
     if not isinstance(whole, dict) or whole.get("schema") != SCHEMA:
-        raise BenchmarkError(f"{where}: no file of `quantmatrix bench` (schema {SCHEMA})")
+        raise BenchmarkError(f"{where}: not a file of `quantmatrix bench` (schema {SCHEMA})")
     results, planned = whole.get("results"), whole.get("planned")
     if not results or not planned:
         raise BenchmarkError(f"{where}: empty: nothing was measured; run the benchmark again")
@@ -166,7 +166,7 @@ def check_file(whole: Any, where: object, *, deep: bool = True) -> None:
     if not problems:
         problems = list_missing(planned, [result["what"] for result in results], where)
         keys = [key_of(result) for result in results]
-        problems += [f"{where}: {k} is there twice" for k in sorted(set(keys)) if keys.count(k) > 1]
+        problems += [f"{where}: {k} appears twice" for k in sorted(set(keys)) if keys.count(k) > 1]
     if problems:
         raise BenchmarkError("\n".join(problems))
 
@@ -251,7 +251,7 @@ def read_pytest(path: Path, planned: Iterable[str] = ()) -> dict[str, dict[str, 
     except BenchmarkError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BenchmarkError(f"{path}: no file of pytest-benchmark: {error!r}") from error
+        raise BenchmarkError(f"{path}: not a file of pytest-benchmark: {error!r}") from error
     problems = [f"{path}: {n}: no statistics" for n, b in entries.items() if not b.get("stats")]
     problems += [] if entries else [f"{path}: no benchmark in it: nothing was measured"]
     problems += list_missing(planned, entries, path)

@@ -71,7 +71,7 @@ def find_faults(record: Mapping[str, Any]) -> Iterator[str]:
     if not metrics.get("programs"):
         yield "no program was built"
     if metrics.get("problems"):
-        yield f"it tells of problems: {metrics['problems'][0]}"
+        yield f"it reports problems: {metrics['problems'][0]}"
     wanted = record["plan"].get("machine", {}).get("arch")
     for program in metrics.get("programs", ()):
         if program["faults"]:

@@ -111,7 +111,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise LimitsError(f"{path}: no text in UTF-8: {error.reason}; measure it again") from error
+        raise LimitsError(f"{path}: not UTF-8 text: {error.reason}; measure it again") from error
 
 
 def parse_samples(text: str, name: str) -> list[Sample]:

@@ -59,7 +59,7 @@ SIGNS = {"psnr_db": -1, "cosine": -1, "relative_l2": 1, "layer_error": 1}
 """Metrics, and whether a larger value is looser (1) or tighter (-1)."""
 
 
-BORROWED = "from the limits that quantmatrix carries: this project has none for this class"
+BORROWED = "from the limits that come with quantmatrix: this project has none for this class"
 
 
 class UnmeasuredError(LimitsError, UnjudgedError):

@@ -35,7 +35,7 @@ def find_source(reports: str | os.PathLike[str] | None) -> Path:
     if not (packaged.FOLDER / packaged.RECORDS).is_file():
         raise UsageError(
             f"no evidence: there is no checkout around {Path(__file__).parents[1]}, and this installation "
-            f"carries no {packaged.FOLDER / packaged.RECORDS}; name a folder with --reports"
+            f"has no {packaged.FOLDER / packaged.RECORDS}; name a folder with --reports"
         )
     return packaged.FOLDER
 

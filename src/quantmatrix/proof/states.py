@@ -80,7 +80,7 @@ def explain_state(
     checks = scopes.list_checks(cell, scopes.read_scope(evidence))
     wanted = {name: evidence.checks[name] for name in checks if name in evidence.checks}
     if cell.claim == "failing" and cell.rule in wanted and wanted[cell.rule].verdict == "pass":
-        return "failing", f"{cell.rule}: claimed to fail, and it passes: change the claim"
+        return "failing", f"{cell.rule}: claimed to fail, but it passes: change the claim"
     failed = [f"{name}: {r.message}" for name, r in wanted.items() if r.verdict == "fail"]
     if failed:
         return "failing", "; ".join(failed)

@@ -61,7 +61,7 @@ def build_empty(class_name: str, config: Mapping[str, Any], config_from: str) ->
     model_class = getattr(diffusers, class_name, None)
     if model_class is None:
         raise CheckpointError(
-            f"{config_from}: _class_name {class_name!r} is no diffusers model: expected the class "
+            f"{config_from}: _class_name {class_name!r} is not a diffusers model: expected the class "
             f"of a transformer that diffusers {diffusers.__version__} has"
         )
     own = {key: value for key, value in config.items() if key != "quantization_config"}

@@ -141,7 +141,7 @@ def read_alphas(file: AdapterFile) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file.path}: its {METADATA} is no JSON: {error}") from error
+        raise CheckpointError(f"{file.path}: its {METADATA} is not valid JSON: {error}") from error
     return found if isinstance(found, dict) else {}
 
 
@@ -226,7 +226,7 @@ def add_adapter(
     unknown = [module for module in found if not isinstance(layers.get(module), kinds)]
     if unknown:
         raise CheckpointError(
-            f"{source}: {len(unknown)} of its {len(found)} targets are no linear layer of "
+            f"{source}: {len(unknown)} of its {len(found)} targets are not linear layers of "
             f"{type(transformer).__name__}: {shorten(unknown)}; is it of another model?"
         )
     for module, factors in found.items():

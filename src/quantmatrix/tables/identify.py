@@ -54,7 +54,7 @@ def find_difference(machine: Machine, row: HardwareRow) -> str | None:
     if row.memory_gib and abs(gib - row.memory_gib) > MEMORY_SLACK * row.memory_gib:
         return f"{machine.name} has {gib:.0f} GiB of memory, {row.name} has {row.memory_gib:.0f}"
     if machine.count < row.devices:
-        return f"{machine.count} x {machine.name}, of which {row.devices} are wanted"
+        return f"{machine.count} x {machine.name}, but {row.devices} are needed"
     return None
 
 
@@ -135,7 +135,9 @@ def main(argv: Sequence[str]) -> int:
     from quantmatrix.tables.rows import MatrixError
 
     parser = argparse.ArgumentParser(prog="python -m quantmatrix.tables.identify")
-    parser.add_argument("hardware", nargs="?", help="a row of hardware.csv that this must be")
+    parser.add_argument(
+        "hardware", nargs="?", help="a row of hardware.csv that this machine must be"
+    )
     parser.add_argument("--drivers", action="store_true", help="look at drivers only, before torch")
     parser.add_argument("--tables", type=Path, help="folder of the tables (default: ours)")
     given = parser.parse_args(argv)

@@ -75,7 +75,7 @@ def check_models(table: Table[ModelRow], *, whole: bool = False) -> None:
 def check_reference(table: Table[Any], line: int, column: str, text: str) -> None:
     """A hub id or path is one argument, and none that a command would take for a flag."""
     if text.startswith("-") or len(text.split()) > 1:
-        table.note(line, f'{column}: "{text}" is no hub id and no path')
+        table.note(line, f'{column}: "{text}" is neither a hub id nor a path')
 
 
 def check_modules(

@@ -292,7 +292,7 @@ def check_plan(plan: Build, block: Mapping[str, Any]) -> None:
         if stored.dtype not in (*FLOATS, "F8_E4M3"):
             raise CheckpointError(
                 f"{stored.file}: {stored.name} is {stored.dtype}: expected FP8 codes or plain "
-                "numbers; this is no FP8 export"
+                "numbers; this is not an FP8 export"
             )
         for name, scale in plan.scales[module].items():
             if not (torch.isfinite(scale) & (scale > 0)).all():

@@ -82,7 +82,7 @@ def quantize(
     start, target = time.monotonic(), Path(output)
     if request.lora_path:
         raise UsageError(
-            "--lora-path: an adapter is no part of the weights that are written; give it with the "
+            "--lora-path: an adapter is not part of the weights that are written; give it with the "
             "checkpoint, when it is used"
         )
     scheme_name, chosen = find_scheme(family, scheme, precision, rank)

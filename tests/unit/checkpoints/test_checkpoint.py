@@ -122,7 +122,7 @@ BAD_FILES = {
     "no shape": (join_file({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, DATA), "'shape'"),
     "name twice": (
         join_file(b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{}}', b""),
-        "'a' is in it twice",
+        "'a' appears twice",
     ),
     "unknown dtype": (join_file(damage(dtype="F12"), DATA), "tensor b has the dtype F12"),
     "shape too big": (join_file(damage(shape=[2]), DATA), r"tensor b \(F32 \[2\]\) needs 8 bytes"),
@@ -385,7 +385,7 @@ def test_a_block_that_is_no_object(value: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "no readable JSON"),
+        (b"{", "not valid JSON"),
         (b"[]", "expected a JSON object, found list"),
         (b"\xff", "no reada"),
     ],

@@ -108,7 +108,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "big-endian": (join([], [], 0, version=3 << 24), "a file for big-endian machines"),
     "many tensors": (
         b"GGUF" + struct.pack("<IQQ", 3, 2**40, 0),
-        f"there are to be {2**40} tensors",
+        f"it announces {2**40} tensors",
     ),
     "many entries": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**63), f"{2**63} metadata entries"),
     "cut in the header": (GOOD[:50], "truncated or damaged"),
@@ -132,10 +132,10 @@ BAD: dict[str, tuple[bytes, str]] = {
     "deep arrays": (join([entry("k", 9, NESTED)], [], 64), "holds arrays 4 deep"),
     "unknown kind of value": (join([entry("k", 77, b"")], [], 64), "the value of k is of type 77"),
     "key twice": (join([FLUX, FLUX], TWO, 108), "the metadata has general.architecture twice"),
-    "no utf-8": (join([text("k").replace(b"k", b"\xff")], [], 64), "is no UTF-8"),
+    "no utf-8": (join([text("k").replace(b"k", b"\xff")], [], 64), "is not UTF-8"),
     "tensor twice": (
         join([], [ONE, info("a.weight", (3,), 0, 96)], 108),
-        "a.weight is there twice",
+        "a.weight appears twice",
     ),
     "many dimensions": (
         join([], [text("a") + struct.pack("<I", 2**31)], 64),

@@ -52,7 +52,7 @@ def many_names(count: int, *more: str) -> bytes:
 TWICE = '"t000001":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}'
 DIGITS = ",".join(["9" * 4000] * 2000)
 SLOW_HEADERS = {
-    "a name twice": (many_names(40_000, TWICE), "'t000001' is in it twice"),
+    "a name twice": (many_names(40_000, TWICE), "'t000001' appears twice"),
     "long numbers": (
         f'{{"a":{{"dtype":"U8","shape":[{DIGITS}],"data_offsets":[0,1]}}}}'.encode(),
         "a number has 4000 digits",
@@ -122,7 +122,7 @@ def test_json_files_have_a_size_limit(tmp_path: Path) -> None:
 
 
 BAD_JSON = {
-    "twice": ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' is in it twice"),
+    "twice": ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' appears twice"),
     "nan": ('{"a": [NaN]}', "NaN is not a finite number"),
     "infinite": ('{"a": -Infinity}', "-Infinity is not a finite"),
     "too large": ('{"a": 1e999}', "1e999 is not a finite"),

@@ -75,8 +75,8 @@ SELECTIONS = {
     ),
     "missing shard": (
         f"{INDEX}=a.safetensors,b.safetensors a.safetensors",
-        "!lists 2 shards, 1 are not there: b.safetensors",
-        "!lists 2 shards, 1 are not there: b.safetensors",
+        "!lists 2 shards, 1 are missing: b.safetensors",
+        "!lists 2 shards, 1 are missing: b.safetensors",
     ),
     "two indexes": (
         f"{INDEX}=a.safetensors e.safetensors.index.json=b.safetensors a.safetensors b.safetensors",
@@ -438,7 +438,7 @@ HUB_REFERENCES: dict[str, tuple[str, str | None, Any]] = {
     "owner": ("https://huggingface.co/o", None, "an owner and a name"),
     "other page": ("https://huggingface.co/o/r/discussions/1", None, "expected /tree/, /blob/"),
     "tree without revision": ("https://huggingface.co/o/r/tree", None, "and a revision after o/r"),
-    "odd name": ("o o/r", None, "o o/r is no hub id"),
+    "odd name": ("o o/r", None, "o o/r is not a hub id"),
 }
 
 
@@ -461,8 +461,8 @@ def test_hub_references(case: str) -> None:
     [
         ("", "an empty path"),
         (" ", "an empty path"),
-        ("gpt2", "no hub id: those have the form"),
-        ("gpt2/", "no hub id: those have the form"),
+        ("gpt2", "not a hub id, which has the form"),
+        ("gpt2/", "not a hub id, which has the form"),
         ("/nowhere/x.safetensors", "no such file or folder"),
         ("./nowhere", "no such file or folder"),
         ("../nowhere/at/all", "no such file or folder"),

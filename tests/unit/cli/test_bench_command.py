@@ -159,7 +159,7 @@ def test_two_saved_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "there is none of them"),
+        ([], "found none of them"),
         (["--model-path", "a", "--row", "b"], "there is both --model-path and --row"),
         (["--model-path", "a", "--repeats", "5"], "--repeats 5: expected 6 or more"),
         (["--compare", "a", "b", "--baseline", "c"], "leave out --baseline"),

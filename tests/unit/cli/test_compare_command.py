@@ -90,7 +90,7 @@ def test_a_pickle_is_read_without_being_executed(
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (("nowhere@fast", "nowhere", *FLUX), "fast is no backend"),
+        (("nowhere@fast", "nowhere", *FLUX), "fast is not a backend"),
         (("a/b", "a/b"), "--model-path"),
         (("a/b", "a/b", "--min-psnr", "nan"), "expected a number, not 'nan'"),
         ((FP8, FP8, *FLUX, "--transformer-path", FP8), "name each side once"),

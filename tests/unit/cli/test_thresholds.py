@@ -125,7 +125,7 @@ def test_measuring_the_spread_writes_both_files(
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda data: b"\xff\xfe" + data, "limits.csv: no text in UTF-8"),
+        (lambda data: b"\xff\xfe" + data, "limits.csv: not UTF-8 text"),
         (lambda data: data + data.splitlines(keepends=True)[-1], "has a sample of"),
     ],
 )

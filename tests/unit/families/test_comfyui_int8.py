@@ -158,7 +158,7 @@ ROTATED = {**ENTRY, "convrot": True}
         ({"a.weight_scale": ("F16", (1, 1))}, {"a": {**ENTRY, "per_row": True}}, ""),
         ({}, {"a": {**ROTATED, "convrot_groupsize": 16}}, ""),
         ({}, {"a": {"format": "int8_tensorwise", "params": {"convrot": True, "convrot_groupsize": 4}}}, ""),
-        ({}, {"a": ROTATED}, "64 inputs, which are no whole groups of the 256 columns"),
+        ({}, {"a": ROTATED}, "64 inputs, which is not a whole number of groups of the 256 columns"),
         ({}, {"a": {**ROTATED, "convrot_groupsize": 32}}, "convrot_groupsize 32: expected a power of 4"),
         ({}, {"a": {**ROTATED, "convrot_groupsize": "64"}}, "convrot_groupsize \"64\": expected"),
         ({}, {"a": {**ENTRY, "group_size": 128}}, "has group_size 128 in its entry"),

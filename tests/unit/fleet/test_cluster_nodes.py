@@ -47,9 +47,9 @@ def test_nodes_are_named_or_probed_and_others_are_not_used() -> None:
         "cpu": ["10.0.0.3"],
     }
     assert unused == {
-        "10.0.0.4 (44444444)": "its quantmatrix is another than the driver's: install the same commit there",
+        "10.0.0.4 (44444444)": "its quantmatrix differs from the driver's: install the same commit there",
         "10.0.0.5 (55555555)": "h201 is not a row of hardware.csv",
-        "10.0.0.6 (66666666)": "it offers no CPU to tasks",
+        "10.0.0.6 (66666666)": "it offers tasks no CPU",
         "10.0.0.7 (77777777)": "M60 is not a row\\x1b[2J",
         "10.0.0.8 (88888888)": "its devices are taken",
     }

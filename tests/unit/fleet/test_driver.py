@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -215,7 +218,7 @@ BAD: dict[str, tuple[Callable[[Any, Cell], Any], str]] = {
         lambda r, c: replace(r, checks={**r.checks, "trace": CheckResult("pass")}),
         "checks that were not asked for: trace",
     ),
-    "no machine": (lambda r, c: replace(r, machine={}), "does not tell the machine"),
+    "no machine": (lambda r, c: replace(r, machine={}), "does not name the machine"),
     "another architecture": (
         lambda r, c: replace(r, plan={"machine": {"vendor": "nvidia", "arch": "sm90"}}),
         "stale: made on nvidia sm90",
@@ -410,6 +413,32 @@ def test_a_run_that_is_killed_goes_on_from_what_is_written(
     assert "5 cells planned, 5 of them before, 0 records written" in capsys.readouterr().out
 
 
+def test_a_driver_that_is_killed_while_it_writes_loses_no_record_and_goes_on(
+    fleet: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By SIGKILL, when one of the two records of a group lies at its place, and the other does not yet."""
+    put, moved = merge.put, []
+
+    def kill(*given: Any) -> None:
+        put(*given)
+        moved.append(given)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if not (pid := os.fork()):
+        monkeypatch.setattr(merge, "put", kill)
+        with contextlib.suppress(BaseException):
+            fleet("--hardware", "cpu")
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    [done] = store.read_folder(fleet.evidence)  # each file is whole
+    assert fleet("--hardware", "cpu") == 0
+    assert done not in fleet.cells()
+    assert len(fleet.cells()) == 4
+    assert len(store.read_folder(fleet.evidence)) == 5
+
+
 def test_exit_codes_and_lines_of_a_run(fleet: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert fleet() == NOT_EXECUTED
     said = capsys.readouterr().out
@@ -431,7 +460,7 @@ def test_exit_codes_and_lines_of_a_run(fleet: Command, capsys: pytest.CaptureFix
         (["--hardware", "b201"], 2, "--hardware b201: not in the tables"),
         (["--timeout", "0"], 2, "--timeout 0: expected 1 second or more"),
         (["--suites", "none"], 2, "--suites none: no suites there"),
-        (["--family", "msmodelslim"], 13, "no claimed cell of the matrix is so"),
+        (["--family", "msmodelslim"], 13, "no claimed cell of the matrix matches"),
     ],
 )
 def test_flags_that_are_wrong(
@@ -486,10 +515,10 @@ def test_status_for_people(
     assert lines[1] == "Ray's dashboard: http://127.0.0.1:8265"
     assert lines[3].split() == ["cpu", "0", "8", "0", "1", "1", "0", "112", "s"]
     assert lines[4].startswith("  cpu/m/c1 on node-7: 1 of 2 cells")
-    assert lines[6] == "  0 more run, 1 groups wait"
+    assert lines[6] == "  0 more running, 1 groups waiting"
     monkeypatch.setattr("quantmatrix.fleet.progress.DEAD", -1.0)
     assert main.main(flags) == 0
-    assert "goes on where it stopped" in capsys.readouterr().out
+    assert "again to resume" in capsys.readouterr().out
     progress.finished = True
     progress.write(at_once=True)
     assert main.main([*flags, "--json"]) == 0

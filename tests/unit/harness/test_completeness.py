@@ -234,7 +234,7 @@ def test_a_claimed_failure_holds_while_it_fails(
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"\xff\xfe\x00", "no text in UTF-8"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
         (b'{"include": [{"rows": [3]}]}', "3: no such row or cell is claimed"),
         (b'{"include": [{"rows": "row-1"}]}', "found JSON without include"),
         (b'{"include":' + b"[" * 100_000, "found JSON without include"),

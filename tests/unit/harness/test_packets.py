@@ -124,7 +124,7 @@ NOTHING_ELSE = {"verdict": "pass", "metrics": {}, "limits": {}, "message": ""}
     [
         (lambda r: r["checks"].update(load=NOTHING_ELSE), "checks: load: latents prove nothing of"),
         (lambda r: r["checks"]["latents"]["metrics"].update({"class": "odd"}), "no limit is known"),
-        (lambda r: r["plan"].pop("machine"), "tells no machine"),
+        (lambda r: r["plan"].pop("machine"), "names no machine"),
         (
             lambda r: r["plan"]["machine"].update(arch="sm90", vendor="nvidia"),
             "made on nvidia sm90",

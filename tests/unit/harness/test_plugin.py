@@ -261,7 +261,7 @@ def test_a_row_that_is_claimed_to_fail_and_works_fails(project: pytest.Pytester)
     result = claim_failing(project, SUITE.replace('!= "decode"', "is not None"))
     result.assert_outcomes(passed=1, failed=1)
     assert result.ret == CLAIM_VIOLATED
-    result.stdout.fnmatch_lines(["*claimed to fail, and it passes: change the claim*"])
+    result.stdout.fnmatch_lines(["*claimed to fail, but it passes: change the claim*"])
     [path] = (project.path / "evidence").rglob("*.json")
     assert store.read(path).checks["latents"].verdict == "pass"
 

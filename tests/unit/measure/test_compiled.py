@@ -91,7 +91,7 @@ def test_a_record_that_contradicts_its_limits_is_none() -> None:
     ("metrics", "message"),
     [
         ({"programs": []}, "no program was built"),
-        ({"problems": ["ff at its true size: no"]}, "it tells of problems: ff at its true size"),
+        ({"problems": ["ff at its true size: no"]}, "it reports problems: ff at its true size"),
         ({"programs": [{**PROGRAM, "faults": ["spills"]}]}, "decode has a fault: spills"),
         ({"programs": [{**PROGRAM, "arch": "sm90"}]}, "built for sm90, the plan is for sm86"),
         ({"programs": [{"kernel": "decode"}]}, r"programs\[0\].arch: missing"),

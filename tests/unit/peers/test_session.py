@@ -165,5 +165,5 @@ def test_ends_that_have_no_name() -> None:
 def test_no_adapter_of_a_name() -> None:
     with pytest.raises(UsageError, match=r"there is no adapter quantmatrix\.peers\.no_such"):
         peers.load("no-such")
-    with pytest.raises(UsageError, match="is no adapter of it"):
+    with pytest.raises(UsageError, match="is not an adapter of it"):
         peers.load("session")

@@ -90,7 +90,7 @@ def test_a_claimed_failure_agrees_until_it_works(tmp_path: Path) -> None:
         task = next((task for task in found.tasks if task.cell == PROVEN), None)
         return (task.life, task.reason) if task else ("fresh", "")
 
-    outdated = "latents: claimed to fail, and it passes: change the claim"
+    outdated = "latents: claimed to fail, but it passes: change the claim"
     assert life(observe(tables, PROVEN, fails="latents")) == ("fresh", "")
     assert life(observe(tables, PROVEN)) == ("contradicting", outdated)
     assert life(observe(tables, PROVEN, fails="load")) == ("contradicting", outdated)

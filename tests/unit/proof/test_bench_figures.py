@@ -313,7 +313,7 @@ def make_bench_words(**changes: Any) -> argparse.Namespace:
     [
         ({}, ""),
         ({"repeats": 5}, "--repeats 5: expected 6 or more"),
-        ({"model_path": None}, "there is none of them"),
+        ({"model_path": None}, "found none of them"),
         ({"row": ["a"]}, "both --model-path and --row"),
         ({"tolerance": 1.2}, "--tolerance is for"),
         ({"tolerance": 1.2, "baseline": "x"}, ""),

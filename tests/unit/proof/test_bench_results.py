@@ -51,8 +51,8 @@ def test_a_failed_write_leaves_the_old_file(
         (b"[" * 100_000, "not JSON"),
         (b" \n", "empty file"),
         (b"{", "not JSON"),
-        (b"[]", "no file of `quantmatrix bench`"),
-        (b'{"schema": 2}', "no file of `quantmatrix bench`"),
+        (b"[]", "not a file of `quantmatrix bench`"),
+        (b'{"schema": 2}', "not a file of `quantmatrix bench`"),
         (b'{"schema": 1, "planned": ["a"], "results": []}', "nothing was measured"),
         (b'{"schema": 1, "planned": [], "results": [1]}', "nothing was measured"),
         (b'{"schema": 1, "planned": ["a"], "results": [null]}', "not a JSON object"),
@@ -76,7 +76,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
 def test_a_planned_row_that_is_missing_is_an_error() -> None:
     with pytest.raises(BenchmarkError, match="partial: other@cpu was planned and not measured"):
         bench_results.encode([make_result()], ["some-row@cpu", "other@cpu"])
-    with pytest.raises(BenchmarkError, match="is there twice"):
+    with pytest.raises(BenchmarkError, match="appears twice"):
         bench_results.encode([make_result(), make_result()], ["some-row@cpu"])
 
 
@@ -185,7 +185,7 @@ def test_a_file_of_pytest_benchmark(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="nothing was measured"):
         bench_results.read_pytest(path)
     path.write_text("[]")
-    with pytest.raises(BenchmarkError, match="no file of pytest-benchmark"):
+    with pytest.raises(BenchmarkError, match="not a file of pytest-benchmark"):
         bench_results.read_pytest(path)
     with pytest.raises(BenchmarkError, match="missing or empty"):
         bench_results.read_pytest(tmp_path / "none.json")

@@ -337,7 +337,7 @@ def test_nothing_is_written_when_something_is_wrong(quantized, tmp_path, change,
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("{", "no readable JSON"),
+        ("{", "not valid JSON"),
         ("[]", "expected a JSON object"),
         ('{"_class_name": "FluxTransformer2DModel"}', "expected WanTransformer3DModel"),
         ('{"_class_name": "a\\n::error::b"}', r"""_class_name is "a\n::error::b", expected"""),

@@ -32,18 +32,18 @@ def summarize(outcomes: Sequence[Outcome], gates: Sequence[str] = GATES) -> dict
     share = 1 - len(missed) / len(outcomes)
     whole = tuple(gates) == GATES
     problems = [
-        f"{o.fault} in {o.row} ({o.part}) was missed, which must never be"
+        f"{o.fault} in {o.row} ({o.part}) was missed, which must never happen"
         for o in missed
         if whole and o.fault in MUST
     ]
     problems += [
-        f"{o.fault} in {o.row} ({o.part}): the witness says nothing, and must"
+        f"{o.fault} in {o.row} ({o.part}): the witness does not report it, and must"
         for o in outcomes
         if o.fault in WITNESSED and not {"witness", "plan"} & set(o.gates)
     ]
     if whole and share < LEAST_CAUGHT:
         problems.append(
-            f"{share:.1%} of the faults were caught, at least {LEAST_CAUGHT:.0%} is due"
+            f"{share:.1%} of the faults were caught, at least {LEAST_CAUGHT:.0%} is required"
         )
     return {
         "ok": not problems,

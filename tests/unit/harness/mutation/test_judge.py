@@ -61,7 +61,7 @@ def test_a_fault_that_no_gate_looks_at_is_missed(
     assert not found["transposed-scales"].caught
     summary = report.summarize(list(found.values()))
     assert not summary["ok"]
-    assert "must never be" in summary["problems"][0]
+    assert "must never happen" in summary["problems"][0]
 
 
 def test_an_unsound_row_proves_nothing(mutator: Mutator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,7 @@ def test_the_witness_is_held_to_what_it_must_catch() -> None:
         assert report.summarize([seen, planned], gates)["ok"]
         found = report.summarize([seen, unseen], gates)
         assert found["problems"] == [
-            "swapped-nibbles in row (layer): the witness says nothing, and must"
+            "swapped-nibbles in row (layer): the witness does not report it, and must"
         ]
     assert found["by_witness_alone"] == ["swapped-nibbles in row (layer)"]
     text = report.to_markdown([seen, unseen])
