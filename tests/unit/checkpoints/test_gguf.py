@@ -326,7 +326,7 @@ def test_a_file_of_a_folder_is_named_by_its_quantization(tmp_path: Path) -> None
         CheckpointError, match=r"no GGUF files of the quantization Q2_K(.|\n)*x-Q8_0"
     ):
         open_weights(f"{folder}:Q2_K", Hub())
-    with pytest.raises(CheckpointError, match="this is one file: leave it out"):
+    with pytest.raises(CheckpointError, match="this is a single file: leave it out"):
         open_weights(f"{folder}/x-Q8_0.gguf:Q8_0", Hub())
 
 

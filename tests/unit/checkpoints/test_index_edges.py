@@ -26,7 +26,7 @@ OTHER_COMMIT = "f" * 40
         (["a.safetensors"], "no weight_map in it"),
         ("a.safetensors", "no weight_map in it"),
         (None, "no weight_map in it"),
-        ({"a.weight": "b.safetensors"}, "lists 1 shards, 1 are not there: b.safetensors"),
+        ({"a.weight": "b.safetensors"}, "lists 1 shards, 1 are missing: b.safetensors"),
     ],
 )
 def test_indexes(weight_map: Any, text: str, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from quantmatrix.tables import read
 STORE = 80 * 2**20
 """Bytes of each node's object store, the least that Ray takes."""
 STARTS = 6
-MINUTES = 5
+MINUTES = 10
 """Of waiting for a busy machine."""
 
 REAL = (
