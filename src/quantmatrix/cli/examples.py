@@ -41,6 +41,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "packet make": (f"packet make {CELL} --tiny --output-path packet",),
     "plan": (f"plan {FP8} --hardware h200",),
     "quantize": (f"quantize --tiny {BASE} --family fp8 --output-path flux-1-fp8",),
+    "recommend": (
+        "recommend --hardware rtx-4090 --model flux-1 --memory-gib 16",
+        "recommend --hardware auto --prefer speed",
+    ),
     "report": (
         "report --check",
         "report --into docs/quantization.md --table families --columns family cli states=State",

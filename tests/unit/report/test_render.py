@@ -161,6 +161,7 @@ def test_rendering_is_pure(tables: Matrix, observed: dict[str, Evidence]) -> Non
     assert set(first) == {
         "support-matrix.md",
         "support-matrix.csv",
+        "answers.json",
         "support-matrix.svg",
         "badge.json",
         "index.html",
