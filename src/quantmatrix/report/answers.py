@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -179,7 +180,7 @@ def digest_inputs(tables: Matrix, reports: Path) -> str:
     from quantmatrix.tables import read
 
     folder = read.tables_folder()
-    known = {records.path_of(make_key(c.id, scope)) for c in tables.cells for scope in SCOPES}
+    known = {str(records.path_of(make_key(c.id, scope))) for c in tables.cells for scope in SCOPES}
     files = [(f"tables/{path.name}", path) for path in sorted(folder.glob("*.csv"))]
     files += [(name, reports / name) for name in packaged.TABLES if (reports / name).is_file()]
     for path in sorted((reports / EVIDENCE).glob("*/[!.]*.json")):
@@ -381,7 +382,7 @@ class Measured:
         """Distance of the latents from BF16, by layers that compute with the same numerics."""
 
         def is_like(other: Cell, scope: str, record: Evidence) -> bool:
-            same = list_numerics(record) == tuple(numerics)
+            same = bool(numerics) and list_numerics(record) == tuple(numerics)
             return (other.id == cell.id or same) and bool(read_error(record))
 
         for other, scope, record in self.list_near(cell, is_like)[:1]:
@@ -463,7 +464,7 @@ def weigh(option: Option, prefer: str) -> float:
 def order(option: Option, prefer: str) -> tuple[float, ...]:
     """What decides among options that fit equally; see the module."""
     exact = weigh(option, prefer)
-    step = exact if exact == float("inf") else exact // BUCKETS[prefer]
+    step = exact if exact == float("inf") else math.floor(exact / BUCKETS[prefer])
     return option.proof, step, option.made, exact
 
 

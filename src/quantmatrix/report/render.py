@@ -31,7 +31,8 @@ from quantmatrix.proof.states import explain_state as explain_state
 from quantmatrix.proof.states import stand_all as stand_all
 from quantmatrix.proof.states import state_of as state_of
 from quantmatrix.report import answers
-from quantmatrix.report.markdown import show_number, write_family, write_overview
+from quantmatrix.report.markdown import show_number, write_family
+from quantmatrix.report.overview import write_overview
 from quantmatrix.report.page import write_page
 from quantmatrix.report.picture import draw_matrix
 from quantmatrix.report.runtimes import PAGE, TABLE, Runtimes
@@ -129,7 +130,10 @@ def _prepare(reports: str | os.PathLike[str] | None) -> tuple[Path, dict[str, by
         now = read_now(folder, evidence)
         tables = read.read()
         inputs = answers.digest_inputs(tables, folder)
-        return folder, render(tables, evidence, timed, now, lines, others, planned, inputs)
+        pages = sorted(folder.glob(f"{EVIDENCE}/*/measurements/README.md"))
+        measured = [page.relative_to(folder).as_posix() for page in pages]
+        found = (timed, now, lines, others, planned, inputs, measured)
+        return folder, render(tables, evidence, *found)
 
 
 @contextmanager
@@ -176,10 +180,12 @@ def render(
     others: Mapping[str, RuntimeRecord] | None = None,
     planned: Mapping[Key, PlanLine] | None = None,
     inputs: str = "",
+    measured: Sequence[str] = (),
 ) -> dict[str, bytes]:
     """Every file of the report, by its path below the reports folder; without `now` records are
     judged against the rows alone. `others` are records of other runtimes, by the id of their cell,
-    `planned` the lines of plans.csv, `inputs` the digest of what all this was read from."""
+    `planned` the lines of plans.csv, `inputs` the digest of what all this was read from, `measured` pages of
+    measurements below the reports folder."""
     standings = stand_all(tables, evidence, now)
     code = now.code if now else None
     joined = Joined(tables, standings, benchmarks, code)
@@ -191,7 +197,7 @@ def render(
         "support-matrix.csv": write_csv(joined).encode(),
         "support-matrix.svg": draw_picture(joined),
         "badge.json": write_badge(tables, evidence, standings),
-        "index.html": write_page(joined, runtimes),
+        "index.html": write_page(joined, runtimes, found, measured),
     }
     if tables.runtimes:
         pages[PAGE] = write_runtimes_page(runtimes).encode()
