@@ -196,12 +196,13 @@ function drawRow([checkpoint, cells]) {
   return row;
 }
 
-/* The best cell, and the others folded below it. */
+/* The best cell, and the others folded below it: drawn when they are asked for. */
 function drawCells([best, ...others]) {
   if (!best) return [];
   if (!others.length) return [drawCell(best)];
-  const summary = make("summary", {}, `${others.length} more`);
-  return [drawCell(best), make("details", {}, summary, ...others.map(drawCell))];
+  const folded = make("details", {}, make("summary", {}, `${others.length} more`));
+  folded.addEventListener("toggle", () => folded.append(...others.map(drawCell)), { once: true });
+  return [drawCell(best), folded];
 }
 
 function drawCell(cell) {
@@ -211,9 +212,9 @@ function drawCell(cell) {
   const said = cell[BACKEND] || (state === "proven" || state === scope ? "" : state);
   const button = make("button", {
     type: "button", class: `state ${state}${strengthOf(cell)}`, "aria-haspopup": "dialog",
-    "aria-label": `${nameOf(cell)}: ${labelOf(cell)}${number}`,
   }, `${SYMBOLS[state]} ${scope}`, ...(cell[NUMBER] ? [make("b", {}, ` ${cell[NUMBER]}`)] : []),
-  ...(said ? [make("small", {}, said)] : []));
+  ...(said ? [make("small", {}, said)] : []),
+  make("span", { class: "spoken" }, `${nameOf(cell)}: ${labelOf(cell)}${number}`));
   button.addEventListener("click", () => openCell(cell));
   return button;
 }
