@@ -19,7 +19,7 @@ from quantmatrix.proof.plans import FILE as PLANS
 from quantmatrix.proof.plans import read_plans
 from quantmatrix.proof.record import CheckResult, Evidence
 from quantmatrix.proof.scopes import SCOPES
-from quantmatrix.report import answers, page_data, render
+from quantmatrix.report import answers, page_data, ranking, render
 from quantmatrix.report.recommend import list_commands, recommend
 from quantmatrix.tables import read
 from quantmatrix.tables.rows import Matrix
@@ -203,13 +203,13 @@ def test_three_questions_are_answered_by_three_clicks(
     assert best.relative_l2 is not None
     assert f"{best.relative_l2:.3f}" in first
     assert f"{best.weights_mib / 1024:.1f} GiB" in first
-    assert answers.FITS[fit] in first
+    assert ranking.FITS[fit] in first
     said = [box.text for box in browser.find_elements("css selector", "#best pre")]
     assert said == list(list_commands(fit, best))
     assert best.checkpoint in browser.find_element("id", "answer-status").text
 
 
-@pytest.mark.parametrize("prefer", answers.PREFERENCES)
+@pytest.mark.parametrize("prefer", ranking.PREFERENCES)
 @pytest.mark.parametrize("memory", [0.0, 8.0, 24.0])
 def test_the_page_ranks_as_the_command_does(
     browser: Any, own: Path, memory: float, prefer: str
@@ -228,7 +228,7 @@ def test_the_page_ranks_as_the_command_does(
         for model, found in zip(tables.models, by_model, strict=True):
             place = (hardware, model)
             options = [one for one in known.options if (one.hardware, one.model) == place]
-            ranked = answers.rank(options, memory * 1024, prefer)
+            ranked = ranking.rank(options, memory * 1024, prefer)
             assert found == [[fit, one.checkpoint, one.kernel] for fit, one in ranked], place
 
 

@@ -31,6 +31,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "matrix check": ("matrix check", "matrix check --tables docs/matrix"),
     "matrix diff": ("matrix diff main..HEAD",),
     "matrix dry-run": ("matrix dry-run --hardware h200",),
+    "matrix history": ("matrix history fp8-flux-1-native@h200",),
     "matrix jobs": ("matrix jobs --hardware h100 b200 --json",),
     "matrix list": ("matrix list --family modelopt-fp8 --hardware cpu",),
     "matrix schema": ("matrix schema",),

@@ -92,7 +92,8 @@ def write_answer(found: Recommendation, shown: int) -> str:
 
 def list_cells(number: int, fit: int, option: Option) -> tuple[str, ...]:
     """The cells of one line of `HEAD`."""
-    from quantmatrix.report.answers import FITS, PROOFS
+    from quantmatrix.report.answers import PROOFS
+    from quantmatrix.report.ranking import FITS
     from quantmatrix.report.recommend import show_mib
 
     proof = option.scope_label if option.proof != 2 else PROOFS[option.proof]

@@ -24,7 +24,8 @@ from quantmatrix.measure.pictures import C1, C2, WINDOW, smooth
 from quantmatrix.runtime.media import stack_frames
 
 if TYPE_CHECKING:
-    from numpy import ndarray
+    import numpy as np
+    from numpy.typing import NDArray
 
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Powers of the scales, the finest first."""
@@ -98,7 +99,9 @@ def has_flip() -> bool:
     return find_spec("flip_evaluator") is not None
 
 
-def draw_flip(reference: torch.Tensor, candidate: torch.Tensor, *, colour: bool = False) -> ndarray:
+def draw_flip(
+    reference: torch.Tensor, candidate: torch.Tensor, *, colour: bool = False
+) -> NDArray[np.float32]:
     """The map of FLIP, float32 [height, width, 1] of 0..1, of two uint8 pictures [height, width, 3].
 
     With `colour` it is [height, width, 3] in the colours of magma: black is equal. Raises ImportError
@@ -107,7 +110,7 @@ def draw_flip(reference: torch.Tensor, candidate: torch.Tensor, *, colour: bool 
     import flip_evaluator
 
     ours, theirs = ((x.to("cpu", torch.float32) / 255).numpy() for x in (reference, candidate))
-    found: ndarray = flip_evaluator.evaluate(ours, theirs, "LDR", applyMagma=colour)[0]
+    found: NDArray[np.float32] = flip_evaluator.evaluate(ours, theirs, "LDR", applyMagma=colour)[0]
     return found
 
 

@@ -12,9 +12,9 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix.report import answers as answering
+from quantmatrix.report import ranking, template
 from quantmatrix.report import runtimes as columns
-from quantmatrix.report import template
+from quantmatrix.report.answers import PROOFS
 from quantmatrix.report.page_data import DETAILS, collect
 
 if TYPE_CHECKING:
@@ -34,10 +34,10 @@ def write_page(
 
     data = collect(joined, found)
     data["ranking"] = {
-        "buckets": answering.BUCKETS,
-        "proofs": answering.PROOFS,
-        "fits": answering.FITS,
-        "offloads": answering.OFFLOADS,
+        "buckets": ranking.BUCKETS,
+        "proofs": PROOFS,
+        "fits": ranking.FITS,
+        "offloads": ranking.OFFLOADS,
     }
     details = {name: data.pop(name) for name in DETAILS}
     others = columns.collect(runtimes) if joined.tables.runtimes else None
@@ -48,7 +48,7 @@ def write_page(
         details=Markup(encode_data(details)),
         runtimes=others,
         measured=measured,
-        preferences=answering.PREFERENCES,
+        preferences=ranking.PREFERENCES,
     ).encode()
 
 

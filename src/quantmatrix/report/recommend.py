@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from quantmatrix.errors import UsageError
 from quantmatrix.proof import packaged, plans
 from quantmatrix.proof.reports_folder import find_source
-from quantmatrix.report import answers
-from quantmatrix.report.answers import FITS, MIB, OFFLOADS, Answers, No, Option
+from quantmatrix.report import answers, ranking
+from quantmatrix.report.answers import MIB, Answers, No, Option
+from quantmatrix.report.ranking import FITS, OFFLOADS
 
 if TYPE_CHECKING:
     import os
@@ -36,7 +37,7 @@ class Recommendation:
     """Of the device; 0: no limit."""
     prefer: str
     ranked: tuple[tuple[int, Option], ...]
-    """Position in `answers.FITS`, and the option."""
+    """Position in `ranking.FITS`, and the option."""
     refused: tuple[No, ...]
 
     @property
@@ -97,7 +98,7 @@ def recommend(
     hardware: str,
     model: str,
     memory_gib: float | None = None,
-    prefer: str = answers.PREFERENCES[0],
+    prefer: str = ranking.PREFERENCES[0],
 ) -> Recommendation:
     """The answer for ids of the tables; without `memory_gib` (GiB of one device) it is that of the row.
 
@@ -109,7 +110,7 @@ def recommend(
     place = (hardware, model)
     options = [one for one in found.options if (one.hardware, one.model) == place]
     refused = tuple(no for no in found.refused if (no.hardware, no.model) == place)
-    ranked = answers.rank(options, memory * 1024, prefer)
+    ranked = ranking.rank(options, memory * 1024, prefer)
     return Recommendation(hardware, model, memory, prefer, tuple(ranked), refused)
 
 

@@ -21,7 +21,7 @@ from quantmatrix.proof.plans import FILE as PLANS
 from quantmatrix.proof.plans import PlanLine, read_plans, write_plans
 from quantmatrix.proof.record import CheckResult, Evidence
 from quantmatrix.proof.states import stand_all
-from quantmatrix.report import answers, recommend, render
+from quantmatrix.report import answers, ranking, recommend, render
 from quantmatrix.report.answers import Answers, Option
 from quantmatrix.tables import read
 from quantmatrix.tables.rows import Matrix
@@ -78,10 +78,10 @@ def check_answer(found: dict[str, Any]) -> None:
     said = {one["checkpoint"] for one in (*found["ranked"], *found["refused"])}
     assert said == {row.id for row in TABLES.checkpoints.values() if row.model == model}
     if found["reason"]:
-        assert all(one["fits"] == answers.FITS[-1] for one in found["ranked"])
+        assert all(one["fits"] == ranking.FITS[-1] for one in found["ranked"])
         return
     best = found["ranked"][0]
-    assert best["fits"] != answers.FITS[-1]
+    assert best["fits"] != ranking.FITS[-1]
     row = TABLES.checkpoints[best["checkpoint"]]
     command = shlex.split(best["commands"][-1])
     assert "quantmatrix generate --model-path" in best["commands"][-1]
@@ -230,16 +230,16 @@ FITTING = {"weights_mib": 10_000, "largest_mib": 6_000, "layerwise_mib": 900}
 )
 def test_fit(memory: float, movable: bool, peak: int | None, fit: int) -> None:
     one = option("a", movable=movable, peak_mib=peak, **FITTING)
-    assert answers.find_fit(one, memory) == fit
+    assert ranking.find_fit(one, memory) == fit
 
 
 def test_a_single_transformer_is_not_helped_by_moving_it() -> None:
     one = option("a", movable=True, weights_mib=10_000, largest_mib=10_000, layerwise_mib=900)
-    assert answers.find_fit(one, 9_000) == 2
+    assert ranking.find_fit(one, 9_000) == 2
 
 
 def test_unknown_weights_are_not_said_to_be_too_large() -> None:
-    assert answers.find_fit(option("a"), 1) == 0
+    assert ranking.find_fit(option("a"), 1) == 0
 
 
 RANKED = [
@@ -261,20 +261,20 @@ RANKED = [
     ],
 )
 def test_rank(prefer: str, first: list[str]) -> None:
-    assert names(answers.rank(RANKED, 16_384, prefer)) == first
-    assert names(answers.rank(reversed(RANKED), 16_384, prefer)) == first
+    assert names(ranking.rank(RANKED, 16_384, prefer)) == first
+    assert names(ranking.rank(reversed(RANKED), 16_384, prefer)) == first
 
 
 def test_a_checkpoint_is_named_once_by_its_best_option() -> None:
     slow = option("a", proof=0, step=1.2, psnr_db=50.0)
     fast = replace(slow, kernel="fast", step=0.5, psnr_db=30.0)
-    assert [one.kernel for _, one in answers.rank([slow, fast], prefer="speed")] == ["fast"]
-    assert [one.kernel for _, one in answers.rank([slow, fast], prefer="quality")] == ["torch"]
+    assert [one.kernel for _, one in ranking.rank([slow, fast], prefer="speed")] == ["fast"]
+    assert [one.kernel for _, one in ranking.rank([slow, fast], prefer="quality")] == ["torch"]
 
 
 def test_another_preference_is_refused() -> None:
     with pytest.raises(UsageError, match="--prefer beauty: known: quality, speed, memory"):
-        answers.rank(RANKED, prefer="beauty")
+        ranking.rank(RANKED, prefer="beauty")
 
 
 def test_the_offload_that_makes_it_fit_is_in_the_command_once() -> None:
