@@ -150,13 +150,13 @@ def decode(data: bytes, where: object) -> Answers:
         plain = json.loads(data)
         known = [f.name for f in fields(Option)], [f.name for f in fields(No)]
         if plain["schema"] != SCHEMA or (plain["option"], plain["refusal"]) != known:
-            raise KeyError(f"schema {plain['schema']} has other columns than {SCHEMA}")
+            raise QuantmatrixError(f"schema {plain['schema']} has other columns than {SCHEMA}")
         options = [dict(zip(known[0], one, strict=True)) for one in plain["options"]]
         for one in options:
             one["commands"] = tuple(one["commands"])
         refused = tuple(No(*one) for one in plain["refused"])
         return Answers(tuple(Option(**one) for one in options), refused, plain["inputs"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (QuantmatrixError, ValueError, KeyError, TypeError) as error:
         raise QuantmatrixError(
             f"{where}: no answers of this version: {error}; write it again with `quantmatrix report`"
         ) from error
@@ -211,7 +211,7 @@ def list_options(
     joined: Joined,
     known: Measured,
     plans: Mapping[Key, PlanLine],
-    place: tuple[str, str],
+    pair: tuple[str, str],
     cells: Sequence[Cell],
 ) -> Iterator[Option]:
     """Options of a checkpoint on a hardware: cells that may work, else the plan."""
@@ -221,21 +221,21 @@ def list_options(
         if c.claim not in ("refused", "failing", "planned") and joined.states[c.id] in USABLE
     ]
     for cell in usable:
-        plan = plans.get((*place, cell.backend))
+        plan = plans.get((*pair, cell.backend))
         if plan is None or not plan.rule or joined.states[cell.id] == "proven":
             yield describe_cell(joined, known, plan, cell)
-    default = plans.get((*place, ""))
+    default = plans.get((*pair, ""))
     if not usable and default is not None and not default.rule:
-        yield describe_plan(joined, known, default, place)
+        yield describe_plan(joined, known, default, pair)
 
 
 def say_no(
-    joined: Joined, plans: Mapping[Key, PlanLine], place: tuple[str, str], cells: Sequence[Cell]
+    joined: Joined, plans: Mapping[Key, PlanLine], pair: tuple[str, str], cells: Sequence[Cell]
 ) -> No:
     """Why there is no option: what the plan says, else the failure or the claim of a row."""
-    row = joined.tables.checkpoints[place[0]]
-    where = (row.id, row.model, place[1])
-    line = plans.get((*place, ""))
+    row = joined.tables.checkpoints[pair[0]]
+    where = (row.id, row.model, pair[1])
+    line = plans.get((*pair, ""))
     if line is not None and line.rule:
         return No(*where, line.rule, line.message)
     failing = next((c for c in cells if joined.states[c.id] == "failing"), None)
@@ -272,11 +272,9 @@ def describe_cell(joined: Joined, known: Measured, plan: PlanLine | None, cell: 
     )
 
 
-def describe_plan(
-    joined: Joined, known: Measured, line: PlanLine, place: tuple[str, str]
-) -> Option:
+def describe_plan(joined: Joined, known: Measured, line: PlanLine, pair: tuple[str, str]) -> Option:
     """The option of a plan that no row claims."""
-    checkpoint, hardware = place
+    checkpoint, hardware = pair
     like = next((c for c in joined.tables.cells if c.checkpoint == checkpoint), None)
     commands: tuple[str, ...] = ()
     numbers: dict[str, Any] = {}

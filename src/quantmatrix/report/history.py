@@ -129,5 +129,5 @@ def say_since(versions: list[Version]) -> str:
         return "no record was ever committed"
     scope = max((one.scope for one in versions), key=SCOPES.index)
     changed = [one for one in versions if one.scope == scope and one.trend != "same"][-1]
-    words = {"first": "as it was first seen", "better": "better", "worse": "worse"}[changed.trend]
-    return f"{scope}: {words} since {changed.date} ({changed.commit[:12]})"
+    text = {"first": "as it was first seen", "better": "better", "worse": "worse"}[changed.trend]
+    return f"{scope}: {text} since {changed.date} ({changed.commit[:12]})"

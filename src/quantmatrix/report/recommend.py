@@ -107,9 +107,9 @@ def recommend(
     if memory_gib is not None and not 0 < memory_gib < float("inf"):
         raise UsageError(f"--memory-gib {memory_gib:g}: expected GiB of one device, such as 16")
     memory = tables.hardware[hardware].memory_gib if memory_gib is None else memory_gib
-    place = (hardware, model)
-    options = [one for one in found.options if (one.hardware, one.model) == place]
-    refused = tuple(no for no in found.refused if (no.hardware, no.model) == place)
+    pair = (hardware, model)
+    options = [one for one in found.options if (one.hardware, one.model) == pair]
+    refused = tuple(no for no in found.refused if (no.hardware, no.model) == pair)
     ranked = ranking.rank(options, memory * 1024, prefer)
     return Recommendation(hardware, model, memory, prefer, tuple(ranked), refused)
 

@@ -176,7 +176,7 @@ function bars(title, facts, show) {
 }
 
 /* Quantized beside BF16: bars of steps, loads and memory, and every comparison as a table. */
-const TIMING_HEAD = ["", "BF16 ms", "quantized ms", "ratio", "95 % interval", "smallest detectable change", "verdict"];
+const TIMING_HEAD = ["timing", "BF16 ms", "quantized ms", "ratio", "95 % interval", "smallest detectable change", "verdict"];
 
 function describeBenchmark(bench) {
   if (!bench) return [];

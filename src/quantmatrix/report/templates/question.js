@@ -62,6 +62,11 @@ function answer() {
   find("best").replaceChildren(...(usable.length ? describeBest(...usable[0]) : []));
 }
 
+function answerAgain() {
+  answer();
+  keepAddress();
+}
+
 function tellAnswer(asked, ranked, usable) {
   const room = asked.memory ? ` with ${asked.memory / 1024} GiB` : "";
   const place = `${asked.model} on ${asked.hardware}${room}`;

@@ -11,12 +11,11 @@ function start() {
   for (const id of ["filters", "question"]) {
     find(id).addEventListener("submit", (event) => event.preventDefault());
   }
-  find("filters").addEventListener("input", applyFilters);
   find("filters").addEventListener("reset", () => setTimeout(applyFilters));
-  find("question").addEventListener("input", () => {
-    answer();
-    keepAddress();
-  });
+  for (const event of ["input", "change"]) { // some programs that choose for a reader send but one
+    find("filters").addEventListener(event, applyFilters);
+    find("question").addEventListener(event, answerAgain);
+  }
   find("all").addEventListener("click", () => {
     find("filters").reset();
     find("text").focus();
