@@ -51,6 +51,8 @@ PROOFS = ("ran here", "kernels compiled", "claimed, not run", "plan alone")
 """How much of an option was run on the hardware, the most first."""
 USABLE = ("proven", "unjudged", "stale", "unproven")
 """States of cells that are an option."""
+ERRORS = ("psnr_db", "relative_l2")
+"""Metrics of the worst step that an option has."""
 MIB = 2**20
 
 
@@ -330,8 +332,9 @@ def list_kernels(record: Evidence | None) -> tuple[str, ...]:
 
 
 def list_numerics(record: Evidence | None) -> tuple[str, ...]:
-    """Numerics of a record's layers, sorted."""
-    return tuple(sorted({n for part in list_parts(record) for n in part.get("numerics", ())}))
+    """Numerics of a record's layers, sorted; older records have none."""
+    named = [part.get("numerics") for part in list_parts(record)]
+    return tuple(sorted({str(n) for one in named if isinstance(one, Mapping) for n in one}))
 
 
 class Measured:
@@ -374,9 +377,7 @@ class Measured:
             return (other.id == cell.id or same) and bool(read_error(record))
 
         for other, scope, record in self.list_near(cell, is_like)[:1]:
-            worst = read_error(record)
-            numbers = {n: worst.get(n) for n in ("psnr_db", "relative_l2")}
-            return {**numbers, "error_on": f"{other.hardware}, {scope}"}
+            return {**read_error(record), "error_on": f"{other.hardware}, {scope}"}
         return {}
 
     def find_step(self, cell: Cell, backend: str) -> dict[str, Any]:
@@ -390,7 +391,7 @@ class Measured:
     def find_peak(self, cell: Cell, backend: str) -> dict[str, Any]:
         """Peak memory of a step, with this backend on a device of the vendor."""
         for other, record in self.list_timed(cell, backend):
-            peak = record.checks["true-size"].metrics.get("peak", {}).get("quantized_bytes")
+            peak = read_number(record.checks["true-size"].metrics, "peak", "quantized_bytes")
             if peak:
                 one = ", one transformer" if self.transformers[cell.model] > 1 else ""
                 return {"peak_mib": round(peak / MIB), "peak_on": f"{other.hardware}{one}"}
@@ -408,10 +409,19 @@ class Measured:
             yield other, record
 
 
+def read_number(metrics: Mapping[str, Any], part: str, name: str) -> float | None:
+    """A number inside a part of a check's metrics, or None: metrics have no fixed form."""
+    found = metrics.get(part)
+    value = found.get(name) if isinstance(found, Mapping) else None
+    return value if isinstance(value, (int, float)) else None
+
+
 def read_error(record: Evidence) -> Mapping[str, Any]:
     """Worst-step metrics of the latents, or of the steps at true size; empty where there are none."""
     for name in ("latents", "true-size"):
         check = record.checks.get(name)
-        if check is not None and (worst := check.metrics.get("worst")):
-            return dict(worst)
+        if check is not None:
+            numbers = {n: read_number(check.metrics, "worst", n) for n in ERRORS}
+            if numbers["relative_l2"] is not None:
+                return numbers
     return {}

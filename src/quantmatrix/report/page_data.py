@@ -28,6 +28,7 @@ from quantmatrix.proof import record as records
 from quantmatrix.proof.scopes import SCOPES, TRUE_SIZE, WEIGHTS, key_of, make_key
 from quantmatrix.proof.states import STATES
 from quantmatrix.proof.thumbnails import KEYS, PICTURES
+from quantmatrix.report.answers import read_number
 from quantmatrix.report.bench_pages import describe_result
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def list_speeds(joined: Joined) -> list[list[Any]]:
         metrics = standing.record.checks["true-size"].metrics
         times = [standing.record.timings.get(f"step {form}") for form in ("bf16", "quantized")]
         sizes = [
-            metrics.get(what, {}).get(f"{form}_bytes")
+            read_number(metrics, what, f"{form}_bytes")
             for what in ("weights", "peak")
             for form in ("bf16", "quantized")
         ]
