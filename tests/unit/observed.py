@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tables import CASES, write_tables
+from tables import CASES, CHECKPOINTS, write_tables
 
 from quantmatrix.proof import record as records
 from quantmatrix.proof import thumbnails
@@ -138,11 +138,21 @@ def fake_pictures(name: str) -> dict[str, Any]:
 
 
 def make_large(folder: Path, rows: int = 1667) -> tuple[Matrix, dict[str, Evidence]]:
-    """A matrix of six cells per row (10,002 by default), each with a record."""
+    """A matrix of six cells per row (10,002 by default), each with a record; ten rows a checkpoint."""
     place = {"hardware": "cpu h100 b200", "backend": "reference decode"}
     cases = [
-        {**CASES[0], **place, "id": f"row-{number:04}", "flags": f"--seed {number}"}
+        {
+            **CASES[0],
+            **place,
+            "id": f"row-{number:04}",
+            "flags": f"--seed {number}",
+            "checkpoint": f"flux-1-fp8-{number // 10:03}",
+        }
         for number in range(rows)
     ]
-    tables = read.read(write_tables(folder, cases))
+    checkpoints = [
+        {**CHECKPOINTS[0], "id": f"flux-1-fp8-{number:03}", "reference": f"some/fp8-{number:03}"}
+        for number in range((rows + 9) // 10)
+    ]
+    tables = read.read(write_tables(folder, cases, checkpoints=checkpoints))
     return tables, {cell.id: observe_run(tables, cell) for cell in tables.cells}

@@ -31,6 +31,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "matrix check": ("matrix check", "matrix check --tables docs/matrix"),
     "matrix diff": ("matrix diff main..HEAD",),
     "matrix dry-run": ("matrix dry-run --hardware h200",),
+    "matrix history": ("matrix history fp8-flux-1-native@h200",),
     "matrix jobs": ("matrix jobs --hardware h100 b200 --json",),
     "matrix list": ("matrix list --family modelopt-fp8 --hardware cpu",),
     "matrix schema": ("matrix schema",),
@@ -41,6 +42,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "packet make": (f"packet make {CELL} --tiny --output-path packet",),
     "plan": (f"plan {FP8} --hardware h200",),
     "quantize": (f"quantize --tiny {BASE} --family fp8 --output-path flux-1-fp8",),
+    "recommend": (
+        "recommend --hardware rtx-4090 --model flux-1 --memory-gib 16",
+        "recommend --hardware auto --prefer speed",
+    ),
     "report": (
         "report --check",
         "report --into docs/quantization.md --table families --columns family cli states=State",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from quantmatrix.errors import UsageError
+
 if TYPE_CHECKING:
     from quantmatrix.report.explain import Explanation
 
@@ -15,7 +17,10 @@ def add_to(commands: Any) -> None:
 
     text = "check whether a checkpoint works on your GPU, and what to use if it does not"
     parser = add_command(commands, "explain", text, run_explain)
-    parser.add_argument("--checkpoint", required=True, help="an id, a hub id, a path or file name")
+    parser.add_argument(
+        "--checkpoint",
+        help="an id, a hub id, a path or file name; `recommend` chooses one for you",
+    )
     parser.add_argument("--hardware", required=True, help="an id, a group or `auto`")
     parser.add_argument("--model", help="only checkpoints of this model")
     parser.add_argument("--reports", help="folder of the reports (default: reports)")
@@ -23,7 +28,16 @@ def add_to(commands: Any) -> None:
 
 
 def run_explain(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Print one explanation per cell; 0 whatever the state, for the question was answered."""
+    """Print one explanation per cell; 0 whatever the state, for the question was answered.
+
+    UsageError without a checkpoint, which names the command that chooses one.
+    """
+    if arguments.checkpoint is None:
+        model = f" --model {arguments.model}" if arguments.model else ""
+        raise UsageError(
+            "--checkpoint is missing: name one, or let "
+            f"`quantmatrix recommend --hardware {arguments.hardware}{model}` choose it"
+        )
     from quantmatrix.cli.matrix import tell_where
     from quantmatrix.cli.output import print_json
     from quantmatrix.proof import columns, reports_folder

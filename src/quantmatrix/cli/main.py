@@ -187,6 +187,7 @@ NAMES: tuple[str, ...] = (
     "completion",
     "init",
     "explain",
+    "recommend",
     "run_column",
     "agreement",
     "validate",

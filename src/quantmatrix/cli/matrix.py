@@ -60,7 +60,7 @@ def _add_matrix(commands: Any) -> None:
                     metavar=flag.upper(),
                     help=f"only cells of these {PLURALS[flag]}",
                 )
-    for name in ("jobs", "matrix_diff", "dry_run"):
+    for name in ("jobs", "matrix_diff", "matrix_history", "dry_run"):
         import_module(f"quantmatrix.cli.{name}").add_to_matrix(actions)
 
 

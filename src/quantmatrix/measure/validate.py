@@ -10,6 +10,7 @@ in memory. What is measured:
 | `witness` | per component, decoded layers beside the base model's own weights (see `witness`) |
 | `layers`  | error of every quantized layer on the inputs that it gets (see `layer_errors`) |
 | `runs`    | per prompt and seed: distance of the latents of every step and of the pictures |
+| `quality` | PSNR, SSIM, MS-SSIM and FLIP over all runs: mean, worst, and of which prompt (see `quality`) |
 | `scope`   | what was measured: `stand-in`, `published`, or `local files` that are in no repository yet |
 | `memory`  | bytes of transformer weights; the accelerator's peak where there is one |
 | `machine`, `versions`, `checkpoint`, `command` | what it was measured on, and with |
@@ -39,6 +40,7 @@ from quantmatrix.measure.census import find_differences, find_undeclared
 from quantmatrix.measure.latents import compare_trajectories, find_worst, summarize
 from quantmatrix.measure.layers import LayerErrors, watch_layers
 from quantmatrix.measure.pictures import measure_media
+from quantmatrix.measure.quality import measure_quality, summarize_quality
 from quantmatrix.proof import record as records
 from quantmatrix.proof import scopes
 from quantmatrix.request import Request, strip_quantization
@@ -90,6 +92,7 @@ def validate(request: Request, command: str, say: Say = lambda _: None) -> Valid
     problems += judge_layers(errors) + judge_runs(pairs)
     quantized = {name: part for name, part in plan.components.items() if part.layers}
     files = [file for part in quantized.values() for file in part.checkpoint.files]
+    described = [describe_pair(pair) for pair in pairs]
     report = {
         "schema": SCHEMA,
         "ok": not problems,
@@ -103,7 +106,8 @@ def validate(request: Request, command: str, say: Say = lambda _: None) -> Valid
         "census": census,
         "witness": {found.component: found.to_json() for found in reports},
         "layers": {"summary": errors.to_json(), "errors": errors.found},
-        "runs": [describe_pair(pair) for pair in pairs],
+        "runs": described,
+        "quality": summarize_quality(described),
         "memory": describe_memory(base, plan, pairs),
         "plan": plan.to_json(),
         "machine": probe.fingerprint(),
@@ -230,6 +234,7 @@ def describe_pair(pair: tuple[Run, Run]) -> dict[str, Any]:
         "seed": run.seed,
         "latents": steps,
         "media": measure_media(base.media, run.media),
+        "quality": measure_quality(base.media, run.media),
     }
 
 

@@ -6,6 +6,7 @@
 | `validation.json` | everything that was measured |
 | `model-card.md`   | a model card: YAML front matter, and what was measured |
 | `images/`         | per run the BF16 picture, the quantized one and their difference (PNG) |
+| `contact-sheet.png` | all runs on one picture, with maps of FLIP: see `contact_sheet` |
 """
 
 from __future__ import annotations
@@ -18,15 +19,22 @@ from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import UsageError
 from quantmatrix.files import check_writable, whole
+from quantmatrix.measure.contact_sheet import draw_sheet
+from quantmatrix.measure.quality import read_metric
 from quantmatrix.proof.scopes import WEIGHTS
 
 if TYPE_CHECKING:
     from quantmatrix.measure.validate import Validation
     from quantmatrix.runtime.run import Run
 
+SHEET = "contact-sheet.png"
 KINDS = ("bf16", "quantized", "difference")
 LONGEST = 300
 """Characters of a fact that a model card shows."""
+METRICS = (
+    ("psnr_db", "PSNR", " dB"), ("ssim", "SSIM", ""), ("ms_ssim", "MS-SSIM", ""), ("flip", "FLIP", ""),
+)  # fmt: skip
+"""(name, title, unit) of the metrics of pictures."""
 GAIN = 4
 """The difference is shown this many times as strong, around a middle grey."""
 MIB = 2**20
@@ -35,7 +43,7 @@ YAML_RESERVED = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
 
 
 def write_folder(found: Validation, folder: Path) -> Path:
-    """Write the four things of the module's table into a folder that appears whole or not at all.
+    """Write what the module's table lists into a folder that appears whole or not at all.
 
     Raises UsageError for a folder that is not empty, before anything is written.
     """
@@ -54,7 +62,7 @@ def check_output(folder: Path) -> None:
 
 
 def write_files(found: Validation, folder: Path) -> None:
-    """Write the four things of the module's table into a folder that exists."""
+    """Write what the module's table lists into a folder that exists."""
     (folder / "images").mkdir()
     pictures = []
     for number, pair in enumerate(found.runs):
@@ -62,10 +70,40 @@ def write_files(found: Validation, folder: Path) -> None:
         for name, picture in zip(names, draw_pictures(pair), strict=True):
             picture.save(folder / name)
         pictures.append(names)
+    captions = [write_caption(run) for run in found.report["runs"]]
+    sheet = draw_sheet(found.runs, captions, describe_scope(found.report["scope"]))
+    sheet.save(folder / SHEET)
     text = json.dumps(found.report, indent=1, sort_keys=True, allow_nan=False)
     (folder / "validation.json").write_text(f"{text}\n", encoding="utf-8")
     (folder / "model-card.md").write_text(write_card(found.report), encoding="utf-8")
     (folder / "index.html").write_text(write_page(found.report, pictures), encoding="utf-8")
+
+
+def write_caption(run: dict[str, Any]) -> str:
+    """What a run is, and how near: `a fox, seed 7: PSNR 30.1 dB, SSIM 0.91, MS-SSIM 0.97, FLIP 0.05`."""
+    shown = [
+        f"{title} {value:.4g}{unit}"
+        for name, title, unit in METRICS
+        if (value := read_metric(run, name)) is not None
+    ]
+    return f"{run['prompt']}, seed {run['seed']}: {', '.join(shown)}"
+
+
+def list_quality(report: dict[str, Any]) -> list[list[str]]:
+    """The table of quality: a line per prompt and seed, then the mean and the worst of each metric."""
+
+    def show(value: float | None) -> str:
+        return "–" if value is None else f"{value:.4g}"
+
+    names = [name for name, _, _ in METRICS]
+    lines = [
+        [f"{run['prompt']} (seed {run['seed']})", *(show(read_metric(run, n)) for n in names)]
+        for run in report["runs"]
+    ]
+    for title in ("mean", "worst"):
+        summary = [report["quality"][name] for name in names]
+        lines.append([title, *(show(one[title] if one else None) for one in summary)])
+    return lines
 
 
 def draw_pictures(pair: tuple[Run, Run]) -> list[Any]:
@@ -93,6 +131,9 @@ def write_page(report: dict[str, Any], pictures: Sequence[Sequence[str]]) -> str
         runs=list(zip(report["runs"], pictures, strict=True)),
         curves=[draw_curve(run["latents"]["steps"]) for run in report["runs"]],
         facts=list_facts(report),
+        quality=list_quality(report),
+        metrics=[f"{title}{f' ({unit.strip()})' if unit else ''}" for _, title, unit in METRICS],
+        sheet=SHEET,
         gain=GAIN,
         scope=describe_scope(report["scope"]),
     )
@@ -134,6 +175,14 @@ def list_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("latents, cosine", f"{show_worst(worst, 'cosine')} at the worst step"),
         ("pictures, PSNR", f"{show_least(media)} dB"),
         ("pictures, SSIM", show_least(ssim)),
+        *(
+            (
+                f"pictures, {title}",
+                f"{found['mean']:.4g} in the mean, {found['worst']:.4g} at worst",
+            )
+            for name, title, _ in METRICS[2:]
+            if (found := report["quality"][name])
+        ),
         ("files", f"{report['checkpoint']['bytes'] / MIB:,.1f} MiB"),
         ("revision", report["checkpoint"].get("revision", "")),
         ("weights in memory", f"{weights[0]:,.1f} MiB in BF16, {weights[1]:,.1f} MiB quantized"),

@@ -6,7 +6,8 @@ A wheel carries `quantmatrix/reports/`:
 | -------------- | ------- |
 | `records.json` | every record of `reports/evidence`, without pictures, steps and paths |
 | `runtimes.json`| every record of `reports/runtimes`, without logs |
-| `*.csv`        | the files of `reports/` that judge: limits, spreads, carried digests |
+| `*.csv`        | the files of `reports/` that judge, and plans: limits, spreads, carried digests |
+| `answers.json` | what `quantmatrix recommend` answers, as it was rendered |
 
 `hatch_build.py` writes it when a wheel is built. A summary is a record still: what `explain`,
 `agreement` and `matrix list` look at is untouched, so they say the same as inside the checkout.
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parents[1] / "reports"
 """Where the package has it; not there in a checkout."""
 RECORDS = "records.json"
-TABLES = ("limits.csv", "spread.csv", "carried.csv")
+ANSWERS = "answers.json"
+TABLES = ("limits.csv", "spread.csv", "carried.csv", "plans.csv")
 """Files of the reports folder that a wheel carries, those that are there."""
 OMITTED_METRICS = ("thumbnails", "steps", "final", "media", "stages")
 OMITTED_FACTS = ("files", "config_from", "why", "reference")
@@ -84,6 +86,6 @@ def write_folder(reports: Path, folder: Path) -> None:
     (folder / RECORDS).write_bytes(summarize(found.values()))
     others = columns.read_folder(reports / columns.RUNTIMES)
     (folder / columns.SUMMARY).write_bytes(columns.summarize(others.values()))
-    for name in TABLES:
+    for name in (*TABLES, ANSWERS):
         if (reports / name).is_file():
             (folder / name).write_bytes((reports / name).read_bytes())

@@ -1,8 +1,8 @@
-"""Pages: the Markdown of the report, written from tables and records that were joined.
+"""Family pages: the Markdown of one family, written from tables and records that were joined.
 
-The overview reproduces the quantization guide's two big tables with our proof beside each claim;
-each family has a page with its rows, what was measured, what is refused, the commands to copy, and
-the description of its format, which is the docstring of the module that reads it.
+A page has a heading for each checkpoint, to which others link, with a line for each of its cells; what was
+measured, what is refused, the commands to copy, and the description of the format, which is the docstring
+of the module that reads it. GitHub cuts off what is wide: nothing in a table is longer than 120 characters.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantmatrix.proof.agreement import is_compiled
-from quantmatrix.proof.carried import CARRIED
-from quantmatrix.proof.freshness import CARRYING
-from quantmatrix.proof.joined import LABELS, read_worst
+from quantmatrix.proof.joined import read_worst
 from quantmatrix.proof.scopes import SCOPES, WEIGHTS
+from quantmatrix.quoting import escape_markdown
 from quantmatrix.report import bench_pages
 from quantmatrix.report.table import write_table
 from quantmatrix.tables.rows import ASSIGNMENT
 
 if TYPE_CHECKING:
     from quantmatrix.proof.joined import Joined
-
-if TYPE_CHECKING:
-    from quantmatrix.tables.rows import Cell, CheckpointRow, FamilyRow
+    from quantmatrix.tables.rows import Cell, FamilyRow
 
 NOTICE = (
     "<!-- Rendered by `quantmatrix report` from matrix/ and reports/evidence/: do not edit. -->"
 )
+
+
+SIGNS = {
+    "proven": "✓", "refused": "⊘", "failing": "✗", "unjudged": "≈", "stale": "↻", "unproven": "?", "planned": "…",
+}  # fmt: skip
+"""A sign for each state, as the page has it."""
 
 
 def show_number(value: float | None) -> str:
@@ -39,128 +41,34 @@ def show_number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def write_overview(joined: Joined, classes: str = "") -> str:
-    """support-matrix.md: the picture, the counts, and the guide's two tables with our proof.
-
-    `classes` is a sentence on the transformer classes that were proved.
-    """
-    tables = joined.tables
-    claims = [cell for cell in tables.cells if cell.claim != "planned"]
-    agreeing = sum(joined.agrees(cell) for cell in claims)
-    share = f"{1000 * agreeing // len(claims) / 10} %" if claims else "no"
-    counts = joined.count(tables.cells)
-    picture = "![Support matrix: quant family by hardware](support-matrix.svg)"
-    checkpoints = [row for row in tables.checkpoints.values() if row.algo]
-    parts = [
-        NOTICE,
-        "# Support matrix",
-        f"{agreeing} of {len(claims)} claims ({share}) are backed by a run of the row as it "
-        "stands. Every state links to its evidence, and names its scope: what was run.",
-        write_scopes(joined),
-        *write_carried(joined),
-        picture,
-        write_table(["state and scope", "cells"], [(name, str(n)) for name, n in counts.items()]),
-        "## Families and hardware",
-        write_grid(joined),
-        "## Quant families",
-        "`quant_family` means a checkpoint and loading family with shared usage and loader "
-        "behaviour, not just a numeric precision or a kernel backend.",
-        write_families(joined),
-        *([classes] if classes else []),
-        "## Validated ModelOpt checkpoints",
-        write_checkpoints(joined, checkpoints, ""),
-        *(
-            ["## Other programs", "Which of them loads which file: [runtimes.md](runtimes.md)."]
-            if tables.runtimes
-            else []
-        ),
-    ]
-    return "\n\n".join(parts) + "\n"
+def write_checkpoints(joined: Joined, cells: Sequence[Cell]) -> list[str]:
+    """A heading per checkpoint, which the overview's proofs link to, and a line per cell below it."""
+    parts = []
+    for checkpoint in dict.fromkeys(cell.checkpoint for cell in cells):
+        row = joined.tables.checkpoints[checkpoint]
+        about = [f"{joined.tables.models[row.model].name}: `{row.reference}`", row.scope, row.notes]
+        parts += [f"### {checkpoint}", ". ".join(text for text in about if text)]
+        lines = [list_cells(joined, cell) for cell in cells if cell.checkpoint == checkpoint]
+        parts.append(write_table(CELL_HEAD, lines))
+    return parts
 
 
-def write_scopes(joined: Joined) -> str:
-    """What each scope means, and how many cells agree with their claim by a record of it."""
-    rows = []
-    for scope in SCOPES:
-        cells = [cell for cell in joined.tables.cells if joined.standings[cell.id].scope == scope]
-        shown = [c for c in cells if joined.agrees(c) or is_compiled(joined.standings[c.id])]
-        rows.append([f"`{scope}`", WEIGHTS[scope], str(len(shown))])
-    return write_table(["scope", "what was run", "claims"], rows)
+CELL_HEAD = ("row", "hardware", "backend", "claim", "state", "PSNR dB", "proof")
 
 
-def write_carried(joined: Joined) -> list[str]:
-    """A line on the records that are carried, where there are some."""
-    carried = sum(reason.startswith(CARRYING) for reason in joined.reasons.values())
-    return (
-        [
-            f"{carried} of these records are *carried*: the code has changed since, and the latents of "
-            f"the same cells on a CPU have not, to the last bit ([{CARRIED}]({CARRIED}))."
-        ]
-        if carried
-        else []
-    )
-
-
-def write_grid(joined: Joined) -> str:
-    """Families by hardware, as counts."""
-    tables = joined.tables
-    rows = []
-    for family in tables.families:
-        cells: dict[str, list[Cell]] = {}
-        for cell in tables.cells:
-            if cell.family == family:
-                cells.setdefault(cell.hardware, []).append(cell)
-        boxes = [show_counts(joined.count(cells.get(name, []))) for name in tables.hardware]
-        rows.append([f"[`{family}`](families/{family}.md)", *boxes])
-    return write_table(["family", *tables.hardware], rows)
+def list_cells(joined: Joined, cell: Cell) -> list[str]:
+    """A cell as a line of `CELL_HEAD`."""
+    rule = f" (`{cell.rule}`)" if cell.rule else ""
+    psnr = show_number(read_worst(joined.evidence.get(cell.id)).get("psnr_db"))
+    label = joined.standings[cell.id].label
+    proof = joined.link(cell, "record", "../") if cell.id in joined.evidence else ""
+    where = [f"`{cell.row}`", cell.hardware, cell.backend, f"{cell.claim}{rule}"]
+    return [*where, f"{SIGNS[joined.states[cell.id]]} {label}", psnr, proof]
 
 
 def show_counts(counts: Mapping[str, int]) -> str:
     """`4 proven, 1 stale`."""
     return ", ".join(f"{count} {state}" for state, count in counts.items()) or "–"
-
-
-def write_families(joined: Joined) -> str:
-    """The guide's table of families, with our proof in the last column."""
-    head = ["quant_family", "checkpoint form", "canonical CLI", "supported models"]
-    head += ["extra dependency", "platform / notes", "proof"]
-    rows = []
-    for family in joined.tables.families.values():
-        cells = [cell for cell in joined.tables.cells if cell.family == family.id]
-        proof = f"[{show_counts(joined.count(cells))}](families/{family.id}.md)"
-        facts = [family.checkpoint_form, family.canonical_cli, family.supported_models]
-        facts += [family.extra_dependency, family.notes]
-        rows.append([f"`{family.id}`", *facts, proof])
-    return write_table(head, rows)
-
-
-def write_checkpoints(joined: Joined, rows: Iterable[CheckpointRow], base: str) -> str:
-    """The guide's table of validated checkpoints, with our proof in the last column."""
-    head = ["Quant Algo", "Base Model", "Preferred CLI", "HF Repo", "Current Scope", "Notes"]
-    lines = []
-    for row in rows:
-        cells = [cell for cell in joined.tables.cells if cell.checkpoint == row.id]
-        facts = [f"`{row.algo}`", f"`{row.base}`", f"`{row.cli}`", f"`{row.reference}`"]
-        lines.append([*facts, row.scope, row.notes, write_proof(joined, cells, base)])
-    return write_table([*head, "Proof"], lines)
-
-
-def write_proof(joined: Joined, cells: Sequence[Cell], base: str) -> str:
-    """`**proven · stand-in**: cpu decode (2), h100; **unproven**: b200`, each linked to a record."""
-    by_label: dict[str, dict[str, list[Cell]]] = {label: {} for label in LABELS}
-    for cell in cells:
-        by_hardware = by_label[joined.standings[cell.id].label]
-        by_hardware.setdefault(f"{cell.hardware} {cell.backend}".strip(), []).append(cell)
-    texts = []
-    for label, by_hardware in by_label.items():
-        links = []
-        for name, found in by_hardware.items():
-            names = [name, *(f"({number})" for number in range(2, len(found) + 1))]
-            pairs = zip(found, names, strict=True)
-            links.append(" ".join(joined.link(cell, name, base) for cell, name in pairs))
-        if links:
-            texts.append(f"**{label}**: {', '.join(links)}")
-    return "; ".join(texts) or "no cell"
 
 
 def write_family(joined: Joined, family: FamilyRow) -> str:
@@ -178,9 +86,9 @@ def write_family(joined: Joined, family: FamilyRow) -> str:
         NOTICE,
         f"# {family.id}",
         "[All families](../support-matrix.md)",
-        write_table(["", ""], facts),
-        "## Rows",
-        write_rows(joined, cells),
+        "\n".join(f"- {name}: {text}" for name, text in facts if text),
+        "## Checkpoints",
+        *write_checkpoints(joined, cells),
     ]
     measured = [cell for cell in cells if joined.states[cell.id] == "proven"]
     if measured:
@@ -191,8 +99,11 @@ def write_family(joined: Joined, family: FamilyRow) -> str:
         parts += ["## Speed and memory beside BF16", bench_pages.LEGEND, table]
     open_cells = [c for c in cells if joined.states[c.id] in ("failing", "stale")]
     if open_cells:
-        lines = [(joined.link(c, c.id, "../"), joined.reasons[c.id]) for c in open_cells]
-        parts += ["## To be looked at", write_table(["cell", "why"], lines)]
+        lines = [
+            f"- {joined.link(c, c.id, '../')}: {escape_markdown(joined.reasons[c.id])}"
+            for c in open_cells
+        ]
+        parts += ["## To be looked at", "\n".join(lines)]
     refused = [cell for cell in cells if joined.states[cell.id] == "refused"]
     if refused:
         parts += ["## Refusals", write_refusals(joined, refused)]
@@ -208,19 +119,6 @@ def group_rows(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
     for cell in cells:
         rows.setdefault(cell.row, []).append(cell)
     return rows
-
-
-def write_rows(joined: Joined, cells: Sequence[Cell]) -> str:
-    """One line per row of cases.csv: the claim, and the state on each hardware."""
-    lines = []
-    for row, group in group_rows(cells).items():
-        first = group[0]
-        rule = f" (`{first.rule}`)" if first.rule else ""
-        proof = write_proof(joined, group, "../")
-        lines.append(
-            [f"`{row}`", first.model, f"`{first.checkpoint}`", f"{first.claim}{rule}", proof]
-        )
-    return write_table(["row", "model", "checkpoint", "claim", "state"], lines)
 
 
 def write_measurements(joined: Joined, cells: Sequence[Cell]) -> str:
@@ -254,13 +152,17 @@ def write_measurements(joined: Joined, cells: Sequence[Cell]) -> str:
 
 
 def write_refusals(joined: Joined, cells: Sequence[Cell]) -> str:
-    """What the plan said where the row claims a refusal."""
-    lines = []
+    """What the plan said where the row claims a refusal: hardware that hears the same in one entry."""
+    said: dict[tuple[str, str, str], list[str]] = {}
     for cell in cells:
         refusal = joined.evidence[cell.id].plan.get("refusal") or {}
-        message = str(refusal.get("message", ""))
-        lines.append([joined.link(cell, cell.id, "../"), f"`{cell.rule}`", message])
-    return write_table(["cell", "rule", "what the plan says"], lines)
+        message = escape_markdown(str(refusal.get("message", "")))
+        link = joined.link(cell, cell.hardware, "../")
+        said.setdefault((cell.row, cell.rule, message), []).append(link)
+    return "\n".join(
+        f"- `{row}` on {', '.join(dict.fromkeys(links))}: `{rule}`: {message}"
+        for (row, rule, message), links in said.items()
+    )
 
 
 def write_commands(joined: Joined, cells: Sequence[Cell]) -> str:

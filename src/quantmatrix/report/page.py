@@ -1,32 +1,55 @@
-"""Page: `reports/index.html`, the matrix and all its evidence in one file that loads nothing.
+"""Page: `reports/index.html`, the question, the matrix and all its evidence in one file that loads nothing.
 
-The template, its style and its script lie in `templates/`; this module puts the data in. The script
-draws table rows as they are scrolled to, so ten thousand cells open at once. Text from records is
-data: the script never reads it as HTML, and the page forbids itself every connection.
+The template, its style and its scripts lie in `templates/`; this module puts the data in, in two blocks:
+what the page needs to answer, and what an open cell needs. The scripts draw table rows as they are scrolled
+to, so ten thousand cells open at once. Text from records is data: the scripts never read it as HTML, and the
+page forbids itself every connection.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from quantmatrix.report import ranking, template
 from quantmatrix.report import runtimes as columns
-from quantmatrix.report import template
-from quantmatrix.report.page_data import collect
+from quantmatrix.report.answers import PROOFS
+from quantmatrix.report.page_data import DETAILS, collect
 
 if TYPE_CHECKING:
     from quantmatrix.proof.joined import Joined
+    from quantmatrix.report.answers import Answers
     from quantmatrix.report.runtimes import Runtimes
 
+SCRIPTS = ("page.js", "cell.js", "question.js", "speed.js", "start.js")
+"""In the order in which they run."""
 
-def write_page(joined: Joined, runtimes: Runtimes) -> bytes:
-    """index.html; equal input gives equal bytes."""
+
+def write_page(
+    joined: Joined, runtimes: Runtimes, found: Answers, measured: Sequence[str] = ()
+) -> bytes:
+    """index.html; equal input gives equal bytes. `measured` are pages of measurements below the folder."""
     from markupsafe import Markup
 
-    data = Markup(encode_data(collect(joined)))
-    script = template.read_part("page.js")
+    data = collect(joined, found)
+    data["ranking"] = {
+        "buckets": ranking.BUCKETS,
+        "proofs": PROOFS,
+        "fits": ranking.FITS,
+        "offloads": ranking.OFFLOADS,
+    }
+    details = {name: data.pop(name) for name in DETAILS}
     others = columns.collect(runtimes) if joined.tables.runtimes else None
-    return template.draw("index.html", script=script, data=data, runtimes=others).encode()
+    return template.draw(
+        "index.html",
+        script=Markup("\n").join(template.read_part(name) for name in SCRIPTS),
+        data=Markup(encode_data(data)),
+        details=Markup(encode_data(details)),
+        runtimes=others,
+        measured=measured,
+        preferences=ranking.PREFERENCES,
+    ).encode()
 
 
 def encode_data(data: Any) -> str:

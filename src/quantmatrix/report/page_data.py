@@ -1,7 +1,8 @@
 """Page data: what `reports/index.html` knows, as plain data that is small and in a fixed order.
 
-A matrix of thousands of cells repeats itself: machines, versions, limits, plans and pictures are in
-`shared` once, and a record refers to them by their position in that list.
+There are two blocks: one that the page reads when it opens, and `DETAILS`, which it reads when a cell is
+first opened. A matrix of thousands of cells repeats itself: machines, versions, limits, plans and
+pictures are in `shared` once, and a record refers to them by their position in that list.
 
 | key           | content |
 | ------------- | ------- |
@@ -9,7 +10,11 @@ A matrix of thousands of cells repeats itself: machines, versions, limits, plans
 |               | numbers below point into |
 | `rows`        | rows of cases.csv: id, family, model, checkpoint |
 | `cells`       | row, hardware, backend, state, scope (-1: none), claim, rule, reason, offer (an index in |
-|               | `shared`: title and commands), record (or null), other records ([scope, state, file]) |
+|               | `shared`: title and commands), record (or null), other records ([scope, state, file]), |
+|               | the number that is most worth knowing, as text |
+| `answers`     | what `recommend` ranks: see `answers` |
+| `speed`       | true size: the cell's index in `cells`, step of BF16 and quantized in s, weights of |
+|               | both and peaks of both in bytes; null where it was not measured |
 | `records`     | evidence of a cell: see `describe_record` |
 | `benchmarks`  | by the cell's index in `cells`: see `bench_pages.describe_result` |
 """
@@ -20,14 +25,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantmatrix.proof import record as records
-from quantmatrix.proof.scopes import SCOPES, WEIGHTS, key_of, make_key
+from quantmatrix.proof.scopes import SCOPES, TRUE_SIZE, WEIGHTS, key_of, make_key
 from quantmatrix.proof.states import STATES
 from quantmatrix.proof.thumbnails import KEYS, PICTURES
+from quantmatrix.report.answers import read_number
 from quantmatrix.report.bench_pages import describe_result
 
 if TYPE_CHECKING:
     from quantmatrix.proof.joined import Joined
     from quantmatrix.proof.record import CheckResult, Evidence
+    from quantmatrix.report.answers import Answers, Option
     from quantmatrix.tables.rows import Cell
 
 STEP_METRICS = ("psnr_db", "cosine", "relative_l2")
@@ -47,8 +54,11 @@ OMITTED_METRICS = ("steps", "thumbnails", "final", "programs")
 """Metrics that have a form of their own on the page, or that others repeat."""
 
 
-PICTURE_BYTES = 4 * 2**20
-"""Pictures that the page holds, as text, in the order of cells; the rest stays in the records."""
+PICTURE_BYTES = 1_000_000
+"""Pictures that the page holds, as text, in the order of cells; the rest stays in the records. They hardly
+get smaller, and the page is to be at most a megabyte as it travels."""
+DETAILS = ("records", "benchmarks", "shared")
+"""What only an open cell needs."""
 
 
 class Shared:
@@ -81,8 +91,9 @@ class Shared:
         return [self._pictures[picture] for picture in pictures]
 
 
-def collect(joined: Joined) -> dict[str, Any]:
+def collect(joined: Joined, found: Answers) -> dict[str, Any]:
     """Everything that the page shows; see the module's table."""
+    numbered = {one.cell: show_number(one) for one in found.options if one.cell}
     tables = joined.tables
     families, models, hardware = (
         list(t) for t in (tables.families, tables.models, tables.hardware)
@@ -117,6 +128,7 @@ def collect(joined: Joined) -> dict[str, Any]:
                     [SCOPES.index(s), STATES.index(n), name_file(make_key(cell.id, s))]
                     for s, n in standing.others
                 ],
+                numbered.get(cell.id, ""),
             ]
         )
     return {
@@ -124,8 +136,10 @@ def collect(joined: Joined) -> dict[str, Any]:
         "scopes": list(SCOPES),
         "weights": [WEIGHTS[scope] for scope in SCOPES],
         "families": families,
-        "models": models,
-        "hardware": [[row.id, row.name, row.arch] for row in tables.hardware.values()],
+        "models": [[row.id, row.name] for row in tables.models.values()],
+        "hardware": [
+            [row.id, row.name, row.arch, row.memory_gib] for row in tables.hardware.values()
+        ],
         "checkpoints": [[c.id, c.reference, c.base] for c in tables.checkpoints.values()],
         "rows": [
             [
@@ -137,6 +151,8 @@ def collect(joined: Joined) -> dict[str, Any]:
             for name, cell in rows.items()
         ],
         "cells": cells,
+        "answers": found.to_json(),
+        "speed": list_speeds(joined),
         "records": observed,
         "benchmarks": {
             str(number): describe_result(joined.benchmarks[cell.id], cell, joined.changes[cell.id])
@@ -145,6 +161,35 @@ def collect(joined: Joined) -> dict[str, Any]:
         },
         "shared": shared.values,
     }
+
+
+def show_number(option: Option) -> str:
+    """What is most worth knowing of a cell that ran, measured there: its step beside BF16, or its error."""
+    if option.proof:
+        return ""
+    if option.step is not None and option.step_on == option.hardware != "cpu":
+        return f"{option.step:.2f} of BF16's time"
+    if option.psnr_db is not None and option.error_on.startswith(f"{option.hardware},"):
+        return f"{option.psnr_db:.1f} dB"
+    return ""
+
+
+def list_speeds(joined: Joined) -> list[list[Any]]:
+    """What was timed at true size, in the order of cells: see the module's table."""
+    lines = []
+    for number, cell in enumerate(joined.tables.cells):
+        standing = joined.standings[cell.id]
+        if standing.scope != TRUE_SIZE or standing.record is None or standing.state != "proven":
+            continue
+        metrics = standing.record.checks["true-size"].metrics
+        times = [standing.record.timings.get(f"step {form}") for form in ("bf16", "quantized")]
+        sizes = [
+            read_number(metrics, what, f"{form}_bytes")
+            for what in ("weights", "peak")
+            for form in ("bf16", "quantized")
+        ]
+        lines.append([number, *times, *sizes])
+    return lines
 
 
 def describe_record(record: Evidence, shared: Shared) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Picture: the matrix at a glance, as one hand-written SVG (family by hardware).
+"""Picture: the matrix at a glance, as one hand-written SVG (hardware by family), as wide as GitHub's text.
 
 Each box holds the states of the cells that a family has on a device, with the scope of what was
 run: counts, and a bar whose segments are as wide as the counts. A colour is a state, its strength a
@@ -26,7 +26,11 @@ COLOURS = {
 STRENGTHS = dict(zip(SCOPES, (0.2, 0.45, 0.7, 1.0), strict=True))
 """Opacity of each scope's colour."""
 LABELS = order_labels(COLOURS)
-LEFT, TOP, WIDTH, HEIGHT, GAP = 132, 64, 124, 54, 4
+LEFT, TOP, HEIGHT, GAP = 108, 64, 54, 4
+PAGE = 888
+"""Width of the picture, unless there are more families than fit: GitHub would make it smaller, text and all."""
+NARROWEST = 92
+"""Width of a box at least: a line of its text."""
 LINE = 12
 
 Counts = Mapping[str, int]
@@ -37,8 +41,9 @@ def draw_matrix(
 ) -> bytes:
     """The SVG of `counts[family, hardware] = {label: cells}`, a label being a state with its scope;
     a missing box is drawn empty."""
-    width = LEFT + len(hardware) * (WIDTH + GAP) + GAP
-    height = TOP + len(families) * (HEIGHT + GAP) + 58
+    box = max(NARROWEST, (PAGE - LEFT - GAP) // max(len(families), 1) - GAP)
+    width = max(LEFT + len(families) * (box + GAP) + GAP, LEGEND_WIDTH)
+    height = TOP + len(hardware) * (HEIGHT + GAP) + 76
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}" role="img" aria-labelledby="title desc">',
@@ -49,18 +54,18 @@ def draw_matrix(
         f'<text class="head" x="{GAP * 3}" y="28">quantmatrix: what is claimed, what is proven'
         "</text>",
     ]
-    for column, name in enumerate(hardware):
-        x = LEFT + column * (WIDTH + GAP) + WIDTH // 2
+    for column, name in enumerate(families):
+        x = LEFT + column * (box + GAP) + box // 2
         parts.append(f'<text class="name" x="{x}" y="{TOP - 8}" text-anchor="middle">')
         parts.append(f"{escape(name)}</text>")
-    for row, family in enumerate(families):
+    for row, name in enumerate(hardware):
         y = TOP + row * (HEIGHT + GAP)
         parts.append(f'<text class="name" x="{GAP * 3}" y="{y + HEIGHT // 2 + 4}">')
-        parts.append(f"{escape(family)}</text>")
-        for column, name in enumerate(hardware):
-            x = LEFT + column * (WIDTH + GAP)
-            parts += draw_box(x, y, counts.get((family, name), {}))
-    parts += draw_legend(TOP + len(families) * (HEIGHT + GAP) + 22)
+        parts.append(f"{escape(name)}</text>")
+        for column, family in enumerate(families):
+            x = LEFT + column * (box + GAP)
+            parts += draw_box(x, y, box, counts.get((family, name), {}))
+    parts += draw_legend(TOP + len(hardware) * (HEIGHT + GAP) + 22)
     parts.append("</svg>\n")
     return "\n".join(parts).encode()
 
@@ -79,23 +84,26 @@ def write_style() -> str:
     )
 
 
-def draw_box(x: int, y: int, counts: Counts) -> list[str]:
-    """One box: at most three lines of text, and the bar below them."""
+def draw_box(x: int, y: int, width: int, counts: Counts) -> list[str]:
+    """One box: at most three lines of text, of what is proven its scope, and the bar below them."""
     shown = [(label, counts[label]) for label in LABELS if counts.get(label)]
     if not shown:
-        return [f'<rect class="none" x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="4"/>']
-    parts = [f'<rect class="box" x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="4"/>']
+        return [f'<rect class="none" x="{x}" y="{y}" width="{width}" height="{HEIGHT}" rx="4"/>']
+    parts = [f'<rect class="box" x="{x}" y="{y}" width="{width}" height="{HEIGHT}" rx="4"/>']
     for line, (label, count) in enumerate(shown[:3]):
         more = " ..." if line == 2 and len(shown) > 3 else ""
         top = y + 13 + line * LINE
-        parts.append(f'<text x="{x + 6}" y="{top}">{count} {label}{more}</text>')
+        state, scope = split_label(label)
+        text = f"{count} {scope}" if state == "proven" else f"{count} {state}"
+        parts.append(f'<text x="{x + 6}" y="{top}">{text}{more}')
+        parts.append(f"<title>{count} {label}</title></text>")
     total = sum(count for _, count in shown)
     start = 0
     done = 0
     for label, count in shown:
         state, scope = split_label(label)
         done += count
-        stop = round((WIDTH - 8) * done / total)
+        stop = round((width - 8) * done / total)
         parts.append(
             f'<rect class="{f"{state} {name_class(scope)}".strip()}" x="{x + 4 + start}" y="{y + HEIGHT - 8}" '
             f'width="{stop - start}" height="5"/>'
@@ -104,18 +112,23 @@ def draw_box(x: int, y: int, counts: Counts) -> list[str]:
     return parts
 
 
+LEGEND_WIDTH = 560
+
+
 def draw_legend(y: int) -> list[str]:
     """One square and name per state, and below it one per scope."""
     parts = []
     for index, state in enumerate(COLOURS):
-        x = GAP * 3 + index * 92
+        x = GAP * 3 + index * 76
         parts.append(f'<rect class="{state}" x="{x}" y="{y - 9}" width="10" height="10" rx="2"/>')
         parts.append(f'<text x="{x + 15}" y="{y}">{state}</text>')
     for index, scope in enumerate(SCOPES):
-        x = GAP * 3 + index * 268
+        x, line = GAP * 3 + index % 2 * 268, y + 18 + index // 2 * 16
         style = f"proven {name_class(scope)}"
-        parts.append(f'<rect class="{style}" x="{x}" y="{y + 9}" width="10" height="10" rx="2"/>')
-        parts.append(f'<text x="{x + 15}" y="{y + 18}">{scope}: {WEIGHTS[scope]}</text>')
+        parts.append(
+            f'<rect class="{style}" x="{x}" y="{line - 9}" width="10" height="10" rx="2"/>'
+        )
+        parts.append(f'<text x="{x + 15}" y="{line}">{scope}: {WEIGHTS[scope]}</text>')
     return parts
 
 

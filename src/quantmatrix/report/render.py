@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from quantmatrix.errors import UsageError
 from quantmatrix.files import write_whole
-from quantmatrix.proof import bench_results, columns, packaged, store, transformer_classes
+from quantmatrix.proof import bench_results, columns, packaged, plans, store, transformer_classes
 from quantmatrix.proof import record as records
 from quantmatrix.proof.agreement import write_badge
 from quantmatrix.proof.bench_results import BENCHMARKS
@@ -30,7 +30,9 @@ from quantmatrix.proof.states import STATES as STATES
 from quantmatrix.proof.states import explain_state as explain_state
 from quantmatrix.proof.states import stand_all as stand_all
 from quantmatrix.proof.states import state_of as state_of
-from quantmatrix.report.markdown import show_number, write_family, write_overview
+from quantmatrix.report import answers
+from quantmatrix.report.markdown import show_number, write_family
+from quantmatrix.report.overview import write_overview
 from quantmatrix.report.page import write_page
 from quantmatrix.report.picture import draw_matrix
 from quantmatrix.report.runtimes import PAGE, TABLE, Runtimes
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from quantmatrix.proof.bench_results import Result
     from quantmatrix.proof.columns import RuntimeRecord
     from quantmatrix.proof.freshness import Now
+    from quantmatrix.proof.plans import Key, PlanLine
     from quantmatrix.proof.record import Evidence
     from quantmatrix.proof.transformer_classes import ClassLine
     from quantmatrix.tables.rows import Cell, Matrix
@@ -123,8 +126,14 @@ def _prepare(reports: str | os.PathLike[str] | None) -> tuple[Path, dict[str, by
         evidence, timed = store.read_folder(folder / EVIDENCE), bench_results.read_reports(folder)
         lines = transformer_classes.read_lines(folder / transformer_classes.FILE)
         others = columns.read_folder(folder / columns.RUNTIMES)
+        planned = plans.read_plans(folder / plans.FILE)
         now = read_now(folder, evidence)
-        return folder, render(read.read(), evidence, timed, now, lines, others)
+        tables = read.read()
+        inputs = answers.digest_inputs(tables, folder)
+        pages = sorted(folder.glob(f"{EVIDENCE}/*/measurements/README.md"))
+        measured = [page.relative_to(folder).as_posix() for page in pages]
+        found = (timed, now, lines, others, planned, inputs, measured)
+        return folder, render(tables, evidence, *found)
 
 
 @contextmanager
@@ -169,19 +178,26 @@ def render(
     now: Now | None = None,
     classes: Sequence[ClassLine] = (),
     others: Mapping[str, RuntimeRecord] | None = None,
+    planned: Mapping[Key, PlanLine] | None = None,
+    inputs: str = "",
+    measured: Sequence[str] = (),
 ) -> dict[str, bytes]:
     """Every file of the report, by its path below the reports folder; without `now` records are
-    judged against the rows alone. `others` are records of other runtimes, by the id of their cell."""
+    judged against the rows alone. `others` are records of other runtimes, by the id of their cell,
+    `planned` the lines of plans.csv, `inputs` the digest of what all this was read from, `measured` pages of
+    measurements below the reports folder."""
     standings = stand_all(tables, evidence, now)
     code = now.code if now else None
     joined = Joined(tables, standings, benchmarks, code)
     runtimes = Runtimes(tables, others or {}, standings, code)
+    found = answers.collect(joined, evidence, planned or {}, inputs)
     pages = {
+        answers.FILE: answers.encode(found),
         "support-matrix.md": write_overview(joined, summarize(classes)).encode(),
         "support-matrix.csv": write_csv(joined).encode(),
         "support-matrix.svg": draw_picture(joined),
         "badge.json": write_badge(tables, evidence, standings),
-        "index.html": write_page(joined, runtimes),
+        "index.html": write_page(joined, runtimes, found, measured),
     }
     if tables.runtimes:
         pages[PAGE] = write_runtimes_page(runtimes).encode()

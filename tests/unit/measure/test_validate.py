@@ -82,6 +82,13 @@ def test_a_sound_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert len(one["latents"]["steps"]) == 4
         assert 20 < one["latents"]["final"]["psnr_db"] < 80
         assert 0.9 < one["media"]["ssim"] < 1
+        assert 0 < one["quality"]["flip"] < 0.5
+    assert report["quality"]["flip"]["worst"] == max(r["quality"]["flip"] for r in report["runs"])
+    assert (
+        report["quality"]["ms_ssim"] is None
+    )  # pictures of a stand-in are too small for five scales
+    assert "176 x 176" in report["quality"]["missing"]["ms_ssim"]
+    assert Image.open(folder / "contact-sheet.png").width >= 3 * 256
     assert report["memory"]["bf16"]["weight_bytes"] >= report["memory"]["quantized"]["weight_bytes"]
     assert "speed" not in report
     assert not any("seconds" in one for one in report["runs"])
@@ -95,9 +102,9 @@ def test_a_sound_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert base.tobytes() != quantized.tobytes()
     page = (folder / "index.html").read_text()
     assert "a blue &lt;fox&gt;" in page
-    assert page.count("<img") == 6
+    assert page.count("<img") == 7
     assert "http" not in page.replace("http-equiv", "")
-    assert page.count("stand-in: random weights at a tiny size") == 7
+    assert page.count("stand-in: random weights at a tiny size") == 8
     card = (folder / "model-card.md").read_text()
     front, _, rest = card.removeprefix("---\n").partition("\n---\n")
     assert yaml.safe_load(front) == {

@@ -17,6 +17,7 @@ import torch
 from quantmatrix.errors import UsageError
 from quantmatrix.measure import validate, validation_page
 from quantmatrix.measure.layers import USELESS, LayerErrors, relative_error
+from quantmatrix.measure.quality import summarize_quality
 from quantmatrix.measure.validate import USELESS_LAYER
 from quantmatrix.request import Request
 from quantmatrix.runtime.run import Run
@@ -147,7 +148,9 @@ def make_report(*, ok: bool = True) -> dict[str, Any]:
         latents = {"steps": steps, "worst": {**steps[1], "cosine": 0.95 + shift / 100},
                    "final": steps[2]}  # fmt: skip
         runs.append({"prompt": "a <fox>", "seed": 3, "latents": latents,
-                     "media": {"psnr_db": psnr, "ssim": 0.9 + shift / 100, "mean_abs": 1.5}})  # fmt: skip
+                     "media": {"psnr_db": psnr, "ssim": 0.9 + shift / 100, "mean_abs": 1.5},
+                     "quality": {"ms_ssim": 0.8 + shift / 100, "flip": 0.25 + shift / 100,
+                                 "missing": {}}})  # fmt: skip
     part = {"family": "fp8", "precision": "FP8", "quantized": 30, "linear_layers": 40,
             "backends": {"decode": 30}, "not_as_declared": {}, "not_as_planned": {},
             "not_called": []}  # fmt: skip
@@ -165,6 +168,7 @@ def make_report(*, ok: bool = True) -> dict[str, Any]:
         "census": {"transformer": part, "transformer_2": other},
         "layers": {"summary": {}, "errors": {}},
         "runs": runs,
+        "quality": summarize_quality(runs),
         "witness": {"transformer": WITNESS},
         "memory": {"bf16": {"weight_bytes": 3000 * MIB}, "quantized": {"weight_bytes": 1500 * MIB}},
         "machine": {"processor": "Some CPU", "devices": []},
@@ -184,6 +188,8 @@ FACTS = {
     "latents, cosine": "at least 0.95 at the worst step",
     "pictures, PSNR": "at least 37.5 dB",
     "pictures, SSIM": "at least 0.9",
+    "pictures, MS-SSIM": "0.81 in the mean, 0.8 at worst",
+    "pictures, FLIP": "0.26 in the mean, 0.27 at worst",
     "files": "750.0 MiB",
     "weights in memory": "3,000.0 MiB in BF16, 1,500.0 MiB quantized",
     "backends": "decode, torch",
@@ -283,3 +289,31 @@ def test_what_there_is_to_validate(
         return
     with pytest.raises(UsageError, match=text):
         validate.plan_quantized(request)
+
+
+def test_a_table_of_every_prompt_with_mean_and_worst() -> None:
+    report = make_report()
+    assert validation_page.list_quality(report) == [
+        ["a <fox> (seed 3)", "41", "0.9", "0.8", "0.25"],
+        ["a <fox> (seed 3)", "37.5", "0.92", "0.82", "0.27"],
+        ["mean", "39.25", "0.91", "0.81", "0.26"],
+        ["worst", "37.5", "0.9", "0.8", "0.27"],
+    ]
+    caption = "a <fox>, seed 3: PSNR 41 dB, SSIM 0.9, MS-SSIM 0.8, FLIP 0.25"
+    assert validation_page.write_caption(report["runs"][0]) == caption
+    page = validation_page.write_page(report, [["a", "b", "c"]] * 2)
+    assert '<th scope="row">worst</th><td>37.5</td>' in page
+    assert "a &lt;fox&gt; (seed 3)" in page
+    assert 'src="contact-sheet.png"' in page
+
+
+def test_what_was_not_measured_is_said() -> None:
+    report = make_report()
+    for run in report["runs"]:
+        run["quality"] = {"ms_ssim": None, "flip": None, "missing": {"flip": "no package"}}
+    report["quality"] = summarize_quality(report["runs"])
+    assert validation_page.list_quality(report)[-1] == ["worst", "37.5", "0.9", "–", "–"]
+    assert "flip was not measured: no package." in validation_page.write_page(
+        report, [["a", "b", "c"]] * 2
+    )
+    assert "pictures, FLIP" not in dict(validation_page.list_facts(report))

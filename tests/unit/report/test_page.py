@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import gzip
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,12 @@ from tables import CASES, write_tables
 
 from quantmatrix.proof import record as records
 from quantmatrix.proof import store
+from quantmatrix.proof.freshness import sign
 from quantmatrix.proof.record import CheckResult, Evidence
 from quantmatrix.proof.thumbnails import PICTURES
 from quantmatrix.report import page_data
 from quantmatrix.report import render as report
+from quantmatrix.report.answers import Option
 from quantmatrix.report.page import encode_data
 from quantmatrix.report.page_data import flatten
 from quantmatrix.tables import read
@@ -63,7 +67,9 @@ def render(tables: Matrix, evidence: dict[str, Evidence]) -> bytes:
 
 
 def read_data(page: bytes) -> Any:
-    return json.loads(Elements(page).scripts["data"])
+    """Both blocks of a page as one."""
+    scripts = Elements(page).scripts
+    return {**json.loads(scripts["data"]), **json.loads(scripts["details"])}
 
 
 def test_nothing_is_loaded_from_anywhere(tables: Matrix) -> None:
@@ -90,14 +96,15 @@ def test_every_cell_is_there_with_its_state_and_record(tables: Matrix) -> None:
     data = read_data(render(tables, evidence))
     assert len(data["cells"]) == len(tables.cells)
     for cell, said in zip(tables.cells, data["cells"], strict=True):
-        row, place, backend, state, scope, claim, rule, reason, offer, record, others = said
+        row, place, backend, state, scope, claim, rule, reason, offer, record, others, number = said
         name, family, model, checkpoint = data["rows"][row]
         assert (name, data["hardware"][place][0], backend) == (
             cell.row,
             cell.hardware,
             cell.backend,
         )
-        assert (data["families"][family], data["models"][model]) == (cell.family, cell.model)
+        assert (data["families"][family], data["models"][model][0]) == (cell.family, cell.model)
+        assert number == ("41.2 dB" if cell.id == PROVEN else "")
         assert data["checkpoints"][checkpoint][0] == cell.checkpoint
         assert (claim, rule, others) == (cell.claim, cell.rule, [])
         shown = ["With the published repository: not yet run", cell.shell(tables)]
@@ -184,8 +191,8 @@ def test_flatten() -> None:
 
 
 # Ten thousand, their size and the seconds that they take are held by benchmarks/test_rendering.py.
-def test_hundreds_of_cells_are_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tables, evidence = make_large(tmp_path / "matrix", rows=50)
+def test_a_thousand_cells_are_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, evidence = make_large(tmp_path / "matrix", rows=167)
     folder = tmp_path / "evidence"
     for record in evidence.values():
         path = folder / records.path_of(record.cell["id"])
@@ -197,7 +204,66 @@ def test_hundreds_of_cells_are_one_page(tmp_path: Path, monkeypatch: pytest.Monk
     assert gc.isenabled()
     pages = {"index.html": (tmp_path / "index.html").read_bytes()}
     assert f"{tmp_path / 'index.html'}: written" in done
-    assert pages["index.html"].count(b'"file":"evidence/') == len(tables.cells) == 300
+    assert pages["index.html"].count(b'"file":"evidence/') == len(tables.cells) == 1002
+    assert len(gzip.compress(pages["index.html"])) < 1_000_000  # as it travels
+
+
+def test_what_an_open_cell_needs_is_a_block_of_its_own(tables: Matrix) -> None:
+    page = render(tables, {PROVEN: observe_run(tables, find(tables, PROVEN))})
+    scripts = Elements(page).scripts
+    assert set(json.loads(scripts["details"])) == {"records", "benchmarks", "shared"}
+    assert "data:image" not in scripts["data"]
+    assert "data:image" in scripts["details"]
+
+
+def test_the_page_ranks_what_recommend_ranks(tables: Matrix) -> None:
+    evidence = {PROVEN: observe_run(tables, find(tables, PROVEN))}
+    pages = report.render(tables, evidence)
+    data = read_data(pages["index.html"])
+    assert data["answers"] == json.loads(pages["answers.json"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        (
+            {"step": 0.832, "step_on": "h100", "psnr_db": 44.64, "error_on": "h100, true size"},
+            "0.83 of BF16's time",
+        ),
+        (
+            {"step": 0.832, "step_on": "h200", "psnr_db": 44.64, "error_on": "h100, true size"},
+            "44.6 dB",
+        ),
+        ({"step": 0.832, "step_on": "h200", "psnr_db": 44.64, "error_on": "cpu, stand-in"}, ""),
+        ({}, ""),
+    ],
+)
+def test_the_number_of_a_cell_was_measured_there(fields: dict[str, Any], text: str) -> None:
+    ran = Option("c", "m", "h100", "f", "r", "k", proof=0, **fields)
+    assert page_data.show_number(ran) == text
+    assert page_data.show_number(replace(ran, proof=1)) == ""
+
+
+def test_what_was_timed_at_true_size(tmp_path: Path) -> None:
+    metrics = {
+        "weights": {"bf16_bytes": 400, "quantized_bytes": 200},
+        "peak": {"bf16_bytes": 500, "quantized_bytes": 300},
+    }
+    row = {**CASES[0], "checks": "load true-size"}
+    timed = read.read(write_tables(tmp_path / "timed", [row, *CASES[1:]]))
+    [cell] = [cell for cell in timed.cells if cell.id == PROVEN]
+    record = observe(timed, PROVEN)
+    record = replace(
+        record,
+        checks={"true-size": CheckResult("pass", metrics)},
+        timings={"step bf16": 2.0, "step quantized": 1.5},
+    )
+    data = read_data(
+        report.render(timed, {f"{PROVEN}:true-size": sign(record, timed.hardware["cpu"])})[
+            "index.html"
+        ]
+    )
+    assert data["speed"] == [[timed.cells.index(cell), 2.0, 1.5, 400, 200, 500, 300]]
 
 
 def test_the_cosines_of_a_witness_are_on_the_page() -> None:

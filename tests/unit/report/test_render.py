@@ -18,6 +18,7 @@ from quantmatrix.proof import record as records
 from quantmatrix.proof import reports_folder, store
 from quantmatrix.proof.freshness import sign
 from quantmatrix.proof.record import CheckResult, Evidence
+from quantmatrix.report import overview
 from quantmatrix.report import render as report_render
 from quantmatrix.tables import read
 from quantmatrix.tables.rows import Cell, Matrix
@@ -161,6 +162,7 @@ def test_rendering_is_pure(tables: Matrix, observed: dict[str, Evidence]) -> Non
     assert set(first) == {
         "support-matrix.md",
         "support-matrix.csv",
+        "answers.json",
         "support-matrix.svg",
         "badge.json",
         "index.html",
@@ -172,15 +174,59 @@ def test_rendering_is_pure(tables: Matrix, observed: dict[str, Evidence]) -> Non
 def test_overview(tables: Matrix, observed: dict[str, Evidence]) -> None:
     text = report_render.render(tables, observed)["support-matrix.md"].decode()
     assert "2 of 6 claims (33.3 %)" in text
-    link = "evidence/cpu/fp8-flux-1+decode.json"
-    proof = f"**proven · stand-in**: [cpu decode]({link}); **unproven**: cpu reference, h100 refer"
-    assert proof in text
+    link = "families/fp8.md#flux-1-fp8"
+    assert (
+        f"| `FP8` | `some/flux-1` | `--transformer-path` | `some/flux1-fp8` | [✓ 1 ? 3]({link}) |"
+        in text
+    )
+    assert "| `cpu` | ✓ 1 ✗ 1 ? 1 |" in text
     assert "| `stand-in` | random weights at a tiny size | 2 |" in text
     assert "| `fp8` | svdq-{int4\\|fp4}_r{rank}-... |" in text  # bars do not break the table
-    assert "| `FP8` | `some/flux-1` | `--transformer-path` | `some/flux1-fp8` |" in text
-    assert "a \\| b" in text
+    assert "- `some/flux1-fp8`: single-transformer override; a | b" in text
     rows = text.partition("| state and scope | cells |")[2].splitlines()
     assert "| proven · stand-in | 1 |" in rows
+
+
+def list_cells(line: str) -> list[str]:
+    """Cells of a line of a table as they are shown: without the targets of links."""
+    cells = re.split(r"(?<!\\)\|", line.strip())[1:-1]
+    return [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", cell.strip()) for cell in cells]
+
+
+def test_nothing_is_wider_than_github_shows() -> None:
+    """Of the project's own matrix: its lines had up to 4,266 characters."""
+    tables = read.read()
+    evidence = report_render.read_evidence()
+    pages = report_render.render(tables, evidence)
+    for name, data in pages.items():
+        if not name.endswith(".md") or name == "runtimes.md":
+            continue
+        for number, line in enumerate(data.decode().splitlines(), 1):
+            if line.startswith("|"):
+                assert max(map(len, list_cells(line))) <= overview.LONGEST, f"{name}:{number}"
+            assert len(line) <= overview.LONGEST_LINE or name != "support-matrix.md", number
+    heads = {
+        name: {line.removeprefix("### ") for line in data.decode().splitlines()}
+        for name, data in pages.items()
+        if name.startswith("families/")
+    }
+    links = re.findall(r"\((families/[^)#]*)#([^)]*)\)", pages["support-matrix.md"].decode())
+    assert links
+    for page, anchor in links:
+        assert anchor in heads[page]
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        ("a" * 120, "a" * 120),
+        ("word " * 30, f"{'word ' * 22}word ..."),
+        (f"{'word ' * 21}`code in the middle`", f"{'word ' * 21}`code in` ..."),
+    ],
+)
+def test_what_is_cut_stays_markdown(text: str, short: str) -> None:
+    assert overview.shorten(text) == short
+    assert len(overview.shorten(text)) <= overview.LONGEST
 
 
 def test_a_claimed_failure_counts_as_agreement(tmp_path: Path) -> None:
@@ -201,14 +247,16 @@ def test_family_page(tables: Matrix, observed: dict[str, Evidence]) -> None:
         in text
     )
     assert "| 41.25 | 0.9991 | 0.01234 | 2.13.0 | 2026-11-23 |" in text
-    assert "generate: psnr_db 3 at the worst step more" in text
+    assert "generate: psnr_db 3 at the worst step\\\\nmore" in text
+    assert "\n### flux-1-fp8\n" in text
     said = text.split("`fp8-flux-1`\n\n")[1]
     ran, offered = said.split("With the published repository: not yet run")[:2]
     assert f"Ran (stand-in, `{PROVEN}`)" in ran
     for part in (ran, offered):
         assert "quantmatrix generate \\\n  --model-path some/flux-1 \\\n" in part
     refusals = pages["families/nunchaku-svdq.md"].decode()
-    assert "| `svdq-arch` | no kernel \\| use cpu |" in refusals
+    link = "[h100](../evidence/h100/svdq-flux-1-hopper.json)"
+    assert f"- `svdq-flux-1-hopper` on {link}: `svdq-arch`: no kernel \\| use cpu" in refusals
 
 
 def test_family_page_has_the_docstring_of_its_module(tables: Matrix) -> None:
@@ -240,7 +288,9 @@ def test_picture_is_wellformed_and_says_its_content(
 ) -> None:
     root = ElementTree.fromstring(report_render.render(tables, observed)["support-matrix.svg"])
     texts = ["".join(node.itertext()) for node in root.iter()]
-    assert "1 proven · stand-in" in texts
+    assert "1 proven · stand-in" in texts  # the title of a line that says `1 stand-in`
+    assert any(text.startswith("1 stand-in") for text in texts)
+    assert int(root.get("width", "0")) <= 900  # of GitHub's text
     assert "prefers-color-scheme:dark" in "".join(texts)
     [words] = [node.text or "" for node in root.iter("{http://www.w3.org/2000/svg}desc")]
     cells = "fp8: cpu: 1 proven · stand-in, 1 failing · stand-in, 1 unproven; h100: 2 unproven."
