@@ -12,7 +12,8 @@ An adapter is a module with these names:
 | `explain(answer)`    | the runtime's own words for a failure, one line |
 
 `run` is called in a child process (`quantmatrix.peers.worker`), which turns an exception into an answer;
-before it has loaded the weights a failure is the runtime's refusal, afterwards a crash (`Progress`).
+before it has loaded the weights a failure is the runtime's refusal, if it was meant as one
+(`quantmatrix.peers.failures`), else and afterwards a crash.
 """
 
 from __future__ import annotations
@@ -69,12 +70,17 @@ class Task:
     def request(self) -> Request:
         """Prompt, size, steps and seed, as our own command reads them."""
         from quantmatrix.request import Request
+
+        return Request.from_words(self.words, tiny=self.tiny)
+
+    @property
+    def words(self) -> list[str]:
+        """The base model, the row's flags and the prompt, as they follow `quantmatrix generate`."""
         from quantmatrix.tables.rows import ASSIGNMENT, PROMPT
 
         flags = [flag for flag in self.flags if not ASSIGNMENT.fullmatch(flag)]
         prompt = [] if "--prompt" in flags else ["--prompt", PROMPT]
-        argv = ["--model-path", self.base, *flags, *prompt]
-        return Request.from_words(argv, tiny=self.tiny)
+        return ["--model-path", self.base, *flags, *prompt]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -106,6 +112,8 @@ class Answer:
     """Its own words."""
     loaded: bool = False
     """Whether the failure came after the weights were loaded."""
+    meant: bool = True
+    """Whether the runtime's own code raised the error on purpose."""
     media: str = ""
     """Name of the first picture in the folder, where there is one."""
     latents: bool = False

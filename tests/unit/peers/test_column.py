@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from peers_stubs import SGLANG, XDIT, Fixed, install
+from PIL import Image
 
 from quantmatrix.cli.main import main
 from quantmatrix.errors import UnusableError, UsageError
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, EXIT_USAGE
 from quantmatrix.peers import column as columns
 from quantmatrix.peers.column import Column, read_version
+from quantmatrix.peers.protocol import DONE, FAILED, Answer, Task
 from quantmatrix.proof.columns import RuntimeRecord, decode, encode
 from quantmatrix.tables import read
 
@@ -122,21 +125,61 @@ def test_xdit_takes_pipelines_and_no_files(tmp_path: Path, monkeypatch: pytest.M
     assert found.reason.startswith("the adapter knows no documented way to load a component-folder")
 
 
-def test_a_runtime_whose_base_fails_gives_no_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class Decoder:
+    """In place of the child that runs our own decoding: a picture as the stub draws it, or a failure."""
+
+    def __init__(self, shade: int | None) -> None:
+        self.shade = shade
+        self.asked: list[Task] = []
+
+    def ask(self, task: Task, folder: Path) -> Answer:
+        self.asked.append(task)
+        if self.shade is None:
+            return Answer(FAILED, kind="UsageError", error="no such file")
+        folder.mkdir(parents=True)
+        picture = Image.new("RGB", (16, 16))
+        for x, y in itertools.product(range(16), range(16)):
+            picture.putpixel((x, y), (16 * x, 16 * y, self.shade))
+        picture.save(folder / "media.png")
+        return Answer(DONE, loaded=True, media="media.png", latents=True)
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("shade", "fault", "verdict"),
+    [(128, "", "works"), (128, "bf16", "works"), (128, "noise", "wrong numbers"), (None, "", None)],
+)
+def test_a_runtime_whose_base_fails_is_compared_with_our_decode(
+    shade: int | None,
+    fault: str,
+    verdict: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    install(
-        "sglang",
-        SGLANG.replace("fail(quantized)\nif", "sys.exit(5)\nif"),
-        tmp_path / "bin",
-        monkeypatch,
-    )
-    with Column(
-        read.read(), "sglang", "h200", tmp_path / "runs", tiny=False, limits=Fixed()
-    ) as one:
+    """The same file is decoded by us; to equal it bit for bit is no fault. Without that: no record."""
+    program = SGLANG.replace("fail(quantized)\nif", "quantized or sys.exit(5)\nif")
+    install("sglang", program, tmp_path / "bin", monkeypatch)
+    monkeypatch.setenv("FAULT", fault)
+    if fault == "bf16":  # the same picture, held in eight bits
+        program = program.replace('fault in ("bf16", "wide")', 'fault == "wide"')
+        install("sglang", program, tmp_path / "bin", monkeypatch)
+    runs, own = tmp_path / "runs", Decoder(shade)
+    with Column(read.read(), "sglang", "h200", runs, tiny=False, limits=Fixed()) as one:
+        monkeypatch.setattr(one, "own", own)
         [outcome] = one.run([FOLDER])
-    assert outcome.record is None
-    assert outcome.problem.startswith("its BF16 run of black-forest-labs/FLUX.2-dev refuses: exit")
+    [asked] = own.asked
+    assert (asked.baseline, asked.weights) == (False, one.make_task(asked.checkpoint).weights)
+    base = "its BF16 run of black-forest-labs/FLUX.2-dev refuses: exit code 5"
+    if verdict is None:
+        assert outcome.record is None
+        assert outcome.problem.startswith(base)
+        assert outcome.problem.endswith("; our decode refuses: UsageError: no such file")
+        return
+    assert outcome.record is not None
+    assert outcome.record.verdict == verdict, outcome.record.reason
+    assert outcome.record.tried[0].startswith(f"compared with our decode of the file: {base}")
 
 
 def test_a_runtime_that_is_not_here_or_too_old(
