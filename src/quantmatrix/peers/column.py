@@ -78,10 +78,7 @@ class Ran:
 
     def read_numbers(self, *, latents: bool) -> list[torch.Tensor]:
         """What is compared of it: latents of any shape and dtype, one per step, else its picture."""
-        if latents:
-            return read_latents(self.folder)
-        media = self.answer.media
-        return [read_picture(str(self.folder / media))] if media else []
+        return read_side(self.folder, self.answer.media, latents=latents)
 
 
 @dataclass(frozen=True)
@@ -332,6 +329,13 @@ class Column:
         }
         folders = {folder: name for folder, name in folders.items() if len(folder) > 1}
         return records.make_portable(value, folders)
+
+
+def read_side(folder: Path, media: str, *, latents: bool) -> list[torch.Tensor]:
+    """The latents of every step of a run, any shape and dtype, or its picture as the only step."""
+    if latents:
+        return read_latents(folder)
+    return [read_picture(str(folder / media))] if media else []
 
 
 def find_best(tried: Sequence[tuple[Verdict, Ran]]) -> tuple[Verdict, Ran]:

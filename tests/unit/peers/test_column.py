@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,9 @@ from PIL import Image
 from quantmatrix.cli.main import main
 from quantmatrix.errors import UnusableError, UsageError
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, EXIT_USAGE
+from quantmatrix.harness import sessions
 from quantmatrix.peers import column as columns
+from quantmatrix.peers import packet_check
 from quantmatrix.peers.column import Column, read_version
 from quantmatrix.peers.protocol import DONE, FAILED, Answer, Task
 from quantmatrix.proof.columns import RuntimeRecord, decode, encode
@@ -217,6 +222,46 @@ def test_a_quantization_names_its_file(tmp_path: Path, monkeypatch: pytest.Monke
         columns.name_file("o/m:Q5_0")
 
 
+def seal(folder: Path) -> None:
+    """Digests of the files as they are now: who forges a packet writes these, too."""
+    sessions.pack(folder, folder.with_suffix(".tar.gz"))
+
+
+def paint(folder: Path) -> None:
+    """Another picture than the run gave."""
+    [picture] = folder.glob("runs/0002-*/**/a_picture.png")
+    Image.new("RGB", (16, 16), (200, 0, 0)).save(picture)
+
+
+def rewrite(folder: Path, old: str, new: str) -> None:
+    [path] = folder.glob("runtimes/*/*/*.json")
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "changed": (paint, "a_picture.png: has another digest than SHA256SUMS says"),
+    "gone": (lambda f: next(f.glob("runs/0001-*/log.txt")).unlink(), "log.txt: missing"),
+    "more": (lambda f: (f / "x.txt").write_text("x"), "x.txt: not in SHA256SUMS"),
+    "forged": (lambda f: [paint(f), seal(f)], "the record says works, its runs say wrong numbers"),
+    "other": (
+        lambda f: [rewrite(f, '"steps": 1', '"steps": 2'), seal(f)], "metrics.steps",
+    ),
+    "stale": (
+        lambda f: [rewrite(f, '"adapter_digest": "sha256:', '"adapter_digest": "sha256:0'), seal(f)],
+        "the adapter of sglang changed since",
+    ),
+    "out": (
+        lambda f: [
+            (f / "runs.json").write_text((f / "runs.json").read_text().replace("0002-", "../0002-")),
+            seal(f),
+        ],
+        "its runs cannot be read: ValueError: .* leads out of the packet",
+    ),
+    "nameless": (lambda f: [(f / "runs.json").write_text("{}"), seal(f)], "runs.json is not about"),
+}  # fmt: skip
+"""What may have happened to a packet on its way, and what is said of it."""
 COMMAND = ["run-column", "--runtime", "sglang", "--hardware", "h200", "--checkpoint", FOLDER]
 
 
@@ -241,6 +286,14 @@ def test_one_command_leaves_a_packet(
     assert "a_picture.png" in sums
     assert str(tmp_path) not in record.read_text()
     assert main([*argv[:-1]]) == EXIT_USAGE  # it exists
+    assert main(["packet", "check", str(folder), "--json"]) == 0
+    for name, (change, said) in CHANGES.items():
+        copy = tmp_path / name
+        shutil.copytree(folder, copy)
+        change(copy)
+        [problem] = packet_check.check(copy, read.read())
+        assert re.search(said, problem), (name, problem)
+    assert main(["packet", "check", str(copy), "--json"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,19 @@ def test_our_decode_is_near_the_runtimes_own_bf16(column: Column, tmp_path: Path
     assert said.endswith(f"--transformer-path {task.weights} --backend decode --tiny")
 
 
+@pytest.mark.parametrize("checkpoint", ["gguf-flux-1-q8-0", "gguf-z-image-q4-k"])
+def test_diffusers_gguf_loader_gives_our_latents(
+    checkpoint: str, column: Column, tmp_path: Path
+) -> None:
+    """One file, its blocks decoded by diffusers for every call and by us while loading: the same bits."""
+    task = column.make_task(TABLES.checkpoints[checkpoint])
+    theirs = column.ask(replace(task, way="GGUFQuantizationConfig"))
+    assert theirs.answer.weights["uint8"] > 0, theirs.answer
+    found = Ran(task, ours.run(task, tmp_path), tmp_path)
+    steps = zip(theirs.read_numbers(latents=True), found.read_numbers(latents=True), strict=True)
+    assert all(torch.equal(one, other) for one, other in steps)
+
+
 @pytest.mark.parametrize(
     ("scale", "weights", "verdict"),
     [
