@@ -172,8 +172,12 @@ class Column:
             if tried[-1][0].verdict == "works":
                 break
         if not tried:
-            form = f"a {row.form} named by {row.selector}"
-            reason = f"the adapter knows no documented way to load {form}"
+            named = (
+                f"{row.selector} {row.reference}"
+                if task.online
+                else f"a {row.form} named by {row.selector}"
+            )
+            reason = f"the adapter knows no documented way to load {named}"
             tried.append((Verdict("refuses", reason), Ran(task, Answer(FAILED), base.folder)))
         best = find_best(tried)[1]
         record = self.record(cell, tried, (lacking,) if lacking else ())

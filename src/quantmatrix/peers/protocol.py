@@ -67,6 +67,12 @@ class Task:
     """What it may take."""
 
     @property
+    def online(self) -> str:
+        """What weights are quantized to while loading (`fp8` ...); empty for a file, and for the base alone."""
+        row = self.checkpoint
+        return row.reference if row.form == "online" and not self.baseline else ""
+
+    @property
     def request(self) -> Request:
         """Prompt, size, steps and seed, as our own command reads them."""
         from quantmatrix.request import Request
@@ -146,7 +152,7 @@ class Adapter(Protocol):
         """The version that is here, or why there is none."""
 
     def ways(self, task: Task) -> tuple[str, ...]:
-        """The documented ways of loading the file of a task, the most usual first; never empty."""
+        """The documented ways of loading the file of a task, the most usual first; for the base never none."""
 
     def command(self, task: Task) -> str:
         """What a person types to do the same: a command, or a statement of Python."""

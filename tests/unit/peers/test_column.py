@@ -262,13 +262,15 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nameless": (lambda f: [(f / "runs.json").write_text("{}"), seal(f)], "runs.json is not about"),
 }  # fmt: skip
 """What may have happened to a packet on its way, and what is said of it."""
-COMMAND = ["run-column", "--runtime", "sglang", "--hardware", "h200", "--checkpoint", FOLDER]
+COMMAND = ["run-column", "--runtime", "sglang", "--hardware", "auto", "--checkpoint", FOLDER]
 
 
 def test_one_command_leaves_a_packet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     install("sglang", SGLANG, tmp_path / "bin", monkeypatch)
+    here = {"auto": "h200"}  # the row of this machine
+    monkeypatch.setattr("quantmatrix.tables.identify.resolve", lambda name, rows: here[name])
     monkeypatch.setattr("quantmatrix.tables.identify.require", lambda row: None)
     monkeypatch.setattr("quantmatrix.peers.packet.read_memory", lambda: 1 << 34)
     folder, records = tmp_path / "packet", tmp_path / "records"
