@@ -259,8 +259,8 @@ class Column:
         if beside.answer.latents != ran.answer.latents and not pair.decoded:
             return Verdict("wrong numbers", "only one of the two runs gave latents")
         allowed = self.limits.find(ran.task.checkpoint)
-        numbers = [one.read_numbers(latents=ran.answer.latents) for one in (beside, ran)]
-        return judge_numbers(*numbers, ran.answer.weights, allowed, decoded=pair.decoded)
+        base, found = (one.read_numbers(latents=ran.answer.latents) for one in (beside, ran))
+        return judge_numbers(base, found, ran.answer.weights, allowed, decoded=pair.decoded)
 
     def record(
         self, cell: RuntimeCell, tried: list[tuple[Verdict, Ran]], notes: Sequence[str] = ()

@@ -127,6 +127,9 @@ def judge_again(
     media = [side["media"] for side in (beside, run)]
     if run["latents"] != beside["latents"] and not about["decoded"]:
         return Verdict("wrong numbers", "only one of the two runs gave latents")
-    numbers = [read_side(p, m, latents=run["latents"]) for p, m in zip(paths, media, strict=True)]
+    base, found = (
+        read_side(path, name, latents=run["latents"])
+        for path, name in zip(paths, media, strict=True)
+    )
     allowed = limits.find(tables.checkpoints[record.cell["checkpoint"]])
-    return judge_numbers(*numbers, record.weights, allowed, decoded=about["decoded"])
+    return judge_numbers(base, found, record.weights, allowed, decoded=about["decoded"])
