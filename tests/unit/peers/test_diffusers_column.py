@@ -17,7 +17,7 @@ from quantmatrix.peers import quantmatrix as ours
 from quantmatrix.peers.column import Column, Ran
 from quantmatrix.peers.verdict import judge_numbers
 from quantmatrix.proof import columns
-from quantmatrix.proof.limits import Limits
+from quantmatrix.proof.limits import MARGIN, Limits
 from quantmatrix.tables import read
 from quantmatrix.tables.rows import RuntimeCell
 
@@ -87,7 +87,11 @@ def test_our_decode_is_near_the_runtimes_own_bf16(column: Column, tmp_path: Path
 def test_diffusers_gguf_loader_gives_our_latents(
     checkpoint: str, column: Column, tmp_path: Path
 ) -> None:
-    """One file, its blocks decoded by diffusers for every call and by us while loading: no further apart than BF16 runs are."""
+    """One file, its blocks decoded by diffusers for every call and by us while loading.
+
+    The two are no further apart than runs in BF16 are (`spread`, with the margin of other instruction
+    sets), and nearer to each other than to the base model.
+    """
     task = column.make_task(TABLES.checkpoints[checkpoint])
     theirs = column.ask(replace(task, way="GGUFQuantizationConfig"))
     assert theirs.answer.weights["uint8"] > 0, theirs.answer
@@ -99,7 +103,7 @@ def test_diffusers_gguf_loader_gives_our_latents(
         latents.find_worst(latents.compare_trajectories(base_of, other)) for base_of in (mine, base)
     )
     spread = column.limits.ledger.spreads[task.checkpoint.model]
-    assert near.relative_l2 < spread.relative_l2  # as far as BF16 is from FP32, and
+    assert near.relative_l2 < MARGIN * spread.relative_l2
     assert near.relative_l2 < far.relative_l2 / 2
 
 
