@@ -54,6 +54,25 @@ class TensorSpec:
     optional: bool = False
 
 
+POWERS = ("group-power", "group-dual")
+"""Activations of the MX formats, whose weights have a power of two per group, too."""
+MX, WHOLE = "mx-", "-tensor"
+"""What stands before and behind the name of a format in `name_format`."""
+
+
+def name_format(scheme: Scheme) -> str:
+    """How the weights of a layer are rounded: the number format, and the scale where that counts.
+
+    `mx-e4m3` where scales are powers of two, which cut the largest numbers off; `int8-tensor` where
+    all integers of a layer share one scale. A float's rounding does not depend on how many share one.
+    """
+    if scheme.activation in POWERS:
+        return MX + scheme.weight
+    if scheme.weight.startswith("int") and scheme.scale == "tensor":
+        return scheme.weight + WHOLE
+    return scheme.weight
+
+
 def explain_width(scheme: Scheme, in_features: int) -> str:
     """Why a scheme cannot store a layer of so many input columns, or ''."""
     if scheme.scale == "group" and scheme.group_size and in_features % scheme.group_size:

@@ -9,7 +9,7 @@ from importlib import util
 
 import pytest
 
-REQUIRED = ("modelopt", "comfy_kitchen", "convert_to_quant", "deepcompressor")
+REQUIRED = ("modelopt", "comfy_kitchen", "convert_to_quant", "deepcompressor", "gguf")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -55,15 +55,19 @@ def run_make(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def run_check(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Check packets; 1 when one of them is not sound."""
+    """Check packets, of cells and of columns; 1 when one of them is not sound."""
     from quantmatrix.cli.output import print_json, say
     from quantmatrix.exit_codes import EXIT_PROBLEM
     from quantmatrix.harness import packets
+    from quantmatrix.peers import packet_check
     from quantmatrix.quoting import limit_message
     from quantmatrix.tables import read
 
     tables = read.read()
-    problems = {folder: packets.check(Path(folder), tables) for folder in arguments.folders}
+    problems = {}
+    for folder in arguments.folders:
+        kind = packet_check if packet_check.is_column(Path(folder)) else packets
+        problems[folder] = kind.check(Path(folder), tables)
     bad = any(problems.values())
     if arguments.json:
         print_json({"ok": not bad, "problems": problems})

@@ -19,6 +19,7 @@ Sources: comfy-kitchen 0.2 (`TensorWiseINT8Layout`, eager backend), convert-to-q
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -41,8 +42,8 @@ ID = "comfyui-int8"
 FORMAT = "int8_tensorwise"
 GROUP, GROUP_KEY = 256, "convrot_groupsize"
 """Columns that are rotated together where an entry does not say how many, and the key that does."""
-INT8 = Scheme("linear.convrot", FORMAT, "int8", "channel", "token-dynamic")
-CONVROT = replace(INT8, name=f"{FORMAT}-convrot", group_size=64)
+INT8 = Scheme("linear.convrot", FORMAT, "int8", "tensor", "token-dynamic")
+CONVROT = replace(INT8, name=f"{FORMAT}-convrot", scale="channel", group_size=64)
 SCHEMES: Mapping[str, Scheme] = {"int8": INT8, "convrot": CONVROT}
 KNOWN = ("format", "params", "per_row", WHOLE_INPUTS, ROTATION, GROUP_KEY)
 """Keys of an entry that are read."""
@@ -77,6 +78,7 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
             )
         found[layer] = read_scheme(f"{source}: {layer}", listed[layer])
         check_layer(checkpoint, layer, found[layer], layers[layer])
+        found[layer] = replace(found[layer], scale=find_granularity(checkpoint, layer))
     for name, header in checkpoint.tensors.items():
         if header.dtype == "I8" and name.rpartition(".")[0] not in found:
             raise CheckpointError(
@@ -109,6 +111,12 @@ def read_scheme(where: str, entry: Any) -> Scheme:
     if flat.get(WHOLE_INPUTS) is True:
         return replace(scheme, name=f"{scheme.name}-weights", activation="none")
     return scheme
+
+
+def find_granularity(checkpoint: Checkpoint, layer: str) -> str:
+    """`tensor` where a layer has one scale, `channel` where it has one a row."""
+    alone = math.prod(checkpoint.tensors[f"{layer}.weight_scale"].shape) == 1
+    return "tensor" if alone else "channel"
 
 
 def check_layer(

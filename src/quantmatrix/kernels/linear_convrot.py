@@ -97,7 +97,10 @@ KERNELS = (
     ),
     Kernel(
         "linear.convrot", "int8", "W8A8",
-        replace(linear_int8.INT8, rule="convrot-int8-matmul", activations=("token-dynamic",)),
+        replace(
+            linear_int8.INT8, rule="convrot-int8-matmul", activations=("token-dynamic",),
+            scales=("tensor", "channel"),  # canonical tensors have one a row in both
+        ),
         linear_int8.prepare_int8, run_int8, count_codes, matmul=("aten::_int_mm", "multiply"),
     ),
 )  # fmt: skip

@@ -10,6 +10,10 @@ that share a scale, rounding to the nearest gives at most
 | `e2m1`  | 1/6 + 1/16 | half the gap between 4 and 6; block scales are e4m3 themselves |
 | `int8`  | 1/254     | 127 steps to each side |
 | `int4`  | 1/14      | 7 steps to each side |
+| `mx-e4m3` | 1/8     | a power of two as scale: the largest is up to 512 steps, the largest code is 448 |
+| `mx-e2m1` | 1/4     | the same with 8 steps and the code 6 |
+| `e4m3`, weights only, one scale | 1/16 | any scale, 1 too: half the gap at the lower end of a binade |
+| `e5m2`, so too | 1/8 | the same |
 
 Smoothing, a rotation and a low-rank branch move what is rounded. There the error is taken where the rounding
 happened (columns multiplied by the smoothing, or rotated), and `a` is the scale times the largest code. `uint4`
@@ -32,20 +36,25 @@ from quantmatrix.runtime.pieces import read_layer
 from quantmatrix.runtime.plan.placement import select_rows
 from quantmatrix.runtime.plan.types import ComponentPlan, Piece, Plan
 from quantmatrix.runtime.witness.measure import split_groups
-from quantmatrix.scheme import Scheme
+from quantmatrix.scheme import MX, WHOLE, Scheme, name_format
 
 SCALE_ERRORS = {"e2m1": 1 / 16}
 """Error of the scale itself, where it is kept in 8 bits."""
 BOUNDS = {
     name: gap / (2 * LARGEST_CODE[name]) + SCALE_ERRORS.get(name, 0.0)
     for name, gap in TOP_GAP.items()
-}
+} | {f"{MX}{name}": 1.0 - LARGEST_CODE[name] / end for name, end in (("e4m3", 512), ("e2m1", 8))}
+FREE = {"e4m3": 1 / 16, "e5m2": 1 / 8}
+"""Half the gap at the lower end of a binade: where a scale need not lead to the largest code (as in a
+plain cast, whose scale is 1), the largest magnitude may lie there."""
 MARGIN = 1.25
 
 
 def find_bound(scheme: Scheme) -> float | None:
     """Largest error of an element over the magnitude of its group; None without a bound."""
-    return BOUNDS.get(scheme.weight)
+    if scheme.weight in FREE and (scheme.scale, scheme.activation) == ("tensor", "none"):
+        return FREE[scheme.weight]
+    return BOUNDS.get(name_format(scheme).removesuffix(WHOLE))
 
 
 def measure_error(base: torch.Tensor, decoded: torch.Tensor, scheme: Scheme) -> float:
@@ -116,6 +125,9 @@ def measure_piece(
         base = linear_convrot.rotate(base.float(), size)
         decoded = linear_convrot.rotate(decoded.float(), size)
         return measure_residual(base, decoded, canonical, piece.scheme)
+    if "mul_scale" in canonical:
+        smooth = canonical["mul_scale"].float()
+        return measure_error(base.float() / smooth, decoded.float() / smooth, piece.scheme)
     if piece.scheme.rank or piece.scheme.smoothed:
         return measure_residual(base, decoded, canonical, piece.scheme)
     return measure_error(base, decoded, piece.scheme)
@@ -129,7 +141,7 @@ def judge_weights(plan: Plan, base: Plan) -> list[str]:
         if bound is not None and not error <= bound * MARGIN:
             problems.append(
                 f"{layer}: a weight is {error:.4g} of its group's magnitude away from the base "
-                f"model's; {piece.scheme.weight} rounds by at most {bound:.4g}: a scale is not the "
+                f"model's; {name_format(piece.scheme)} rounds by at most {bound:.4g}: a scale is not the "
                 "one that its codes were made with"
             )
     return problems

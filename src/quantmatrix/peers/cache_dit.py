@@ -30,8 +30,7 @@ def probe() -> Found:
 
 def ways(task: Task) -> tuple[str, ...]:
     """Those of diffusers; its own where weights are quantized while loading."""
-    online = task.checkpoint.form == "online" and not task.baseline
-    return (QUANTIZE,) if online else shipped.ways(task)
+    return (QUANTIZE,) if task.online == "fp8" else shipped.ways(task)
 
 
 def command(task: Task) -> str:

@@ -1,14 +1,15 @@
 """Column: every checkpoint of the tables in one runtime, each with a verdict and its record.
 
-The runtime's own run of the base model in BF16 is made once for each model and set of flags. A runtime
-that cannot run the base model shows nothing of the file: then there is no record, and a line says why.
+The runtime's own run of the base model in BF16 is made once for each model and set of flags. Where a
+runtime cannot run the base model (in BF16 it may not fit), its runs are compared with our `decode` of
+the same file, and the record says so; where neither runs there is no record, and a line says why.
 """
 
 from __future__ import annotations
 
 import shlex
 import sysconfig
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePath, PurePosixPath
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import quantmatrix
 from quantmatrix import peers
 from quantmatrix.errors import UnusableError, UsageError
+from quantmatrix.peers import quantmatrix as ours
 from quantmatrix.peers.common import read_latents
 from quantmatrix.peers.near_limits import NearLimits
-from quantmatrix.peers.protocol import DONE, FAILED, LOG, Answer, Found, Task
+from quantmatrix.peers.protocol import FAILED, LOG, Adapter, Answer, Found, Task
 from quantmatrix.peers.session import OFFLINE, Bounds, Session
 from quantmatrix.peers.verdict import Verdict, judge_ending, judge_numbers, read_picture
 from quantmatrix.proof import columns
@@ -74,12 +76,18 @@ class Ran:
     answer: Answer
     folder: Path
 
-    def read_numbers(self) -> list[torch.Tensor]:
+    def read_numbers(self, *, latents: bool) -> list[torch.Tensor]:
         """What is compared of it: latents of any shape and dtype, one per step, else its picture."""
-        if self.answer.latents:
-            return read_latents(self.folder)
-        media = self.answer.media
-        return [read_picture(str(self.folder / media))] if media else []
+        return read_side(self.folder, self.answer.media, latents=latents)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A run, and what it was compared with: the runtime's BF16 run, or our `decode` of the file."""
+
+    ran: Ran
+    beside: Ran
+    decoded: bool
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,8 @@ class Outcome:
     problem: str = ""
     skipped: bool = False
     """There is nothing to be run: the tables invent the file."""
+    pair: Pair | None = None
+    """The runs that the record is about, where there were any."""
 
 
 class Column:
@@ -114,7 +124,9 @@ class Column:
         if not self.found.version:
             raise UnusableError(f"{runtime}: not installed: {self.found.why}")
         self.adapter = peers.load(runtime)
-        self.session = Session(runtime, bounds, OFFLINE if tiny else {})
+        settings = OFFLINE if tiny else {}
+        self.session = Session(runtime, bounds, settings)
+        self.own = Session(ours.ID, bounds, settings)
         self.limits = limits or NearLimits(tables, hardware)
         self._baselines: dict[str, Ran] = {}
         self._count = 0
@@ -124,6 +136,7 @@ class Column:
 
     def __exit__(self, *_: Any) -> None:
         self.session.stop()
+        self.own.stop()
 
     def run(self, checkpoints: Collection[str] = ()) -> Iterator[Outcome]:
         """Every checkpoint (those named, where some are), model by model, as each is done."""
@@ -143,22 +156,37 @@ class Column:
             return Outcome(cell, None, why, skipped=True)
         task = self.make_task(row)
         base = self.find_baseline(task)
-        if base.answer.ending != DONE:
-            ended = judge_ending(base.answer, self.adapter.explain(base.answer))
-            assert ended is not None
-            why = f"its BF16 run of {task.base} {ended.verdict}: {ended.reason}"
-            return Outcome(cell, None, why)
+        lacking = self.explain_failure(base, self.adapter)
+        decoded = bool(lacking)
+        if decoded:
+            base = self.ask(replace(task, way=ours.BACKEND), self.own)
+            if why := self.explain_failure(base, ours):
+                return Outcome(
+                    cell, None, f"its BF16 run of {task.base} {lacking}; our decode {why}"
+                )
+            lacking = f"compared with our decode of the file: its BF16 run of {task.base} {lacking}"
         tried: list[tuple[Verdict, Ran]] = []
         for way in self.adapter.ways(task):
             ran = self.ask(replace(task, way=way))
-            tried.append((self.judge(ran, base), ran))
+            tried.append((self.judge(Pair(ran, base, decoded)), ran))
             if tried[-1][0].verdict == "works":
                 break
         if not tried:
-            form = f"a {row.form} named by {row.selector}"
-            reason = f"the adapter knows no documented way to load {form}"
+            named = (
+                f"{row.selector} {row.reference}"
+                if task.online
+                else f"a {row.form} named by {row.selector}"
+            )
+            reason = f"the adapter knows no documented way to load {named}"
             tried.append((Verdict("refuses", reason), Ran(task, Answer(FAILED), base.folder)))
-        return Outcome(cell, self.record(cell, tried))
+        best = find_best(tried)[1]
+        record = self.record(cell, tried, (lacking,) if lacking else ())
+        return Outcome(cell, record, pair=Pair(best, base, decoded))
+
+    def explain_failure(self, ran: Ran, adapter: Adapter) -> str:
+        """Verdict and reason of a run that gave no picture, or nothing."""
+        ended = judge_ending(ran.answer, adapter.explain(ran.answer))
+        return f"{ended.verdict}: {ended.reason}" if ended else ""
 
     def make_task(self, row: CheckpointRow) -> Task:
         """What the runtime is asked for, with the files where they lie here."""
@@ -215,29 +243,32 @@ class Column:
             self._baselines[key] = self.ask(replace(plain, way=way))
         return self._baselines[key]
 
-    def ask(self, task: Task) -> Ran:
-        """Run a task in a folder of its own."""
+    def ask(self, task: Task, session: Session | None = None) -> Ran:
+        """Run a task in a folder of its own; in our own `session` where it is to be decoded by us."""
         self._count += 1
         name = f"base-{task.checkpoint.model}" if task.baseline else task.checkpoint.id
-        folder = self.work / f"{self._count:04}-{name}"
-        return Ran(task, self.session.ask(task, folder), folder)
+        folder = self.work / f"{self._count:04}-{name if session is None else f'{ours.ID}-{name}'}"
+        return Ran(task, (session or self.session).ask(task, folder), folder)
 
-    def judge(self, ran: Ran, base: Ran) -> Verdict:
-        """The verdict of a run beside the base model's."""
+    def judge(self, pair: Pair) -> Verdict:
+        """The verdict of a run beside the other."""
+        ran, beside = pair.ran, pair.beside
         ended = judge_ending(ran.answer, self.adapter.explain(ran.answer))
         if ended is not None:
             return ended
-        if base.answer.latents != ran.answer.latents:
+        if beside.answer.latents != ran.answer.latents and not pair.decoded:
             return Verdict("wrong numbers", "only one of the two runs gave latents")
         allowed = self.limits.find(ran.task.checkpoint)
-        pair = base.read_numbers(), ran.read_numbers()
-        return judge_numbers(*pair, ran.answer.weights, allowed)
+        base, found = (one.read_numbers(latents=ran.answer.latents) for one in (beside, ran))
+        return judge_numbers(base, found, ran.answer.weights, allowed, decoded=pair.decoded)
 
-    def record(self, cell: RuntimeCell, tried: list[tuple[Verdict, Ran]]) -> RuntimeRecord:
-        """The record of a cell, by the best of the ways that were tried."""
+    def record(
+        self, cell: RuntimeCell, tried: list[tuple[Verdict, Ran]], notes: Sequence[str] = ()
+    ) -> RuntimeRecord:
+        """The record of a cell, by the best of the ways that were tried, with what else is to be said."""
         from quantmatrix.hardware import probe as machine
 
-        best = min(tried, key=lambda one: BEST[one[0].verdict])
+        best = find_best(tried)
         verdict, ran = best
         answer, task = ran.answer, ran.task
         others = [
@@ -249,7 +280,7 @@ class Column:
             {
                 "reason": escape_lines(verdict.reason),
                 "command": self.adapter.command(task),
-                "tried": [escape_lines(text) for text in others],
+                "tried": [escape_lines(text) for text in [*notes, *others]],
                 "log": read_log(ran.folder / LOG),
             }
         )
@@ -302,6 +333,18 @@ class Column:
         }
         folders = {folder: name for folder, name in folders.items() if len(folder) > 1}
         return records.make_portable(value, folders)
+
+
+def read_side(folder: Path, media: str, *, latents: bool) -> list[torch.Tensor]:
+    """The latents of every step of a run, any shape and dtype, or its picture as the only step."""
+    if latents:
+        return read_latents(folder)
+    return [read_picture(str(folder / media))] if media else []
+
+
+def find_best(tried: Sequence[tuple[Verdict, Ran]]) -> tuple[Verdict, Ran]:
+    """The best of the ways that were tried, the first of equal ones."""
+    return min(tried, key=lambda one: BEST[one[0].verdict])
 
 
 def read_log(path: Path) -> str:

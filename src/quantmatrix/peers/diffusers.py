@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from quantmatrix.models import Model
 
 ID = "diffusers"
-GGUF = ".gguf"
+GGUF, FP8 = ".gguf", "fp8"
 CONFIGS = {
     "from_pretrained": "",
     "from_single_file": "",
@@ -49,8 +49,8 @@ def ways(task: Task) -> tuple[str, ...]:
     row = task.checkpoint
     if task.baseline or row.selector == "--model-path":
         return ("from_pretrained",)
-    if row.form == "online":
-        return ("TorchAoConfig",)
+    if task.online:
+        return ("TorchAoConfig",) if task.online == FP8 else ()
     if task.weights.endswith(GGUF):
         return ("GGUFQuantizationConfig",)
     if task.weights.endswith(".safetensors"):
@@ -103,7 +103,7 @@ def load_pipeline(task: Task, model: Model) -> Any:
         return pipeline.from_pretrained(task.weights, **dtype)
     config = make_config(task.way)
     quantized = {"quantization_config": config} if config is not None else {}
-    if task.checkpoint.form == "online":
+    if task.online:
         loaded = transformer.from_pretrained(
             task.base, subfolder="transformer", **quantized, **dtype
         )
@@ -169,12 +169,12 @@ def command(task: Task) -> str:
     from quantmatrix import models
 
     model = models.load(task.checkpoint.model)
-    config = f", quantization_config={CONFIGS[task.way]}" if CONFIGS[task.way] else ""
+    config = f", quantization_config={CONFIGS[task.way]}" if CONFIGS.get(task.way) else ""
     dtype = ", torch_dtype=torch.bfloat16"
     if task.baseline or task.checkpoint.selector == "--model-path":
         return f"{model.PIPELINE}.from_pretrained({task.weights or task.base!r}{dtype})"
     where = f"{task.base!r}, subfolder='transformer'"
-    if task.checkpoint.form == "online":
+    if task.online:
         return f"{model.TRANSFORMER}.from_pretrained({where}{config}{dtype})"
     if task.way == "from_pretrained":
         return f"{model.TRANSFORMER}.from_pretrained({task.weights!r}{dtype})"

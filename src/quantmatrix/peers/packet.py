@@ -4,21 +4,24 @@
 | --------------------------------------- | ------- |
 | `runtimes/<runtime>/<hardware>/*.json`  | the records, as `reports/runtimes` keeps them |
 | `runs/<number>-<name>/`                 | latents, pictures and the whole log of each run |
+| `runs.json`                             | which run a record is about, and which one it was compared with |
 | `<folder>.tar.gz`                       | all of it, with `SHA256SUMS` |
 
 The folder is left as it is when a run is stopped, for each record is written once it is known.
+`packet_check` holds the records of a packet against its runs.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantmatrix.errors import UsageError
 from quantmatrix.files import check_writable
-from quantmatrix.peers.column import Column, Outcome
+from quantmatrix.peers.column import Column, Outcome, Pair
 from quantmatrix.peers.session import Bounds
 from quantmatrix.proof import columns
 from quantmatrix.tables import identify
@@ -26,6 +29,8 @@ from quantmatrix.tables import identify
 if TYPE_CHECKING:
     from quantmatrix.tables.rows import Matrix
 
+ABOUT = "runs.json"
+"""File that names the runs of each record, by the id of its cell."""
 SHARE = 0.9
 """Of this machine's memory, what a run may take where nothing is said."""
 
@@ -82,6 +87,16 @@ def read_memory() -> int:
     return int(SHARE * probe.read_memory())
 
 
+def describe_pair(pair: Pair) -> dict[str, Any]:
+    """The runs behind a record, as `runs.json` has them."""
+    sides = {"run": pair.ran, "beside": pair.beside}
+    found: dict[str, Any] = {
+        name: {"folder": one.folder.name, "media": one.answer.media, "latents": one.answer.latents}
+        for name, one in sides.items()
+    }
+    return {**found, "decoded": pair.decoded}
+
+
 def make(
     tables: Matrix,
     asked: Asked,
@@ -99,17 +114,22 @@ def make(
     if folder.exists():
         raise UsageError(f"--output-path {folder} exists; name a new folder")
     check_writable(folder)
-    outcomes = []
+    outcomes: list[Outcome] = []
+    about: dict[str, dict[str, Any]] = {}
     runs = (folder / "runs").resolve()
     with Column(
         tables, asked.runtime, asked.hardware, runs, tiny=asked.tiny, bounds=asked.bounds
     ) as column:
         for outcome in column.run(asked.checkpoints):
             outcomes.append(outcome)
+            if outcome.pair is not None:
+                about[outcome.cell.id] = describe_pair(outcome.pair)
             if outcome.record is not None:
                 columns.write(outcome.record, folder / columns.RUNTIMES)
                 if record_folder is not None:
                     columns.write(outcome.record, record_folder)
             if show is not None:
                 show(outcome)
+    text = json.dumps(about, indent=1, sort_keys=True)
+    (folder / ABOUT).write_text(f"{text}\n", encoding="utf-8")
     return outcomes, sessions.pack(folder, folder.with_name(f"{folder.name}.tar.gz"))

@@ -12,7 +12,8 @@ An adapter is a module with these names:
 | `explain(answer)`    | the runtime's own words for a failure, one line |
 
 `run` is called in a child process (`quantmatrix.peers.worker`), which turns an exception into an answer;
-before it has loaded the weights a failure is the runtime's refusal, afterwards a crash (`Progress`).
+before it has loaded the weights a failure is the runtime's refusal, if it was meant as one
+(`quantmatrix.peers.failures`), else and afterwards a crash.
 """
 
 from __future__ import annotations
@@ -66,15 +67,26 @@ class Task:
     """What it may take."""
 
     @property
+    def online(self) -> str:
+        """What weights are quantized to while loading (`fp8` ...); empty for a file, and for the base alone."""
+        row = self.checkpoint
+        return row.reference if row.form == "online" and not self.baseline else ""
+
+    @property
     def request(self) -> Request:
         """Prompt, size, steps and seed, as our own command reads them."""
         from quantmatrix.request import Request
+
+        return Request.from_words(self.words, tiny=self.tiny)
+
+    @property
+    def words(self) -> list[str]:
+        """The base model, the row's flags and the prompt, as they follow `quantmatrix generate`."""
         from quantmatrix.tables.rows import ASSIGNMENT, PROMPT
 
         flags = [flag for flag in self.flags if not ASSIGNMENT.fullmatch(flag)]
         prompt = [] if "--prompt" in flags else ["--prompt", PROMPT]
-        argv = ["--model-path", self.base, *flags, *prompt]
-        return Request.from_words(argv, tiny=self.tiny)
+        return ["--model-path", self.base, *flags, *prompt]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -106,6 +118,8 @@ class Answer:
     """Its own words."""
     loaded: bool = False
     """Whether the failure came after the weights were loaded."""
+    meant: bool = True
+    """Whether the runtime's own code raised the error on purpose."""
     media: str = ""
     """Name of the first picture in the folder, where there is one."""
     latents: bool = False
@@ -138,7 +152,7 @@ class Adapter(Protocol):
         """The version that is here, or why there is none."""
 
     def ways(self, task: Task) -> tuple[str, ...]:
-        """The documented ways of loading the file of a task, the most usual first; never empty."""
+        """The documented ways of loading the file of a task, the most usual first; for the base never none."""
 
     def command(self, task: Task) -> str:
         """What a person types to do the same: a command, or a statement of Python."""

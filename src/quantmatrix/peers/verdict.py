@@ -1,13 +1,17 @@
 """Verdict: what a runtime's run of a quantized file shows, beside its own run of the base model.
 
+Where the runtime cannot run the base model, our `decode` of the same file takes its place.
+
 | verdict         | meaning |
 | --------------- | ------- |
 | `works`         | latents (the picture, where there are none) are within the limit of the checkpoint's rows |
 | `wrong numbers` | they are not: noise, or scales that were not applied |
 | `not quantized` | BF16 was loaded, without a word: the run equals the base model's bit for bit, or no |
 |                 | weight in memory is narrower than 16 bits |
-| `refuses`       | it ended before the weights were loaded; the reason is its own words, first line |
-| `crashes`       | it ended afterwards, died, or exceeded a limit of time, memory or output |
+| `refuses`       | it ended before the weights were loaded, and meant to (`quantmatrix.peers.failures`); the |
+|                 | reason is its own words, first line |
+| `crashes`       | it ended afterwards, by an error that nobody meant, died, or exceeded a limit of time, memory or |
+|                 | output |
 | `not installed` | the runtime, or a part that this file needs, is not there |
 """
 
@@ -49,7 +53,8 @@ def judge_ending(answer: Answer, message: str) -> Verdict | None:
         return Verdict("crashes", f"exceeds {answer.kind}" if limit else f"died: {answer.kind}")
     if answer.kind.startswith("missing "):
         return Verdict("not installed", message.removeprefix("missing "))
-    return Verdict("crashes" if answer.loaded else "refuses", message)
+    refused = answer.meant and not answer.loaded
+    return Verdict("refuses" if refused else "crashes", message)
 
 
 def judge_numbers(
@@ -57,10 +62,13 @@ def judge_numbers(
     found: Sequence[torch.Tensor],
     weights: Mapping[str, int],
     allowed: Limits,
+    *,
+    decoded: bool = False,
 ) -> Verdict:
     """The verdict of a run by its latents, a tensor of any shape and dtype per step, or by its picture.
 
-    `weights` are bytes in memory by dtype, empty where the runtime does not tell.
+    `weights` are bytes in memory by dtype, empty where the runtime does not tell. `reference` is the
+    runtime's BF16 run, or our run of the same file (`decoded`), which may be met bit for bit.
     """
     from quantmatrix.measure import latents
 
@@ -70,10 +78,11 @@ def judge_numbers(
         return Verdict("wrong numbers", str(error))
     metrics = {"worst": latents.find_worst(steps).to_json(), "steps": len(steps)}
     limits = allowed.to_json()
-    if latents.find_worst(steps).identical:
+    identical = latents.find_worst(steps).identical
+    if identical and not decoded:
         same = "every step equals its BF16 run bit for bit: the quantized weights were not used"
         return Verdict("not quantized", same, metrics, limits)
-    if why := exceed(steps, allowed):
+    if not identical and (why := exceed(steps, allowed)):
         return Verdict("wrong numbers", why, metrics, limits)
     narrow = sum(size for name, size in weights.items() if name.startswith(NARROW))
     if weights and not narrow:

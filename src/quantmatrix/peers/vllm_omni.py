@@ -32,8 +32,8 @@ def ways(task: Task) -> tuple[str, ...]:
     row = task.checkpoint
     if task.baseline or row.selector == "--model-path":
         return ("model",)
-    if row.form == "online":
-        return ("quantization_config",)
+    if task.online:
+        return ("quantization_config",) if task.online == "fp8" else ()
     return ("folder with the transformer",) if row.form in ("component-folder", "sharded") else ()
 
 

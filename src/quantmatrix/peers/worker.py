@@ -15,6 +15,7 @@ from pathlib import Path
 
 from quantmatrix import peers
 from quantmatrix.peers.common import read_peak, release
+from quantmatrix.peers.failures import is_meant, reads_meant
 from quantmatrix.peers.protocol import (
     FAILED,
     LOADED,
@@ -41,13 +42,22 @@ def answer(adapter: Adapter, task: Task, folder: Path) -> Answer:
     except RuntimeFailure as error:
         kind, loaded = error.kind, error.loaded
         text = str(error)
+        meant = reads_meant(text)
     except BaseException as error:  # a panic of native code is no Exception
         traceback.print_exc()
         kind, loaded = type(error).__name__, (folder / LOADED).exists()
         missing = isinstance(error, (ImportError, Missing))
         kind = f"missing {kind}" if missing else kind
         text = str(error).strip()
-    return Answer(FAILED, kind=kind, error=text[-LONGEST:], loaded=loaded, peak_bytes=read_peak())
+        meant = is_meant(error)
+    return Answer(
+        FAILED,
+        kind=kind,
+        error=text[-LONGEST:],
+        loaded=loaded,
+        meant=meant,
+        peak_bytes=read_peak(),
+    )
 
 
 def redirect(folder: Path) -> None:

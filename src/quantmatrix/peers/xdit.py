@@ -31,7 +31,7 @@ def ways(task: Task) -> tuple[str, ...]:
     row = task.checkpoint
     if task.baseline or row.form == "pipeline":
         return ("--model",)
-    return ("--use_fp8_gemms",) if row.form == "online" else ()
+    return ("--use_fp8_gemms",) if task.online == "fp8" else ()
 
 
 def command(task: Task) -> str:

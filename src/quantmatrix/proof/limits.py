@@ -14,13 +14,14 @@ step of the worst cell that was measured, with the cell's id: 1.5 times the ampl
 PSNR, 1.5 times the relative L2 and 2.25 times `1 - cosine`. The margin is for other instruction
 sets, whose BF16 runs differ by 50 to 64 dB among themselves.
 
-The *class* of a run names the weight format and the arithmetic of its layers (`e4m3 W8A8`; several
-are joined by ` + `). CPUs and accelerators have samples of their own. A class that was measured on
-the other side, or on other models only, borrows the worst of those samples, and says so; a class
-that was never measured has no limit, and its cells fail until somebody measures it from their
-evidence: `python -m quantmatrix.proof.limits reports/evidence reports/limits.csv`. Where stand-ins
-or arithmetic changed on purpose, `--anew` counts what failed, too. What is loosened is printed, and
-the files (see `limit_samples`) are reviewed like any claim.
+The *class* of a run names how the weights of its layers are rounded (`scheme.name_format`) and their
+arithmetic (`e4m3 W8A8`, `mx-e2m1 W4A4`; several are joined by ` + `). CPUs and accelerators have
+samples of their own. A class that was measured on the other side, or on other models only, borrows
+the worst of those samples, and says so; a class that was never measured has no limit, and its cells
+fail until somebody measures it from their evidence: `python -m quantmatrix.proof.limits
+reports/evidence reports/limits.csv`. Where stand-ins or arithmetic changed on purpose, `--anew`
+counts what failed, too. What is loosened is printed, and the files (see `limit_samples`) are
+reviewed like any claim.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from quantmatrix.proof.limit_samples import (
 from quantmatrix.proof.record import Evidence
 from quantmatrix.proof.rounding_model import bound_class
 from quantmatrix.proof.scopes import STAND_IN, read_scope
+from quantmatrix.scheme import Scheme, name_format
 
 MARGIN = 1.5
 """Accepted error, as a multiple of the sample's."""
@@ -232,9 +234,9 @@ def join_witness(sample: Sample, note: str) -> Limits:
     )
 
 
-def name_class(layers: Iterable[tuple[str, str]]) -> str:
-    """The class of a run whose quantized layers have these (weight format, arithmetic)."""
-    return " + ".join(sorted({f"{weight} {numerics}" for weight, numerics in layers}))
+def name_class(layers: Iterable[tuple[Scheme, str]]) -> str:
+    """The class of a run whose quantized layers have these (scheme, arithmetic)."""
+    return " + ".join(sorted({f"{name_format(scheme)} {numerics}" for scheme, numerics in layers}))
 
 
 def collect_samples(evidence: Mapping[str, Evidence], *, again: bool = False) -> list[Sample]:

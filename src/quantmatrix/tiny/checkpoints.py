@@ -23,6 +23,7 @@ from quantmatrix.models.dialect import Dialect
 from quantmatrix.request import Request
 from quantmatrix.scheme import Scheme
 from quantmatrix.tables.rows import CheckpointRow
+from quantmatrix.tiny import fp8_forms
 from quantmatrix.tools.packing import Tensors, pack_tensors
 from quantmatrix.tools.recipe import (
     WEIGHTS,
@@ -65,7 +66,7 @@ def write_component(
         for old in target.glob("*.safetensors*"):
             old.unlink()
         write_folder(*written, target, base, with_config=True)
-    elif row.form == "component-folder":
+    elif row.form in ("component-folder", "compressed-tensors"):
         target = folder / inner
         write_folder(*written, target, base, with_config=True)
     elif row.form == "sharded":
@@ -89,6 +90,8 @@ def make_component(row: CheckpointRow, component: str, base: Path) -> tuple[Tens
     dialect = find_recipe(row).dialect
     packed = pack_tensors(load_file(base / component / WEIGHTS), dialect, find_kept(row))
     chosen = choose_schemes(row, packed, dialect)
+    if row.form in fp8_forms.WRITERS:
+        return fp8_forms.write(row.form, packed, chosen)
     ranges = calibrate(row.model, str(base))[component]
     family = families.load(row.family)
     tensors, declaration = quantize_layers(family, dialect, packed, chosen, ranges)
@@ -116,7 +119,7 @@ def find_recipe(row: CheckpointRow) -> Recipe:
     """What becomes of the layers of a row's model."""
     scheme = families.load(row.family).SCHEMES[row.scheme]
     renamed = any(dialect.name == "bfl" for dialect in models.load(row.model).DIALECTS)
-    raw = row.form in ("raw", "gguf-file") or (row.form == "comfyui" and renamed)
+    raw = row.form in ("raw", "gguf-file", "scaled-fp8") or (row.form == "comfyui" and renamed)
     return Recipe(row.model, row.family, scheme, find_kept(row), raw=raw)
 
 

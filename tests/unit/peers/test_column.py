@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from peers_stubs import SGLANG, XDIT, Fixed, install
+from PIL import Image
 
 from quantmatrix.cli.main import main
 from quantmatrix.errors import UnusableError, UsageError
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, EXIT_USAGE
+from quantmatrix.harness import sessions
 from quantmatrix.peers import column as columns
+from quantmatrix.peers import packet_check
 from quantmatrix.peers.column import Column, read_version
+from quantmatrix.peers.protocol import DONE, FAILED, Answer, Task
 from quantmatrix.proof.columns import RuntimeRecord, decode, encode
 from quantmatrix.tables import read
 
@@ -122,21 +130,61 @@ def test_xdit_takes_pipelines_and_no_files(tmp_path: Path, monkeypatch: pytest.M
     assert found.reason.startswith("the adapter knows no documented way to load a component-folder")
 
 
-def test_a_runtime_whose_base_fails_gives_no_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class Decoder:
+    """In place of the child that runs our own decoding: a picture as the stub draws it, or a failure."""
+
+    def __init__(self, shade: int | None) -> None:
+        self.shade = shade
+        self.asked: list[Task] = []
+
+    def ask(self, task: Task, folder: Path) -> Answer:
+        self.asked.append(task)
+        if self.shade is None:
+            return Answer(FAILED, kind="UsageError", error="no such file")
+        folder.mkdir(parents=True)
+        picture = Image.new("RGB", (16, 16))
+        for x, y in itertools.product(range(16), range(16)):
+            picture.putpixel((x, y), (16 * x, 16 * y, self.shade))
+        picture.save(folder / "media.png")
+        return Answer(DONE, loaded=True, media="media.png", latents=True)
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("shade", "fault", "verdict"),
+    [(128, "", "works"), (128, "bf16", "works"), (128, "noise", "wrong numbers"), (None, "", None)],
+)
+def test_a_runtime_whose_base_fails_is_compared_with_our_decode(
+    shade: int | None,
+    fault: str,
+    verdict: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    install(
-        "sglang",
-        SGLANG.replace("fail(quantized)\nif", "sys.exit(5)\nif"),
-        tmp_path / "bin",
-        monkeypatch,
-    )
-    with Column(
-        read.read(), "sglang", "h200", tmp_path / "runs", tiny=False, limits=Fixed()
-    ) as one:
+    """The same file is decoded by us; to equal it bit for bit is no fault. Without that: no record."""
+    program = SGLANG.replace("fail(quantized)\nif", "quantized or sys.exit(5)\nif")
+    install("sglang", program, tmp_path / "bin", monkeypatch)
+    monkeypatch.setenv("FAULT", fault)
+    if fault == "bf16":  # the same picture, held in eight bits
+        program = program.replace('fault in ("bf16", "wide")', 'fault == "wide"')
+        install("sglang", program, tmp_path / "bin", monkeypatch)
+    runs, own = tmp_path / "runs", Decoder(shade)
+    with Column(read.read(), "sglang", "h200", runs, tiny=False, limits=Fixed()) as one:
+        monkeypatch.setattr(one, "own", own)
         [outcome] = one.run([FOLDER])
-    assert outcome.record is None
-    assert outcome.problem.startswith("its BF16 run of black-forest-labs/FLUX.2-dev refuses: exit")
+    [asked] = own.asked
+    assert (asked.baseline, asked.weights) == (False, one.make_task(asked.checkpoint).weights)
+    base = "its BF16 run of black-forest-labs/FLUX.2-dev refuses: exit code 5"
+    if verdict is None:
+        assert outcome.record is None
+        assert outcome.problem.startswith(base)
+        assert outcome.problem.endswith("; our decode refuses: UsageError: no such file")
+        return
+    assert outcome.record is not None
+    assert outcome.record.verdict == verdict, outcome.record.reason
+    assert outcome.record.tried[0].startswith(f"compared with our decode of the file: {base}")
 
 
 def test_a_runtime_that_is_not_here_or_too_old(
@@ -174,13 +222,55 @@ def test_a_quantization_names_its_file(tmp_path: Path, monkeypatch: pytest.Monke
         columns.name_file("o/m:Q5_0")
 
 
-COMMAND = ["run-column", "--runtime", "sglang", "--hardware", "h200", "--checkpoint", FOLDER]
+def seal(folder: Path) -> None:
+    """Digests of the files as they are now: who forges a packet writes these, too."""
+    sessions.pack(folder, folder.with_suffix(".tar.gz"))
+
+
+def paint(folder: Path) -> None:
+    """Another picture than the run gave."""
+    [picture] = folder.glob("runs/0002-*/**/a_picture.png")
+    Image.new("RGB", (16, 16), (200, 0, 0)).save(picture)
+
+
+def rewrite(folder: Path, old: str, new: str) -> None:
+    [path] = folder.glob("runtimes/*/*/*.json")
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "changed": (paint, "a_picture.png: has another digest than SHA256SUMS says"),
+    "gone": (lambda f: next(f.glob("runs/0001-*/log.txt")).unlink(), "log.txt: missing"),
+    "more": (lambda f: (f / "x.txt").write_text("x"), "x.txt: not in SHA256SUMS"),
+    "forged": (lambda f: [paint(f), seal(f)], "the record says works, its runs say wrong numbers"),
+    "other": (
+        lambda f: [rewrite(f, '"steps": 1', '"steps": 2'), seal(f)], "metrics.steps",
+    ),
+    "stale": (
+        lambda f: [rewrite(f, '"adapter_digest": "sha256:', '"adapter_digest": "sha256:0'), seal(f)],
+        "the adapter of sglang changed since",
+    ),
+    "out": (
+        lambda f: [
+            (f / "runs.json").write_text((f / "runs.json").read_text().replace("0002-", "../0002-")),
+            seal(f),
+        ],
+        "its runs cannot be read: ValueError: .* leads out of the packet",
+    ),
+    "nameless": (lambda f: [(f / "runs.json").write_text("{}"), seal(f)], "runs.json is not about"),
+}  # fmt: skip
+"""What may have happened to a packet on its way, and what is said of it."""
+COMMAND = ["run-column", "--runtime", "sglang", "--hardware", "auto", "--checkpoint", FOLDER]
 
 
 def test_one_command_leaves_a_packet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     install("sglang", SGLANG, tmp_path / "bin", monkeypatch)
+    here = {"auto": "h200"}  # the row of this machine
+    monkeypatch.setattr("quantmatrix.tables.identify.resolve", lambda name, rows: here[name])
     monkeypatch.setattr("quantmatrix.tables.identify.require", lambda row: None)
     monkeypatch.setattr("quantmatrix.peers.packet.read_memory", lambda: 1 << 34)
     folder, records = tmp_path / "packet", tmp_path / "records"
@@ -198,6 +288,14 @@ def test_one_command_leaves_a_packet(
     assert "a_picture.png" in sums
     assert str(tmp_path) not in record.read_text()
     assert main([*argv[:-1]]) == EXIT_USAGE  # it exists
+    assert main(["packet", "check", str(folder), "--json"]) == 0
+    for name, (change, said) in CHANGES.items():
+        copy = tmp_path / name
+        shutil.copytree(folder, copy)
+        change(copy)
+        [problem] = packet_check.check(copy, read.read())
+        assert re.search(said, problem), (name, problem)
+    assert main(["packet", "check", str(copy), "--json"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,18 @@ What a form gives is decided by diffusers, not by the model: one checkpoint of e
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from quantmatrix.peers.column import Column
+from quantmatrix.measure import latents
+from quantmatrix.peers import quantmatrix as ours
+from quantmatrix.peers.column import Column, Ran
 from quantmatrix.peers.verdict import judge_numbers
 from quantmatrix.proof import columns
-from quantmatrix.proof.limits import Limits
+from quantmatrix.proof.limits import MARGIN, Limits
 from quantmatrix.tables import read
 from quantmatrix.tables.rows import RuntimeCell
 
@@ -66,6 +69,44 @@ def test_a_form_gets_its_recorded_verdict(checkpoint: str, column: Column) -> No
     ) or found.verdict == recorded.verdict == "wrong numbers"
 
 
+def test_our_decode_is_near_the_runtimes_own_bf16(column: Column, tmp_path: Path) -> None:
+    """What a run is compared with where the base model is too large, on one where it is not."""
+    row = TABLES.checkpoints["fp8-flux-1-tensor-dynamic"]
+    task = replace(column.make_task(row), way=ours.BACKEND)
+    base = column.find_baseline(task)
+    answer = ours.run(task, tmp_path)
+    found = Ran(task, answer, tmp_path)
+    numbers = [one.read_numbers(latents=True) for one in (base, found)]
+    judged = judge_numbers(*numbers, {}, column.limits.find(row))
+    assert (judged.verdict, answer.media) == ("works", "media.png"), judged.reason
+    said = ours.command(task)
+    assert said.endswith(f"--transformer-path {task.weights} --backend decode --tiny")
+
+
+@pytest.mark.parametrize("checkpoint", ["gguf-flux-1-q8-0", "gguf-z-image-q4-k"])
+def test_diffusers_gguf_loader_gives_our_latents(
+    checkpoint: str, column: Column, tmp_path: Path
+) -> None:
+    """One file, its blocks decoded by diffusers for every call and by us while loading.
+
+    The two are no further apart than runs in BF16 are (`spread`, with the margin of other instruction
+    sets), and nearer to each other than to the base model.
+    """
+    task = column.make_task(TABLES.checkpoints[checkpoint])
+    theirs = column.ask(replace(task, way="GGUFQuantizationConfig"))
+    assert theirs.answer.weights["uint8"] > 0, theirs.answer
+    found = Ran(task, ours.run(task, tmp_path), tmp_path)
+    base, mine, other = (
+        one.read_numbers(latents=True) for one in (column.find_baseline(task), found, theirs)
+    )
+    near, far = (
+        latents.find_worst(latents.compare_trajectories(base_of, other)) for base_of in (mine, base)
+    )
+    spread = column.limits.ledger.spreads[task.checkpoint.model]
+    assert near.relative_l2 < MARGIN * spread.relative_l2
+    assert near.relative_l2 < far.relative_l2 / 2
+
+
 @pytest.mark.parametrize(
     ("scale", "weights", "verdict"),
     [
@@ -82,6 +123,14 @@ def test_numbers_and_weights_decide(scale: float, weights: dict[str, int], verdi
     base = [torch.randn(4, 4, generator=draw) for _ in range(2)]
     found = [step + scale * torch.randn(4, 4, generator=draw) for step in base]
     assert judge_numbers(base, found, weights, LIMITS).verdict == verdict
+
+
+def test_a_run_may_equal_our_decode_of_the_file() -> None:
+    step = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    narrow, wide = {"uint8": 8}, {"bfloat16": 8}
+    assert judge_numbers([step], [step], narrow, LIMITS, decoded=True).verdict == "works"
+    assert judge_numbers([step], [step], wide, LIMITS, decoded=True).verdict == "not quantized"
+    assert judge_numbers([step], [-step], narrow, LIMITS, decoded=True).verdict == "wrong numbers"
 
 
 def test_runs_of_other_lengths_are_wrong() -> None:

@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -46,11 +47,24 @@ def test_every_checkpoint_has_ways_and_commands(runtime: str, checkpoint: str) -
         ("fp8-flux-1-single-file", "", ("from_single_file", "BFLQuantizationConfig")),
         ("fp8-flux-1-single-file", "a/flux1-dev-Q4_0.gguf", ("GGUFQuantizationConfig",)),
         ("fp8-flux-1-online", "", ("TorchAoConfig",)),
+        ("msmodelslim-online-mxfp8", "", ()),
         ("msmodelslim-w8a8", "", ("from_pretrained",)),
     ],
 )
 def test_ways_of_diffusers(checkpoint: str, weights: str, ways: tuple[str, ...]) -> None:
     assert diffusers.ways(make_task(checkpoint, weights)) == ways
+
+
+@pytest.mark.parametrize("runtime", ["diffusers", "xdit", "vllm-omni", "cache-dit"])
+def test_what_quantizes_to_fp8_is_not_asked_for_another_form(runtime: str) -> None:
+    """It would run, and its picture would be near: of weights that nobody asked for."""
+    ways = peers.load(runtime).ways
+    fp8, mxfp8 = make_task("fp8-flux-1-online"), make_task("msmodelslim-online-mxfp8")
+    assert (len(ways(fp8)), ways(mxfp8)) == (1, ())
+    assert ways(replace(mxfp8, baseline=True, weights="")) == ways(
+        replace(fp8, baseline=True, weights="")
+    )
+    assert diffusers.command(mxfp8).startswith("WanTransformer3DModel.from_pretrained('Wan-AI/")
 
 
 def test_a_file_of_a_repository_is_an_address_for_diffusers(tmp_path: Path) -> None:

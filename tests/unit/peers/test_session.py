@@ -48,6 +48,8 @@ def run(task, folder):
     match task.way.removeprefix("late "):
         case "raise":
             raise ValueError("first line\\nsecond line")
+        case "index":
+            [][0]
         case "missing":
             raise Missing("needs torchao")
         case "import":
@@ -106,6 +108,7 @@ def ask(session: Session, task: Task, way: str, folder: Path) -> tuple[str, str]
 
 ENDINGS = {
     "raise": (FAILED, "refuses: ValueError: first line"),
+    "index": (FAILED, "crashes: IndexError: list index out of range"),
     "late raise": (FAILED, "crashes: ValueError: first line"),
     "missing": (FAILED, "not installed: Missing: needs torchao"),
     "import": (FAILED, "not installed: ModuleNotFoundError: No module named 'no_such_package'"),

@@ -16,6 +16,7 @@ from quantmatrix.proof import record as records
 from quantmatrix.proof.limit_samples import LimitsError, Sample, Spread, read_samples
 from quantmatrix.proof.limits import Ledger
 from quantmatrix.proof.record import CheckResult, Evidence
+from quantmatrix.scheme import Scheme
 from quantmatrix.tables import read
 
 FLUX = Sample("e4m3 W8A8", "flux-1", 47.5, 0.9996, 0.03, 0.04, "a@cpu", 3, "2.13.0")
@@ -88,8 +89,31 @@ def test_a_class_that_a_project_lacks_is_judged_by_the_fallback_and_says_so() ->
 
 
 def test_classes_are_named_by_their_layers() -> None:
-    layers = [("e4m3", "W8A8"), ("e2m1", "W4A4"), ("e4m3", "W8A8")]
+    fp8 = Scheme("linear.fp8", "", "e4m3", "tensor", "tensor-dynamic")
+    nvfp4 = Scheme("linear.nvfp4", "", "e2m1", "group", "group-dynamic")
+    layers = [(fp8, "W8A8"), (nvfp4, "W4A4"), (replace(fp8, scale="block"), "W8A8")]
     assert limits.name_class(layers) == "e2m1 W4A4 + e4m3 W8A8"
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "activation", "expected"),
+    [
+        ("e4m3", "block", "group-power", "mx-e4m3"),
+        ("e2m1", "group", "group-power", "mx-e2m1"),
+        ("e2m1", "group", "group-dual", "mx-e2m1"),
+        ("e2m1", "group", "group-dynamic", "e2m1"),
+        ("int8", "tensor", "none", "int8-tensor"),
+        ("int8", "channel", "none", "int8"),
+        ("e4m3", "tensor", "none", "e4m3"),
+    ],
+)
+def test_a_class_says_how_weights_are_rounded(
+    weight: str, scale: str, activation: str, expected: str
+) -> None:
+    """Powers of two cut numbers off, and one scale for all integers of a layer rounds the small ones
+    away: neither is judged by the limits of other scales."""
+    scheme = Scheme("linear.x", "", weight, scale, activation)
+    assert limits.name_class([(scheme, "W8A16")]) == f"{expected} W8A16"
 
 
 def make(name: str, psnr: float, *, verdict: str = "pass", limited: bool = True) -> Evidence:

@@ -16,6 +16,14 @@ from quantmatrix.proof.rounding_model import bound_class, bound_format, bound_la
 GROUPS = 4096
 
 
+def round_e2m1(x: torch.Tensor) -> torch.Tensor:
+    return number_formats.decode_e2m1(number_formats.encode_e2m1(x))
+
+
+POWERS = {"mx-e4m3": (8, number_formats.round_e4m3), "mx-e2m1": (2, round_e2m1)}
+"""Exponent of the largest code, which the scale leaves out, and how the quotient is rounded."""
+
+
 def draw(kind: str, size: int, seed: int = 3) -> torch.Tensor:
     """Groups of magnitudes of several shapes, [groups, size] in float64."""
     noise = torch.Generator().manual_seed(seed)
@@ -42,6 +50,10 @@ def round_to(name: str, groups: torch.Tensor) -> torch.Tensor:
     if name == "e4m3":
         scale = largest / 448.0
         return number_formats.round_e4m3((groups / scale).float()).double() * scale
+    if name in POWERS:
+        top, cast = POWERS[name]
+        scale = torch.exp2(torch.floor(torch.log2(largest)) - top)
+        return cast((groups / scale).float()).double() * scale
     if name == "e2m1":
         scale = number_formats.round_e4m3((largest / 6.0).float()).double()
         return (
@@ -72,6 +84,32 @@ def test_no_magnitudes_round_worse_than_the_bound(name: str, size: int) -> None:
     assert max(found.values()) > 0.7 * bound, found  # a bound far above says nothing
 
 
+@pytest.mark.parametrize("name", POWERS)
+def test_powers_of_two_cut_off_less_than_the_bound(name: str) -> None:
+    """Groups whose largest magnitude lies anywhere in a binade; elements as `BOUNDS` has them."""
+    bound = bound_format(name)
+    assert bound is not None
+    spread = torch.exp2(torch.rand(GROUPS, 1, generator=torch.Generator().manual_seed(5)).double())
+    found = {}
+    for kind in SHAPES:
+        groups = draw(kind, 32)
+        groups = groups / groups.abs().amax(dim=1, keepdim=True) * spread
+        error = (round_to(name, groups) - groups).abs()
+        found[kind] = float(error.norm() / groups.norm())
+        assert float((error.amax(dim=1) / groups.abs().amax(dim=1)).max()) <= BOUNDS[name] * 1.001
+    assert max(found.values()) <= bound, found
+    assert max(found.values()) > 0.7 * bound, found
+
+
+def test_a_power_of_two_rounds_worse_than_any_other_scale() -> None:
+    """Why MX formats have classes of their own: what is usual there exceeds the bound of the others."""
+    for name, codes in (("mx-e4m3", "e4m3"), ("mx-e2m1", "e2m1")):
+        high = draw("one outlier", 32) / 6.0 * 1.99
+        high[:, 1:] *= 0.1
+        error = float((round_to(name, high) - high).norm() / high.norm())
+        assert error > 1.5 * (bound_format(codes) or 0.0)
+
+
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_normal_values_round_as_the_crest_says(name: str) -> None:
     bound = bound_format(name)
@@ -99,15 +137,17 @@ def test_classes() -> None:
     assert bound_layer("e4m3", "W8A8") == pytest.approx(math.sqrt(2) / (8 * math.sqrt(12)))
     assert bound_layer("uint4", "W4A16") is None
     assert bound_class("uint4 W4A16") == 0.0
+    assert bound_class("e5m2 W8A16") == pytest.approx(1 / (4 * math.sqrt(12)))
+    assert bound_class("int8-tensor W8A16") > bound_class("int8 W8A16") > 0.0
+    assert bound_layer("mx-int8", "W8A16") is None
     assert bound_class("e2m1 W4A4 + uint4 W4A16") == bound_layer("e2m1", "W4A4")
     assert bound_class("e4m3 W8A8 + e2m1 W4A16") == bound_layer("e2m1", "W4A16")
     assert find_crest(1) == pytest.approx(math.sqrt(2 / math.pi), rel=1e-3)  # E|x|
 
 
 def test_elements_and_layers_follow_from_the_same_gaps() -> None:
-    assert pytest.approx({"e4m3": 1 / 28, "e2m1": 11 / 48, "int8": 1 / 254, "int4": 1 / 14}) == (
-        BOUNDS
-    )
+    plain = {"e4m3": 1 / 28, "e2m1": 11 / 48, "int8": 1 / 254, "int4": 1 / 14}
+    assert pytest.approx({**plain, "mx-e4m3": 1 / 8, "mx-e2m1": 1 / 4}) == BOUNDS
 
 
 def test_what_was_measured_of_floating_formats_lies_below() -> None:
@@ -122,5 +162,10 @@ def test_what_was_measured_of_floating_formats_lies_below() -> None:
         if s.side == "cpu" and s.kind.split()[0] in ("e4m3", "e2m1") and "+" not in s.kind
     ]  # fmt: skip
     assert len(pure) == 20
+    powers = [s for s in samples if s.kind.startswith("mx-")]
+    assert {s.kind for s in powers} == {
+        f"mx-{k}" for k in ("e4m3 W8A16", "e4m3 W8A8", "e2m1 W4A16", "e2m1 W4A4")
+    }
+    pure += powers
     for sample in pure:
         assert sample.rounding / 3 < sample.layer_error < sample.rounding, sample

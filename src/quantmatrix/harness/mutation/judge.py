@@ -231,7 +231,7 @@ class Mutator:
     ) -> dict[str, str]:
         """What the gates that look at a run say."""
         pieces = [piece for part in planned.components.values() for piece in part.pieces()]
-        kind = limits.name_class((piece.scheme.weight, piece.numerics) for piece in pieces)
+        kind = limits.name_class((piece.scheme, piece.numerics) for piece in pieces)
         allowed = self.limits.find(kind, cell.model, cell.hardware)
         found = {}
         if why := media.find_degeneration(media.stack_frames(run.media)):

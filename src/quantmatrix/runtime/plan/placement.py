@@ -142,13 +142,15 @@ def list_names(
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of a model by their names on disk: a weight, and a bias, for each layer.
 
-    How a quantized layer is stored is not among them. Raises CheckpointError for one without codes.
+    How a quantized layer is stored is not among them; one that is quantized while loading (`online`)
+    is stored plainly. Raises CheckpointError for one without codes.
     """
     _, plain = sort_layers(checkpoint, schemes, DIFFUSERS, family, online=online)
     names = {name: checkpoint.tensors[name].shape for name in plain}
     for layer, scheme in schemes.items():
         assert family is not None  # nothing is quantized without one
-        features = measure_features(scheme, find_code(checkpoint, layer, family).shape)
+        shape = find_code(checkpoint, layer, family).shape
+        features = shape if online else measure_features(scheme, shape)
         names[f"{layer}.weight"] = features
         if find_biases(checkpoint, layer, family):
             names[f"{layer}.bias"] = features[:1]

@@ -27,6 +27,7 @@ from drawn_files import (
 )
 from safetensors.torch import save_file
 
+from quantmatrix.cli.main import main
 from quantmatrix.errors import CheckpointError
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -199,10 +200,19 @@ FORMS: dict[str, tuple[Callable[[Tensors], Made], str, str]] = {
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("form", FORMS)
-def test_every_tensor_of_a_form(tmp_path: Path, form: str, model: str) -> None:
+def test_every_tensor_of_a_form(
+    tmp_path: Path, form: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     make, activations, said = FORMS[form]
     made = make(draw(model))
-    planned = plan_folder(write(tmp_path / "it", made, model), model)
+    folder = write(tmp_path / "it", made, model)
+    assert main(["inspect", str(folder)]) == 0
+    line, *more = capsys.readouterr().out.splitlines()
+    assert line.startswith("transformer: fp8 (")
+    assert said in line  # what the file is, and what it was taken for, in the first line
+    [schemes] = [other for other in more if other.startswith("  schemes ")]
+    assert "fp8" in schemes
+    planned = plan_folder(folder, model)
     assert planned.family == "fp8"
     assert said in planned.why
     assert {piece.scheme.activation for piece in planned.pieces()} <= set(activations.split())

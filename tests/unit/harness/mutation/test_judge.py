@@ -186,6 +186,22 @@ def test_bounds_are_those_of_rounding_to_the_nearest(scale: str, steps: int, wei
     assert rounding_bounds.measure_error(base, broken, scheme) == float("inf")
 
 
+@pytest.mark.parametrize(
+    ("weight", "codes", "bound"),
+    [("e4m3", torch.float8_e4m3fn, 1 / 16), ("e5m2", torch.float8_e5m2, 1 / 8)],
+)
+def test_a_plain_cast_is_rounded_by_half_a_gap_of_the_lower_end(
+    weight: str, codes: torch.dtype, bound: float
+) -> None:
+    from quantmatrix.scheme import Scheme
+
+    scheme = Scheme("linear.fp8", "fp8-cast", weight, "tensor", "none")
+    base = torch.linspace(1.0, 1.13, 64).reshape(8, 8)
+    assert rounding_bounds.find_bound(scheme) == bound
+    error = rounding_bounds.measure_error(base, base.to(codes).float(), scheme)
+    assert 0.8 * bound < error <= bound
+
+
 def test_blocks_share_a_scale() -> None:
     from quantmatrix.scheme import Scheme
 

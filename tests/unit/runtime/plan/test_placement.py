@@ -15,7 +15,7 @@ from quantmatrix.checkpoints.local import LocalFolder
 from quantmatrix.errors import CheckpointError
 from quantmatrix.models.dialect import Target
 from quantmatrix.request import Request
-from quantmatrix.runtime.plan.placement import explain_rows, select_rows
+from quantmatrix.runtime.plan.placement import explain_rows, list_names, select_rows
 from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.tiny import hub
 
@@ -212,3 +212,16 @@ def test_rows(target: Target, rows: int, expected: list[int] | None) -> None:
 )
 def test_rows_that_cannot_be_cut(target: Target, rows: int) -> None:
     assert f"its {rows} rows are no" in explain_rows(target, rows)
+
+
+@pytest.mark.parametrize("scheme", ["W8A8_MXFP8", "W4A4_MXFP4"])
+def test_names_of_what_is_quantized_while_loading_have_the_widths_on_disk(scheme: str) -> None:
+    """Two columns per byte are counted where bytes are stored, and nothing is packed yet."""
+    from quantmatrix.families import msmodelslim
+
+    planned = plan(Request(model_path=str(find(FLUX)), device="cpu"))
+    assert isinstance(planned, Plan)
+    checkpoint = planned.components["transformer"].checkpoint
+    chosen = {"transformer_blocks.0.attn.to_q": msmodelslim.SCHEMES[scheme]}
+    found = list_names(checkpoint, chosen, "msmodelslim", online=True)
+    assert found == {other: header.shape for other, header in checkpoint.tensors.items()}
