@@ -45,7 +45,7 @@ WEIGHT_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
 FP4_BACKEND_VARIABLE = "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND"
 """The guide's environment variable for `Request.fp4_gemm_backend`; only the CLI reads it."""
 SEVERAL = (
-    *("prompt", "seed", "quantization_ignored_layers"),
+    *("prompt", "seed", "quantization_ignored_layers", "image_path"),
     *("lora_path", "lora_weight_name", "lora_scale"),
 )
 """Fields of a request that hold several values."""
@@ -106,6 +106,10 @@ class Request:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     seed: tuple[int, ...] = (0,)
+    image_path: tuple[str, ...] = ()
+    """Pictures that the pipeline is given: files here, `FILE#sha256:HEX` where one is pinned."""
+    mask_path: str | None = None
+    """The white part of the picture is painted."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading a file."""
@@ -136,6 +140,9 @@ class Request:
                 raise UsageError(f"--{_dashed(name)} {value}: expected 1 or more")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise UsageError(f"--guidance-scale {self.guidance_scale}: expected a number")
+        pictures: object = self.image_path
+        if isinstance(pictures, str):
+            object.__setattr__(self, "image_path", (pictures,))
         for name, kind in (("prompt", str), ("seed", int)):
             value = getattr(self, name)
             if isinstance(value, kind):  # one alone, which for a text would be its letters
@@ -344,6 +351,13 @@ def add_request_flags(parser: argparse.ArgumentParser, *, needed: bool = True) -
     how = parser.add_argument_group("generation")
     how.add_argument("--prompt", nargs="+", help="one or more prompts")
     how.add_argument("--negative-prompt")
+    how.add_argument(
+        "--image-path",
+        nargs="+",
+        metavar="FILE",
+        help="pictures to start from or to change; FILE#sha256:HEX pins one",
+    )
+    how.add_argument("--mask-path", metavar="FILE", help="mask of the picture: white is painted")
     how.add_argument("--height", type=int, help="pixels")
     how.add_argument("--width", type=int, help="pixels")
     how.add_argument("--num-frames", type=int)
@@ -387,13 +401,13 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 
 GENERATION = ("prompt", "negative_prompt", "height", "width", "num_frames", "num_inference_steps")
 
-GENERATION_FIELDS = (*GENERATION, "guidance_scale", "seed")
+GENERATION_FIELDS = (*GENERATION, "guidance_scale", "seed", "image_path", "mask_path")
 
 
 def blank_generation() -> dict[str, Any]:
     """Values with which a request no longer says what to generate."""
     blank: dict[str, Any] = dict.fromkeys(GENERATION_FIELDS)
-    return {**blank, "prompt": ("",), "seed": (0,)}
+    return {**blank, "prompt": ("",), "seed": (0,), "image_path": ()}
 
 
 def strip_quantization(request: Request, base: str) -> Request:

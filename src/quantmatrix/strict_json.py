@@ -71,9 +71,10 @@ def read_bytes(path: Path, base: Path | None = None) -> bytes:
         return file.read(LIMIT)
 
 
-def parse(text: bytes | str, make: Make | None = None) -> Any:
+def parse(text: bytes | str, make: Make | None = None, *, endless: bool = False) -> Any:
     """The value of a text; `make` may replace each object by something smaller.
 
+    `endless` takes the names `Infinity` and `-Infinity`, which Python writes, for numbers.
     Raises JsonError for a text that exceeds a limit, has a name twice or a number that is not
     finite, and NotJsonError for one that is not valid JSON.
     """
@@ -95,7 +96,7 @@ def parse(text: bytes | str, make: Make | None = None) -> Any:
             object_pairs_hook=join,
             parse_int=read_int,
             parse_float=read_float,
-            parse_constant=read_float,
+            parse_constant=read_endless if endless else read_float,
         )
     except RecursionError as error:
         raise JsonError(f"it is nested more than {DEPTH} levels deep") from error
@@ -145,6 +146,11 @@ def read_float(text: str) -> float:
     if not math.isfinite(value):
         raise JsonError(f"{quote(text)} is not a finite number")
     return value
+
+
+def read_endless(text: str) -> float:
+    """Infinity, of either sign; raises JsonError for NaN."""
+    return read_float(text) if text == "NaN" else float(text)
 
 
 def check_depth(value: Any) -> None:

@@ -187,13 +187,15 @@ def find_header_block(metadata: Mapping[str, str], file: str) -> tuple[dict[str,
     return (block, first) if block else (other, second if other else "")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, endless: bool = False) -> dict[str, Any]:
     """A JSON object from a file; raises CheckpointError naming the file.
 
+    `endless` takes `Infinity` and `-Infinity` for numbers, which are no JSON.
     Where the path leads is looked at by the folder that gives it.
     """
     try:
-        content = strict_json.parse(strict_json.read_bytes(path, Path(path.absolute().anchor)))
+        read = strict_json.read_bytes(path, Path(path.absolute().anchor))
+        content = strict_json.parse(read, endless=endless)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}; download it again") from error
     if not isinstance(content, dict):

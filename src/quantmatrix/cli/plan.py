@@ -70,6 +70,10 @@ def print_plan(plan: Mapping[str, Any]) -> None:
         say(f"    quantized    {layers} linear layers, {part['precision'] or '-'}{rank}")
         say(f"    kernels      {backends_text(part['backends'])}")
         say(f"    memory       {describe_weights(plan, name)}{each}")
+    for one in plan.get("pictures", ()):
+        tokens = f", {one['tokens']} tokens a step" if one["tokens"] else ""
+        size = f"{one['width']} x {one['height']}"
+        say(f"  {one['argument']}: {one['path']} ({size}, sha256 {one['sha256'][:16]}{tokens})")
     for warning in plan["warnings"]:
         say(f"  warning: {warning}")
 

@@ -6,7 +6,8 @@ a run are multiplied by the base model's weights, too, in float32, and the outpu
 
     error = |y - (x W^T + b)| / |x W^T + b|        on the first call of each layer
 
-The base weights come straight from the mapping of the base checkpoint, one layer at a time, so
+What adapters add beside a layer is left out of y. The base weights come straight from the mapping of
+the base checkpoint, one layer at a time, so that
 nothing of the base model is loaded.
 """
 
@@ -90,13 +91,16 @@ def make_hook(
     Weight and bias are read from the base checkpoint, whose tensors are `known` by name.
     """
 
-    def compare(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def compare(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         if module in errors:
             return
         weight = reader.read(f"{module}.weight").float()
         bias = reader.read(f"{module}.bias").float() if f"{module}.bias" in known else None
         expected = functional.linear(inputs[0].float(), weight, bias)
-        errors[module] = relative_error(expected, output.float())
+        branch = getattr(layer, "low_rank", None)
+        added = None if branch is None else branch(inputs[0])
+        found = output.float() if added is None else output.float() - added.float()
+        errors[module] = relative_error(expected, found)
 
     return compare
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from quantmatrix import api
+from quantmatrix import api, models
 from quantmatrix.checkpoints.opening import fetch
 from quantmatrix.checkpoints.reader import TensorReader
 from quantmatrix.hardware import probe
@@ -30,6 +30,8 @@ from quantmatrix.runtime.pipeline import build_pipeline
 from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.runtime.run import Run
 from quantmatrix.tables.rows import Matrix
+from quantmatrix.tiny.hub import PLACEHOLDER
+from quantmatrix.tiny.pictures import give_pictures
 
 PROMPT = "a curious pikachu"
 
@@ -46,7 +48,12 @@ def measure_all(tables: Matrix, say: Callable[[str], None]) -> dict[str, Spread]
 def measure(model: str, repository: str) -> Spread:
     """The spread of a model, by its stand-in on this machine's CPU."""
     request = Request(
-        model_path=repository, tiny=True, device="cpu", prompt=(PROMPT,), dtype="bfloat16"
+        model_path=repository,
+        tiny=True,
+        device="cpu",
+        prompt=(PROMPT,),
+        dtype="bfloat16",
+        **give_pictures(models.load(model), PLACEHOLDER),
     )
     exact = api.generate(replace(request, dtype="float32"))
     plan = api.require_plan(request)

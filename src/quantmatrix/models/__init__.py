@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from quantmatrix.errors import UsageError
+from quantmatrix.models import further
 from quantmatrix.models.dialect import DIFFUSERS
 
 if TYPE_CHECKING:
@@ -86,8 +87,11 @@ def refuse_flags(request: Any, name: str, *fields: str) -> None:
 def load(model: str) -> Model:
     """The module of a model id, or what stands for it; raises KeyError for an unknown one.
 
-    An id `MODEL/CLASS` is that of a pipeline without a module (see `quantmatrix.models.generic`).
+    An id `MODEL/CLASS` is that of a pipeline without a module (see `quantmatrix.models.generic`), one
+    of `further.IDS` that of a model which has a stand-in alone.
     """
+    if model in further.IDS:
+        return load_further(model)
     if "/" in model:
         from quantmatrix.models import generic
 
@@ -95,6 +99,15 @@ def load(model: str) -> Model:
         own = None if name == generic.UNKNOWN else load_file(name)
         return cast("Model", generic.describe(model, own))
     return load_file(model)
+
+
+def load_further(model: str) -> Model:
+    """A model of `quantmatrix.models.further`, with all that the model of its pipeline says."""
+    described = further.load_module(model)
+    pipeline, transformer = described.PIPELINE, described.TRANSFORMER
+    used = by_class(pipeline) or by_transformer(pipeline, transformer)
+    assert used is not None, f"{model}: diffusers has no {pipeline} with a {transformer}"
+    return cast("Model", further.Further(described, load(used)))
 
 
 def load_file(model: str) -> Model:

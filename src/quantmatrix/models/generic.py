@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,25 @@ CLIPS = ("num_frames", "num_videos_per_prompt")
 """Arguments that only a pipeline of clips has."""
 PICTURES = ("height", "num_images_per_prompt", *CLIPS)
 """Arguments of which a pipeline of pictures or clips has at least one."""
-OURS = {"prompt", "generator", "callback_on_step_end"}
+TINY_SIDE, TINY_FRAMES, TINY_STEPS, TINY_GUIDANCE = 64, 9, 4, 4.0
+"""Pixels a side, frames, steps and guidance of a stand-in's run."""
+TINY_CALL: Mapping[str, Any] = {
+    "max_sequence_length": 32,
+    "use_resolution_binning": False,  # to a picture of the published size
+    "_auto_resize": False,  # of a given picture, to about a million pixels
+    "complex_human_instruction": None,  # hundreds of tokens before the prompt
+}
+"""What the call of a stand-in is given besides, where the pipeline takes it."""
+MOST_PICTURES: Mapping[str, int] = {
+    "QwenImageEditPlusPipeline": 3,
+    **dict.fromkeys(("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline"), 10),
+}
+"""Pictures that a pipeline composes; one with an argument `image` and without an entry takes one."""
+BESIDE = ("FluxKontextPipeline", "QwenImageEditPipeline", *MOST_PICTURES)
+"""Pipelines that lay the patches of pictures beside those of the latents."""
+PICTURE_AREA, PATCH = 1024 * 1024, 16
+"""Pixels that such a pipeline brings a picture to, and those of a patch's side."""
+OURS = {"prompt", "generator"}
 """Arguments that every run gives: a pipeline that does not take them cannot be proved."""
 
 
@@ -71,8 +89,16 @@ class Generic:
 
     @property
     def TINY_DEFAULTS(self) -> Defaults:
-        """The defaults: there is no stand-in that could have others."""
-        return self.DEFAULTS
+        """What a stand-in's run takes: a small picture or clip in a few steps."""
+        clip = self.DEFAULTS.frames > 1
+        return replace(
+            self.DEFAULTS,
+            height=TINY_SIDE,
+            width=TINY_SIDE,
+            steps=TINY_STEPS,
+            guidance=TINY_GUIDANCE,
+            frames=TINY_FRAMES if clip else 1,
+        )
 
     def call_arguments(self, request: Request) -> dict[str, Any]:
         """Keyword arguments of the pipeline call: what the request gives, by the call's signature.
@@ -81,7 +107,7 @@ class Generic:
         gives.
         """
         parameters = read_call(self.PIPELINE)
-        check_call(self.PIPELINE, parameters)
+        check_call(self.PIPELINE, parameters, pictures=bool(request.image_path))
         given: dict[str, Any] = {
             "height": request.height,
             "width": request.width,
@@ -98,7 +124,24 @@ class Generic:
         if "negative_prompt" in arguments and "true_cfg_scale" in parameters:
             guidance = request.guidance_scale
             arguments["true_cfg_scale"] = self.DEFAULTS.guidance if guidance is None else guidance
+        if request.tiny:
+            arguments = {**self.tiny_arguments(parameters), **arguments}
+        if "max_area" in parameters and {"height", "width"} <= arguments.keys():
+            arguments["max_area"] = arguments["height"] * arguments["width"]
         return arguments
+
+    def tiny_arguments(self, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+        """What the call of a stand-in is given where the request is silent, as far as it takes it."""
+        defaults = self.TINY_DEFAULTS
+        given = {
+            "height": defaults.height,
+            "width": defaults.width,
+            "num_frames": defaults.frames,
+            "num_inference_steps": defaults.steps,
+            name_guidance(parameters): defaults.guidance,
+            **TINY_CALL,
+        }
+        return {name: value for name, value in given.items() if name in parameters}
 
     def forward_inputs(self, config: Any, draw: Draw, *, tiny: bool) -> dict[str, Any]:
         """Arguments of one forward, as the transformer's model file has them; UsageError without."""
@@ -181,8 +224,10 @@ def read_call(pipeline: str) -> Mapping[str, inspect.Parameter]:
     return {name: one for name, one in parameters.items() if name != "self"}
 
 
-def check_call(pipeline: str, parameters: Mapping[str, inspect.Parameter]) -> None:
-    """Refuse a call that a run cannot make; UsageError."""
+def check_call(
+    pipeline: str, parameters: Mapping[str, inspect.Parameter], *, pictures: bool = False
+) -> None:
+    """Refuse a call that a run cannot make; UsageError. `pictures`: the request has some."""
     if missing := sorted(OURS - parameters.keys()):
         raise UsageError(
             f"{pipeline}: its call takes no {missing[0]}, which every run gives: the transformer "
@@ -193,11 +238,21 @@ def check_call(pipeline: str, parameters: Mapping[str, inspect.Parameter]) -> No
             f"{pipeline}: it makes neither pictures nor clips, and nothing else can be saved or "
             "compared: the transformer alone can be loaded (quantmatrix.load_transformer)"
         )
-    if needed := [name for name in list_needed(parameters) if name not in OURS]:
+    needed = [name for name in list_needed(parameters) if name not in OURS]
+    if needed == ["image"]:
+        if pictures:
+            return
+        raise UsageError(f"{pipeline}: its call needs image: name a picture with --image-path")
+    if needed:
         raise UsageError(
             f"{pipeline}: its call needs {', '.join(needed)}, which no flag gives: the transformer "
             "alone can be loaded (quantmatrix.load_transformer, quantmatrix.load_pipeline)"
         )
+
+
+def count_picture_rows(pipeline: str) -> int:
+    """Rows that a picture adds to the latents' in a pipeline; 0 where it adds channels, or none."""
+    return PICTURE_AREA // PATCH**2 if pipeline in BESIDE else 0
 
 
 def list_needed(parameters: Mapping[str, inspect.Parameter]) -> Iterator[str]:

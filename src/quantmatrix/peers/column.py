@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import quantmatrix
 from quantmatrix import peers
+from quantmatrix.checkpoints.folders import PLACEHOLDER
 from quantmatrix.errors import UnusableError, UsageError
 from quantmatrix.peers import quantmatrix as ours
 from quantmatrix.peers.common import read_latents
@@ -196,7 +197,7 @@ class Column:
             checkpoint=row,
             base=self.locate(base),
             weights="" if online else self.locate(row.reference),
-            flags=self.find_flags(row.id),
+            flags=tuple(map(self.locate_flag, self.find_flags(row.id))),
             device=self.device,
             tiny=self.tiny,
         )
@@ -219,6 +220,13 @@ class Column:
         if colon:
             return str(pick_file((root / above).glob("*.gguf"), quantization, reference))
         return str(root / rest if rest else root)
+
+    def locate_flag(self, flag: str) -> str:
+        """A flag's value as the runtime is given it: pictures and adapters of the tables lie in the tiny hub."""
+        reference, hash_sign, pin = flag.partition("#")
+        if not self.tiny or not flag.startswith(PLACEHOLDER):
+            return flag
+        return f"{self.locate(reference)}{hash_sign}{pin}"
 
     def find_flags(self, checkpoint: str) -> tuple[str, ...]:
         """Flags of the first row that claims something of a checkpoint, of this hardware if there is one."""

@@ -70,6 +70,8 @@ def run_with(task: Task, folder: Path, load: Callable[[Task, Model], Any]) -> An
     from quantmatrix import models
 
     model = models.load(task.checkpoint.model)
+    if why := explain_processor(task.base):
+        raise Missing(why)
     start = time.perf_counter()
     pipeline = load(task, model).to(task.device)
     parts = [getattr(pipeline, name) for name in task.checkpoint.components]
@@ -117,6 +119,19 @@ def load_pipeline(task: Task, model: Model) -> Any:
     return pipeline.from_pretrained(task.base, **{name: loaded}, **dtype)
 
 
+def explain_processor(base: str) -> str:
+    """What a base model's processor needs that is not installed, or ''; of a folder here, no repository."""
+    from quantmatrix.checkpoints.declaration import read_json
+    from quantmatrix.runtime.light_processor import CLASSES
+
+    index = Path(base) / "model_index.json"
+    entries = read_json(index).values() if index.is_file() else ()
+    found = [entry[-1] for entry in entries if isinstance(entry, list) and entry[-1] in CLASSES]
+    if not found or not common.find_package("torchvision").why:
+        return ""
+    return f"{found[0]} of transformers needs the package torchvision, which is not installed"
+
+
 def name_file(reference: str) -> str:
     """A file as `from_single_file` takes it: a path here, or the address of one in a repository."""
     if Path(reference).exists():
@@ -142,26 +157,22 @@ def generate(pipeline: Any, task: Task, model: Model, folder: Path) -> tuple[lis
     """The latents of every step, and the name of the first picture."""
     import torch
 
+    from quantmatrix.runtime.pictures import call_arguments
+    from quantmatrix.runtime.steps import watched_steps
+
     request = task.request
-    latents: list[torch.Tensor] = []
-
-    def keep(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        latents.append(tensors["latents"].detach().to("cpu", copy=True))
-        return tensors
-
     pipeline.set_progress_bar_config(disable=True)
-    with torch.no_grad():
+    with torch.no_grad(), watched_steps(pipeline) as steps:
         result = pipeline(
             prompt=request.prompt[0],
             generator=torch.Generator("cpu").manual_seed(request.seed[0]),
-            callback_on_step_end=keep,
-            callback_on_step_end_tensor_inputs=["latents"],
+            **steps.arguments,
             output_type="pil",
-            **model.call_arguments(request),
+            **call_arguments(model, request),
         )
     media = result.frames[0] if hasattr(result, "frames") else result.images
     media[0].save(folder / "media.png")
-    return latents, "media.png"
+    return steps.latents, "media.png"
 
 
 def command(task: Task) -> str:

@@ -54,9 +54,12 @@ EDGES = (
     ("families", "IDS"),
     ("families", "written"),
     ("models", "IDS"),
+    ("models.further", "IDS"),
     ("kernels", "OPS"),
 )
 """Where the way ends, because what lies behind is an entry or is judged by its content."""
+FURTHER = "models.further"
+"""The package of models that have a stand-in and no model file."""
 DOORS = ("families", "models", "kernels")
 """Packages whose modules are entries."""
 PROTOCOLS = (
@@ -205,8 +208,8 @@ class Code:
         for family in self.list_ids("families"):
             entries += self.name_all(family, module_of("families", family), FAMILY_WRITES)
         names = (*MODEL_PLANS, *MODEL_RUNS, *MODEL_WRITES, *MODEL_SIZES, "TINY_DEFAULTS")
-        for model in self.list_ids("models"):
-            entries += self.name_all(model, module_of("models", model), names)
+        for model in (*self.list_ids("models"), *self.list_further()):
+            entries += self.name_all(model, self.locate_model(model), names)
         return self._sum([*entries, *self.list_crossings(entries, self.parts)])
 
     def _sum(self, entries: Iterable[tuple[str, Definition | str]]) -> str:
@@ -220,6 +223,36 @@ class Code:
         """Ids of the families or models that have a module."""
         ids = self.package.evaluate(*self.package.open_constant(kind, "IDS"))
         return tuple(name for name in ids if self.package.find_module(module_of(kind, name)))
+
+    def list_further(self) -> tuple[str, ...]:
+        """Ids of the models that have a module of their stand-in alone; none in earlier revisions."""
+        if not self.package.has(FURTHER, "IDS"):
+            return ()
+        return tuple(self.package.evaluate(*self.package.open_constant(FURTHER, "IDS")))
+
+    def locate_model(self, model: str) -> str:
+        """The module of a model, below the package."""
+        return module_of(FURTHER if model in self.list_further() else "models", model)
+
+    def find_own(self, model: str) -> str:
+        """The model whose file describes the transformer of a further one, or itself."""
+        if model not in self.list_further():
+            return model
+        named = (self.locate_model(model), "TRANSFORMER")
+        wanted = self.package.evaluate(*self.package.open_constant(*named))
+        for other in self.list_ids("models"):
+            known = self.package.open_constant(module_of("models", other), "TRANSFORMER")
+            if self.package.evaluate(*known) == wanted:
+                return other
+        return model
+
+    def name_model(
+        self, role: str, model: str, names: Collection[str]
+    ) -> Iterator[tuple[str, Definition]]:
+        """(role, definition) of a model's names, and of the model file that a further one leans on."""
+        yield from self.name_all(role, self.locate_model(model), names)
+        if (own := self.find_own(model)) != model:
+            yield from self.name_all(f"{role}own ", module_of("models", own), names)
 
     def locate(self, module: str, name: str) -> tuple[str, str]:
         """(module, name) of an entry or edge where this package has it: today's, or a former one."""
@@ -251,11 +284,12 @@ class Code:
         entries = [
             *self.name_all("way ", "", PLAN if way.refused else STARTS[way.scope]),
             *self.name_all("family ", module_of("families", way.family), family),
-            *self.name_all("model ", module_of("models", way.model), model),
+            *self.name_model("model ", way.model, model),
         ]
         for op in ops:
             entries += self.name_all(f"{op} ", self.tables.ops[op], OP_LOADS)
         owners = {f"families {way.family}", f"models {way.model}"}
+        owners |= {f"models {self.find_own(way.model)}"}
         owners |= {f"op {op}" for op in self.find_ops(way)}
         return [*entries, *self.list_crossings(entries, owners)]
 

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -24,9 +25,11 @@ from quantmatrix.quoting import quote
 from quantmatrix.request import Request
 from quantmatrix.runtime.load import count_quantized
 from quantmatrix.runtime.media import find_degeneration, stack_frames
+from quantmatrix.runtime.pictures import call_arguments
 from quantmatrix.runtime.pipeline import build_pipeline
 from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.runtime.run import Run
+from quantmatrix.runtime.steps import watched_steps
 
 STAGE = "stage|"
 """What the names of stages begin with in a profiler's trace."""
@@ -66,7 +69,9 @@ def generate_all(
             f"the plan has {plan.processes} processes, this is one of none: "
             "see `quantmatrix.runtime.parallel.generate_together`"
         )
-    models.load(plan.model).call_arguments(request)  # a wrong flag is an error before the loading
+    model = models.load(plan.model)
+    request = replace(request, hub=plan.request.hub)
+    call_arguments(model, request)  # a wrong flag is an error before the loading
     seconds = {}
     if pipeline is None:
         start = time.perf_counter()
@@ -87,31 +92,28 @@ def generate_all(
 def generate_one(request: Request, plan: Plan, pipeline: Any, prompt: str, seed: int) -> Run:
     """One prompt, one seed."""
     model = models.load(plan.model)
-    latents: list[torch.Tensor] = []
-    marks: list[float] = []
     calls: Counter[str] = Counter()
     handles = [
         getattr(pipeline, name).register_forward_hook(lambda *_, name=name: calls.update([name]))
         for name in plan.components
     ]
 
-    def keep(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        latents.append(tensors["latents"].detach().to("cpu", copy=True))
-        marks.append(time.perf_counter())
-        return tensors
-
-    arguments = model.call_arguments(request)
+    arguments = call_arguments(model, request)
     defaults = model.TINY_DEFAULTS if request.tiny else model.DEFAULTS
     reset_peak(plan.machine.device)
     stages: dict[str, float] = {}
     start = time.perf_counter()
     try:
-        with torch.no_grad(), timed_stages(pipeline, stages), readable_call(plan, latents):
+        with (
+            torch.no_grad(),
+            timed_stages(pipeline, stages),
+            watched_steps(pipeline) as steps,
+            readable_call(plan, steps.latents),
+        ):
             result = pipeline(
                 prompt=prompt,
                 generator=torch.Generator("cpu").manual_seed(seed),
-                callback_on_step_end=keep,
-                callback_on_step_end_tensor_inputs=["latents"],
+                **steps.arguments,
                 output_type="pil",
                 **arguments,
             )
@@ -125,7 +127,7 @@ def generate_one(request: Request, plan: Plan, pipeline: Any, prompt: str, seed:
         plan=plan,
         prompt=prompt,
         seed=seed,
-        latents=latents,
+        latents=steps.latents,
         media=media,
         is_video=is_video,
         fps=defaults.fps,
@@ -134,7 +136,7 @@ def generate_one(request: Request, plan: Plan, pipeline: Any, prompt: str, seed:
             "denoise": total - sum(stages.values()),
             "generate": total,
         },
-        step_seconds=[after - before for before, after in pairwise(marks)],
+        step_seconds=[after - before for before, after in pairwise(steps.marks)],
         peak_bytes=read_peak(plan.machine.device),
         census={
             name: dict(Counter(count_quantized(getattr(pipeline, name)).values()))

@@ -16,6 +16,7 @@ from quantmatrix.checkpoints.opening import fetch_pipeline, open_pipeline
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.runtime import acceleration, lora
 from quantmatrix.runtime.library_logs import quiet
+from quantmatrix.runtime.light_processor import load_processors
 from quantmatrix.runtime.load import load_component, show_progress
 from quantmatrix.runtime.offloading import stream_blocks
 from quantmatrix.runtime.plan import other_parts
@@ -54,7 +55,10 @@ def build_pipeline(plan: Plan, *, progress: bool = False) -> Any:
     for name, component in plan.components.items():
         with show_progress(component, progress) as report:
             parts[name] = load_component(component, request, device=device, progress=report)
-    parts.update(load_other_overrides(plan, read_json(Path(folder) / "model_index.json")))
+    index = read_json(Path(folder) / "model_index.json")
+    parts.update(load_other_overrides(plan, index))
+    with quiet(), readable_errors(f"{folder}: a processor", folder, folder):
+        parts = {**load_processors(index, Path(folder)), **parts}
     with (
         quiet(),
         without_components(folder, tuple(parts)) as rest,

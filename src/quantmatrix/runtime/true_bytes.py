@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from quantmatrix.models import further
 from quantmatrix.request import DTYPES
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class Size:
 def measure_all(plan: Plan) -> dict[str, Size]:
     """Size of every transformer component of a plan at the model's own size."""
     item = DTYPES[plan.request.dtype]
-    return {name: measure(plan.model, part, item) for name, part in plan.components.items()}
+    model = further.list_repositories().get(plan.base, plan.model)
+    return {name: measure(model, part, item) for name, part in plan.components.items()}
 
 
 def measure(model: str, part: ComponentPlan, item: int) -> Size:

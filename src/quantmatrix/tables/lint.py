@@ -62,8 +62,8 @@ def check_families(table: Table[FamilyRow], tables: Matrix, *, whole: bool = Fal
 
 
 def check_models(table: Table[ModelRow], *, whole: bool = False) -> None:
-    """Ids are those of the modules in models/, each of another repository."""
-    check_modules(table, "models", whole=whole)
+    """Ids are those of the modules in models/ and models/further/, each of another repository."""
+    check_modules(table, "models", "models/further", whole=whole)
     repos: dict[str, int] = {}
     for line, row in table.rows:
         check_reference(table, line, "repo", row.repo)
@@ -79,10 +79,12 @@ def check_reference(table: Table[Any], line: int, column: str, text: str) -> Non
 
 
 def check_modules(
-    table: Table[Any], package: str, besides: tuple[str, ...] = (), *, whole: bool
+    table: Table[Any], *packages: str, besides: tuple[str, ...] = (), whole: bool
 ) -> None:
     """Every row has its module `quantmatrix/<package>/<id>`; with `whole` every module has its row."""
-    modules = list_modules(Path(__file__).parents[1] / package)
+    modules: dict[str, str] = {}
+    for package in packages:
+        modules |= list_modules(Path(__file__).parents[1] / package)
     for line, row in table.rows:
         table.check(line, "id", [row.id], [*besides, *modules])
     listed = {row.id for _, row in table.rows}

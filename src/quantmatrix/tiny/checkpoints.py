@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -21,9 +22,11 @@ from quantmatrix.checkpoints.comfyui import MARKER
 from quantmatrix.families.protocol import Calibration, Declaration
 from quantmatrix.models.dialect import Dialect
 from quantmatrix.request import Request
+from quantmatrix.runtime.pictures import call_arguments
 from quantmatrix.scheme import Scheme
 from quantmatrix.tables.rows import CheckpointRow
 from quantmatrix.tiny import fp8_forms
+from quantmatrix.tiny.pictures import PICTURES, give_pictures, write_picture
 from quantmatrix.tools.packing import Tensors, pack_tensors
 from quantmatrix.tools.recipe import (
     WEIGHTS,
@@ -161,13 +164,15 @@ def calibrate(model: str, base: str) -> dict[str, dict[str, Calibration]]:
     found: dict[str, dict[str, Calibration]] = {}
     for component in module.COMPONENTS:
         found[component] = watch_inputs(getattr(pipeline, component))
-    request = Request(model_path=base, tiny=True)
-    with torch.inference_mode():
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        for name in PICTURES:
+            write_picture(name, Path(folder))
+        request = Request(model_path=base, tiny=True, **give_pictures(module, f"{folder}/"))
         pipeline(
             prompt="a curious pikachu",
             generator=torch.Generator("cpu").manual_seed(0),
             output_type="latent",
-            **module.call_arguments(request),
+            **call_arguments(module, request),
         )
     return {
         component: {name: round_up(seen) for name, seen in ranges.items()}

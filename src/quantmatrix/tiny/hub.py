@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from quantmatrix import families
+from quantmatrix import families, models
 from quantmatrix.checkpoints.folders import split_quantization
 from quantmatrix.errors import CheckpointError
 from quantmatrix.files import put, remove_leftovers
@@ -34,6 +34,7 @@ from quantmatrix.runtime.library_logs import quiet
 from quantmatrix.runtime.plan.sources import COMPATIBLE_BASES
 from quantmatrix.tables.read import read, tables_folder
 from quantmatrix.tables.rows import CheckpointRow, Matrix
+from quantmatrix.tiny.pictures import PICTURES, write_picture
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
 
 PLACEHOLDER = "/path/to/"
 logger = logging.getLogger(__name__)
+PICTURE_PATHS = tuple(f"{PLACEHOLDER}{name}" for name in PICTURES)
+"""Pictures that rows may name."""
+LORA_PATHS = {f"{PLACEHOLDER}{model}-lora.safetensors": model for model in models.IDS}
+"""Adapters that rows may name, and the model of each."""
 MAKING = ".making-"
 """How the name of a folder begins in which a stand-in is being made."""
 
@@ -165,8 +170,14 @@ def move_into_place(built: Path, path: Path) -> None:
             shutil.rmtree(built)
 
 
-def find_builder(repository: str, folder: Path, tables: Matrix) -> Callable[[Path], None] | None:
+def find_builder(repository: str, folder: Path, tables: Matrix) -> Callable[[Path], Any] | None:
     """How the content of a repository is made, or None when the tables do not name it."""
+    if repository in LORA_PATHS:
+        from quantmatrix.tiny.loras import write_lora
+
+        return partial(write_lora, LORA_PATHS[repository], Path(repository).name)
+    if repository in PICTURE_PATHS:
+        return partial(write_picture, repository.removeprefix(PLACEHOLDER))
     rows = [
         row
         for row in tables.checkpoints.values()
@@ -244,4 +255,12 @@ def use_tiny(request: Request) -> Request:
         return request
     bases = [base for marker, base in COMPATIBLE_BASES.items() if marker in request.model_path]
     overrides = [*request.component_paths.values(), *request.weights_paths.values()]
-    return replace(request, hub=open_tiny_hub([request.model_path, *bases, *overrides]))
+    pictures = [path for path in PICTURE_PATHS if path in " ".join(list_pictures(request))]
+    loras = [path for path in request.lora_path if path in LORA_PATHS]
+    wanted = [request.model_path, *bases, *overrides, *pictures, *loras]
+    return replace(request, hub=open_tiny_hub(wanted))
+
+
+def list_pictures(request: Request) -> list[str]:
+    """The pictures that a request names, pins included."""
+    return [*request.image_path, *([request.mask_path] if request.mask_path else [])]

@@ -16,7 +16,7 @@ from torch import nn
 
 from quantmatrix import models
 from quantmatrix.models.stand_in import Part, StandIn
-from quantmatrix.tiny.text_encoders import KINDS
+from quantmatrix.tiny.encoders import COMPANIONS, KINDS, PROCESSORS
 from quantmatrix.tiny.weights import fill
 
 
@@ -29,10 +29,14 @@ def write_pipeline(model: str, folder: Path) -> None:
         parts[name] = make_part(Part(module.TRANSFORMER, own.transformer))
         fill(parts[name], f"{model}.{name}", structured=module.BLOCKS)
     parts["vae"] = build_vae(model, own)
+    parts |= {name: make_part(part) for name, part in own.parts.items()}
     for name, kind in own.text_encoders.items():
-        tokenizer = name.replace("text_encoder", "tokenizer")
-        parts[name], parts[tokenizer] = KINDS[kind](f"{model}.{name}")
+        other = COMPANIONS.get(name, name.replace("text_encoder", "tokenizer"))
+        parts[name], parts[other] = KINDS[kind](f"{model}.{name}")
+    parts |= dict.fromkeys(own.processors)
     save_pipeline(getattr(diffusers, module.PIPELINE)(**parts, **own.options), folder)
+    for name, kind in own.processors.items():
+        PROCESSORS[kind](parts["tokenizer"], folder, name)
 
 
 def make_part(part: Part) -> Any:

@@ -122,7 +122,7 @@ def build_umt5(prefix: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _train_bpe(texts: list[str], specials: list[str], **options: Any) -> Any:
+def train_bpe(texts: list[str], specials: list[str], **options: Any) -> Any:
     """A byte-level BPE tokenizer trained on a few texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -150,7 +150,7 @@ def build_mistral(prefix: str) -> tuple[Any, Any]:
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
     marks = ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"]
-    tokenizer = _train_bpe(
+    tokenizer = train_bpe(
         [],
         ["<pad>", "<s>", "</s>", *marks, SYSTEM_MESSAGE],
         pad_token="<pad>",
@@ -191,7 +191,7 @@ def build_qwen25(prefix: str) -> tuple[Any, Any]:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = _train_bpe(
+    tokenizer = train_bpe(
         [QWEN_TEMPLATE], specials, pad_token="<|endoftext|>", eos_token="<|im_end|>"
     )
     config = Qwen2_5_VLConfig(
@@ -226,7 +226,7 @@ def build_qwen3(prefix: str) -> tuple[Any, Any]:
     from transformers import Qwen3Config, Qwen3Model
 
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = _train_bpe(
+    tokenizer = train_bpe(
         ["user\nassistant\n"], specials, pad_token="<|endoftext|>", eos_token="<|im_end|>"
     )
     tokenizer.chat_template = CHAT_TEMPLATE

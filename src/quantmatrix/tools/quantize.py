@@ -33,6 +33,7 @@ from quantmatrix.hardware import probe
 from quantmatrix.request import WEIGHT_FILES, Request
 from quantmatrix.runtime.empty_model import list_block_layers, measure_model
 from quantmatrix.runtime.library_logs import quiet
+from quantmatrix.runtime.pictures import call_arguments
 from quantmatrix.runtime.pipeline import build_pipeline
 from quantmatrix.runtime.plan.decide import plan_transformers
 from quantmatrix.runtime.plan.types import ComponentPlan, Plan, require
@@ -257,7 +258,7 @@ def calibrate(plan: Plan, prompts: Sequence[str], show: Show) -> dict[str, dict[
         raise UsageError("calibration needs at least one prompt")
     pipeline = build_pipeline(plan)
     found = {name: watch_inputs(getattr(pipeline, name)) for name in plan.components}
-    arguments = models.load(plan.model).call_arguments(plan.request)
+    arguments = call_arguments(models.load(plan.model), plan.request)
     with torch.inference_mode(), quiet():
         for number, prompt in enumerate(show("calibrating", list(prompts))):
             seed = torch.Generator("cpu").manual_seed(number)

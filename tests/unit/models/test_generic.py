@@ -135,7 +135,7 @@ def test_a_pipeline_that_no_file_describes_is_quantized_and_run(
 
 def test_a_picture_that_no_flag_gives_is_asked_for_in_words(tmp_path: Path) -> None:
     to_video = decide(as_another(WAN, "WanImageToVideoPipeline", tmp_path / "wan"))
-    with pytest.raises(UsageError, match=r"WanImageToVideoPipeline: its call needs image"):
+    with pytest.raises(UsageError, match=r"its call needs image: name a picture with --image-path"):
         generate(to_video.request, plan=to_video)
     fill_in = decide(as_another(FLUX, "FluxFillPipeline", tmp_path / "fill"), height=64, width=64)
     with pytest.raises(
@@ -169,7 +169,7 @@ def test_a_pipeline_without_a_transformer_is_refused(
 @pytest.mark.parametrize(
     ("class_name", "message"),
     [
-        ("DiTPipeline", "takes no callback_on_step_end"),
+        ("DiTPipeline", "takes no prompt"),
         ("AceStepPipeline", "neither pictures nor clips"),
         ("WanAnimatePipeline", "needs image, pose_video, face_video"),
     ],

@@ -312,6 +312,24 @@ def test_a_change_counts_where_it_is_computed_with(
     assert list_changed() == wanted
 
 
+def test_a_further_model_counts_for_itself_and_its_model_file_for_it(copy: Path) -> None:
+    """What is written in `models/further` is nobody else's; the file of its pipeline's model is its own, too."""
+    names = ("flux-1-krea", "flux-1-kontext", "hunyuan-video", "flux-1", "qwen-image")
+    ways = {name: Way("fp8", name, "cpu", "cpu", backends=("reference",)) for name in names}
+
+    def digest() -> dict[str, Digests]:
+        code = Code(copy)
+        return {name: code.digest(way) for name, way in ways.items()}
+
+    before = digest()
+    edit(copy, "models/further/flux_1_krea.py", '"num_layers": 1', '"num_layers": 2')
+    after = digest()
+    assert {name for name in names if before[name] != after[name]} == {"flux-1-krea"}
+    edit(copy, "models/flux_1.py", r"norm1|norm1_context", r"norm1|norm2")
+    last = digest()
+    assert {name for name in names if last[name] != after[name]} == {*names[:2], "flux-1"}
+
+
 def test_a_name_that_means_nothing_is_an_error(copy: Path, ways: Mapping[str, Way]) -> None:
     edit(copy, "runtime/generate.py", "find_degeneration(stack", "find_nothing(stack")
     with pytest.raises(

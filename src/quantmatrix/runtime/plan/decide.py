@@ -23,6 +23,7 @@ from quantmatrix.checkpoints.folders import open_once
 from quantmatrix.errors import CheckpointError, RefusedError
 from quantmatrix.request import DTYPES
 from quantmatrix.runtime.empty_model import measure_model
+from quantmatrix.runtime.pictures import list_pictures
 from quantmatrix.runtime.plan import context_parallel, layout_choice, other_parts
 from quantmatrix.runtime.plan.adapters import list_adapters
 from quantmatrix.runtime.plan.dialects import choose_dialect
@@ -112,6 +113,7 @@ def decide(request: Request, machine: Machine, found: Sources) -> Plan | Refusal
         layerwise_offload=layerwise,
         cpu_offload=cpu,
         warnings=tuple(warnings),
+        pictures=list_pictures(request, found.pipeline_class or ""),
     )
     try:
         return context_parallel.share(planned)

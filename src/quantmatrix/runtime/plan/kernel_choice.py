@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from quantmatrix import kernels, models
 from quantmatrix.kernels.choosing import choose
+from quantmatrix.models import generic
 
 if TYPE_CHECKING:
     from quantmatrix.hardware.machine import Machine
@@ -80,7 +81,8 @@ def count_rows(model: str, request: Request) -> int:
     height, width = request.height or defaults.height, request.width or defaults.width
     frames = request.num_frames or defaults.frames or 1
     patches = (height // PATCH) * (width // PATCH) * (1 + (frames - 1) // FRAMES)
-    return patches + TEXT_ROWS
+    pictures = len(request.image_path) * generic.count_picture_rows(module.PIPELINE)
+    return patches + pictures + TEXT_ROWS
 
 
 def name_numerics(kernel: kernels.Kernel, scheme: Scheme) -> str:

@@ -4,6 +4,7 @@
 | ---- | -------------------- |
 | a scheduler | `scheduler_config.json` |
 | a tokenizer | a whole vocabulary: see `VOCABULARIES` |
+| a guider | `guider_config.json` |
 | a processor | `preprocessor_config.json` or `processor_config.json` |
 | a model (text encoder, VAE ...) | `config.json` and safetensors: every shard, none cut off |
 
@@ -44,6 +45,7 @@ VOCABULARIES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "T5": PIECES,
     "Llama": PIECES,
     "Gemma": PIECES,
+    "ByT5": (("tokenizer_config.json",),),  # its vocabulary are the bytes
     "": (*BYTE_PAIRS, *PIECES[1:], ("tekken.json",), ("vocab.txt",)),
 }
 """Files that are a tokenizer's vocabulary, one set of them, by the beginning of its class."""
@@ -86,7 +88,9 @@ def check_files(folder: Folder, name: str, class_name: str) -> None:
     if name.startswith("tokenizer") or "Tokenizer" in class_name:
         check_vocabulary(folder, name, class_name)
     elif name.startswith("scheduler") or class_name.endswith("Scheduler"):
-        check_config(folder, name, ("scheduler_config.json",))
+        check_config(folder, name, ("scheduler_config.json",), endless=True)
+    elif class_name.endswith("Guidance"):
+        check_config(folder, name, ("guider_config.json",), endless=True)
     elif any(part in class_name for part in ("Processor", "FeatureExtractor")):
         check_config(folder, name, ("preprocessor_config.json", "processor_config.json"))
     else:
@@ -102,10 +106,13 @@ def wrong(folder: Folder, name: str, what: str, expected: str) -> CheckpointErro
     )
 
 
-def check_config(folder: Folder, name: str, files: tuple[str, ...]) -> None:
+def check_config(
+    folder: Folder, name: str, files: tuple[str, ...], *, endless: bool = False
+) -> None:
     """A part must say what it is, in one of these JSON files.
 
-    Raises CheckpointError where there is none, or one that is not a JSON object.
+    `endless`: a number may be `-Infinity`, as diffusers writes the bound that a scheduler lacks. Raises
+    CheckpointError where there is none, or one that is not a JSON object.
     """
     found = [file for file in files if folder.has(file)]
     if not found:
@@ -113,7 +120,7 @@ def check_config(folder: Folder, name: str, files: tuple[str, ...]) -> None:
         raise wrong(folder, name, f"has no {' or '.join(files)}", f"one beside {beside}")
     for file in found:
         if folder.is_local(file):
-            read_json(folder.path(file))
+            read_json(folder.path(file), endless=endless)
 
 
 def check_vocabulary(folder: Folder, name: str, class_name: str) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from quantmatrix.hardware.machine import Machine
     from quantmatrix.models.dialect import Dialect, Target
     from quantmatrix.request import Request
+    from quantmatrix.runtime.pictures import Picture
     from quantmatrix.runtime.plan.placement import PlainTensor
     from quantmatrix.scheme import Scheme
 
@@ -126,6 +127,8 @@ class Plan:
     processes: int = 1
     """Processes that share each generation, on a device each."""
     warnings: tuple[str, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    """What the run is given to look at."""
     ok: bool = field(default=True, init=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -146,6 +149,7 @@ class Plan:
             "bytes": sum(c.bytes for c in self.components.values()),
             "warnings": list(self.warnings),
             "components": {name: c.to_json() for name, c in self.components.items()},
+            **({"pictures": [one.to_json() for one in self.pictures]} if self.pictures else {}),
         }
 
 

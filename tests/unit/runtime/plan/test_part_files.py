@@ -224,3 +224,29 @@ def test_a_processor_says_what_it_is_in_either_file(tmp_path: Path) -> None:
         check_files(LocalFolder(tmp_path), "processor", "Qwen2VLProcessor")
     (tmp_path / "processor_config.json").write_text("{}")
     check_files(LocalFolder(tmp_path), "processor", "Qwen2VLProcessor")
+
+
+def test_parts_of_guided_and_byte_pipelines_have_their_own_files(tmp_path: Path) -> None:
+    """HunyuanVideo-1.5: a guider, and a tokenizer of bytes; Sana: a bound that is minus infinity."""
+    for name, file, text in (
+        ("guider", "guider_config.json", '{"_class_name": "ClassifierFreeGuidance"}'),
+        ("tokenizer_2", "tokenizer_config.json", '{"tokenizer_class": "ByT5Tokenizer"}'),
+        ("scheduler", "scheduler_config.json", '{"lambda_min_clipped": -Infinity}'),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text(text)
+    classes = {
+        "guider": "ClassifierFreeGuidance",
+        "tokenizer_2": "ByT5Tokenizer",
+        "scheduler": "DPMSolverMultistepScheduler",
+    }
+    for name, class_name in classes.items():
+        check_files(LocalFolder(tmp_path / name), name, class_name)
+    (tmp_path / "scheduler/scheduler_config.json").write_text('{"shift": NaN}')
+    with pytest.raises(CheckpointError, match="NaN is not a finite number"):
+        check_files(LocalFolder(tmp_path / "scheduler"), "scheduler", classes["scheduler"])
+    (tmp_path / "guider/guider_config.json").rename(tmp_path / "guider/config.json")
+    with pytest.raises(
+        CheckpointError, match=r"guider has no guider_config\.json: expected one beside"
+    ):
+        check_files(LocalFolder(tmp_path / "guider"), "guider", classes["guider"])

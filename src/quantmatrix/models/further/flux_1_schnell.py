@@ -1,0 +1,35 @@
+"""FLUX.1-schnell: FLUX.1 without guidance, in four steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantmatrix.models.stand_in import FLUX_VAE, Part, StandIn
+
+ID = "flux-1-schnell"
+NAME = "FLUX.1-schnell"
+REPO = "black-forest-labs/FLUX.1-schnell"
+PIPELINE = "FluxPipeline"
+TRANSFORMER = "FluxTransformer2DModel"
+FULL: Mapping[str, Any] = {
+    "guidance_embeds": False,
+}
+STAND_IN = StandIn(
+    transformer={
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 128,
+        "axes_dims_rope": (16, 56, 56),
+        "in_channels": 64,
+        "joint_attention_dim": 128,
+        "pooled_projection_dim": 128,
+        "guidance_embeds": False,
+    },
+    vae=FLUX_VAE,
+    scheduler=Part(
+        "FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": False, "shift": 3.0}
+    ),
+    text_encoders={"text_encoder": "clip", "text_encoder_2": "t5"},
+)

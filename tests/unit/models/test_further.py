@@ -1,0 +1,113 @@
+"""Models that are a stand-in alone: their data, and the models that run them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import pytest
+
+import quantmatrix
+from quantmatrix import models
+from quantmatrix.models import further, generic
+from quantmatrix.request import Request
+from quantmatrix.runtime.empty_model import build_plain, find_blocks, measure_model
+from quantmatrix.tables import read
+from quantmatrix.tables.lint import list_modules
+from quantmatrix.tiny.encoders import KINDS, PROCESSORS
+
+TABLES = read.read()
+FOLDER = Path(quantmatrix.__file__).parent / "models/further"
+
+
+def test_every_module_is_listed_and_has_a_row_that_is_claimed() -> None:
+    assert set(list_modules(FOLDER)) == set(further.IDS) == set(TABLES.models) - set(models.IDS)
+    claimed = {cell.model for cell in TABLES.select(family=["fp8"], hardware=["cpu"])}
+    assert set(further.IDS) <= claimed
+    assert len({models.load(name).REPO for name in further.IDS}) == len(further.IDS)
+
+
+@pytest.mark.parametrize("name", further.IDS)
+def test_a_row_says_what_its_module_says(name: str) -> None:
+    row, model = TABLES.models[name], models.load(name)
+    assert (row.name, row.repo, row.transformers) == (model.NAME, model.REPO, model.COMPONENTS)
+    pipeline = getattr(diffusers, model.PIPELINE)
+    assert issubclass(pipeline, diffusers.DiffusionPipeline)
+    assert set(model.COMPONENTS) <= set(generic.list_transformers(model.PIPELINE))
+    own = model.STAND_IN
+    assert set(own.text_encoders.values()) <= set(KINDS)
+    assert set(own.processors.values()) <= set(PROCESSORS)
+
+
+@pytest.mark.parametrize("name", further.IDS)
+def test_blocks_are_the_lists_that_a_plan_finds(name: str) -> None:
+    """A stand-in's weights have structure in its blocks, and a plan quantizes those of its own finding."""
+    model = models.load(name)
+    options = {**model.TINY, "_class_name": model.TRANSFORMER}
+    shapes = measure_model(model.TRANSFORMER, options, name)
+    used = model.used.ID if model.PIPELINE in known_pipelines() else None  # type: ignore[attr-defined]
+    planned = used or models.by_transformer(model.PIPELINE, model.TRANSFORMER) or ""
+    assert set(model.BLOCKS) == set(find_blocks(planned, shapes))
+    built = build_plain(name, "tiny")
+    for block in model.BLOCKS:
+        assert len(getattr(built, block)) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("flux-2-klein-4b", 3.9),
+        ("flux-2-klein-9b", 9.1),
+        ("wan-2-2-ti2v", 5.0),
+        ("wan-2-1-i2v", 16.4),
+        ("hunyuan-video", 12.8),
+        ("sd-3-5", 2.5),
+        ("sana", 1.6),
+    ],
+)
+def test_a_published_transformer_has_the_size_that_its_name_says(
+    name: str, billions: float
+) -> None:
+    built = build_plain(name, "full")
+    found = sum(tensor.numel() for tensor in built.parameters()) / 1e9
+    assert found == pytest.approx(billions, rel=0.03)
+
+
+def known_pipelines() -> set[str]:
+    return {models.load(name).PIPELINE for name in models.IDS}
+
+
+def test_what_a_module_does_not_say_is_that_of_its_pipelines_model() -> None:
+    schnell, own = models.load("flux-1-schnell"), models.load("flux-1")
+    asked = Request(model_path="x", tiny=True)
+    assert schnell.DIALECTS == own.DIALECTS
+    assert schnell.call_arguments(asked) == own.call_arguments(asked)
+    assert (schnell.ID, schnell.REPO) == ("flux-1-schnell", "black-forest-labs/FLUX.1-schnell")
+    assert models.load("wan-2-1-t2v").COMPONENTS == ("transformer",)
+    assert models.load("wan-2-2-i2v").COMPONENTS == ("transformer", "transformer_2")
+    with pytest.raises(AttributeError):
+        _ = schnell.NOTHING  # type: ignore[attr-defined]
+
+
+def test_a_stand_in_runs_small_and_a_published_model_as_its_pipeline_says() -> None:
+    kontext = models.load("flux-1/FluxKontextPipeline")
+    small = kontext.call_arguments(Request(model_path="x", tiny=True))
+    assert small == {
+        "height": 64,
+        "width": 64,
+        "num_inference_steps": 4,
+        "guidance_scale": 4.0,
+        "max_sequence_length": 32,
+        "max_area": 4096,
+        "_auto_resize": False,
+    }
+    assert kontext.call_arguments(Request(model_path="x")) == {}
+    asked = Request(model_path="x", height=512, width=256)
+    assert kontext.call_arguments(asked) == {"height": 512, "width": 256, "max_area": 512 * 256}
+    clip = models.load("generic/LTXPipeline")
+    given = clip.call_arguments(Request(model_path="x", tiny=True, num_frames=17))
+    assert (given["num_frames"], given["height"], given["guidance_scale"]) == (17, 64, 4.0)
+    assert clip.TINY_DEFAULTS.frames == 9
+    sana = models.load("generic/SanaPipeline").call_arguments(Request(model_path="x", tiny=True))
+    assert sana["use_resolution_binning"] is False
+    assert sana["complex_human_instruction"] is None
