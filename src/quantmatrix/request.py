@@ -140,14 +140,11 @@ class Request:
                 raise UsageError(f"--{_dashed(name)} {value}: expected 1 or more")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise UsageError(f"--guidance-scale {self.guidance_scale}: expected a number")
-        pictures: object = self.image_path
-        if isinstance(pictures, str):
-            object.__setattr__(self, "image_path", (pictures,))
-        for name, kind in (("prompt", str), ("seed", int)):
+        for name, kind in (("prompt", str), ("seed", int), ("image_path", str)):
             value = getattr(self, name)
             if isinstance(value, kind):  # one alone, which for a text would be its letters
                 object.__setattr__(self, name, (value,))
-            elif not value:
+            elif not value and name != "image_path":
                 raise UsageError(f"--{name}: none given, expected one or more")
         for seed in self.seed:
             if not -(2**63) <= seed < 2**64:
