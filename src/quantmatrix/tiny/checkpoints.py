@@ -19,10 +19,13 @@ from safetensors.torch import load_file
 
 from quantmatrix import families, models
 from quantmatrix.checkpoints.comfyui import MARKER
+from quantmatrix.checkpoints.declaration import read_json
 from quantmatrix.families.protocol import Calibration, Declaration
 from quantmatrix.models.dialect import Dialect
 from quantmatrix.request import Request
+from quantmatrix.runtime.light_processor import load_processors
 from quantmatrix.runtime.pictures import call_arguments
+from quantmatrix.runtime.pipeline import without_components
 from quantmatrix.scheme import Scheme
 from quantmatrix.tables.rows import CheckpointRow
 from quantmatrix.tiny import fp8_forms
@@ -159,7 +162,9 @@ def calibrate(model: str, base: str) -> dict[str, dict[str, Calibration]]:
     import diffusers
 
     module = models.load(model)
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+    parts = load_processors(read_json(Path(base) / "model_index.json"), Path(base))
+    with without_components(base, tuple(parts)) as view:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(view, dtype=torch.float32, **parts)
     pipeline.set_progress_bar_config(disable=True)
     found: dict[str, dict[str, Calibration]] = {}
     for component in module.COMPONENTS:
