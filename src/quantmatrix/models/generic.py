@@ -52,6 +52,8 @@ TINY_CALL: Mapping[str, Any] = {
     "complex_human_instruction": None,  # hundreds of tokens before the prompt
 }
 """What the call of a stand-in is given besides, where the pipeline takes it."""
+WHOLE_TEXT = ("WanImageToVideoPipeline",)
+"""Pipelines whose transformer counts on 512 tokens of text: what lies before them is the picture's."""
 MOST_PICTURES: Mapping[str, int] = {
     "QwenImageEditPlusPipeline": 3,
     **dict.fromkeys(("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline"), 10),
@@ -141,6 +143,8 @@ class Generic:
             name_guidance(parameters): defaults.guidance,
             **TINY_CALL,
         }
+        if self.PIPELINE in WHOLE_TEXT:
+            del given["max_sequence_length"]
         return {name: value for name, value in given.items() if name in parameters}
 
     def forward_inputs(self, config: Any, draw: Draw, *, tiny: bool) -> dict[str, Any]:
