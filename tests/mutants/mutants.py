@@ -20,16 +20,20 @@ import hashlib
 import json
 import os
 import random
-import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Queue
+from subprocess import PIPE
 from typing import Any
 
 import places
+from forked_tests import TIMEOUT
 from places import Seen
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,15 +73,17 @@ def main(argv: Sequence[str]) -> int:
         raise SystemExit("mutants: git is needed to copy the checkout")
     state = digest_state()
     place = ROOT / ".mutants" / state
-    tree = place / "tree"
-    copy_tree(tree)
+    trees = [place / f"tree-{number}" for number in range(given.workers)]
+    for tree in trees:
+        copy_tree(tree)
+    tree = trees[0]
     seen = read_seen(place, tree, given)
     part = hashlib.sha256(" ".join((*given.only, "|", *given.tests)).encode()).hexdigest()[:8]
     session = place / f"sample-{given.sample}-{given.seed}-{part}.sqlite"
     os.chdir(tree)
     if not session.is_file():
         make_session(session, given)
-    run_session(session, seen, given)
+    run_session(session, trees, seen, given)
     scores = read_scores(session)
     tell(scores, given)
     percent = sum_scores(scores).percent
@@ -92,7 +98,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[""], help="parts of paths of modules")
     parser.add_argument("--seconds", type=float, default=60.0, help="of tests per mutant, at most")
     parser.add_argument("--tests", nargs="+", default=["tests/unit"], help="tests to look at")
-    parser.add_argument("--workers", type=int, default=2, help="of the run that records the tests")
+    parser.add_argument("--workers", type=int, default=2, help="processes that run tests")
     parser.add_argument("--write", action="store_true", help=f"put the table into {TABLE.name}")
     return parser.parse_args(argv)
 
@@ -201,34 +207,122 @@ def is_hidden(mutation: Any, trees: dict[Path, ast.Module]) -> bool:
     )
 
 
-def run_session(session: Path, seen: Seen, given: argparse.Namespace) -> None:
-    """Run the mutants that have no result yet; each result is kept at once."""
-    from cosmic_ray.mutating import mutate_and_test
+def run_session(
+    session: Path, trees: Sequence[Path], seen: Seen, given: argparse.Namespace
+) -> None:
+    """Run the mutants that have no result yet, as many at once as there are trees.
+
+    Each result is kept at once, so that a run that was stopped goes on where it was.
+    """
     from cosmic_ray.work_db import WorkDB, use_db
 
-    tree = Path.cwd()
-    os.environ.update(environment(tree))
-    importers = find_importers(tree)
-    with use_db(str(session), WorkDB.Mode.open) as database:
+    importers = find_importers(trees[0])
+    with use_db(str(session), WorkDB.Mode.open) as database, ExitStack() as stack:
         pending = sorted(database.pending_work_items, key=order_of)
-        for number, item in enumerate(pending, 1):
-            one = item.mutations[0]
-            path = Path(one.module_path)
-            near = importers.get(places.module_of(path, Path("src")), [])
-            parsed = ast.parse(path.read_text())
-            tests, left = places.choose_tests(
-                seen, str(path), parsed, one.start_pos[0], near, given.seconds
-            )
-            command = shlex.join(
-                [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p",
-                 "no:cacheprovider", *tests]
-            ) if tests else "true"  # fmt: skip
-            result = mutate_and_test(item.mutations, command, 60 + 5 * given.seconds)
-            database.set_result(item.job_id, result)
-            word = "killed" if result.is_killed else "SURVIVED"
-            place = f"{path}:{one.start_pos[0]} {one.operator_name.partition('/')[2]}"
-            note = f", {left} left out" if left else ""
-            print(f"{number}/{len(pending)} {word} {place} ({len(tests)} tests{note})", flush=True)
+        asked = [(item, *ask_for(item, seen, importers, given)) for item in pending]
+        servers = [stack.enter_context(start_server(tree)) for tree in trees]
+        for number, (item, answer, line) in enumerate(share_out(asked, servers), 1):
+            database.set_result(item.job_id, read_result(answer))
+            word = "killed" if answer["test"] != "survived" else "SURVIVED"
+            by = f" by {answer['killer']}" if answer["killer"] else ""
+            print(f"{number}/{len(pending)} {word} {line}{by}", flush=True)
+
+
+def ask_for(
+    item: Any, seen: Seen, importers: dict[str, list[str]], given: argparse.Namespace
+) -> tuple[dict[str, Any], str]:
+    """(what a server is asked for a mutant, the mutant in words)."""
+    import attrs
+
+    one = item.mutations[0]
+    path = Path(one.module_path)
+    near = importers.get(places.module_of(path, Path("src")), [])
+    tests, left = places.choose_tests(
+        seen, str(path), ast.parse(path.read_text()), one.start_pos[0], near, given.seconds
+    )
+    mutations = [{**attrs.asdict(m), "module_path": str(m.module_path)} for m in item.mutations]
+    asked = {"mutations": mutations, "tests": tests, "seconds": 60 + 5 * given.seconds}
+    place = f"{path}:{one.start_pos[0]} {one.operator_name.partition('/')[2]}"
+    note = f", {left} left out" if left else ""
+    return asked, f"{place} ({len(tests)} tests{note})"
+
+
+@contextmanager
+def start_server(tree: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process in a tree that runs the tests of mutants; see `forked_tests`."""
+    command = [sys.executable, str(HERE / "forked_tests.py")]
+    with subprocess.Popen(
+        command, cwd=tree, env=environment(tree), stdin=PIPE, stdout=PIPE, text=True
+    ) as server:
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+def put(server: subprocess.Popen[str], asked: dict[str, Any]) -> dict[str, Any]:
+    """A server's answer."""
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps(asked) + "\n")
+    server.stdin.flush()
+    line = server.stdout.readline()
+    if not line:
+        raise SystemExit("mutants: a process that runs tests has ended; run this again to go on")
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
+def try_mutant(server: subprocess.Popen[str], asked: dict[str, Any]) -> dict[str, Any]:
+    """What becomes of a mutant; a kill by a test that fails without the mutant, too, is none.
+
+    Such a test is left out, and the others run again.
+    """
+    while True:
+        answer = put(server, asked)
+        killer = answer["killer"]
+        if answer["test"] == "survived" or killer == TIMEOUT:
+            return answer
+        alone = [killer] if "::" in killer else ["--collect-only", *asked["tests"]]
+        if put(server, {**asked, "mutations": [], "tests": alone})["test"] == "survived":
+            return answer
+        print(f"fails without a mutant, too: {alone[0]}", flush=True)
+        if "::" not in killer:
+            raise SystemExit(f"mutants: its tests cannot be collected: {asked['tests'][:3]} ...")
+        asked = {**asked, "tests": [test for test in asked["tests"] if test != killer]}
+
+
+def share_out(
+    asked: Sequence[tuple[Any, dict[str, Any], str]], servers: Sequence[subprocess.Popen[str]]
+) -> Iterator[tuple[Any, dict[str, Any], str]]:
+    """(mutant, answer, words) as answers come, each server busy with one at a time."""
+    free: Queue[subprocess.Popen[str]] = Queue()
+    for server in servers:
+        free.put(server)
+
+    def run(one: tuple[Any, dict[str, Any], str]) -> tuple[Any, dict[str, Any], str]:
+        item, question, line = one
+        server = free.get()
+        try:
+            return item, try_mutant(server, question), line
+        finally:
+            free.put(server)
+
+    with ThreadPoolExecutor(len(servers)) as pool:
+        for done in as_completed([pool.submit(run, one) for one in asked]):
+            yield done.result()
+
+
+def read_result(answer: dict[str, Any]) -> Any:
+    """An answer as cosmic-ray keeps it."""
+    from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkResult
+
+    return WorkResult(
+        WorkerOutcome(answer["outcome"]),
+        answer["output"],
+        TestOutcome(answer["test"]) if answer["test"] else None,
+        answer["diff"],
+    )
 
 
 def find_importers(tree: Path) -> dict[str, list[str]]:

@@ -1,0 +1,65 @@
+"""Tests of a mutant run in a fork: what passes, fails, hangs, and cannot be collected."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import forked_tests
+import pytest
+
+TESTS = """
+import time
+
+def test_passes():
+    pass
+
+def test_fails():
+    assert 1 == 2, "one - two"
+
+def test_hangs():
+    time.sleep(60)
+"""
+ASK = """
+import json, sys
+import forked_tests
+code, output = forked_tests.run_tests(sys.argv[2:], float(sys.argv[1]))
+print(json.dumps([code, forked_tests.name_killer(output) if code else ""]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "seconds", "code", "killer"),
+    [
+        (["test_passes"], 30, 0, ""),
+        (["test_passes", "test_fails"], 30, 1, "test_a.py::test_fails"),
+        (["test_hangs"], 1, None, ""),
+        (["test_nowhere"], 30, 4, ""),
+    ],
+)
+def test_a_fork_says_how_tests_end(
+    tmp_path: Path, names: list[str], seconds: float, code: int | None, killer: str
+) -> None:
+    (tmp_path / "test_a.py").write_text(TESTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    tests = [f"test_a.py::{name}" for name in names]
+    command = [sys.executable, "-c", ASK, str(seconds), *tests]
+    folder = str(Path(forked_tests.__file__).parent)
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": folder, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == [code, killer], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "killer"),
+    [
+        ("FAILED tests/unit/test_a.py::test_b[x - y] - AssertionError: a - b", "tests/unit/test_a.py::test_b[x - y]"),
+        ("FAILED tests/unit/test_a.py::test_b", "tests/unit/test_a.py::test_b"),
+        ("ERROR tests/unit/test_a.py - ImportError", "tests/unit/test_a.py"),
+        ("1 failed in 3 s", ""),
+    ],
+)  # fmt: skip
+def test_the_first_failure_is_named(line: str, killer: str) -> None:
+    assert forked_tests.name_killer(f"==== short test summary info ====\n{line}\n") == killer
