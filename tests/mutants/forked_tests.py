@@ -33,7 +33,9 @@ CLASSES = {
         "Qwen2_5_VLForConditionalGeneration", "Mistral3ForConditionalGeneration",
     ),
 }  # fmt: skip
-FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+\.py(?:::[^\[\n]+?(?:\[.*?\])?)?)(?: - .*)?$", re.MULTILINE)
+FAILED = re.compile(
+    r"^(?:FAILED|ERROR) (\S+\.py(?:::[^\[\n]+?(?:\[.*?\])?)?)(?: - .*)?$", re.MULTILINE
+)
 """What pytest's summary names, a file or a test."""
 TIMEOUT = "timeout"
 PYTEST = ("-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider")

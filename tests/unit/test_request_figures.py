@@ -139,7 +139,7 @@ def test_what_goes_with_an_offload(fast: str, offload: str) -> None:
 
 def test_every_prompt_with_every_seed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading is the first run's; each run is saved when it is there, before the next begins."""
-    plan: Any = SimpleNamespace(processes=1, model="flux-1")
+    plan: Any = SimpleNamespace(processes=1, model="flux-1", request=Request(model_path="x"))
     events: list[tuple[str, str, int]] = []
 
     def one(request: Any, made: Any, pipeline: Any, prompt: str, seed: int) -> Any:

@@ -66,7 +66,10 @@ def run(task: Task, folder: Path) -> Answer:
 
 
 def run_with(task: Task, folder: Path, load: Callable[[Task, Model], Any]) -> Answer:
-    """The same with another way of making diffusers' pipeline, for runtimes that build on it."""
+    """The same with another way of making diffusers' pipeline, for runtimes that build on it.
+
+    Raises Missing where the pipeline's processor needs what is not installed.
+    """
     from quantmatrix import models
 
     model = models.load(task.checkpoint.model)

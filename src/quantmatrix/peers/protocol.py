@@ -77,10 +77,10 @@ class Task:
         """Prompt, size, steps and seed, as our own command reads them."""
         from quantmatrix.request import Request
 
-        return Request.from_words(self.words, tiny=self.tiny)
+        return Request.from_words(self.argv, tiny=self.tiny)
 
     @property
-    def words(self) -> list[str]:
+    def argv(self) -> list[str]:
         """The base model, the row's flags and the prompt, as they follow `quantmatrix generate`."""
         from quantmatrix.tables.rows import ASSIGNMENT, PROMPT
 

@@ -28,20 +28,20 @@ def ways(task: Task) -> tuple[str, ...]:
     return (BACKEND,)
 
 
-def list_words(task: Task) -> list[str]:
+def list_argv(task: Task) -> list[str]:
     """What follows `quantmatrix generate`, but for the backend."""
     row = task.checkpoint
     if row.selector == "--model-path":
-        return [*task.words, row.selector, task.weights]
-    return [*task.words, row.selector, task.weights or row.reference]
+        return [*task.argv, row.selector, task.weights]
+    return [*task.argv, row.selector, task.weights or row.reference]
 
 
 def run(task: Task, folder: Path) -> Answer:
     """Generate, keep the latents of every step and the first picture; raises what our commands raise."""
     from quantmatrix import api
 
-    words = list_words(task)
-    request = Request.from_words(words, tiny=task.tiny, device=task.device, backend=BACKEND)
+    argv = list_argv(task)
+    request = Request.from_words(argv, tiny=task.tiny, device=task.device, backend=BACKEND)
     found = api.generate(request)
     common.mark_loaded(folder)
     found.media[0].save(folder / "media.png")
@@ -59,8 +59,8 @@ def command(task: Task) -> str:
     """Our command."""
     import shlex
 
-    words = [*list_words(task), "--backend", BACKEND, *(["--tiny"] if task.tiny else [])]
-    return shlex.join(["quantmatrix", "generate", *words])
+    argv = [*list_argv(task), "--backend", BACKEND, *(["--tiny"] if task.tiny else [])]
+    return shlex.join(["quantmatrix", "generate", *argv])
 
 
 def explain(answer: Answer) -> str:

@@ -63,7 +63,8 @@ def check_families(table: Table[FamilyRow], tables: Matrix, *, whole: bool = Fal
 
 def check_models(table: Table[ModelRow], *, whole: bool = False) -> None:
     """Ids are those of the modules in models/ and models/further/, each of another repository."""
-    check_modules(table, "models", "models/further", whole=whole)
+    further = tuple(list_modules(Path(__file__).parents[1] / "models/further"))
+    check_modules(table, "models", besides=further, whole=whole)
     repos: dict[str, int] = {}
     for line, row in table.rows:
         check_reference(table, line, "repo", row.repo)
@@ -86,7 +87,7 @@ def check_modules(
     for package in packages:
         modules |= list_modules(Path(__file__).parents[1] / package)
     for line, row in table.rows:
-        table.check(line, "id", [row.id], [*besides, *modules])
+        table.check(line, "id", [row.id], [*modules, *besides])
     listed = {row.id for _, row in table.rows}
     for name, module in modules.items():
         if whole and name not in listed:

@@ -387,7 +387,7 @@ def test_a_block_that_is_no_object(value: Any) -> None:
     [
         (b"{", "not valid JSON"),
         (b"[]", "expected a JSON object, found list"),
-        (b"\xff", "no reada"),
+        (b"\xff", "not valid JSON"),
     ],
 )
 def test_bad_json_files(tmp_path: Path, content: bytes, message: str) -> None:

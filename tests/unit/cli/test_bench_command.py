@@ -160,7 +160,7 @@ def test_two_saved_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ("words", "said"),
     [
         ([], "found none of them"),
-        (["--model-path", "a", "--row", "b"], "there is both --model-path and --row"),
+        (["--model-path", "a", "--row", "b"], "found both --model-path and --row"),
         (["--model-path", "a", "--repeats", "5"], "--repeats 5: expected 6 or more"),
         (["--compare", "a", "b", "--baseline", "c"], "leave out --baseline"),
         (["--model-path", "a", "--tolerance", "2"], "--tolerance is for --baseline"),

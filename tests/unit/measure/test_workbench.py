@@ -79,7 +79,7 @@ def test_several_devices_belong_to_one_worker(bench: Workbench, monkeypatch) -> 
     bench.worker = 1
     with pytest.raises(UsageError, match="cells of h100 take all devices: run without workers"):
         bench.find_device(row)
-    with pytest.raises(UsageError, match=r"2 x NVIDIA H100.*, of which 3 are wanted"):
+    with pytest.raises(UsageError, match=r"2 x NVIDIA H100.*, but 3 are needed"):
         bench.find_device(replace(row, devices=3))
 
 

@@ -228,6 +228,10 @@ def uses(way: Way, *backends: str) -> bool:
     return bool(set(way.backends) & set(backends))
 
 
+def has_scheme(way: Way, part: str) -> bool:
+    return any(part in name for name in way.schemes)
+
+
 Expected = Callable[[Way], str]
 """Which digests of a way a change must change."""
 MUTATIONS: dict[str, tuple[str, str, str, Expected]] = {
@@ -245,7 +249,8 @@ MUTATIONS: dict[str, tuple[str, str, str, Expected]] = {
     ),
     "a constant of a number format": (
         "kernels/number_formats.py", "E4M3_MAX = 448.0", "E4M3_MAX = 240.0",
-        lambda w: "" if w.refused or w.family not in E4M3 else "device shared"
+        lambda w: "device" if has_scheme(w, "MXFP8") and uses(w, "reference")
+        else "" if w.refused or w.family not in E4M3 else "device shared"
         if uses(w, "torch", "reference", "fp8-recode", "packed-fp8") else "shared",
     ),
     "an order of backends": (
@@ -291,7 +296,8 @@ MUTATIONS: dict[str, tuple[str, str, str, Expected]] = {
     ),
     "a decoding": (
         "kernels/linear_int8.py", "def prepare_decode(", "@print\ndef prepare_decode(",
-        lambda w: "device" if w.family == "msmodelslim" and uses(w, "decode") else "",
+        lambda w: "device" if w.family == "msmodelslim" and uses(w, "decode")
+        and not has_scheme(w, "MXFP") else "",
     ),
     "what only a GPU enters": (
         "runtime/pipeline.py", 'kind != "cpu"', 'kind != "xpu"',

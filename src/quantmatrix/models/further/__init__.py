@@ -37,7 +37,6 @@ IDS = (
     "hunyuan-image-2-1",
     "sd-3-5",
     "ltx-video",
-    "chroma",
     "cogview-4",
     "sana",
 )

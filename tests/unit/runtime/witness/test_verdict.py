@@ -60,7 +60,8 @@ def list_cells() -> Iterator[Cell]:
     for cell in tables.cells:
         row = tables.checkpoints[cell.checkpoint]
         key = (row.family, row.model, row.scheme)
-        if cell.hardware == "cpu" and row.form != "online" and key not in seen:
+        judged = cell.hardware == "cpu" and row.form != "online" and cell.claim != "planned"
+        if judged and key not in seen:
             seen.add(key)
             yield cell
 
