@@ -34,7 +34,7 @@ GROWTH = 6 * 2**20
 BLOCKS = 0.1
 """Blocks of Python's memory by which the driver may grow, a cell; one verdict of each would be two."""
 PROGRAM = """
-import json, resource, sys, time
+import ctypes, json, resource, sys, time
 from pathlib import Path
 
 import fleet_nothing
@@ -48,6 +48,7 @@ from quantmatrix.proof.freshness import Now
 from quantmatrix.tables import read
 
 def memory():
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later is no growth
     fields = Path("/proc/self/statm").read_text().split()
     return (int(fields[1]) - int(fields[2])) * resource.getpagesize()  # without what is shared
 
