@@ -189,8 +189,8 @@ def find_vae(pipeline: Any) -> Any:
 def readable_call(plan: Plan, latents: Sequence[Any]) -> Iterator[None]:
     """What a pipeline without a model file says of its arguments, before a step, as UsageError.
 
-    Such a pipeline may want what no flag gives, a picture for example, although its signature has a
-    default for it. `latents` are those of the steps taken.
+    Such a pipeline may want what no flag gives, or a picture, although its signature has a default for
+    it. `latents` are those of the steps taken.
     """
     try:
         yield
@@ -199,8 +199,8 @@ def readable_call(plan: Plan, latents: Sequence[Any]) -> Iterator[None]:
             raise
         raise UsageError(
             f"{plan.pipeline_class} did not take its arguments ({type(error).__name__}: "
-            f"{quote(str(error))}): flags give it a prompt, sizes, steps and guidance; it may want a "
-            "picture, which none gives"
+            f"{quote(str(error))}): flags give it a prompt, pictures, sizes, steps and guidance; it may "
+            "want a picture (--image-path), or what no flag gives"
         ) from error
 
 

@@ -73,7 +73,7 @@ def load_processors(index: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         return {}
     from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
-    logger.info("torchvision is not installed: pictures are prepared with Pillow")
+    logger.warning("torchvision is not installed: pictures are prepared with Pillow")
     return {
         name: LightProcessor(
             Qwen2VLImageProcessorPil.from_pretrained(folder / name),

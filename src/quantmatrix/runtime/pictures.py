@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 """What Pillow is asked to read: it knows formats that run programs, too."""
 BYTES, PIXELS = 2**28, 2**26
 """Largest file, and most pixels of a picture."""
+DAMAGED = (OSError, ValueError, SyntaxError, EOFError, struct.error)
+"""What Pillow raises for bytes that it cannot follow; the last is of EXIF entries."""
 FLAGS = {"image": "--image-path", "mask_image": "--mask-path"}
 """The flag of each argument of a pipeline's call."""
 
@@ -147,7 +150,7 @@ def open_image(file: Path, what: str) -> Any:
         raise UsageError(
             f"{what}: no picture that is read here; expected {', '.join(FORMATS)}"
         ) from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (*DAMAGED, Image.DecompressionBombError) as error:
         raise UsageError(f"{what}: a damaged picture ({quote(str(error))})") from error
 
 

@@ -83,6 +83,26 @@ def test_what_is_no_picture_is_refused(
         pictures.list_pictures(ask(file), KONTEXT)
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of entries that it leaves out
+def test_damaged_entries_of_a_camera_are_told_in_words(tmp_path: Path) -> None:
+    """Pillow raises an error of `struct` for some."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"  # it lies on its side
+    file = tmp_path / "camera.jpg"
+    Image.new("RGB", (16, 16)).save(file, exif=exif)
+    whole = file.read_bytes()
+    start = whole.index(b"Exif")
+    told = set()
+    for place in range(start, start + 60):
+        for value in (0, 1, 2, 3, 7, 10, 255):
+            file.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+            try:
+                pictures.list_pictures(ask(file), KONTEXT)
+            except UsageError as error:
+                told.add(str(error).partition("(")[2])
+    assert any("not an integer" in words for words in told)
+
+
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing.png", tmp_path, Path("owner/repo.png")):
         with pytest.raises(UsageError, match=f"--image-path {path}: no such file"):

@@ -32,12 +32,15 @@ def test_each_mark_becomes_as_many_as_its_picture_has_tokens() -> None:
         spread_marks(texts, [1, 1])
 
 
-def test_pictures_and_text_become_one_input(folder: Path, tmp_path: Path) -> None:
+def test_pictures_and_text_become_one_input(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     index = json.loads((folder / "model_index.json").read_text())
     assert index["processor"] == ["transformers", "Qwen2VLProcessor"]
     found = load_processors(index, folder)
     if not found:
         pytest.skip("torchvision is installed: transformers' own class is used")
+    assert "torchvision is not installed" in caplog.text  # another processor is not silent
     processor = found["processor"]
     assert isinstance(processor, LightProcessor)
     image = Image.open(write_picture("picture.png", tmp_path)).resize((112, 56))
