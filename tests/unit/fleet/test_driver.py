@@ -26,6 +26,7 @@ from quantmatrix.fleet.engine import Failure
 from quantmatrix.fleet.groups import Group, make_groups
 from quantmatrix.fleet.intake import Intake
 from quantmatrix.fleet.progress import Progress
+from quantmatrix.harness.completeness import Comparison
 from quantmatrix.proof import freshness, merge, store
 from quantmatrix.proof.record import CheckResult
 from quantmatrix.tables import read
@@ -523,3 +524,15 @@ def test_status_for_people(
     progress.write(at_once=True)
     assert main.main([*flags, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["state"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("cells", "text"),
+    [(("a@cpu",), "a@cpu: lost"), (("a@cpu", "b@cpu", "c@cpu"), "a@cpu and 2 more: lost")],
+)
+def test_cells_with_one_reason_stand_on_one_line(cells: tuple[str, ...], text: str) -> None:
+    missing = dict.fromkeys(cells, ("load",))
+    outcome = Outcome({}, reasons=dict.fromkeys(cells, "lost"))
+    compared = Comparison(len(cells), missing, {}, {}, nothing=False)
+    [line] = driver.describe(outcome, compared, {})
+    assert line.endswith(text)

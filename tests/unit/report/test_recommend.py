@@ -22,7 +22,7 @@ from quantmatrix.proof.plans import PlanLine, read_plans, write_plans
 from quantmatrix.proof.record import CheckResult, Evidence
 from quantmatrix.proof.states import stand_all
 from quantmatrix.report import answers, ranking, recommend, render
-from quantmatrix.report.answers import Answers, Option
+from quantmatrix.report.answers import Answers, No, Option
 from quantmatrix.tables import read
 from quantmatrix.tables.rows import Matrix
 
@@ -297,6 +297,24 @@ def test_nothing_that_fits_is_said_with_what_needs_least(
     text = capsys.readouterr().out
     assert "nothing fits into 0.1 GiB" in text
     assert "--dit-layerwise-offload" in text
+
+
+@pytest.mark.parametrize(("mib", "fits"), [(1024, 0), (1025, 3)])
+def test_memory_is_counted_in_gib(mib: int, fits: int) -> None:
+    one = option("a", weights_mib=mib, largest_mib=mib, layerwise_mib=mib)
+    found = recommend.recommend(Answers((one,), ()), TABLES, "h100", "flux-1", 1.0)
+    assert [fit for fit, _ in found.ranked] == [fits]
+    assert bool(found.reason) is (fits == 3)
+
+
+def test_a_model_without_an_option_has_a_reason() -> None:
+    no = No("svdq", "flux-1", "h100", "svdq-engine", "below sm90 alone")
+    found = recommend.recommend(Answers((), (no,)), TABLES, "h100", "flux-1")
+    assert found.reason == (
+        "no checkpoint of flux-1 runs on h100: svdq [svdq-engine]: below sm90 alone"
+    )
+    nothing = recommend.recommend(Answers((), (no,)), TABLES, "h100", "flux-2")
+    assert nothing.reason.startswith("the tables have no checkpoint of flux-2")
 
 
 def test_a_table_for_people(reports: Path, capsys: pytest.CaptureFixture[str]) -> None:
