@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from quantmatrix import models
+from quantmatrix import models, strict_json
 from quantmatrix.api import require_plan
 from quantmatrix.errors import UsageError
 from quantmatrix.hardware import probe
@@ -255,11 +255,12 @@ def describe_memory(base: Plan, plan: Plan, pairs: Sequence[tuple[Run, Run]]) ->
 def read_prompts(path: Path) -> tuple[str, ...]:
     """One prompt per line; empty lines and those that start with `#` are left out.
 
-    Raises UsageError for a file that cannot be read or holds no prompt.
+    Raises UsageError for a file that cannot be read, is too large for one of prompts, or holds none.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        text = strict_json.read_bytes(path, Path(path.absolute().anchor)).decode("utf-8")
+        lines = [line.strip() for line in text.splitlines()]
+    except (OSError, UnicodeDecodeError, strict_json.JsonError) as error:
         raise UsageError(f"--prompts {path}: {error}") from error
     prompts = tuple(line for line in lines if line and not line.startswith("#"))
     if not prompts:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from quantmatrix.peers.near_limits import NearLimits
 from quantmatrix.peers.packet import ABOUT
 from quantmatrix.peers.verdict import Verdict, judge_numbers
 from quantmatrix.proof import columns
+from quantmatrix.proof.record import digest_file
 from quantmatrix.quoting import quote
 from quantmatrix.tables.rows import RuntimeCell
 
@@ -65,9 +65,8 @@ def check(folder: Path, tables: Matrix, limits: NearLimits | None = None) -> lis
 
 def list_file_problems(folder: Path) -> list[str]:
     """Files that are missing, changed, or that nobody asked for."""
-    found = [
-        LINE.fullmatch(line) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines()
-    ]
+    text = strict_json.read_bytes(folder / SUMS).decode("utf-8")
+    found = [LINE.fullmatch(line) for line in text.splitlines()]
     listed = {match["name"]: match["digest"] for match in found if match}
     if len(listed) != len(found):
         return [f"{SUMS}: expected lines of a digest, two spaces and a name, each name once"]
@@ -75,13 +74,13 @@ def list_file_problems(folder: Path) -> list[str]:
         path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()
     }
     here.pop(SUMS, None)
-    problems = [f"{name}: missing" for name in sorted(set(listed) - set(here))]
-    problems += [f"{name}: not in {SUMS}" for name in sorted(set(here) - set(listed))]
+    problems = [f"{quote(name)}: missing" for name in sorted(set(listed) - set(here))]
+    problems += [f"{quote(name)}: not in {SUMS}" for name in sorted(set(here) - set(listed))]
     for name, path in sorted(here.items()):
-        if path.is_symlink():
-            problems.append(f"{name}: a link, expected a file")
-        elif name in listed and hashlib.sha256(path.read_bytes()).hexdigest() != listed[name]:
-            problems.append(f"{name}: has another digest than {SUMS} says: the file was changed")
+        if path.is_symlink() or not path.is_file():
+            problems.append(f"{quote(name)}: a link or a device, expected a file")
+        elif name in listed and digest_file(path) != listed[name]:
+            problems.append(f"{quote(name)}: has another digest than {SUMS} says: it was changed")
     return problems
 
 

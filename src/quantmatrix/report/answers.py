@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from quantmatrix import strict_json
 from quantmatrix.errors import QuantmatrixError
 from quantmatrix.proof import packaged
 from quantmatrix.proof import record as records
@@ -149,7 +150,7 @@ def encode(answers: Answers) -> bytes:
 def decode(data: bytes, where: object) -> Answers:
     """The answers in a file; QuantmatrixError, which names it, for another form."""
     try:
-        plain = json.loads(data)
+        plain = strict_json.parse(data)
         known = [f.name for f in fields(Option)], [f.name for f in fields(No)]
         if plain["schema"] != SCHEMA or (plain["option"], plain["refusal"]) != known:
             raise QuantmatrixError(f"schema {plain['schema']} has other columns than {SCHEMA}")

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix.errors import UsageError
+from quantmatrix import strict_json
+from quantmatrix.errors import QuantmatrixError, UsageError
 from quantmatrix.proof import packaged, plans
 from quantmatrix.proof.reports_folder import find_source
 from quantmatrix.report import answers, ranking
@@ -143,11 +144,21 @@ def read_answers(tables: Matrix, reports: str | os.PathLike[str] | None = None) 
     source = find_source(reports)
     file = source / answers.FILE
     if file.is_file():
-        found = answers.decode(file.read_bytes(), file)
+        found = answers.decode(read_file(file), file)
         if source == packaged.FOLDER or found.inputs == answers.digest_inputs(tables, source):
             return found
         logger.info("%s is older than tables or records: joining them again", file)
     return work_out(tables, source)
+
+
+def read_file(file: Path) -> bytes:
+    """The bytes of rendered answers; QuantmatrixError for what is no file, or too large to be one."""
+    try:
+        return strict_json.read_bytes(file)
+    except (OSError, strict_json.JsonError) as error:
+        raise QuantmatrixError(
+            f"{file}: cannot be read: {error}; write it again with `quantmatrix report`"
+        ) from error
 
 
 def work_out(tables: Matrix, source: Path) -> Answers:

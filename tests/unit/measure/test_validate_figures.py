@@ -6,7 +6,10 @@ Everything is made up and lopsided: no number of one side is a number of the oth
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -317,3 +320,36 @@ def test_what_was_not_measured_is_said() -> None:
         report, [["a", "b", "c"]] * 2
     )
     assert "pictures, FLIP" not in dict(validation_page.list_facts(report))
+
+
+def test_a_file_of_prompts_has_one_per_line(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n\n# a remark\n  two dogs \n")
+    assert validate.read_prompts(file) == ("a cat", "two dogs")
+    link = tmp_path / "elsewhere" / "link.txt"
+    link.parent.mkdir()
+    link.symlink_to(file)
+    assert validate.read_prompts(link) == ("a cat", "two dogs")
+
+
+def make_endless(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 3 << 30)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path.write_text("# nothing\n"), "holds no prompt"),
+        (lambda path: path.write_bytes(b"\xd6\x00"), "can't decode byte 0xd6"),
+        (make_endless, "it has 3221225472 bytes"),
+        (os.mkfifo, "it is not a regular file"),
+        (lambda path: None, "No such file"),
+    ],
+)
+def test_what_is_no_file_of_prompts_is_refused(
+    make: Callable[[Path], object], said: str, tmp_path: Path
+) -> None:
+    make(tmp_path / "prompts.txt")
+    with pytest.raises(UsageError, match=said):
+        validate.read_prompts(tmp_path / "prompts.txt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -233,6 +234,12 @@ def paint(folder: Path) -> None:
     Image.new("RGB", (16, 16), (200, 0, 0)).save(picture)
 
 
+def make_pipe(folder: Path) -> None:
+    """In the place of the first run's log: reading it would never end."""
+    [run] = folder.glob("runs/0001-*")
+    os.mkfifo(run / "log.txt")
+
+
 def rewrite(folder: Path, old: str, new: str) -> None:
     [path] = folder.glob("runtimes/*/*/*.json")
     text = path.read_text()
@@ -243,6 +250,11 @@ def rewrite(folder: Path, old: str, new: str) -> None:
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "changed": (paint, "a_picture.png: has another digest than SHA256SUMS says"),
     "gone": (lambda f: next(f.glob("runs/0001-*/log.txt")).unlink(), "log.txt: missing"),
+    "device": (
+        lambda f: [next(f.glob("runs/0001-*/log.txt")).unlink(), make_pipe(f)],
+        "log.txt: a link or a device, expected a file",
+    ),
+    "endless": (lambda f: os.truncate(f / "SHA256SUMS", 3 << 30), "it has 3221225472 bytes"),
     "more": (lambda f: (f / "x.txt").write_text("x"), "x.txt: not in SHA256SUMS"),
     "forged": (lambda f: [paint(f), seal(f)], "the record says works, its runs say wrong numbers"),
     "other": (

@@ -370,7 +370,7 @@ def test_explain_without_a_checkpoint_points_here(capsys: pytest.CaptureFixture[
     assert "`quantmatrix recommend --hardware h200 --model flux-1`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", [b"{}", b"[]", b"{", b'{"schema": 2}'])
+@pytest.mark.parametrize("damage", [b"{}", b"[]", b"{", b'{"schema": 2}', b"[" * 10**5])
 def test_a_damaged_file_is_named(damage: bytes) -> None:
     with pytest.raises(QuantmatrixError, match=r"answers\.json: no answers of this version"):
         answers.decode(damage, "answers.json")
