@@ -5,7 +5,7 @@ differ in how the weight [N, K/2] and its scales must lie (see `scale_layouts`):
 
 | backend | weight | weight scales | hardware |
 | ------- | ------ | ------------- | -------- |
-| `cutlass`, `cudnn` | as stored | tiled | sm100, sm103, sm120 |
+| `cutlass`, `cudnn` | as stored | tiled | sm100, sm103, sm120, sm121 |
 | `trtllm` | rows shuffled | rows shuffled, then tiled | sm100, sm103 |
 
     y = (codes of x) (codes of weight)^T * (input_scale * weight_scale_2) + bias
@@ -138,7 +138,7 @@ NEEDS = {
     "cutlass": Needs(
         rule=RULE,
         vendors=("nvidia",),
-        arches=("sm100", "sm103", "sm120"),
+        arches=("sm100", "sm103", "sm120", "sm121"),
         package="flashinfer",
         activations=("group-dynamic",),
         out_multiple=32,
@@ -149,7 +149,7 @@ NEEDS = {
     "cudnn": Needs(
         rule=RULE,
         vendors=("nvidia",),
-        arches=("sm100", "sm103", "sm120"),
+        arches=("sm100", "sm103", "sm120", "sm121"),
         package="flashinfer",
         activations=("group-dynamic",),
         out_multiple=32,

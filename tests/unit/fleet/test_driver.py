@@ -60,6 +60,16 @@ def run(
     tables: Matrix, ray: PretendedCluster, evidence: Path, only: tuple[str, ...] = ()
 ) -> tuple[Outcome, Progress, int]:
     """(outcome, progress, exit code) of all cells of the tables."""
+    one = make_driver(tables, ray, evidence, only)
+    one.run()
+    outcome = one.outcome
+    return outcome, one.progress, driver.exit_code(outcome, outcome.compare(tables.cells, only))
+
+
+def make_driver(
+    tables: Matrix, ray: PretendedCluster, evidence: Path, only: tuple[str, ...] = ()
+) -> Driver:
+    """A driver that has planned all cells of the tables."""
     sites = {
         name: Site(tables.hardware[name], [node for node in ray.nodes if name in node.named])
         for node in ray.nodes
@@ -70,8 +80,7 @@ def run(
     intake = Intake(tables, freshness.Now(), only)
     one = Driver(ray, intake, evidence, progress, outcome, limit=900)
     one.plan(make_groups(tables.cells, {}, only), sites)
-    one.run()
-    return outcome, progress, driver.exit_code(outcome, outcome.compare(tables.cells, only))
+    return one
 
 
 def test_every_cell_is_run_once_and_cells_without_hardware_are_named(
@@ -342,6 +351,70 @@ def test_hardware_whose_last_node_died_is_given_up(
     assert progress.lanes["cpu"].not_executed == 5
     assert ray.pending == {}
     assert code == NOT_EXECUTED
+
+
+@pytest.mark.parametrize(("passed", "given_up"), [(59.0, False), (60.0, False), (60.5, True)])
+def test_hardware_without_a_node_is_waited_for_until_its_patience_ends(
+    tables: Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passed: float, given_up: bool
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(driver.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(driver, "PATIENCE", 60.0)
+    ray = PretendedCluster(respond(tables), [CPU])
+    one = make_driver(tables, ray, tmp_path / "evidence")
+    cells = sum(len(group.cells) for group in one.waiting["cpu"])
+    assert one.look() == 0
+    ray.nodes = []
+    assert one.look() == 0  # from here on it has no node
+    now[0] += passed
+    assert one.look() == (cells if given_up else 0)
+    assert ("cpu" in one.waiting) is not given_up
+
+
+def test_a_node_that_comes_back_ends_the_waiting(
+    tables: Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(driver.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(driver, "PATIENCE", 60.0)
+    ray = PretendedCluster(respond(tables), [CPU])
+    one = make_driver(tables, ray, tmp_path / "evidence")
+    for nodes in ([], [CPU], []):
+        ray.nodes = nodes
+        assert one.look() == 0
+        now[0] += 40.0
+    assert one.look() == 0  # 40 s since it left again, not 120 since it left first
+
+
+@pytest.mark.parametrize(("passed", "looks"), [(19.0, 0), (20.0, 0), (21.0, 1)])
+def test_nodes_are_looked_at_after_a_while_and_not_each_turn(
+    tables: Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passed: float, looks: int
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(driver.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(driver, "LOOK", 20.0)
+    ray = PretendedCluster(respond(tables), [CPU])
+    one = make_driver(tables, ray, tmp_path / "evidence")
+    one.looked = now[0]
+    seen: list[float] = []
+    wait = ray.wait
+
+    def look() -> int:
+        seen.append(now[0])
+        return 0
+
+    monkeypatch.setattr(one, "look", look)
+
+    def last(seconds: float) -> list[tuple[str, bytes | Failure]]:
+        while found := wait(seconds):
+            one.take(found)
+            one.hand_over()
+        now[0] += passed
+        return []
+
+    monkeypatch.setattr(ray, "wait", last)
+    one.run()
+    assert len(seen) == looks
 
 
 class Command:

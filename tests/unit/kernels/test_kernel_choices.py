@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from importlib import import_module
+from itertools import chain
 
 import pytest
 
@@ -566,3 +568,28 @@ def test_a_refusal_lists_every_candidate_and_what_works() -> None:
         "linear.fp8 on NVIDIA B200: torch-block: needs sm90, this is NVIDIA B200 (sm100)"
         "; works here: --backend reference | decode; --backend decode runs anywhere"
     )
+
+
+# --- architectures that no row of the tables has ---------------------------------------------------
+
+
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_a_kernel_of_an_order_is_offered_on_every_architecture_that_it_takes(op: str) -> None:
+    """A B300 (sm103) or a GB10 (sm121) is not left with `decode` where a kernel takes it."""
+    nvidia = MACHINES["b200"]
+    ordered = set(chain(*import_module(kernels.OPS[op]).ORDER.values()))
+    for kernel in kernels.kernels_of(op):
+        if kernel.backend in ordered:
+            for arch in kernel.needs.arches:
+                assert kernel.backend in kernels.order_of(op, replace(nvidia, arch=arch)), arch
+
+
+@pytest.mark.parametrize(("arch", "like"), [("sm103", "b200"), ("sm121", "rtx-5090")])
+def test_a_second_architecture_of_blackwell_chooses_as_the_first(arch: str, like: str) -> None:
+    first = MACHINES[like]
+    for scheme in ("NVFP4", "FP8 tensor-static", "W8A8"):
+        wanted = SCHEMES[scheme]
+        second = replace(first, arch=arch)
+        chosen = [kernels.choose(wanted.op, on, wanted, WHOLE[:2]) for on in (first, second)]
+        assert chosen[0] == chosen[1], scheme
+        assert chosen[1].backend != "decode" or scheme == "W8A8", scheme

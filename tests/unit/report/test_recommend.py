@@ -404,3 +404,44 @@ def test_evidence_of_a_failing_check_is_a_reason(tmp_path: Path) -> None:
     ]
     assert no.message == "load: too far"
     assert isinstance(evidence["fp8-flux-2@cpu"].checks["load"], CheckResult)
+
+
+def find_errors(tables: Matrix, *records: Evidence) -> answers.Measured:
+    evidence = {record.cell["id"]: record for record in records}
+    return answers.Measured(Joined(tables, stand_all(tables, evidence)), evidence)
+
+
+@pytest.mark.parametrize(
+    ("numerics", "found"),
+    [(("W8A8",), 41.25), (("W4A4",), None), (("W4A4", "W8A8"), None), ((), None)],
+)
+def test_an_error_is_lent_by_layers_of_the_same_numerics_alone(
+    tmp_path: Path, numerics: tuple[str, ...], found: float | None
+) -> None:
+    tables = read.read(write_tables(tmp_path / "matrix"))
+    lender = observe_error(tables, PROVEN, "W8A8", 41.25)
+    asking = next(
+        cell
+        for cell in tables.cells
+        if cell.checkpoint == find(tables, PROVEN).checkpoint and cell.id != PROVEN
+    )
+    known = find_errors(tables, lender)
+    assert known.find_error(asking, numerics).get("psnr_db") == found
+    own = known.find_error(find(tables, PROVEN), numerics)  # its own counts whatever is planned
+    assert own["psnr_db"] == 41.25
+    assert own["error_on"] == "cpu, stand-in"
+
+
+def observe_error(tables: Matrix, cell: str, numerics: str, psnr: float) -> Evidence:
+    record = observe_run(tables, find(tables, cell))
+    part = {**record.plan["components"]["transformer"], "numerics": {numerics: 40}}
+    latents = record.checks["latents"]
+    worst = {**latents.metrics["worst"], "psnr_db": psnr}
+    return replace(
+        record,
+        plan={**record.plan, "components": {"transformer": part}},
+        checks={
+            **record.checks,
+            "latents": replace(latents, metrics={**latents.metrics, "worst": worst}),
+        },
+    )
