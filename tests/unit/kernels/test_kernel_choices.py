@@ -24,238 +24,238 @@ from quantmatrix.tables import identify, read
 
 TABLE = """
 linear.fp8: FP8 tensor-static, tensor-static, tensor-dynamic, channel-dynamic, channel-static
-  3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      2      2      o      o      o      o      o      o      2      2
-    decode                 1      1      1      2      2      2      2      2      2      1      1
-    torch                  V      A      A      1      1      1      1      1      1      V      V
-    torch-block            V      A      A      A      S      S      A      A      A      V      V
-  16 x 16                cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      2      2      o      o      o      o      o      o      2      2
-    decode                 1      1      1      2      2      2      2      2      2      1      1
-    torch                  V      A      A      1      1      1      1      1      1      V      V
-    torch-block            V      A      A      A      S      S      A      A      A      V      V
-  8 x 3072               cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      2      2      o      o      o      o      o      o      2      2
-    decode                 1      1      1      1      1      1      1      1      1      1      1
-    torch                  V      A      A      N      N      N      N      N      N      V      V
-    torch-block            V      A      A      A      S      S      A      A      A      V      V
-  3072 x 8               cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      2      2      o      o      o      o      o      o      2      2
-    decode                 1      1      1      1      1      1      1      1      1      1      1
-    torch                  V      A      A      N      N      N      N      N      N      V      V
-    torch-block            V      A      A      A      S      S      A      A      A      V      V
+  3072 x 3072            cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      o      o      o      o      o      o      o      2      2
+    decode                 1      1      1      2      2      2      2      2      2      2      1      1
+    torch                  V      A      A      1      1      1      1      1      1      1      V      V
+    torch-block            V      A      A      A      S      S      S      A      A      A      V      V
+  16 x 16                cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      o      o      o      o      o      o      o      2      2
+    decode                 1      1      1      2      2      2      2      2      2      2      1      1
+    torch                  V      A      A      1      1      1      1      1      1      1      V      V
+    torch-block            V      A      A      A      S      S      S      A      A      A      V      V
+  8 x 3072               cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      o      o      o      o      o      o      o      2      2
+    decode                 1      1      1      1      1      1      1      1      1      1      1      1
+    torch                  V      A      A      N      N      N      N      N      N      N      V      V
+    torch-block            V      A      A      A      S      S      S      A      A      A      V      V
+  3072 x 8               cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      o      o      o      o      o      o      o      2      2
+    decode                 1      1      1      1      1      1      1      1      1      1      1      1
+    torch                  V      A      A      N      N      N      N      N      N      N      V      V
+    torch-block            V      A      A      A      S      S      S      A      A      A      V      V
 
 linear.fp8: block
-  3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      2      2      o      o      o      o      o      o      2      2
-    decode                 1      1      1      1      2      2      1      1      1      1      1
-    torch                  V      A      A      S      S      S      S      S      S      V      V
-    torch-block            V      A      A      A      1      1      A      A      A      V      V
-  64 x 3072              cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      2      2      o      o      o      o      o      o      2      2
-    decode                 1      1      1      1      1      1      1      1      1      1      1
-    torch                  V      A      A      S      S      S      S      S      S      V      V
-    torch-block            V      A      A      A      N      N      A      A      A      V      V
-  3072 x 256             cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      2      2      o      o      o      o      o      o      2      2
-    decode                 1      1      1      1      1      1      1      1      1      1      1
-    torch                  V      A      A      S      S      S      S      S      S      V      V
-    torch-block            V      A      A      A      N      N      A      A      A      V      V
+  3072 x 3072            cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      o      o      o      o      o      o      o      2      2
+    decode                 1      1      1      1      2      2      2      1      1      1      1      1
+    torch                  V      A      A      S      S      S      S      S      S      S      V      V
+    torch-block            V      A      A      A      1      1      1      A      A      A      V      V
+  64 x 3072              cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      o      o      o      o      o      o      o      2      2
+    decode                 1      1      1      1      1      1      1      1      1      1      1      1
+    torch                  V      A      A      S      S      S      S      S      S      S      V      V
+    torch-block            V      A      A      A      N      N      N      A      A      A      V      V
+  3072 x 256             cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      o      o      o      o      o      o      o      2      2
+    decode                 1      1      1      1      1      1      1      1      1      1      1      1
+    torch                  V      A      A      S      S      S      S      S      S      S      V      V
+    torch-block            V      A      A      A      N      N      N      A      A      A      V      V
 
 linear.fp8: mxfp8
-  3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      2      2      o      o      o      o      o      o      2      2
-    decode                 1      1      1      1      1      1      1      1      1      1      1
-    torch                  V      A      A      S      S      S      S      S      S      V      V
-    torch-block            V      A      A      A      I      I      A      A      A      V      V
+  3072 x 3072            cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      o      o      o      o      o      o      o      2      2
+    decode                 1      1      1      1      1      1      1      1      1      1      1      1
+    torch                  V      A      A      S      S      S      S      S      S      S      V      V
+    torch-block            V      A      A      A      I      I      I      A      A      A      V      V
 
 linear.fp8: cast
-  3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      2      2      o      o      o      o      o      o      2      2
-    decode                 1      1      1      1      1      1      1      1      1      1      1
-    torch                  V      A      A      I      I      I      I      I      I      V      V
-    torch-block            V      A      A      A      S      S      A      A      A      V      V
+  3072 x 3072            cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      o      o      o      o      o      o      o      2      2
+    decode                 1      1      1      1      1      1      1      1      1      1      1      1
+    torch                  V      A      A      I      I      I      I      I      I      I      V      V
+    torch-block            V      A      A      A      S      S      S      A      A      A      V      V
 
 linear.nvfp4: NVFP4
-  3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      2      2      o      o      o      o      o      o      2      2
-    decode                 1      1      1      2      2      2      5      4      4      1      1
-    fp8-recode             V      A      A      1      1      1      4      3      3      V      V
-    packed                 V      o      o      o      o      o      o      o      o      V      o
-    packed-fp8             V      A      A      o      o      o      o      o      o      V      V
-    flashinfer-trtllm      V      A      A      A      A      A      1      A      A      V      V
-    flashinfer-cutlass     V      A      A      A      A      A      2      1      1      V      V
-    flashinfer-cudnn       V      A      A      A      A      A      3      2      2      V      V
-  3072 x 3072 x 65536    cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      2      2      o      o      o      o      o      o      2      2
-    decode                 1      1      1      2      2      2      5      4      4      1      1
-    fp8-recode             V      A      A      1      1      1      4      3      3      V      V
-    packed                 V      o      o      o      o      o      o      o      o      V      o
-    packed-fp8             V      A      A      o      o      o      o      o      o      V      V
-    flashinfer-trtllm      V      A      A      A      A      A      1      A      A      V      V
-    flashinfer-cutlass     V      A      A      A      A      A      2      1      1      V      V
-    flashinfer-cudnn       V      A      A      A      A      A      3      2      2      V      V
-  3072 x 3072 x 65537    cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      2      2      o      o      o      o      o      o      2      2
-    decode                 1      1      1      2      2      2      4      3      3      1      1
-    fp8-recode             V      A      A      1      1      1      3      2      2      V      V
-    packed                 V      o      o      o      o      o      o      o      o      V      o
-    packed-fp8             V      A      A      o      o      o      o      o      o      V      V
-    flashinfer-trtllm      V      A      A      A      A      A      1      A      A      V      V
-    flashinfer-cutlass     V      A      A      A      A      A      R      R      R      V      V
-    flashinfer-cudnn       V      A      A      A      A      A      2      1      1      V      V
-  64 x 3072              cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      2      2      o      o      o      o      o      o      2      2
-    decode                 1      1      1      2      2      2      4      4      4      1      1
-    fp8-recode             V      A      A      1      1      1      3      3      3      V      V
-    packed                 V      o      o      o      o      o      o      o      o      V      o
-    packed-fp8             V      A      A      o      o      o      o      o      o      V      V
-    flashinfer-trtllm      V      A      A      A      A      A      N      A      A      V      V
-    flashinfer-cutlass     V      A      A      A      A      A      1      1      1      V      V
-    flashinfer-cudnn       V      A      A      A      A      A      2      2      2      V      V
-  3072 x 32              cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      2      2      o      o      o      o      o      o      2      2
-    decode                 1      1      1      2      2      2      4      4      4      1      1
-    fp8-recode             V      A      A      1      1      1      3      3      3      V      V
-    packed                 V      o      o      o      o      o      o      o      o      V      o
-    packed-fp8             V      A      A      o      o      o      o      o      o      V      V
-    flashinfer-trtllm      V      A      A      A      A      A      N      A      A      V      V
-    flashinfer-cutlass     V      A      A      A      A      A      1      1      1      V      V
-    flashinfer-cudnn       V      A      A      A      A      A      2      2      2      V      V
-  48 x 3072              cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      2      2      o      o      o      o      o      o      2      2
-    decode                 1      1      1      2      2      2      2      2      2      1      1
-    fp8-recode             V      A      A      1      1      1      1      1      1      V      V
-    packed                 V      o      o      o      o      o      o      o      o      V      o
-    packed-fp8             V      A      A      o      o      o      o      o      o      V      V
-    flashinfer-trtllm      V      A      A      A      A      A      N      A      A      V      V
-    flashinfer-cutlass     V      A      A      A      A      A      N      N      N      V      V
-    flashinfer-cudnn       V      A      A      A      A      A      N      N      N      V      V
-  8 x 3072               cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      2      2      o      o      o      o      o      o      2      2
-    decode                 1      1      1      1      1      1      1      1      1      1      1
-    fp8-recode             V      A      A      N      N      N      N      N      N      V      V
-    packed                 V      o      o      o      o      o      o      o      o      V      o
-    packed-fp8             V      A      A      N      N      N      N      N      N      V      V
-    flashinfer-trtllm      V      A      A      A      A      A      N      A      A      V      V
-    flashinfer-cutlass     V      A      A      A      A      A      N      N      N      V      V
-    flashinfer-cudnn       V      A      A      A      A      A      N      N      N      V      V
+  3072 x 3072            cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      o      o      o      o      o      o      o      2      2
+    decode                 1      1      1      2      2      2      2      5      4      4      1      1
+    fp8-recode             V      A      A      1      1      1      1      4      3      3      V      V
+    packed                 V      o      o      o      o      o      o      o      o      o      V      o
+    packed-fp8             V      A      A      o      o      o      o      o      o      o      V      V
+    flashinfer-trtllm      V      A      A      A      A      A      A      1      A      A      V      V
+    flashinfer-cutlass     V      A      A      A      A      A      A      2      1      1      V      V
+    flashinfer-cudnn       V      A      A      A      A      A      A      3      2      2      V      V
+  3072 x 3072 x 65536    cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      o      o      o      o      o      o      o      2      2
+    decode                 1      1      1      2      2      2      2      5      4      4      1      1
+    fp8-recode             V      A      A      1      1      1      1      4      3      3      V      V
+    packed                 V      o      o      o      o      o      o      o      o      o      V      o
+    packed-fp8             V      A      A      o      o      o      o      o      o      o      V      V
+    flashinfer-trtllm      V      A      A      A      A      A      A      1      A      A      V      V
+    flashinfer-cutlass     V      A      A      A      A      A      A      2      1      1      V      V
+    flashinfer-cudnn       V      A      A      A      A      A      A      3      2      2      V      V
+  3072 x 3072 x 65537    cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      o      o      o      o      o      o      o      2      2
+    decode                 1      1      1      2      2      2      2      4      3      3      1      1
+    fp8-recode             V      A      A      1      1      1      1      3      2      2      V      V
+    packed                 V      o      o      o      o      o      o      o      o      o      V      o
+    packed-fp8             V      A      A      o      o      o      o      o      o      o      V      V
+    flashinfer-trtllm      V      A      A      A      A      A      A      1      A      A      V      V
+    flashinfer-cutlass     V      A      A      A      A      A      A      R      R      R      V      V
+    flashinfer-cudnn       V      A      A      A      A      A      A      2      1      1      V      V
+  64 x 3072              cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      o      o      o      o      o      o      o      2      2
+    decode                 1      1      1      2      2      2      2      4      4      4      1      1
+    fp8-recode             V      A      A      1      1      1      1      3      3      3      V      V
+    packed                 V      o      o      o      o      o      o      o      o      o      V      o
+    packed-fp8             V      A      A      o      o      o      o      o      o      o      V      V
+    flashinfer-trtllm      V      A      A      A      A      A      A      N      A      A      V      V
+    flashinfer-cutlass     V      A      A      A      A      A      A      1      1      1      V      V
+    flashinfer-cudnn       V      A      A      A      A      A      A      2      2      2      V      V
+  3072 x 32              cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      o      o      o      o      o      o      o      2      2
+    decode                 1      1      1      2      2      2      2      4      4      4      1      1
+    fp8-recode             V      A      A      1      1      1      1      3      3      3      V      V
+    packed                 V      o      o      o      o      o      o      o      o      o      V      o
+    packed-fp8             V      A      A      o      o      o      o      o      o      o      V      V
+    flashinfer-trtllm      V      A      A      A      A      A      A      N      A      A      V      V
+    flashinfer-cutlass     V      A      A      A      A      A      A      1      1      1      V      V
+    flashinfer-cudnn       V      A      A      A      A      A      A      2      2      2      V      V
+  48 x 3072              cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      o      o      o      o      o      o      o      2      2
+    decode                 1      1      1      2      2      2      2      2      2      2      1      1
+    fp8-recode             V      A      A      1      1      1      1      1      1      1      V      V
+    packed                 V      o      o      o      o      o      o      o      o      o      V      o
+    packed-fp8             V      A      A      o      o      o      o      o      o      o      V      V
+    flashinfer-trtllm      V      A      A      A      A      A      A      N      A      A      V      V
+    flashinfer-cutlass     V      A      A      A      A      A      A      N      N      N      V      V
+    flashinfer-cudnn       V      A      A      A      A      A      A      N      N      N      V      V
+  8 x 3072               cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      o      o      o      o      o      o      o      2      2
+    decode                 1      1      1      1      1      1      1      1      1      1      1      1
+    fp8-recode             V      A      A      N      N      N      N      N      N      N      V      V
+    packed                 V      o      o      o      o      o      o      o      o      o      V      o
+    packed-fp8             V      A      A      N      N      N      N      N      N      N      V      V
+    flashinfer-trtllm      V      A      A      A      A      A      A      N      A      A      V      V
+    flashinfer-cutlass     V      A      A      A      A      A      A      N      N      N      V      V
+    flashinfer-cudnn       V      A      A      A      A      A      A      N      N      N      V      V
 
 linear.nvfp4: NVFP4_SVD
-  3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      2      2      o      o      o      o      o      o      2      2
-    decode                 1      1      1      2      2      2      5      4      4      1      1
-    fp8-recode             V      A      A      1      1      1      4      3      3      V      V
-    packed                 V      o      o      o      o      o      o      o      o      V      o
-    packed-fp8             V      A      A      L      L      L      L      L      L      V      V
-    flashinfer-trtllm      V      A      A      A      A      A      1      A      A      V      V
-    flashinfer-cutlass     V      A      A      A      A      A      2      1      1      V      V
-    flashinfer-cudnn       V      A      A      A      A      A      3      2      2      V      V
+  3072 x 3072            cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      o      o      o      o      o      o      o      2      2
+    decode                 1      1      1      2      2      2      2      5      4      4      1      1
+    fp8-recode             V      A      A      1      1      1      1      4      3      3      V      V
+    packed                 V      o      o      o      o      o      o      o      o      o      V      o
+    packed-fp8             V      A      A      L      L      L      L      L      L      L      V      V
+    flashinfer-trtllm      V      A      A      A      A      A      A      1      A      A      V      V
+    flashinfer-cutlass     V      A      A      A      A      A      A      2      1      1      V      V
+    flashinfer-cudnn       V      A      A      A      A      A      A      3      2      2      V      V
 
 linear.nvfp4: W4A16_NVFP4
-  3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      2      2      o      o      o      o      o      o      2      2
-    decode                 1      1      1      1      1      1      1      1      1      1      1
-    fp8-recode             V      A      A      I      I      I      I      I      I      V      V
-    packed                 V      o      o      o      o      o      o      o      o      V      o
-    packed-fp8             V      A      A      I      I      I      I      I      I      V      V
-    flashinfer-trtllm      V      A      A      A      A      A      I      A      A      V      V
-    flashinfer-cutlass     V      A      A      A      A      A      I      I      I      V      V
-    flashinfer-cudnn       V      A      A      A      A      A      I      I      I      V      V
+  3072 x 3072            cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      o      o      o      o      o      o      o      2      2
+    decode                 1      1      1      1      1      1      1      1      1      1      1      1
+    fp8-recode             V      A      A      I      I      I      I      I      I      I      V      V
+    packed                 V      o      o      o      o      o      o      o      o      o      V      o
+    packed-fp8             V      A      A      I      I      I      I      I      I      I      V      V
+    flashinfer-trtllm      V      A      A      A      A      A      A      I      A      A      V      V
+    flashinfer-cutlass     V      A      A      A      A      A      A      I      I      I      V      V
+    flashinfer-cudnn       V      A      A      A      A      A      A      I      I      I      V      V
 
 linear.svdq: int4, unsigned
-  3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    merged                 1      2      2      2      1      1      1      1      1      1      1
-    decode                 2      3      3      3      2      2      2      2      2      2      2
-    packed                 V      o      o      o      o      o      o      o      o      V      o
-    reference              3      4      4      4      3      3      3      3      3      3      3
-    nunchaku               V      1      1      1      A      A      A      W      W      V      V
-    comfy-kitchen          P      P      P      P      P      P      P      P      P      V      V
-  64 x 3072              cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    merged                 1      1      1      1      1      1      1      1      1      1      1
-    decode                 2      2      2      2      2      2      2      2      2      2      2
-    packed                 V      o      o      o      o      o      o      o      o      V      o
-    reference              3      3      3      3      3      3      3      3      3      3      3
-    nunchaku               V      N      N      N      A      A      A      W      W      V      V
-    comfy-kitchen          P      P      P      P      P      P      P      P      P      V      V
+  3072 x 3072            cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    merged                 1      2      2      2      1      1      1      1      1      1      1      1
+    decode                 2      3      3      3      2      2      2      2      2      2      2      2
+    packed                 V      o      o      o      o      o      o      o      o      o      V      o
+    reference              3      4      4      4      3      3      3      3      3      3      3      3
+    nunchaku               V      1      1      1      A      A      A      A      W      W      V      V
+    comfy-kitchen          P      P      P      P      P      P      P      P      P      P      V      V
+  64 x 3072              cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    merged                 1      1      1      1      1      1      1      1      1      1      1      1
+    decode                 2      2      2      2      2      2      2      2      2      2      2      2
+    packed                 V      o      o      o      o      o      o      o      o      o      V      o
+    reference              3      3      3      3      3      3      3      3      3      3      3      3
+    nunchaku               V      N      N      N      A      A      A      A      W      W      V      V
+    comfy-kitchen          P      P      P      P      P      P      P      P      P      P      V      V
 
 linear.svdq: nvfp4
-  3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    merged                 1      1      1      1      1      1      1      2      1      1      1
-    decode                 2      2      2      2      2      2      2      3      2      2      2
-    packed                 V      o      o      o      o      o      o      o      o      V      o
-    reference              3      3      3      3      3      3      3      4      3      3      3
-    nunchaku               V      W      W      W      A      A      A      1      P      V      V
-    comfy-kitchen          P      P      P      P      P      P      P      P      P      V      V
-  64 x 3072              cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    merged                 1      1      1      1      1      1      1      1      1      1      1
-    decode                 2      2      2      2      2      2      2      2      2      2      2
-    packed                 V      o      o      o      o      o      o      o      o      V      o
-    reference              3      3      3      3      3      3      3      3      3      3      3
-    nunchaku               V      W      W      W      A      A      A      N      P      V      V
-    comfy-kitchen          P      P      P      P      P      P      P      P      P      V      V
+  3072 x 3072            cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    merged                 1      1      1      1      1      1      1      1      2      1      1      1
+    decode                 2      2      2      2      2      2      2      2      3      2      2      2
+    packed                 V      o      o      o      o      o      o      o      o      o      V      o
+    reference              3      3      3      3      3      3      3      3      4      3      3      3
+    nunchaku               V      W      W      W      A      A      A      A      1      P      V      V
+    comfy-kitchen          P      P      P      P      P      P      P      P      P      P      V      V
+  64 x 3072              cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    merged                 1      1      1      1      1      1      1      1      1      1      1      1
+    decode                 2      2      2      2      2      2      2      2      2      2      2      2
+    packed                 V      o      o      o      o      o      o      o      o      o      V      o
+    reference              3      3      3      3      3      3      3      3      3      3      3      3
+    nunchaku               V      W      W      W      A      A      A      A      N      P      V      V
+    comfy-kitchen          P      P      P      P      P      P      P      P      P      P      V      V
 
 linear.w4a16: awq
-  18432 x 3072           cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    decode                 1      2      2      2      1      1      1      2      1      1      1
-    merged                 o      o      o      o      o      o      o      o      o      o      o
-    packed                 V      o      o      o      o      o      o      o      o      V      o
-    reference              2      3      3      3      2      2      2      3      2      2      2
-    nunchaku               V      1      1      1      A      A      A      1      P      V      V
-    comfy-kitchen          P      P      P      P      P      P      P      P      P      V      V
-  64 x 3072              cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    decode                 1      1      1      1      1      1      1      1      1      1      1
-    merged                 o      o      o      o      o      o      o      o      o      o      o
-    packed                 V      o      o      o      o      o      o      o      o      V      o
-    reference              2      2      2      2      2      2      2      2      2      2      2
-    nunchaku               V      N      N      N      A      A      A      N      P      V      V
-    comfy-kitchen          P      P      P      P      P      P      P      P      P      V      V
+  18432 x 3072           cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    decode                 1      2      2      2      1      1      1      1      2      1      1      1
+    merged                 o      o      o      o      o      o      o      o      o      o      o      o
+    packed                 V      o      o      o      o      o      o      o      o      o      V      o
+    reference              2      3      3      3      2      2      2      2      3      2      2      2
+    nunchaku               V      1      1      1      A      A      A      A      1      P      V      V
+    comfy-kitchen          P      P      P      P      P      P      P      P      P      P      V      V
+  64 x 3072              cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    decode                 1      1      1      1      1      1      1      1      1      1      1      1
+    merged                 o      o      o      o      o      o      o      o      o      o      o      o
+    packed                 V      o      o      o      o      o      o      o      o      o      V      o
+    reference              2      2      2      2      2      2      2      2      2      2      2      2
+    nunchaku               V      N      N      N      A      A      A      A      N      P      V      V
+    comfy-kitchen          P      P      P      P      P      P      P      P      P      P      V      V
 
 linear.int8: W8A8, W8A8_DYNAMIC, W4A4_DYNAMIC
-  3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              3      o      o      o      o      o      o      o      o      o      o
-    decode                 2      2      2      2      2      2      2      2      2      2      1
-    int8                   1      1      1      1      1      1      1      1      1      V      o
-    npu                    V      V      V      V      V      V      V      V      V      1      V
-  12 x 3072              cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              3      o      o      o      o      o      o      o      o      o      o
-    decode                 2      2      2      2      2      2      2      2      2      1      1
-    int8                   1      1      1      1      1      1      1      1      1      V      o
-    npu                    V      V      V      V      V      V      V      V      V      N      V
-  3072 x 7               cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      o      o      o      o      o      o      o      o      o      o
-    decode                 1      1      1      1      1      1      1      1      1      1      1
-    int8                   N      N      N      N      N      N      N      N      N      V      N
-    npu                    V      V      V      V      V      V      V      V      V      N      V
+  3072 x 3072            cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              3      o      o      o      o      o      o      o      o      o      o      o
+    decode                 2      2      2      2      2      2      2      2      2      2      2      1
+    int8                   1      1      1      1      1      1      1      1      1      1      V      o
+    npu                    V      V      V      V      V      V      V      V      V      V      1      V
+  12 x 3072              cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              3      o      o      o      o      o      o      o      o      o      o      o
+    decode                 2      2      2      2      2      2      2      2      2      2      1      1
+    int8                   1      1      1      1      1      1      1      1      1      1      V      o
+    npu                    V      V      V      V      V      V      V      V      V      V      N      V
+  3072 x 7               cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      o      o      o      o      o      o      o      o      o      o      o
+    decode                 1      1      1      1      1      1      1      1      1      1      1      1
+    int8                   N      N      N      N      N      N      N      N      N      N      V      N
+    npu                    V      V      V      V      V      V      V      V      V      V      N      V
 
 linear.convrot: ComfyUI int8, ConvRot
-  3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              3      o      o      o      o      o      o      o      o      o      o
-    decode                 2      2      2      2      2      2      2      2      2      1      1
-    int8                   1      1      1      1      1      1      1      1      1      V      o
+  3072 x 3072            cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              3      o      o      o      o      o      o      o      o      o      o      o
+    decode                 2      2      2      2      2      2      2      2      2      2      1      1
+    int8                   1      1      1      1      1      1      1      1      1      1      V      o
 
 linear.convrot: ConvRot weights
-  3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      o      o      o      o      o      o      o      o      o      o
-    decode                 1      1      1      1      1      1      1      1      1      1      1
-    int8                   I      I      I      I      I      I      I      I      I      V      I
+  3072 x 3072            cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      o      o      o      o      o      o      o      o      o      o      o
+    decode                 1      1      1      1      1      1      1      1      1      1      1      1
+    int8                   I      I      I      I      I      I      I      I      I      I      V      I
 
 linear.convrot: ComfyUI int8
-  3072 x 7               cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      o      o      o      o      o      o      o      o      o      o
-    decode                 1      1      1      1      1      1      1      1      1      1      1
-    int8                   N      N      N      N      N      N      N      N      N      V      N
+  3072 x 7               cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      o      o      o      o      o      o      o      o      o      o      o
+    decode                 1      1      1      1      1      1      1      1      1      1      1      1
+    int8                   N      N      N      N      N      N      N      N      N      N      V      N
 
 linear.mxfp4: W4A4_MXFP4, W4A4_MXFP4_DUALSCALE
-  3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    reference              2      2      2      2      2      2      2      2      2      2      2
-    decode                 1      1      1      1      1      1      1      1      1      1      1
+  3072 x 3072            cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    reference              2      2      2      2      2      2      2      2      2      2      2      2
+    decode                 1      1      1      1      1      1      1      1      1      1      1      1
 
 linear.gguf: Q8_0, Q5_0, Q4_K
-  3072 x 3072            cpu   a100   3090   4090   h100   h200   b200   5090 5090x4   910b mi300x
-    decode                 1      2      2      2      2      2      2      2      2      1      2
-    packed                 2      1      1      1      1      1      1      1      1      V      1
-    reference              3      3      3      3      3      3      3      3      3      2      3
+  3072 x 3072            cpu   a100   3090   4090   h100   h200  200x2   b200   5090 5090x4   910b mi300x
+    decode                 1      2      2      2      2      2      2      2      2      2      1      2
+    packed                 2      1      1      1      1      1      1      1      1      1      V      1
+    reference              3      3      3      3      3      3      3      3      3      3      2      3
 """
 """Blocks of an op and schemes that are treated alike; in them one part per shape (out x in x rows).
 
@@ -278,6 +278,7 @@ MISSING = {
 """Vendor, architecture, package, weights, scales, inputs, blocks, low-rank branch, numbers, rows."""
 
 SHORT = {
+    "200x2": "h200-x2",
     "3090": "rtx-3090",
     "4090": "rtx-4090",
     "5090": "rtx-5090",

@@ -120,6 +120,7 @@ HARDWARE = {
     "rtx-4090": "sm89",
     "h100": "sm90",
     "h200": "sm90",
+    "h200-x2": "sm90",
     "b200": "sm100",
     "rtx-5090": "sm120",
     "rtx-5090-x4": "sm120",
@@ -220,7 +221,7 @@ def test_four_cards_of_the_guides_benchmark_have_a_cell() -> None:
     assert "4x RTX 5090 benchmark" in TABLES.checkpoints[cell.checkpoint].scope
     request = Request.from_words(cell.command(TABLES)[2:])
     assert (request.nproc_per_node, cell.claim) == (4, "validated")
-    assert {row.devices for row in TABLES.hardware.values()} == {1, 4}
+    assert {row.devices for row in TABLES.hardware.values()} == {1, 2, 4}
 
 
 def test_fp8_covers_every_model_form_and_scheme_on_cpu() -> None:
