@@ -5,8 +5,9 @@
 Weights are random in the true formats (quantmatrix.measure.bench.synthetic), so nothing is downloaded. First
 every kernel that the machine has is compared with its op's `reference`; a kernel that is wrong is
 not timed. Then layers and whole transformer forwards are timed beside diffusers in BF16 in the same
-process, in turn, by CUDA events, as medians. The stages run in order of worth and stop when the
-time budget is spent; what was not reached is said. The goals are printed last, as one table.
+process, in turn, by CUDA events, as medians; torchao's fp8 layers, too, where it is installed. The
+stages run in order of worth and stop when the time budget is spent; what was not reached is said.
+The goals are printed last, as one table.
 `--tiny` runs everything on a CPU with tiny models, to try the script.
 """
 
@@ -22,9 +23,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hopper_peers as peers
 import torch
 
-from quantmatrix import families, kernels, models
+from quantmatrix import families, kernels
 from quantmatrix.families.protocol import Calibration
 from quantmatrix.hardware import probe
 from quantmatrix.measure.bench import speed
@@ -63,6 +65,8 @@ STEPS = (
 )
 BFL = ("diffusers", "nvfp4", "bfl")
 """What diffusers does with the same format."""
+ROWS, WHOLE = ("torchao", "float8-row", "torch"), ("torchao", "float8-tensor", "torch")
+"""What torchao does with fp8 codes: scales per row, and per tensor, of weights and inputs."""
 TOLERANCE = {
     "torch": 4e-3, "torch-block": 4e-3, "int8": 4e-3, "merged": 2e-1, "packed": 2e-1,
     "packed-fp8": 2e-1, "fp8-recode": 2e-1,
@@ -188,7 +192,7 @@ def time_layers(bench: Bench, wanted: list[tuple[str, str, str]]) -> dict[str, A
                 continue  # a BF16 linear layer
             layer, _, _ = make_layer(bench, family, scheme, backend, (n, k))
             ways[f"{family} {scheme} {backend}"] = lambda x=x, layer=layer: layer(x)
-        row = make_bfl(torch.nn.Linear(k, n, bias=False, device="meta"), "fp8r", bench.device)
+        row = peers.make_bfl(torch.nn.Linear(k, n, bias=False, device="meta"), "fp8r", bench.device)
         ways["diffusers fp8r bfl"] = lambda x=x, row=row: row(x)
         with torch.no_grad():
             times = bench.measure(ways, 5 if bench.tiny else 15, burst=BURST)
@@ -201,43 +205,6 @@ def time_layers(bench: Bench, wanted: list[tuple[str, str, str]]) -> dict[str, A
         for name in names
     }
     return found
-
-
-def make_bfl(linear: torch.nn.Linear, kind: str, device: str) -> torch.nn.Module:
-    """diffusers' own quantized layer of a linear layer's shape, with random codes."""
-    from diffusers.quantizers.bfl.utils import QUANTIZED_LINEARS
-
-    made: torch.nn.Module = QUANTIZED_LINEARS[kind](
-        linear.in_features,
-        linear.out_features,
-        bias=linear.bias is not None,
-        compute_dtype=torch.bfloat16,
-        device=device,
-    )
-    for name, tensor in made.state_dict().items():
-        if name == "bias":
-            tensor.zero_()
-        elif name == "weight" and kind == "nvfp4":
-            tensor.random_(0, 256)
-        elif name == "weight":
-            tensor.copy_(torch.randn(tensor.shape, device=device))
-        else:
-            tensor.fill_(1 / 64)
-    return made
-
-
-def synthesize_bfl(bench: Bench, model: str, kind: str, size: str) -> torch.nn.Module:
-    """A transformer whose blocks have diffusers' own quantized layers."""
-    made = synthesize(model, bench.machine, size=size)
-    blocks = models.load(model).BLOCKS
-    for name, module in list(made.named_modules()):
-        if isinstance(module, torch.nn.Linear) and name.split(".")[0] in blocks:
-            layer = make_bfl(module, kind, bench.device)
-            if layer.bias is not None:
-                layer.bias.data = layer.bias.data.bfloat16()
-            parent, _, child = name.rpartition(".")
-            setattr(made.get_submodule(parent), child, layer)
-    return made
 
 
 def time_step(
@@ -290,8 +257,8 @@ def time_one(
     """One quantized form beside the BF16 ways."""
     family, scheme, backend = way
     size = "tiny" if bench.tiny else "full"
-    if family == "diffusers":
-        quantized = synthesize_bfl(bench, model, scheme, size)
+    if family in peers.WRITERS:
+        quantized = peers.synthesize(bench.machine, model, family, scheme, size)
     else:
         quantized = synthesize(
             model, bench.machine, family=family, scheme=scheme, backend=backend, size=size
@@ -392,18 +359,22 @@ def main() -> None:
     bench.stage("layers", lambda: time_layers(bench, good), 30)
     steps = [way for way in STEPS if way in good]
     fp8 = [way for way in steps if way == FP8]
+    torchao = [way for way in (ROWS, WHOLE) if peers.is_installed("torchao")]
     light = [way for way in steps if way in (FP8, RECODED, INT8)]
     repeats = 3 if bench.tiny else 10
     plans: list[tuple[str, str, list[tuple[str, str, str]], str, int, float]] = [
         ("step flux-1", "flux-1", [*steps, BFL], "eager", repeats, 60),
         ("step flux-1 compiled", "flux-1", fp8, "compiled", repeats, 60),
-        ("step flux-1 compiled-graph", "flux-1", light, "compiled-graph", repeats, 60),
+        ("step flux-1 compiled-graph", "flux-1", [*light, *torchao], "compiled-graph", repeats, 60),
         ("step flux-2", "flux-2", fp8, "eager", 5, 40),
         ("step flux-2 compiled", "flux-2", fp8, "compiled", 5, 60),
         ("step wan-2-2", "wan-2-2", fp8, "eager", 3, 60),
         ("step flux-1 graph", "flux-1", steps, "graph", repeats, 40),
         ("step qwen-image graph", "qwen-image", light, "graph", repeats, 40),
         ("step z-image graph", "z-image", light, "graph", repeats, 40),
+        ("step wan-2-2 compiled-graph", "wan-2-2", fp8, "compiled-graph", 3, 60),
+        ("step qwen-image compiled-graph", "qwen-image", fp8, "compiled-graph", repeats, 60),
+        ("step z-image compiled-graph", "z-image", fp8, "compiled-graph", repeats, 60),
     ]
     for name, model, wanted, mode, count, needs in plans:
         if arguments.only and name not in arguments.only:

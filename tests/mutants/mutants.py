@@ -33,6 +33,7 @@ from subprocess import PIPE
 from typing import Any
 
 import places
+import pytest
 from forked_tests import TIMEOUT
 from places import Seen
 
@@ -49,6 +50,8 @@ SAME = tuple(
 TABLE = HERE / "README.md"
 MARK = "<!-- table -->"
 GOAL = 92.0
+RECORDED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+"""Ends of a recording that can be used: a test that fails as it is kills no mutant (`try_mutant`)."""
 
 
 @dataclass
@@ -149,9 +152,11 @@ def read_seen(place: Path, tree: Path, given: argparse.Namespace) -> Seen:
         command += ["-n", str(given.workers)] if given.workers > 1 else ["-p", "no:xdist"]
         variables = environment(tree) | {"QUANTMATRIX_SEEN": str(folder)}
         done = subprocess.run(command, cwd=tree, env=variables)
-        if done.returncode:
+        if done.returncode not in RECORDED or not (folder / "seconds.json").is_file():
             (folder / "seconds.json").unlink(missing_ok=True)
-            raise SystemExit("mutants: the tests fail without a mutant; nothing can be learnt")
+            raise SystemExit(f"mutants: recording ended with {done.returncode}: see above")
+        if done.returncode:
+            print("mutants: what fails without a mutant kills none; the rest is used")
     lines: dict[str, dict[int, list[str]]] = {}
     for file in folder.glob("coverage.*"):
         data = coverage.CoverageData(basename=str(file))

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import forked_tests
 import pytest
@@ -63,3 +65,26 @@ def test_a_fork_says_how_tests_end(
 )  # fmt: skip
 def test_the_first_failure_is_named(line: str, killer: str) -> None:
     assert forked_tests.name_killer(f"==== short test summary info ====\n{line}\n") == killer
+
+
+@pytest.mark.parametrize(("code", "used"), [(0, True), (1, True), (2, False), (3, False)])
+def test_a_recording_is_used_unless_it_was_cut_off(
+    code: int, used: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A test that fails without a mutant does not throw half an hour away."""
+    pytest.importorskip("coverage")
+    import mutants
+
+    def record(command: list[str], env: dict[str, str], **_: object) -> Any:
+        Path(env["QUANTMATRIX_SEEN"], "seconds.json").write_text('{"tests/a.py::test": 0.5}')
+        return SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(mutants.subprocess, "run", record)
+    given = mutants.parse(["--workers", "1"])
+    if used:
+        seen = mutants.read_seen(tmp_path, tmp_path, given)
+        assert seen.seconds == {"tests/a.py::test": 0.5}
+        return
+    with pytest.raises(SystemExit, match=f"ended with {code}"):
+        mutants.read_seen(tmp_path, tmp_path, given)
+    assert not list(tmp_path.rglob("seconds.json"))
