@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tqdm
 from benched import DEVICE, make_result
 
-from quantmatrix.cli import main
+from quantmatrix.cli import bench, main
 from quantmatrix.measure.bench.timing import BURST_MS
 from quantmatrix.proof import bench_results
 from quantmatrix.proof.ratios import VERDICTS
@@ -195,3 +196,31 @@ def test_a_refusal_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*WORDS[:8], "--backend", "torch"]
     assert main.main(words) == 3
     assert "nvidia" in capsys.readouterr().err
+
+
+def test_the_bar_has_a_place_for_every_stage_of_every_component(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first place is the loading; another component adds its own stages."""
+    seen: list[tuple[int, int]] = []
+
+    class Bar:
+        def __init__(self, total: int, **_: object) -> None:
+            self.n, self.total = 0, total
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def set_postfix_str(self, text: str) -> None: ...
+
+        def update(self) -> None:
+            self.n += 1
+            seen.append((self.n, self.total))
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    with bench.progress_bar("bench", 2) as say:
+        for stage in ("load", "layers", "forward", "layers", "forward"):
+            say(stage)
+    assert seen == [(1, 3), (2, 3), (3, 3), (4, 5), (5, 5)]

@@ -178,3 +178,10 @@ def test_completion_of_bash_names_every_command(
     ask += '_shtab_quantmatrix quantmatrix expl quantmatrix; echo "${COMPREPLY[@]}"\n'
     said = subprocess.run(["bash"], input=script + ask, capture_output=True, text=True)
     assert said.stdout.split() == ["explain"]
+
+
+def test_flags_are_not_shortened(capsys: pytest.CaptureFixture[str]) -> None:
+    """A shortened flag means another one as soon as a flag is added."""
+    for argv in (["--versio"], ["plan", "--model-pat", "x"], ["recommend", "--hardwar", "cpu"]):
+        assert main(argv) == EXIT_USAGE, argv
+        assert capsys.readouterr().out == ""

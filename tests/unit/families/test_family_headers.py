@@ -16,6 +16,7 @@ from quantmatrix import families
 from quantmatrix.checkpoints.checkpoint import Checkpoint
 from quantmatrix.checkpoints.header import TensorHeader
 from quantmatrix.errors import CheckpointError
+from quantmatrix.families.fp8.checks import check_plain
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]
 A, B = "blocks.0.to_q", "blocks.0.to_k"
@@ -384,3 +385,17 @@ DESCRIBED = {
 def test_msmodelslim(tensors: Any, described: Any, text: str) -> None:
     checkpoint = make(change(INT8, tensors), description=change(DESCRIBED, described))
     judge("msmodelslim", checkpoint, text)
+
+
+def test_the_first_of_several_scales_is_named_with_its_own_file() -> None:
+    headers = {
+        f"norm.{name}": TensorHeader(f"norm.{name}", dtype, shape, file)
+        for name, dtype, shape, file in (
+            ("weight", "BF16", (384,), "1.safetensors"),
+            ("weight_scale", "F32", (), "2.safetensors"),
+            ("input_scale", "F32", (), "3.safetensors"),
+        )
+    }
+    checkpoint = Checkpoint("here", ("1.safetensors",), headers)
+    with pytest.raises(CheckpointError, match=r"^3.safetensors: tensor norm.input_scale is a"):
+        check_plain(checkpoint, None, "norm", frozenset({"weight_scale", "input_scale"}))  # type: ignore[arg-type]

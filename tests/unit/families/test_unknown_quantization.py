@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from quantmatrix import families
 from quantmatrix.checkpoints.opening import open_component
 from quantmatrix.cli.main import main
 from quantmatrix.errors import CheckpointError
-from quantmatrix.families.unknown_quantization import FORMATS, LISTED, explain_unknown
+from quantmatrix.families.unknown_quantization import FORMATS, LISTED, explain_unknown, list_formats
 from quantmatrix.request import Hub, Request
 from quantmatrix.runtime.plan.inspect import inspect
 from quantmatrix.runtime.plan.schemes import find_schemes
@@ -275,3 +276,20 @@ def test_the_table_is_in_order() -> None:
     assert len(words) == len(set(words))
     assert not {"fp8", "modelopt", "svdquant", "nunchaku", *LISTED} & set(words)
     assert all(known.advice and (known.names or known.layers or known.dtypes) for known in FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("entry", "found"),
+    [
+        ({"format": "nvfp4"}, [("a", "nvfp4")]),
+        ("nvfp4", [("a", "nvfp4")]),
+        ({"format": 4}, []),
+        ({"format": ""}, []),
+        ("", []),
+        ({}, []),
+        (None, []),
+    ],
+)
+def test_a_list_gives_formats_by_name_alone(entry: object, found: list[tuple[str, str]]) -> None:
+    checkpoint = SimpleNamespace(quantization={"layers": {"a": entry}})
+    assert list(list_formats(checkpoint)) == found  # type: ignore[arg-type]

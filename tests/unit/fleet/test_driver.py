@@ -9,10 +9,12 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fleets
 import pytest
+import tqdm
 from fleets import PretendedCluster, make_record
 
 from quantmatrix.cli import fleet as command
@@ -609,3 +611,35 @@ def test_cells_with_one_reason_stand_on_one_line(cells: tuple[str, ...], text: s
     compared = Comparison(len(cells), missing, {}, {}, nothing=False)
     [line] = driver.describe(outcome, compared, {})
     assert line.endswith(text)
+
+
+def test_a_group_may_send_several_junit_files(tables: Matrix, tmp_path: Path) -> None:
+    ray = PretendedCluster(respond(tables, junit=["<testsuites/>"] * 3), [HOPPER])
+    run(tables, ray, tmp_path / "evidence")
+    folder = tmp_path / "evidence.fleet" / "junit"
+    [first] = [path.stem for path in folder.iterdir() if path.stem[-2:] not in ("-2", "-3")]
+    assert {path.name for path in folder.iterdir()} == {
+        f"{first}.xml", f"{first}-2.xml", f"{first}-3.xml",
+    }  # fmt: skip
+
+
+def test_the_bar_begins_with_the_cells_that_were_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[int] = []
+
+    class Bar:
+        def __init__(self, total: int, **_: object) -> None:
+            moved.append(total)
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def update(self, cells: int) -> None:
+            moved.append(cells)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    held = {"cpu": [SimpleNamespace(cells=[1, 2, 3])], "h100": [SimpleNamespace(cells=[1, 2])]}
+    one = SimpleNamespace(waiting=held, run=lambda say: say(4))
+    command.run_with_bar(one, 7)
+    assert moved == [7, 2, 4]

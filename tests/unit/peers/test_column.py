@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from peers_stubs import SGLANG, XDIT, Fixed, install
@@ -20,8 +21,8 @@ from quantmatrix.errors import UnusableError, UsageError
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, EXIT_USAGE
 from quantmatrix.harness import sessions
 from quantmatrix.peers import column as columns
-from quantmatrix.peers import packet_check
-from quantmatrix.peers.column import Column, read_version
+from quantmatrix.peers import packet, packet_check
+from quantmatrix.peers.column import Column, Outcome, read_version
 from quantmatrix.peers.protocol import DONE, FAILED, Answer, Task
 from quantmatrix.proof.columns import RuntimeRecord, decode, encode
 from quantmatrix.tables import read
@@ -339,3 +340,21 @@ def test_what_cannot_be_run_says_why(
     assert main(["run-column", *argv, "--output-path", str(tmp_path / "packet")]) == code
     assert text in capsys.readouterr().err
     assert not (tmp_path / "packet").exists()
+
+
+@pytest.mark.parametrize(("skipped", "code"), [(True, 0), (False, 1)])
+def test_what_was_left_out_is_no_failure_and_what_has_no_verdict_is(
+    skipped: bool,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cell = SimpleNamespace(id="some@cpu~sglang")
+    outcome = Outcome(cell, None, "no file", skipped)  # type: ignore[arg-type]
+    monkeypatch.setattr(packet, "make", lambda *given: ([outcome], tmp_path / "a.tar.gz"))
+    monkeypatch.setattr(packet, "find_hardware", lambda *given: "cpu")
+    assert main(["run-column", "--runtime", "sglang", "--hardware", "cpu", "--json"]) == code
+    assert json.loads(capsys.readouterr().out)["ok"] is (code == 0)
+    assert main(["run-column", "--runtime", "sglang", "--hardware", "cpu"]) == code
+    assert capsys.readouterr().out.endswith("a.tar.gz: 0 records\n")

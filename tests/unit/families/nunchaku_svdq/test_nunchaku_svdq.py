@@ -519,3 +519,9 @@ def test_older_names_mean_the_same() -> None:
     assert older.keys() == OLD.keys()
     new, old = svdq.canonical(stored, INT4), svdq.canonical(older, INT4)
     assert all(torch.equal(new[name], old[name]) for name in new)
+
+
+def test_a_declaration_is_that_of_the_low_rank_layers_wherever_they_stand() -> None:
+    schemes = {"a": svdq.SCHEMES["awq"], "b": NVFP4, "c": svdq.SCHEMES["awq"]}
+    assert svdq.declare(schemes, []) == svdq.declare({"b": NVFP4}, [])
+    assert svdq.declare(schemes, []) != svdq.declare({"a": schemes["a"]}, [])
