@@ -196,3 +196,9 @@ def test_the_digest_of_the_source_knows_names_and_bytes(tmp_path: Path) -> None:
     second = bundle.digest_source(tmp_path)
     (tmp_path / "b.py").write_text("x = 2")
     assert len({first, second, bundle.digest_source(tmp_path)}) == 3
+
+
+def test_lines_of_another_kind_begin_no_cell(tmp_path: Path) -> None:
+    path = tmp_path / "steps"
+    path.write_text("start a\nteardown b\nzero c\nend a\n")
+    assert read_steps(path) == ({"a"}, "", False)

@@ -96,3 +96,14 @@ def test_nothing_to_run_is_not_success(
     monkeypatch.undo()
     with pytest.raises(UsageError, match=r"b300.*known: cpu, a100"):
         dry_run.choose_cells(TABLES, "b300")
+
+
+def test_a_claim_of_any_kind_but_a_refusal_is_planned() -> None:
+    [cell, *_] = [
+        cell
+        for cell in TABLES.select(hardware=["b200"])
+        if TABLES.checkpoints[cell.checkpoint].algo
+    ]
+    for claim, found in (("expected", 1), ("validated", 1), ("refused", 0), ("planned", 0)):
+        some = replace(TABLES, cells=(replace(cell, claim=claim),))
+        assert len(dry_run.choose_cells(some, "b200")) == found, claim

@@ -213,3 +213,12 @@ def test_the_contributors_guide_lists_the_codes() -> None:
     text = (Path(__file__).parents[3] / "CONTRIBUTING.md").read_text()
     listed = dict(re.findall(r"^\| (\d+) \| ([a-z ]+)", text, re.MULTILINE))
     assert {int(code): words.strip() for code, words in listed.items()} == exit_codes.MEANINGS
+
+
+def test_names_that_fit_are_shown_and_others_counted() -> None:
+    names = [f"n{number}" for number in range(outcomes.SHOWN + 2)]
+    shown = ", ".join(names[: outcomes.SHOWN])
+    assert outcomes.show_some(names[:1]) == "n0"
+    assert outcomes.show_some(names[: outcomes.SHOWN]) == shown
+    assert outcomes.show_some(names[: outcomes.SHOWN + 1]) == f"{shown} and 1 more"
+    assert outcomes.show_some(names) == f"{shown} and 2 more"

@@ -175,3 +175,11 @@ def test_jobs_need_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert done.returncode == 0
+
+
+def test_every_claim_but_a_planned_one_is_executed() -> None:
+    tables = read.read()
+    [cell, *_] = [cell for cell in tables.cells if cell.hardware == "cpu"]
+    claims = ("planned", "refused", "validated", "expected", "failing")
+    some = replace(tables, cells=tuple(replace(cell, claim=claim) for claim in claims))
+    assert [found.claim for found in runnable(some, ["cpu"])] == list(claims[1:])
