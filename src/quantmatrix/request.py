@@ -368,7 +368,8 @@ def _document_overrides(group: argparse._ArgumentGroup) -> None:
     group.description = (
         "--transformer-path X replaces the component `transformer` (config and weights), "
         "--transformer-weights-path X only its weights; --<component>-path and "
-        "--<component>-weights-path do the same for any other (--transformer-2-path)."
+        "--<component>-weights-path do the same for any other (--transformer-2-path, "
+        "--text-encoder-path, --text-encoder-2-path: a folder, or a weight file alone)."
     )
 
 
@@ -408,7 +409,10 @@ def blank_generation() -> dict[str, Any]:
 
 
 def strip_quantization(request: Request, base: str) -> Request:
-    """The request with everything removed that is about a quantized checkpoint."""
+    """The request with everything removed that is about a quantized transformer.
+
+    Other components that it names, text encoders among them, and adapters are those of both runs.
+    """
 
     def keep(paths: Mapping[str, str]) -> dict[str, str]:
         return {name: path for name, path in paths.items() if not name.startswith("transformer")}

@@ -58,12 +58,21 @@ NAMES = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules"
 """Keys of a quantization block that hold a list of layer names."""
 
 
-def strip_prefix(name: str) -> str:
-    """A name without the known prefixes that it begins with."""
-    for prefix in PREFIXES:
+def strip_prefix(name: str, prefixes: Collection[str] = PREFIXES) -> str:
+    """A name without those of the known prefixes that it begins with."""
+    for prefix in prefixes:
         if name.startswith(prefix):
-            return strip_prefix(name.removeprefix(prefix))
+            return strip_prefix(name.removeprefix(prefix), prefixes)
     return name
+
+
+def list_foreign(names: Iterable[str]) -> tuple[str, ...]:
+    """The known prefixes that no tensor's own name begins with.
+
+    A text encoder has a level `model.` of its own, beside `visual.` or `lm_head`.
+    """
+    own = {prefix for name in names for prefix in PREFIXES if name.startswith(prefix)}
+    return tuple(prefix for prefix in PREFIXES if prefix not in own)
 
 
 def strip_tensors(
@@ -99,25 +108,29 @@ def find_prefix(names: Collection[str]) -> str:
     return ""
 
 
-def strip_block(block: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A quantization block whose layers are named without known prefixes."""
+def strip_block(
+    block: Mapping[str, Any] | None, prefixes: Collection[str] = PREFIXES
+) -> dict[str, Any] | None:
+    """A quantization block whose layers are named without these prefixes."""
     if block is None:
         return None
     found = dict(block)
     for key in LISTS:
         if isinstance(found.get(key), Mapping):
-            found[key] = strip_keys(found[key])
+            found[key] = strip_keys(found[key], prefixes)
     for key in NAMES:
         if isinstance(found.get(key), list):
-            found[key] = [strip_prefix(e) if isinstance(e, str) else e for e in found[key]]
+            found[key] = [
+                strip_prefix(e, prefixes) if isinstance(e, str) else e for e in found[key]
+            ]
     if isinstance(found.get("quantization"), Mapping):
-        found["quantization"] = strip_block(found["quantization"])
+        found["quantization"] = strip_block(found["quantization"], prefixes)
     return found
 
 
-def strip_keys(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries by name, without known prefixes; two that become one stay as they are."""
-    stripped = {strip_prefix(name): value for name, value in entries.items()}
+def strip_keys(entries: Mapping[str, Any], prefixes: Collection[str] = PREFIXES) -> dict[str, Any]:
+    """Entries by name, without these prefixes; two that become one stay as they are."""
+    stripped = {strip_prefix(name, prefixes): value for name, value in entries.items()}
     return stripped if len(stripped) == len(entries) else dict(entries)
 
 

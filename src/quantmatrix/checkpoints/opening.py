@@ -317,7 +317,8 @@ def build_checkpoint(
         return {stored[name]: content for name, content in found.items()}
 
     tensors, layers, where = scaled_fp8.rename(tensors, read)
-    block = name_prefixes.strip_block(block)
+    foreign = name_prefixes.list_foreign(tensors)
+    block = name_prefixes.strip_block(block, foreign)
     if layers and not block:
         block, source = {"format_version": "1.0", "layers": layers}, where
     block, source = comfyui.complete(block, source, tensors, read)
@@ -331,7 +332,7 @@ def build_checkpoint(
         config_file=config_file,
         quantization=block,
         quantization_from=source,
-        description=name_prefixes.strip_keys(description) if description else description,
+        description=name_prefixes.strip_keys(description, foreign) if description else description,
         description_file=description_file,
         prefix=prefix,
         aside=aside,

@@ -59,7 +59,8 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     """A plan for people."""
     say(f"{plan['model']} on {plan['machine']['name']} ({plan['machine']['arch']})")
     each = f" in each of {plan['processes']} processes" if plan["processes"] > 1 else ""
-    for name, part in plan["components"].items():
+    parts = {**plan["components"], **plan.get("text_encoders", {})}
+    for name, part in parts.items():
         say(f"  {name}: {part['family'] or 'full precision'} ({part['why']})")
         say(f"    weights      {', '.join(part['files'])}")
         if part["layout"]:
@@ -69,7 +70,7 @@ def print_plan(plan: Mapping[str, Any]) -> None:
         layers = f"{part['quantized_layers']} of {part['total_layers']}"
         say(f"    quantized    {layers} linear layers, {part['precision'] or '-'}{rank}")
         say(f"    kernels      {backends_text(part['backends'])}")
-        say(f"    memory       {describe_weights(plan, name)}{each}")
+        say(f"    memory       {describe_weights(plan, name, part)}{each}")
     for one in plan.get("pictures", ()):
         tokens = f", {one['tokens']} tokens a step" if one["tokens"] else ""
         size = f"{one['width']} x {one['height']}"
@@ -78,9 +79,9 @@ def print_plan(plan: Mapping[str, Any]) -> None:
         say(f"  warning: {warning}")
 
 
-def describe_weights(plan: Mapping[str, Any], name: str) -> str:
-    """Bytes of a component's weights; of a stand-in those of the model itself, too."""
-    found = f"{plan['components'][name]['bytes'] / 2**20:,.1f} MiB of weights"
-    if "true_bytes" not in plan:
+def describe_weights(plan: Mapping[str, Any], name: str, part: Mapping[str, Any]) -> str:
+    """Bytes of a component's weights; of a transformer's stand-in those of the model itself, too."""
+    found = f"{part['bytes'] / 2**20:,.1f} MiB of weights"
+    if name not in plan.get("true_bytes", {}):
         return found
     return f"{found} in the stand-in; at true size {plan['true_bytes'][name] / 2**30:,.1f} GiB"

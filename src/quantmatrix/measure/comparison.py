@@ -64,15 +64,18 @@ def make_request(side: str, request: Request) -> Request:
         raise UsageError(f"{side} is not a saved run: name its base model with --model-path")
     if reference == request.model_path:
         return request
-    if request.component_paths or request.weights_paths:
+    given = {**request.component_paths, **request.weights_paths}
+    if any(name.startswith("transformer") for name in given):
         raise UsageError(f"{side} and --transformer-path or -weights-path: name each side once")
     hub = open_tiny_hub([reference]) if request.tiny else request.hub
     folder, name = open_folder(reference, hub)
     if not name and folder.has("model_index.json"):
         return replace(request, model_path=reference)
     if name or not enter_component(folder, "").has("config.json"):
-        return replace(request, weights_paths={"transformer": reference})
-    return replace(request, component_paths={"transformer": reference})
+        weights = {**request.weights_paths, "transformer": reference}
+        return replace(request, weights_paths=weights)
+    components = {**request.component_paths, "transformer": reference}
+    return replace(request, component_paths=components)
 
 
 def split_backend(side: str) -> tuple[str, str | None]:

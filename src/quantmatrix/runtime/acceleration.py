@@ -37,6 +37,17 @@ def compile_blocks(transformer: nn.Module, **options: Any) -> None:
     compiled.compile_repeated_blocks(**{"fullgraph": False, "dynamic": False, **options})
 
 
+def forget(transformer: nn.Module) -> None:
+    """Let what was compiled or captured of a transformer be made again, with the layers that it has now.
+
+    The compiler does not look again at the hooks of a layer, and a graph replays the kernels that it has.
+    """
+    if any(module._compiled_call_impl is not None for module in transformer.modules()):
+        torch._dynamo.reset()
+    if isinstance(transformer.forward, GraphedForward):
+        transformer.forward.graphs.clear()
+
+
 class GraphedForward:
     """A module's forward, captured in one CUDA graph per set of input shapes.
 

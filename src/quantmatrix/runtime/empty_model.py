@@ -58,7 +58,7 @@ def build_empty(class_name: str, config: Mapping[str, Any], config_from: str) ->
     from accelerate import init_empty_weights
     from diffusers.models.modeling_utils import no_init_weights
 
-    model_class = getattr(diffusers, class_name, None)
+    model_class = find_model_class(class_name)
     if model_class is None:
         raise CheckpointError(
             f"{config_from}: _class_name {class_name!r} is not a diffusers model: expected the class "
@@ -67,7 +67,7 @@ def build_empty(class_name: str, config: Mapping[str, Any], config_from: str) ->
     own = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
         with escaped(), no_init_weights(), init_empty_weights():
-            model: nn.Module = model_class.from_config(own)
+            model: nn.Module = construct(model_class, own)
     except Exception as error:  # whatever a constructor of diffusers does with a damaged value
         why = quote(f"{type(error).__name__}: {error}")
         raise CheckpointError(
@@ -75,6 +75,26 @@ def build_empty(class_name: str, config: Mapping[str, Any], config_from: str) ->
             "kind or missing; compare it with the base model's config.json"
         ) from error
     return model
+
+
+def find_model_class(class_name: str) -> Any:
+    """The class of a model: one of diffusers, else a model of transformers; None: neither has it."""
+    import diffusers
+
+    if (found := getattr(diffusers, class_name, None)) is not None:
+        return found
+    import transformers
+
+    found = getattr(transformers, class_name, None)
+    whole = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if whole else None
+
+
+def construct(model_class: Any, config: Mapping[str, Any]) -> Any:
+    """A model of a configuration, as its library makes one."""
+    if hasattr(model_class, "config_class") and model_class.config_class is not None:
+        return model_class(model_class.config_class.from_dict(dict(config)))
+    return model_class.from_config(dict(config))
 
 
 def measure_model(class_name: str, config: Mapping[str, Any], config_from: str) -> ModelShapes:
@@ -97,9 +117,12 @@ def list_shapes(model: nn.Module) -> ModelShapes:
     modules = dict(model.named_modules())
     every = [*model.named_parameters(), *model.named_buffers()]
     stored = {**dict(model.named_parameters()), **model.state_dict()}
+    tied = dict(
+        getattr(model, "all_tied_weights_keys", None) or {}
+    )  # transformers': by their source
     return ModelShapes(
         tensors={name: tuple(tensor.shape) for name, tensor in stored.items()},
-        required=frozenset(name for name, tensor in every if tensor.is_meta),
+        required=frozenset(name for name, tensor in every if tensor.is_meta and name not in tied),
         linears={
             name: Linear(module.out_features, module.in_features, module.bias is not None)
             for name, module in modules.items()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -138,19 +138,27 @@ def generate_one(request: Request, plan: Plan, pipeline: Any, prompt: str, seed:
         },
         step_seconds=[after - before for before, after in pairwise(steps.marks)],
         peak_bytes=read_peak(plan.machine.device),
-        census={
-            name: dict(Counter(count_quantized(getattr(pipeline, name)).values()))
-            for name in plan.components
-        },
+        census=take_census(pipeline, plan.components),
+        encoders=take_census(pipeline, plan.encoders),
         calls=dict(calls),
         witness=read_reports(pipeline, plan),
         degenerate=find_degeneration(stack_frames(media)),
     )
 
 
+def take_census(pipeline: Any, names: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Quantized layers that stand in components of a pipeline, per backend."""
+    return {
+        name: dict(Counter(count_quantized(getattr(pipeline, name)).values())) for name in names
+    }
+
+
 def read_reports(pipeline: Any, plan: Plan) -> dict[str, Any]:
     """What the witness found when the components of a pipeline were loaded, as plain data."""
-    found = {name: getattr(getattr(pipeline, name), "witness", None) for name in plan.components}
+    found = {
+        name: getattr(getattr(pipeline, name), "witness", None)
+        for name in (*plan.components, *plan.encoders)
+    }
     return {name: report.to_json() for name, report in found.items() if report is not None}
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -55,10 +55,10 @@ def load_component(
     proof = verdict.confirm(component, request)
     dtype = getattr(torch, request.dtype)
     model = build_empty(component.class_name, component.config, component.config_from)
-    full_precision = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    full_precision = list_full_precision(model, dtype)
 
     def dtype_of(name: str) -> torch.dtype:
-        kept = any(part in name for part in full_precision)
+        kept = any(part in f"{name}." for part in full_precision)
         return torch.float32 if kept and dtype != torch.float32 else dtype
 
     report = progress or (lambda _: None)
@@ -72,6 +72,9 @@ def load_component(
             tensor = read_plain(component, plain, reader).to(dtype_of(plain.parameter))
             assign(model, plain.parameter, tensor)
             report(tensor.numel() * tensor.element_size())
+    tie: Any = getattr(model, "tie_weights", None)
+    if tie is not None:  # of a text encoder
+        tie()
     check_complete(component, model)
     check_census(component, model)
     share_inputs(model)
@@ -83,6 +86,19 @@ def load_component(
         checkpoint.reference, device, len(component.layers), len(component.plain), component.family,
     )  # fmt: skip
     return model
+
+
+def list_full_precision(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
+    """Parts of parameters' names that stay in float32, as the model's library has them.
+
+    transformers keeps some from float16 alone.
+    """
+    names = getattr(model, "_keep_in_fp32_modules", None) or ()
+    if hasattr(model, "_keep_in_fp32_modules_strict"):
+        strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+        names = {*strict, *(names if dtype == torch.float16 else ())}
+        return tuple(f".{name}." for name in names)
+    return tuple(names)
 
 
 def place_module(model: nn.Module, name: str, module: nn.Module) -> None:

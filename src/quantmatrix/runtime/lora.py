@@ -20,7 +20,7 @@ import json
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from torch import nn
 
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.quoting import quote
+from quantmatrix.runtime import acceleration
 from quantmatrix.runtime.plan.adapters import AdapterFile, find_adapter, list_adapters
 from quantmatrix.runtime.plan.experts import EXPERTS, read_noise
 from quantmatrix.runtime.quantized_linear import QuantizedLinear, SplitInputLinear
@@ -71,6 +72,7 @@ class LowRankBranch(nn.Module):
         super().__init__()
         self.factors = nn.ModuleDict()
         self.scales: dict[str, float] = {}
+        self.active: tuple[str, ...] = ()
 
     def add(self, name: str, factors: Factors, scale: float, dtype: torch.dtype) -> None:
         """Take an adapter's factors, in the compute dtype `dtype`."""
@@ -83,16 +85,36 @@ class LowRankBranch(nn.Module):
         if factors.bias is not None:
             up.bias = nn.Parameter(factors.bias.to(dtype), requires_grad=False)
         self.factors[name] = nn.Sequential(down, up)
-        self.scales[name] = scale
+        self.register_buffer(f"scale_{name}", torch.tensor(1.0), persistent=False)
+        self.scale({**self.scales, name: scale})
+
+    def scale(self, scales: Mapping[str, float]) -> None:
+        """Give the adapters these scales.
+
+        Code that was compiled and a graph that was captured read them from a tensor, so that neither is made
+        again but where an adapter gets 0 or leaves it.
+        """
+        self.scales = dict(scales)
+        self.active = tuple(name for name, scale in scales.items() if scale)
+        for name, scale in scales.items():
+            self.get_buffer(f"scale_{name}").fill_(scale)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """Move everything where `fn` moves it; scales stay float32."""
+        moved: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, scale in self.scales.items():
+            kept = torch.tensor(scale, device=self.get_buffer(f"scale_{name}").device)
+            self.register_buffer(f"scale_{name}", kept, persistent=False)
+        return moved
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | None:
         """What the adapters add for x [..., in], in x's dtype; None where no scale is set."""
         total: torch.Tensor | None = None
         pairs: dict[str, Any] = dict(self.factors.items())
-        for name, pair in pairs.items():
-            if scale := self.scales[name]:
-                added = scale * pair(x.to(pair[0].weight.dtype))
-                total = added if total is None else total + added
+        for name in self.active:
+            found = pairs[name](x.to(pairs[name][0].weight.dtype))
+            added = (found.float() * self.get_buffer(f"scale_{name}")).to(found.dtype)
+            total = added if total is None else total + added
         return total
 
 
@@ -233,6 +255,7 @@ def add_adapter(
         check_shapes(layers[module], module, factors, source)
     for module, factors in found.items():
         attach(layers[module], name, factors, scale)
+    acceleration.forget(transformer)
     logger.debug("LoRA %s of %s: %d layers of %s", name, source, len(found), component)
 
 
@@ -321,7 +344,7 @@ def set_scales(transformers: Iterable[nn.Module], scales: Mapping[str, float]) -
         )
     for transformer in listed:
         for _, branch in list_branches(transformer):
-            branch.scales = {name: float(scales.get(name, 0.0)) for name in branch.scales}
+            branch.scale({name: float(scales.get(name, 0.0)) for name in branch.scales})
 
 
 def remove(transformers: Iterable[nn.Module]) -> None:
@@ -330,6 +353,7 @@ def remove(transformers: Iterable[nn.Module]) -> None:
         for layer, _ in list_branches(transformer):
             layer.low_rank_hook.remove()
             del layer.low_rank, layer.low_rank_hook
+        acceleration.forget(transformer)
 
 
 class PipelineAdapters:

@@ -44,15 +44,16 @@ def build_pipeline(plan: Plan, *, progress: bool = False) -> Any:
     device = plan.machine.device
     make_current(device)
     offloaded = plan.layerwise_offload or plan.cpu_offload
-    folder = fetch_pipeline(plan.base, request.hub, without=tuple(plan.components))
+    planned = {**plan.components, **plan.encoders}
+    folder = fetch_pipeline(plan.base, request.hub, without=tuple(planned))
     other_parts.check_folder(
-        Path(folder), plan.pipeline_class, {*plan.components, *request.component_paths}
+        Path(folder), plan.pipeline_class, {*planned, *request.component_paths}
     )
     other_parts.check_rest(
-        open_pipeline(folder, request.hub), plan.components, request.component_paths, request.hub
+        open_pipeline(folder, request.hub), planned, request.component_paths, request.hub
     )
     parts: dict[str, Any] = {}
-    for name, component in plan.components.items():
+    for name, component in planned.items():
         with show_progress(component, progress) as report:
             parts[name] = load_component(component, request, device=device, progress=report)
     index = read_json(Path(folder) / "model_index.json")
@@ -145,7 +146,7 @@ def load_other_overrides(plan: Plan, index: Mapping[str, Any]) -> dict[str, Any]
 
     loaded: dict[str, Any] = {}
     for name, reference in plan.request.component_paths.items():
-        if name in plan.components:
+        if name in plan.components or name in plan.encoders:
             continue
         folder = fetch_pipeline(reference, plan.request.hub)
         other_parts.check_part(Path(folder), name)

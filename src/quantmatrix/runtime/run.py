@@ -42,6 +42,8 @@ class Run:
     """Forward calls of each transformer component."""
     witness: dict[str, Any] = field(default_factory=dict)
     """What the witness found of each quantized component; empty where it was not asked."""
+    encoders: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Quantized layers found in each text encoder that was built as the transformers are, per backend."""
     degenerate: str | None = None
     """Why the run shows nothing: its latents are not finite, or its media are of one colour."""
 
@@ -68,6 +70,7 @@ class Run:
             "quantized_layers": {n: sum(c.values()) for n, c in self.census.items()},
             "backends": self.census,
             "transformer_calls": self.calls,
+            **({"text_encoders": self.encoders} if self.encoders else {}),
             "witness": self.witness,
             "degenerate": self.degenerate,
             "transformer_bytes": {n: c.bytes for n, c in self.plan.components.items()},

@@ -57,7 +57,7 @@ SELECTORS: Mapping[str, tuple[str, ...]] = {
     "mxfp8": ("--transformer-weights-path",),
     "compressed-tensors": ("--transformer-path", "--transformer-weights-path"),
     "gguf-file": ("--transformer-weights-path",),
-    "pipeline": ("--model-path",),
+    "pipeline": ("--model-path", "--transformer-path"),
     "online": ("--quantization",),
 }
 """Forms of a checkpoint, each with the flags that may name one."""

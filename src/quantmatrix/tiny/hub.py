@@ -176,6 +176,8 @@ def find_builder(repository: str, folder: Path, tables: Matrix) -> Callable[[Pat
         from quantmatrix.tiny.loras import write_lora
 
         return partial(write_lora, LORA_PATHS[repository], Path(repository).name)
+    if found := find_encoder(repository, folder, tables):
+        return found
     if repository in PICTURE_PATHS:
         return partial(write_picture, repository.removeprefix(PLACEHOLDER))
     rows = [
@@ -192,6 +194,24 @@ def find_builder(repository: str, folder: Path, tables: Matrix) -> Callable[[Pat
 
         return partial(write_pipeline, bases[repository])
     return None
+
+
+def find_encoder(repository: str, folder: Path, tables: Matrix) -> Callable[[Path], Any] | None:
+    """How a quantized text encoder at a placeholder path is made; None: it is no such path."""
+    if not repository.startswith(PLACEHOLDER):
+        return None
+    from quantmatrix.tiny.encoder_forms import FORMS, write_encoder
+
+    name = repository.removeprefix(PLACEHOLDER)
+    if name not in FORMS:
+        return None
+    base = tables.models[FORMS[name].model].repo
+
+    def build(built: Path) -> None:
+        ensure(base, folder, tables)
+        write_encoder(name, find_snapshot(base, folder), built)
+
+    return build
 
 
 def build_checkpoints(rows: list[CheckpointRow], built: Path, folder: Path, tables: Matrix) -> None:

@@ -28,13 +28,17 @@ from torch import nn
 RANK = 8
 OUTLIERS = 64
 OUTLIER_GAIN = 6.0
-TIME_EMBEDDERS = (
-    "timestep_embedder.linear_1.weight",
-    "guidance_embedder.linear_1.weight",
-    "time_embedder.linear_1.weight",
-    "t_embedder.mlp.0.weight",
-)
-"""Endings of the weights that take sines and cosines of a timestep."""
+TIME_EMBEDDERS = {
+    "timestep_embedder.linear_1.weight": 1,
+    "guidance_embedder.linear_1.weight": 1,
+    "time_embedder.linear_1.weight": 1,
+    "t_embedder.mlp.0.weight": 1,
+    "distilled_guidance_layer.in_proj.weight": 4,
+}
+"""Endings of the weights that take sines and cosines of a timestep: in the first of so many parts of the columns.
+
+The other columns of Chroma's take guidance and the number of a modulation.
+"""
 
 
 def make_generator(name: str) -> np.random.Generator:
@@ -79,8 +83,10 @@ def fill(model: nn.Module, prefix: str, *, structured: tuple[str, ...] = ()) -> 
             owner = modules[name.rpartition(".")[0]]
             inside = name.startswith(tuple(f"{block}." for block in structured))
             drawn = draw_parameter(f"{prefix}.{name}", owner, parameter, inside)
-            if name.endswith(TIME_EMBEDDERS):
-                drawn = damp_frequencies(drawn)
+            parts = next((n for end, n in TIME_EMBEDDERS.items() if name.endswith(end)), 0)
+            if parts:
+                columns = drawn.shape[1] // parts
+                drawn[:, :columns] = damp_frequencies(drawn[:, :columns])
             parameter.copy_(drawn)
 
 

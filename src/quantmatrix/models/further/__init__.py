@@ -39,6 +39,7 @@ IDS = (
     "ltx-video",
     "cogview-4",
     "sana",
+    "chroma",
 )
 
 

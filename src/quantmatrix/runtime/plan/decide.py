@@ -13,7 +13,7 @@ raises. Nothing is decided later.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -21,20 +21,13 @@ from quantmatrix import families, kernels
 from quantmatrix.checkpoints.checkpoint import Checkpoint
 from quantmatrix.checkpoints.folders import open_once
 from quantmatrix.errors import CheckpointError, RefusedError
-from quantmatrix.request import DTYPES
 from quantmatrix.runtime.empty_model import measure_model
 from quantmatrix.runtime.pictures import list_pictures
-from quantmatrix.runtime.plan import context_parallel, layout_choice, other_parts
+from quantmatrix.runtime.plan import context_parallel, encoders, layout_choice, other_parts
 from quantmatrix.runtime.plan.adapters import list_adapters
 from quantmatrix.runtime.plan.dialects import choose_dialect
-from quantmatrix.runtime.plan.kernel_choice import (
-    choose_kernel,
-    count_rows,
-    name_numerics,
-    wanted_backend,
-)
+from quantmatrix.runtime.plan.kernel_choice import choose_kernels
 from quantmatrix.runtime.plan.placement import (
-    Part,
     Site,
     count_plain_linears,
     ignored_names,
@@ -42,11 +35,10 @@ from quantmatrix.runtime.plan.placement import (
     place,
     sort_layers,
 )
-from quantmatrix.runtime.plan.schemes import find_schemes
+from quantmatrix.runtime.plan.schemes import find_schemes, list_doubts
 from quantmatrix.runtime.plan.sources import Source, Sources, find_sources
-from quantmatrix.runtime.plan.types import ComponentPlan, Piece, Plan, Refusal
+from quantmatrix.runtime.plan.types import ComponentPlan, Plan, Refusal
 from quantmatrix.runtime.witness.base import Base, find_base, list_unproved
-from quantmatrix.scheme import Scheme
 
 if TYPE_CHECKING:
     from quantmatrix.hardware.machine import Machine
@@ -63,11 +55,27 @@ def plan(request: Request, machine: Machine) -> Plan | Refusal:
     """
     with open_once():
         found = find_sources(request)
-        decided = decide(request, machine, found)
+        decided = add_encoders(decide(request, machine, found), found)
+        own = decided.encoders if isinstance(decided, Plan) else {}
         other_parts.check_rest(
-            found.pipeline, found.components, request.component_paths, request.hub
+            found.pipeline, {*found.components, *own}, request.component_paths, request.hub
         )
     return decided
+
+
+def add_encoders(decided: Plan | Refusal, found: Sources) -> Plan | Refusal:
+    """A plan with the text encoders that are quantized, or a refusal for want of a kernel for one.
+
+    Raises CheckpointError for one that cannot be used.
+    """
+    if isinstance(decided, Refusal):
+        return decided
+    warnings = list(decided.warnings)
+    try:
+        own = encoders.plan_encoders(decided.request, decided.machine, found, warnings)
+    except kernels.NoKernel as error:
+        return Refusal(error.rule, f"a text encoder of {decided.base}: {error.message}")
+    return replace(decided, encoders=own, warnings=tuple(warnings)) if own else decided
 
 
 def plan_transformers(request: Request, machine: Machine) -> Plan | Refusal:
@@ -184,46 +192,6 @@ def plan_component(
         base=base,
         bytes=kept + sum(piece.bytes for pieces in layers.values() for piece in pieces),
     )
-
-
-def list_doubts(
-    checkpoint: Checkpoint, family: str | None, schemes: Mapping[str, Scheme]
-) -> list[str]:
-    """Warnings about a checkpoint that is taken: what its files leave open, or hold besides."""
-    found = families.load(family).doubts(checkpoint, schemes) if family else []
-    if checkpoint.aside:
-        parts = ", ".join(f"{count} of {part}*" for part, count in checkpoint.aside.items())
-        own = f" ({checkpoint.prefix}*)" if checkpoint.prefix else ""
-        found.append(
-            f"{checkpoint.reference} is a whole checkpoint: of its tensors those of the transformer"
-            f"{own} are used, {parts} are left aside; the base model's own components replace them"
-        )
-    return found
-
-
-def choose_kernels(
-    parts: Mapping[str, Sequence[Part]],
-    model: str,
-    request: Request,
-    machine: Machine,
-    warnings: list[str],
-) -> dict[str, tuple[Piece, ...]]:
-    """The pieces of each quantized module in the order of their columns, each with its kernel."""
-    item = DTYPES[request.dtype]
-    wanted, rows = wanted_backend(request, warnings), count_rows(model, request)
-    layers: dict[str, tuple[Piece, ...]] = {}
-    for module, own in parts.items():
-        chosen = []
-        for part in sorted(own, key=lambda part: part.target.columns):
-            scheme, out, into = part.scheme, part.out_features, part.in_features
-            kernel = choose_kernel(scheme, machine, (out, into), rows, request, wanted, warnings)
-            size = kernel.footprint(scheme, out, into, item)
-            numerics = name_numerics(kernel, scheme)
-            chosen.append(
-                Piece(part.layer, part.target, scheme, out, into, kernel.backend, numerics, size)
-            )
-        layers[module] = tuple(chosen)
-    return layers
 
 
 def decide_offload(request: Request, family: str | None, warnings: list[str]) -> tuple[bool, bool]:

@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING
 from quantmatrix import kernels, models
 from quantmatrix.kernels.choosing import choose
 from quantmatrix.models import generic
+from quantmatrix.request import DTYPES
+from quantmatrix.runtime.plan.types import Piece
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from quantmatrix.hardware.machine import Machine
     from quantmatrix.request import Request
+    from quantmatrix.runtime.plan.placement import Part
     from quantmatrix.scheme import Scheme
 
 
@@ -40,6 +45,31 @@ def wanted_backend(request: Request, warnings: list[str]) -> str | None:
         if note not in warnings:
             warnings.append(note)
         return None
+
+
+def choose_kernels(
+    parts: Mapping[str, Sequence[Part]],
+    model: str,
+    request: Request,
+    machine: Machine,
+    warnings: list[str],
+) -> dict[str, tuple[Piece, ...]]:
+    """The pieces of each quantized module in the order of their columns, each with its kernel."""
+    item = DTYPES[request.dtype]
+    wanted, rows = wanted_backend(request, warnings), count_rows(model, request)
+    layers: dict[str, tuple[Piece, ...]] = {}
+    for module, own in parts.items():
+        chosen = []
+        for part in sorted(own, key=lambda part: part.target.columns):
+            scheme, out, into = part.scheme, part.out_features, part.in_features
+            kernel = choose_kernel(scheme, machine, (out, into), rows, request, wanted, warnings)
+            size = kernel.footprint(scheme, out, into, item)
+            numerics = name_numerics(kernel, scheme)
+            chosen.append(
+                Piece(part.layer, part.target, scheme, out, into, kernel.backend, numerics, size)
+            )
+        layers[module] = tuple(chosen)
+    return layers
 
 
 def choose_kernel(

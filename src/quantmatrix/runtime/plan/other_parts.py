@@ -89,16 +89,19 @@ def check_inside(folder: Path, base: Path) -> None:
                 check_name(str(shard), path)
 
 
-def explain_part(folder: Path, name: str, base: Path | None = None) -> str | None:
+def explain_part(
+    folder: Path, name: str, base: Path | None = None, *, coded: bool = False
+) -> str | None:
     """Why the folder of a part cannot be loaded as what it is; None: it can be.
 
-    CheckpointError where something in it leads out of `base`, the model's folder.
+    `coded`: it may be quantized, which is looked at elsewhere (`plan.encoders`). CheckpointError where
+    something in it leads out of `base`, the model's folder.
     """
     check_inside(folder, base or folder)
     if why := explain_pickle(folder, name):
         return why
     file = folder / "config.json"
-    if not file.is_file():
+    if coded or not file.is_file():
         return None
     config = read_json(file)
     declared = find_config_block(config, str(file))[0]
@@ -175,7 +178,8 @@ def list_warnings(pipeline: PipelineFolder, built: Collection[str]) -> list[str]
         return [explain_partial(str(folder.root / "model_index.json"), "the other components")]
     found = []
     for name in sorted(others):
-        why = explain_part(folder.root / name, name, folder.base or folder.root)
+        own = name.startswith("text_encoder")
+        why = explain_part(folder.root / name, name, folder.base or folder.root, coded=own)
         found += [why] if why else []
     return found
 

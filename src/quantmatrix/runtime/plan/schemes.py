@@ -14,8 +14,9 @@ from quantmatrix.runtime.empty_model import find_blocks, list_block_layers, meas
 from quantmatrix.runtime.plan.dialects import find_dialect
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
+    from quantmatrix.checkpoints.checkpoint import Checkpoint
     from quantmatrix.request import Request
     from quantmatrix.runtime.plan.sources import Source
     from quantmatrix.scheme import Scheme
@@ -52,6 +53,21 @@ def find_schemes(
         schemes = online_schemes(source, model, request, scheme)
         return family, f"--quantization {request.quantization}", schemes, True
     return None, "nothing in it is quantized", {}, False
+
+
+def list_doubts(
+    checkpoint: Checkpoint, family: str | None, schemes: Mapping[str, Scheme]
+) -> list[str]:
+    """Warnings about a checkpoint that is taken: what its files leave open, or hold besides."""
+    found = families.load(family).doubts(checkpoint, schemes) if family else []
+    if checkpoint.aside:
+        parts = ", ".join(f"{count} of {part}*" for part, count in checkpoint.aside.items())
+        own = f" ({checkpoint.prefix}*)" if checkpoint.prefix else ""
+        found.append(
+            f"{checkpoint.reference} is a whole checkpoint: of its tensors those of the transformer"
+            f"{own} are used, {parts} are left aside; the base model's own components replace them"
+        )
+    return found
 
 
 def online_schemes(

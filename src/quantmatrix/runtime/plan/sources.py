@@ -210,11 +210,12 @@ def component_names(model: str, pipeline: PipelineFolder) -> list[str]:
 
 
 def check_overrides(request: Request, pipeline: PipelineFolder, names: list[str]) -> None:
-    """An override must name a component that the base model has, and weights a transformer.
+    """An override must name a component that the base model has, and weights a model of text or latents.
 
     Raises UsageError for any other.
     """
     known = set(pipeline.components) | set(names)
+    weighted = {*names, *(n for n in pipeline.components if n.startswith("text_encoder"))}
     for suffix, overrides in (
         ("path", request.component_paths),
         ("weights-path", request.weights_paths),
@@ -225,11 +226,11 @@ def check_overrides(request: Request, pipeline: PipelineFolder, names: list[str]
                     f"--{name.replace('_', '-')}-{suffix}: {pipeline.reference} has no component "
                     f"{name}; it has {', '.join(sorted(known))}"
                 )
-    unknown = [name for name in request.weights_paths if name not in names]
+    unknown = [name for name in request.weights_paths if name not in weighted]
     if unknown:
         raise UsageError(
-            f"--{unknown[0].replace('_', '-')}-weights-path: only transformer components take a "
-            f"weights override ({', '.join(names)})"
+            f"--{unknown[0].replace('_', '-')}-weights-path: only transformers and text encoders "
+            f"take a weights override ({', '.join(sorted(weighted))})"
         )
 
 

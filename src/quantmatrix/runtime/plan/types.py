@@ -129,6 +129,8 @@ class Plan:
     warnings: tuple[str, ...] = ()
     pictures: tuple[Picture, ...] = ()
     """What the run is given to look at."""
+    encoders: Mapping[str, ComponentPlan] = field(default_factory=dict)
+    """Text encoders that are built as transformers are; transformers' own loader builds the others."""
     ok: bool = field(default=True, init=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -149,6 +151,11 @@ class Plan:
             "bytes": sum(c.bytes for c in self.components.values()),
             "warnings": list(self.warnings),
             "components": {name: c.to_json() for name, c in self.components.items()},
+            **(
+                {"text_encoders": {n: c.to_json() for n, c in self.encoders.items()}}
+                if self.encoders
+                else {}
+            ),
             **({"pictures": [one.to_json() for one in self.pictures]} if self.pictures else {}),
         }
 

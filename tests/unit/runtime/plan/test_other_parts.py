@@ -43,29 +43,32 @@ def declare(folder: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": BLOCK}))
 
 
-@pytest.mark.parametrize(
-    ("part", "flag"), [("text_encoder", "--text-encoder-path"), ("vae", "--vae-path")]
-)
-def test_a_part_that_modelopt_quantized_is_refused(
-    base: Path, tmp_path: Path, part: str, flag: str
-) -> None:
-    shutil.copytree(base / part, tmp_path / "plain")
-    declare(base / part)
+def test_a_vae_that_modelopt_quantized_is_refused(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base / "vae", tmp_path / "plain")
+    declare(base / "vae")
     made = decide(base)
     [note] = made.warnings
-    assert f"{part} was quantized by ModelOpt (quant_algo FP8)" in note
-    with pytest.raises(CheckpointError, match=rf"{part} was quantized .*{flag}"):
+    assert "vae was quantized by ModelOpt (quant_algo FP8)" in note
+    with pytest.raises(CheckpointError, match=r"vae was quantized .*--vae-path"):
         build_pipeline(made)
-    replaced = decide(base, **{part: str(tmp_path / "plain")})
+    replaced = decide(base, vae=str(tmp_path / "plain"))
     assert replaced.warnings == ()
     assert build_pipeline(replaced)
+    with pytest.raises(CheckpointError, match=r"vae/config\.json.*vae was quantized"):
+        build_pipeline(decide(base, vae=str(base / "vae")))
 
 
-def test_a_quantized_part_is_refused_as_an_override(base: Path, tmp_path: Path) -> None:
-    shutil.copytree(base / "text_encoder", tmp_path / "coded")
-    declare(tmp_path / "coded")
-    with pytest.raises(CheckpointError, match=r"coded/config\.json.*text_encoder was quantized"):
-        build_pipeline(decide(base, text_encoder=str(tmp_path / "coded")))
+@pytest.mark.parametrize("given", [False, True])
+def test_a_text_encoder_that_declares_codes_and_has_none_is_refused(
+    base: Path, tmp_path: Path, given: bool
+) -> None:
+    """Of the base model, or named: what is declared must be there."""
+    folder = tmp_path / "coded" if given else base / "text_encoder"
+    if given:
+        shutil.copytree(base / "text_encoder", folder)
+    declare(folder)
+    with pytest.raises(CheckpointError, match=r"declared as modelopt-fp8 .*no layer .*quantized"):
+        decide(base, **({"text_encoder": str(folder)} if given else {}))
 
 
 def test_a_text_encoder_of_codes_that_nothing_declares_is_refused(
@@ -81,14 +84,12 @@ def test_a_text_encoder_of_codes_that_nothing_declares_is_refused(
     layer = name.removesuffix(".weight")
     tensors[f"{layer}.qweight"] = torch.zeros(rows // 4, columns // 2, dtype=torch.int32)
     save_file(tensors, file, {"format": "pt"})
-    message = rf"tensor {layer}\.qweight holds codes.*random.*--text-encoder-2-path"
+    message = rf"tensor {layer}\.qweight .*is quantized, but nothing.*--text-encoder-2-path"
     with pytest.raises(CheckpointError, match=message):
-        build_pipeline(decide(base, text_encoder_2=str(coded)))
+        decide(base, text_encoder_2=str(coded))
     shutil.copy(file, plain / "model.safetensors")
-    made = decide(base)
-    assert any("text_encoder_2 would be loaded with random numbers" in w for w in made.warnings)
     with pytest.raises(CheckpointError, match=message):
-        build_pipeline(made)
+        decide(base)
 
 
 def test_an_export_of_the_transformer_alone_is_no_whole_model(base: Path) -> None:
