@@ -14,12 +14,12 @@ from observed import PROVEN, REFUSED, find, make_large, observe, observe_run
 from tables import write_tables
 
 from quantmatrix.measure import thumbnails
+from quantmatrix.proof import columns
 from quantmatrix.proof import store as records
-from quantmatrix.proof.plans import FILE as PLANS
-from quantmatrix.proof.plans import read_plans
 from quantmatrix.proof.record import CheckResult, Evidence
 from quantmatrix.proof.scopes import SCOPES
 from quantmatrix.report import answers, page_data, ranking, render
+from quantmatrix.report.history import Version
 from quantmatrix.report.recommend import list_commands, recommend
 from quantmatrix.tables import read
 from quantmatrix.tables.rows import Matrix
@@ -49,7 +49,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     tables = read.read(write_tables(folder / "matrix"))
     timed = {PROVEN: bench_cell(tables, PROVEN)}
-    pages = render.render(tables, make_records(tables), timed)
+    before = Version("stand-in", "2026-10-01", "abc", "pass", 40.0, None)
+    pages = render.render(tables, make_records(tables), timed, past={PROVEN: [before]})
     (folder / "index.html").write_bytes(pages["index.html"])
     return folder / "index.html"
 
@@ -148,14 +149,9 @@ def test_filters(page: Any, values: dict[str, str], count: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of the project's own matrix, as it is read, and what Python would answer."""
-    folder = tmp_path_factory.mktemp("own")
-    planned = read_plans(ROOT / "reports" / PLANS)
-    pages = render.render(read.read(), render.read_evidence(), planned=planned)
-    for name in ("index.html", "answers.json"):
-        (folder / name).write_bytes(pages[name])
-    return folder
+def own() -> Path:
+    """The committed page, and what Python would answer: `quantmatrix report --check` holds both to the tables."""
+    return ROOT / "reports"
 
 
 def test_the_report_says_the_scope_in_every_proven_cell(browser: Any, own: Path) -> None:
@@ -165,7 +161,7 @@ def test_the_report_says_the_scope_in_every_proven_cell(browser: Any, own: Path)
     run(browser, "drawAll()")
     unfold(browser)
     script = """
-      return [...document.querySelectorAll("button.state.proven")].map(
+      return [...document.querySelectorAll("button.state.proven:not(.other)")].map(
         (b) => [b.textContent, b.querySelector(".spoken").textContent, b.className]);
     """
     found = run(browser, script)
@@ -251,6 +247,96 @@ def test_a_heading_sorts(page: Any) -> None:
     )
 
 
+@pytest.fixture
+def committed(browser: Any, own: Path) -> Any:
+    """The committed page as it opens, and no complaint of the browser about it."""
+    browser.get("about:blank")
+    browser.get((own / "index.html").as_uri())
+    yield browser
+    severe = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not severe, severe
+
+
+def list_others(page: Any) -> list[str]:
+    """Names of the cells of other programs that are drawn."""
+    script = "return [...document.querySelectorAll('.other .spoken')].map(b => b.textContent)"
+    return list(run(page, script))
+
+
+def test_other_programs_are_columns_of_the_matrix(committed: Any) -> None:
+    tables, found = read.read(), columns.read_folder(ROOT / "reports" / columns.RUNTIMES)
+    heads = [
+        head.get_attribute("textContent")
+        for head in committed.find_elements("css selector", "#groups th")
+    ]
+    assert heads == ["quantmatrix", "Other programs"]
+    run(committed, "drawAll()")
+    drawn = list_others(committed)
+    assert {name.partition(":")[0] for name in drawn} >= set(found)  # every run
+    spoken = "fp8-qwen-image-comfyui@cpu~diffusers: works · stand-in (undocumented)"
+    assert any(name.startswith(spoken) for name in drawn)
+    said = {
+        one.checkpoint
+        for one in tables.runtime_cells
+        if tables.find_statements("sglang", one.checkpoint)
+    }
+    assert {name for name in drawn if name.endswith("~sglang: documented: works")} == {
+        f"{checkpoint}~sglang: documented: works" for checkpoint in said
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "program", "ours"),
+    [
+        ({"program": "quantmatrix"}, None, True),
+        ({"program": "diffusers", "state": "wrong numbers"}, "diffusers", False),
+        ({"program": "sglang", "hardware": "h200"}, "sglang", False),
+        ({"text": "comfyui fp8-flux", "program": "comfyui"}, "comfyui", False),
+        ({"hardware": "cpu", "state": "crashes"}, "diffusers", False),
+    ],
+)
+def test_filters_take_other_programs(
+    committed: Any, values: dict[str, str], program: str | None, ours: bool
+) -> None:
+    choose(committed, **values)
+    names = list_others(committed)
+    assert {name.partition("~")[2].partition(":")[0] for name in names} == (
+        {program} if program else set()
+    )
+    assert bool(committed.find_elements("css selector", ".state:not(.other)")) == ours
+    assert not committed.find_element("id", "empty").is_displayed()
+
+
+def test_a_cell_of_another_program_opens_its_message_command_and_log(committed: Any) -> None:
+    tables, found = read.read(), columns.read_folder(ROOT / "reports" / columns.RUNTIMES)
+    name = "modelopt-nvfp4-flux-2-file@cpu~diffusers"
+    record, [said] = found[name], tables.find_statements("diffusers", name.partition("@")[0])
+    choose(committed, text="modelopt-nvfp4-flux-2-file", program="diffusers")
+    [button] = committed.find_elements("css selector", ".other")
+    assert "documented to work" in button.text
+    button.click()
+    text = committed.find_element("id", "cell").text
+    for words in (record.reason, record.version, said.quote, said.source, record.tried[0]):
+        assert words in text
+    boxes = [box.text for box in committed.find_elements("css selector", "#cell pre")]
+    assert boxes[0] == record.command
+    assert boxes[-1] == record.again
+    assert boxes[1].split()[-1] == record.log.split()[-1]
+    address = committed.current_url
+    committed.get("about:blank")
+    committed.get(address)
+    assert committed.find_element("id", "cell-title").text.startswith(f"{name}: ")
+
+
+def test_a_column_of_another_program_sorts(committed: Any) -> None:
+    [button] = committed.find_elements("css selector", '#head button[data-column="program-0"]')
+    run(committed, "arguments[0].click()", button)
+    first = committed.find_elements("css selector", "#body tr")[0]
+    assert "✓ works" in first.text
+    [head] = committed.find_elements("css selector", "#head th[aria-sort=ascending]")
+    assert head.get_attribute("textContent").startswith("diffusers")
+
+
 AXE = """
   const done = arguments[0];
   axe.run(document, { resultTypes: ["violations"] }).then(({ violations }) =>
@@ -286,6 +372,29 @@ def test_axe_finds_no_violation(page: Any, axe: str, scheme: str) -> None:
         assert page.execute_async_script(AXE) == []
     finally:
         page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_violation_in_the_committed_page(
+    committed: Any, axe: str, scheme: str
+) -> None:
+    """Of any weight: as it opens, answered, wholly drawn, and with a cell of ours and of another program open."""
+    committed.set_script_timeout(300)
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    committed.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    run(committed, axe)
+    try:
+        ask(committed, "h200", "flux-1")
+        assert committed.execute_async_script(AXE) == []
+        run(
+            committed,
+            "openCell(DATA.cells.find((cell) => DATA.scopes[cell[SCOPE]] === 'true size'))",
+        )
+        assert committed.execute_async_script(AXE) == []
+        run(committed, "openOther(DATA.others.find((one) => one[RUN] >= 0 && one[SAID]))")
+        assert committed.execute_async_script(AXE) == []
+    finally:
+        committed.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 def ask(page: Any, hardware: str, model: str) -> None:
@@ -384,11 +493,28 @@ def test_a_cell_opens_its_evidence(page: Any) -> None:
     assert 1 < colours[2] <= 16
 
 
+def test_a_cell_shows_since_when_it_is_better(page: Any) -> None:
+    text = open_cell(page, PROVEN)
+    assert "stand-in: better since 2026-" in text
+    [table] = [
+        found
+        for found in page.find_elements("css selector", "#cell table")
+        if found.accessible_name.startswith("Runs that changed")
+    ]
+    latest, first = (row.text for row in table.find_elements("css selector", "tbody tr"))
+    assert "▲ better pass 47.00 –" in latest
+    assert first == "2026-10-01 abc stand-in first run pass 40.00 –"
+
+
 def test_a_cell_shows_speed_and_memory_beside_bf16(page: Any) -> None:
     text = open_cell(page, PROVEN)
     assert f"a tiny stand-in on {DEVICE}" in text
     assert "wall clock" in text
-    titles = ["Latency of a step against BF16", "Loading beside BF16", "Memory beside BF16"]
+    titles = [
+        "Latency of a step compared with BF16",
+        "Loading compared with BF16",
+        "Memory compared with BF16",
+    ]
     pictures = {
         picture.get_attribute("aria-label").partition(":")[0]: picture
         for picture in page.find_elements("css selector", "#cell svg[role=img]")
@@ -457,7 +583,7 @@ def test_keyboard_alone_is_enough(page: Any) -> None:
         if active.get_attribute("textContent").endswith(name):
             break
     fields = ["my-hardware", "my-model", "my-memory", "my-prefer"]
-    fields += ["text", "family", "model", "hardware", "state"]
+    fields += ["text", "family", "model", "hardware", "state"]  # no program: nobody ran another one
     assert [name for name in seen if name in fields] == fields
     page.switch_to.active_element.send_keys(keys.ENTER)
     dialog = page.find_element("id", "cell")
@@ -477,7 +603,7 @@ def test_the_accessibility_tree_has_table_and_dialog(page: Any) -> None:
     heads = table.find_elements("css selector", "thead th")
     assert {head.aria_role for head in heads} == {"columnheader"}
     for field in page.find_elements("css selector", ".fields select, .fields input"):
-        assert field.accessible_name
+        assert field.accessible_name or not field.is_displayed()
     open_cell(page, PROVEN)
     dialog = page.find_element("id", "cell")
     assert (dialog.aria_role, dialog.accessible_name) == (

@@ -28,10 +28,15 @@ def run_history(arguments: argparse.Namespace, rest: list[str]) -> int:
     cell = next((one for one in read.read().cells if one.id == arguments.id), None)
     if cell is None:
         raise UsageError(f"{arguments.id}: no such cell; see `quantmatrix matrix list`")
-    versions, unread = history.read_history(cell, changes.find_checkout("matrix history"))
+    root = changes.find_checkout("matrix history")
+    versions, skipped = history.read_history(cell, root)
+    notes = history.tell_skipped(skipped)
+    if history.is_shallow(root):
+        notes.append("this clone is shallow and lacks older versions: `git fetch --unshallow`")
     if arguments.json:
         lines = [one.to_json() for one in versions]
-        print_json({"ok": True, "cell": cell.id, "versions": lines, "unread": unread})
+        found = {"versions": lines, "skipped": [vars(one) for one in skipped], "notes": notes}
+        print_json({"ok": True, "cell": cell.id, **found})
         return 0
     from quantmatrix.cli.recommend import align
 
@@ -47,9 +52,8 @@ def run_history(arguments: argparse.Namespace, rest: list[str]) -> int:
         )
         for one in versions
     ]
-    more = [f"{unread} older versions have another form"] if unread else []
     table = align([HEAD, *rows]) if rows else []
-    say("\n".join([f"{cell.id}: {history.say_since(versions)}", *table, *more]))
+    say("\n".join([f"{cell.id}: {history.say_since(versions)}", *table, *notes]))
     return 0
 
 

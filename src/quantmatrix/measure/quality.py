@@ -8,7 +8,8 @@
 |           | 67 pixels per degree, from 0 to 1; it needs the package `flip-evaluator` | |
 
 A metric that cannot be had is null, and `missing` says why: it is never a number of another metric. Of a
-clip it is the mean over frames. `psnr_db` and `ssim` are those of `pictures`.
+clip it is the mean over frames. `psnr_db` and `ssim` are those of `pictures`; `lpips`, `clip` and `clip_bf16`,
+which are optional, those of `networks`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch.nn import functional
 
 from quantmatrix.measure.latents import ShapeError
+from quantmatrix.measure.networks import SMALLEST as SMALLEST_LPIPS
 from quantmatrix.measure.pictures import C1, C2, WINDOW, smooth
 from quantmatrix.runtime.media import stack_frames
 
@@ -27,17 +29,26 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from quantmatrix.measure.networks import Networks
+
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Powers of the scales, the finest first."""
 SMALLEST = WINDOW * 2 ** (len(SCALES) - 1)
 """Pixels of a side for which the window lies inside the picture at the last scale."""
-BETTER = {"psnr_db": max, "ssim": max, "ms_ssim": max, "flip": min}
+BETTER = {
+    "psnr_db": max, "ssim": max, "ms_ssim": max, "flip": min, "lpips": min, "clip": max, "clip_bf16": max,
+}  # fmt: skip
 """Whether more or less of a metric is better."""
 NEEDS_FLIP = "the package flip-evaluator is not installed: pip install 'quantmatrix[quality]'"
 
 
-def measure_quality(reference: Sequence[Any], candidate: Sequence[Any]) -> dict[str, Any]:
-    """`ms_ssim`, `flip` and `missing` of two lists of PIL images or arrays; see the module.
+def measure_quality(
+    reference: Sequence[Any],
+    candidate: Sequence[Any],
+    networks: Networks | None = None,
+    prompt: str = "",
+) -> dict[str, Any]:
+    """`ms_ssim`, `flip` and `missing` of two lists of PIL images or arrays, and what `networks` measure.
 
     Raises ShapeError for lists of different shapes.
     """
@@ -58,7 +69,27 @@ def measure_quality(reference: Sequence[Any], candidate: Sequence[Any]) -> dict[
         found |= {"flip": None, "missing": {**found["missing"], "flip": NEEDS_FLIP}}
     else:
         found["flip"] = take_mean([float(draw_flip(r, c).mean()) for r, c in pairs])
-    return found
+    return {**found, **measure_networks(pairs, networks, prompt, found)} if networks else found
+
+
+def measure_networks(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    networks: Networks,
+    prompt: str,
+    found: Mapping[str, Any],
+) -> dict[str, Any]:
+    """`lpips`, `clip` and `clip_bf16` of (reference, candidate) frames, and `missing` with what they lack."""
+    missing = {**found["missing"], **networks.missing}
+    measured: dict[str, Any] = dict.fromkeys(("lpips", "clip", "clip_bf16"))
+    height, width = pairs[0][0].shape[:2]
+    if networks.lpips and min(height, width) < SMALLEST_LPIPS:
+        missing["lpips"] = f"pictures of {width} x {height} pixels, AlexNet needs {SMALLEST_LPIPS}"
+    elif networks.lpips:
+        measured["lpips"] = take_mean([networks.lpips(r, c) for r, c in pairs])
+    if networks.clip:
+        measured["clip"] = take_mean([networks.clip(c, prompt) for _, c in pairs])
+        measured["clip_bf16"] = take_mean([networks.clip(r, prompt) for r, _ in pairs])
+    return {**measured, "missing": missing}
 
 
 def take_mean(values: Sequence[float]) -> float:

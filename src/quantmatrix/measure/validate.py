@@ -10,7 +10,8 @@ in memory. What is measured:
 | `witness` | per component, decoded layers beside the base model's own weights (see `witness`) |
 | `layers`  | error of every quantized layer on the inputs that it gets (see `layer_errors`) |
 | `runs`    | per prompt and seed: distance of the latents of every step and of the pictures |
-| `quality` | PSNR, SSIM, MS-SSIM and FLIP over all runs: mean, worst, and of which prompt (see `quality`) |
+| `quality` | PSNR, SSIM, MS-SSIM and FLIP over all runs: mean, worst, and of which prompt (see `quality`); LPIPS |
+|           | and CLIP score, which are optional, where their weights are in the caches (see `networks`) |
 | `scope`   | what was measured: `stand-in`, `published`, or `local files` that are in no repository yet |
 | `memory`  | bytes of transformer weights; the accelerator's peak where there is one |
 | `machine`, `versions`, `checkpoint`, `command` | what it was measured on, and with |
@@ -39,6 +40,7 @@ from quantmatrix.hardware import probe
 from quantmatrix.measure.census import find_differences, find_undeclared
 from quantmatrix.measure.latents import compare_trajectories, find_worst, summarize
 from quantmatrix.measure.layers import LayerErrors, watch_layers
+from quantmatrix.measure.networks import Networks, find_networks
 from quantmatrix.measure.pictures import measure_media
 from quantmatrix.measure.quality import measure_quality, summarize_quality
 from quantmatrix.proof import record as records
@@ -92,7 +94,8 @@ def validate(request: Request, command: str, say: Say = lambda _: None) -> Valid
     problems += judge_layers(errors) + judge_runs(pairs)
     quantized = {name: part for name, part in plan.components.items() if part.layers}
     files = [file for part in quantized.values() for file in part.checkpoint.files]
-    described = [describe_pair(pair) for pair in pairs]
+    networks = find_networks()
+    described = [describe_pair(pair, networks) for pair in pairs]
     report = {
         "schema": SCHEMA,
         "ok": not problems,
@@ -225,7 +228,7 @@ def judge_runs(pairs: Sequence[tuple[Run, Run]]) -> list[str]:
     return problems
 
 
-def describe_pair(pair: tuple[Run, Run]) -> dict[str, Any]:
+def describe_pair(pair: tuple[Run, Run], networks: Networks | None = None) -> dict[str, Any]:
     """Distances of one prompt and seed."""
     base, run = pair
     steps = summarize(compare_trajectories(base.latents, run.latents))
@@ -234,7 +237,7 @@ def describe_pair(pair: tuple[Run, Run]) -> dict[str, Any]:
         "seed": run.seed,
         "latents": steps,
         "media": measure_media(base.media, run.media),
-        "quality": measure_quality(base.media, run.media),
+        "quality": measure_quality(base.media, run.media, networks, run.prompt),
     }
 
 

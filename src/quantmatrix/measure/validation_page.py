@@ -33,8 +33,11 @@ LONGEST = 300
 """Characters of a fact that a model card shows."""
 METRICS = (
     ("psnr_db", "PSNR", " dB"), ("ssim", "SSIM", ""), ("ms_ssim", "MS-SSIM", ""), ("flip", "FLIP", ""),
+    ("lpips", "LPIPS", ""), ("clip", "CLIP", ""), ("clip_bf16", "CLIP of BF16", ""),
 )  # fmt: skip
 """(name, title, unit) of the metrics of pictures."""
+OPTIONAL = ("lpips", "clip", "clip_bf16")
+"""Those that have a column only where they were measured."""
 GAIN = 4
 """The difference is shown this many times as strong, around a middle grey."""
 MIB = 2**20
@@ -89,13 +92,18 @@ def write_caption(run: dict[str, Any]) -> str:
     return f"{run['prompt']}, seed {run['seed']}: {', '.join(shown)}"
 
 
+def list_metrics(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The metrics that the table of quality has columns of."""
+    return [one for one in METRICS if one[0] not in OPTIONAL or report["quality"].get(one[0])]
+
+
 def list_quality(report: dict[str, Any]) -> list[list[str]]:
     """The table of quality: a line per prompt and seed, then the mean and the worst of each metric."""
 
     def show(value: float | None) -> str:
         return "–" if value is None else f"{value:.4g}"
 
-    names = [name for name, _, _ in METRICS]
+    names = [name for name, _, _ in list_metrics(report)]
     lines = [
         [f"{run['prompt']} (seed {run['seed']})", *(show(read_metric(run, n)) for n in names)]
         for run in report["runs"]
@@ -132,7 +140,10 @@ def write_page(report: dict[str, Any], pictures: Sequence[Sequence[str]]) -> str
         curves=[draw_curve(run["latents"]["steps"]) for run in report["runs"]],
         facts=list_facts(report),
         quality=list_quality(report),
-        metrics=[f"{title}{f' ({unit.strip()})' if unit else ''}" for _, title, unit in METRICS],
+        metrics=[
+            f"{title}{f' ({unit.strip()})' if unit else ''}"
+            for _, title, unit in list_metrics(report)
+        ],
         sheet=SHEET,
         gain=GAIN,
         scope=describe_scope(report["scope"]),
@@ -181,7 +192,7 @@ def list_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{found['mean']:.4g} in the mean, {found['worst']:.4g} at worst",
             )
             for name, title, _ in METRICS[2:]
-            if (found := report["quality"][name])
+            if (found := report["quality"].get(name))
         ),
         ("files", f"{report['checkpoint']['bytes'] / MIB:,.1f} MiB"),
         ("revision", report["checkpoint"].get("revision", "")),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from quantmatrix.errors import QuantmatrixError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 
@@ -40,16 +41,26 @@ def extract(commit: str, root: Path, folder: Path) -> None:
     present = listed.stdout.decode().split()
     if TABLES not in present:
         raise UsageError(f"{commit[:12]}: has no {TABLES}/ at the top of the repository")
-    done = ask_git(root, "archive", "--format=tar", commit, *present)
+    for name, data in read_files(commit, root, present).items():
+        path = folder / name
+        if path.resolve().is_relative_to(folder.resolve()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+
+def read_files(commit: str, root: Path, paths: Sequence[str]) -> dict[str, bytes]:
+    """Files of a commit, those in folders too, by their path; QuantmatrixError where git fails."""
+    if not paths:
+        return {}
+    done = ask_git(root, "archive", "--format=tar", commit, *paths)
     if done.returncode:
         raise QuantmatrixError(f"git archive {commit[:12]}: {done.stderr.decode().strip()}")
+    found = {}
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
         for member in archive.getmembers():
-            path = folder / member.name
-            stream = archive.extractfile(member) if member.isfile() else None
-            if stream is not None and path.resolve().is_relative_to(folder.resolve()):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(stream.read())
+            if member.isfile() and (stream := archive.extractfile(member)) is not None:
+                found[member.name] = stream.read()
+    return found
 
 
 def ask_git(root: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:

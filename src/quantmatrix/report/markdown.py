@@ -96,7 +96,7 @@ def write_family(joined: Joined, family: FamilyRow) -> str:
         parts += ["## What was measured", f"With {used}.", write_measurements(joined, measured)]
     if timed := bench_pages.list_lines(joined.benchmarks, joined.changes, cells):
         table = write_table(bench_pages.HEAD, timed)
-        parts += ["## Speed and memory beside BF16", bench_pages.LEGEND, table]
+        parts += ["## Speed and memory compared with BF16", bench_pages.LEGEND, table]
     open_cells = [c for c in cells if joined.states[c.id] in ("failing", "stale")]
     if open_cells:
         lines = [

@@ -9,30 +9,35 @@ page forbids itself every connection.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantmatrix.report import ranking, template
-from quantmatrix.report import runtimes as columns
+from quantmatrix.report import programs, ranking, template
 from quantmatrix.report.answers import PROOFS
 from quantmatrix.report.page_data import DETAILS, collect
 
 if TYPE_CHECKING:
     from quantmatrix.proof.joined import Joined
     from quantmatrix.report.answers import Answers
+    from quantmatrix.report.history import Version
     from quantmatrix.report.runtimes import Runtimes
 
-SCRIPTS = ("page.js", "cell.js", "question.js", "speed.js", "start.js")
+SCRIPTS = ("page.js", "cell.js", "programs.js", "question.js", "speed.js", "start.js")
 """In the order in which they run."""
 
 
 def write_page(
-    joined: Joined, runtimes: Runtimes, found: Answers, measured: Sequence[str] = ()
+    joined: Joined,
+    runtimes: Runtimes,
+    found: Answers,
+    measured: Sequence[str] = (),
+    past: Mapping[str, Sequence[Version]] | None = None,
 ) -> bytes:
-    """index.html; equal input gives equal bytes. `measured` are pages of measurements below the folder."""
+    """index.html; equal input gives equal bytes. `measured` are pages of measurements below the folder, `past` is
+    the history of cells."""
     from markupsafe import Markup
 
-    data = collect(joined, found)
+    data = {**collect(joined, found, past or {}), **programs.collect(runtimes)}
     data["ranking"] = {
         "buckets": ranking.BUCKETS,
         "proofs": PROOFS,
@@ -40,13 +45,12 @@ def write_page(
         "offloads": ranking.OFFLOADS,
     }
     details = {name: data.pop(name) for name in DETAILS}
-    others = columns.collect(runtimes) if joined.tables.runtimes else None
     return template.draw(
         "index.html",
         script=Markup("\n").join(template.read_part(name) for name in SCRIPTS),
         data=Markup(encode_data(data)),
         details=Markup(encode_data(details)),
-        runtimes=others,
+        others=bool(data["programs"]),
         measured=measured,
         preferences=ranking.PREFERENCES,
     ).encode()

@@ -17,6 +17,9 @@ pictures are in `shared` once, and a record refers to them by their position in 
 |               | both and peaks of both in bytes; null where it was not measured |
 | `records`     | evidence of a cell: see `describe_record` |
 | `benchmarks`  | by the cell's index in `cells`: see `bench_pages.describe_result` |
+| `history`     | by the cell's index in `cells`: see `describe_history` |
+
+Columns of other programs are the matter of `programs`.
 """
 
 from __future__ import annotations
@@ -30,11 +33,13 @@ from quantmatrix.proof.states import STATES
 from quantmatrix.proof.thumbnails import KEYS, PICTURES
 from quantmatrix.report.answers import read_number
 from quantmatrix.report.bench_pages import describe_result
+from quantmatrix.report.history import say_since
 
 if TYPE_CHECKING:
     from quantmatrix.proof.joined import Joined
     from quantmatrix.proof.record import CheckResult, Evidence
     from quantmatrix.report.answers import Answers, Option
+    from quantmatrix.report.history import Version
     from quantmatrix.tables.rows import Cell
 
 STEP_METRICS = ("psnr_db", "cosine", "relative_l2")
@@ -57,7 +62,7 @@ OMITTED_METRICS = ("steps", "thumbnails", "final", "programs")
 PICTURE_BYTES = 1_000_000
 """Pictures that the page holds, as text, in the order of cells; the rest stays in the records. They hardly
 get smaller, and the page is to be at most a megabyte as it travels."""
-DETAILS = ("records", "benchmarks", "shared")
+DETAILS = ("records", "benchmarks", "history", "shared", "runs", "statements")
 """What only an open cell needs."""
 
 
@@ -91,7 +96,9 @@ class Shared:
         return [self._pictures[picture] for picture in pictures]
 
 
-def collect(joined: Joined, found: Answers) -> dict[str, Any]:
+def collect(
+    joined: Joined, found: Answers, past: Mapping[str, Sequence[Version]]
+) -> dict[str, Any]:
     """Everything that the page shows; see the module's table."""
     numbered = {one.cell: show_number(one) for one in found.options if one.cell}
     tables = joined.tables
@@ -140,7 +147,10 @@ def collect(joined: Joined, found: Answers) -> dict[str, Any]:
         "hardware": [
             [row.id, row.name, row.arch, row.memory_gib] for row in tables.hardware.values()
         ],
-        "checkpoints": [[c.id, c.reference, c.base] for c in tables.checkpoints.values()],
+        "checkpoints": [
+            [c.id, c.reference, c.base, families.index(c.family), models.index(c.model)]
+            for c in tables.checkpoints.values()
+        ],
         "rows": [
             [
                 name,
@@ -159,8 +169,23 @@ def collect(joined: Joined, found: Answers) -> dict[str, Any]:
             for number, cell in enumerate(tables.cells)
             if cell.id in joined.benchmarks
         },
+        "history": {
+            str(number): describe_history(past[cell.id])
+            for number, cell in enumerate(tables.cells)
+            if cell.id in past
+        },
         "shared": shared.values,
     }
+
+
+def describe_history(versions: Sequence[Version]) -> list[Any]:
+    """Since when the cell is as it is, and its versions, the latest first: day, commit, scope, trend, verdict, error
+    in dB, step of BF16's."""
+    lines = [
+        [v.date, v.commit[:12], SCOPES.index(v.scope), v.trend, v.verdict, v.psnr_db, v.step]
+        for v in reversed(versions)
+    ]
+    return [say_since(versions), *lines]
 
 
 def show_number(option: Option) -> str:
@@ -200,7 +225,7 @@ def describe_record(record: Evidence, shared: Shared) -> dict[str, Any]:
         for name, part in sorted(plan.get("components", {}).items())
     }
     proofs = {
-        f"{name} beside the base weights": describe_witness(part)
+        f"{name} compared with the base weights": describe_witness(part)
         for name, part in sorted(record.witness.items())
     }
     return {

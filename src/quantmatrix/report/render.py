@@ -30,7 +30,7 @@ from quantmatrix.proof.states import STATES as STATES
 from quantmatrix.proof.states import explain_state as explain_state
 from quantmatrix.proof.states import stand_all as stand_all
 from quantmatrix.proof.states import state_of as state_of
-from quantmatrix.report import answers
+from quantmatrix.report import answers, history
 from quantmatrix.report.markdown import show_number, write_family
 from quantmatrix.report.overview import write_overview
 from quantmatrix.report.page import write_page
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from quantmatrix.proof.plans import Key, PlanLine
     from quantmatrix.proof.record import Evidence
     from quantmatrix.proof.transformer_classes import ClassLine
+    from quantmatrix.report.history import Version
     from quantmatrix.tables.rows import Cell, Matrix
 
 
@@ -132,7 +133,8 @@ def _prepare(reports: str | os.PathLike[str] | None) -> tuple[Path, dict[str, by
         inputs = answers.digest_inputs(tables, folder)
         pages = sorted(folder.glob(f"{EVIDENCE}/*/measurements/README.md"))
         measured = [page.relative_to(folder).as_posix() for page in pages]
-        found = (timed, now, lines, others, planned, inputs, measured)
+        past = history.read_lines(folder / history.FILE)
+        found = (timed, now, lines, others, planned, inputs, measured, past)
         return folder, render(tables, evidence, *found)
 
 
@@ -181,23 +183,26 @@ def render(
     planned: Mapping[Key, PlanLine] | None = None,
     inputs: str = "",
     measured: Sequence[str] = (),
+    past: Mapping[str, Sequence[Version]] | None = None,
 ) -> dict[str, bytes]:
     """Every file of the report, by its path below the reports folder; without `now` records are
     judged against the rows alone. `others` are records of other runtimes, by the id of their cell,
     `planned` the lines of plans.csv, `inputs` the digest of what all this was read from, `measured` pages of
-    measurements below the reports folder."""
+    measurements below the reports folder, `past` the lines of history.csv."""
     standings = stand_all(tables, evidence, now)
     code = now.code if now else None
     joined = Joined(tables, standings, benchmarks, code)
     runtimes = Runtimes(tables, others or {}, standings, code)
     found = answers.collect(joined, evidence, planned or {}, inputs)
+    lines = history.update(past or {}, evidence.values())
     pages = {
+        history.FILE: history.write_lines(lines).encode(),
         answers.FILE: answers.encode(found),
         "support-matrix.md": write_overview(joined, summarize(classes)).encode(),
         "support-matrix.csv": write_csv(joined).encode(),
         "support-matrix.svg": draw_picture(joined),
         "badge.json": write_badge(tables, evidence, standings),
-        "index.html": write_page(joined, runtimes, found, measured),
+        "index.html": write_page(joined, runtimes, found, measured, lines),
     }
     if tables.runtimes:
         pages[PAGE] = write_runtimes_page(runtimes).encode()

@@ -1,4 +1,4 @@
-"""Runtimes: the columns of other programs beside our own, as Markdown, CSV and data for the page.
+"""Runtimes: the columns of other programs beside our own, as Markdown and CSV; `programs` has them for the page.
 
 Two things are told apart at a glance: what a runtime's documentation says of a file, and what a run of it
 showed here; "documented to work" beside `refuses`, and "undocumented" beside `works`, are the finds.
@@ -10,7 +10,7 @@ import csv
 import io
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantmatrix.proof import columns
 from quantmatrix.proof.columns import RUNTIMES, STALE, UNPROVEN, VERDICTS
@@ -33,10 +33,10 @@ NOTICE = (
 )
 PAGE, TABLE = "runtimes.md", "runtimes.csv"
 MEANINGS = {
-    "works": "latents are within the limit of the checkpoint's rows, beside its own BF16 run",
-    "wrong numbers": "it ran, and they are not",
-    "not quantized": "it loaded BF16 without a word",
-    "refuses": "its own code raised the error before the weights were loaded; the reason is its own words",
+    "works": "latents are within the limit of the checkpoint's rows, compared with its own BF16 run",
+    "wrong numbers": "it ran, and the latents are not within the limit",
+    "not quantized": "it loaded the weights as BF16 without a word",
+    "refuses": "its own code raised the error before the weights were loaded; the reason is its message",
     "crashes": "it ended afterwards or by an error that nobody meant, died, or exceeded a limit",
     "not installed": "a part that this file needs was not there",
     STALE: "a row or the adapter changed since the run",
@@ -148,7 +148,7 @@ def write_page(runtimes: Runtimes) -> str:
     parts = [
         NOTICE,
         "# Runtimes: which program loads which file",
-        f"{len(recorded)} cells of other programs were run, each beside the program's own run of the base "
+        f"{len(recorded)} cells of other programs were run, each compared with the program's own run of the base "
         "model in BF16: "
         + (", ".join(f"{counts[v]} {v}" for v in (*VERDICTS, STALE) if counts[v]) or "none")
         + ". What a program's documentation says stands in parentheses: it is a statement of others, with "
@@ -208,7 +208,7 @@ def write_runs(recorded: Iterable[Shown]) -> str:
         facts = [one.record.version, one.record.made[:10]]
         how = escape_markdown(one.record.command, 1000)
         lines.append([f"[`{one.cell.id}`]({one.file})", one.label, said, how, *facts])
-    head = ["cell", "verdict", "its own words, or the worst step", "loaded by", "version", "on"]
+    head = ["cell", "verdict", "its message, or the worst step", "loaded by", "version", "on"]
     return write_table(head, lines)
 
 
@@ -227,7 +227,15 @@ def write_programs(tables: Matrix) -> str:
         for row in tables.runtimes.values()
         if row.id != OWN
     ]
-    head = ["id", "name", "kind", "found by", "from version", "its own word", "to fill the column"]
+    head = [
+        "id",
+        "name",
+        "kind",
+        "found by",
+        "from version",
+        "its own documentation",
+        "to fill the column",
+    ]
     return write_table(head, lines)
 
 
@@ -262,38 +270,3 @@ def write_csv(runtimes: Runtimes) -> str:
         where = [cell.id, cell.checkpoint, cell.hardware, cell.runtime]
         writer.writerow([*where, one.state, reason, one.said, *facts, one.file])
     return stream.getvalue()
-
-
-def collect(runtimes: Runtimes) -> dict[str, Any]:
-    """What the section of the page shows: heads, and a row of cells per checkpoint."""
-    heads = runtimes.heads
-    hardware = next((where for _, where in heads), "cpu")
-    return {
-        "heads": [f"{OWN} {hardware}", *(f"{runtime} {where}" for runtime, where in heads)],
-        "rows": [
-            {
-                "checkpoint": checkpoint,
-                "own": runtimes.tell_own(checkpoint, hardware),
-                "cells": [describe(runtimes.find(checkpoint, *head)) for head in heads],
-            }
-            for checkpoint in runtimes.tables.checkpoints
-        ],
-    }
-
-
-def describe(shown: Shown) -> dict[str, Any]:
-    """A cell as the page shows it; the template escapes what is in it."""
-    record = shown.record
-    return {
-        "text": shown.text,
-        "class": {"works": "proven", UNPROVEN: "unproven", STALE: "stale"}.get(
-            shown.state, "failing"
-        ),
-        "run": record is not None,
-        "reason": shown.reason,
-        "command": record.command if record else "",
-        "version": record.version if record else "",
-        "log": record.log if record else "",
-        "file": shown.file,
-        "statements": [f"{one.says}: {one.quote} ({one.source})" for one in shown.statements],
-    }

@@ -60,7 +60,7 @@ def test_a_result_of_no_cell_is_not_rendered(tables: Matrix) -> None:
 
 def test_the_family_page_has_a_line_per_component(tables: Matrix) -> None:
     text = render(tables, bench_cell(tables, PROVEN))["families/fp8.md"].decode()
-    assert "## Speed and memory beside BF16" in text
+    assert "## Speed and memory compared with BF16" in text
     line = next(line for line in text.splitlines() if PLACE in line)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == [

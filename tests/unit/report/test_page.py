@@ -211,7 +211,7 @@ def test_a_thousand_cells_are_one_page(tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_an_open_cell_needs_is_a_block_of_its_own(tables: Matrix) -> None:
     page = render(tables, {PROVEN: observe_run(tables, find(tables, PROVEN))})
     scripts = Elements(page).scripts
-    assert set(json.loads(scripts["details"])) == {"records", "benchmarks", "shared"}
+    assert set(json.loads(scripts["details"])) == set(page_data.DETAILS)
     assert "data:image" not in scripts["data"]
     assert "data:image" in scripts["details"]
 

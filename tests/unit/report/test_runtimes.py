@@ -92,11 +92,8 @@ def test_texts_of_others_are_escaped(runtimes: Runtimes) -> None:
     assert "<img" not in line.replace("\\<img", "")
     assert "[x](javascript" not in line
     page = render.render(TABLES, {}, others=RECORDS)["index.html"].decode()
-    section = page.split('<table id="runtimes">')[1].split("</table>")[0]
-    assert "<img" not in section
-    assert "&lt;img src=x" in section
-    assert section.count("<tr>") == 1 + len(TABLES.checkpoints)
-    assert section.count("<details>") == len(RECORDS)
+    assert "<img" not in page
+    assert "\\u003cimg src=x" in page
 
 
 def test_csv_has_every_cell(runtimes: Runtimes) -> None:

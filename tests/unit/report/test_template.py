@@ -42,7 +42,7 @@ def test_no_page_is_put_together_elsewhere() -> None:
 
 def test_whatever_a_page_is_given_is_escaped() -> None:
     given = {"script": "", "details": "", "measured": [EVIL], "preferences": [EVIL]}
-    page = template.draw("index.html", **given, data=EVIL, runtimes=None)
+    page = template.draw("index.html", **given, data=EVIL, others=False)
     assert EVIL not in page
     assert "&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;{{ 7 * 7 }}" in page
     assert template.read_part("page.css") in page
@@ -53,5 +53,5 @@ def test_whatever_a_page_is_given_is_escaped() -> None:
 def test_a_value_that_nobody_gave_is_an_error() -> None:
     with pytest.raises(UndefinedError, match="script"):
         template.draw(
-            "index.html", details="", data="", measured=[], preferences=["a"], runtimes=None
+            "index.html", details="", data="", measured=[], preferences=["a"], others=False
         )

@@ -7,15 +7,20 @@ function detail() {
 
 function openCell(cell) {
   const record = cell[RECORD] === null ? null : detail().records[cell[RECORD]];
-  find("cell-title").textContent = `${nameOf(cell)}: ${labelOf(cell)}`;
-  find("cell-body").replaceChildren(
+  showDialog(nameOf(cell), labelOf(cell), [
     ...describeClaim(cell, record),
     ...(record ? describeRecord(record, cell) : [make("p", {}, "There is no evidence yet.")]),
     ...describeBenchmark(detail().benchmarks[DATA.cells.indexOf(cell)]),
-  );
+    ...describeHistory(detail().history[DATA.cells.indexOf(cell)]),
+  ]);
+}
+
+function showDialog(name, label, parts) {
+  find("cell-title").textContent = `${name}: ${label}`;
+  find("cell-body").replaceChildren(...parts);
   if (!find("cell").open) find("cell").showModal();
   find("cell").scrollTop = 0;
-  keepAddress(cell);
+  keepAddress(name);
 }
 
 function describeClaim(cell, record) {
@@ -72,7 +77,7 @@ function describeCheck(check, weights) {
   if (check.pictures) {
     parts.push(...check.pictures.map((index, n) => drawPicture(detail().shared[index], n, check, weights)));
     if (!check.pictures.length) {
-      parts.push(make("p", {}, "Its pictures are in the record: there are too many for one page."));
+      parts.push(make("p", {}, "Its pictures are in the record; there are too many to show here."));
     }
   }
   if (check.steps) {
@@ -175,7 +180,7 @@ function bars(title, facts, show) {
   return [make("h3", {}, title), picture];
 }
 
-/* Quantized beside BF16: bars of steps, loads and memory, and every comparison as a table. */
+/* Quantized compared with BF16: bars of steps, loads and memory, and every comparison as a table. */
 const TIMING_HEAD = ["timing", "BF16 ms", "quantized ms", "ratio", "95 % interval", "smallest detectable change", "verdict"];
 
 function describeBenchmark(bench) {
@@ -187,10 +192,10 @@ function describeBenchmark(bench) {
   const size = bench.size === "tiny" ? "a tiny stand-in" : "full size";
   const label = `${size} on ${bench.device}; ${bench.clock}; made ${bench.made}${bench.old ? `; ${bench.old}` : ""}`;
   return [
-    make("h3", {}, "Against BF16"), make("p", {}, label),
-    ...bars("Latency of a step against BF16", of("step"), show),
-    ...bars("Loading beside BF16", of("load"), show),
-    ...bars("Memory beside BF16", bench.memory.flatMap(both), mebibytes),
+    make("h3", {}, "Compared with BF16"), make("p", {}, label),
+    ...bars("Latency of a step compared with BF16", of("step"), show),
+    ...bars("Loading compared with BF16", of("load"), show),
+    ...bars("Memory compared with BF16", bench.memory.flatMap(both), mebibytes),
     make("p", {}, `Step memory is what a step holds on top of the weights, counted by ${bench.counted}.`),
     timingTable(bench.timings),
     ...commandBox(bench.command),
@@ -206,9 +211,26 @@ function timingTable(timings) {
       ...cells.map((value) => make("td", {}, String(value))));
   });
   const head = make("tr", {}, ...TIMING_HEAD.map((n) => make("th", { scope: "col" }, n)));
-  return make("details", { open: "" }, make("summary", {}, "Numbers beside BF16"),
+  return make("details", { open: "" }, make("summary", {}, "Timings compared with BF16"),
     make("table", {}, make("caption", {}, "Below 1 the quantized form is faster than BF16"),
       make("thead", {}, head), make("tbody", {}, ...rows)));
+}
+
+/* What the cell's records said, the latest first; a line for each change. */
+const HISTORY_HEAD = ["run on", "commit", "scope", "change", "verdict", "PSNR dB", "step, of BF16's"];
+const CHANGES = { first: "first run", better: "▲ better", worse: "▼ worse" };
+
+function describeHistory(versions) {
+  if (!versions) return [];
+  const [since, ...lines] = versions;
+  const show = (value) => (value === null ? "–" : value.toPrecision(4));
+  const rows = lines.map(([day, commit, scope, trend, verdict, error, step]) => make("tr", {},
+    make("th", { scope: "row" }, day),
+    ...[commit, DATA.scopes[scope], CHANGES[trend], verdict, show(error), show(step)].map((text) => make("td", {}, text))));
+  const head = make("tr", {}, ...HISTORY_HEAD.map((name) => make("th", { scope: "col" }, name)));
+  return [make("h3", {}, "History"), make("p", {}, since),
+    make("table", {}, make("caption", {}, "Runs that changed the verdict, the error or the speed, latest first"),
+      make("thead", {}, head), make("tbody", {}, ...rows))];
 }
 
 function mebibytes(value) {

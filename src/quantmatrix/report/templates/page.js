@@ -2,17 +2,18 @@
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const SYMBOLS = { proven: "✓", refused: "⊘", failing: "✗", unjudged: "≈", stale: "↻", unproven: "?", planned: "…" };
-const FILTERS = ["family", "model", "hardware", "state", "scope", "text"];
+const FILTERS = ["family", "model", "hardware", "program", "state", "scope", "text"];
 const STEP_NAMES = ["PSNR dB", "cosine", "relative L2"];
 const CHUNK = 240; // cells drawn at a time
 const [ROW, HARDWARE, BACKEND, STATE, SCOPE, CLAIM, RULE, REASON, OFFER, RECORD, OTHERS, NUMBER] = Array(12).keys();
+const BY_NAME = "name"; // key of the first column: the order of the tables
 const SVG = "http://www.w3.org/2000/svg";
 
 const find = (id) => document.getElementById(id);
-let found = []; // [checkpoint, its cells that pass the filters, the best first]
-let shown = []; // hardware that has a column
+let found = []; // [checkpoint, its cells that pass the filters, those of other programs], the best first
+let shown = []; // columns: see `listColumns`
 let drawn = 0;
-let sorting = { column: -1, down: false }; // a hardware, or -1: the order of the tables
+let sorting = { column: BY_NAME, down: false };
 
 /* An element; children are elements or text, never HTML. */
 function make(tag, attributes = {}, ...children) {
@@ -63,53 +64,60 @@ function checkpointOf(cell) {
   return DATA.rows[cell[ROW]][3];
 }
 
-/* What a word of the search may be a part of: of a row, of a hardware, or of the cell itself. */
-const ROW_TEXT = DATA.rows.map(([id, family, model, checkpoint]) =>
-  [id, DATA.families[family], ...DATA.models[model], ...DATA.checkpoints[checkpoint]].join(" ").toLowerCase());
+/* What a word of the search may be a part of: of a checkpoint, of a row, of a hardware, or of the cell itself. */
+const CHECKPOINT_TEXT = DATA.checkpoints.map(([id, reference, base, family, model]) =>
+  [id, reference, base, DATA.families[family], ...DATA.models[model]].join(" ").toLowerCase());
+const ROW_TEXT = DATA.rows.map(([id, , , checkpoint]) => `${id.toLowerCase()} ${CHECKPOINT_TEXT[checkpoint]}`);
 const PLACE_TEXT = DATA.hardware.map(([id, name, arch]) => [id, name, arch].join(" ").toLowerCase());
 
-/* Per row and per hardware, which words are in its text: cells then only look up. */
+/* Per checkpoint, row and hardware, which words are in its text: cells then only look up. */
 function prepareSearch(text) {
   const words = text.trim().toLowerCase().split(/\s+/).filter(Boolean);
   const look = (texts) => texts.map((one) => words.map((word) => one.includes(word)));
-  const [rows, places] = [look(ROW_TEXT), look(PLACE_TEXT)];
-  return (cell) => words.every((word, n) => rows[cell[ROW]][n] || places[cell[HARDWARE]][n] ||
+  const [checkpoints, rows, places] = [look(CHECKPOINT_TEXT), look(ROW_TEXT), look(PLACE_TEXT)];
+  const programs = look(PROGRAM_TEXT);
+  const own = (cell) => words.every((word, n) => rows[cell[ROW]][n] || places[cell[HARDWARE]][n] ||
     cell[BACKEND].includes(word) || labelOf(cell).includes(word));
+  const other = (one) => words.every((word, n) => checkpoints[one[CHECKPOINT]][n] || programs[one[PROGRAM]][n] ||
+    (one[PLACE] >= 0 && places[one[PLACE]][n]) || labelOther(one).includes(word));
+  return [own, other];
 }
 
+/* Tests of the filters that are set, for our cells and for those of other programs. */
 function readFilters() {
-  const index = (id, names) => names.indexOf(find(id).value);
-  return [
-    [(cell) => DATA.rows[cell[ROW]][1], index("family", DATA.families)],
-    [(cell) => DATA.rows[cell[ROW]][2], index("model", DATA.models.map(([id]) => id))],
-    [(cell) => cell[HARDWARE], index("hardware", DATA.hardware.map(([id]) => id))],
-    [(cell) => cell[STATE], index("state", DATA.states)],
-    [(cell) => cell[SCOPE], index("scope", DATA.scopes)],
-  ].filter(([, wanted]) => wanted >= 0);
+  const chosen = (id, names) => (find(id).value ? names.indexOf(find(id).value) : null);
+  const tests = [
+    [chosen("family", DATA.families), (n) => [(c) => DATA.rows[c[ROW]][1] === n, (o) => kindOf(o)[3] === n]],
+    [chosen("model", DATA.models.map(([id]) => id)), (n) => [(c) => DATA.rows[c[ROW]][2] === n, (o) => kindOf(o)[4] === n]],
+    [chosen("hardware", DATA.hardware.map(([id]) => id)), (n) => [(c) => c[HARDWARE] === n, (o) => runsOn(o, n)]],
+    [chosen("program", DATA.programs.map(([id]) => id)), (n) => [() => n < 0, (o) => o[PROGRAM] === n]], // -1: ours
+    [chosen("state", DATA.states), (n) => [(c) => c[STATE] === n, (o) => DATA.verdicts[o[VERDICT]][0] === find("state").value]],
+    [chosen("scope", DATA.scopes), (n) => [(c) => c[SCOPE] === n, (o) => o[OTHER_SCOPE] === n]],
+  ].filter(([value]) => value !== null).map(([value, make]) => make(value));
+  return [0, 1].map((kind) => (cell) => tests.every((pair) => pair[kind](cell)));
 }
 
 /* Filters: one pass over the cells, then the first rows are drawn. */
 function applyFilters() {
-  const wanted = readFilters();
-  const matches = prepareSearch(find("text").value);
+  const [own, other] = readFilters();
+  const [matches, matchesOther] = prepareSearch(find("text").value);
   const rows = new Map();
-  const places = new Set();
-  let cells = 0;
-  for (const cell of DATA.cells) {
-    if (!wanted.every(([value, number]) => value(cell) === number) || !matches(cell)) continue;
-    const checkpoint = checkpointOf(cell);
-    if (!rows.has(checkpoint)) rows.set(checkpoint, []);
-    rows.get(checkpoint).push(cell);
-    places.add(cell[HARDWARE]);
-    cells += 1;
-  }
-  for (const list of rows.values()) list.sort(compareCells);
-  found = [...rows];
-  shown = [...DATA.hardware.keys()].filter((number) => places.has(number));
-  find("empty").hidden = cells > 0;
-  find("matrix").hidden = cells === 0;
-  find("status").textContent = `${cells} of ${DATA.cells.length} cells of ` +
-    `${found.length} of ${DATA.checkpoints.length} checkpoints`;
+  const rowOf = (checkpoint) => {
+    if (!rows.has(checkpoint)) rows.set(checkpoint, [checkpoint, [], []]);
+    return rows.get(checkpoint);
+  };
+  const cells = DATA.cells.filter((cell) => own(cell) && matches(cell));
+  const others = DATA.others.filter((one) => other(one) && matchesOther(one));
+  for (const cell of cells) rowOf(checkpointOf(cell))[1].push(cell);
+  for (const one of others) rowOf(one[CHECKPOINT])[2].push(one);
+  for (const [, list] of rows.values()) list.sort(compareCells);
+  found = [...rows.values()];
+  shown = listColumns(new Set(cells.map((cell) => cell[HARDWARE])), new Set(others.map((one) => one[PROGRAM])));
+  find("empty").hidden = found.length > 0;
+  find("matrix").hidden = found.length === 0;
+  find("status").textContent = `${cells.length} of ${DATA.cells.length} cells of ` +
+    `${found.length} of ${DATA.checkpoints.length} checkpoints` +
+    (DATA.others.length ? `; other programs: ${others.length} of ${DATA.others.length}` : "");
   drawAgain();
   keepAddress();
 }
@@ -119,18 +127,34 @@ function compareCells(a, b) {
   return a[STATE] - b[STATE] || b[SCOPE] - a[SCOPE];
 }
 
+/* A column: key, title, what it is, its cells in a row, their order, and how they are drawn. */
+function listColumns(places, programs) {
+  const own = [...DATA.hardware.keys()].filter((number) => places.has(number)).map((number) => ({
+    key: String(number), title: DATA.hardware[number][0], about: DATA.hardware[number].slice(1, 3).join(" "),
+    pick: ([, cells]) => cells.filter((cell) => cell[HARDWARE] === number), compare: compareCells, draw: drawCells,
+  }));
+  const others = [...DATA.programs.keys()].filter((number) => programs.has(number)).map((number) => ({
+    key: `program-${number}`, title: DATA.programs[number][0], about: DATA.programs[number][1], other: true,
+    pick: ([, , all]) => pickOthers(all, number), compare: compareOthers, draw: (all) => all.map(drawOther),
+  }));
+  return [...own, ...others];
+}
+
 /* Checkpoints in the order of their model, or of their best cell in one column. */
 function sortRows() {
-  const model = ([, cells]) => DATA.rows[cells[0][ROW]][2];
-  const best = ([, cells]) => cells.find((cell) => cell[HARDWARE] === sorting.column);
-  const order = (a, b) => model(a) - model(b) || a[0] - b[0];
-  const column = (a, b) => {
-    const [left, right] = [best(a), best(b)];
-    if (!left || !right) return Boolean(right) - Boolean(left); // what is not there comes last
-    return (sorting.down ? -1 : 1) * compareCells(left, right) || order(a, b);
-  };
-  const byName = (a, b) => (sorting.down ? -order(a, b) : order(a, b));
-  found.sort(sorting.column < 0 ? byName : column);
+  const order = ([a], [b]) => DATA.checkpoints[a][4] - DATA.checkpoints[b][4] || a - b;
+  const sign = sorting.down ? -1 : 1;
+  const column = shown.find(({ key }) => key === sorting.column);
+  if (!column) {
+    found.sort((a, b) => sign * order(a, b));
+    return;
+  }
+  const best = new Map(found.map((row) => [row, column.pick(row)[0]]));
+  found.sort((a, b) => {
+    const [left, right] = [best.get(a), best.get(b)];
+    if (!left || !right) return Boolean(right) - Boolean(left) || order(a, b); // what is not there comes last
+    return sign * column.compare(left, right) || order(a, b);
+  });
 }
 
 function sortBy(column) {
@@ -157,18 +181,20 @@ function drawHead() {
     button.addEventListener("click", () => sortBy(column));
     return make("th", { scope: "col", "aria-sort": order }, button, ...more);
   };
-  const heads = shown.map((number) => {
-    const [id, name, arch] = DATA.hardware[number];
-    return head(number, id, [make("small", {}, `${name} ${arch}`)]);
-  });
-  find("head").replaceChildren(head(-1, "Model and checkpoint", []), ...heads);
+  const heads = shown.map(({ key, title, about }) => head(key, title, [make("small", {}, about)]));
+  find("head").replaceChildren(head(BY_NAME, "Model and checkpoint", []), ...heads);
+  const others = shown.filter((column) => column.other).length;
+  const group = (count, title) => (count ? [make("th", { scope: "colgroup", colspan: count }, title)] : []);
+  find("groups").hidden = !others;
+  find("groups").replaceChildren(...(others ? [make("td", {}), ...group(shown.length - others, "quantmatrix"),
+    ...group(others, "Other programs")] : []));
 }
 
 function drawMore() {
   const rows = [];
   for (let cells = 0; drawn < found.length && cells < CHUNK; drawn += 1) {
     rows.push(drawRow(found[drawn]));
-    cells += found[drawn][1].length;
+    cells += found[drawn][1].length + found[drawn][2].length;
   }
   find("body").append(...rows);
   find("more").hidden = drawn >= found.length;
@@ -184,16 +210,12 @@ function drawNearEnd() {
   if (left < 2 * box.clientHeight && drawn < found.length) drawMore();
 }
 
-function drawRow([checkpoint, cells]) {
-  const [, family, model] = DATA.rows[cells[0][ROW]];
-  const [id, reference] = DATA.checkpoints[checkpoint];
+function drawRow(row) {
+  const [id, reference, , family, model] = DATA.checkpoints[row[0]];
   const about = `${DATA.families[family]} · ${reference}`;
-  const row = make("tr", {}, make("th", { scope: "row" },
-    make("small", {}, DATA.models[model][1]), id, make("small", {}, about)));
-  for (const hardware of shown) {
-    row.append(make("td", {}, ...drawCells(cells.filter((cell) => cell[HARDWARE] === hardware))));
-  }
-  return row;
+  return make("tr", {}, make("th", { scope: "row" },
+    make("small", {}, DATA.models[model][1]), id, make("small", {}, about)),
+  ...shown.map(({ pick, draw }) => make("td", {}, ...draw(pick(row)))));
 }
 
 /* The best cell, and the others folded below it: drawn when they are asked for. */
@@ -220,12 +242,12 @@ function drawCell(cell) {
 }
 
 /* The address keeps question, filters and the open cell, so all of it can be sent to somebody. */
-function keepAddress(cell) {
+function keepAddress(name) {
   const params = new URLSearchParams();
   for (const id of [...QUESTION, ...FILTERS]) {
     if (find(id).value && find(id).value !== find(id).dataset.default) params.set(id, find(id).value);
   }
-  if (cell) params.set("cell", nameOf(cell));
+  if (name) params.set("cell", name);
   const text = params.toString();
   history.replaceState(null, "", text ? `#${text}` : location.pathname + location.search);
 }
@@ -240,6 +262,8 @@ function readAddress() {
   const name = params.get("cell");
   const cell = name && DATA.cells.find((candidate) => nameOf(candidate) === name);
   if (cell) openCell(cell);
+  const other = name && !cell && DATA.others.find((candidate) => nameOther(candidate) === name);
+  if (other) openOther(other);
 }
 
 function fill(id, names) {

@@ -57,7 +57,7 @@ function answer() {
   const usable = ranked.filter(([fit]) => fit < 3);
   find("answer").hidden = !usable.length;
   find("answer-status").textContent = ready ? tellAnswer(asked, ranked, usable)
-    : "Choose your hardware and your model; memory is that of the card unless you say less.";
+    : "Choose your hardware and your model; memory is the card's unless you give less.";
   find("answer-rows").replaceChildren(...ranked.slice(0, MOST).map(drawAnswer));
   find("best").replaceChildren(...(usable.length ? describeBest(...usable[0]) : []));
 }

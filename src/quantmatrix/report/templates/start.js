@@ -1,9 +1,17 @@
+/* Verdicts that some program has; `stale` is a state of ours, too. */
+function listVerdicts() {
+  const had = new Set(DATA.others.map((one) => one[VERDICT]));
+  return DATA.verdicts.map(([name]) => name).filter((name, n) => had.has(n) && !DATA.states.includes(name));
+}
+
 function start() {
   fill("family", DATA.families.map((name) => [name]));
   for (const id of ["model", "my-model"]) fill(id, DATA.models);
   fill("hardware", DATA.hardware.map(([id]) => [id]));
   fill("my-hardware", DATA.hardware.map(([id, name, , memory]) => [id, memory ? `${name}, ${memory} GiB` : name]));
-  fill("state", DATA.states.map((name) => [name]));
+  fill("program", DATA.programs.length ? [["quantmatrix"], ...DATA.programs.map(([id]) => [id])] : []);
+  find("program").parentElement.hidden = !DATA.programs.length;
+  fill("state", [...DATA.states, ...listVerdicts()].map((name) => [name]));
   fill("scope", DATA.scopes.map((name) => [name]));
   find("counts").append(...countLabels());
   find("answer-head").append(...ANSWER_HEAD.map((title, n) =>
