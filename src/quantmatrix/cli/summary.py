@@ -41,8 +41,8 @@ def run_summary(arguments: argparse.Namespace, rest: list[str]) -> int:
     from quantmatrix.proof import reports_folder
     from quantmatrix.proof import store as records
     from quantmatrix.proof.freshness import read_now
-    from quantmatrix.proof.joined import EVIDENCE
     from quantmatrix.proof.merge import merge_folders
+    from quantmatrix.proof.reports_folder import EVIDENCE
     from quantmatrix.report import job_summary
     from quantmatrix.tables import read
 

@@ -9,6 +9,7 @@ from quantmatrix.proof import bench_results
 from quantmatrix.proof import record as records
 from quantmatrix.proof.agreement import find_life
 from quantmatrix.proof.offers import offer
+from quantmatrix.proof.reports_folder import EVIDENCE
 from quantmatrix.proof.scopes import key_of, order_labels
 from quantmatrix.proof.states import STATES
 
@@ -55,9 +56,6 @@ def rows_as_dicts(matrix: Matrix, standings: Mapping[str, Standing]) -> list[dic
 
 
 LABELS = order_labels(STATES)
-
-EVIDENCE = "evidence"
-"""Folder of the records, below the reports."""
 
 
 class Joined:

@@ -31,7 +31,6 @@ the new one. Paths of the machine are replaced by `$NAMES` before a record is wr
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -192,6 +191,8 @@ def describe_files(files: Iterable[str | Path]) -> dict[str, Any]:
 
 def list_versions(packages: Iterable[str] = VERSIONED) -> dict[str, str]:
     """Version of each package that is installed."""
+    import importlib.metadata  # a tenth of a second, which `recommend` has not
+
     found = {}
     for package in packages:
         try:

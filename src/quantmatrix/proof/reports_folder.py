@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from quantmatrix.errors import UsageError
 from quantmatrix.proof import packaged
-from quantmatrix.proof.joined import EVIDENCE
 
 if TYPE_CHECKING:
     import os
+
+EVIDENCE = "evidence"
+"""Folder of the records, below the reports."""
 
 
 def default_folder() -> Path:

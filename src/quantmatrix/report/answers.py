@@ -26,8 +26,8 @@ from quantmatrix import strict_json
 from quantmatrix.errors import QuantmatrixError
 from quantmatrix.proof import packaged
 from quantmatrix.proof import record as records
-from quantmatrix.proof.joined import EVIDENCE
 from quantmatrix.proof.offers import is_invented, offer
+from quantmatrix.proof.reports_folder import EVIDENCE
 from quantmatrix.proof.scopes import (
     COMPILED,
     SCOPES,

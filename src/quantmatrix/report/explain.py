@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Any
 from quantmatrix.errors import UsageError
 from quantmatrix.proof import columns
 from quantmatrix.proof import record as records
-from quantmatrix.proof.joined import EVIDENCE, read_worst
+from quantmatrix.proof.joined import read_worst
 from quantmatrix.proof.offers import find_real, is_invented, offer, write_quantize
+from quantmatrix.proof.reports_folder import EVIDENCE
 from quantmatrix.proof.scopes import COMPILED, WEIGHTS, key_of, list_checks
 from quantmatrix.proof.states import stand_all
 from quantmatrix.report.markdown import show_number

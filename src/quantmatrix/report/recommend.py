@@ -7,7 +7,6 @@ takes seconds, and that is said. What an installed package carries was rendered 
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     import os
 
     from quantmatrix.tables.rows import HardwareRow, Matrix
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,11 @@ def read_answers(tables: Matrix, reports: str | os.PathLike[str] | None = None) 
         found = answers.decode(read_file(file), file)
         if source == packaged.FOLDER or found.inputs == answers.digest_inputs(tables, source):
             return found
-        logger.info("%s is older than tables or records: joining them again", file)
+        import logging  # which an answer at once needs not
+
+        logging.getLogger(__name__).info(
+            "%s is older than tables or records: joining them again", file
+        )
     return work_out(tables, source)
 
 

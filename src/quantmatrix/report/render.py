@@ -23,8 +23,8 @@ from quantmatrix.proof import record as records
 from quantmatrix.proof.agreement import write_badge
 from quantmatrix.proof.bench_results import BENCHMARKS
 from quantmatrix.proof.freshness import read_now
-from quantmatrix.proof.joined import EVIDENCE, Joined, read_worst
-from quantmatrix.proof.reports_folder import find_folder, find_source, is_checkout
+from quantmatrix.proof.joined import Joined, read_worst
+from quantmatrix.proof.reports_folder import EVIDENCE, find_folder, find_source, is_checkout
 from quantmatrix.proof.scopes import Standing, cell_of
 from quantmatrix.proof.states import STATES as STATES
 from quantmatrix.proof.states import explain_state as explain_state

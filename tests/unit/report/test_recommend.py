@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +96,20 @@ def check_answer(found: dict[str, Any]) -> None:
     assert row.model == model
     assert best["kernel"]
     assert best["weights_mib"] > 1000  # every model of the tables has billions of parameters
+
+
+def test_an_answer_imports_nothing_heavy(reports: Path) -> None:
+    """How long the whole process takes is held by benchmarks/test_recommend.py."""
+    heavy = ("torch", "numpy", "jinja2", "importlib.metadata", "statistics", "PIL", "email")
+    script = (
+        "import sys\n"
+        "from quantmatrix.cli.main import main\n"
+        f"main(['recommend', '--hardware', 'h200', '--model', 'flux-1', '--reports', {str(reports)!r}])\n"
+        f"print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stderr == "[]\n"
+    assert "h200" in done.stdout
 
 
 def test_what_is_refused_by_the_plan_is_no_option_and_says_the_rule(reports: Path) -> None:
