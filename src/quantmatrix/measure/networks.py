@@ -138,8 +138,8 @@ def find_clip(cache: Path | None = None) -> Path | None:
 
     config = find("config.json")
     weights = find("model.safetensors") or find("pytorch_model.bin")
-    words = find("tokenizer.json") or find("vocab.json")
-    return config.parent if config and weights and words else None
+    vocabulary = find("tokenizer.json") or find("vocab.json")
+    return config.parent if config and weights and vocabulary else None
 
 
 def load_clip(folder: Path) -> Score:
@@ -153,8 +153,8 @@ def load_clip(folder: Path) -> Score:
 
     @torch.no_grad()
     def score(picture: torch.Tensor, prompt: str) -> float:
-        words = tokenizer([prompt], truncation=True, max_length=longest, return_tensors="pt")
-        found: Any = model(**words, pixel_values=prepare_clip(picture, side))
+        tokens = tokenizer([prompt], truncation=True, max_length=longest, return_tensors="pt")
+        found: Any = model(**tokens, pixel_values=prepare_clip(picture, side))
         cosine = functional.cosine_similarity(found.image_embeds, found.text_embeds)
         return 100 * max(float(cosine), 0.0)
 

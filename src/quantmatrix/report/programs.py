@@ -38,14 +38,14 @@ def collect(runtimes: Runtimes) -> dict[str, Any]:
     """What the page knows of other programs; see the module's table."""
     tables = runtimes.tables
     found: dict[tuple[str, str], list[Shown]] = {}
-    places: dict[str, list[int]] = {}
+    running: dict[str, list[int]] = {}
     hardware = list(tables.hardware)
     for shown in runtimes.cells.values():
         cell = shown.cell
         found.setdefault((cell.checkpoint, cell.runtime), []).append(shown)
         number = hardware.index(cell.hardware)
-        if number not in places.setdefault(cell.runtime, []):
-            places[cell.runtime].append(number)
+        if number not in running.setdefault(cell.runtime, []):
+            running[cell.runtime].append(number)
     with_cells = {runtime for (_, runtime), cells in found.items() if any(map(is_known, cells))}
     programs = [row for row in tables.runtimes.values() if row.id in with_cells and row.id != OWN]
     runs: list[dict[str, Any]] = []
@@ -56,7 +56,7 @@ def collect(runtimes: Runtimes) -> dict[str, Any]:
             for line in list_cells(found[name, row.id], hardware, said, runs):
                 others.append([checkpoint, program, *line])
     return {
-        "programs": [[row.id, row.name, sorted(places[row.id])] for row in programs],
+        "programs": [[row.id, row.name, sorted(running[row.id])] for row in programs],
         "verdicts": [[name, MEANINGS.get(name, "its documentation says so")] for name in SHOWN],
         "others": others,
         "statements": list_statements(tables.statements.values()),
@@ -82,10 +82,10 @@ def list_cells(
         claims = compare_said("unproven", shown.statements)
         if shown.record is None:
             continue
-        place, verdict = hardware.index(shown.cell.hardware), SHOWN.index(shown.state)
+        where, verdict = hardware.index(shown.cell.hardware), SHOWN.index(shown.state)
         scope = SCOPES.index(shown.record.scope) if shown.record.scope in SCOPES else -1
         number = show_number(shown)
-        lines.append([place, verdict, scope, shown.said, number, len(runs), statements])
+        lines.append([where, verdict, scope, shown.said, number, len(runs), statements])
         runs.append(describe_run(shown))
     if statements:
         lines.append([-1, SHOWN.index(DOCUMENTED), -1, claims, "", -1, statements])

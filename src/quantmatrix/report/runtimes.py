@@ -17,6 +17,7 @@ from quantmatrix.proof.columns import RUNTIMES, STALE, UNPROVEN, VERDICTS
 from quantmatrix.proof.scopes import label
 from quantmatrix.proof.states import STATES
 from quantmatrix.quoting import escape_markdown
+from quantmatrix.report.overview import LONGEST
 from quantmatrix.report.table import write_table
 from quantmatrix.tables.rows import OWN
 
@@ -204,12 +205,20 @@ def write_runs(recorded: Iterable[Shown]) -> str:
         assert one.record is not None
         worst = one.record.metrics.get("worst", {})
         numbers = f"cosine {worst['cosine']:.4g}" if worst else ""
-        said = escape_markdown(one.reason or numbers)
         facts = [one.record.version, one.record.made[:10]]
-        how = escape_markdown(one.record.command, 1000)
+        said, how = fit(one.reason or numbers), fit(one.record.command)
         lines.append([f"[`{one.cell.id}`]({one.file})", one.label, said, how, *facts])
     head = ["cell", "verdict", "its message, or the worst step", "loaded by", "version", "on"]
     return write_table(head, lines)
+
+
+def fit(text: str) -> str:
+    """Words of others as Markdown of at most `LONGEST` characters; the record, or the table, has all of them."""
+    found, most = escape_markdown(text, LONGEST), LONGEST
+    while len(found) > LONGEST:  # marks that hide others take room, too
+        most -= len(found) - LONGEST
+        found = escape_markdown(text, most)
+    return found
 
 
 def write_programs(tables: Matrix) -> str:
@@ -247,8 +256,8 @@ def write_statements(statements: Iterable[StatementRow]) -> str:
             one.runtime,
             f"`{one.family}` {' '.join(one.models)} {' '.join(one.forms)}".strip(),
             one.says,
-            escape_markdown(one.quote, 400),
-            escape_markdown(one.source, 400),
+            fit(one.quote),
+            fit(one.source),
             one.version,
             one.date,
         ]

@@ -208,6 +208,12 @@ def test_a_thousand_cells_are_one_page(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(gzip.compress(pages["index.html"])) < 1_000_000  # as it travels
 
 
+def test_the_committed_page_travels_as_a_megabyte_at_most() -> None:
+    """With other programs, histories and pictures, which the made-up matrix has few of."""
+    page = (Path(__file__).parents[3] / "reports" / "index.html").read_bytes()
+    assert len(gzip.compress(page)) < 1_000_000
+
+
 def test_what_an_open_cell_needs_is_a_block_of_its_own(tables: Matrix) -> None:
     page = render(tables, {PROVEN: observe_run(tables, find(tables, PROVEN))})
     scripts = Elements(page).scripts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from quantmatrix.proof.columns import RuntimeRecord
 from quantmatrix.proof.states import stand_all
 from quantmatrix.report import render
 from quantmatrix.report.explain import Explainer
+from quantmatrix.report.overview import LONGEST
 from quantmatrix.report.runtimes import Runtimes, write_csv, write_page
 from quantmatrix.tables import read
 from quantmatrix.tables.rows import RuntimeCell
@@ -94,6 +96,18 @@ def test_texts_of_others_are_escaped(runtimes: Runtimes) -> None:
     page = render.render(TABLES, {}, others=RECORDS)["index.html"].decode()
     assert "<img" not in page
     assert "\\u003cimg src=x" in page
+
+
+def test_no_cell_of_a_table_is_wider_than_github_shows() -> None:
+    long = observe("fp8-guide", "refuses", "*a* " * 200)
+    long = replace(long, command="load('" + "word " * 100 + "')")
+    found = {**RECORDS, long.id: long}
+    page = write_page(Runtimes(TABLES, found, stand_all(TABLES, {})))
+    for line in page.splitlines():
+        if line.startswith("|"):
+            cells = re.split(r"(?<!\\)\|", line)[1:-1]
+            shown = [re.sub(r"\]\([^)]*\)", "]", cell.strip()) for cell in cells]
+            assert max(map(len, shown)) <= LONGEST, line
 
 
 def test_csv_has_every_cell(runtimes: Runtimes) -> None:
