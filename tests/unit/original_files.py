@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import FunctionType
+from typing import Any
 
 import torch
 from original_states import SPACES
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from quantmatrix import models
 from quantmatrix.checkpoints.reader import TensorReader
 from quantmatrix.request import Request
-from quantmatrix.runtime.plan.learned_names import LearnedDialect, learn
+from quantmatrix.runtime.plan.learned_names import LearnedDialect, find_converter, learn
 from quantmatrix.tiny import hub
 from quantmatrix.tools.dequantize import decode_tensors, plan_decode
 
@@ -56,6 +58,21 @@ def pack(dialect: LearnedDialect, plain: Mapping[str, torch.Tensor]) -> Tensors:
         if parts:
             packed[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
     return packed
+
+
+def convert(model: str, state: Tensors) -> Tensors:
+    """What diffusers' converter makes of a state dict, whose rows alone it looks at.
+
+    FLUX.1's names the published width in its code, and is run with the stand-in's.
+    """
+    converter: Any = find_converter(models.load(model).TRANSFORMER)
+    if model == "flux-1":
+        code = converter.__code__
+        assert 3072 in code.co_consts
+        width = SIZES[model]["D"]
+        own = tuple(width if value == 3072 else value for value in code.co_consts)
+        converter = FunctionType(code.replace(co_consts=own), converter.__globals__)
+    return converter(checkpoint=dict(state), config={}) if converter else dict(state)
 
 
 def ask(model: str, path: str) -> Request:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import FunctionType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from original_files import (
     SIZES,
     Tensors,
     ask,
+    convert,
     find_base,
     learn_names,
     pack,
@@ -30,7 +29,6 @@ from quantmatrix.api import plan
 from quantmatrix.checkpoints.gguf import ARCHITECTURES, ORIGINAL_SHAPE
 from quantmatrix.request import Request
 from quantmatrix.runtime.load import load_component
-from quantmatrix.runtime.plan.learned_names import find_converter
 from quantmatrix.runtime.plan.types import Plan
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf: the extra `gguf`")
@@ -79,21 +77,6 @@ def write_gguf(path: Path, packed: Tensors, form: str, model: str, prefix: str =
     writer.write_tensors_to_file()
     writer.close()
     return stored
-
-
-def convert(model: str, state: Tensors) -> Tensors:
-    """What diffusers' converter makes of a state dict, whose rows alone it looks at.
-
-    FLUX.1's names the published width in its code, and is run with the stand-in's.
-    """
-    converter: Any = find_converter(models.load(model).TRANSFORMER)
-    if model == "flux-1":
-        code = converter.__code__
-        assert 3072 in code.co_consts
-        width = SIZES[model]["D"]
-        own = tuple(width if value == 3072 else value for value in code.co_consts)
-        converter = FunctionType(code.replace(co_consts=own), converter.__globals__)
-    return converter(checkpoint=dict(state), config={}) if converter else dict(state)
 
 
 def decode_blocks(packed: Tensors, stored: Tensors, types: Mapping[str, str]) -> Tensors:
