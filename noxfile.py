@@ -202,6 +202,13 @@ def producers_msmodelslim(session: nox.Session) -> None:
     session.run("pytest", "tests/producers/test_real_msmodelslim.py", "-q", *session.posargs)
 
 
+@nox.session(name="producers-torchao")
+def producers_torchao(session: nox.Session) -> None:
+    """The rows of diffusers' column that torchao quantizes while loading, in an environment with it."""
+    install(session, "test", "torchao")
+    session.run("pytest", "tests/producers/test_torchao_column.py", "-q", *session.posargs)
+
+
 @nox.session(name="compile-flashinfer")
 def compile_flashinfer(session: nox.Session) -> None:
     """Build an FP4 matmul of flashinfer for sm100a and sm120a each (-- --all) without a GPU."""

@@ -46,7 +46,7 @@ def run_inspect(arguments: argparse.Namespace, rest: list[str]) -> int:
         return 0
     for name, part in found["components"].items():
         plain = "unknown quantization" if part["unknown"] else "full precision"
-        say(f"{name}: {part['family'] or plain} ({part['why']})")
+        say(f"{name}: {part['family'] or plain} ({part['why']}): {part['summary']}")
         for file in part["files"]:
             say(f"  file         {file}")
         for file in part["left_out"]:

@@ -63,3 +63,21 @@ def test_the_page_of_offload_has_the_measured_numbers() -> None:
         numbers = f"{resident / 2**30:.2f} | {streamed / 2**30:.2f} | {streamed / resident:.3f}"
         assert f"| {form} | {numbers} | {1e3 * found['streamed_seconds']:.0f} |" in lines
         assert streamed <= 0.5 * resident
+
+
+def test_the_page_of_gguf_memory_has_the_measured_numbers() -> None:
+    folder = ROOT / "reports" / "evidence" / "cpu" / "gguf-memory"
+    found = json.loads((folder / "gguf-memory.json").read_text())
+    lines = (folder / "README.md").read_text().splitlines()
+    size = found["file_bytes"]
+    for what, key in (
+        ("file", "file_bytes"),
+        ("tensors kept by the model", "kept_bytes"),
+        ("peak of the process, pages of the mapped file included", "peak_bytes"),
+        ("memory of its own, without them", "own_bytes"),
+    ):
+        assert f"| {what} | {found[key] / 1e9:.2f} | {found[key] / size:.3f} |" in lines
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "gguf_memory.py"))
+    assert size >= 12e9
+    assert max(found["peak_bytes"], found["own_bytes"]) <= benchmark["MOST"] * size
+    assert found["passed"]

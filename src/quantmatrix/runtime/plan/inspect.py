@@ -22,6 +22,7 @@ from quantmatrix.families.unknown_quantization import explain_unknown
 from quantmatrix.request import Hub
 from quantmatrix.runtime.plan.layouts import describe_layouts
 from quantmatrix.runtime.plan.sources import COMPATIBLE_BASES
+from quantmatrix.runtime.plan.taken_for import summarize
 from quantmatrix.scheme import Scheme
 
 
@@ -70,6 +71,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     families.check(checkpoint)
     layout = families.load(family).layout(checkpoint) if family else None
     schemes = read_schemes(checkpoint, family, layout) if family else {}
+    names = find_names(checkpoint)
     dtypes: Counter[str] = Counter()
     for header in checkpoint.tensors.values():
         dtypes[header.dtype] += header.nbytes
@@ -77,6 +79,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "family": family,
         "why": why,
         "unknown": unknown is not None,
+        "summary": summarize(checkpoint, schemes.values(), names),
         "files": list(checkpoint.files),
         "left_out": list(checkpoint.left_out),
         "prefix": checkpoint.prefix,
@@ -93,7 +96,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "schemes": dict(Counter(scheme.name for scheme in schemes.values())),
         "layouts": describe_layouts(schemes, layout),
         "layout_from": layout and layout.why,
-        "names": find_names(checkpoint),
+        "names": names,
         "names_note": find_note(checkpoint),
         "layers": {layer: describe_scheme(scheme, layout) for layer, scheme in schemes.items()},
     }

@@ -7,29 +7,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from original_states import SPACES
-from safetensors.torch import load_file
+from original_files import (
+    SIZES,
+    Tensors,
+    ask,
+    find_base,
+    learn_names,
+    pack,
+    read_base,
+    read_numbers,
+)
 
 from quantmatrix import families, models
 from quantmatrix.api import plan
-from quantmatrix.checkpoints.reader import TensorReader
 from quantmatrix.errors import CheckpointError
 from quantmatrix.families.protocol import Calibration, Declaration
 from quantmatrix.request import Request
-from quantmatrix.runtime.plan.learned_names import LearnedDialect, learn
+from quantmatrix.runtime.plan.learned_names import LearnedDialect
 from quantmatrix.runtime.plan.placement import select_rows
 from quantmatrix.runtime.plan.types import Plan
-from quantmatrix.tiny import hub
-from quantmatrix.tools.dequantize import decode_tensors, plan_decode
+from quantmatrix.tools.dequantize import plan_decode
 from quantmatrix.tools.recipe import save
 
-SIZES = {
-    "flux-1": {"D": 256},
-    "flux-2": {"D": 256},
-    "wan-2-2": {"D": 256, "F": 512},
-    "z-image": {"D": 384, "F": 1024},
-}
-"""Widths of the stand-ins."""
 FORMS = [
     ("flux-1", "fp8", "tensor-dynamic"),
     ("flux-1", "fp8", "channel-dynamic"),
@@ -44,39 +43,6 @@ FORMS = [
     ("wan-2-2", "fp8", "channel-dynamic"),
     ("wan-2-2", "modelopt-nvfp4", "NVFP4"),
 ]
-Tensors = dict[str, torch.Tensor]
-
-
-def find_base(model: str) -> Path:
-    folder = hub.default_folder()
-    hub.ensure(models.load(model).REPO, folder)
-    return hub.find_snapshot(models.load(model).REPO, folder)
-
-
-def read_base(model: str) -> Tensors:
-    [file] = (find_base(model) / "transformer").glob("*.safetensors")
-    return load_file(file)
-
-
-def learn_names(model: str, plain: Mapping[str, torch.Tensor]) -> LearnedDialect:
-    """The dialect of a stand-in's original names, which `test_learned_names` proves."""
-    class_name = models.load(model).TRANSFORMER
-    names = SPACES[class_name].resize(**SIZES[model]).shapes_by_name()
-    found = learn(class_name, {}, names, {n: tuple(t.shape) for n, t in plain.items()})
-    assert found is not None
-    return found
-
-
-def pack(dialect: LearnedDialect, plain: Mapping[str, torch.Tensor]) -> Tensors:
-    """A stand-in's tensors under its original names."""
-    packed: Tensors = {}
-    for name, targets in dialect.table.items():
-        parts = [plain[target.module] for target in targets if target.module in plain]
-        if parts and targets[0].swap_halves:
-            parts = list(parts[0].chunk(2))[::-1]
-        if parts:
-            packed[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return packed
 
 
 def unpack(dialect: LearnedDialect, packed: Mapping[str, torch.Tensor]) -> Tensors:
@@ -98,21 +64,6 @@ def write(path: Path, tensors: Tensors, said: Declaration = Declaration(), prefi
     renamed = {prefix + name: tensor.contiguous() for name, tensor in tensors.items()}
     save(renamed, sorted(renamed), path, metadata)
     return str(path)
-
-
-def ask(model: str, path: str) -> Request:
-    return Request(
-        model_path=str(find_base(model)), weights_paths={"transformer": path}, device="cpu"
-    )
-
-
-def read_numbers(request: Request) -> Tensors:
-    """Every tensor of the model in plain numbers, as a plan reads them."""
-    component = plan_decode(request, "transformer")
-    with TensorReader(component.checkpoint, "cpu") as reader:
-        names = {name for name, _ in decode_tensors(component, set())}
-        biases = {f"{name.removesuffix('.weight')}.bias" for name in names}
-        return {name: make(reader) for name, make in decode_tensors(component, names | biases)}
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
