@@ -71,7 +71,9 @@ def read_events(found: Iterable[Any], stages: str, layers: str) -> list[Event]:
 
     `found` are the events of `torch.profiler.profile(...).profiler.kineto_results`.
     """
-    spans = sorted(((one.start_ns(), -one.end_ns(), one) for one in found), key=lambda span: span[:2])
+    spans = sorted(
+        ((one.start_ns(), -one.end_ns(), one) for one in found), key=lambda span: span[:2]
+    )
     chosen: list[Event] = []
     opened: dict[int, list[tuple[int, Event]]] = {}
     for start, negative, one in spans:

@@ -68,7 +68,7 @@ def test_layers_hold_what_torch_finds_in_them() -> None:
 
 def test_events_of_a_device_are_read_by_torch() -> None:
     whole = [SimpleNamespace(name="kernel")]
-    results = SimpleNamespace(events=lambda: [])
+    results = SimpleNamespace(events=list)
     profiler = SimpleNamespace(
         profiler=SimpleNamespace(kineto_results=results), events=lambda: whole
     )
@@ -77,12 +77,18 @@ def test_events_of_a_device_are_read_by_torch() -> None:
 
 
 def make_event(
-    name: str, start: int, end: int, *, thread: int = 1, last: int | None = None, hidden: bool = False
+    name: str,
+    start: int,
+    end: int,
+    *,
+    thread: int = 1,
+    last: int | None = None,
+    hidden: bool = False,
 ) -> Any:
     """An event as a profile holds it; times are microseconds."""
     return SimpleNamespace(
         name=lambda: name, start_ns=lambda: start * 1000, end_ns=lambda: end * 1000,
-        start_thread_id=lambda: thread, end_thread_id=lambda: last or thread, shapes=lambda: [],
+        start_thread_id=lambda: thread, end_thread_id=lambda: last or thread, shapes=list,
         is_async=lambda: False, is_hidden_event=lambda: hidden,
     )  # fmt: skip
 
