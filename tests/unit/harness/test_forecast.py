@@ -79,6 +79,17 @@ def test_how_far_it_is(run: Forecast, lines: list[str], clock: Clock) -> None:
     assert len(lines) == 6
 
 
+def test_the_first_check_tells_no_pace(run: Forecast, lines: list[str], clock: Clock) -> None:
+    tests = name_tests(LOCAL[:20])
+    run.begin(tests)
+    lines.clear()
+    clock.now += 200
+    finish(run, tests[0])
+    assert lines == []
+    finish(run, tests[1])
+    assert lines == ["2 of 40 checks after 3 min, about 63 min left"]
+
+
 def test_a_few_checks_need_no_forecast(run: Forecast, lines: list[str], clock: Clock) -> None:
     tests = name_tests(LOCAL[:9])
     run.begin(tests)
