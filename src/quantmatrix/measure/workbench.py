@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 
@@ -120,17 +121,15 @@ class Workbench:
         Whoever has another plan builds a pipeline. The list tells, for each, whether it was lent one.
         """
         lent: list[bool] = []
-        build = generating.build_pipeline
 
         def give(wanted: Plan, *, progress: bool = False) -> Any:
             lent.append(wanted == plan)
-            return self.pipeline(request, plan) if lent[-1] else build(wanted, progress=progress)
+            if lent[-1]:
+                return self.pipeline(request, plan)
+            return build_pipeline(wanted, progress=progress)
 
-        generating.build_pipeline = give
-        try:
+        with patch.object(generating, "build_pipeline", give):
             yield lent
-        finally:
-            generating.build_pipeline = build
 
     def run(self, request: Request, plan: Plan) -> Run:
         """Generate with the pipeline of a request, or in the processes that its plan has."""

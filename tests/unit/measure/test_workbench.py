@@ -171,17 +171,23 @@ def test_plans_are_made_once_and_the_oldest_goes(bench: Workbench, monkeypatch) 
 
 
 def test_a_pipeline_is_lent_to_who_has_its_plan(bench: Workbench, monkeypatch) -> None:
-    monkeypatch.setattr(workbench, "build_pipeline", lambda plan: f"kept of {plan}")
-    monkeypatch.setattr(generating, "build_pipeline", lambda plan, progress: f"built of {plan}")
-    build = generating.build_pipeline
-    request = bench.request(bench.tables.cells[0])
+    built: list[str] = []
+
+    def build(plan: str, *, progress: bool = False) -> str:
+        built.append(plan)
+        return f"pipeline of {plan}"
+
+    monkeypatch.setattr(workbench, "build_pipeline", build)
+    usual, request = generating.build_pipeline, bench.request(bench.tables.cells[0])
+    kept = bench.pipeline(request, "plan")
     with bench.lend(request, "plan") as lent:
-        assert generating.build_pipeline("plan", progress=True) == "kept of plan"
-        assert generating.build_pipeline("another", progress=False) == "built of another"
+        assert generating.build_pipeline("plan", progress=True) is kept
+        assert generating.build_pipeline("another", progress=False) == "pipeline of another"
     assert lent == [True, False]
+    assert built == ["plan", "another"]
     with pytest.raises(ZeroDivisionError), bench.lend(request, "plan"):
         raise ZeroDivisionError
-    assert generating.build_pipeline is build
+    assert generating.build_pipeline is usual
 
 
 def test_tests_of_a_cell_are_grouped_and_others_go_by_file() -> None:
