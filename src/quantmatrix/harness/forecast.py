@@ -132,7 +132,7 @@ def estimate_cells(cells: Iterable[Cell], evidence: Path) -> dict[str, float]:
 
 
 def tell_time(seconds: float) -> str:
-    """A duration in words: `less than a minute`, `about 4 min`."""
+    """A number of seconds in words: `less than a minute`, `about 4 min`."""
     return "less than a minute" if seconds < 60 else f"about {round(seconds / 60)} min"
 
 
