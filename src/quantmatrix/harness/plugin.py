@@ -39,6 +39,7 @@ from quantmatrix.errors import MachineError, UnjudgedError, UsageError
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, GATE_LOOSENED, NOTHING_COLLECTED
 from quantmatrix.files import check_writable
 from quantmatrix.harness import selection
+from quantmatrix.harness.forecast import Forecast, count_workers
 from quantmatrix.harness.outcomes import (
     Outcomes,
     classify,
@@ -67,6 +68,9 @@ PLAN_ONLY = ("refuse", "compile")
 """Checks that need no device: they run for every hardware of the tables."""
 MANY = 1000
 """Tests from which on the garbage collector's time is noticed."""
+COLLECTED = (50_000, 20, 50)
+"""Thresholds of the garbage collector while cells are run: libraries make a million objects that stay, and
+the workbench collects whenever it lets go of a pipeline."""
 LOCAL = "cpu"
 """Hardware on which the other checks run when nothing is said."""
 
@@ -230,6 +234,14 @@ class Harness:
             self.outcomes = Outcomes(self.is_cell)
             config.pluginmanager.register(self.outcomes, "quantmatrix-outcomes")
             config.pluginmanager.register(Workers(lambda: self.cells), "quantmatrix-workers")
+            forecast = Forecast(
+                self.name_cells,
+                self.reports / "evidence",
+                self.say,
+                count_workers(config),
+                lambda cell: not self.wanted["hardware"] and cell.hardware != LOCAL,
+            )
+            config.pluginmanager.register(forecast, "quantmatrix-forecast")
         if self.narrowed:
             _ = self.cells  # a selection that is empty or misspelt ends the session at once
 
@@ -304,6 +316,16 @@ class Harness:
     def ids(self) -> frozenset[str]:
         """Ids of the selected cells."""
         return frozenset(cell.id for cell in self.cells)
+
+    def name_cells(self) -> dict[str, Cell]:
+        """The selected cells by id; none, if nothing needed the tables."""
+        return {cell.id: cell for cell in self.cells} if "cells" in vars(self) else {}
+
+    def say(self, line: str) -> None:
+        """Write a line of its own between pytest's."""
+        if reporter := self.config.pluginmanager.get_plugin("terminalreporter"):
+            reporter.ensure_newline()
+            reporter.write_line(line)
 
     def is_cell(self, name: str) -> bool:
         """Whether these are the id of a selected cell; never, if nothing needed the tables."""
@@ -527,9 +549,14 @@ class Harness:
     @pytest.fixture(scope="session", name="workbench")
     def provide_workbench(self) -> Iterator[Workbench]:
         """Requests, pipelines and BF16 runs of cells; loads each checkpoint once."""
-        from quantmatrix.measure.workbench import Workbench
+        usual = gc.get_threshold()
+        gc.set_threshold(*COLLECTED)
+        try:
+            from quantmatrix.measure.workbench import Workbench
 
-        tiny = not self.config.getoption("full_size")
-        bench = Workbench(self.tables, tiny=tiny, worker=self.worker)
-        yield bench
-        bench.release()
+            tiny = not self.config.getoption("full_size")
+            bench = Workbench(self.tables, tiny=tiny, worker=self.worker)
+            yield bench
+            bench.release()
+        finally:
+            gc.set_threshold(*usual)

@@ -7,7 +7,7 @@ compiled blocks and CUDA graphs do not call the layers one by one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from quantmatrix.api import require_plan
 from quantmatrix.errors import UsageError
 from quantmatrix.files import whole
 from quantmatrix.measure.trace_census import LAYER, Census, take_census
+from quantmatrix.measure.trace_events import read_events
 from quantmatrix.request import Request
 from quantmatrix.runtime.generate import STAGE, generate
 from quantmatrix.runtime.pipeline import build_pipeline
@@ -59,10 +60,18 @@ def trace_pipeline(request: Request, plan: Plan, pipeline: Any, path: Path | Non
     profiler = torch.profiler.profile(activities=activities, record_shapes=True)
     with named_ranges(pipeline, plan), profiler:
         generate(request, plan=replace(plan, processes=1), pipeline=pipeline)
-    census = take_census(profiler.events() or [], plan)
+    census = take_census(list_events(profiler, activities), plan)
     if path is not None:
         write_trace(profiler, path)
     return census
+
+
+def list_events(profiler: Any, activities: Collection[Any]) -> list[Any]:
+    """What a census needs of a profile's events; all of them where a device took part."""
+    results = getattr(profiler.profiler, "kineto_results", None)
+    if results is None or len(activities) > 1:
+        return list(profiler.events() or [])
+    return list(read_events(results.events(), STAGE, LAYER))
 
 
 @contextmanager

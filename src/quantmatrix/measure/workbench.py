@@ -1,16 +1,20 @@
 """Workbench: runs of cells on this machine, with nothing loaded or computed twice.
 
 Pipelines are kept one at a time, keyed by everything that shapes them (checkpoint, backend, dtype,
-offload ...): cells come sorted, and two large ones would not fit on a device. BF16 runs are kept as
-latents and media, keyed by model, size, steps, prompt and seed.
+offload ...): cells come sorted, and two large ones would not fit on a device. The command line of a
+cell is lent the one at hand. BF16 runs are kept as latents and media, keyed by model, size, steps,
+prompt and seed; plans are kept while cells near them may ask again.
 """
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 
@@ -19,6 +23,7 @@ from quantmatrix.errors import MachineError
 from quantmatrix.hardware import probe
 from quantmatrix.measure.layers import LayerErrors, watch_layers
 from quantmatrix.request import FP4_BACKEND_VARIABLE, Request, blank_generation, strip_quantization
+from quantmatrix.runtime import generate as generating
 from quantmatrix.runtime import parallel
 from quantmatrix.runtime.generate import generate
 from quantmatrix.runtime.pipeline import build_pipeline
@@ -28,6 +33,9 @@ from quantmatrix.tables.identify import find_difference
 
 if TYPE_CHECKING:
     from quantmatrix.tables.rows import Cell, HardwareRow, Matrix
+
+PLANS = 64
+"""Plans that are kept: those of a cell and of its base model are asked for by every check."""
 
 
 class Workbench:
@@ -40,6 +48,7 @@ class Workbench:
         self.worker = worker
         self._pipeline: tuple[str, Any] | None = None
         self._baselines: dict[str, Run] = {}
+        self._plans: dict[str, Plan] = {}
         if worker is not None:
             torch.set_num_threads(1)
 
@@ -89,8 +98,13 @@ class Workbench:
         return f"{machine.device.partition(':')[0]}:{slot}"
 
     def plan(self, request: Request) -> Plan:
-        """The plan of a request; RefusedError when it ends in a refusal."""
-        return api.require_plan(request)
+        """The plan of a request, made once; RefusedError when it ends in a refusal."""
+        key = repr(request)
+        plan = self._plans.pop(key, None) or api.require_plan(request)
+        self._plans[key] = plan
+        if len(self._plans) > PLANS:
+            del self._plans[next(iter(self._plans))]  # the one that was asked for longest ago
+        return plan
 
     def pipeline(self, request: Request, plan: Plan) -> Any:
         """The pipeline of a request, the one at hand if it is the same."""
@@ -99,6 +113,23 @@ class Workbench:
             self.release()
             self._pipeline = (key, build_pipeline(plan))
         return self._pipeline[1]
+
+    @contextmanager
+    def lend(self, request: Request, plan: Plan) -> Iterator[list[bool]]:
+        """Give the pipeline of a request to who generates by the same plan meanwhile, in this process.
+
+        Whoever has another plan builds a pipeline. The list tells, for each, whether it was lent one.
+        """
+        lent: list[bool] = []
+
+        def give(wanted: Plan, *, progress: bool = False) -> Any:
+            lent.append(wanted == plan)
+            if lent[-1]:
+                return self.pipeline(request, plan)
+            return build_pipeline(wanted, progress=progress)
+
+        with patch.object(generating, "build_pipeline", give):
+            yield lent
 
     def run(self, request: Request, plan: Plan) -> Run:
         """Generate with the pipeline of a request, or in the processes that its plan has."""
@@ -129,7 +160,7 @@ class Workbench:
         key = repr(plain)
         if key not in self._baselines:
             self.release()
-            self._baselines[key] = api.generate(plain)
+            self._baselines[key] = generate(plain, plan=self.plan(plain))
         return self._baselines[key]
 
     def release(self) -> None:

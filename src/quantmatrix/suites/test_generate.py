@@ -1,4 +1,8 @@
-"""Generate: the row's command, through the command line, leaves a file that shows something."""
+"""Generate: the row's command, through the command line, leaves a file that shows something.
+
+The command plans for itself. In one process it must come to the plan of the cell's other checks, and then
+runs with the pipeline that they have loaded.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +40,15 @@ def test_generate(
         monkeypatch.setenv(name, value)
     argv = [*workbench.argv(cell)[1:], "--device", job.request.device or "cpu"]
     start = time.perf_counter()
-    code = main.main([*argv, "--output-path", str(tmp_path), "--json"])
+    with workbench.lend(job.request, job.plan) as lent:
+        code = main.main([*argv, "--output-path", str(tmp_path), "--json"])
     proof.timings["command"] = time.perf_counter() - start
     out, err = capfd.readouterr()
     proof.folders[str(tmp_path)] = "$OUTPUT"
     if code == ENVIRONMENT_UNUSABLE:
         raise UnusableError(err)
     assert code == 0, err
+    assert lent == [True] * (job.plan.processes == 1), "the command's plan is not the cell's"
     [run] = json.loads(out)["runs"]
     frames = read_media(Path(run["output"]))
     count, height, width = expected_size(job)

@@ -19,6 +19,7 @@ from quantmatrix.harness.workers import find_group
 from quantmatrix.measure import workbench
 from quantmatrix.measure.workbench import Workbench
 from quantmatrix.request import FP4_BACKEND_VARIABLE, Hub, Request, strip_quantization
+from quantmatrix.runtime import generate as generating
 from quantmatrix.tables import read
 
 H100 = Machine("NVIDIA H100 80GB HBM3", "nvidia", "sm90", 80 * 2**30, device="cuda:0", count=2)
@@ -136,7 +137,7 @@ def test_pipelines_and_bf16_runs_are_made_once(bench: Workbench, monkeypatch) ->
     monkeypatch.setattr(
         workbench, "generate", lambda request, **_: ran.append(request) or SimpleNamespace()
     )
-    monkeypatch.setattr(workbench.api, "generate", workbench.generate)
+    monkeypatch.setattr(workbench.api, "require_plan", lambda request: SimpleNamespace())
     cell, made = bench.tables.cells[0], make_dataclass("Made", [("processes", int)])(1)
     request = bench.request(cell)
     assert bench.baseline(cell, request) is bench.baseline(cell, request)
@@ -149,6 +150,44 @@ def test_pipelines_and_bf16_runs_are_made_once(bench: Workbench, monkeypatch) ->
     assert len(built) == 4
     assert bench.baseline(cell, replace(request, backend="decode")) is not None
     assert len([r for r in ran if r.model_path == "some/flux-1" and not r.component_paths]) == 1
+
+
+def test_plans_are_made_once_and_the_oldest_goes(bench: Workbench, monkeypatch) -> None:
+    made: list[Request] = []
+    monkeypatch.setattr(
+        workbench.api, "require_plan", lambda request: made.append(request) or object()
+    )
+    first = bench.request(bench.tables.cells[0])
+    kept = bench.plan(first)
+    others = [replace(first, seed=(number,)) for number in range(100, 99 + workbench.PLANS)]
+    for request in others:
+        bench.plan(request)
+    assert bench.plan(replace(first)) is kept
+    bench.plan(replace(first, backend="decode"))
+    assert len(made) == workbench.PLANS + 1
+    assert bench.plan(first) is kept
+    bench.plan(others[0])  # it was asked for longest ago, and is made again
+    assert len(made) == workbench.PLANS + 2
+
+
+def test_a_pipeline_is_lent_to_who_has_its_plan(bench: Workbench, monkeypatch) -> None:
+    built: list[str] = []
+
+    def build(plan: str, *, progress: bool = False) -> str:
+        built.append(plan)
+        return f"pipeline of {plan}"
+
+    monkeypatch.setattr(workbench, "build_pipeline", build)
+    usual, request = generating.build_pipeline, bench.request(bench.tables.cells[0])
+    kept = bench.pipeline(request, "plan")
+    with bench.lend(request, "plan") as lent:
+        assert generating.build_pipeline("plan", progress=True) is kept
+        assert generating.build_pipeline("another", progress=False) == "pipeline of another"
+    assert lent == [True, False]
+    assert built == ["plan", "another"]
+    with pytest.raises(ZeroDivisionError), bench.lend(request, "plan"):
+        raise ZeroDivisionError
+    assert generating.build_pipeline is usual
 
 
 def test_tests_of_a_cell_are_grouped_and_others_go_by_file() -> None:
