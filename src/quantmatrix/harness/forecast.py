@@ -62,7 +62,7 @@ class Forecast:
         """Of every check that is to come, by test id."""
         self.count = 0
         self.whole = 0.0
-        self.began = self.told = 0.0
+        self.began = self.shown = 0.0
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Say what is to be run here."""
@@ -84,7 +84,7 @@ class Forecast:
         """Estimate the checks among these tests."""
         cells = self.cells()
         found = {test: name_cell(test) for test in tests if name_cell(test) in cells}
-        self.began = self.told = self.clock()
+        self.began = self.shown = self.clock()
         if len(found) < FEW:
             return
         checks = Counter(found.values())
@@ -103,9 +103,9 @@ class Forecast:
         if self.seconds.pop(test, None) is None or not self.seconds:
             return
         now, left = self.clock(), sum(self.seconds.values())
-        if now - self.told < PERIOD or left > self.whole * (1 - ENOUGH):
+        if now - self.shown < PERIOD or left > self.whole * (1 - ENOUGH):
             return
-        self.told = now
+        self.shown = now
         elapsed = now - self.began
         self.say(
             f"{self.count - len(self.seconds):,} of {self.count:,} checks after "

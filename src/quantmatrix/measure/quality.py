@@ -78,7 +78,10 @@ def measure_networks(
     prompt: str,
     found: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """`lpips`, `clip` and `clip_bf16` of (reference, candidate) frames, and `missing` with what they lack."""
+    """`lpips`, `clip` and `clip_bf16` of (reference, candidate) frames, and `missing` with what they lack.
+
+    Frames are as `stack_frames` gives them: float32 [H, W, 3].
+    """
     missing = {**found["missing"], **networks.missing}
     measured: dict[str, Any] = dict.fromkeys(("lpips", "clip", "clip_bf16"))
     height, width = pairs[0][0].shape[:2]

@@ -156,15 +156,20 @@ def read_lines(path: Path) -> Lines:
     for number, row in enumerate(rows[1:], 2):
         try:
             cell, *texts = row
-            scope, date, commit, verdict, psnr_db, step, trend = texts
-            if scope not in SCOPES or trend not in TRENDS:
-                raise ValueError(f"{scope!r} and {trend!r} are no scope and trend")
-            error_, step_ = (float(text) if text else None for text in (psnr_db, step))
+            version = read_version(texts)
         except ValueError as error:
             raise HistoryError(f"{path}:{number}: {error}; {remedy}") from error
-        version = Version(scope, date, commit, verdict, error_, step_, trend)
         found.setdefault(cell, []).append(version)
     return found
+
+
+def read_version(texts: Sequence[str]) -> Version:
+    """The version of a line without its cell; raises ValueError for other texts."""
+    scope, date, commit, verdict, psnr_db, step, trend = texts
+    if scope not in SCOPES or trend not in TRENDS:
+        raise ValueError(f"{scope!r} and {trend!r} are no scope and trend")
+    error, seconds = (float(text) if text else None for text in (psnr_db, step))
+    return Version(scope, date, commit, verdict, error, seconds, trend)
 
 
 def write_lines(lines: Mapping[str, Sequence[Version]]) -> str:

@@ -15,7 +15,14 @@ import torch
 from quantmatrix import api, models
 from quantmatrix.cli import main
 from quantmatrix.errors import UsageError
-from quantmatrix.measure.fallback import Share, Study, find_smallest, group_modules, rank_modules
+from quantmatrix.measure.fallback import (
+    Share,
+    Study,
+    draw_shares,
+    find_smallest,
+    group_modules,
+    rank_modules,
+)
 from quantmatrix.request import Request
 from quantmatrix.tiny.hub import use_tiny
 from quantmatrix.tools import quantize
@@ -143,3 +150,23 @@ def test_a_target_that_cannot_be_met_by_quantized_layers_keeps_all(capsys: Any) 
 def test_what_cannot_be_studied(words: list[str], said: str, capsys: Any) -> None:
     assert main.main(words) == 2
     assert said in capsys.readouterr().err
+
+
+def test_bars_of_the_picture_stand_by_their_names_and_numbers(tmp_path: Path) -> None:
+    shares = [
+        {"name": "a", "relative_l2": 0.4, "kept": True},
+        {"name": "b", "relative_l2": 0.1, "kept": False},
+    ]
+    draw_shares({"model": "flux-1", "shares": shares}, tmp_path / "a.svg")
+    picture = ElementTree.parse(tmp_path / "a.svg").getroot()
+    bars = [
+        tuple(bar.get(name) for name in ("x", "y", "width", "fill"))
+        for bar in picture.iter("{*}rect")
+    ]
+    assert bars == [("390", "30", "380.0", "#d9730d"), ("390", "48", "95.0", "#4c78a8")]
+    texts = [(t.get("x"), t.get("y"), t.text) for t in picture.iter("{*}text")][1:]
+    assert texts == [
+        ("8", "41", "a"), ("776.0", "41", "4.00e-01"),
+        ("8", "59", "b"), ("491.0", "59", "1.00e-01"),
+    ]  # fmt: skip
+    assert picture.get("height") == "76"

@@ -69,6 +69,7 @@ def test_a_layer_that_ran_as_planned(backend: str) -> None:
     assert layer.matmuls == {matmul: 3}
     assert census.stages["transformer"]["calls"] == 3
     assert 0 < layer.matmul_seconds < layer.seconds
+    assert layer.seconds <= census.stages["transformer"]["seconds"] < layer.seconds + 0.5
     assert 0 < census.overhead < 1
 
 

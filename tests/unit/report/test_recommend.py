@@ -359,6 +359,8 @@ def test_without_a_model_the_best_of_each(
         (["--hardware", "h2oo", "--model", "flux-1"], "--hardware h2oo: not in hardware.csv"),
         (["--hardware", "h200", "--model", "sdxl"], "--model sdxl: not in models.csv"),
         (["--hardware", "h200", "--model", "flux-1", "--memory-gib", "-1"], "--memory-gib -1"),
+        (["--hardware", "h200", "--model", "flux-1", "--memory-gib", "0"], "--memory-gib 0"),
+        (["--hardware", "h200", "--model", "flux-1", "--memory-gib", "inf"], "--memory-gib inf"),
         (["--hardware", "h200", "--model", "flux-1", "--memory-gib", "nan"], "--memory-gib nan"),
     ],
 )

@@ -18,7 +18,7 @@ from quantmatrix.proof import record as records
 from quantmatrix.proof import reports_folder, store
 from quantmatrix.proof.freshness import sign
 from quantmatrix.proof.record import CheckResult, Evidence
-from quantmatrix.report import overview
+from quantmatrix.report import overview, picture
 from quantmatrix.report import render as report_render
 from quantmatrix.tables import read
 from quantmatrix.tables.rows import Cell, Matrix
@@ -372,3 +372,22 @@ def test_overview_and_badge_say_the_same_share() -> None:
     share = re.search(r"claims \(([\d.]+ %)\) are backed by a run", overview)
     assert share is not None
     assert badge.startswith(share[1])
+
+
+def test_boxes_of_the_picture_stand_in_their_row_and_column() -> None:
+    counts = {("fp8", "cpu"): {"refused": 1, "unproven": 3}, ("gguf", "h200"): {"refused": 2}}
+    drawn = ElementTree.fromstring(picture.draw_matrix(["fp8", "gguf"], ["cpu", "h200"], counts))
+    page = [drawn.find("{*}rect[@class='page']").get(name) for name in ("width", "height")]  # type: ignore[union-attr]
+    box = (888 - 108 - 4) // 2 - 4
+    assert page == [str(max(108 + 2 * (box + 4) + 4, picture.LEGEND_WIDTH)), str(64 + 2 * 58 + 76)]
+
+    def places(kind: str) -> list[tuple[int, ...]]:
+        found = drawn.iterfind(f"{{*}}rect[@class='{kind}']")
+        return [tuple(int(one.get(n, "")) for n in ("x", "y", "width", "height")) for one in found]
+
+    assert places("box") == [(108, 64, box, 54), (108 + box + 4, 64 + 58, box, 54)]
+    assert places("none") == [(108 + box + 4, 64, box, 54), (108, 64 + 58, box, 54)]
+    order = [label for label in picture.LABELS if label in ("refused", "unproven")]
+    first = round((box - 8) * counts["fp8", "cpu"][order[0]] / 4)
+    bars = [bar for name in order for bar in places(name) if bar[3] == 5 and bar[1] == 64 + 54 - 8]
+    assert bars == [(112, 110, first, 5), (112 + first, 110, box - 8 - first, 5)]

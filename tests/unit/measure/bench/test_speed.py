@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from quantmatrix import families, models
 from quantmatrix.cli import main
 from quantmatrix.hardware import probe
-from quantmatrix.measure.bench import speed
+from quantmatrix.measure.bench import speed, synthetic
 from quantmatrix.measure.bench.synthetic import synthesize
 from quantmatrix.runtime.quantized_linear import QuantizedLinear
 from quantmatrix.scheme import BLOCKS
@@ -99,3 +100,24 @@ def test_random_layers_of_one_input_share_its_codes() -> None:
     )
     block = made.get_submodule("transformer_blocks.0.attn")
     assert block.to_q.shared is block.to_k.shared is block.to_v.shared is not None
+
+
+def test_synthetic_weights_keep_the_size_of_what_goes_through_them() -> None:
+    """Matrices by their columns, norms near 1, biases near 0: a deep model stays finite in BF16."""
+    with torch.device("meta"):
+        module = nn.ModuleDict(
+            {
+                "wide": nn.Linear(1024, 512),
+                "patch": nn.Conv2d(16, 256, 4),
+                "norm": nn.LayerNorm(4096),
+            }
+        )
+    synthetic.fill_plain(module, "cpu", torch.float32, torch.Generator().manual_seed(0))
+    spread = {
+        name: (one.mean().item(), one.std().item()) for name, one in module.named_parameters()
+    }
+    assert spread["wide.weight"] == pytest.approx((0.0, 1024**-0.5), abs=2e-3)
+    assert spread["patch.weight"] == pytest.approx((0.0, 256**-0.5), abs=2e-3)
+    assert spread["norm.weight"] == pytest.approx((1.0, 0.1), abs=1e-2)
+    assert spread["wide.bias"] == pytest.approx((0.0, 0.02), abs=3e-3)
+    assert spread["norm.bias"] == pytest.approx((0.0, 0.02), abs=3e-3)
