@@ -80,7 +80,7 @@ def measure_networks(
 ) -> dict[str, Any]:
     """`lpips`, `clip` and `clip_bf16` of (reference, candidate) frames, and `missing` with what they lack.
 
-    Frames are as `stack_frames` gives them: float32 [H, W, 3].
+    Frames are as `stack_frames` gives them: uint8 [H, W, 3].
     """
     missing = {**found["missing"], **networks.missing}
     measured: dict[str, Any] = dict.fromkeys(("lpips", "clip", "clip_bf16"))
