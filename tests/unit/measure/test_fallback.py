@@ -161,10 +161,10 @@ def test_bars_of_the_picture_stand_by_their_names_and_numbers(tmp_path: Path) ->
     picture = ElementTree.parse(tmp_path / "a.svg").getroot()
     bars = [
         tuple(bar.get(name) for name in ("x", "y", "width", "fill"))
-        for bar in picture.iter("{*}rect")
+        for bar in picture.findall("{*}rect")
     ]
     assert bars == [("390", "30", "380.0", "#d9730d"), ("390", "48", "95.0", "#4c78a8")]
-    texts = [(t.get("x"), t.get("y"), t.text) for t in picture.iter("{*}text")][1:]
+    texts = [(t.get("x"), t.get("y"), t.text) for t in picture.findall("{*}text")][1:]
     assert texts == [
         ("8", "41", "a"), ("776.0", "41", "4.00e-01"),
         ("8", "59", "b"), ("491.0", "59", "1.00e-01"),

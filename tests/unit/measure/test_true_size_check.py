@@ -127,3 +127,17 @@ def test_what_is_quantized_while_it_is_loaded_has_no_file(narrow: Matrix, tmp_pa
     cell = next(c for c in narrow.cells if c.row == "fp8-flux-1-online")
     with pytest.raises(UsageError, match="has no file to write"):
         measure(cell, narrow, tmp_path)
+
+
+def test_a_structured_weight_has_its_gain_a_low_rank_and_a_few_large_channels() -> None:
+    """Half of its energy is of rank 8; an input channel of 64 has six times the amplitude of others."""
+    generator = torch.Generator().manual_seed(0)
+    white = torch.randn(512, 256, generator=generator) / 16
+    found = true_size.structure(white, generator)
+    assert found.norm() == pytest.approx(white.norm(), rel=0.05)
+    channels = found.norm(dim=0).sort(descending=True).values
+    large = 256 // true_size.OUTLIERS
+    assert channels[:large].mean() / channels[large:].mean() == pytest.approx(6.0, rel=0.25)
+    plain = found[:, found.norm(dim=0) <= channels[large]]
+    energy = torch.linalg.svdvals(plain).square()
+    assert energy[: true_size.RANK].sum() / energy.sum() == pytest.approx(0.5, abs=0.1)

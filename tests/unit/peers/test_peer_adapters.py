@@ -184,7 +184,7 @@ def test_comfyui_runs_the_graph_of_a_row(server: type[Server], tmp_path: Path) -
     file = tmp_path / "flux-2-fp8.safetensors"
     file.touch()
     task = make_task("fp8-flux-2-comfyui", str(file), way="UNETLoader")
-    task = replace(task, request=replace(task.request, width=48, height=32), tiny=False)
+    task = replace(task, flags=("--width", "48", "--height", "32"))
     assert comfyui.probe().version == "0.33.1"
     assert comfyui.ways(task) == ("UNETLoader",)
     found = comfyui.run(task, tmp_path)
@@ -203,7 +203,7 @@ def test_comfyui_runs_the_graph_of_a_row(server: type[Server], tmp_path: Path) -
     assert json.dumps(graph) in comfyui.command(task)
     size = {name: graph["6"]["inputs"][name] for name in ("width", "height")}
     assert size == {"width": 48, "height": 32}
-    plain = replace(task, request=replace(task.request, width=None, height=None))
+    plain = replace(task, flags=())
     usual = models.load("flux-2").DEFAULTS
     assert comfyui.render(plain, "x")["6"]["inputs"]["width"] == usual.width
     assert comfyui.render(plain, "x")["6"]["inputs"]["height"] == usual.height

@@ -15,6 +15,7 @@ from quantmatrix.errors import UsageError
 from quantmatrix.models import generic
 from quantmatrix.request import Hub, Request, blank_generation, strip_quantization
 from quantmatrix.runtime import pictures
+from quantmatrix.runtime.pictures import Picture
 from quantmatrix.tiny import hub
 from quantmatrix.tiny.pictures import PICTURES, write_picture
 
@@ -186,3 +187,9 @@ def test_pipelines_that_are_named_take_pictures(pipeline: str) -> None:
 
     found = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
     assert "image" in found
+
+
+def test_a_picture_adds_no_tokens_unless_its_model_says_so(tmp_path: Path) -> None:
+    picture = Picture("image", "a.png", tmp_path / "a.png", "0" * 64, 32, 48)
+    assert picture.to_json()["tokens"] == 0
+    assert (picture.to_json()["height"], picture.to_json()["width"]) == (32, 48)

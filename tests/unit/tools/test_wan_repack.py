@@ -401,3 +401,40 @@ def test_an_expert_that_was_not_converted_is_told_so(quantized, original):
     expert = {"transformer": str(quantized / "high_noise_model")}
     with pytest.raises(CheckpointError, match=r"WanModel, .*convert it with .*wan_repack"):
         plan(model_path=str(original), component_paths=expert)
+
+
+def test_what_was_moved_goes_back_when_a_move_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, output = tmp_path / "built", tmp_path / "output"
+    for name in ("a", "b", "c"):
+        (built / name).mkdir(parents=True)
+        (built / name / "weights").write_text(name)
+    output.mkdir()
+    put, moves = wan_repack.put, []
+
+    def fail_at_third(source: Path, target: Path) -> None:
+        moves.append(target)
+        if len(moves) == 3:
+            raise OSError("no space left")
+        put(source, target)
+
+    monkeypatch.setattr(wan_repack, "put", fail_at_third)
+    with pytest.raises(OSError, match="no space left"):
+        wan_repack.move_into(built, output)
+    assert list(output.iterdir()) == []
+    assert {p.name: (p / "weights").read_text() for p in built.iterdir()} == {
+        "a": "a", "b": "b", "c": "c",
+    }  # fmt: skip
+
+
+def test_what_was_written_is_listed_with_its_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = {"transformer": 825, "transformer_2": 1095}
+    monkeypatch.setattr(wan_repack, "repack", lambda source, output: counts)
+    out = tmp_path / "out"
+    assert wan_repack.main(["--input-path", "x", "--output-path", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"{out}/transformer: 825 tensors", f"{out}/transformer_2: 1095 tensors"]
+    assert lines[2].endswith("config.json of transformer and transformer_2.")
