@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import forked_tests
 import pytest
 
+HERE = Path(__file__).resolve().parent
 TESTS = """
 import time
 
@@ -88,3 +90,34 @@ def test_a_recording_is_used_unless_it_was_cut_off(
     with pytest.raises(SystemExit, match=f"ended with {code}"):
         mutants.read_seen(tmp_path, tmp_path, given)
     assert not list(tmp_path.rglob("seconds.json"))
+
+
+CHILD = """
+import subprocess, sys
+
+def test_here():
+    from quantmatrix import exit_codes
+
+def test_in_a_child():
+    subprocess.run([sys.executable, "-c", "import quantmatrix.quoting"], check=True)
+"""
+
+
+def test_what_a_child_executes_is_its_tests(tmp_path: Path) -> None:
+    coverage = pytest.importorskip("coverage")
+    (tmp_path / "test_child.py").write_text(CHILD)
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    path = os.pathsep.join([str(HERE), str(HERE.parents[1] / "src")])
+    variables = {**os.environ, "QUANTMATRIX_SEEN": str(seen), "PYTHONPATH": path}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "watch_tests", "-p", "no:xdist", "."]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    contexts: dict[str, set[str]] = {}
+    for file in seen.glob("coverage.*"):
+        data = coverage.CoverageData(basename=str(file))
+        data.read()
+        for source in data.measured_files():
+            found = {test for tests in data.contexts_by_lineno(source).values() for test in tests}
+            contexts.setdefault(Path(source).name, set()).update(found - {""})
+    assert contexts["quoting.py"] == {"test_child.py::test_in_a_child"}

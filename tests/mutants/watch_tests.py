@@ -1,7 +1,8 @@
 """A pytest plugin that records which lines every test executes, and how long it takes.
 
 `pytest -p watch_tests`, with the folder to write to in `QUANTMATRIX_SEEN`: one coverage file per
-process, whose contexts are the ids of the tests, and `seconds.json`.
+process, whose contexts are the ids of the tests, and `seconds.json`. Processes that a test starts are
+recorded as the test's own, unless it gives them an environment without these variables.
 """
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ import coverage
 import pytest
 
 FOLDER = Path(os.environ["QUANTMATRIX_SEEN"])
+CHILDREN = f"""[run]
+data_file = {FOLDER / "coverage"}
+parallel = true
+source_pkgs = quantmatrix
+context = ${{QUANTMATRIX_TEST}}
+sigterm = true
+"""
 recorder = coverage.Coverage(
     data_file=str(FOLDER / "coverage"),
     data_suffix=True,
@@ -29,7 +37,12 @@ seconds: Counter[str] = Counter()
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Put what a test executes, fixtures included, under its id."""
+    """Put what a test executes, fixtures included, under its id, and what its children execute."""
+    settings = FOLDER / f"children-{os.getpid()}.ini"
+    if not settings.is_file():
+        settings.write_text(CHILDREN)
+    os.environ["COVERAGE_PROCESS_START"] = str(settings)  # coverage begins where it is imported
+    os.environ["QUANTMATRIX_TEST"] = item.nodeid
     recorder.switch_context(item.nodeid)
     try:
         return (yield)
