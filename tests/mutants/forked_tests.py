@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 LIBRARIES = (
@@ -38,6 +39,7 @@ FAILED = re.compile(
 )
 """What pytest's summary names, a file or a test."""
 TIMEOUT = "timeout"
+COMPILER = "the compiler"
 PYTEST = ("-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider")
 
 
@@ -107,6 +109,15 @@ def name_killer(output: str) -> str:
     return found[1] if found else ""
 
 
+def is_program(path: Path) -> bool:
+    """Whether a file of Python, as it is now, can be compiled: `**` of a dictionary cannot become `&`."""
+    try:
+        compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
+    except SyntaxError:
+        return False
+    return True
+
+
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
     """Run the tests of one line: with its mutants in place, or on the source as it is."""
     from cosmic_ray import mutating
@@ -115,6 +126,9 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     said: dict[str, Any] = {"killer": ""}
 
     def tell(_: str, seconds: float) -> tuple[TestOutcome, str]:
+        if not all(is_program(Path(one["module_path"])) for one in asked["mutations"]):
+            said["killer"] = COMPILER
+            return TestOutcome.KILLED, ""
         if not asked["tests"]:  # pytest would take all of them
             return TestOutcome.SURVIVED, ""
         code, output = run_tests(asked["tests"], seconds)

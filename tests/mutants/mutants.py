@@ -34,7 +34,7 @@ from typing import Any
 
 import places
 import pytest
-from forked_tests import TIMEOUT
+from forked_tests import COMPILER, TIMEOUT
 from places import Seen
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -288,7 +288,7 @@ def try_mutant(server: subprocess.Popen[str], asked: dict[str, Any]) -> dict[str
     while True:
         answer = put(server, asked)
         killer = answer["killer"]
-        if answer["test"] == "survived" or killer == TIMEOUT:
+        if answer["test"] == "survived" or killer in (TIMEOUT, COMPILER):
             return answer
         alone = [killer] if "::" in killer else ["--collect-only", *asked["tests"]]
         if put(server, {**asked, "mutations": [], "tests": alone})["test"] == "survived":

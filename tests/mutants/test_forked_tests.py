@@ -121,3 +121,12 @@ def test_what_a_child_executes_is_its_tests(tmp_path: Path) -> None:
             found = {test for tests in data.contexts_by_lineno(source).values() for test in tests}
             contexts.setdefault(Path(source).name, set()).update(found - {""})
     assert contexts["quoting.py"] == {"test_child.py::test_in_a_child"}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("a = {**b}", True), ("a = {&b}", False), ("a = 1 +", False)]
+)
+def test_what_cannot_be_compiled_is_no_program(text: str, found: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.py"
+    path.write_text(text)
+    assert forked_tests.is_program(path) is found
