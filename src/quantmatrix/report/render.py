@@ -194,7 +194,9 @@ def render(
     joined = Joined(tables, standings, benchmarks, code)
     runtimes = Runtimes(tables, others or {}, standings, code)
     found = answers.collect(joined, evidence, planned or {}, inputs)
-    lines = history.update(past or {}, evidence.values())
+    cells = {cell.id for cell in tables.cells}
+    known = (record for record in evidence.values() if record.cell["id"] in cells)
+    lines = history.update(past or {}, known)
     pages = {
         history.FILE: history.write_lines(lines).encode(),
         answers.FILE: answers.encode(found),

@@ -117,8 +117,8 @@ def test_renaming_every_module_of_kernels_changes_nothing(
 
 
 MOVED = {
-    "runtime/plan/kernel_choice": ("choose_kernel", "count_rows"),
-    "runtime/plan/decide": ("choose_kernels", "check_memory"),
+    "runtime/plan/kernel_choice": ("choose_kernel", "choose_kernels", "count_rows"),
+    "runtime/plan/decide": ("decide_offload", "check_memory"),
     "kernels/linear_fp8": ("find_input_scale", "TORCH_ARCHES", "prepare_decode"),
     "runtime/quantized_linear": ("SharedInput", "QuantizedLinear", "share_inputs"),
     "runtime/generate": ("generate_all", "generate_one", "timed_stages"),

@@ -165,6 +165,7 @@ def test_rendering_is_pure(tables: Matrix, observed: dict[str, Evidence]) -> Non
         "answers.json",
         "support-matrix.svg",
         "badge.json",
+        "history.csv",
         "index.html",
         *(f"families/{name}.md" for name in tables.families),
     }
