@@ -23,7 +23,7 @@ MODULES = {family: family.replace("-", "_") for family in families.IDS}
 PREFIX = families.__name__
 TABLE = "families/__init__.py"
 """The table of ids."""
-MOST = 8
+MOST = 9
 """Files that may name a family beside its own, the tables, the tests, and adapters of other programs."""
 OFFERED = {*list_names(Needed), *list_names(Family)}
 ONE_FAMILY = {("tools/wan_repack.py", "msmodelslim")}
