@@ -142,7 +142,7 @@ def use(tables: Matrix) -> Callable[[Any], None]:
     from quantmatrix.proof.code_digest import own_code
     from quantmatrix.proof.freshness import Now, find_upgrades
     from quantmatrix.proof.joined import Joined
-    from quantmatrix.report import answers, page_data
+    from quantmatrix.report import answers, history, page_data
     from quantmatrix.report.markdown import write_measurements, write_refusals
 
     def read(record: records.Evidence) -> None:
@@ -153,7 +153,7 @@ def use(tables: Matrix) -> Callable[[Any], None]:
         limits.collect_samples(found)
         shards.estimate_all(tables.cells, found)
         joined = Joined(tables, standings)
-        page_data.collect(joined, answers.collect(joined, {}, {}))
+        page_data.collect(joined, answers.collect(joined, {}, {}), history.update({}, [record]))
         known = [cell for cell in tables.cells if standings[cell.id].record]
         write_measurements(joined, known)
         write_refusals(joined, known)
