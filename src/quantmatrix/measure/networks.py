@@ -19,10 +19,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional
+
+from quantmatrix.quoting import quote
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,6 +45,9 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """Of the channels of a picture in -1..1, before AlexNet."""
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of the channels of a picture in 0..1, before CLIP."""
+
+DAMAGED = (KeyError, OSError, RuntimeError, ValueError, UnpicklingError, SafetensorError)
+"""What reading weights of another form raises."""
 
 Distance = Callable[[torch.Tensor, torch.Tensor], float]
 """Of two uint8 pictures [height, width, 3]."""
@@ -72,13 +79,25 @@ def find_networks(cache: Path | None = None, torch_hub: Path | None = None) -> N
         address = f"https://download.pytorch.org/models/{ALEXNET}"
         missing["lpips"] = f"optional; AlexNet is not at {backbone}: put {address} there"
     else:
-        lpips = load_lpips(backbone, linear)
+        try:
+            lpips = load_lpips(backbone, linear)
+        except DAMAGED as error:
+            missing["lpips"] = (
+                f"{backbone} or {linear} is damaged, or of another network "
+                f"({type(error).__name__}: {quote(str(error))}): put the files there again"
+            )
     folder = find_clip(cache)
     if folder is None:
         where = cache or "the cache of huggingface_hub (HF_HUB_CACHE)"
         missing["clip"] = f"optional; {CLIP} is not in {where}: hf download {CLIP}"
     else:
-        clip = load_clip(folder)
+        try:
+            clip = load_clip(folder)
+        except DAMAGED as error:
+            missing["clip"] = (
+                f"{folder} is damaged, or of another network ({type(error).__name__}: "
+                f"{quote(str(error))}): hf download {CLIP}"
+            )
     return Networks(lpips, clip, missing)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +201,25 @@ def test_columns_of_optional_metrics_are_there_where_they_were_measured() -> Non
     assert more[-1] == ["worst", "30", "0.9", "–", "0.1", "0.25", "21.5", "22"]
     names = [name for name, _, _ in validation_page.list_metrics(describe(lpips=0.25))]
     assert names[-1] == "lpips"
+
+
+@pytest.mark.parametrize("damage", ["cut off", "another network"])
+def test_damaged_weights_are_missing_with_a_reason(
+    damage: str, tmp_path: Path, clip_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tmp_path / "torch" / "checkpoints" / networks.ALEXNET
+    make_alexnet(tmp_path / "torch")
+    if damage == "cut off":
+        backbone.write_bytes(backbone.read_bytes()[:100])
+    else:
+        torch.save({"fc.weight": torch.zeros(2)}, backbone)
+    linear = make_linear(tmp_path / "alex.pth")
+    monkeypatch.setattr(networks, "find_linear", lambda: linear)
+    cache = shutil.copytree(clip_cache, tmp_path / "hub")
+    [weights] = {path.resolve() for path in cache.rglob("model.safetensors")}
+    weights.write_bytes(weights.read_bytes()[:100])
+    found = networks.find_networks(cache, tmp_path / "torch")
+    assert (found.lpips, found.clip) == (None, None)
+    assert str(backbone) in found.missing["lpips"]
+    assert "is damaged, or of another network" in found.missing["lpips"]
+    assert "is damaged, or of another network" in found.missing["clip"]

@@ -35,7 +35,7 @@ from quantmatrix.runtime.plan.placement import Part, Site, ignored_names, place,
 from quantmatrix.runtime.plan.schemes import find_schemes, list_doubts
 from quantmatrix.runtime.plan.sources import Source, Sources
 from quantmatrix.runtime.plan.types import ComponentPlan, Piece
-from quantmatrix.runtime.witness.base import Base, find_base
+from quantmatrix.runtime.witness.base import Base, find_base, list_unproved
 
 if TYPE_CHECKING:
     from quantmatrix.checkpoints.opening import PipelineFolder
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from quantmatrix.request import Request
     from quantmatrix.scheme import Scheme
 
-POSITIONS = ("rope_theta", "rope_parameters", "rope_scaling", "max_position_embeddings")
-"""Keys of a language model's configuration that are no size of anything that is built."""
+ROTATIONS = ("rope_theta", "rope_parameters", "rope_scaling")
+"""Keys of a language model's configuration that are no size of anything: Mistral's `rope_theta` is 1e9."""
 
 
 def list_encoders(pipeline: PipelineFolder) -> list[str]:
@@ -69,8 +69,7 @@ def find_encoders(request: Request, found: Sources) -> dict[str, Source]:
         config, file = read_config(name, request, found.pipeline, checkpoint)
         class_name = str(found.pipeline.components[name][1])
         check_kind(class_name, config, file)
-        numbers = {key: value for key, value in config.items() if key not in POSITIONS}
-        check_config(drop_positions(numbers), file, checkpoint)
+        check_config(drop_rotations(config), file, checkpoint)
         sources[name] = Source(
             checkpoint, class_name, config, file, primary=False, base=found.base,
             siblings={name: name},
@@ -78,12 +77,12 @@ def find_encoders(request: Request, found: Sources) -> dict[str, Source]:
     return sources
 
 
-def drop_positions(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what tells positions, at any depth."""
+def drop_rotations(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what tells angles of positions, at any depth."""
     return {
-        key: drop_positions(value) if isinstance(value, Mapping) else value
+        key: drop_rotations(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
-        if key not in POSITIONS
+        if key not in ROTATIONS
     }
 
 
@@ -167,7 +166,7 @@ def check_kind(class_name: str, config: Mapping[str, Any], file: str) -> None:
     """CheckpointError where a configuration is of another kind of model than the class is."""
     wanted = getattr(getattr(find_model_class(class_name), "config_class", None), "model_type", "")
     stated = config.get("model_type")
-    if stated != wanted:
+    if not wanted or stated != wanted:
         raise CheckpointError(
             f"{file}: model_type is {quote(str(stated))}, a {class_name} is a {wanted}: expected "
             "the configuration of the text encoder that the base model names"
@@ -207,6 +206,8 @@ def plan_encoder(
     settled, layout = layout_choice.settle(source, own, plan_reading, warnings)
     checkpoint = settled.checkpoint
     family, why, schemes, _ = find_schemes(settled, model, request)
+    base = find_named_base(name, settled, model, request) if schemes else Base()
+    warnings += list_unproved(base, layout)
     warnings += list_doubts(checkpoint, family, schemes)
     shapes = measure_model(source.class_name, source.config, source.config_from)
     names = learn_names(checkpoint, source.class_name, source.config, source.config_from)
@@ -236,7 +237,7 @@ def plan_encoder(
         total_layers=len(shapes.linears),
         model=model,
         layout=layout,
-        base=find_named_base(name, settled, model, request) if layers else Base(),
+        base=base,
         bytes=kept + sum(piece.bytes for pieces in layers.values() for piece in pieces),
     )
 

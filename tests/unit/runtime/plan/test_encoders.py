@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from quantmatrix.request import Request, strip_quantization
 from quantmatrix.runtime.empty_model import find_model_class
 from quantmatrix.runtime.generate import generate
 from quantmatrix.runtime.load import load_component
+from quantmatrix.runtime.plan.config_limits import check_config
+from quantmatrix.runtime.plan.encoders import drop_rotations
 from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.tiny import hub
 from quantmatrix.tiny.encoder_forms import FORMS
@@ -205,6 +208,38 @@ def test_a_configuration_of_another_kind_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps({**config, "num_layers": 2**40}))
     with pytest.raises(CheckpointError, match="num_layers is 1099511627776, expected at most"):
         decide(FLUX, text_encoder_2=str(folder))
+
+
+@pytest.mark.parametrize("value", [2**18, 2**31, 2**62])
+def test_a_table_of_positions_that_fills_the_memory_is_refused(tmp_path: Path, value: int) -> None:
+    """CLIP builds as many as its configuration says, before any weight is read."""
+    hub.ensure("/path/to/clip-modelopt-fp8", hub.default_folder())
+    folder = tmp_path / "clip"
+    shutil.copytree(hub.path_of("/path/to/clip-modelopt-fp8", hub.default_folder()), folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "max_position_embeddings": value}))
+    with pytest.raises(CheckpointError, match=f"max_position_embeddings is {value}, expected at"):
+        decide(FLUX, text_encoder=str(folder))
+
+
+def test_positions_and_angles_of_published_encoders_are_taken() -> None:
+    """Mistral Small 3.1 and Qwen2.5-VL 7B, as their configurations have them."""
+    checkpoint = SimpleNamespace(tensors={"a": SimpleNamespace(shape=(131072, 5120))})
+    mistral = {
+        "text_config": {
+            "head_dim": 128, "max_position_embeddings": 131072, "rope_theta": 1000000000.0,
+            "hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40,
+            "vocab_size": 131072,
+        },
+    }  # fmt: skip
+    qwen = {
+        "max_position_embeddings": 128000,
+        "rope_theta": 1e6,
+        "rope_scaling": {"rope_type": "default"},
+    }
+    for config in (mistral, qwen):
+        check_config(drop_rotations(config), "config.json", checkpoint)  # type: ignore[arg-type]
 
 
 def test_only_models_take_weights_alone() -> None:
