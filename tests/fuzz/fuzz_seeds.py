@@ -34,6 +34,13 @@ OVERRIDES = {
     "wan-single": (WAN, "quantmatrix/wan-2-2-fp8-single-file"),
 }  # fmt: skip
 """Checkpoints that are read beside a base model, by the name of their seed."""
+ENCODERS = {
+    "t5-modelopt": (FLUX, "--text-encoder-2-path", "t5-modelopt-fp8"),
+    "t5-file": (FLUX, "--text-encoder-2-path", "t5xxl_fp8_e4m3fn_scaled.safetensors"),
+    "clip-modelopt": (FLUX, "--text-encoder-path", "clip-modelopt-fp8"),
+    "qwen-vl-nvfp4": (QWEN, "--text-encoder-path", "qwen2.5-vl-modelopt-nvfp4"),
+}
+"""Quantized text encoders that are read beside a base model, by the name of their seed."""
 WHOLE = {"wan-w8a8": "Eco-Tech/Wan2.2-T2V-A14B-Diffusers-w8a8", "wan": WAN, "flux-1": FLUX}
 """Model folders that are read alone."""
 FULL = ("wan-nvfp4", "wan-single", "wan-w8a8")
@@ -61,9 +68,11 @@ def make_seeds(root: Path) -> list[Seed]:
 
     cache = hub.default_folder()
     references = [*(r for pair in OVERRIDES.values() for r in pair), *WHOLE.values()]
+    references += [f"{hub.PLACEHOLDER}{name}" for _, _, name in ENCODERS.values()]
     for reference in references:
         hub.ensure(reference, cache)
     seeds = [make_override(root / name, cache, *OVERRIDES[name]) for name in OVERRIDES]
+    seeds += [make_encoder(root / name, cache, *ENCODERS[name]) for name in ENCODERS]
     seeds += [make_whole(root / name, cache, WHOLE[name]) for name in WHOLE]
     makers = (make_packet, make_records, make_bench, make_tables, make_gguf, make_saved)
     return seeds + [make(root / make.__name__.removeprefix("make_")) for make in makers]
@@ -98,6 +107,25 @@ def make_override(folder: Path, cache: Path, base: str, reference: str) -> Seed:
     request = ("--model-path", "./base", flag, weights)
     commands = list_commands(weights, request, full=full)
     return Seed(folder.name, folder, list_files(folder, "weights", "base"), commands, 4)
+
+
+def make_encoder(folder: Path, cache: Path, base: str, flag: str, name: str) -> Seed:
+    """A base model beside a quantized text encoder, a folder or a file, both damaged."""
+    from quantmatrix.tiny import hub
+
+    copy(hub.find_snapshot(base, cache), folder / "base", full=False)
+    source = hub.path_of(f"{hub.PLACEHOLDER}{name}", cache)
+    copy(source, folder / "encoder" / (name if source.is_file() else ""), full=False)
+    weights = f"./encoder/{name}" if source.is_file() else "./encoder"
+    request = ("--model-path", "./base", flag, weights)
+    commands = (
+        ("plan", *request, "--json"),
+        ("plan", *request, "--hardware", "b200"),
+        ("inspect", weights),
+    )
+    return Seed(
+        folder.name, folder, list_files(folder, "encoder", "base/text_encoder"), commands, 3
+    )
 
 
 def make_whole(folder: Path, cache: Path, reference: str) -> Seed:
