@@ -31,7 +31,7 @@ from quantmatrix.tools.packing import pack_tensors
 
 SHAPES = [(128, 64), (256, 128), (130, 80), (5, 16), (200, 1008), (384, 96)]
 EACH = pytest.mark.parametrize(("rows", "columns"), SHAPES)
-ARCHES = {"sm100": 100, "sm103": 103, "sm120": 120}
+ARCHES = {"sm100": 100, "sm103": 103, "sm120": 120, "sm121": 121}
 
 
 def make_weight(rows: int, columns: int) -> torch.Tensor:
