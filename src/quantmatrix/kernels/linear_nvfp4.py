@@ -51,7 +51,7 @@ __all__ = ["KERNELS", "ORDER", "backend_alias", "decode", "reference", "take_row
 
 OP = "linear.nvfp4"
 ANYWHERE = "--backend decode runs anywhere"
-FP8_ARCHES = ("sm89", "sm90", "sm100", "sm103", "sm120")
+FP8_ARCHES = ("sm89", "sm90", "sm100", "sm103", "sm120", "sm121")
 RECODE = 6.0
 """fp8-recode divides code * group scale (at most 2688) by this to fit into e4m3. Codes 6, 3 and 1.5
 are exact then, and most groups have a 6; a power of two would err half as much again."""

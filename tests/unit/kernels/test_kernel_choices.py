@@ -587,10 +587,10 @@ def test_a_kernel_of_an_order_is_offered_on_every_architecture_that_it_takes(op:
 
 @pytest.mark.parametrize(("arch", "like"), [("sm103", "b200"), ("sm121", "rtx-5090")])
 def test_a_second_architecture_of_blackwell_chooses_as_the_first(arch: str, like: str) -> None:
-    first = MACHINES[like]
-    for scheme in ("NVFP4", "FP8 tensor-static", "W8A8"):
-        wanted = SCHEMES[scheme]
-        second = replace(first, arch=arch)
-        chosen = [kernels.choose(wanted.op, on, wanted, WHOLE[:2]) for on in (first, second)]
-        assert chosen[0] == chosen[1], scheme
-        assert chosen[1].backend != "decode" or scheme == "W8A8", scheme
+    for first in (MACHINES[like], replace(MACHINES[like], packages=frozenset())):
+        for scheme in ("NVFP4", "FP8 tensor-static", "W8A8"):
+            wanted = SCHEMES[scheme]
+            second = replace(first, arch=arch)
+            chosen = [kernels.choose(wanted.op, on, wanted, WHOLE[:2]) for on in (first, second)]
+            assert chosen[0] == chosen[1], scheme
+            assert chosen[1].backend != "decode" or scheme == "W8A8", scheme
