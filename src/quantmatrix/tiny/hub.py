@@ -14,10 +14,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -47,18 +48,28 @@ PICTURE_PATHS = tuple(f"{PLACEHOLDER}{name}" for name in PICTURES)
 """Pictures that rows may name."""
 LORA_PATHS = {f"{PLACEHOLDER}{model}-lora.safetensors": model for model in models.IDS}
 """Adapters that rows may name, and the model of each."""
+KEPT = 14 * 24 * 3600.0
+"""Seconds for which a cache of stand-ins stays that nobody uses."""
 MAKING = ".making-"
 """How the name of a folder begins in which a stand-in is being made."""
 
 
 @lru_cache(maxsize=1)
 def default_folder() -> Path:
-    """The user's cache folder for stand-ins as these definitions, tables and packages write them."""
+    """The user's cache folder for stand-ins as these definitions, tables and packages write them.
+
+    Folders of other definitions that nobody has used for `KEPT` seconds are deleted: each has up to
+    a gigabyte, and every change of a definition begins another.
+    """
     digest = hashlib.sha256(own_code().digest_stand_ins().encode())
     digest.update((tables_folder() / "checkpoints.csv").read_bytes())
     versions = read_versions(("torch", "diffusers", "transformers", "numpy", "tokenizers"))
     digest.update(repr(sorted(versions.items())).encode())
-    return Path.home() / ".cache" / "quantmatrix" / f"tiny-{digest.hexdigest()[:12]}"
+    folder = Path.home() / ".cache" / "quantmatrix" / f"tiny-{digest.hexdigest()[:12]}"
+    with suppress(OSError):  # not there yet, or nobody may write to it
+        os.utime(folder)
+    remove_leftovers(folder.parent, "tiny-*", older_than=KEPT)
+    return folder
 
 
 def hub(folder: Path) -> Hub:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -386,3 +387,21 @@ def test_a_row_of_an_unknown_set_is_an_error(tables: Matrix) -> None:
     row: CheckpointRow = replace(tables.checkpoints["modelopt-fp8-flux-1"], kept="flux9")
     with pytest.raises(KeyError, match="flux9"):
         checkpoints.find_kept(row)
+
+
+def test_caches_of_other_definitions_go_when_nobody_uses_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = tmp_path / ".cache" / "quantmatrix"
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    name = hub.default_folder.__wrapped__().name
+    used, unused, programs = caches / name, caches / "tiny-old", caches / "programs"
+    recent = caches / "tiny-recent"
+    for folder, days in ((used, 15), (unused, 15), (programs, 15), (recent, 13)):
+        (folder / "models--a--b").mkdir(parents=True)
+        past = time.time() - days * 24 * 3600
+        os.utime(folder, (past, past))
+    assert hub.default_folder.__wrapped__() == used
+    assert sorted(path.name for path in caches.iterdir()) == sorted(
+        ["programs", name, "tiny-recent"]
+    )
