@@ -7,12 +7,15 @@ Here they travel together: one exchange there and one back, and what arrives is 
 | step | layout |
 | ---- | ------ |
 | given | query, key, value [B, S, H, D], S tokens of this process |
-| sent | [P, S, B, 3, H/P, D]: a part for each of P processes |
-| received | [all tokens, B, 3, H/P, D], in the order of the processes |
-| attention | [B, all tokens, H/P, D], views of what was received where B is 1 |
-| sent back | [all tokens, B, H/P, D]; received [P, S, B, H/P, D] and joined to [B, S, H, D] |
+| sent | [P, S, B, 3, h, D]: a part for each of P processes, h = H/P rounded up |
+| received | [all tokens, B, 3, h, D], in the order of the processes |
+| attention | [B, all tokens, h, D], views of what was received where B is 1 |
+| sent back | [all tokens, B, h, D]; received [P, S, B, h, D] and joined to [B, S, H, D] |
 
 Processes may hold different numbers of tokens; `quantmatrix.runtime.token_shares` knows them.
+Where P does not divide H the last process has fewer heads, and zeros travel in their place; it computes
+nothing with them. A ring of processes would need no heads at all, but sends every key and value
+P - 1 times, where this sends them once.
 """
 
 from __future__ import annotations
@@ -21,6 +24,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import distributed
+from torch.nn import functional
+
+from quantmatrix.runtime.plan.context_parallel import split_heads
 
 
 def exchange(
@@ -47,21 +54,28 @@ def attend(
 ) -> torch.Tensor:
     """Attention of this process's tokens over all tokens, as [B, S, H, D].
 
-    Query, key and value are [B, S, H, D] of one dtype, H a multiple of the number of processes;
-    `shares` says how many tokens each process holds. `attention` takes three [B, T, H/P, D].
+    Query, key and value are [B, S, H, D] of one dtype; `shares` says how many tokens each process
+    holds. `attention` takes three [B, T, h, D], h the heads of this process (`split_heads`).
     """
     batch, tokens, heads, width = query.shape
     count = len(shares)
-    own = heads // count
+    most = -(-heads // count)
+    missing = most * count - heads
+    if missing:
+        query, key, value = (functional.pad(x, (0, 0, 0, missing)) for x in (query, key, value))
     parts = [
-        x.view(batch, tokens, count, own, width).permute(2, 1, 0, 3, 4) for x in (query, key, value)
+        x.reshape(batch, tokens, count, most, width).permute(2, 1, 0, 3, 4)
+        for x in (query, key, value)
     ]
     packed = torch.stack(parts, dim=3).flatten(0, 1)
     arrived = exchange(packed, shares, [tokens] * count, group)
-    mixed = attention(*(x.transpose(0, 1) for x in arrived.unbind(2)))
+    own = split_heads(heads, count)[distributed.get_rank(group)] if missing else most
+    mixed = attention(*(x[:, :, :own].transpose(0, 1) for x in arrived.unbind(2)))
+    if own < most:
+        mixed = functional.pad(mixed, (0, 0, 0, most - own))
     back = exchange(mixed.transpose(0, 1), [tokens] * count, shares, group)
-    joined = back.view(count, tokens, batch, own, width).permute(2, 1, 0, 3, 4)
-    return joined.reshape(batch, tokens, heads, width)
+    joined = back.view(count, tokens, batch, most, width).permute(2, 1, 0, 3, 4)
+    return joined.reshape(batch, tokens, most * count, width)[:, :, :heads]
 
 
 def replace_attention(find_shares: Callable[[int], Sequence[int] | None]) -> None:
@@ -94,9 +108,7 @@ def replace_attention(find_shares: Callable[[int], Sequence[int] | None]) -> Non
         config = _parallel_config.context_parallel_config
         shares = find_shares(query.shape[1]) if config.ring_degree == 1 else None
         plain = attn_mask is None and not (dropout_p or is_causal or enable_gqa or return_lse)
-        fits = (
-            query.shape == key.shape == value.shape and query.shape[2] % config.ulysses_degree == 0
-        )
+        fits = query.shape == key.shape == value.shape
         if shares is None or not plain or not fits:
             return original(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse,

@@ -2,9 +2,9 @@
 
 diffusers' context parallelism has two ways. *Even* shares need every sequence that is parted (picture
 and text) to divide by the number of processes; then nothing but heads and tokens is exchanged.
-*Uneven* shares take any length, but each of their exchanges first asks every process for its length,
-and the host waits for the answer: four times in every attention, which made two GPUs slower than
-one and cannot be captured in a CUDA graph.
+*Uneven* shares take any length and any number of heads, but each of their exchanges first asks every
+process for its length, and the host waits for the answer: four times in every attention, which made two
+GPUs slower than one and cannot be captured in a CUDA graph.
 
 Nobody needs to ask: all processes see the whole input before it is parted, and parts follow
 `torch.tensor_split`. So the way is chosen for each forward from its lengths, and where shares are
@@ -90,10 +90,12 @@ def follow_tokens(transformer: nn.Module, config: Any, processes: int) -> None:
     """
     rank = distributed.get_rank()
     names = list(inspect.signature(type(transformer).forward).parameters)[1:]
+    uneven_heads = bool(getattr(transformer.config, "num_attention_heads", 0) % processes)
 
     def choose(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         lengths = count_tokens(module, dict(zip(names, args, strict=False)) | kwargs)
-        config.ulysses_anything = any(length % processes for length in lengths)
+        uneven = any(length % processes for length in lengths)
+        config.ulysses_anything = uneven or uneven_heads
         _known.clear()
         _known.update(name_shares(lengths, processes, rank))
 

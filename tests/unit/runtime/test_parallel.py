@@ -91,9 +91,37 @@ def test_what_cannot_be_shared_is_said_before_anything_starts() -> None:
         with pytest.raises(UsageError, match=message):
             share(count, **changes)
     assert share(2, machine=gpus).processes == 2
+    for heads, count, message in (
+        (24, 7, "has 24 attention heads, which leave none .*: try --nproc-per-node 6$"),
+        (2, 3, "leave none .*: try --nproc-per-node 2$"),
+        (1, 2, "leave none .*: leave out --nproc-per-node$"),
+        (0, 2, "has 0 attention heads, which leave none .*: leave out"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            share(count, request={"tiny": False}, components=give_heads(plan, heads))
     assert share(2, machine=gpus, request={"cuda_graph": True}).processes == 2
     with pytest.raises(RefusedError, match="z-image: transformer is a ZImage"):
         sharing.require_plan("z-image", "transformer", "ZImageTransformer2DModel")
+
+
+def give_heads(plan: Plan, heads: int) -> dict[str, Any]:
+    """The components of a plan with another number of attention heads."""
+    found = plan.components["transformer"]
+    return {"transformer": replace(found, config={**found.config, "num_attention_heads": heads})}
+
+
+def test_a_plan_says_how_heads_are_shared_that_do_not_divide() -> None:
+    request = Request.from_words([*FLUX, "--tiny", "--device", "cpu", "--nproc-per-node", "4"])
+    plan = api.require_plan(replace(request, nproc_per_node=1))
+    uneven = replace(plan, request=request, components=give_heads(plan, 30))
+    shared = sharing.share(uneven)
+    assert shared.processes == 4
+    assert shared.warnings == (
+        *plan.warnings,
+        "transformer: its 30 attention heads are shared as 8, 8, 8, 6: a step takes as long as the 8 "
+        "of the first process",
+    )
+    assert sharing.share(replace(uneven, components=give_heads(plan, 32))).warnings == plan.warnings
 
 
 @pytest.mark.parametrize(

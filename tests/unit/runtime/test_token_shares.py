@@ -6,12 +6,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import context_parallel
+import diffusers
 import pytest
 import torch
 from torch import distributed
 from torch.nn import functional
 
-from quantmatrix.runtime import head_exchange, token_shares
+from quantmatrix import models
+from quantmatrix.measure.bench.synthetic import make_inputs
+from quantmatrix.runtime import head_exchange, parallel, token_shares
+from quantmatrix.runtime.plan import context_parallel as sharing
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 4608])
@@ -51,20 +55,85 @@ def test_tokens_of_texts_pictures_and_videos_are_counted() -> None:
     assert token_shares.count_tokens(wan, given) == [3 * 2 * 5]
 
 
-@pytest.mark.parametrize("tokens", [6, 7])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_exchanged_heads_give_the_attention_of_one_process(tokens: int, batch: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "batch", "heads", "processes"),
+    [
+        (6, 1, 4, 2),
+        (6, 2, 4, 2),
+        (7, 1, 4, 2),
+        (7, 2, 4, 2),
+        (6, 1, 3, 2),
+        (7, 2, 3, 2),
+        (7, 1, 5, 3),
+    ],
+)
+def test_exchanged_heads_give_the_attention_of_one_process(
+    tokens: int, batch: int, heads: int, processes: int
+) -> None:
     generator = torch.Generator().manual_seed(tokens)
-    whole = [torch.randn(batch, tokens, 4, 8, generator=generator) for _ in range(3)]
+    whole = [torch.randn(batch, tokens, heads, 8, generator=generator) for _ in range(3)]
     expected = attend_alone(*whole)
-    shares = token_shares.share_out(tokens, 2)
+    shares = token_shares.share_out(tokens, processes)
 
     def act() -> None:
         distributed.init_process_group("gloo")
         rank = distributed.get_rank()
-        parts = [x.tensor_split(2, dim=1)[rank].contiguous() for x in whole]
-        found = head_exchange.attend(*parts, shares, distributed.group.WORLD, attend_alone)
-        assert torch.allclose(found, expected.tensor_split(2, dim=1)[rank], atol=1e-6)
+        seen = []
+
+        def attend_own(*parts: torch.Tensor) -> torch.Tensor:
+            seen.append(parts[0].shape[2])
+            return attend_alone(*parts)
+
+        parts = [x.tensor_split(processes, dim=1)[rank].contiguous() for x in whole]
+        found = head_exchange.attend(*parts, shares, distributed.group.WORLD, attend_own)
+        assert torch.allclose(found, expected.tensor_split(processes, dim=1)[rank], atol=1e-6)
+        assert seen == [sharing.split_heads(heads, processes)[rank]]
+        distributed.destroy_process_group()
+
+    assert context_parallel.fork(act, processes) == [0] * processes
+
+
+@pytest.mark.parametrize(
+    ("heads", "processes", "shares"),
+    [(24, 2, [12, 12]), (3, 2, [2, 1]), (30, 4, [8, 8, 8, 6]), (24, 7, [4] * 6 + [0])],
+)
+def test_the_last_process_has_what_is_left_of_the_heads(
+    heads: int, processes: int, shares: list[int]
+) -> None:
+    assert sharing.split_heads(heads, processes) == shares
+
+
+@pytest.mark.parametrize(
+    ("model", "texts", "masked"),
+    [
+        ("flux-1", 16, False),
+        ("flux-1", 15, False),
+        ("qwen-image", 15, False),
+        ("qwen-image", 16, True),
+    ],
+)
+def test_a_transformer_of_three_heads_is_shared_by_two(
+    model: str, texts: int, masked: bool
+) -> None:
+    """Even and uneven tokens; attention with a mask stays with diffusers, which pads heads, too."""
+    torch.manual_seed(0)
+    known = models.load(model)
+    parts = {**known.STAND_IN.transformer, "num_attention_heads": 3}
+    transformer = getattr(diffusers, known.TRANSFORMER)(**parts).eval().requires_grad_(False)
+    inputs = make_inputs(model, transformer, "cpu", torch.float32, size="tiny")
+    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :texts]
+    if "txt_ids" in inputs:
+        inputs["txt_ids"] = inputs["txt_ids"][:texts]
+    if masked:
+        inputs["encoder_hidden_states_mask"] = torch.arange(texts)[None] < texts - 3
+    expected = transformer(**inputs)[0]
+
+    def act() -> None:
+        distributed.init_process_group("gloo")
+        plan = SimpleNamespace(machine=SimpleNamespace(device="cpu"), components=["transformer"])
+        parallel.split(SimpleNamespace(transformer=transformer), plan, 2)
+        found = transformer(**inputs)[0]
+        assert torch.allclose(found, expected, atol=1e-5), (found - expected).abs().max()
         distributed.destroy_process_group()
 
     assert context_parallel.fork(act, 2) == [0, 0]

@@ -1,9 +1,10 @@
 """Sharing: whether several devices can work on one generation, decided from the plan alone.
 
 diffusers' context parallelism gives each process a share of the tokens, and around every attention
-exchanges heads for tokens. So it needs a model that diffusers knows how to split, a number of heads
-that the number of processes divides, and the whole transformer on each device. A tiny stand-in has
-fewer heads than its model; its plan says so and takes as many processes as divide them.
+exchanges heads for tokens. So it needs a model that diffusers knows how to split, a head for each
+process, and the whole transformer on each device. Where the number of processes does not divide the heads,
+the last has fewer, and the plan says how many each has. A tiny stand-in has fewer heads than its model;
+its plan says so and takes as many processes as divide them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING
 from quantmatrix.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from quantmatrix.runtime.plan.types import Plan
 
 RULE = "context-parallel-plan"
@@ -34,13 +37,42 @@ def share(plan: Plan) -> Plan:
     for name, component in plan.components.items():
         require_plan(plan.model, name, component.class_name)
     heads = {n: int(p.config.get("num_attention_heads", 0)) for n, p in plan.components.items()}
-    odd = [name for name, found in heads.items() if not found or found % count]
-    if not odd:
-        return replace(plan, processes=count)
+    few = [name for name, found in heads.items() if split_heads(found, count)[-1] < 1]
+    if not few:
+        return replace(plan, processes=count, warnings=(*plan.warnings, *say_uneven(heads, count)))
     fewer = math.gcd(count, *heads.values())
     if plan.request.tiny and all(heads.values()) and fewer > 1:
         return fit_stand_in(plan, fewer, flag)
-    raise UsageError(f"{flag}: {odd[0]} has {heads[odd[0]]} attention heads, which it must divide")
+    raise UsageError(
+        f"{flag}: {few[0]} has {heads[few[0]]} attention heads, which leave none for the last "
+        f"process: {advise_count(min(heads.values()), count)}"
+    )
+
+
+def split_heads(heads: int, processes: int) -> list[int]:
+    """Heads of each process, as diffusers parts them: as many for each but the last, which has the rest.
+
+    The last number is 0 or less where there are too few heads for so many processes.
+    """
+    most = -(-heads // processes)
+    return [most] * (processes - 1) + [heads - most * (processes - 1)]
+
+
+def say_uneven(heads: Mapping[str, int], count: int) -> Iterator[str]:
+    """How the heads of each component are shared where the processes do not get equally many."""
+    for name, found in heads.items():
+        if found % count:
+            shares = split_heads(found, count)
+            yield (
+                f"{name}: its {found} attention heads are shared as {', '.join(map(str, shares))}: "
+                f"a step takes as long as the {shares[0]} of the first process"
+            )
+
+
+def advise_count(heads: int, count: int) -> str:
+    """The next smaller number of processes that have a head each."""
+    fits = [few for few in range(2, count) if split_heads(heads, few)[-1] > 0]
+    return f"try --nproc-per-node {fits[-1]}" if fits else "leave out --nproc-per-node"
 
 
 def check_sharding(plan: Plan, count: int) -> None:
