@@ -19,7 +19,7 @@ import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,10 @@ LAYERS = (
     ("nunchaku-svdq", "int4_r32", "packed"),
     ("nunchaku-svdq", "nvfp4_r32", "packed"),
 )
+Way = tuple[str, str, str]
+"""(family or program, scheme, backend)."""
+Plan = tuple[str, str, list[Way], str, int, float]
+"""(stage, model, forms, mode, repeats, seconds that must be left)."""
 FP8 = ("modelopt-fp8", "FP8", "torch")
 RECODED = ("modelopt-nvfp4", "NVFP4", "fp8-recode")
 INT8 = ("msmodelslim", "W8A8", "int8")
@@ -337,32 +341,13 @@ def measure_rates(bench: Bench) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output-path", type=Path, required=True)
-    parser.add_argument("--budget", type=float, default=540, help="seconds for all stages")
-    parser.add_argument("--only", nargs="+", default=[], help="stages to run, by their names")
-    parser.add_argument("--forms", nargs="+", default=[], help="'family scheme backend' to time")
-    parser.add_argument("--tiny", action="store_true", help="tiny models on a CPU")
-    arguments = parser.parse_args()
-    bench = Bench(arguments.output_path, arguments.budget, arguments.tiny)
-    torch.manual_seed(0)
-    bench.stage("rates", lambda: measure_rates(bench), 20)
-    good: list[tuple[str, str, str]] = []
-    for way in LAYERS:
-        if bench.tiny and way[2] in ("torch", "torch-block", "fp8-recode", "packed", "packed-fp8"):
-            continue
-        name = "check " + " ".join(way)
-        bench.stage(name, lambda way=way: check_layer(bench, *way), 15)
-        if bench.results["stages"][name].get("passed"):
-            good.append(way)
-    bench.stage("layers", lambda: time_layers(bench, good), 30)
+def list_steps(good: Sequence[Way], repeats: int) -> list[Plan]:
+    """The stages that time whole steps, in order of worth, each with those of its forms that are good."""
     steps = [way for way in STEPS if way in good]
     fp8 = [way for way in steps if way == FP8]
     torchao = [way for way in (ROWS, WHOLE) if peers.is_installed("torchao")]
     light = [way for way in steps if way in (FP8, RECODED, INT8)]
-    repeats = 3 if bench.tiny else 10
-    plans: list[tuple[str, str, list[tuple[str, str, str]], str, int, float]] = [
+    return [
         ("step flux-1", "flux-1", [*steps, BFL], "eager", repeats, 60),
         ("step flux-1 compiled", "flux-1", fp8, "compiled", repeats, 60),
         ("step flux-1 compiled-graph", "flux-1", [*light, *torchao], "compiled-graph", repeats, 60),
@@ -376,9 +361,40 @@ def main() -> None:
         ("step qwen-image compiled-graph", "qwen-image", fp8, "compiled-graph", repeats, 60),
         ("step z-image compiled-graph", "z-image", fp8, "compiled-graph", repeats, 60),
     ]
-    for name, model, wanted, mode, count, needs in plans:
-        if arguments.only and name not in arguments.only:
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output-path", type=Path, required=True)
+    parser.add_argument("--budget", type=float, default=540, help="seconds for all stages")
+    parser.add_argument("--only", nargs="+", default=[], help="stages of steps, and no others")
+    parser.add_argument("--forms", nargs="+", default=[], help="'family scheme backend' to time")
+    parser.add_argument("--tiny", action="store_true", help="tiny models on a CPU")
+    arguments = parser.parse_args()
+    bench = Bench(arguments.output_path, arguments.budget, arguments.tiny)
+    torch.manual_seed(0)
+    bench.stage("rates", lambda: measure_rates(bench), 20)
+    repeats = 3 if bench.tiny else 10
+    chosen = [
+        plan
+        for plan in list_steps(LAYERS, repeats)
+        if plan[0] in arguments.only or not arguments.only
+    ]
+    needed = {way for plan in chosen for way in plan[2]} if arguments.only else {*LAYERS}
+    good: list[Way] = []
+    for way in LAYERS:
+        on_gpu = way[2] in ("torch", "torch-block", "fp8-recode", "packed", "packed-fp8")
+        if way not in needed or (bench.tiny and on_gpu):
             continue
+        name = "check " + " ".join(way)
+        bench.stage(name, lambda way=way: check_layer(bench, *way), 15)
+        if bench.results["stages"][name].get("passed"):
+            good.append(way)
+    if not arguments.only:
+        bench.stage("layers", lambda: time_layers(bench, good), 30)
+    names = {plan[0] for plan in chosen}
+    plans = [plan for plan in list_steps(good, repeats) if plan[0] in names]
+    for name, model, wanted, mode, count, needs in plans:
         if bench.tiny and "graph" in mode:
             continue
         if arguments.forms:

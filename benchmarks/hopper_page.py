@@ -2,10 +2,11 @@
 
     python benchmarks/hopper_page.py reports/evidence/h200/measurements
 
-writes README.md into the folder. `hopper.json` holds the whole run; `hopper-again.json`, where it is,
-a later run of some forms, whose numbers take the place of the earlier ones. Ratios are medians of one
-process, quantized over BF16; `graph` means replayed from a CUDA graph, `compiled` diffusers' regional
-compilation.
+writes README.md into the folder. `hopper.json` holds the whole run; `hopper-again*.json`, in the order of
+their names, later runs of some forms, whose numbers take the place of the earlier ones. Ratios are
+medians of one process, quantized over BF16; `graph` means replayed from a CUDA graph, `compiled`
+diffusers' regional compilation. What `several_gpus.py` and `first_picture.py` measured is shown, too,
+where it is kept beside (`several-gpus*.json`, `first-picture.json`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ COMPILED = (
     ("Z-Image", "step z-image", 0.40),
 )
 """(model, stage, most that its compiled step with a graph may take of an eager one in BF16)."""
-AGAIN = "hopper-again.json"
+AGAIN = "hopper-again*.json"
+SEVERAL = "several-gpus*.json"
+FIRST = "first-picture.json"
 Goal = tuple[str, float | None, float, str]
 
 
@@ -140,19 +143,72 @@ def show_steps(stages: dict[str, Any]) -> list[str]:
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], set[tuple[str, str]]]:
     """(results, what of them was measured again): a form keeps the BF16 run of its own process."""
-    results = json.loads((folder / "hopper.json").read_text(encoding="utf-8"))
-    later = folder / AGAIN
+    results = read(folder / "hopper.json")
     again = set()
-    if later.is_file():
-        newer = json.loads(later.read_text(encoding="utf-8"))
+    for later in sorted(folder.glob(AGAIN)):
+        newer = read(later)
         if newer["machine"]["name"] != results["machine"]["name"]:
             raise SystemExit(f"{later}: measured on another machine than hopper.json")
         for name, stage in newer["stages"].items():
             for form, found in stage.items() if name.startswith("step ") else ():
                 if isinstance(found, dict) and "ms" in found:
-                    results["stages"].setdefault(name, {})[form] = found
+                    first = {key: size for key, size in stage.items() if key == "bf16_bytes"}
+                    results["stages"].setdefault(name, first)[form] = found
                     again.add((name, form))
+    results["several"] = {
+        name: found
+        for file in sorted(folder.glob(SEVERAL), key=lambda file: (len(file.name), file.name))
+        for name, found in read(file)["forms"].items()
+        if "ratio" in found
+    }
+    results["first"] = read(folder / FIRST) if (folder / FIRST).is_file() else {}
     return results, again
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The results in a file."""
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def show_several(forms: dict[str, Any]) -> list[str]:
+    """One forward on one GPU and on two of a host."""
+    if not forms:
+        return []
+    rows = [
+        f"| {name} | {found['alone']['ms']:.1f} | {found['shared']['ms']:.1f} | {found['ratio']:.3f} "
+        f"| {found['alone']['peak_bytes'] / 2**30:.2f} | {found['shared']['peak_bytes'] / 2**30:.2f} |"
+        for name, found in sorted(forms.items())
+    ]
+    return [
+        "One forward at true size on one GPU and on two of one host (`benchmarks/several_gpus.py`); a "
+        "weight of a `sharded` form lies half on each.",
+        "",
+        "| model, form, mode | one GPU, ms | two GPUs, ms | ratio | peak GiB of one | of each of two |",
+        "| - | -: | -: | -: | -: | -: |",
+        *rows,
+        "",
+    ]
+
+
+def show_first(models: dict[str, Any]) -> list[str]:
+    """Seconds before a first compiled forward has ended, with and without a compile cache."""
+    if not models:
+        return []
+    rows = [
+        f"| {model} | {cache} | {found['built']:.1f} | {found['first forward']:.1f} |"
+        for model, runs in sorted(models.items())
+        for cache, found in runs.items()
+    ]
+    return [
+        "Seconds from the start of a process to the end of its first compiled forward "
+        "(`benchmarks/first_picture.py`): imports, a model of random codes, compiling.",
+        "",
+        "| model | compile cache | model built | first forward |",
+        "| - | - | -: | -: |",
+        *rows,
+        "",
+    ]
 
 
 def render(results: dict[str, Any], again: set[tuple[str, str]] = frozenset()) -> str:
@@ -199,6 +255,8 @@ def render(results: dict[str, Any], again: set[tuple[str, str]] = frozenset()) -
         "| - | - | - | - | - | - | - |",
         *show_steps(stages),
         "",
+        *show_several(results.get("several", {})),
+        *show_first(results.get("first", {})),
     ]
     return "\n".join(lines)
 

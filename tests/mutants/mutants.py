@@ -40,7 +40,7 @@ from places import Seen
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 SOURCE = "src/quantmatrix"
-COPIED = ("src", "tests", "matrix", "reports", "benchmarks", "docs", ".github")
+COPIED = ("src", "tests", "matrix", "reports", "benchmarks", "docs", ".github", ".ci")
 DEVICE_ONLY = ("_triton", "nvfp4_flashinfer", "compiled", "compiling", "true_launches")
 """Ends of names of modules whose functions run on a GPU, or need its compiler, alone."""
 SAME = tuple(

@@ -36,6 +36,29 @@ def test_a_later_run_replaces_forms_with_their_own_baselines(tmp_path: Path) -> 
         PAGE["read_folder"](tmp_path)
 
 
+def test_the_page_shows_several_gpus_and_the_first_picture(tmp_path: Path) -> None:
+    results = json.loads((FOLDERS[0] / "hopper.json").read_text())
+    (tmp_path / "hopper.json").write_text(json.dumps(results))
+    sizes = {"peak_bytes": 3 * 2**30}
+    old, new = (
+        {
+            "alone": {"ms": 80.0, **sizes},
+            "shared": {"ms": ms, "peak_bytes": 2**31},
+            "ratio": ms / 80,
+        }
+        for ms in (60.0, 50.0)
+    )
+    missing = {"not_reached": "7 s left"}
+    for name, forms in (("", {"a": old, "b": missing}), ("-again", {"a": new})):
+        (tmp_path / f"several-gpus{name}.json").write_text(json.dumps({"forms": forms}))
+    seconds = {"built": 15.9, "first forward": 35.3}
+    (tmp_path / "first-picture.json").write_text(json.dumps({"flux-1": {"empty": seconds}}))
+    page = PAGE["render"](*PAGE["read_folder"](tmp_path))
+    assert "| a | 80.0 | 50.0 | 0.625 | 3.00 | 2.00 |" in page
+    assert "| b |" not in page
+    assert "| flux-1 | empty | 15.9 | 35.3 |" in page
+
+
 def test_there_are_results() -> None:
     assert FOLDERS
 
