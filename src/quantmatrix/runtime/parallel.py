@@ -65,7 +65,7 @@ def launch(plan: Plan, argv: Sequence[str]) -> int:
             raise
 
 
-def generate_together(request: Request, made: Plan) -> Run:
+def generate_together(request: Request, plan: Plan) -> Run:
     """The run of a request's first prompt and seed in the processes of its plan.
 
     The processes plan the request again, so it comes with the hub of its stand-ins. Raises
@@ -74,7 +74,7 @@ def generate_together(request: Request, made: Plan) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder, "request"), Path(folder, "run")
         asked.write_bytes(pickle.dumps(request))
-        command = [*name_launcher(made.processes), "-m", "quantmatrix.runtime.parallel", folder]
+        command = [*name_launcher(plan.processes), "-m", "quantmatrix.runtime.parallel", folder]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode or not answer.is_file():
             problem = Path(folder, PROBLEM)
@@ -83,8 +83,8 @@ def generate_together(request: Request, made: Plan) -> Run:
                 if problem.is_file()
                 else done.stderr.strip()[-SHOWN:]
             )
-            raise QuantmatrixError(f"{made.processes} processes gave no run: {said}")
-        return Run(**{**pickle.loads(answer.read_bytes()), "plan": made})
+            raise QuantmatrixError(f"{plan.processes} processes gave no run: {said}")
+        return Run(**{**pickle.loads(answer.read_bytes()), "plan": plan})
 
 
 def answer_request(folder: Path) -> None:
