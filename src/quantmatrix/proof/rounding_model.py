@@ -35,6 +35,7 @@ one whose static input scale cuts off what a prompt brings, which is what the me
 from __future__ import annotations
 
 import math
+from functools import cache
 from statistics import NormalDist
 
 from quantmatrix.scheme import MX, WHOLE
@@ -118,6 +119,7 @@ def integrate_cut(top: float, end: float) -> float:
     return inner / math.log(2.0)
 
 
+@cache
 def find_crest(count: int, step: float = 1e-3) -> float:
     """Expected largest magnitude of `count` normal values, over their rms."""
     within = (2.0 * NormalDist().cdf((n + 0.5) * step) - 1.0 for n in range(round(8 / step)))
