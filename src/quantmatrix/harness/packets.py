@@ -97,8 +97,7 @@ def measure(cell: Cell, baseline: Run, run: Run) -> CheckResult:
     from quantmatrix.runtime import media
 
     steps = measure_latents.compare_trajectories(baseline.latents, run.latents)
-    pieces = [piece for part in run.plan.components.values() for piece in part.pieces()]
-    kind = limits.name_class((piece.scheme, piece.numerics) for piece in pieces)
+    kind = limits.name_run(run.plan.components.values())
     frames = [media.stack_frames(one.media) for one in (baseline, run)]
     metrics = {
         **measure_latents.summarize(steps),

@@ -66,6 +66,8 @@ class NearLimits:
 
     def read_kind(self, cell: Cell) -> str:
         """The class of arithmetic of a cell's latents check, or nothing."""
+        from quantmatrix.proof.limits import read_class
+
         record = self.evidence.get(cell.id)
         check = record.checks.get("latents") if record else None
-        return str(check.metrics.get("class", "")) if check else ""
+        return read_class(check) if check else ""

@@ -15,11 +15,13 @@ PSNR, 1.5 times the relative L2 and 2.25 times `1 - cosine`. The margin is for o
 sets, whose BF16 runs differ by 50 to 64 dB among themselves.
 
 The *class* of a run names how the weights of its layers are rounded (`scheme.name_format`) and their
-arithmetic (`e4m3 W8A8`, `mx-e2m1 W4A4`; several are joined by ` + `). CPUs and accelerators have
-samples of their own. A class that was measured on the other side, or on other models only, borrows
-the worst of those samples, and says so; a class that was never measured has no limit, and its cells
-fail until somebody measures it from their evidence: `python -m quantmatrix.proof.limits
-reports/evidence reports/limits.csv`. Where stand-ins or arithmetic changed on purpose, `--anew`
+arithmetic (`e4m3 W8A8`, `mx-e2m1 W4A4`; several are joined by ` + `). A run whose experts are both quantized
+errs more than one with a BF16 expert beside the quantized one, so it is of a class of its own, `e4m3 W8A8 both`. CPUs and
+accelerators have samples of their own. A class that was measured on the other side, or on other models only, borrows
+the worst of those samples, and says so. One that was never measured is judged by its arithmetic in
+the other number of components, and says that, too; what fails by such limits is a sample like what passes.
+Arithmetic that was never measured has no limit, and its cells fail until somebody measures it from
+their evidence: `python -m quantmatrix.proof.limits reports/evidence reports/limits.csv`. Where stand-ins or arithmetic changed on purpose, `--anew`
 counts what failed, too. What is loosened is printed, and the files (see `limit_samples`) are
 reviewed like any claim.
 """
@@ -48,7 +50,7 @@ from quantmatrix.proof.limit_samples import (
     read_spreads,
     write_rows,
 )
-from quantmatrix.proof.record import Evidence
+from quantmatrix.proof.record import CheckResult, Evidence
 from quantmatrix.proof.rounding_model import bound_class
 from quantmatrix.proof.scopes import STAND_IN, read_scope
 from quantmatrix.scheme import Scheme, name_format
@@ -61,6 +63,8 @@ SIGNS = {"psnr_db": -1, "cosine": -1, "relative_l2": 1, "layer_error": 1}
 """Metrics, and whether a larger value is looser (1) or tighter (-1)."""
 
 
+BOTH = " both"
+"""How the class of a run ends of which more than one component is quantized."""
 BORROWED = "from the limits that come with quantmatrix: this project has none for this class"
 
 
@@ -84,10 +88,14 @@ class Limits:
     """Where the numbers come from: the three sources, and which of them decided."""
     decided: str = ""
     """`measured`, and what else decided which metric."""
+    kind: str = ""
+    """The class that was measured, where the run's own never was."""
 
     def to_json(self) -> dict[str, Any]:
         """The bounds as evidence keeps them."""
+        stood_in = {"class": self.kind} if self.kind else {}
         return {
+            **stood_in,
             "psnr_db": {"at_least": round(self.psnr_db, 4)},
             "cosine": {"at_least": round(self.cosine, 8)},
             "relative_l2": {"at_most": round(self.relative_l2, 6)},
@@ -110,19 +118,28 @@ class Ledger:
     def find(self, kind: str, model: str, hardware: str = "cpu") -> Limits:
         """The limits of a class on a model and a device.
 
-        UnmeasuredError for a class never measured, LimitsError for none: nothing was quantized.
+        UnmeasuredError for arithmetic never measured, LimitsError for none: nothing was quantized.
         """
         if not kind:
             raise LimitsError(f"no limits for a run without quantized layers on {model}")
+        if found := self.find_measured(kind, model, hardware):
+            return found
+        near = swap_count(kind)
+        if found := self.find_measured(near, model, hardware):
+            return replace(found, kind=near, source=f"{found.source}; of {near}: {kind} has no sample")
+        raise UnmeasuredError(
+            f"no limits for {kind} on {model}: measure "
+            "first, `python -m quantmatrix.proof.limits reports/evidence reports/limits.csv`"
+        )
+
+    def find_measured(self, kind: str, model: str, hardware: str) -> Limits | None:
+        """The limits of a class that has samples, here or in the fallback; None where it has none."""
         of_kind = [sample for sample in self.samples if sample.kind == kind]
         if not of_kind and self.fallback is not None:
-            found = self.fallback.find(kind, model, hardware)
-            return replace(found, source=f"{found.source}; {BORROWED}")
+            found = self.fallback.find_measured(kind, model, hardware)
+            return replace(found, source=f"{found.source}; {BORROWED}") if found else None
         if not of_kind:
-            raise UnmeasuredError(
-                f"no limits for {kind} on {model}: measure "
-                "first, `python -m quantmatrix.proof.limits reports/evidence reports/limits.csv`"
-            )
+            return None
         side = name_side(hardware)
         near = [sample for sample in of_kind if sample.model == model]
         here = [sample for sample in of_kind if sample.side == side]
@@ -234,9 +251,39 @@ def join_witness(sample: Sample, note: str) -> Limits:
     )
 
 
-def name_class(layers: Iterable[tuple[Scheme, str]]) -> str:
-    """The class of a run whose quantized layers have these (scheme, arithmetic)."""
-    return " + ".join(sorted({f"{name_format(scheme)} {numerics}" for scheme, numerics in layers}))
+def name_run(parts: Iterable[Any]) -> str:
+    """The class of a run with these components of a plan (`ComponentPlan`)."""
+    return name_class(*([(p.scheme, p.numerics) for p in part.pieces()] for part in parts))
+
+
+def name_class(*components: Iterable[tuple[Scheme, str]]) -> str:
+    """The class of a run whose components have quantized layers of these (scheme, arithmetic).
+
+    A component without any does not count; the class is empty where none has one.
+    """
+    quantized = [found for one in components if (found := list(one))]
+    names = {f"{name_format(scheme)} {numerics}" for one in quantized for scheme, numerics in one}
+    return " + ".join(sorted(names)) + (BOTH if len(quantized) > 1 else "")
+
+
+def swap_count(kind: str) -> str:
+    """The class of the same arithmetic in one component instead of both, or the other way round."""
+    return kind.removesuffix(BOTH) if kind.endswith(BOTH) else kind + BOTH
+
+
+def read_class(check: CheckResult) -> str:
+    """The class of a latents check, by the components that it measured; empty where it has none.
+
+    Records from before classes told the number of components lack the suffix.
+    """
+    kind = str(check.metrics.get("class") or "")
+    both = len(check.metrics.get("layers", {})) > 1 and not kind.endswith(BOTH)
+    return kind + BOTH if kind and both else kind
+
+
+def is_judged(check: CheckResult) -> bool:
+    """Whether a latents check had limits that were measured for its own class."""
+    return "psnr_db" in check.limits and "class" not in check.limits
 
 
 def collect_samples(evidence: Mapping[str, Evidence], *, again: bool = False) -> list[Sample]:
@@ -249,15 +296,15 @@ def collect_samples(evidence: Mapping[str, Evidence], *, again: bool = False) ->
         check = record.checks.get("latents")
         if check is None:
             continue
-        if check.verdict != "pass" and "psnr_db" in check.limits and not again:
+        if check.verdict != "pass" and is_judged(check) and not again:
             continue
         layers = [part["worst"] for part in check.metrics.get("layers", {}).values()]
         worst = dict(check.metrics.get("worst", {}))
         complete = all(worst.get(name) is not None for name in ("psnr_db", "cosine", "relative_l2"))
-        if layers and complete and check.metrics.get("class"):
+        if layers and complete and (kind := read_class(check)):
             worst["layer"] = max(layers)
             key = (
-                check.metrics["class"],
+                kind,
                 record.cell["model"],
                 name_side(record.cell["hardware"]),
             )
@@ -287,8 +334,7 @@ def list_exceeded(record: Evidence, ledger: Ledger) -> list[str]:
     Its own limits it met; those of the ledger may have been tightened since.
     """
     check = record.checks.get("latents")
-    kind = check.metrics.get("class") if check else None
-    if check is None or check.verdict != "pass" or not kind:
+    if check is None or check.verdict != "pass" or not (kind := read_class(check)):
         return []
     try:
         allowed = ledger.find(kind, record.cell["model"], record.cell["hardware"])

@@ -53,10 +53,11 @@ E2M1_GAPS = ((0.0, 0.5), (2.0, 1.0), (4.0, 2.0))
 def bound_class(kind: str) -> float:
     """The largest `bound_layer` in a class of arithmetic (`e2m1 W4A4 + uint4 W4A16`); 0 if none.
 
-    A run of that class is not asked for less: its worst layer may have this error by rounding alone.
+    A run of that class is not asked for less: its worst layer may have this error by rounding alone,
+    whether one component is quantized or (`e4m3 W8A8 both`) two are.
     """
-    parts = [part.partition(" ") for part in kind.split(" + ")]
-    return max((bound_layer(weight, numerics) or 0.0 for weight, _, numerics in parts), default=0.0)
+    parts = [part.split(" ") for part in kind.split(" + ")]
+    return max((bound_layer(part[0], part[1]) or 0.0 for part in parts if part[1:]), default=0.0)
 
 
 def bound_layer(weight: str, numerics: str) -> float | None:

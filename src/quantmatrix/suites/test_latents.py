@@ -31,8 +31,7 @@ def test_latents(cell: Cell, job: Job, workbench: Workbench, proof: Proof, repor
     again = workbench.run(job.request, job.plan) if job.plan.processes > 1 else alone
     steps = latents.compare_trajectories(baseline.latents, run.latents)
     frames = [media.stack_frames(one.media) for one in (baseline, run)]
-    pieces = [piece for part in job.quantized.values() for piece in part.pieces()]
-    kind = limits.name_class((piece.scheme, piece.numerics) for piece in pieces)
+    kind = limits.name_run(job.quantized.values())
     proof.metrics.update(
         {
             **latents.summarize(steps),

@@ -42,8 +42,7 @@ def test_true_size(
     proof.timings.update(found.tell_times())
     proof.latents_digest = latents.digest_latents(found.quantized.latents)
     proof.metrics.update(found.to_json())
-    pieces = found.plan.components[true_size.COMPONENT].pieces()
-    kind = limits.name_class((piece.scheme, piece.numerics) for piece in pieces)
+    kind = limits.name_run([found.plan.components[true_size.COMPONENT]])
     allowed = known_limits.read(reports).find(kind, cell.model, cell.hardware)
     proof.metrics["class"] = kind
     proof.limits.update({"layer_error": {"at_most": allowed.layer_error}, "repeats": True})

@@ -66,7 +66,7 @@ def test_every_form_is_measured(one: Cell, narrow: Matrix, tmp_path: Path) -> No
     part = found.plan.components["transformer"]
     assert part.family == one.family
     assert set(found.errors.found["transformer"]) == set(part.layers)  # each was called
-    kind = limits.name_class((piece.scheme, piece.numerics) for piece in part.pieces())
+    kind = limits.name_run([part])
     allowed = limits.read(SAMPLES).find(kind, one.model, "cpu").layer_error
     assert 0 < found.errors.worst <= allowed
     assert set(found.tell_times()) == {"step bf16", "step quantized", "write", "load"}

@@ -93,6 +93,38 @@ def test_classes_are_named_by_their_layers() -> None:
     nvfp4 = Scheme("linear.nvfp4", "", "e2m1", "group", "group-dynamic")
     layers = [(fp8, "W8A8"), (nvfp4, "W4A4"), (replace(fp8, scale="block"), "W8A8")]
     assert limits.name_class(layers) == "e2m1 W4A4 + e4m3 W8A8"
+    assert limits.name_class(layers, []) == "e2m1 W4A4 + e4m3 W8A8"
+    assert limits.name_class(layers[:1], layers[:1]) == "e4m3 W8A8 both"
+    assert limits.name_class(layers[:1], layers[1:2]) == "e2m1 W4A4 + e4m3 W8A8 both"
+    assert limits.name_class([], []) == ""
+
+
+BOTH = replace(FLUX, kind="e4m3 W8A8 both", psnr_db=41.0)
+
+
+@pytest.mark.parametrize(
+    ("samples", "kind", "psnr_db", "told"),
+    [
+        ([FLUX, BOTH], BOTH.kind, BOTH.psnr_db, ""),
+        ([FLUX, BOTH], FLUX.kind, FLUX.psnr_db, ""),
+        ([FLUX], BOTH.kind, FLUX.psnr_db, FLUX.kind),
+        ([BOTH], FLUX.kind, BOTH.psnr_db, BOTH.kind),
+    ],
+)
+def test_a_number_of_components_without_a_sample_is_judged_by_the_other_and_says_so(
+    samples: list[Sample], kind: str, psnr_db: float, told: str
+) -> None:
+    found = Ledger(samples).find(kind, "flux-1")
+    assert found.psnr_db == pytest.approx(psnr_db - 20 * math.log10(limits.MARGIN))
+    assert found.kind == told
+    assert found.to_json().get("class", "") == told
+    assert (f"of {told}: {kind} has no sample" in found.source) == bool(told)
+
+
+def test_the_fallbacks_own_class_comes_before_the_other_number_of_components() -> None:
+    own = Ledger([FLUX], fallback=Ledger([BOTH]))
+    assert own.find(BOTH.kind, "flux-1").psnr_db < own.find(FLUX.kind, "flux-1").psnr_db
+    assert own.find(BOTH.kind, "flux-1").kind == ""
 
 
 @pytest.mark.parametrize(
@@ -168,6 +200,31 @@ def test_samples_are_the_worst_of_what_passed_or_had_no_limit() -> None:
     found, other = limits.collect_samples(evidence)
     assert (found.cell, found.psnr_db) == ("d@cpu", 30.0)
     assert (other.cell, other.psnr_db, other.side) == ("e@h200", 20.0, "accelerator")
+
+
+def test_what_failed_by_the_limits_of_another_number_of_components_is_a_sample() -> None:
+    """Its own class has none yet: left out, both experts would never have limits."""
+    one, both = make("a@cpu", 45.0), make("b@cpu", 38.0, verdict="fail")
+    both.checks["latents"].metrics["class"] = BOTH.kind
+    for record in (one, both):
+        record.cell["model"] = "wan-2-2"
+    alone = limits.collect_samples({"a@cpu": one})
+    both.checks["latents"].limits.update(Ledger(alone).find(BOTH.kind, "wan-2-2").to_json())
+    found = {s.kind: s for s in limits.collect_samples({"a@cpu": one, "b@cpu": both})}
+    assert {kind: s.cell for kind, s in found.items()} == {FLUX.kind: "a@cpu", BOTH.kind: "b@cpu"}
+    both.checks["latents"].limits.pop("class")
+    assert set(limits.collect_samples({"a@cpu": one, "b@cpu": both})) == set(alone)
+
+
+def test_a_record_of_two_components_is_of_both_though_its_class_does_not_say_so() -> None:
+    older = make("a@cpu", 38.0)
+    layers = older.checks["latents"].metrics["layers"]
+    layers["transformer_2"] = layers["transformer"]
+    [sample] = limits.collect_samples({"a@cpu": older})
+    assert sample.kind == BOTH.kind
+    assert limits.list_exceeded(older, Ledger([sample])) == []
+    near = replace(sample, kind=FLUX.kind, psnr_db=60.0)
+    assert limits.list_exceeded(older, Ledger([sample, near])) == []
 
 
 def test_a_record_is_held_to_the_limits_as_they_are_now() -> None:

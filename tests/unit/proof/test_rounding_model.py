@@ -137,6 +137,7 @@ def test_classes() -> None:
     assert bound_layer("e4m3", "W8A8") == pytest.approx(math.sqrt(2) / (8 * math.sqrt(12)))
     assert bound_layer("uint4", "W4A16") is None
     assert bound_class("uint4 W4A16") == 0.0
+    assert bound_class("e4m3 W8A16 both") == bound_class("e4m3 W8A16") > 0.0
     assert bound_class("e5m2 W8A16") == pytest.approx(1 / (4 * math.sqrt(12)))
     assert bound_class("int8-tensor W8A16") > bound_class("int8 W8A16") > 0.0
     assert bound_layer("mx-int8", "W8A16") is None

@@ -230,8 +230,7 @@ class Mutator:
         self, cell: Cell, planned: Plan, baseline: Run, run: Run, errors: LayerErrors
     ) -> dict[str, str]:
         """What the gates that look at a run say."""
-        pieces = [piece for part in planned.components.values() for piece in part.pieces()]
-        kind = limits.name_class((piece.scheme, piece.numerics) for piece in pieces)
+        kind = limits.name_run(planned.components.values())
         allowed = self.limits.find(kind, cell.model, cell.hardware)
         found = {}
         if why := media.find_degeneration(media.stack_frames(run.media)):
