@@ -93,11 +93,11 @@ def measure(cell: Cell, baseline: Run, run: Run) -> CheckResult:
     """The latents check of a run: metrics, this project's limits, and the verdict."""
     from quantmatrix.measure import latents as measure_latents
     from quantmatrix.measure import pictures, thumbnails
-    from quantmatrix.proof import limits
+    from quantmatrix.proof.limit_classes import name_run
     from quantmatrix.runtime import media
 
     steps = measure_latents.compare_trajectories(baseline.latents, run.latents)
-    kind = limits.name_run(run.plan.components.values())
+    kind = name_run(run.plan.components.values())
     frames = [media.stack_frames(one.media) for one in (baseline, run)]
     metrics = {
         **measure_latents.summarize(steps),

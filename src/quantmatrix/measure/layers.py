@@ -83,6 +83,28 @@ def watch_layers(pipeline: Any, plan: Plan, base: Plan) -> Iterator[LayerErrors]
         yield errors
 
 
+@contextmanager
+def watch_encoders(pipeline: Any, plan: Plan) -> Iterator[LayerErrors]:
+    """The same for the text encoders that `plan` has quantized, beside the base model's own.
+
+    One whose base weights are not on this machine (`ComponentPlan.base`) is left out.
+    """
+    errors = LayerErrors()
+    with ExitStack() as stack:
+        for name, part in plan.encoders.items():
+            if (base := part.base.weights.get(name)) is None:
+                continue
+            checkpoint = fetch(base, plan.request.hub)
+            reader = stack.enter_context(TensorReader(checkpoint, plan.machine.device))
+            layers = errors.found.setdefault(name, {})
+            encoder = getattr(pipeline, name)
+            for module in part.layers:
+                hook = make_hook(module, reader, checkpoint.tensors, layers)
+                layer = encoder.get_submodule(module)
+                stack.callback(layer.register_forward_hook(hook).remove)
+        yield errors
+
+
 def make_hook(
     module: str, reader: TensorReader, known: Mapping[str, object], errors: dict[str, float]
 ) -> Any:

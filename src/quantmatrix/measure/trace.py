@@ -76,12 +76,13 @@ def list_events(profiler: Any, activities: Collection[Any]) -> list[Any]:
 
 @contextmanager
 def named_ranges(pipeline: Any, plan: Plan) -> Iterator[None]:
-    """Name the forwards of a pipeline's transformers and of their quantized layers meanwhile."""
+    """Name the forwards of a pipeline's transformers and of quantized layers, text encoders' too,
+    meanwhile."""
     with ExitStack() as stack:
         for component in plan.components:
-            transformer = getattr(pipeline, component)
-            stack.enter_context(name_calls(transformer, f"{STAGE}{component}"))
-            for name, module in transformer.named_modules():
+            stack.enter_context(name_calls(getattr(pipeline, component), f"{STAGE}{component}"))
+        for component in (*plan.components, *plan.encoders):
+            for name, module in getattr(pipeline, component).named_modules():
                 if isinstance(module, QuantizedLinear):
                     label = f"{LAYER}{component}|{name}|{module.kernel.backend}"
                     stack.enter_context(name_calls(module, label))

@@ -125,8 +125,11 @@ def take_census(events: Iterable[Any], plan: Plan) -> Census:
 
 
 def list_pieces(plan: Plan) -> Iterator[tuple[str, Piece]]:
-    """(component and module, piece) of every planned layer, as the modules are named in the model."""
-    for component, part in plan.components.items():
+    """(component and module, piece) of every planned layer, as the modules are named in the model.
+
+    Text encoders that are quantized come after the transformers.
+    """
+    for component, part in [*plan.components.items(), *plan.encoders.items()]:
         for module, pieces in part.layers.items():
             for number, piece in enumerate(pieces):
                 inside = f".parts.{number}" if len(pieces) > 1 else ""

@@ -66,7 +66,7 @@ class NearLimits:
 
     def read_kind(self, cell: Cell) -> str:
         """The class of arithmetic of a cell's latents check, or nothing."""
-        from quantmatrix.proof.limits import read_class
+        from quantmatrix.proof.limit_classes import read_class
 
         record = self.evidence.get(cell.id)
         check = record.checks.get("latents") if record else None

@@ -14,16 +14,15 @@ step of the worst cell that was measured, with the cell's id: 1.5 times the ampl
 PSNR, 1.5 times the relative L2 and 2.25 times `1 - cosine`. The margin is for other instruction
 sets, whose BF16 runs differ by 50 to 64 dB among themselves.
 
-The *class* of a run names how the weights of its layers are rounded (`scheme.name_format`) and their
-arithmetic (`e4m3 W8A8`, `mx-e2m1 W4A4`; several are joined by ` + `). A run whose experts are both quantized
-errs more than one with a BF16 expert beside the quantized one, so it is of a class of its own, `e4m3 W8A8 both`. CPUs and
-accelerators have samples of their own. A class that was measured on the other side, or on other models only, borrows
-the worst of those samples, and says so. One that was never measured is judged by its arithmetic in
-the other number of components, and says that, too; what fails by such limits is a sample like what passes.
+A run is judged by the limits of its class (see `limit_classes`). CPUs and accelerators have samples of
+their own. A class that was measured on the other side, or on other models only, borrows the worst of
+those samples, and says so. One that was never measured is judged as the same arithmetic in the other
+number of components, and says that, too; what fails by such limits is a sample like what passes.
 Arithmetic that was never measured has no limit, and its cells fail until somebody measures it from
-their evidence: `python -m quantmatrix.proof.limits reports/evidence reports/limits.csv`. Where stand-ins or arithmetic changed on purpose, `--anew`
-counts what failed, too. What is loosened is printed, and the files (see `limit_samples`) are
-reviewed like any claim.
+their evidence: `python -m quantmatrix.proof.limits reports/evidence reports/limits.csv`, of one class
+alone with `--only "e4m3 W8A8 both"`. Where stand-ins or arithmetic changed on purpose, `--anew` counts
+what failed, too. What is loosened is printed, and the files (see `limit_samples`) are reviewed like any
+claim.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from quantmatrix.errors import QuantmatrixError, UnjudgedError
 from quantmatrix.files import write_whole
 from quantmatrix.proof import store as records
 from quantmatrix.proof import witness_limits
+from quantmatrix.proof.limit_classes import read_class, swap_count
 from quantmatrix.proof.limit_samples import (
     SPREADS,
     LimitsError,
@@ -53,7 +53,6 @@ from quantmatrix.proof.limit_samples import (
 from quantmatrix.proof.record import CheckResult, Evidence
 from quantmatrix.proof.rounding_model import bound_class
 from quantmatrix.proof.scopes import STAND_IN, read_scope
-from quantmatrix.scheme import Scheme, name_format
 
 MARGIN = 1.5
 """Accepted error, as a multiple of the sample's."""
@@ -63,8 +62,6 @@ SIGNS = {"psnr_db": -1, "cosine": -1, "relative_l2": 1, "layer_error": 1}
 """Metrics, and whether a larger value is looser (1) or tighter (-1)."""
 
 
-BOTH = " both"
-"""How the class of a run ends of which more than one component is quantized."""
 BORROWED = "from the limits that come with quantmatrix: this project has none for this class"
 
 
@@ -126,7 +123,9 @@ class Ledger:
             return found
         near = swap_count(kind)
         if found := self.find_measured(near, model, hardware):
-            return replace(found, kind=near, source=f"{found.source}; of {near}: {kind} has no sample")
+            return replace(
+                found, kind=near, source=f"{found.source}; of {near}: {kind} has no sample"
+            )
         raise UnmeasuredError(
             f"no limits for {kind} on {model}: measure "
             "first, `python -m quantmatrix.proof.limits reports/evidence reports/limits.csv`"
@@ -235,6 +234,7 @@ def join_sources(sample: Sample, spread: Spread | None, note: str = "") -> Limit
         **{metric: sources[name][metric] for metric, name in decided.items()},
         source="; ".join(reasons),
         decided=named,
+        kind="",
     )
 
 
@@ -249,36 +249,6 @@ def join_witness(sample: Sample, note: str) -> Limits:
         source=bounds.source,
         decided="measured",
     )
-
-
-def name_run(parts: Iterable[Any]) -> str:
-    """The class of a run with these components of a plan (`ComponentPlan`)."""
-    return name_class(*([(p.scheme, p.numerics) for p in part.pieces()] for part in parts))
-
-
-def name_class(*components: Iterable[tuple[Scheme, str]]) -> str:
-    """The class of a run whose components have quantized layers of these (scheme, arithmetic).
-
-    A component without any does not count; the class is empty where none has one.
-    """
-    quantized = [found for one in components if (found := list(one))]
-    names = {f"{name_format(scheme)} {numerics}" for one in quantized for scheme, numerics in one}
-    return " + ".join(sorted(names)) + (BOTH if len(quantized) > 1 else "")
-
-
-def swap_count(kind: str) -> str:
-    """The class of the same arithmetic in one component instead of both, or the other way round."""
-    return kind.removesuffix(BOTH) if kind.endswith(BOTH) else kind + BOTH
-
-
-def read_class(check: CheckResult) -> str:
-    """The class of a latents check, by the components that it measured; empty where it has none.
-
-    Records from before classes told the number of components lack the suffix.
-    """
-    kind = str(check.metrics.get("class") or "")
-    both = len(check.metrics.get("layers", {})) > 1 and not kind.endswith(BOTH)
-    return kind + BOTH if kind and both else kind
 
 
 def is_judged(check: CheckResult) -> bool:
@@ -395,9 +365,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("evidence", type=Path, help="folder of records")
     parser.add_argument("samples", type=Path, help="CSV file to write")
     parser.add_argument("--anew", action="store_true", help="count cells that failed, too")
+    what = "measure this class alone, and keep all other lines; may be given again"
+    parser.add_argument("--only", action="append", default=[], metavar="CLASS", help=what)
     given = parser.parse_args(argv)
     try:
-        ledger = measure(given.evidence, given.samples, again=given.anew)
+        ledger = measure(given.evidence, given.samples, again=given.anew, only=given.only)
         loosened = write(ledger, given.samples)
     except (QuantmatrixError, OSError) as error:
         print(f"quantmatrix: {error}", file=sys.stderr)
@@ -408,10 +380,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def measure(evidence: Path, path: Path, *, again: bool = False) -> Ledger:
+def measure(
+    evidence: Path, path: Path, *, again: bool = False, only: Collection[str] = ()
+) -> Ledger:
     """The ledger that the records of a folder give, with the spreads beside `path`.
 
-    LimitsError where they give no sample at all: every limit would be gone.
+    With `only` the lines of these classes alone, and all others as `path` has them. LimitsError where
+    the records give no sample at all, or none of such a class: limits would be gone.
     """
     found = records.read_folder(evidence)
     samples = collect_samples(found, again=again)
@@ -420,8 +395,26 @@ def measure(evidence: Path, path: Path, *, again: bool = False) -> Ledger:
             f"{evidence}: no record of a latents check that passed, so {path} stays as it is; "
             "name the folder that has one folder per hardware, such as reports/evidence"
         )
-    samples += collect_witness(found, path)
+    if only:
+        samples = replace_classes(read_samples(path), samples, only)
+    else:
+        samples += collect_witness(found, path)
     return Ledger(samples, read_spreads(path.with_name(SPREADS)))
+
+
+def replace_classes(
+    older: Iterable[Sample], newer: Sequence[Sample], kinds: Collection[str]
+) -> list[Sample]:
+    """The older samples, with those of some classes replaced; LimitsError for a class without any."""
+    known = {sample.kind for sample in newer}
+    if unknown := [kind for kind in kinds if kind not in known]:
+        raise LimitsError(
+            f"--only {unknown[0]!r}: no record has a sample of it; known: {', '.join(sorted(known))}"
+        )
+    return [
+        *(sample for sample in older if sample.kind not in kinds),
+        *(sample for sample in newer if sample.kind in kinds),
+    ]
 
 
 def collect_witness(evidence: Mapping[str, Evidence], path: Path) -> list[Sample]:

@@ -1,6 +1,7 @@
 """Latents: every denoising step stays near the BF16 run of the same seed, and repeats its bits.
 
-So does every layer: on the inputs that it really gets, it stays near the base model's layer.
+So does every layer: on the inputs that it really gets, it stays near the base model's layer. A text encoder
+that the row's flags name is that of both runs; its layers are held to the limit of a layer alone.
 """
 
 from __future__ import annotations
@@ -21,22 +22,24 @@ if TYPE_CHECKING:
 
 @pytest.mark.check("latents")
 def test_latents(cell: Cell, job: Job, workbench: Workbench, proof: Proof, reports: Path) -> None:
-    from quantmatrix.measure import latents, pictures, rounding_bounds, thumbnails
-    from quantmatrix.proof import known_limits, limits
+    from quantmatrix.measure import latents, layers, pictures, rounding_bounds, thumbnails
+    from quantmatrix.proof import known_limits, limit_classes
     from quantmatrix.runtime import media
 
     baseline = workbench.baseline(cell, job.request)
     run = workbench.run(job.request, job.plan)
-    alone, errors = workbench.run_watched(cell, job.request, job.plan)
+    with layers.watch_encoders(workbench.pipeline(job.request, job.plan), job.plan) as encoders:
+        alone, errors = workbench.run_watched(cell, job.request, job.plan)
     again = workbench.run(job.request, job.plan) if job.plan.processes > 1 else alone
     steps = latents.compare_trajectories(baseline.latents, run.latents)
     frames = [media.stack_frames(one.media) for one in (baseline, run)]
-    kind = limits.name_run(job.quantized.values())
+    kind = limit_classes.name_run(job.quantized.values())
     proof.metrics.update(
         {
             **latents.summarize(steps),
             "class": kind,
             "layers": errors.to_json(),
+            **({"text_encoders": encoders.to_json()} if job.plan.encoders else {}),
             "media": pictures.measure_frames(*frames),
             "thumbnails": thumbnails.draw(*frames),
             "repeats": latents.digest_latents(run.latents) == latents.digest_latents(again.latents),
@@ -50,20 +53,29 @@ def test_latents(cell: Cell, job: Job, workbench: Workbench, proof: Proof, repor
         uncalled = set(part.layers) - set(errors.found[name])
         assert not uncalled, f"layers of {name} that no step called: {sorted(uncalled)}"
     assert proof.metrics["repeats"], "the same seed gave other bits the second time"
-    allowed = known_limits.read(reports).find(kind, cell.model, cell.hardware)
+    ledger = known_limits.read(reports)
+    allowed = ledger.find(kind, cell.model, cell.hardware)
     proof.limits.update({**allowed.to_json(), "repeats": True})
-    problems = [*latents.judge(steps, allowed), *judge_layers(job, errors, allowed.layer_error)]
+    problems = latents.judge(steps, allowed)
+    for name in job.quantized:
+        problems += judge_layers(name, errors, allowed.layer_error)
+    for name, part in job.plan.encoders.items():
+        assert set(encoders.found.get(name, ())) == set(part.layers), (
+            f"layers of {name} without a run"
+        )
+        most = ledger.find(limit_classes.name_run([part]), cell.model, cell.hardware).layer_error
+        proof.limits[f"layer_error of {name}"] = {"at_most": most}
+        problems += judge_layers(name, encoders, most)
     if workbench.tiny:  # a real checkpoint's codes may be searched for instead of rounded
         base = workbench.plan(workbench.base_request(cell, job.request))
         problems += rounding_bounds.judge_weights(job.plan, base)
     assert not problems, "; ".join(problems)
 
 
-def judge_layers(job: Job, errors: LayerErrors, most: float) -> list[str]:
-    """Layers that are further from the base model's than allowed, as text."""
+def judge_layers(name: str, errors: LayerErrors, most: float) -> list[str]:
+    """Layers of a component that are further from the base model's than allowed, as text."""
     return [
         f"{name}.{layer}: relative error {error:.4g} on its own input, the limit is {most:.4g}"
-        for name in job.quantized
         for layer, error in errors.found[name].items()
         if not error <= most
     ]

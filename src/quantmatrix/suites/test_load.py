@@ -1,4 +1,7 @@
-"""Load: the checkpoint of a row becomes a model in which nothing is missing, left over or BF16."""
+"""Load: the checkpoint of a row becomes a model in which nothing is missing, left over or BF16.
+
+So does each text encoder that the row's flags name.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +30,38 @@ def test_load(cell: Cell, job: Job, workbench: Workbench, proof: Proof) -> None:
         start = time.perf_counter()
         model = load_component(job, name)
         proof.timings[f"load {name}"] = time.perf_counter() - start
-        proof.metrics[name] = {
-            "layers": count_layers(part, model),
-            "tensors": count_tensors(part, model),
-            "dtypes": count_dtypes(job, part, model),
-        }
-        assert_finite(model)
+        named = part.base.reference == row.base
+        if model.witness is not None and workbench.tiny and not named:
+            model.witness = examine_beside(workbench, job, name, row.base)
+        proof.metrics[name] = judge_model(job, part, model)
         if model.witness is not None:
-            proof.witness[name] = model.witness.to_json()
-            if workbench.tiny:  # the base model's stand-in is what this one was made from
-                assert model.witness.verdict == "agrees", model.witness.to_json()
+            proof.witness[name] = judge_witness(model.witness, tiny=workbench.tiny)
+    paths = {*job.request.component_paths, *job.request.weights_paths}
+    encoders = {name for name in paths if name.startswith("text_encoder")}
+    assert set(job.plan.encoders) == encoders, "text encoders that are quantized"
+    for name, part in job.plan.encoders.items():
+        model = load_encoder(job, part)
+        proof.metrics[name] = judge_model(job, part, model)
+        if model.witness is not None:  # no sample for limits, which are of transformers
+            found = judge_witness(model.witness, tiny=workbench.tiny)
+            proof.metrics[name]["witness"] = found
+
+
+def judge_model(job: Job, part: Any, model: Any) -> dict[str, Any]:
+    """What a loaded component holds, which is what its plan says, and only finite numbers."""
+    assert_finite(model)
+    return {
+        "layers": count_layers(part, model),
+        "tensors": count_tensors(part, model),
+        "dtypes": count_dtypes(job, part, model),
+    }
+
+
+def judge_witness(witness: Any, *, tiny: bool) -> dict[str, Any]:
+    """What the witness found; the base model's stand-in is what a stand-in's codes were made from."""
+    found: dict[str, Any] = witness.to_json()
+    assert not tiny or witness.verdict == "agrees", found
+    return found
 
 
 def is_kept(row: CheckpointRow, layer: str) -> bool:
@@ -70,6 +95,26 @@ def load_component(job: Job, name: str) -> Any:
     )
 
 
+def examine_beside(workbench: Workbench, job: Job, name: str, reference: str) -> Any:
+    """The witness beside the model that the row's checkpoint is of, which a request with a whole quantized
+    pipeline does not name."""
+    from dataclasses import replace
+
+    from quantmatrix.runtime.witness import base, verdict
+
+    plain = workbench.plan(workbench.base_request(job.cell, job.request)).components[name]
+    beside = base.Base(name, {name: plain.checkpoint}, reference)
+    return verdict.examine(replace(job.quantized[name], base=beside), job.plan.request)
+
+
+def load_encoder(job: Job, part: Any) -> Any:
+    """A planned text encoder by itself, as a pipeline would load it."""
+    from quantmatrix.runtime import load
+
+    assert part.layers, f"{part.name}: no layer of it is quantized"
+    return load.load_component(part, job.plan.request, device=job.plan.machine.device)
+
+
 def count_layers(part: Any, model: Any) -> dict[str, Any]:
     """Census: the planned layers, and no other, are quantized, each by the planned kernel."""
     from quantmatrix.runtime.quantized_linear import QuantizedLinear
@@ -93,7 +138,8 @@ def count_tensors(part: Any, model: Any) -> dict[str, int]:
     targets: dict[str, list[str]] = {}
     for plain in part.plain:
         targets.setdefault(plain.name, []).append(plain.parameter)
-    present = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    parameters = model.named_parameters(remove_duplicate=False)  # a tied one has both names
+    present = {name for name, _ in [*parameters, *model.named_buffers()]}
     counts: Counter[str] = Counter()
     lost = []
     for name in part.checkpoint.tensors:

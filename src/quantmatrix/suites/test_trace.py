@@ -1,8 +1,8 @@
 """Trace: a profiler saw the planned kernel run in every quantized layer, and nothing instead of it.
 
-One denoising step calls every layer of a transformer, so one is profiled; where two experts share the
-steps, the third is the first of the second's. A layer that no step called is an error, so too few
-steps would not go unnoticed.
+One denoising step calls every layer of a transformer, and of the text encoders before it, so one is
+profiled; where two experts share the steps, the third is the first of the second's. A layer that no step
+called is an error, so too few steps would not go unnoticed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ def test_trace(job: Job, workbench: Workbench, proof: Proof) -> None:
     census = trace_pipeline(short, job.plan, pipeline)
     summary = census.summarize()
     proof.metrics.update({**summary, "layers": len(census.layers)})
-    proof.limits.update(
-        {"layers": sum(len(list(part.pieces())) for part in job.quantized.values())}
-    )
+    parts = [*job.quantized.values(), *job.plan.encoders.values()]
+    proof.limits.update({"layers": sum(len(list(part.pieces())) for part in parts)})
     assert not census.problems, "; ".join(census.problems)
     assert proof.metrics["layers"] == proof.limits["layers"]
     stages = {"encode", "decode", *job.plan.components}

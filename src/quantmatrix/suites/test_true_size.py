@@ -29,7 +29,7 @@ def test_true_size(
     cell: Cell, workbench: Workbench, proof: Proof, written: Path, reports: Path
 ) -> None:
     from quantmatrix.measure import latents, true_size
-    from quantmatrix.proof import known_limits, limits
+    from quantmatrix.proof import known_limits, limit_classes
 
     workbench.release()
     row = workbench.tables.checkpoints[cell.checkpoint]
@@ -42,7 +42,7 @@ def test_true_size(
     proof.timings.update(found.tell_times())
     proof.latents_digest = latents.digest_latents(found.quantized.latents)
     proof.metrics.update(found.to_json())
-    kind = limits.name_run([found.plan.components[true_size.COMPONENT]])
+    kind = limit_classes.name_run([found.plan.components[true_size.COMPONENT]])
     allowed = known_limits.read(reports).find(kind, cell.model, cell.hardware)
     proof.metrics["class"] = kind
     proof.limits.update({"layer_error": {"at_most": allowed.layer_error}, "repeats": True})

@@ -15,7 +15,7 @@ from quantmatrix.errors import UsageError
 from quantmatrix.measure import true_size
 from quantmatrix.measure.bench.speed import flatten_output
 from quantmatrix.measure.workbench import Workbench
-from quantmatrix.proof import limits
+from quantmatrix.proof import limit_classes, limits
 from quantmatrix.runtime import empty_model
 from quantmatrix.runtime.load import load_component
 from quantmatrix.tables import read
@@ -66,7 +66,7 @@ def test_every_form_is_measured(one: Cell, narrow: Matrix, tmp_path: Path) -> No
     part = found.plan.components["transformer"]
     assert part.family == one.family
     assert set(found.errors.found["transformer"]) == set(part.layers)  # each was called
-    kind = limits.name_run([part])
+    kind = limit_classes.name_run([part])
     allowed = limits.read(SAMPLES).find(kind, one.model, "cpu").layer_error
     assert 0 < found.errors.worst <= allowed
     assert set(found.tell_times()) == {"step bf16", "step quantized", "write", "load"}

@@ -13,6 +13,7 @@ from observed import WITNESSED
 from quantmatrix.errors import UnjudgedError
 from quantmatrix.proof import limits, store, witness_limits
 from quantmatrix.proof import record as records
+from quantmatrix.proof.limit_classes import name_class, read_class
 from quantmatrix.proof.limit_samples import LimitsError, Sample, Spread, read_samples
 from quantmatrix.proof.limits import Ledger
 from quantmatrix.proof.record import CheckResult, Evidence
@@ -92,11 +93,11 @@ def test_classes_are_named_by_their_layers() -> None:
     fp8 = Scheme("linear.fp8", "", "e4m3", "tensor", "tensor-dynamic")
     nvfp4 = Scheme("linear.nvfp4", "", "e2m1", "group", "group-dynamic")
     layers = [(fp8, "W8A8"), (nvfp4, "W4A4"), (replace(fp8, scale="block"), "W8A8")]
-    assert limits.name_class(layers) == "e2m1 W4A4 + e4m3 W8A8"
-    assert limits.name_class(layers, []) == "e2m1 W4A4 + e4m3 W8A8"
-    assert limits.name_class(layers[:1], layers[:1]) == "e4m3 W8A8 both"
-    assert limits.name_class(layers[:1], layers[1:2]) == "e2m1 W4A4 + e4m3 W8A8 both"
-    assert limits.name_class([], []) == ""
+    assert name_class(layers) == "e2m1 W4A4 + e4m3 W8A8"
+    assert name_class(layers, []) == "e2m1 W4A4 + e4m3 W8A8"
+    assert name_class(layers[:1], layers[:1]) == "e4m3 W8A8 both"
+    assert name_class(layers[:1], layers[1:2]) == "e2m1 W4A4 + e4m3 W8A8 both"
+    assert name_class([], []) == ""
 
 
 BOTH = replace(FLUX, kind="e4m3 W8A8 both", psnr_db=41.0)
@@ -145,7 +146,7 @@ def test_a_class_says_how_weights_are_rounded(
     """Powers of two cut numbers off, and one scale for all integers of a layer rounds the small ones
     away: neither is judged by the limits of other scales."""
     scheme = Scheme("linear.x", "", weight, scale, activation)
-    assert limits.name_class([(scheme, "W8A16")]) == f"{expected} W8A16"
+    assert name_class([(scheme, "W8A16")]) == f"{expected} W8A16"
 
 
 def make(name: str, psnr: float, *, verdict: str = "pass", limited: bool = True) -> Evidence:
@@ -395,10 +396,27 @@ def test_the_samples_of_this_project_are_sound() -> None:
         record = evidence[sample.cell]  # what was measured can be looked up
         assert record.cell["model"] == sample.model
         if not witness_limits.is_witness(sample.kind):
-            assert record.checks["latents"].metrics["class"] == sample.kind
+            assert read_class(record.checks["latents"]) == sample.kind
         elif record.witness:
             kinds = [k["limit"] for part in record.witness.values() for k in part["kinds"]]
             assert sample.kind in kinds
+
+
+def test_one_class_is_measured_and_all_other_lines_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "limits.csv"
+    limits.write(Ledger([FLUX, replace(BOTH, psnr_db=20.0)], SPREADS), path)
+    one, both = make("a@cpu", 30.0), make("b@cpu", 38.0)
+    both.checks["latents"].metrics["class"] = BOTH.kind
+    for record in (one, both):
+        store.write(record, tmp_path / "evidence")
+    words = [str(tmp_path / "evidence"), str(path), "--only"]
+    assert limits.main([*words, BOTH.kind]) == 0
+    found = {sample.kind: sample.psnr_db for sample in limits.read(path).samples}
+    assert found == {FLUX.kind: FLUX.psnr_db, BOTH.kind: 38.0}
+    assert limits.main([*words, "int3 W3A3"]) == 1
+    assert "--only 'int3 W3A3': no record has a sample of it" in capsys.readouterr().err
 
 
 def test_every_model_of_this_project_has_a_spread() -> None:

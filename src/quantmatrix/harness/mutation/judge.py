@@ -40,7 +40,7 @@ from quantmatrix.measure.census import find_differences
 from quantmatrix.measure.layers import LayerErrors, watch_layers
 from quantmatrix.measure.rounding_bounds import judge_weights
 from quantmatrix.measure.workbench import Workbench
-from quantmatrix.proof import limits
+from quantmatrix.proof import limit_classes, limits
 from quantmatrix.request import Request
 from quantmatrix.runtime import media
 from quantmatrix.runtime.generate import generate
@@ -230,7 +230,7 @@ class Mutator:
         self, cell: Cell, planned: Plan, baseline: Run, run: Run, errors: LayerErrors
     ) -> dict[str, str]:
         """What the gates that look at a run say."""
-        kind = limits.name_run(planned.components.values())
+        kind = limit_classes.name_run(planned.components.values())
         allowed = self.limits.find(kind, cell.model, cell.hardware)
         found = {}
         if why := media.find_degeneration(media.stack_frames(run.media)):
