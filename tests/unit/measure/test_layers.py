@@ -14,7 +14,7 @@ from torch import nn
 
 from quantmatrix.checkpoints.header import TensorHeader
 from quantmatrix.measure import layers as layer_errors
-from quantmatrix.measure.layers import USELESS, relative_error, watch_layers
+from quantmatrix.measure.layers import USELESS, relative_error, watch_encoders, watch_layers
 
 
 def test_relative_error_is_bounded_and_finite() -> None:
@@ -78,3 +78,27 @@ def test_hooks_are_gone_afterwards(parts: tuple[Any, Any, Any]) -> None:
     pipeline.transformer(torch.randn(5, 8))
     assert errors.found == {"transformer": {}}
     assert errors.to_json() == {}
+
+
+def test_layers_of_a_text_encoder_are_measured_beside_the_base_that_its_plan_has(
+    parts: tuple[Any, Any, Any],
+) -> None:
+    pipeline, _, base = parts
+    own = SimpleNamespace(weights={"text_encoder": base.components["transformer"].checkpoint})
+    alone = SimpleNamespace(layers={"first": ()}, base=SimpleNamespace(weights={}))
+    planned: Any = SimpleNamespace(
+        encoders={
+            "text_encoder": SimpleNamespace(layers={"first": (), "second": ()}, base=own),
+            "text_encoder_2": alone,
+        },
+        machine=SimpleNamespace(device="cpu"),
+        request=SimpleNamespace(hub=None),
+    )
+    pipeline.text_encoder = pipeline.transformer
+    with torch.no_grad():
+        pipeline.text_encoder.second.weight *= 0.5
+    with torch.no_grad(), watch_encoders(pipeline, planned) as errors:
+        pipeline.text_encoder(torch.randn(5, 8))
+    assert set(errors.found) == {"text_encoder"}
+    assert errors.found["text_encoder"]["first"] < 1e-6
+    assert errors.found["text_encoder"]["second"] == pytest.approx(0.5, rel=1e-5)

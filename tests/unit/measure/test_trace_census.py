@@ -34,18 +34,28 @@ def make_layer(kernel: Kernel, family: Any = fp8, scheme: Any = SCHEME) -> Quant
     return QuantizedLinear(WIDE, NARROW, kernel, scheme, canonical, torch.bfloat16)
 
 
-def trace_layer(layer: QuantizedLinear, backend: str, *, calls: int = 2) -> Census:
+def fake_plan(part: Any, *, encoder: bool = False) -> Any:
+    """A plan of one component, which is a transformer or a text encoder."""
+    components, encoders = {"transformer": part}, {}
+    if encoder:
+        components, encoders = {}, {"text_encoder": part}
+    return SimpleNamespace(components=components, encoders=encoders)
+
+
+def trace_layer(
+    layer: QuantizedLinear, backend: str, *, calls: int = 2, encoder: bool = False
+) -> Census:
     """The census of a model with one layer, which is planned to run by a backend."""
     piece = SimpleNamespace(
         scheme=layer.scheme, backend=backend, in_features=WIDE, out_features=NARROW
     )
     part = SimpleNamespace(layers={"block.to_q": [piece]})
-    made: Any = SimpleNamespace(components={"transformer": part})
+    made = fake_plan(part, encoder=encoder)
     model = torch.nn.Module()
     model.block = torch.nn.Module()
     model.block.to_q = layer
     model.forward = lambda x: model.block.to_q(x)  # type: ignore[method-assign]
-    pipeline = SimpleNamespace(transformer=model)
+    pipeline = SimpleNamespace(**dict.fromkeys((*made.components, *made.encoders), model))
     activities = [torch.profiler.ProfilerActivity.CPU]
     with (
         torch.no_grad(),
@@ -55,6 +65,18 @@ def trace_layer(layer: QuantizedLinear, backend: str, *, calls: int = 2) -> Cens
         for _ in range(calls):
             model(torch.ones(32, WIDE, dtype=torch.bfloat16))
     return take_census(profiler.events(), made)
+
+
+def test_layers_of_a_text_encoder_are_held_to_the_plan_too() -> None:
+    layer, name = make_layer(find_kernel("linear.fp8", "decode")), "text_encoder.block.to_q"
+    census = trace_layer(layer, "decode", calls=3, encoder=True)
+    assert census.problems == []
+    assert {key: one.calls for key, one in census.layers.items()} == {name: 3}
+    assert census.stages == {}
+    missed = trace_layer(layer, "decode", calls=0, encoder=True)
+    assert missed.problems == [f"{name} is planned and did not run"]
+    other = trace_layer(layer, "reference", encoder=True)
+    assert other.problems == [f"{name} ran by decode, not reference"]
 
 
 @pytest.mark.parametrize("backend", ["torch", "decode", "reference"])
@@ -131,11 +153,11 @@ def make_event(
 
 def plan_layer() -> Any:
     piece = SimpleNamespace(scheme=SCHEME, backend="torch", in_features=WIDE, out_features=NARROW)
-    return SimpleNamespace(components={"transformer": SimpleNamespace(layers={"to_q": [piece]})})
+    return fake_plan(SimpleNamespace(layers={"to_q": [piece]}))
 
 
 def test_a_layer_that_nobody_planned() -> None:
-    empty: Any = SimpleNamespace(components={"transformer": SimpleNamespace(layers={})})
+    empty = fake_plan(SimpleNamespace(layers={}))
     census = take_census([make_event("quantized|transformer|extra|decode", 0, 5)], empty)
     assert census.problems == ["transformer.extra ran quantized and is not planned"]
 
@@ -171,9 +193,7 @@ def test_a_kernel_of_the_device_can_be_the_matmul() -> None:
     label = "quantized|transformer|to_q|int8"
     scheme = msmodelslim.SCHEMES["W8A8"]
     piece = SimpleNamespace(scheme=scheme, backend="int8", in_features=WIDE, out_features=NARROW)
-    made: Any = SimpleNamespace(
-        components={"transformer": SimpleNamespace(layers={"to_q": [piece]})}
-    )
+    made = fake_plan(SimpleNamespace(layers={"to_q": [piece]}))
     events = [make_event(label, 10, 30)]
     assert "ran none of aten::_int_mm, multiply" in take_census(events, made).problems[0]
     events.append(make_event("cuLaunchKernelEx", 12, 14, number=1))

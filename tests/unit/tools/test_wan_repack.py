@@ -253,6 +253,32 @@ def test_two_flags_join_what_was_copied_first(quantized, original, tmp_path):
     assert sorted(p.name for p in out.iterdir()) == ["transformer", "transformer_2", "vae"]
 
 
+def widen(tensors: dict[str, torch.Tensor]) -> None:
+    """Give a transformer the input of image to video: noise, the first frame's latents and their mask."""
+    tensors["patch_embedding.weight"] = torch.ones(D, 36, 1, 2, 2).bfloat16()
+
+
+def test_image_to_video_has_both_experts_and_a_wider_input(original, tmp_path, capsys):
+    for seed, expert in enumerate(("high_noise_model", "low_noise_model")):
+        tensors, words = make_quantized(seed)
+        widen(tensors)
+        write_expert(tmp_path / "in" / expert, tensors, words)
+    out = tmp_path / "out"
+    words = ["--model-type", "Wan2.2-I2V-A14B", "--original-model-path", str(original)]
+    words += ["--quant-path", str(tmp_path / "in"), "--output-path", str(out)]
+    assert wan_repack.main(words) == 1
+    assert "has shape [24, 36, 1, 2, 2], diffusers expects [24, 16, 1" in capsys.readouterr().err
+    assert not out.exists()
+    for name in ("transformer", "transformer_2"):
+        file = original / name / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"in_channels": 36}))
+    assert wan_repack.main(words) == 0
+    for name in ("transformer", "transformer_2"):
+        found = load_file(out / name / "diffusion_pytorch_model.safetensors")
+        assert found["patch_embedding.weight"].shape == (D, 36, 1, 2, 2)
+        assert json.loads((out / name / "config.json").read_text())["in_channels"] == 36
+
+
 def test_four_flags_write_a_whole_pipeline(quantized, original, tmp_path):
     out = tmp_path / "new" / "out"
     words = ["--model_type", "Wan2.2-T2V-A14B", "--original-model-path", str(original)]
