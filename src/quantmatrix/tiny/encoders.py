@@ -18,10 +18,18 @@ from quantmatrix.tiny import text_encoders
 from quantmatrix.tiny.text_encoders import CHAT_TEMPLATE, HIDDEN, QWEN_TEMPLATE, train_bpe
 from quantmatrix.tiny.weights import fill
 
-COMPANIONS = {"image_encoder": "image_processor"}
+COMPANIONS = {"image_encoder": "image_processor", "vision_language_encoder": "processor"}
 """The component that comes with an encoder, where it is no tokenizer."""
 PICTURE_MARKS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
 CHAT_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+GLM_MARKS = {"image_token": "<|image|>", "grid_bos_token": "<sop>", "grid_eos_token": "<eop>"}
+GLM_TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|image|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
+GLM_CODES = 64
+"""Codes of pictures that GLM-Image's language model writes; the published one has 16384."""
 LLAMA_MARKS = ("<pad>", "<s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
 VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
@@ -186,6 +194,50 @@ def build_t5_wide(prefix: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def build_glm_image(prefix: str) -> tuple[Any, Any]:
+    """(language model of GLM-Image that writes codes of a picture, its processor).
+
+    Numbers that are drawn would end the picture anywhere, so nothing ends it before its last code.
+    """
+    from transformers import (
+        GlmImageConfig,
+        GlmImageForConditionalGeneration,
+        GlmImageImageProcessorPil,
+        GlmImageProcessor,
+    )
+
+    start, end = f"<|dit_token_{GLM_CODES}|>", "<|endoftext|>"
+    tokenizer = train_bpe(
+        [], [end, start, *GLM_MARKS.values()], pad_token=end, bos_token=start,
+        extra_special_tokens=dict(GLM_MARKS),
+    )  # fmt: skip
+    text = {
+        "vocab_size": len(tokenizer),
+        "vision_vocab_size": GLM_CODES + 2,
+        "hidden_size": HIDDEN,
+        "intermediate_size": HIDDEN,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "eos_token_id": GLM_CODES + 1,
+        "pad_token_id": tokenizer.pad_token_id,
+        "rope_parameters": ROPE,
+    }
+    config = GlmImageConfig(
+        text_config=text,
+        vision_config={**VISION, "image_size": 64},
+        vq_config={"embed_dim": 32, "latent_channels": 32, "num_embeddings": GLM_CODES},
+        image_token_id=tokenizer.convert_tokens_to_ids(GLM_MARKS["image_token"]),
+        image_start_token_id=GLM_CODES,
+        image_end_token_id=GLM_CODES + 1,
+    )
+    model = GlmImageForConditionalGeneration(config)
+    model.generation_config.eos_token_id = None
+    fill(model, prefix)
+    images = GlmImageImageProcessorPil()
+    return model, GlmImageProcessor(images, tokenizer, chat_template=GLM_TEMPLATE)
+
+
 def write_qwen_processor(tokenizer: Any, folder: Path, name: str) -> None:
     """Write Qwen2-VL's processor into a pipeline folder, and its entry into the index.
 
@@ -210,6 +262,7 @@ KINDS: Mapping[str, Callable[[str], tuple[Any, Any]]] = {
     "clip-vision": build_clip_vision,
     "byt5": build_byt5,
     "t5-wide": build_t5_wide,
+    "glm-image": build_glm_image,
 }
 """Builders of an encoder and its companion, by the kind that a model's stand-in names; each takes the
 name that the encoder's weights are drawn by."""

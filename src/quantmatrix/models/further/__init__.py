@@ -40,6 +40,7 @@ IDS = (
     "cogview-4",
     "sana",
     "chroma",
+    "glm-image",
 )
 
 

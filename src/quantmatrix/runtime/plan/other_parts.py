@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from quantmatrix.checkpoints.opening import read_components
 from quantmatrix.errors import CheckpointError
 from quantmatrix.links import check_link, check_name
 from quantmatrix.request import Hub
-from quantmatrix.runtime.plan.part_files import LIBRARIES, check_class, check_files
+from quantmatrix.runtime.plan.part_files import check_class, check_files, find_module
 
 if TYPE_CHECKING:
     from quantmatrix.checkpoints.opening import PipelineFolder
@@ -191,4 +190,5 @@ def find_class(index: Mapping[str, Any], name: str) -> Any:
     """
     entry = index.get(name)
     library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-    return getattr(import_module(library), str(class_name), None) if library in LIBRARIES else None
+    module = find_module(library)
+    return None if module is None else getattr(module, str(class_name), None)

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from quantmatrix.checkpoints.declaration import read_json
@@ -59,16 +60,29 @@ def check_class(name: str, library: str | None, class_name: str | None, file: st
     `file` is the model_index.json that names it.
     """
     what = ""
-    if library not in LIBRARIES:
+    if (module := find_module(library)) is None:
         what = f"{library} is neither"
-    elif class_name not in list_names(library):
-        what = f"{library} {import_module(library).__version__} has no such class"
+    elif class_name not in list_names(module.__name__):
+        version = import_module(module.__name__.partition(".")[0]).__version__
+        what = f"{library} {version} has no such class"
     if what:
         raise CheckpointError(
             f"{file}: {name} is {library}.{class_name}: expected a class of "
             f"{' or '.join(LIBRARIES)}, and {what}. Code that comes with a model is never run: name "
             "the model's own repository; a newer release of the library may have the class"
         )
+
+
+def find_module(library: object) -> ModuleType | None:
+    """A library by its name in a model_index.json; None for any other.
+
+    The parts of a pipeline whose folder in diffusers is named as their own module (`glm_image`) stand
+    under the name of that folder, which offers them.
+    """
+    if library in LIBRARIES:
+        return import_module(str(library))
+    found = getattr(import_module("diffusers.pipelines"), str(library), None)
+    return found if isinstance(found, ModuleType) and hasattr(found, "__path__") else None
 
 
 @cache

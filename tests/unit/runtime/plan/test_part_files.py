@@ -16,6 +16,7 @@ from quantmatrix.checkpoints.local import LocalFolder
 from quantmatrix.errors import CheckpointError
 from quantmatrix.request import Request
 from quantmatrix.runtime.pipeline import build_pipeline, readable_errors
+from quantmatrix.runtime.plan.other_parts import find_class
 from quantmatrix.runtime.plan.part_files import check_class, check_files, explain_vocabulary
 from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.tables import read
@@ -93,6 +94,10 @@ DAMAGES: list[tuple[Damage, str]] = [
         lambda b: change_index(b, "text_encoder", ["my_code", "Encoder"]),
         r"model_index\.json: text_encoder is my_code\.Encoder: .*never run",
     ),
+    (
+        lambda b: change_index(b, "vae", ["glm_image", "AutoencoderOfTomorrow"]),
+        r"vae is glm_image\.AutoencoderOfTomorrow: .* glm_image [0-9.]+ has no such class",
+    ),
 ]
 
 
@@ -108,6 +113,20 @@ def test_a_damaged_part_is_refused_by_the_plan(base: Path, damage: Damage, messa
     with pytest.raises(CheckpointError, match=message) as caught:
         build_pipeline(whole)
     assert str(caught.value).startswith(str(base))
+
+
+def test_parts_that_stand_under_the_name_of_their_pipelines_folder_are_known() -> None:
+    """diffusers writes so what it loads itself: GLM-Image's language model, LTX-2's connectors."""
+    import transformers
+
+    for library, name in (("glm_image", "GlmImageProcessor"), ("ltx2", "LTX2TextConnectors")):
+        check_class("part", library, name, "model_index.json")
+    index = {"processor": ["glm_image", "GlmImageProcessor"], "vae": ["os", "system"]}
+    assert find_class(index, "processor") is transformers.GlmImageProcessor
+    assert find_class(index, "vae") is None
+    for library in ("os", "pipeline_utils", "FluxPipeline", "__dict__", "glm_image.os", None):
+        with pytest.raises(CheckpointError, match="never run"):
+            check_class("part", library, "DiffusionPipeline", "model_index.json")
 
 
 def test_the_transformer_does_without_the_rest(base: Path) -> None:
