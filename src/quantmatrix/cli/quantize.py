@@ -28,6 +28,8 @@ def add_to(commands: Any) -> None:
     group.add_argument(
         "--scheme", help="scheme of the family: FP8, NVFP4, W8A8_DYNAMIC, tensor-static ..."
     )
+    what = "a text encoder, such as text_encoder_2, to quantize instead of the transformers"
+    group.add_argument("--component", metavar="NAME", help=what)
     group.add_argument("--precision", help="int4 or nvfp4, for nunchaku-svdq")
     group.add_argument("--rank", type=int, help="low-rank size, for nunchaku-svdq (default 32)")
     group.add_argument(
@@ -71,22 +73,27 @@ def run_quantize(arguments: argparse.Namespace, rest: list[str]) -> int:
     from quantmatrix.cli.output import print_json, read_request
     from quantmatrix.tiny.hub import use_tiny
     from quantmatrix.tools import quantize as work
+    from quantmatrix.tools.quantize_encoder import quantize_encoder
 
     if rest:
         raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
-    given = arguments.calibration_prompts
-    found = work.quantize(
-        use_tiny(read_request(arguments, rest)),
-        family=arguments.family,
-        output=arguments.output_path,
-        scheme=arguments.scheme,
-        precision=arguments.precision,
-        rank=arguments.rank,
-        kept=arguments.keep,
-        prompts=work.PROMPTS if given is None else read_prompts(given),
-        overwrite=arguments.overwrite,
-        show=show_progress,
-    )
+    given, request = arguments.calibration_prompts, use_tiny(read_request(arguments, rest))
+    common = {
+        "family": arguments.family,
+        "output": arguments.output_path,
+        "scheme": arguments.scheme,
+        "kept": arguments.keep,
+        "prompts": work.PROMPTS if given is None else read_prompts(given),
+        "overwrite": arguments.overwrite,
+        "show": show_progress,
+    }
+    own = {"precision": arguments.precision, "rank": arguments.rank}
+    if arguments.component is None:
+        found = work.quantize(request, **common, **own)
+    elif named := [f"--{name}" for name, value in own.items() if value is not None]:
+        raise UsageError(f"{named[0]}: for nunchaku-svdq, which is for transformers; leave it out")
+    else:
+        found = quantize_encoder(request, arguments.component, **common)
     if arguments.json:
         print_json({"ok": True, **found})
         return 0

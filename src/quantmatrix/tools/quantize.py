@@ -170,6 +170,11 @@ def check_base(plan: Plan, family: str, target: Path, scheme: Scheme, overwrite:
         )
     if target.suffix == own.ENDING and (len(plan.components) > 1 or own.WHOLE_PIPELINE):
         raise UsageError(f"--output-path {target}: several components need a folder")
+    check_target(plan, target, overwrite)
+
+
+def check_target(plan: Plan, target: Path, overwrite: bool) -> None:
+    """UsageError for an output that exists, unless it may go, and for one that is read from."""
     if target.exists() and not overwrite:
         raise UsageError(f"--output-path {target} exists already: choose another, or --overwrite")
     path = target.resolve()
@@ -205,16 +210,24 @@ def find_kept(
         ]
         rows.sort(key=lambda row: (row.scheme != scheme, row.form == "raw"))
         names = rows[0].kept.split() if rows else ()
-    patterns: list[re.Pattern[str]] = []
-    for name in names:
+    given = [pattern for name in names for pattern in sets.get(name, (name,))]
+    known = (
+        f"neither a set of {model} ({', '.join(sets) or 'it has none'}) nor a regular expression"
+    )
+    return Keeper(compile_patterns("--keep", given, known))
+
+
+def compile_patterns(
+    flag: str, given: Iterable[str], wrong: str = "no regular expression"
+) -> list[re.Pattern[str]]:
+    """The patterns that a flag names; UsageError says what is `wrong` with one that is none."""
+    patterns = []
+    for text in given:
         try:
-            patterns += [re.compile(pattern) for pattern in sets.get(name, (name,))]
+            patterns.append(re.compile(text))
         except re.error as error:
-            raise UsageError(
-                f"--keep {name}: neither a set of {model} ({', '.join(sets) or 'it has none'}) nor "
-                f"a regular expression: {error}"
-            ) from error
-    return Keeper(patterns)
+            raise UsageError(f"{flag} {text}: {wrong}: {error}") from error
+    return patterns
 
 
 class Keeper:

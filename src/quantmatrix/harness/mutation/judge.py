@@ -77,19 +77,20 @@ class Outcome:
 
 
 def choose_rows(tables: Matrix, patterns: Sequence[str]) -> list[Cell]:
-    """One cell per family, model and scheme that runs exact arithmetic on a CPU; by globs.
+    """One cell per family, model, scheme and number of components, which runs exact arithmetic on a CPU;
+    by globs.
 
     What is planned claims nothing that a fault could break.
 
     Raises UsageError where the globs leave none.
     """
-    cells: dict[tuple[str, str, str], Cell] = {}
+    cells: dict[tuple[str, str, str, int], Cell] = {}
     for cell in tables.cells:
         row = tables.checkpoints[cell.checkpoint]
         plain = row.form not in ("online", "sharded") and not row.reference.startswith("/path")
         claimed = cell.claim != "planned"
         if cell.hardware == "cpu" and cell.backend == "reference" and plain and claimed:
-            cells.setdefault((cell.family, cell.model, row.scheme), cell)
+            cells.setdefault((cell.family, cell.model, row.scheme, len(row.components)), cell)
     found = [c for c in cells.values() if not patterns or any(matches(c, p) for p in patterns)]
     if not found:
         raise UsageError(f"{' '.join(patterns)}: no row; known: {', '.join(list_ids(cells))}")
