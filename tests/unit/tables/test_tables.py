@@ -188,7 +188,8 @@ def test_every_nunchaku_file_name_of_the_guide() -> None:
 
 
 def test_msmodelslim_methods() -> None:
-    rows = [row for row in TABLES.checkpoints.values() if row.family == "msmodelslim"]
+    every = [row for row in TABLES.checkpoints.values() if row.family == "msmodelslim"]
+    rows = [row for row in every if row.model == "wan-2-2"]
     claims = {
         row.scheme: {c.claim for c in TABLES.cells if c.checkpoint == row.id} - {"refused"}
         for row in rows
@@ -203,6 +204,11 @@ def test_msmodelslim_methods() -> None:
     assert all("validated" in found for found in claims.values())
     stored = [row for row in rows if row.form != "online"]
     assert {row.components for row in stored} == {("transformer", "transformer_2")}
+    others = {(row.model, row.scheme): row.components for row in every if row not in rows}
+    for scheme in ("W8A8", "W4A4_DYNAMIC"):
+        assert others.pop(("wan-2-2-i2v", scheme)) == ("transformer", "transformer_2")
+        assert others.pop(("wan-2-2-ti2v", scheme)) == ("transformer",)
+    assert others == {}
 
 
 def test_hardware() -> None:

@@ -151,6 +151,12 @@ def test_the_table_of_this_project() -> None:
     assert [(r["fault"], r["row"]) for r in seen if r["witness"] == "0"] == []
 
 
+def test_both_experts_are_a_row_of_their_own_and_a_pipeline_without_a_base_is_none() -> None:
+    found = {cell.row for cell in judge.choose_rows(read.read(), ["modelopt-fp8", "msmodelslim"])}
+    assert {"modelopt-fp8-wan-2-2", "modelopt-fp8-wan-2-2-both", "msmodelslim-w8a8"} <= found
+    assert not any("i2v" in row for row in found)
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["mutate", "fp8-z-image-channel-dynamic", "--json", "--faults"]
     capsys.readouterr()
