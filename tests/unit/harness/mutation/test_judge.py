@@ -228,6 +228,20 @@ def test_a_plain_cast_is_rounded_by_half_a_gap_of_the_lower_end(
     assert 0.8 * bound < error <= bound
 
 
+@pytest.mark.parametrize(
+    ("scale", "activation"),
+    [
+        *(("block", "none"), ("channel", "none"), ("tensor", "tensor-static")),
+        *(("tensor", "tensor-dynamic"), ("tensor", "channel-dynamic")),
+    ],
+)
+def test_any_other_scale_leads_to_the_largest_code(scale: str, activation: str) -> None:
+    from quantmatrix.scheme import Scheme
+
+    scheme = Scheme("linear.fp8", "", "e4m3", scale, activation, block=(128, 128))
+    assert rounding_bounds.find_bound(scheme) == pytest.approx(1 / 28)
+
+
 def test_blocks_share_a_scale() -> None:
     from quantmatrix.scheme import Scheme
 
