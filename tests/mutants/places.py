@@ -5,6 +5,7 @@
 | a line of a function | the tests that executed it (coverage contexts, recorded by `watch_tests`) |
 | what runs at import: constants, defaults | tests of files that import the module, then those that ran it |
 | what ran while tests were collected: data of a test file | tests of files that import the module |
+| what no test was seen to execute: it may run in a process that a test forks | the same |
 | an annotation, the body of `if TYPE_CHECKING` | nobody: it is never executed |
 
 Standard library only.
@@ -131,8 +132,7 @@ def choose_tests(
         numbers = range(first, last + 1)
     found = {test for number in numbers for test in lines.get(number, ())}
     near = set(importers)
-    collected = not found and any(number in lines for number in numbers)
-    if at_import or collected:
+    if at_import or not found:
         found |= {test for test in seen.seconds if test.partition("::")[0] in near}
     own = name_own_file(path)
     ordered = order_tests(found, near, seen.seconds, budget * LONG)
