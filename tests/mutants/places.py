@@ -5,7 +5,7 @@
 | a line of a function | the tests that executed it (coverage contexts, recorded by `watch_tests`) |
 | what runs at import: constants, defaults | tests of files that import the module, then those that ran it |
 | what ran while tests were collected: data of a test file | tests of files that import the module |
-| what no test was seen to execute: it may run in a process that a test forks | the same |
+| what no test was seen to execute: it may run where nothing is recorded | the same |
 | an annotation, the body of `if TYPE_CHECKING` | nobody: it is never executed |
 
 Standard library only.

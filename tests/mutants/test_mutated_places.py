@@ -155,8 +155,8 @@ def test_what_ran_while_tests_were_collected_is_seen_by_importers() -> None:
     assert choose(LINE["values[0],"], ("t/z.py",)) == (["t/y.py::two"], 0)
 
 
-def test_what_may_run_in_a_process_of_its_own_is_seen_by_importers() -> None:
-    """A test that forks records nothing of what the fork executes."""
+def test_what_no_test_was_seen_to_execute_is_seen_by_importers() -> None:
+    """A process that is killed, or has an environment of its own, records nothing."""
     line = LINE["if start > 4:"]
     assert choose(line, ("t/z.py",)) == (["t/z.py::four"], 0)
     assert choose(line) == ([], 0)
