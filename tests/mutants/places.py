@@ -5,6 +5,7 @@
 | a line of a function | the tests that executed it (coverage contexts, recorded by `watch_tests`) |
 | what runs at import: constants, defaults | tests of files that import the module, then those that ran it |
 | what ran while tests were collected: data of a test file | tests of files that import the module |
+| what no test was seen to execute: it may run where nothing is recorded | the same |
 | an annotation, the body of `if TYPE_CHECKING` | nobody: it is never executed |
 
 Standard library only.
@@ -19,6 +20,8 @@ from pathlib import Path
 
 Span = tuple[int, int]
 """First and last line, counted from 1."""
+LONG = 1 / 20
+"""Share of the budget that a test may take without being left for the end."""
 COMPOUND = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.FunctionDef, ast.ClassDef)
 
 
@@ -115,10 +118,11 @@ def choose_tests(
     importers: Iterable[str],
     budget: float,
 ) -> tuple[list[str], int]:
-    """(tests to run, the quickest first, within a budget of seconds; how many were left out).
+    """(tests to run, the likeliest to see a change first, within a budget of seconds; how many were left out).
 
-    `importers` are test files that import the module; they come first where a place runs at import.
-    One test is run in any case.
+    `importers` are test files that import the module. Tests of the module's own file come first, for
+    half of the budget, then the others in the order of `order_tests`. A test that does not fit into
+    what is left makes room for shorter ones. One test is run in any case.
     """
     (first, last), at_import = span_of(tree, line)
     lines = seen.lines.get(path, {})
@@ -128,18 +132,62 @@ def choose_tests(
         numbers = range(first, last + 1)
     found = {test for number in numbers for test in lines.get(number, ())}
     near = set(importers)
-    collected = not found and any(number in lines for number in numbers)
-    if at_import or collected:
+    if at_import or not found:
         found |= {test for test in seen.seconds if test.partition("::")[0] in near}
-    ordered = sorted(found, key=lambda t: (test_file(t) not in near, seen.seconds.get(t, 0.0), t))
-    chosen: list[str] = []
-    spent = 0.0
-    for test in ordered:
-        spent += seen.seconds.get(test, 0.0)
-        if chosen and spent > budget:
-            break
-        chosen.append(test)
-    return chosen, len(ordered) - len(chosen)
+    own = name_own_file(path)
+    ordered = order_tests(found, near, seen.seconds, budget * LONG)
+    chosen = take_fitting(
+        [t for t in ordered if test_file(t).endswith(own)], seen.seconds, budget / 2
+    )
+    chosen |= take_fitting(
+        [test for test in ordered if test not in chosen],
+        seen.seconds,
+        budget - sum(chosen.values()),
+    )
+    if ordered and not chosen:
+        chosen = dict.fromkeys(ordered[:1], budget)
+    return list(chosen), len(ordered) - len(chosen)
+
+
+def name_own_file(path: str) -> str:
+    """The name of the test file of a module; of a package's `__init__` that of its folder."""
+    parts = Path(path).with_suffix("").parts
+    return f"/test_{parts[-2] if parts[-1] == '__init__' else parts[-1]}.py"
+
+
+def order_tests(
+    tests: Iterable[str], near: Collection[str], seconds: Mapping[str, float], long: float
+) -> list[str]:
+    """The quickest test of every file, then of every function, then the rest, the quickest first.
+
+    In each of these turns, files that import the module come first. Cases of one function mostly see
+    the same changes, other files see others. What takes more than `long` seconds comes last.
+    """
+    quickest = sorted(tests, key=lambda test: (seconds.get(test, 0.0), test))
+    files: set[str] = set()
+    functions: set[str] = set()
+    turns: dict[str, int] = {}
+    for test in quickest:
+        file, function = test_file(test), test.partition("[")[0]
+        turns[test] = 0 if file not in files else 1 if function not in functions else 2
+        if seconds.get(test, 0.0) > long:
+            turns[test] = 3
+        files.add(file)
+        functions.add(function)
+    return sorted(quickest, key=lambda test: (turns[test], test_file(test) not in near))
+
+
+def take_fitting(
+    tests: Iterable[str], seconds: Mapping[str, float], budget: float
+) -> dict[str, float]:
+    """Seconds of those tests that fit into a budget, taken in their order."""
+    taken: dict[str, float] = {}
+    left = budget
+    for test in tests:
+        if seconds.get(test, 0.0) <= left:
+            taken[test] = seconds.get(test, 0.0)
+            left -= taken[test]
+    return taken
 
 
 def test_file(test: str) -> str:

@@ -93,13 +93,20 @@ def test_a_recording_is_used_unless_it_was_cut_off(
 
 
 CHILD = """
-import subprocess, sys
+import os, subprocess, sys
 
 def test_here():
     from quantmatrix import exit_codes
 
 def test_in_a_child():
     subprocess.run([sys.executable, "-c", "import quantmatrix.quoting"], check=True)
+
+def test_in_a_fork():
+    child = os.fork()
+    if not child:
+        import quantmatrix.scheme
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 """
 
 
@@ -121,6 +128,7 @@ def test_what_a_child_executes_is_its_tests(tmp_path: Path) -> None:
             found = {test for tests in data.contexts_by_lineno(source).values() for test in tests}
             contexts.setdefault(Path(source).name, set()).update(found - {""})
     assert contexts["quoting.py"] == {"test_child.py::test_in_a_child"}
+    assert contexts["scheme.py"] == {"test_child.py::test_in_a_fork"}
 
 
 @pytest.mark.parametrize(

@@ -105,9 +105,61 @@ def test_what_runs_at_import_is_seen_by_importers_first() -> None:
     assert choose(LINE["2,"], ("t/z.py",), 0.0) == (order[:1], 2)
 
 
+FOUND = {
+    "t/test_a.py::own[1]": 0.2,
+    "t/test_a.py::own[2]": 0.25,
+    "t/test_a.py::long": 30.0,
+    "t/far.py::one[1]": 0.1,
+    "t/far.py::one[2]": 0.2,
+    "t/far.py::two": 0.3,
+    "t/near.py::three": 2.0,
+    "t/near.py::four": 2.4,
+}
+MANY = Seen({"src/a.py": {22: list(FOUND)}}, FOUND)
+
+
+def choose_of_many(budget: float) -> tuple[list[str], int]:
+    return places.choose_tests(
+        MANY, "src/a.py", TREE, LINE["return None"], ("t/near.py", "t/test_a.py"), budget
+    )
+
+
+def test_the_own_file_comes_first_then_every_file_then_every_function() -> None:
+    own = ["t/test_a.py::own[1]", "t/test_a.py::own[2]", "t/test_a.py::long"]
+    rest = ["t/near.py::three", "t/far.py::one[1]", "t/near.py::four", "t/far.py::two"]
+    assert choose_of_many(99.0) == ([*own, *rest, "t/far.py::one[2]"], 0)
+
+
+def test_what_is_long_comes_last_and_what_does_not_fit_makes_room() -> None:
+    own = ["t/test_a.py::own[1]", "t/test_a.py::own[2]"]
+    short, long = ["t/far.py::one[1]", "t/far.py::one[2]"], ["t/near.py::three", "t/near.py::four"]
+    two = "t/far.py::two"
+    assert choose_of_many(8.0) == ([*own, short[0], two, short[1], *long], 1)
+    assert choose_of_many(4.0) == ([*own, *short, long[0], two], 2)
+    assert choose_of_many(0.0) == (own[:1], 7)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("src/quantmatrix/kernels/linear_fp8.py", "/test_linear_fp8.py"),
+        ("src/quantmatrix/families/fp8/__init__.py", "/test_fp8.py"),
+    ],
+)
+def test_the_own_file_of_a_module(path: str, name: str) -> None:
+    assert places.name_own_file(path) == name
+
+
 def test_what_ran_while_tests_were_collected_is_seen_by_importers() -> None:
     assert choose(LINE["return None"], ("t/y.py",)) == (["t/y.py::three", "t/y.py::two"], 0)
     assert choose(LINE["values[0],"], ("t/z.py",)) == (["t/y.py::two"], 0)
+
+
+def test_what_no_test_was_seen_to_execute_is_seen_by_importers() -> None:
+    """A process that is killed, or has an environment of its own, records nothing."""
+    line = LINE["if start > 4:"]
+    assert choose(line, ("t/z.py",)) == (["t/z.py::four"], 0)
+    assert choose(line) == ([], 0)
 
 
 def test_names_of_modules() -> None:

@@ -2,7 +2,8 @@
 
 `pytest -p watch_tests`, with the folder to write to in `QUANTMATRIX_SEEN`: one coverage file per
 process, whose contexts are the ids of the tests, and `seconds.json`. Processes that a test starts are
-recorded as the test's own, unless it gives them an environment without these variables.
+recorded as the test's own, unless it gives them an environment without these variables, and so are
+forks of a test, which end by `os._exit`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import coverage
 import pytest
@@ -32,6 +33,22 @@ recorder = coverage.Coverage(
     config_file=False,
 )
 recorder.start()
+end_process = os._exit
+
+
+def end_fork(status: int) -> NoReturn:
+    """Keep what a fork of a test has executed, under the test's id, and end it."""
+    recorder.stop()
+    recorder.save()
+    end_process(status)
+
+
+def watch_fork() -> None:
+    """In a fork: its end is the last moment at which anything can be kept."""
+    os._exit = end_fork  # type: ignore[assignment]
+
+
+os.register_at_fork(after_in_child=watch_fork)
 seconds: Counter[str] = Counter()
 
 

@@ -37,8 +37,6 @@ KEPT = {
     "kernels/scale_layouts.py": {"place"},
     "kernels/svdq_packing.py": {"_as_words", "place", "words"},  # machine words of 16 bits
     "request.py": {"from_words"},  # carry calls it in earlier revisions
-    "runtime/parallel.py": {"made"},  # digests of accelerated cells hold the names of parameters
-    "runtime/pipeline.py": {"made"},  # the same
     "tiny/hub.py": {"move_into_place"},
     "tiny/text_encoders.py": {"WORDS", "word", "words"},  # a tokenizer's
 }

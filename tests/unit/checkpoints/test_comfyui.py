@@ -164,14 +164,23 @@ class Counted(io.BytesIO):
         return super().read(size)
 
 
-def test_what_lies_together_is_read_at_once() -> None:
-    shapes = {"a": 4, "far": NEAR + 1, "b": 5, "near": NEAR, "c": 6}
+@pytest.mark.parametrize(
+    ("gaps", "lengths"),
+    [
+        ((NEAR + 1, NEAR), [4, 5 + NEAR + 6]),
+        ((NEAR, NEAR + 1), [4 + NEAR + 5, 6]),
+        ((NEAR, NEAR), [4 + NEAR + 5 + NEAR + 6]),
+        ((NEAR + 1, NEAR + 1), [4, 5, 6]),
+    ],
+)
+def test_what_lies_together_is_read_at_once(gaps: tuple[int, int], lengths: list[int]) -> None:
+    shapes = {"a": 4, "first gap": gaps[0], "b": 5, "second gap": gaps[1], "c": 6}
     header = make_header({name: ("U8", (size,)) for name, size in shapes.items()})
     parts = {"a": b"aaaa", "b": b"bbbbb", "c": b"cccccc"}
     data = b"".join(parts.get(name, bytes(size)) for name, size in shapes.items())
     file = Counted(join_file(header, data))
     assert read_contents(file, ["c", "a", "b"]) == parts
-    assert file.lengths[2:] == [4, 5 + NEAR + 6]
+    assert file.lengths[2:] == lengths
 
 
 def test_an_entry_is_read_as_the_header_reads_it() -> None:

@@ -377,12 +377,12 @@ def test_of_a_remote_file_the_header_alone_is_read(monkeypatch: pytest.MonkeyPat
 
     class Hubs:
         def open(self, path: str, revision: str, block_size: int) -> Remote:
-            opened.append((path, revision))
+            opened.append((path, revision, block_size))
             return Remote(GOOD[:-108])  # the data is not there to be read
 
     monkeypatch.setattr(huggingface_hub, "HfFileSystem", Hubs)
     folder = HubFolder("a/b", "c" * 40, ("x-Q8_0.gguf",), "/nowhere")
     tensors, metadata = folder.header("x-Q8_0.gguf")
-    assert opened == [("a/b/x-Q8_0.gguf", "c" * 40)]
+    assert opened == [("a/b/x-Q8_0.gguf", "c" * 40, 2**20)]
     assert metadata["general.architecture"] == "flux"
     assert tensors["a.weight"].file == f"hf://a/b@{'c' * 40}/x-Q8_0.gguf"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,16 @@ def test_a_file_says_what_it_is_in_one_line() -> None:
         "a GGUF file (3 Q8_0, 2 Q4_K, 1 Q6_K)",
     )
     assert explain_unknown(make(MIXED)) is None
+
+
+def test_file_types_have_the_names_of_the_package() -> None:
+    package = pytest.importorskip("gguf", reason="needs the package gguf: the extra `gguf`")
+    prefix = re.compile("ALL_|MOSTLY_")
+    types = {int(kind): prefix.sub("", kind.name) for kind in package.LlamaFileType}
+    assert gguf.FILE_TYPES.items() <= types.items()
+    assert {types[number] for number in set(types) - set(gguf.FILE_TYPES)} <= {
+        *("MXFP4_MOE", "NVFP4", "Q1_0", "GUESSED"),
+    }
 
 
 def test_every_matrix_of_whole_blocks_is_a_layer_of_its_own_type() -> None:

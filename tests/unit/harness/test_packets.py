@@ -63,6 +63,7 @@ def test_a_whole_packet_is_sound_and_is_an_evidence_folder(packet: Path, tables:
     assert list(store.read_folder(packet)) == [PROVEN]
     card = json.loads((packet / "packet.json").read_text())
     assert card["command"].startswith("quantmatrix generate")
+    assert list(card) == sorted(card)  # the same packet is the same text
     assert len(card["metrics"]["steps"]) == STEPS
     assert set(card["files"]) == {"latents.safetensors", "cpu/fp8-flux-1+decode.json"}
     assert packet.stat().st_mode & 0o777 == 0o755

@@ -68,6 +68,20 @@ def test_decode_is_bit_exact(rows: int, columns: int) -> None:
         assert torch.equal(nvfp4_arithmetic.decode_to(layer, NVFP4, dtype), expected.to(dtype))
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_decoding_to_a_dtype_leaves_nothing_out(rank: int, smoothed: bool) -> None:
+    """A layer may be smoothed, or have a low-rank branch, or both."""
+    layer, scheme = make_layer(6, 48, svd=True), replace(NVFP4, rank=rank, smoothed=smoothed)
+    expected = decode_plainly(layer).double()
+    if rank:
+        expected = expected + layer["lora_b"].double() @ layer["lora_a"].double()
+    if smoothed:
+        expected = expected * layer["pre_quant_scale"].double()
+    found = nvfp4_arithmetic.decode_to(layer, scheme, torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_decode_crosses_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make_layer(50, 48, svd=True)
     whole = nvfp4_arithmetic.decode_to(layer, SVD, torch.bfloat16)
@@ -373,6 +387,10 @@ def test_values_of_the_environment_variable(value: str, backend: str | None) -> 
 def test_unknown_value_lists_the_known_ones() -> None:
     with pytest.raises(KeyError, match="flashinfer_trtllm"):
         linear_nvfp4.backend_alias("cublas")
+
+
+def test_a_decoded_weight_and_its_bias_by_the_formula() -> None:
+    assert linear_nvfp4.measure_decoded(NVFP4, 3, 5, 2) == 3 * 5 * 2 + 3 * 2
 
 
 def test_footprints_are_the_bytes_kept() -> None:

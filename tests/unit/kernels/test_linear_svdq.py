@@ -236,6 +236,13 @@ def test_footprints(kind: str, backend: str) -> None:
     assert kernel.footprint(scheme, 256, 384, 2) == size
 
 
+@pytest.mark.parametrize(("scheme", "sums"), [(INT4, 0), (UNSIGNED, 3 * 4)])
+def test_dense_footprints_by_the_formula(scheme: Scheme, sums: int) -> None:
+    dense = 3 * 5 * 2 + 3 * 2 + sums
+    assert linear_svdq.measure_merged(scheme, 3, 5, 2) == dense
+    assert linear_svdq.measure_decoded(scheme, 3, 5, 2) == dense + 2 * scheme.rank * (3 + 5)
+
+
 def test_reference_keeps_what_it_is_given() -> None:
     canonical = nunchaku_svdq.canonical(make_layer(INT4), INT4)
     kept = find_kernel("reference").prepare(canonical, INT4, torch.bfloat16)
@@ -417,6 +424,67 @@ def test_engine_runs_unsigned_layers_as_signed_ones(engine: Engine) -> None:
     y = run("nunchaku", x, without, UNSIGNED, torch.bfloat16)
     bare = replace(signed, bias=layer.plain_bias - layer.bias)
     assert oracle.relative_error(y, oracle.compute(x, bare)) < 4e-3
+
+
+# --- comfy-kitchen, played by the formulas ---------------------------------------------------
+
+
+def quantize_as_comfy(
+    x: torch.Tensor,
+    smooth: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    act_unsigned: bool,
+    lora_x: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(codes [M, K], scales [K/64, M], low-rank sums [M, R]), M filled up to whole tiles."""
+    filled = functional.pad(x.double() / smooth.double(), (0, 0, 0, -len(x) % 32))
+    groups = filled.unflatten(1, (-1, 64))
+    low, high = (0, 15) if act_unsigned else (-8, 7)
+    scales = groups.abs().amax(dim=2) / high
+    codes = (groups / scales.clamp(min=1e-30).unsqueeze(2)).round().clamp(low, high)
+    sums = functional.pad(lora_x.double() @ down.double(), (0, 0, 0, -len(x) % 32))
+    return codes.flatten(1), scales.T, sums
+
+
+def multiply_as_comfy(
+    codes: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    weight_scales: torch.Tensor,
+    sums: torch.Tensor,
+    up: torch.Tensor,
+    bias: torch.Tensor | None,
+    act_unsigned: bool,
+) -> torch.Tensor:
+    assert weight.dtype == torch.int8
+    nibbles = weight.view(torch.uint8).long()
+    numbers = torch.stack([nibbles % 16, nibbles // 16], dim=2).flatten(1)
+    numbers = torch.where(numbers > 7, numbers - 16, numbers).double()
+    dense = numbers * weight_scales.double().T.repeat_interleave(64, dim=1)
+    inputs = codes * scales.T.repeat_interleave(64, dim=1)
+    plain = torch.zeros(len(weight)) if bias is None else bias
+    return inputs @ dense.T + sums @ up.double().T + plain.double()
+
+
+@pytest.mark.parametrize("kind", ["int4", "unsigned"])
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+def test_comfy_kitchen_gets_what_it_multiplies(
+    kind: str, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole tiles of rows come back, of which those of the input are kept."""
+    played = SimpleNamespace(
+        quantize_svdquant_w4a4=quantize_as_comfy, scaled_mm_svdquant_w4a4=multiply_as_comfy
+    )
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", played)
+    scheme, stored = KINDS[kind], make_layer(KINDS[kind])
+    if not biased:
+        del stored["bias"]
+    x = make_input(scheme).half()
+    y = run("comfy-kitchen", x.view(2, 35, -1), stored, scheme, torch.float16)
+    assert (y.shape, y.dtype) == ((2, 35, 256), torch.float16)
+    layer = oracle.read_layer(stored, unsigned=scheme.unsigned)
+    assert oracle.relative_error(y.view(70, -1), oracle.compute(x, layer)) < 5e-3
 
 
 def test_engines_compute_in_sixteen_bits() -> None:

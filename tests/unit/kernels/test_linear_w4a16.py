@@ -83,6 +83,10 @@ def test_footprints(backend: str) -> None:
     assert find_kernel(backend).footprint(AWQ, ROWS, COLUMNS, 2) == size
 
 
+def test_a_decoded_weight_and_its_bias_by_the_formula() -> None:
+    assert linear_w4a16.measure_decoded(AWQ, 3, 5, 2) == 3 * 5 * 2 + 3 * 2
+
+
 def test_codes_of_the_writer() -> None:
     """Zeros are -(7 x scale), and errors stay within half a step where nothing is cut off."""
     weight = torch.linspace(-1, 1, ROWS * COLUMNS).view(ROWS, COLUMNS).bfloat16()
@@ -134,3 +138,27 @@ def test_engine_takes_eight_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
     y = run("nunchaku", x, stored, torch.bfloat16)
     assert calls == [8, 8, 3]
     assert oracle.relative_error(y, run("reference", x, stored, torch.float32)) < 8e-3
+
+
+def test_comfy_kitchen_gets_zeros_of_code_eight(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = make_layer()
+
+    def play(
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor,
+        bias: torch.Tensor,
+        group: int,
+    ) -> torch.Tensor:
+        assert (weight.dtype, group) == (torch.int8, 64)
+        nibbles = weight.view(torch.uint8).long()
+        codes = torch.stack([nibbles % 16, nibbles // 16], dim=2).flatten(1)
+        spread = [t.double().T.repeat_interleave(group, dim=1) for t in (scales, zeros)]
+        return rows.double() @ ((codes - 8) * spread[0] + spread[1]).T + bias.double()
+
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", SimpleNamespace(gemv_awq_w4a16=play))
+    x = make_input(18)
+    y = run("comfy-kitchen", x.view(2, 9, -1), stored, torch.bfloat16)
+    assert (y.shape, y.dtype) == ((2, 9, ROWS), torch.bfloat16)
+    assert oracle.relative_error(y.view(18, -1), run("reference", x, stored, torch.float32)) < 8e-3

@@ -183,10 +183,14 @@ def test_twins_are_run_by_the_package_below_a_folder(tmp_path: Path, names: dict
     assert len(said) == 2
 
 
-def test_a_process_that_ends_early_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lines", [0, 2])
+def test_a_process_that_gives_another_number_of_results_is_an_error(
+    tmp_path: Path, lines: int
+) -> None:
     sources = write_stub(tmp_path / "src", {})
-    (sources / "quantmatrix" / "request.py").write_text("raise SystemExit(5)\n")
-    with pytest.raises(QuantmatrixError, match="ended with 5 after 0 of 1"):
+    text = 'print("{}", flush=True)\n' * lines + "raise SystemExit(5)\n"
+    (sources / "quantmatrix" / "request.py").write_text(text)
+    with pytest.raises(QuantmatrixError, match=f"ended with 5 after {lines} of 1"):
         carry.run_twins(sources, [Twin(("good",))], lambda _: None)
 
 

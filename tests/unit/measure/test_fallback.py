@@ -124,7 +124,7 @@ def test_the_command_writes_numbers_and_a_picture(tmp_path: Path, capsys: Any) -
     assert found == json.loads((out / "fallback.json").read_text())
     assert found["kept"] == []
     assert found["met"]
-    assert len(found["shares"]) == 4
+    assert [share["kept"] for share in found["shares"]] == [False] * 4
     assert sorted(path.name for path in out.iterdir()) == ["fallback.json", "fallback.svg"]
     bars = ElementTree.parse(out / "fallback.svg").getroot().findall("{*}rect")
     widths = [float(bar.get("width", "0")) for bar in bars]
@@ -132,9 +132,15 @@ def test_the_command_writes_numbers_and_a_picture(tmp_path: Path, capsys: Any) -
     assert len(widths) == 4
 
 
-def test_a_target_that_cannot_be_met_by_quantized_layers_keeps_all(capsys: Any) -> None:
-    assert main.main([*WORDS, *CHECKPOINT, "--by", "block", "--target-psnr", "500"]) == 0
+def test_a_target_that_cannot_be_met_by_quantized_layers_keeps_all(
+    tmp_path: Path, capsys: Any
+) -> None:
+    words = [*WORDS, *CHECKPOINT, "--by", "block", "--target-psnr", "500"]
+    assert main.main([*words, "--output-path", str(tmp_path / "out")]) == 0
     assert "which meets 500 dB" in capsys.readouterr().out.splitlines()[-1]
+    found = json.loads((tmp_path / "out" / "fallback.json").read_text())
+    assert [share["kept"] for share in found["shares"]] == [True] * 4
+    assert found["kept"] == [name for share in found["shares"] for name in share["modules"]]
 
 
 @pytest.mark.parametrize(

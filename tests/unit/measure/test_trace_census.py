@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,8 @@ from quantmatrix.families.protocol import Calibration
 from quantmatrix.kernels import Kernel, kernels_of, linear_fp8
 from quantmatrix.kernels.portable import run_decoded
 from quantmatrix.measure.trace import named_ranges
-from quantmatrix.measure.trace_census import Census, take_census
+from quantmatrix.measure.trace_census import Census, LayerTrace, take_census
+from quantmatrix.runtime.generate import STAGE
 from quantmatrix.runtime.quantized_linear import QuantizedLinear
 
 WIDE, NARROW = 96, 64
@@ -160,6 +162,48 @@ def test_a_layer_that_nobody_planned() -> None:
     empty = fake_plan(SimpleNamespace(layers={}))
     census = take_census([make_event("quantized|transformer|extra|decode", 0, 5)], empty)
     assert census.problems == ["transformer.extra ran quantized and is not planned"]
+
+
+def test_a_census_is_summed_up_by_backend() -> None:
+    def layer(backend: str, calls: int, seconds: float, matmul: float, **ran: int) -> LayerTrace:
+        return LayerTrace(
+            backend, calls, Counter(view=1), Counter(ran), Counter(ran), set(), seconds, matmul
+        )
+
+    layers = {
+        "t.b": layer("torch", 3, 5.0, 4.0, mm=3),
+        "t.a": layer("torch", 2, 3.0, 2.5, mm=1, bmm=2),
+        "t.c": layer("decode", 7, 2.0, 0.5, linear=7),
+    }
+    stages = {"vae": {"calls": 1, "seconds": 0.5}, "transformer": {"calls": 2, "seconds": 9.0}}
+    census = Census(stages, layers, ["a problem"])
+    assert census.overhead == pytest.approx(0.3)
+    summary = census.summarize()
+    assert summary == {
+        "stages": stages,
+        "backends": {
+            "torch": {
+                "layers": 2, "calls": 5, "matmuls": {"bmm": 2, "mm": 4},
+                "kernels": {"bmm": 2, "mm": 4},
+            },
+            "decode": {"layers": 1, "calls": 7, "matmuls": {"linear": 7}, "kernels": {"linear": 7}},
+        },
+        "quantize_and_scale_share": 0.3,
+    }  # fmt: skip
+    assert list(summary["stages"]) == ["transformer", "vae"]
+    found = census.to_json()
+    assert (found["problems"], list(found["layers"])) == (["a problem"], ["t.a", "t.b", "t.c"])
+    assert found["layers"]["t.a"] == {
+        "backend": "torch", "calls": 2, "operations": {"view": 1}, "kernels": {"bmm": 2, "mm": 1},
+        "seconds": 3.0, "matmul_seconds": 2.5,
+    }  # fmt: skip
+    assert Census({}, {}, []).overhead == 0
+
+
+def test_a_stage_without_kernels_takes_the_processors_time() -> None:
+    plan: Any = SimpleNamespace(components={})
+    event = make_event(f"{STAGE}vae", 10, 2_500_010)
+    assert take_census([event, event], plan).stages == {"vae": {"calls": 2, "seconds": 5.0}}
 
 
 def test_kernels_of_a_device_are_those_launched_meanwhile() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import diffusers
 import pytest
+import torch
 from torch import nn
 
 import quantmatrix
@@ -90,6 +91,12 @@ def test_the_table_is_read_as_it_is_written(tmp_path: Path) -> None:
 def small() -> Iterator[prove.Small]:
     with prove.open_small("AuraFlowTransformer2DModel") as found:
         yield found
+
+
+def test_a_small_model_is_ready_to_run(small: prove.Small) -> None:
+    assert not small.model.training
+    assert not any(parameter.requires_grad for parameter in small.model.parameters())
+    assert {parameter.dtype for parameter in small.model.parameters()} == {torch.bfloat16}
 
 
 def test_every_linear_layer_of_the_blocks_is_quantized(small: prove.Small) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import diffusers
 import pytest
+import torch
 
 import quantmatrix
 from quantmatrix import models
@@ -51,6 +52,60 @@ def test_blocks_are_the_lists_that_a_plan_finds(name: str) -> None:
     built = build_plain(name, "tiny")
     for block in model.BLOCKS:
         assert len(getattr(built, block)) > 0
+
+
+PARAMETERS = {
+    "flux-1": (7_266_880, 272_707),
+    "flux-2": (6_653_440, 290_451),
+    "wan-2-2": (2_243_392, 220_107),
+    "qwen-image": (5_064_384, 220_107),
+    "z-image": (8_993_600, 272_707),
+    "flux-1-kontext": (3_913_280, 272_707),
+    "flux-1-fill": (3_995_200, 272_707),
+    "flux-1-krea": (3_913_280, 272_707),
+    "flux-1-schnell": (3_781_696, 272_707),
+    "flux-2-klein-4b": (3_965_696, 290_451),
+    "flux-2-klein-9b": (4_817_920, 290_451),
+    "qwen-image-2512": (2_696_896, 220_107),
+    "qwen-image-edit": (2_696_896, 42_517),
+    "qwen-image-edit-2509": (2_696_896, 42_517),
+    "qwen-image-edit-2511": (2_696_896, 42_517),
+    "z-image-base": (6_827_584, 272_707),
+    "wan-2-1-t2v": (1_451_072, 220_107),
+    "wan-2-1-i2v": (1_653_696, 220_107),
+    "wan-2-2-i2v": (1_471_552, 220_107),
+    "wan-2-2-ti2v": (1_451_072, 235_996),
+    "hunyuan-video": (5_065_024, 781_955),
+    "hunyuan-video-1-5": (5_766_920, 1_373_863),
+    "hunyuan-image-2-1": (5_981_200, 1_190_827),
+    "sd-3-5": (4_834_240, 272_707),
+    "ltx-video": (2_751_264, 891_501),
+    "cogview-4": (2_617_408, 272_707),
+    "sana": (2_699_792, 171_735),
+    "chroma": (2_507_328, 272_707),
+}
+"""Parameters of each stand-in's transformer and VAE: another number is another stand-in, whose records are stale."""
+
+
+def test_every_stand_in_has_its_size() -> None:
+    assert set(PARAMETERS) == {*models.IDS, *further.IDS}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_stand_in_has_its_size_and_shares_heads_out_to_axes(name: str) -> None:
+    model = models.load(name)
+    own = model.STAND_IN
+    with torch.device("meta"):
+        transformer = getattr(diffusers, model.TRANSFORMER)(**own.transformer)
+        vae = getattr(diffusers, own.vae.class_name)(**own.vae.options)
+    found = tuple(sum(t.numel() for t in part.parameters()) for part in (transformer, vae))
+    assert found == PARAMETERS[name]
+    axes = own.transformer.get("axes_dims_rope") or own.transformer.get("axes_dims")
+    if axes is not None:
+        given = own.transformer
+        wide = given.get("attention_head_dim") or given["dim"] // given["n_heads"]
+        assert sum(axes) == wide
+        assert not any(axis % 2 for axis in axes)  # pairs of numbers are turned
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from observed import PROVEN, REFUSED, observe
 from tables import CASES, write_tables
 
 from quantmatrix.cli.main import main
+from quantmatrix.proof import states
 from quantmatrix.proof import store as records
 from quantmatrix.proof.agreement import Share, count_lives, measure, write_badge
 from quantmatrix.proof.record import CheckResult, Evidence
@@ -99,6 +100,13 @@ def test_a_claimed_failure_agrees_until_it_works(tmp_path: Path) -> None:
     assert life(both) == ("contradicting", "load: torn; latents: too far")
     less = replace(record, checks={"load": record.checks["load"]})
     assert life(less)[0] == life(None)[0] == "missing"
+
+
+@pytest.mark.parametrize("claim", ["failing", "expected", "planned", "refused", "works"])
+def test_a_failed_check_is_claimed_by_a_failing_row_alone(tables: Matrix, claim: str) -> None:
+    record = observe(tables, PROVEN, fails="latents")
+    claimed = replace(record, cell={**record.cell, "claim": claim, "rule": "latents"})
+    assert states.fails_as_claimed(claimed) == (claim == "failing")
 
 
 def test_badge_stands_still(tables: Matrix, evidence: dict[str, Evidence]) -> None:

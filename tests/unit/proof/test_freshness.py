@@ -20,7 +20,7 @@ from quantmatrix.tables import read
 from quantmatrix.tables.rows import Matrix
 
 MACHINE = {"processor": "some", "devices": ["H100"], "memory_bytes": 2**37, "system": "Linux"}
-OLDER, OTHER = (f"sha256:{letter * 64}" for letter in "ab")
+OLDER, OTHER, LAST = (f"sha256:{letter * 64}" for letter in "abf")
 
 
 @pytest.fixture
@@ -47,7 +47,10 @@ def test_a_record_of_this_code_is_fresh(tables: Matrix, now: Now, name: str) -> 
     ("changes", "reason"),
     [
         ({"device_digest": OLDER}, "the kernels (decode) or their order changed"),
+        ({"device_digest": f"sha256:{'0' * 64}"}, "the kernels (decode) or their order changed"),
+        ({"device_digest": LAST}, "the kernels (decode) or their order changed"),
         ({"shared_digest": OLDER}, "the code of fp8 on flux-1 changed"),
+        ({"shared_digest": LAST}, "the code of fp8 on flux-1 changed"),
         ({"shared_digest": None}, "the record has no digests of the code that it was made with"),
     ],
 )

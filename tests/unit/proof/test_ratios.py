@@ -139,6 +139,9 @@ def test_words_for_bytes() -> None:
         ([1.0] * 8, [1.0] * 7, "8 and 7 timings"),
         ([1.0] * 8, [1.0] * 7 + [0.0], "not positive"),
         ([1.0] * 8, [1.0] * 7 + [math.nan], "not positive"),
+        ([1.0] * 8, [1.0] * 7 + [-1.0], "not positive"),
+        ([1.0] * 7 + [-1.0], [1.0] * 8, "not positive"),
+        ([1.0] * 7 + [math.inf], [1.0] * 8, "not positive"),
     ],
 )
 def test_timings_that_say_nothing(bf16: list[float], quantized: list[float], said: str) -> None:

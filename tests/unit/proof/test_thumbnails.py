@@ -56,6 +56,15 @@ def test_the_difference_is_the_largest_channel_times_the_gain() -> None:
     assert shown.max() == 0
 
 
+def test_a_difference_is_drawn_as_the_nearest_of_sixteen_greys() -> None:
+    distances = torch.arange(40)
+    frames = torch.full((1, 2, 40, 3), 100, dtype=torch.uint8)
+    other = frames.clone()
+    other[0, :, :, 1] += distances.to(torch.uint8)
+    shown = read(draw(frames, other)["difference"])[0, :, 0].tolist()
+    assert shown == [17 * min(15, round(GAIN * n / 17)) for n in distances.tolist()]
+
+
 def test_large_pictures_shrink_to_the_mean_of_boxes() -> None:
     frames = make(1, 720, 1280, 3)
     found = draw(frames, frames)

@@ -392,3 +392,40 @@ def test_boxes_of_the_picture_stand_in_their_row_and_column() -> None:
     first = round((box - 8) * counts["fp8", "cpu"][order[0]] / 4)
     bars = [bar for name in order for bar in places(name) if bar[3] == 5 and bar[1] == 64 + 54 - 8]
     assert bars == [(112, 110, first, 5), (112 + first, 110, box - 8 - first, 5)]
+
+
+def read_texts(drawn: ElementTree.Element) -> dict[str, tuple[int, int]]:
+    """Where each line of text begins."""
+    found = drawn.iterfind("{*}text")
+    return {one.text or "": (int(one.get("x", "")), int(one.get("y", ""))) for one in found}
+
+
+def test_the_legend_stands_below_the_boxes_in_two_columns() -> None:
+    drawn = ElementTree.fromstring(picture.draw_matrix(["fp8"], ["cpu", "h200"], {}))
+    texts, y = read_texts(drawn), 64 + 2 * 58 + 22
+    for column, state in enumerate(picture.COLOURS):
+        assert texts.pop(state) == (12 + 76 * column + 15, y)
+    assert [place for text, place in texts.items() if text.partition(":")[0] in picture.SCOPES] == [
+        *((27, y + 18), (27 + 268, y + 18)),
+        *((27, y + 34), (27 + 268, y + 34)),
+    ]
+    squares = [
+        tuple(int(one.get(name, "")) for name in ("x", "y"))
+        for one in drawn.iterfind("{*}rect[@height='10']")
+    ]
+    assert squares == [
+        *((12 + 76 * column, y - 9) for column in range(len(picture.COLOURS))),
+        *((12, y + 9), (280, y + 9), (12, y + 25), (280, y + 25)),
+    ]
+
+
+@pytest.mark.parametrize("states", range(1, 6))
+def test_a_box_has_three_lines_the_last_of_which_says_that_there_is_more(states: int) -> None:
+    labels = [x for x in picture.LABELS if x in picture.COLOURS and x != "proven"][:states]
+    counts = {label: 7 + n for n, label in enumerate(labels)}
+    drawn = picture.draw_box(100, 200, 90, counts)
+    texts = [line for line in drawn if line.startswith("<text")]
+    lines = [f"{7 + n} {label}" for n, label in enumerate(labels[:3])]
+    if states > 3:
+        lines[-1] += " ..."
+    assert texts == [f'<text x="106" y="{213 + 12 * n}">{line}' for n, line in enumerate(lines)]

@@ -85,6 +85,11 @@ def test_a_gpu_in_words(found: dict[str, Any]) -> None:
     assert "(CUDA 13.0)" in text
 
 
+def test_memory_in_words(found: dict[str, Any]) -> None:
+    text = doctor.to_text({**found, "memory_bytes": 47.26 * 2**30})
+    assert "memory        47.3 GiB" in text.splitlines()
+
+
 def test_flaws_in_words(found: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "multiplies_int8_exactly", lambda: False)
     text = doctor.to_text(doctor.examine())

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,6 +188,42 @@ def test_a_run_together_is_a_run_and_a_failure_says_why(monkeypatch: pytest.Monk
     monkeypatch.setattr(parallel, "name_launcher", lambda processes: [sys.executable])
     with pytest.raises(QuantmatrixError, match=r"2 processes gave no run: \w*Error: .*RANK"):
         parallel.generate_together(plan.request, plan)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_answers_a_request(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request(model_path="x", tiny=True, seed=3)
+
+    @contextmanager
+    def join(asked: Request) -> Iterator[tuple[int, str, str]]:
+        assert asked == request
+        yield rank, "a plan", "a pipeline"
+
+    def generate(asked: Request, *, plan: str, pipeline: str) -> SimpleNamespace:
+        return SimpleNamespace(about=(asked.seed, plan, pipeline), plan=plan)
+
+    monkeypatch.setattr(parallel, "join", join)
+    monkeypatch.setattr(parallel, "generate", generate)
+    (tmp_path / "request").write_bytes(pickle.dumps(request))
+    parallel.answer_request(tmp_path)
+    answers = {path.name: pickle.loads(path.read_bytes()) for path in tmp_path.iterdir()}
+    run = {"about": (request.seed, "a plan", "a pipeline"), "plan": None}
+    assert answers == {"request": request} | ({"run": run} if rank == 0 else {})
+
+
+def test_a_process_that_fails_leaves_its_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def join(asked: Request) -> None:
+        raise UsageError("three were started")
+
+    monkeypatch.setattr(parallel, "join", join)
+    (tmp_path / "request").write_bytes(pickle.dumps(Request(model_path="x")))
+    with pytest.raises(UsageError):
+        parallel.answer_request(tmp_path)
+    assert (tmp_path / parallel.PROBLEM).read_text() == "UsageError: three were started"
 
 
 def test_an_interruption_ends_the_processes_that_share_the_work(

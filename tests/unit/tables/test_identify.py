@@ -47,7 +47,8 @@ def test_auto_is_the_row_of_the_machine(name: str, monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_a_machine_that_is_no_row_says_what_it_is(machine: Machine) -> None:
-    with pytest.raises(MachineError, match=rf"{machine.name} .*{machine.arch}.* is not a row of"):
+    said = rf"{machine.name} \({machine.vendor} {machine.arch}, {machine.memory_bytes // GIB} GiB\)"
+    with pytest.raises(MachineError, match=rf"^{said} is not a row of"):
         identify.find_row(machine, ROWS.values())
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from quantmatrix import api, load_pipeline, models
+from quantmatrix import api, families, load_pipeline, models
 from quantmatrix.api import plan
 from quantmatrix.checkpoints.opening import fetch_pipeline
 from quantmatrix.cli import main
@@ -254,6 +255,40 @@ def test_wrong_words_are_refused_before_any_work(
     assert main.main([*start, *words]) == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "components", "name", "refused"),
+    [
+        ("fp8", 1, "x.safetensors", False),
+        ("fp8", 2, "x.safetensors", True),
+        ("fp8", 2, "x", False),
+        ("msmodelslim", 1, "x.safetensors", True),
+        ("msmodelslim", 2, "x.safetensors", True),
+        ("msmodelslim", 1, "x", False),
+    ],
+)
+def test_one_file_is_for_one_component_that_stands_alone(
+    family: str,
+    components: int,
+    name: str,
+    refused: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(quantize, "list_sources", lambda plan: [])
+    part = SimpleNamespace(family=None)
+    plan: Any = SimpleNamespace(
+        components=dict.fromkeys(("transformer", "transformer_2")[:components], part),
+        pipeline_class="WanPipeline", model="wan-2-2", base="a base",
+    )  # fmt: skip
+    scheme = next(iter(families.load(family).SCHEMES.values()))
+    asked = plan, family, tmp_path / name, scheme, False
+    if not refused:
+        quantize.check_base(*asked)
+        return
+    with pytest.raises(UsageError, match="several components need a folder"):
+        quantize.check_base(*asked)
 
 
 def test_what_is_there_stays_unless_it_may_go(tmp_path: Path, capsys: Any) -> None:

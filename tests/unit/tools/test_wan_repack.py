@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -464,3 +466,39 @@ def test_what_was_written_is_listed_with_its_tensors(
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [f"{out}/transformer: 825 tensors", f"{out}/transformer_2: 1095 tensors"]
     assert lines[2].endswith("config.json of transformer and transformer_2.")
+
+
+@pytest.mark.parametrize("pictures", [False, True])
+def test_a_configuration_is_read_off_the_shapes(pictures: bool) -> None:
+    """Every number of the shapes is another one."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "patch_embedding.weight": (48, 36, 1, 2, 3),
+        "proj_out.weight": (6 * 16, 48),
+        "condition_embedder.text_embedder.linear_1.weight": (48, 7),
+        "condition_embedder.time_embedder.linear_1.weight": (48, 9),
+        "blocks.0.ffn.net.0.proj.weight": (60, 48),
+        "blocks.0.norm2.weight": (48,),
+        "blocks.11.attn1.to_q.weight": (48, 48),
+        "blocks.2.attn1.to_q.weight": (48, 48),
+    }
+    if pictures:
+        shapes |= {
+            "condition_embedder.image_embedder.norm1.weight": (13,),
+            "condition_embedder.image_embedder.pos_embed": (1, 14, 13),
+            "blocks.0.attn2.add_k_proj.weight": (48, 15),
+        }
+    source: Any = SimpleNamespace(reference="a file")
+    found: Any = {name: SimpleNamespace(shape=shape) for name, shape in shapes.items()}
+    assert wan_repack.infer_config(source, found) == {
+        "patch_size": (1, 2, 3), "num_attention_heads": 1, "attention_head_dim": 48,
+        "in_channels": 36, "out_channels": 16, "text_dim": 7, "freq_dim": 9, "ffn_dim": 60,
+        "num_layers": 12, "cross_attn_norm": True, "rope_max_seq_len": 32,
+        "image_dim": 13 if pictures else None,
+        "pos_embed_seq_len": 14 if pictures else None,
+        "added_kv_proj_dim": 15 if pictures else None,
+    }  # fmt: skip
+    del found["blocks.0.norm2.weight"]
+    assert not wan_repack.infer_config(source, found)["cross_attn_norm"]
+    del found["proj_out.weight"]
+    with pytest.raises(CheckpointError, match=r"a file: tensor proj_out\.weight .* is missing"):
+        wan_repack.infer_config(source, found)

@@ -29,6 +29,8 @@ from safetensors.torch import save_file
 
 from quantmatrix.cli.main import main
 from quantmatrix.errors import CheckpointError
+from quantmatrix.kernels.scale_layouts import untile_scales
+from quantmatrix.tiny import fp8_forms
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
@@ -289,3 +291,19 @@ def test_codes_that_are_no_numbers_are_named(tmp_path: Path, codes: torch.dtype)
     planned = plan_folder(write(tmp_path / "it", made, "qwen-image"), "qwen-image")
     with pytest.raises(CheckpointError, match=rf"{name} holds NaN codes"):
         decode(planned)
+
+
+@pytest.mark.parametrize("power", [-9, 0, 3])
+@pytest.mark.parametrize(("largest", "more"), [(448.0, 0), (449.0, 1), (225.0, 0), (224.0, -1)])
+def test_the_exponent_of_a_block_is_the_least_that_holds_it(
+    power: int, largest: float, more: int
+) -> None:
+    """Of 448 itself it is none: the largest code holds it."""
+    weight = torch.zeros(1, 64)
+    weight[0, 5], weight[0, 40] = largest * 2.0**power, 1.0
+    stored = fp8_forms.scale_blocks(weight)
+    exponents = untile_scales(stored["weight_scale"], 1, 2)[0].int() - 127
+    assert exponents.tolist() == [power + more, -8]
+    decoded = stored["weight"].float() * torch.exp2(exponents.float()).repeat_interleave(32)
+    assert decoded[0, 40] == 1
+    assert decoded[0, 5] == pytest.approx(weight[0, 5].item(), rel=1 / 28)

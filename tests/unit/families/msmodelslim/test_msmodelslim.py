@@ -551,6 +551,41 @@ def test_impossible_values_are_named(word, suffix, change, found):
     assert found in fault[1]
 
 
+@pytest.mark.parametrize("first", [0, 5, N - 2])
+@pytest.mark.parametrize(
+    ("suffix", "stated"),
+    [
+        ("deq_scale", "holds {found:g}, where input_scale * weight_scale is {product:g}: expected"),
+        ("quant_bias", "folds a bias of {folded:g}, where bias is {bias:g}: expected round("),
+    ],
+)
+def test_the_first_row_that_contradicts_is_told(suffix, stated, first):
+    """Two rows do, and no two rows of the layer have the same numbers."""
+    stored = quantize("W8A8")
+    stored["deq_scale"] = torch.linspace(0.25, 0.5, N)
+    stored["weight_scale"] = stored["deq_scale"][:, None] / stored["input_scale"]
+    stored["bias"] = torch.linspace(-1, 2, N)
+    zero_point = stored["input_offset"] * stored["weight"].sum(dim=1)
+    stored["quant_bias"] = (stored["bias"] / stored["deq_scale"] - zero_point).round().int()
+    assert msmodelslim.find_fault(stored, msmodelslim.SCHEMES["W8A8"]) is None
+    rows = torch.tensor([first, N - 1])
+    if suffix == "deq_scale":
+        stored["weight_scale"][rows] *= 3
+    else:
+        stored["quant_bias"][rows] += 1000
+    deq = stored["deq_scale"][first].item()
+    numbers = {
+        "found": deq,
+        "product": (stored["input_scale"] * stored["weight_scale"][first]).item(),
+        "folded": deq * (stored["quant_bias"] + zero_point)[first].item(),
+        "bias": stored["bias"][first].item(),
+    }
+    fault = msmodelslim.find_fault(stored, msmodelslim.SCHEMES["W8A8"])
+    assert fault is not None
+    assert fault[0] == suffix
+    assert stated.format(**numbers) in fault[1]
+
+
 @ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_what_writers_round_is_no_fault(word, dtype):

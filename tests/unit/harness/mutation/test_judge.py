@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quantmatrix.cli.main import main
-from quantmatrix.errors import QuantmatrixError, UsageError
+from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError, WitnessError
 from quantmatrix.harness.mutation import faults, judge, report
 from quantmatrix.harness.mutation.judge import Mutator, Outcome
 from quantmatrix.measure import rounding_bounds
@@ -68,6 +68,32 @@ def test_an_unsound_row_proves_nothing(mutator: Mutator, monkeypatch: pytest.Mon
     monkeypatch.setattr(judge, "judge_weights", lambda *_: ["off"])
     with pytest.raises(QuantmatrixError, match="not sound"):
         inject(mutator, ROW, "swapped-nibbles")
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "gates"),
+    [
+        ("plan", CheckpointError("torn"), {"plan": "torn"}),
+        ("plan", WitnessError("far"), {"witness": "far"}),
+        ("build_pipeline", CheckpointError("torn"), {"witness": "odd", "load": "torn"}),
+    ],
+)
+def test_an_error_is_told_by_the_gate_that_it_ends(
+    mutator: Mutator,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    error: Exception,
+    gates: dict[str, str],
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    cell = judge.choose_rows(mutator.tables, [ROW])[0]
+    request = mutator.bench.request(cell)
+    mutator.bench.baseline(cell, request)
+    monkeypatch.setattr(judge, "judge_witness", lambda _: {"witness": "odd"})
+    monkeypatch.setattr(judge, step, fail)
+    assert mutator.judge(cell, request, request, None) == gates
 
 
 def make(fault: str, **gates: str) -> Outcome:
@@ -206,6 +232,20 @@ def test_a_plain_cast_is_rounded_by_half_a_gap_of_the_lower_end(
     assert rounding_bounds.find_bound(scheme) == bound
     error = rounding_bounds.measure_error(base, base.to(codes).float(), scheme)
     assert 0.8 * bound < error <= bound
+
+
+@pytest.mark.parametrize(
+    ("scale", "activation"),
+    [
+        *(("block", "none"), ("channel", "none"), ("tensor", "tensor-static")),
+        *(("tensor", "tensor-dynamic"), ("tensor", "channel-dynamic")),
+    ],
+)
+def test_any_other_scale_leads_to_the_largest_code(scale: str, activation: str) -> None:
+    from quantmatrix.scheme import Scheme
+
+    scheme = Scheme("linear.fp8", "", "e4m3", scale, activation, block=(128, 128))
+    assert rounding_bounds.find_bound(scheme) == pytest.approx(1 / 28)
 
 
 def test_blocks_share_a_scale() -> None:

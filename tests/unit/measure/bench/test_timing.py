@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from quantmatrix.hardware import probe
 from quantmatrix.measure.bench import pairs, speed, timing
 from quantmatrix.measure.bench.synthetic import make_inputs, synthesize
 from quantmatrix.measure.bench.timing import Part
-from quantmatrix.measure.bench.working_memory import LIVE_TENSORS, measure_working
+from quantmatrix.measure.bench.working_memory import ALLOCATOR, LIVE_TENSORS, measure_working
 from quantmatrix.proof.ratios import FEWEST
 from quantmatrix.request import Request
 from quantmatrix.runtime.quantized_linear import QuantizedLinear, SharedInput
@@ -167,6 +169,21 @@ def test_live_tensors_are_counted_while_they_live() -> None:
 
     gc.collect()
     assert measure_working(call, "cpu") == (8000, LIVE_TENSORS)
+
+
+def test_an_accelerator_says_what_a_call_held_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there before does not count, nor a peak of before the call; work is waited for."""
+    done: list[str] = []
+    found = SimpleNamespace(
+        synchronize=lambda: done.append("wait"),
+        reset_peak_memory_stats=lambda: done.append("reset"),
+        memory_allocated=lambda: 3000,
+        max_memory_allocated=lambda: 7096 if done[-1] == "wait" else 0,
+    )
+    monkeypatch.setattr(torch, "pretended", found, raising=False)
+    call = partial(done.append, "call")
+    assert measure_working(call, "pretended:1") == (4096, ALLOCATOR)
+    assert done == ["wait", "reset", "call", "wait"]
 
 
 def test_every_page_is_touched() -> None:

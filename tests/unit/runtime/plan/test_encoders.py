@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quantmatrix import models
 from quantmatrix.api import plan
 from quantmatrix.cli.main import main
 from quantmatrix.errors import CheckpointError, UsageError
+from quantmatrix.families.protocol import Declaration
 from quantmatrix.measure.comparison import make_request
 from quantmatrix.request import Request, strip_quantization
 from quantmatrix.runtime.empty_model import find_model_class
@@ -25,7 +27,7 @@ from quantmatrix.runtime.load import load_component
 from quantmatrix.runtime.plan.config_limits import check_config
 from quantmatrix.runtime.plan.encoders import drop_rotations
 from quantmatrix.runtime.plan.types import Plan
-from quantmatrix.tiny import hub
+from quantmatrix.tiny import encoder_forms, hub
 from quantmatrix.tiny.encoder_forms import FORMS
 
 FLUX = "black-forest-labs/FLUX.1-dev"
@@ -261,3 +263,32 @@ def test_both_sides_of_a_comparison_have_the_text_encoder() -> None:
     assert side.component_paths.keys() == {"transformer"}
     with pytest.raises(UsageError, match="name each side once"):
         make_request("BBuf/flux1-dev-modelopt-fp8-sglang-transformer", side)
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_form_is_a_folder_with_its_config_or_one_file(
+    folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    (base / "text_encoder").mkdir(parents=True)
+    (base / "model_index.json").write_text('{"text_encoder": ["transformers", "Some"]}')
+    (base / "text_encoder" / "config.json").write_text('{"size": 3}')
+
+    def write(source: Path, class_name: str) -> tuple[dict[str, torch.Tensor], Declaration]:
+        assert (source, class_name) == (base / "text_encoder", "Some")
+        return {"a.weight": torch.ones(2, 3)}, Declaration(config={"bits": 8})
+
+    form = encoder_forms.Form("a model", "text_encoder", write, folder=folder)
+    monkeypatch.setattr(encoder_forms, "FORMS", {"x.safetensors": form})
+    out = tmp_path / "out"
+    out.mkdir()
+    encoder_forms.write_encoder("x.safetensors", base, out)
+    if folder:
+        config = json.loads((out / "config.json").read_text())
+        assert config == {"size": 3, "quantization_config": {"bits": 8}}
+    name = encoder_forms.WEIGHTS if folder else "x.safetensors"
+    assert {path.name for path in out.iterdir()} == {name} | ({"config.json"} if folder else set())
+    with safe_open(out / name, "pt") as file:
+        said = {"format": "pt"} | ({} if folder else {"quantization_config": '{"bits": 8}'})
+        assert file.metadata() == said
+        assert torch.equal(file.get_tensor("a.weight"), torch.ones(2, 3))

@@ -221,3 +221,6 @@ def test_slices_are_pieces() -> None:
     assert rows[4:8].runs[0] == Run("x", 1, 3, (4, 4, 4))
     assert rows.reshape((6, -1)).shape == (6, 8)
     assert rows.size() == (12, 4)
+    for pieces in (rows.chunk(3), rows.split(4)):
+        assert [piece.runs for piece in pieces] == [(Run("x", n, 3),) for n in range(3)]
+        assert [piece.shape for piece in pieces] == [(4, 4)] * 3

@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -644,3 +646,51 @@ def test_rows_that_no_tile_begins_with_are_cut_out_of_whole_tiles() -> None:
     first, end = measure.find_cut(piece, start, stop)
     assert first % 128 == 0
     assert first <= start < stop <= end <= 600
+
+
+@pytest.mark.parametrize(
+    ("count", "chosen"), [(2, [0, 9]), (3, [0, 4, 9]), (4, [0, 3, 6, 9]), (10, [*range(10)])]
+)
+def test_the_first_and_the_last_layer_are_looked_at(count: int, chosen: list[int]) -> None:
+    items: Any = list(range(10))
+    assert measure.spread(items, count) == chosen
+    assert measure.spread(items[:1], count) == [0]
+
+
+@pytest.mark.parametrize("above", [0, 10])
+def test_runs_of_rows_reach_from_the_first_to_the_last(above: int) -> None:
+    """Of a layer that is a part of what lies on disk, `above` parts of ten tiles below its start."""
+    tile, ten = measure.TILE, 10 * measure.TILE
+    rows = (above * tile, above * tile + ten, 1)
+    piece: Any = SimpleNamespace(
+        scheme=SimpleNamespace(block=(0, 0)),
+        in_features=measure.ELEMENTS // tile,
+        out_features=ten,
+        target=SimpleNamespace(rows=rows),
+    )
+    last = measure.LAYERS - 1
+    assert measure.choose_rows(piece, 0) == (rows[0], rows[0] + tile)
+    assert measure.choose_rows(piece, last) == (rows[1] - tile, rows[1])
+    piece.in_features //= 20
+    assert measure.choose_rows(piece, last) == rows[:2]
+
+
+def test_numbers_and_limits_of_a_finding_are_told_to_six_digits() -> None:
+    piece: Any = SimpleNamespace(
+        layer="a.q", scheme=Scheme("linear.fp8", "", "e4m3", "tensor", "none")
+    )
+    found = verdict.Finding(
+        measure.Sample("a.to_q", piece, "kind", 128, 256, 0),
+        measure.Likeness(0.98765432, 0.87654321, 0.12345678, 1.00000049, 0.0123456789, 77),
+        witness_limits.Bounds(0.912345678, 0.0765432199, "samples"),
+    ).to_json()
+    limits = found.pop("limits")
+    assert found == {
+        "layer": "a.q", "module": "a.to_q", "rows": [128, 256], "reading": "e4m3 per tensor",
+        "cosine": 0.987654, "coded_cosine": 0.876543, "relative_l2": 0.123457, "gain": 1.0,
+        "scale_error": 0.012346, "verdict": "agrees",
+    }  # fmt: skip
+    assert limits["cosine"] == {"at_least": 0.912346}
+    assert limits["scale_error"] == {"at_most": 0.076543}
+    assert limits["relative_l2"]["at_most"] == round(limits["relative_l2"]["at_most"], 6) > 0
+    assert limits["source"] == "samples"
