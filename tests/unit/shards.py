@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from tables import CHECKPOINTS, write_tables
 
+from quantmatrix.proof.code_digest import Code
 from quantmatrix.tables import read
 from quantmatrix.tables.rows import Matrix
 
@@ -35,12 +37,15 @@ addopts = --strict-markers --strict-config
 CONFTEST = """
 import errno, os
 
-from quantmatrix.proof import record
+from quantmatrix.proof import code_digest, record
 
 FAULT, _, WHERE = os.environ.get("FAULT", "").partition(" ")
 # What differs between two runs of one program: the time, and the checkout that people edit.
 record.tell_time = lambda: os.environ.get("MADE", "2026-11-24T10:00:00Z")
 record.find_commit = lambda: os.environ.get("COMMIT", "c" * 40)
+# Digests of code are tested elsewhere, and take longer than all of this.
+code_digest.Code.prepare = lambda self: None
+code_digest.Code.describe = lambda self, *about: {"device_digest": "sha256:1", "shared_digest": "sha256:2"}
 
 if FAULT == "disk":
     write = os.fsync
@@ -55,6 +60,8 @@ if FAULT == "disk":
 
     os.fsync = fail
 """
+DIGESTS = {"device_digest": "sha256:1", "shared_digest": "sha256:2"}
+"""What every record of the project says of the code."""
 SUITE = """
 import errno, os, pathlib, signal, time
 import pytest
@@ -106,6 +113,11 @@ def make_project(folder: Path) -> Matrix:
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_suites.py").write_text(SUITE)
     return read.read(folder / "matrix")
+
+
+def take_digests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judge records of the project in this process by the digests that they have."""
+    monkeypatch.setattr(Code, "describe", lambda self, *about: DIGESTS)
 
 
 def start(

@@ -26,6 +26,7 @@ from quantmatrix.proof.source_modules import (
     is_docstring,
     is_for_types,
     list_bound,
+    list_bound_by,
     pick_value,
     read_import,
     walk_scope,
@@ -300,8 +301,9 @@ class Normaliser:
 
     def list_names(self, body: list[Any]) -> dict[str, str | tuple[str, str]]:
         """The names of a function's own scope."""
-        names: dict[str, str | tuple[str, str]] = dict.fromkeys(list_bound(body), "?")
-        for node in walk_scope(body):
+        nodes = list(walk_scope(body))
+        names: dict[str, str | tuple[str, str]] = dict.fromkeys(list_bound_by(nodes), "?")
+        for node in nodes:
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 package = self.module.path.name == "__init__.py"
                 names |= read_import(node, self.module.name, package)
@@ -349,8 +351,11 @@ class Normaliser:
 
 def is_own_path(node: ast.Subscript) -> bool:
     """Whether a node is `Path(__file__).parents[N]`: how deep a file lies computes nothing."""
-    return ast.unparse(node.value) == "Path(__file__).parents" and isinstance(
-        node.slice, ast.Constant
+    return (
+        isinstance(node.slice, ast.Constant)
+        and isinstance(node.value, ast.Attribute)
+        and node.value.attr == "parents"
+        and ast.unparse(node.value) == "Path(__file__).parents"
     )
 
 
@@ -386,7 +391,8 @@ def is_log(node: ast.AST) -> bool:
     call = node.value if isinstance(node, ast.Expr) else None
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
         return False
-    if ast.unparse(call.func.value) != "logger" or call.func.attr not in LEVELS:
+    owner = call.func.value
+    if not (isinstance(owner, ast.Name) and owner.id == "logger" and call.func.attr in LEVELS):
         return False
     computing = (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
     return not any(

@@ -14,6 +14,8 @@ from quantmatrix.errors import QuantmatrixError
 PACKAGE = "quantmatrix"
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+SCOPES = (*FUNCTIONS, ast.ClassDef)
+LEAVES = (ast.Name, ast.Constant)
 
 
 class CodeError(QuantmatrixError):
@@ -116,12 +118,17 @@ def is_docstring(node: ast.AST) -> bool:
 
 def is_entry(node: ast.stmt) -> bool:
     """`if __name__ == "__main__":`, which an import does not run."""
-    return isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
+    return isinstance(node, ast.If) and mentions(node.test, "__name__")
 
 
 def is_for_types(node: ast.If) -> bool:
     """`if TYPE_CHECKING:`, which a run never enters."""
-    return "TYPE_CHECKING" in ast.unparse(node.test)
+    return mentions(node.test, "TYPE_CHECKING")
+
+
+def mentions(node: ast.expr, name: str) -> bool:
+    """Whether a name, or an attribute of it, stands in an expression."""
+    return any(name in (getattr(n, "id", ""), getattr(n, "attr", "")) for n in ast.walk(node))
 
 
 def find_root(node: ast.stmt) -> str:
@@ -136,10 +143,16 @@ def find_root(node: ast.stmt) -> str:
 
 def list_bound(body: Iterable[ast.AST]) -> list[str]:
     """Names that statements bind in their own scope, imports left out, in order."""
+    return list_bound_by(walk_scope(body))
+
+
+def list_bound_by(nodes: Iterable[ast.AST]) -> list[str]:
+    """Names that nodes of one scope bind, imports left out, in order."""
     found: dict[str, None] = {}
-    for node in walk_scope(body):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, (ast.Store, ast.Del)):
-            found[node.id] = None
+    for node in nodes:
+        if isinstance(node, ast.Name):
+            if not isinstance(node.ctx, ast.Load):
+                found[node.id] = None
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or (
             isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and node.name
         ):
@@ -150,15 +163,31 @@ def list_bound(body: Iterable[ast.AST]) -> list[str]:
 
 
 def walk_scope(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
-    """Nodes of one scope; of an inner scope only the node itself, and what `:=` binds here."""
+    """Nodes of one scope; of an inner scope only the node itself, and what `:=` binds here.
+
+    Leaves that say how a node is used (`Load()`, `Add()`), which bind nothing, are left out.
+    """
     pending = list(body)[::-1]
     while pending:
         node = pending.pop()
         yield node
-        if isinstance(node, COMPREHENSIONS):
+        kind = type(node)
+        if kind in COMPREHENSIONS:
             pending += [n.target for n in ast.walk(node) if isinstance(n, ast.NamedExpr)]
-        elif not isinstance(node, (*FUNCTIONS, ast.ClassDef)):
-            pending += list(ast.iter_child_nodes(node))[::-1]
+        elif kind not in SCOPES and kind not in LEAVES:
+            pending += list_children(node)[::-1]
+
+
+def list_children(node: ast.AST) -> list[ast.AST]:
+    """The nodes that a node consists of, in order, those without fields left out."""
+    found: list[ast.AST] = []
+    for name in node._fields:
+        value = getattr(node, name, None)
+        if type(value) is list:
+            found += [item for item in value if isinstance(item, ast.AST)]
+        elif isinstance(value, ast.AST) and value._fields:
+            found.append(value)
+    return found
 
 
 @lru_cache(maxsize=1024)

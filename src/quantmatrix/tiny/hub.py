@@ -15,6 +15,7 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,10 +25,11 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import quantmatrix
 from quantmatrix import families, models
 from quantmatrix.checkpoints.folders import split_quantization
 from quantmatrix.errors import CheckpointError
-from quantmatrix.files import put, remove_leftovers
+from quantmatrix.files import put, remove_leftovers, write_whole
 from quantmatrix.hardware.packages import read_versions
 from quantmatrix.proof.code_digest import own_code
 from quantmatrix.request import Hub
@@ -61,15 +63,38 @@ def default_folder() -> Path:
     Folders of other definitions that nobody has used for `KEPT` seconds are deleted: each has up to
     a gigabyte, and every change of a definition begins another.
     """
-    digest = hashlib.sha256(own_code().digest_stand_ins().encode())
+    cache = Path.home() / ".cache" / "quantmatrix"
+    digest = hashlib.sha256(find_writers(cache, Path(quantmatrix.__file__).parent).encode())
     digest.update((tables_folder() / "checkpoints.csv").read_bytes())
     versions = read_versions(("torch", "diffusers", "transformers", "numpy", "tokenizers"))
     digest.update(repr(sorted(versions.items())).encode())
-    folder = Path.home() / ".cache" / "quantmatrix" / f"tiny-{digest.hexdigest()[:12]}"
+    folder = cache / f"tiny-{digest.hexdigest()[:12]}"
     with suppress(OSError):  # not there yet, or nobody may write to it
         os.utime(folder)
-    remove_leftovers(folder.parent, "tiny-*", older_than=KEPT)
+    for pattern in ("tiny-*", "writers-*"):
+        remove_leftovers(cache, pattern, older_than=KEPT)
     return folder
+
+
+def find_writers(cache: Path, package: Path) -> str:
+    """The digest of what writes stand-ins, in a cache under the content of the package's files.
+
+    Following the code takes a second, reading the files a fiftieth of it.
+    """
+    content = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content.update(f"{path.relative_to(package).as_posix()}\0".encode())
+        content.update(hashlib.sha256(path.read_bytes()).digest())
+    file = cache / f"writers-{content.hexdigest()[:32]}"
+    with suppress(OSError, UnicodeDecodeError):
+        kept = file.read_text(encoding="utf-8")
+        if re.fullmatch(r"sha256:[0-9a-f]{64}", kept):
+            os.utime(file)
+            return kept
+    found = own_code().digest_stand_ins()
+    with suppress(OSError):  # nobody may write there
+        write_whole(file, found.encode())
+    return found
 
 
 def hub(folder: Path) -> Hub:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,9 @@ def decode_tensors(
         if bias in expected and any(
             find_biases(component.checkpoint, piece.layer, component.family) for piece in pieces
         ):
-            yield f"{module}.weight", partial(decode_part, component, pieces, 0)
-            yield bias, partial(decode_part, component, pieces, 1)
+            parts = Parts(component, pieces)
+            yield f"{module}.weight", partial(parts.take, 0)
+            yield bias, partial(parts.take, 1)
         else:
             yield f"{module}.weight", partial(decode_bare, component, pieces)
     for plain in component.plain:
@@ -123,11 +125,19 @@ def list_tensors(
     ]
 
 
-def decode_part(
-    component: ComponentPlan, pieces: tuple[Piece, ...], which: int, reader: TensorReader
-) -> torch.Tensor:
-    """The weight [out, in] (0) or the bias [out] (1) of a module, float32."""
-    return decode_pieces(component, pieces, reader)[which]
+@dataclass
+class Parts:
+    """Weight and bias of a module, decoded together; the one that is not taken yet is kept."""
+
+    component: ComponentPlan
+    pieces: tuple[Piece, ...]
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def take(self, which: int, reader: TensorReader) -> torch.Tensor:
+        """The weight [out, in] (0) or the bias [out] (1), float32."""
+        if which not in self.kept:
+            self.kept = dict(enumerate(decode_pieces(self.component, self.pieces, reader)))
+        return self.kept.pop(which)
 
 
 def decode_bare(

@@ -46,7 +46,7 @@ def kill(run: subprocess.Popen[str]) -> list[str]:
 def test_killed_runs_resume(tmp_path: Path) -> None:
     tables_folder, evidence = tmp_path / "matrix", tmp_path / "evidence"
     evidence.mkdir()
-    tables, _ = make_large(tables_folder, rows=10 * KILLS)
+    tables, _ = make_large(tables_folder, rows=6 * KILLS)
     chance = random.Random(20261124)
     promised: set[str] = set()
     torn = 0

@@ -52,6 +52,7 @@ def whole(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def command(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The command line, on the project's tables."""
+    shards.take_digests(monkeypatch)
     monkeypatch.setattr(read, "tables_folder", lambda: project / "matrix")
     return lambda *words: main.main([str(word) for word in words])
 

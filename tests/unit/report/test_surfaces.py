@@ -52,23 +52,34 @@ def reports(tables: Matrix, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def read_surfaces(reports: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[], Any]:
-    """The state of every cell as each surface shows it, by the surface's name."""
+def ask(reports: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """What a command answers."""
 
-    def ask(*words: str) -> Any:
+    def run(*words: str) -> Any:
         capsys.readouterr()
         assert main([*words, "--reports", str(reports), "--json"]) in (0, 1)
         return json.loads(capsys.readouterr().out)
 
+    return run
+
+
+def read_list(ask: Callable[..., Any]) -> dict[str, str]:
+    return {row["id"]: row["state"] for row in ask("matrix", "list")["rows"]}
+
+
+@pytest.fixture
+def read_surfaces(reports: Path, ask: Callable[..., Any]) -> Callable[[], Any]:
+    """The state of every cell as each surface shows it, by the surface's name."""
+
     def read() -> dict[str, dict[str, str]]:
-        listed = {row["id"]: row["state"] for row in ask("matrix", "list")["rows"]}
+        listed = read_list(ask)
         ask("report")
         lines = csv.DictReader(io.StringIO((reports / "support-matrix.csv").read_text()))
         page = read_data((reports / "index.html").read_bytes())
         states = [page["states"][cell[3]] for cell in page["cells"]]
         said = {}
-        for cell in matrix.read().cells:
-            found = ask("explain", "--checkpoint", cell.checkpoint, "--hardware", cell.hardware)
+        for checkpoint, hardware in {(c.checkpoint, c.hardware) for c in matrix.read().cells}:
+            found = ask("explain", "--checkpoint", checkpoint, "--hardware", hardware)
             said |= {one["cell"]: one["state"] for one in found["cells"] if one["cell"]}
         return {
             "matrix list": listed,
@@ -130,6 +141,7 @@ def test_other_packages_here_and_another_day_change_nothing(
 )
 def test_changed_code_shows_on_every_surface_alike(
     read_surfaces: Callable[[], Any],
+    ask: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     file: str,
@@ -137,7 +149,7 @@ def test_changed_code_shows_on_every_surface_alike(
     new: str,
     stale: set[str],
 ) -> None:
-    before = read_surfaces()["matrix list"]
+    before = read_list(ask)  # every surface is asked about unchanged code above
     copy = shutil.copytree(PACKAGE, tmp_path / "code", ignore=shutil.ignore_patterns("__pycache__"))
     text = (copy / file).read_text()
     assert old in text

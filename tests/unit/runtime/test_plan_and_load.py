@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from quantmatrix.checkpoints.reader import TensorReader
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError
 from quantmatrix.request import Request
 from quantmatrix.runtime.load import load_component
+from quantmatrix.runtime.plan import other_parts
 from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.scheme import BLOCKS
 from quantmatrix.tables import read as tables_read
@@ -40,7 +42,8 @@ from quantmatrix.tables.rows import Cell
 from quantmatrix.tiny.hub import use_tiny
 from quantmatrix.tools.dequantize import list_tensors
 
-CHANGES_PER_CHECKPOINT = 30
+CHANGES_PER_CHECKPOINT = 16
+"""About two thousand headers in all; most of the time is theirs."""
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -271,12 +274,27 @@ def check_blocks(tensors: Tensors) -> None:
 
 
 class Files:
-    """Stands for the weight files of the components that have overrides, or of all."""
+    """Stands for the weight files of the components that have overrides, or of all.
+
+    What is on disk stays as it is, so each header and each other part is read once.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.headers: dict[str, Header] = {}
-        self.real_header, self.real_contents = LocalFolder.header, LocalFolder.contents
+        self.real_contents, read_real, look_at_others = (
+            LocalFolder.contents, LocalFolder.header, other_parts.explain_part
+        )  # fmt: skip
         files = self
+
+        @cache
+        def real_header(folder: LocalFolder, name: str) -> Header:
+            return read_real(folder, name)
+
+        @cache
+        def explain_part(*about: Any, **options: Any) -> str | None:
+            return look_at_others(*about, **options)
+
+        self.real_header = real_header
 
         def header(folder: LocalFolder, name: str) -> Header:
             changed = files.headers.get(str(folder.root / name))
@@ -292,6 +310,7 @@ class Files:
         def read(reader: TensorReader, name: str) -> torch.Tensor:
             return fill(reader._checkpoint.tensors[name], name)
 
+        monkeypatch.setattr(other_parts, "explain_part", explain_part)
         monkeypatch.setattr(LocalFolder, "header", header)
         monkeypatch.setattr(LocalFolder, "contents", contents)
         monkeypatch.setattr(TensorReader, "read", read)

@@ -401,7 +401,36 @@ def test_caches_of_other_definitions_go_when_nobody_uses_them(
         (folder / "models--a--b").mkdir(parents=True)
         past = time.time() - days * 24 * 3600
         os.utime(folder, (past, past))
+    [kept] = caches.glob("writers-*")
+    (caches / "writers-old").touch()
+    os.utime(caches / "writers-old", (past - 2 * 24 * 3600, past - 2 * 24 * 3600))
     assert hub.default_folder.__wrapped__() == used
     assert sorted(path.name for path in caches.iterdir()) == sorted(
-        ["programs", name, "tiny-recent"]
+        ["programs", name, "tiny-recent", kept.name]
     )
+
+
+def test_the_code_is_followed_once_for_each_content_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, cache = tmp_path / "package", tmp_path / "cache"
+    (package / "deep").mkdir(parents=True)
+    (package / "deep" / "one.py").write_text("A = 1\n")
+    given = [f"sha256:{letter * 64}" for letter in "abcde"]
+
+    class Code:
+        def digest_stand_ins(self) -> str:
+            return given.pop(0)
+
+    monkeypatch.setattr(hub, "own_code", Code)
+    first = hub.find_writers(cache, package)
+    assert first == hub.find_writers(cache, package) == f"sha256:{'a' * 64}"
+    (package / "deep" / "one.py").write_text("A = 2\n")  # as many bytes
+    assert hub.find_writers(cache, package) == f"sha256:{'b' * 64}"
+    (package / "deep" / "one.py").rename(package / "one.py")
+    assert hub.find_writers(cache, package) == f"sha256:{'c' * 64}"
+    for file in cache.iterdir():
+        file.write_text("sha256:torn")
+    assert hub.find_writers(cache, package) == f"sha256:{'d' * 64}"
+    (tmp_path / "file").touch()  # no cache can be made there
+    assert hub.find_writers(tmp_path / "file", package) == f"sha256:{'e' * 64}"
