@@ -29,6 +29,7 @@ CHANGED = {
     "runtime/sharded_weights.py": {"Slot"},
     "runtime/steps.py": {"Steps"},
     "tables/table.py": {"Table"},
+    "tools/dequantize.py": {"Parts"},
 }
 """Classes whose fields are filled one by one, by module."""
 

@@ -14,7 +14,7 @@ from quantmatrix import exit_codes
 from quantmatrix.cli import main
 from quantmatrix.errors import UnusableError
 from quantmatrix.measure import latents, true_size
-from quantmatrix.proof import known_limits, limits
+from quantmatrix.proof import known_limits, limit_classes
 from quantmatrix.runtime import quantized_linear
 from quantmatrix.suites import test_generate as generate_suite
 from quantmatrix.suites import test_load as load_suite
@@ -104,10 +104,14 @@ def test_the_witness_of_a_stand_in_must_agree(
         "assert_finite": None, "is_kept": False,
     }.items():  # fmt: skip
         monkeypatch.setattr(load_suite, name, lambda *_, given=given: given)
-    row = SimpleNamespace(components=["transformer"], kept="")
+    row = SimpleNamespace(components=["transformer"], kept="", base="a base")
     bench: Any = SimpleNamespace(tables=SimpleNamespace(checkpoints={"row": row}), tiny=tiny)
-    part = SimpleNamespace(family="fp8", layers=["a"], why="")
-    job: Any = SimpleNamespace(quantized={"transformer": part})
+    base = SimpleNamespace(reference="a base")
+    part = SimpleNamespace(family="fp8", layers=["a"], why="", base=base)
+    job: Any = SimpleNamespace(
+        quantized={"transformer": part}, plan=SimpleNamespace(encoders={}),
+        request=SimpleNamespace(component_paths={}, weights_paths={"transformer": "w"}),
+    )  # fmt: skip
     cell: Any = SimpleNamespace(checkpoint="row", family="fp8")
     proof: Any = SimpleNamespace(timings={}, metrics={}, witness={})
     if good:
@@ -115,7 +119,7 @@ def test_the_witness_of_a_stand_in_must_agree(
     else:
         with pytest.raises(AssertionError, match="odd"):
             load_suite.test_load(cell, job, bench, proof)
-    assert proof.witness == ({"transformer": verdict} if verdict else {})
+    assert proof.witness == ({"transformer": verdict} if verdict and good else {})
     assert proof.metrics == {"transformer": {"layers": 1, "tensors": 2, "dtypes": 3}}
 
 
@@ -146,7 +150,7 @@ def test_what_a_run_at_true_size_is_held_to(
     )  # fmt: skip
     monkeypatch.setattr(true_size, "measure", lambda *_: found)
     monkeypatch.setattr(latents, "digest_latents", lambda _: "sha256:1")
-    monkeypatch.setattr(limits, "name_class", lambda _: "a class")
+    monkeypatch.setattr(limit_classes, "name_run", lambda parts: "a class" * (parts == [part]))
     allowed = SimpleNamespace(layer_error=0.05)
     ledger = SimpleNamespace(find=lambda *asked: allowed if asked == ASKED else None)
     monkeypatch.setattr(known_limits, "read", lambda _: ledger)
