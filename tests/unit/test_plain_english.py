@@ -36,6 +36,7 @@ KEPT = {
     "kernels/packed_triton.py": {"place", "places"},
     "kernels/scale_layouts.py": {"place"},
     "kernels/svdq_packing.py": {"_as_words", "place", "words"},  # machine words of 16 bits
+    "runtime/pipeline.py": {"made"},  # records of GPUs hang on names of parameters
     "request.py": {"from_words"},  # carry calls it in earlier revisions
     "tiny/hub.py": {"move_into_place"},
     "tiny/text_encoders.py": {"WORDS", "word", "words"},  # a tokenizer's

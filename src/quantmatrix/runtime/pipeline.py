@@ -158,15 +158,15 @@ def load_other_overrides(plan: Plan, index: Mapping[str, Any]) -> dict[str, Any]
     return loaded
 
 
-def place(pipeline: Any, plan: Plan, device: str, offloaded: bool) -> None:
+def place(pipeline: Any, made: Plan, device: str, offloaded: bool) -> None:
     """Move the pipeline to its device; offloaded transformers go back to the host first."""
     for name, part in pipeline.components.items():
-        if isinstance(part, torch.nn.Module) and not (offloaded and name in plan.components):
+        if isinstance(part, torch.nn.Module) and not (offloaded and name in made.components):
             part.to(device)
-    if plan.layerwise_offload:
-        enable_layerwise(pipeline, plan, device)
-    elif plan.cpu_offload:
-        for name in plan.components:
+    if made.layerwise_offload:
+        enable_layerwise(pipeline, made, device)
+    elif made.cpu_offload:
+        for name in made.components:
             getattr(pipeline, name).to("cpu")
         pipeline.enable_model_cpu_offload(device=device)
 
@@ -196,11 +196,11 @@ def accelerate(pipeline: Any, plan: Plan) -> None:
             acceleration.graph_forward(getattr(pipeline, name))
 
 
-def enable_layerwise(pipeline: Any, plan: Plan, device: str) -> None:
+def enable_layerwise(pipeline: Any, made: Plan, device: str) -> None:
     """Stream transformer blocks from host memory, one at a time, with prefetch on a GPU.
 
     The transformers were loaded and prepared on the device; moving keeps the strides of the
     transposed FP8 weights.
     """
-    for name in plan.components:
+    for name in made.components:
         stream_blocks(getattr(pipeline, name), device)
