@@ -28,6 +28,8 @@ IDS = (
     "comfyui-int8",
     "gguf",
 )
+ENCODERS = ("fp8", "modelopt-fp8", "modelopt-nvfp4", "comfyui-int8")
+"""Families whose files of text encoders are read."""
 
 
 @cache

@@ -47,8 +47,6 @@ from quantmatrix.tools.quantize import (
 )
 from quantmatrix.tools.recipe import quantize_layers, save, watch_inputs, write_json
 
-FAMILIES = ("fp8", "modelopt-fp8", "modelopt-nvfp4", "comfyui-int8")
-"""Families whose files of text encoders are read."""
 WEIGHTS = "model.safetensors"
 INSIDE = re.compile(r"\.\d+\.")
 """In the name of a module that belongs to a block."""
@@ -81,10 +79,10 @@ def quantize_encoder(
     transformers. Raises UsageError before any work for arguments that do not fit.
     """
     start, target = time.monotonic(), Path(output)
-    if family not in FAMILIES:
+    if family not in families.ENCODERS:
         raise UsageError(
             f"--family {family}: it is for transformers; text encoders are written in "
-            f"{', '.join(FAMILIES)}"
+            f"{', '.join(families.ENCODERS)}"
         )
     _, chosen = find_scheme(family, scheme, None, None)
     check_writable(target)

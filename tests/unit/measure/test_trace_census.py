@@ -201,7 +201,7 @@ def test_a_census_is_summed_up_by_backend() -> None:
 
 
 def test_a_stage_without_kernels_takes_the_processors_time() -> None:
-    plan: Any = SimpleNamespace(components={})
+    plan: Any = SimpleNamespace(components={}, encoders={})
     event = make_event(f"{STAGE}vae", 10, 2_500_010)
     assert take_census([event, event], plan).stages == {"vae": {"calls": 2, "seconds": 5.0}}
 

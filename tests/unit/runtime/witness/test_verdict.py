@@ -33,6 +33,7 @@ from quantmatrix.runtime.plan.types import ComponentPlan, Plan
 from quantmatrix.runtime.witness import measure, verdict
 from quantmatrix.runtime.witness.base import find_declared
 from quantmatrix.scheme import Scheme
+from quantmatrix.suites.test_load import examine_beside
 from quantmatrix.tables import read
 from quantmatrix.tables.rows import Cell
 from quantmatrix.tiny import hub
@@ -75,12 +76,16 @@ def bench() -> Workbench:
 
 @pytest.mark.parametrize("one", list(list_cells()), ids=lambda cell: cell.row)
 def test_every_stand_in_agrees_with_its_base_and_leaves_room(one: Cell, bench: Workbench) -> None:
-    planned = bench.plan(bench.request(one))
+    request = bench.request(one)
+    planned, row = bench.plan(request), bench.tables.checkpoints[one.checkpoint]
     reports = verdict.examine_plan(planned)
-    assert {report.component for report in reports} == set(
-        bench.tables.checkpoints[one.checkpoint].components
+    assert {report.component for report in reports} == set(row.components)
+    job: Any = SimpleNamespace(
+        cell=one, request=request, plan=planned, quantized=planned.components
     )
     for report in reports:
+        if planned.components[report.component].base.reference != row.base:
+            report = examine_beside(bench, job, report.component, row.base)
         assert report.verdict == verdict.AGREES, report.problems
         assert not report.problems
         assert report.findings
