@@ -145,7 +145,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], set[tuple[str, str]]]:
     """(results, what of them was measured again): a form keeps the BF16 run of its own process."""
     results = read(folder / "hopper.json")
     again = set()
-    for later in sorted(folder.glob(AGAIN)):
+    for later in list_runs(folder, AGAIN):
         newer = read(later)
         if newer["machine"]["name"] != results["machine"]["name"]:
             raise SystemExit(f"{later}: measured on another machine than hopper.json")
@@ -157,12 +157,17 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], set[tuple[str, str]]]:
                     again.add((name, form))
     results["several"] = {
         name: found
-        for file in sorted(folder.glob(SEVERAL), key=lambda file: (len(file.name), file.name))
+        for file in list_runs(folder, SEVERAL)
         for name, found in read(file)["forms"].items()
         if "ratio" in found
     }
     results["first"] = read(folder / FIRST) if (folder / FIRST).is_file() else {}
     return results, again
+
+
+def list_runs(folder: Path, pattern: str) -> list[Path]:
+    """The files of several runs in the order of their names without endings: `x`, `x-again`, `x-again-2`."""
+    return sorted(folder.glob(pattern), key=lambda file: file.stem)
 
 
 def read(file: Path) -> dict[str, Any]:

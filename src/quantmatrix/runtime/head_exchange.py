@@ -59,8 +59,8 @@ def attend(
     """
     batch, tokens, heads, width = query.shape
     count = len(shares)
-    most = -(-heads // count)
-    missing = most * count - heads
+    held = split_heads(heads, count)
+    most, missing = held[0], held[0] - held[-1]
     if missing:
         query, key, value = (functional.pad(x, (0, 0, 0, missing)) for x in (query, key, value))
     parts = [
@@ -69,7 +69,7 @@ def attend(
     ]
     packed = torch.stack(parts, dim=3).flatten(0, 1)
     arrived = exchange(packed, shares, [tokens] * count, group)
-    own = split_heads(heads, count)[distributed.get_rank(group)] if missing else most
+    own = held[distributed.get_rank(group)] if missing else most
     mixed = attention(*(x[:, :, :own].transpose(0, 1) for x in arrived.unbind(2)))
     if own < most:
         mixed = functional.pad(mixed, (0, 0, 0, most - own))

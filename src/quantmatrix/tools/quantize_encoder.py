@@ -21,7 +21,12 @@ import torch
 from quantmatrix import families, models
 from quantmatrix.checkpoints.checkpoint import Checkpoint
 from quantmatrix.checkpoints.declaration import read_json
-from quantmatrix.checkpoints.opening import fetch, fetch_pipeline, open_component
+from quantmatrix.checkpoints.opening import (
+    fetch,
+    fetch_pipeline,
+    open_component,
+    read_components,
+)
 from quantmatrix.checkpoints.reader import TensorReader
 from quantmatrix.errors import UsageError
 from quantmatrix.families.protocol import Calibration, Declaration
@@ -136,8 +141,9 @@ def open_encoder(plan: Plan, component: str) -> Encoder:
     by a flag.
     """
     base = Path(fetch_pipeline(plan.base, plan.request.hub, without=tuple(plan.components)))
-    index = read_json(base / "model_index.json")
-    known = [n for n, entry in index.items() if n.startswith("text_encoder") and entry[0]]
+    file = base / "model_index.json"
+    index = read_components(read_json(file), str(file))
+    known = [n for n, (library, _) in index.items() if n.startswith("text_encoder") and library]
     if component not in known:
         raise UsageError(
             f"--component {component}: {plan.base} has the text encoders {', '.join(known)}; "

@@ -30,6 +30,10 @@ def test_a_later_run_replaces_forms_with_their_own_baselines(tmp_path: Path) -> 
     assert again == {(stage, form)}
     assert f"{form} (flux-1)" in PAGE["render"](joined, again)
     assert "| 50.0 | 100.0 | 0.500 |" in PAGE["render"](joined, again)
+    found = dict(found, ms={"bf16": 100.0, "quantized": 40.0})
+    last = {"machine": results["machine"], "stages": {stage: {form: found}}}
+    (tmp_path / "hopper-again-2.json").write_text(json.dumps(last))
+    assert "| 40.0 | 100.0 | 0.400 |" in PAGE["render"](*PAGE["read_folder"](tmp_path))
     later["machine"] = {**results["machine"], "name": "another"}
     (tmp_path / "hopper-again.json").write_text(json.dumps(later))
     with pytest.raises(SystemExit, match="another machine"):

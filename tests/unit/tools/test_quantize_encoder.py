@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from quantmatrix.errors import UsageError
 from quantmatrix.request import Request
 from quantmatrix.runtime.load import load_component
 from quantmatrix.runtime.plan.types import Plan
+from quantmatrix.tiny import hub
 from quantmatrix.tiny.hub import use_tiny
 from quantmatrix.tools.quantize_encoder import quantize_encoder
 
@@ -100,6 +102,20 @@ def test_what_is_there_stays_and_other_parts_are_named(tmp_path: Path) -> None:
             use_tiny(Request(model_path=FLUX, tiny=True, device="cpu")),
             "vae", family="modelopt-fp8", output=tmp_path / "x",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", [None, 7, [], [None, None], "x"])
+def test_an_index_that_names_no_part_is_no_traceback(
+    entry: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.ensure(FLUX, hub.default_folder())
+    model = shutil.copytree(hub.find_snapshot(FLUX, hub.default_folder()), tmp_path / "model")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "text_encoder_3": entry}))
+    words = ["--family", "modelopt-fp8", "--model-path", str(model), "--device", "cpu"]
+    more = ["--component", "text_encoder_9", "--output-path", str(tmp_path / "x")]
+    assert main(["quantize", *words, *more]) == 2
+    assert "has the text encoders text_encoder, text_encoder_2;" in capsys.readouterr().err
 
 
 def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
