@@ -42,6 +42,10 @@ def add_to(commands: Any) -> None:
         "--memory", type=parse_number, default=0.0, metavar="GIB",
         help="memory limit of a run (default: all there is)",
     )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=int, metavar="N",
+        help="models that run at once (default: 2 for stand-ins on a CPU, else 1)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true")
 
 
@@ -57,13 +61,16 @@ def run_column(arguments: argparse.Namespace, rest: list[str]) -> int:
     from quantmatrix.tables import read
 
     tables = read.read()
-    memory = int(arguments.memory * 2**30) or packet.read_memory()
+    hardware = packet.find_hardware(tables, arguments.runtime, arguments.hardware)
+    workers = packet.choose_workers(arguments.workers, hardware, tiny=arguments.tiny)
+    memory = int(arguments.memory * 2**30) or packet.read_memory() // workers
     asked = packet.Asked(
         runtime=arguments.runtime,
-        hardware=packet.find_hardware(tables, arguments.runtime, arguments.hardware),
+        hardware=hardware,
         checkpoints=packet.check_names(tables, arguments.checkpoint),
         tiny=arguments.tiny,
         bounds=Bounds(seconds=arguments.timeout, memory_bytes=memory),
+        workers=workers,
     )
     name = f"{asked.runtime}-{asked.hardware}"
     folder = Path(arguments.output_path) if arguments.output_path else PACKETS / name

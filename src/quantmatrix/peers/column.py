@@ -7,12 +7,17 @@ the same file, and the record says so; where neither runs there is no record, an
 
 from __future__ import annotations
 
+import itertools
+import os
 import shlex
 import sysconfig
+import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePath, PurePosixPath
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import quantmatrix
@@ -117,37 +122,78 @@ class Column:
         tiny: bool,
         bounds: Bounds | None = None,
         limits: NearLimits | None = None,
+        workers: int = 1,
     ) -> None:
-        """Files of the runs go to `work`. UnusableError where the runtime is not installed."""
+        """Files of the runs go to `work`; `workers` models run at once, each in children of its own.
+
+        UnusableError where the runtime is not installed.
+        """
         self.tables, self.runtime, self.hardware = tables, runtime, hardware
         self.work, self.tiny = work, tiny
         self.found = probe(runtime, tables)
         if not self.found.version:
             raise UnusableError(f"{runtime}: not installed: {self.found.why}")
         self.adapter = peers.load(runtime)
-        settings = OFFLINE if tiny else {}
-        self.session = Session(runtime, bounds, settings)
-        self.own = Session(ours.ID, bounds, settings)
         self.limits = limits or NearLimits(tables, hardware)
+        self.workers = workers
+        self._bounds = bounds
+        self._settings = dict(OFFLINE) if tiny else {}
+        if workers > 1:
+            self._settings["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+        self._sessions: dict[tuple[int, str], Session] = {}
         self._baselines: dict[str, Ran] = {}
-        self._count = 0
+        self._numbers = itertools.count(1)
+        self._writing = threading.Lock()
+        self._ended = threading.Event()
 
     def __enter__(self) -> Column:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.session.stop()
-        self.own.stop()
+        self._ended.set()
+        for session in [*self._sessions.values()]:
+            session.stop()
 
     def run(self, checkpoints: Collection[str] = ()) -> Iterator[Outcome]:
         """Every checkpoint (those named, where some are), model by model, as each is done."""
-        rows = [
-            row
-            for row in self.tables.checkpoints.values()
-            if row.id in checkpoints or not checkpoints
-        ]
-        for row in sorted(rows, key=lambda row: list(self.tables.models).index(row.model)):
-            yield self.run_one(row)
+        models: dict[str, list[CheckpointRow]] = {name: [] for name in self.tables.models}
+        for row in self.tables.checkpoints.values():
+            if row.id in checkpoints or not checkpoints:
+                models[row.model].append(row)
+        if self.workers == 1:
+            for row in itertools.chain(*models.values()):
+                yield self.run_one(row)
+            return
+        done: SimpleQueue[Outcome | BaseException] = SimpleQueue()
+
+        def run_model(rows: list[CheckpointRow]) -> None:
+            try:
+                for row in rows:
+                    if self._ended.is_set():
+                        return
+                    done.put(self.run_one(row))
+            except BaseException as error:
+                done.put(error)
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            for rows in models.values():
+                pool.submit(run_model, rows)
+            try:
+                for _ in range(sum(map(len, models.values()))):
+                    found = done.get()
+                    if isinstance(found, BaseException):
+                        raise found
+                    yield found
+            finally:
+                self.__exit__()
+                pool.shutdown(cancel_futures=True)
+
+    def find_session(self, runtime: str) -> Session:
+        """The children of the thread that asks in which a runtime runs: its own, or the column's."""
+        key = (threading.get_ident(), runtime)
+        if key not in self._sessions:
+            self._sessions[key] = Session(runtime, self._bounds, self._settings)
+        return self._sessions[key]
 
     def run_one(self, row: CheckpointRow) -> Outcome:
         """The documented ways of loading one checkpoint, one after the other, until one works."""
@@ -160,7 +206,7 @@ class Column:
         lacking = self.explain_failure(base, self.adapter)
         decoded = bool(lacking)
         if decoded:
-            base = self.ask(replace(task, way=ours.BACKEND), self.own)
+            base = self.ask(replace(task, way=ours.BACKEND), ours.ID)
             if why := self.explain_failure(base, ours):
                 return Outcome(
                     cell, None, f"its BF16 run of {task.base} {lacking}; our decode {why}"
@@ -209,7 +255,8 @@ class Column:
         if not self.tiny:
             return name_file(reference)
         folder = hub.default_folder()
-        hub.ensure(reference, folder, self.tables)
+        with self._writing:  # which sets how many threads torch takes
+            hub.ensure(reference, folder, self.tables)
         repository = hub.repository_of(reference)
         rest = reference.strip("/").removeprefix(repository.strip("/")).strip("/")
         if repository.startswith(hub.PLACEHOLDER):
@@ -251,12 +298,16 @@ class Column:
             self._baselines[key] = self.ask(replace(plain, way=way))
         return self._baselines[key]
 
-    def ask(self, task: Task, session: Session | None = None) -> Ran:
-        """Run a task in a folder of its own; in our own `session` where it is to be decoded by us."""
-        self._count += 1
+    def ask(self, task: Task, runtime: str = "") -> Ran:
+        """Run a task in a folder of its own; by `runtime` where it is another than the column's.
+
+        RuntimeError once the column has ended, while another thread still works at it.
+        """
+        if self._ended.is_set():
+            raise RuntimeError("the column has ended")
         name = f"base-{task.checkpoint.model}" if task.baseline else task.checkpoint.id
-        folder = self.work / f"{self._count:04}-{name if session is None else f'{ours.ID}-{name}'}"
-        return Ran(task, (session or self.session).ask(task, folder), folder)
+        folder = self.work / f"{next(self._numbers):04}-{f'{runtime}-{name}' if runtime else name}"
+        return Ran(task, self.find_session(runtime or self.runtime).ask(task, folder), folder)
 
     def judge(self, pair: Pair) -> Verdict:
         """The verdict of a run beside the other."""

@@ -14,6 +14,7 @@ The folder is left as it is when a run is stopped, for each record is written on
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,8 @@ class Asked:
     """Ids; none: every checkpoint of the tables."""
     tiny: bool = False
     bounds: Bounds = field(default_factory=Bounds)
+    workers: int = 1
+    """Models that run at once."""
 
 
 def find_hardware(tables: Matrix, runtime: str, name: str) -> str:
@@ -87,6 +90,19 @@ def read_memory() -> int:
     return int(SHARE * probe.read_memory())
 
 
+def choose_workers(asked: int | None, hardware: str, *, tiny: bool) -> int:
+    """How many models run at once: as asked; UsageError for fewer than one.
+
+    Where nothing is said, stand-ins on the cores of a CPU two, anything else one: a device has one run
+    at a time, and the memory of a model at true size is wanted whole.
+    """
+    if asked is None:
+        return min(2, os.cpu_count() or 1) if tiny and hardware == "cpu" else 1
+    if asked < 1:
+        raise UsageError(f"--workers {asked}: at least 1")
+    return asked
+
+
 def describe_pair(pair: Pair) -> dict[str, Any]:
     """The runs behind a record, as `runs.json` has them."""
     sides = {"run": pair.ran, "beside": pair.beside}
@@ -118,7 +134,13 @@ def make(
     about: dict[str, dict[str, Any]] = {}
     runs = (folder / "runs").resolve()
     with Column(
-        tables, asked.runtime, asked.hardware, runs, tiny=asked.tiny, bounds=asked.bounds
+        tables,
+        asked.runtime,
+        asked.hardware,
+        runs,
+        tiny=asked.tiny,
+        bounds=asked.bounds,
+        workers=asked.workers,
     ) as column:
         for outcome in column.run(asked.checkpoints):
             outcomes.append(outcome)

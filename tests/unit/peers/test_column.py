@@ -26,6 +26,7 @@ from quantmatrix.peers.column import Column, Outcome, read_version
 from quantmatrix.peers.protocol import DONE, FAILED, Answer, Task
 from quantmatrix.proof.columns import RuntimeRecord, decode, encode
 from quantmatrix.tables import read
+from quantmatrix.tables.rows import CheckpointRow
 
 FOLDER = "modelopt-fp8-flux-2"
 
@@ -174,7 +175,10 @@ def test_a_runtime_whose_base_fails_is_compared_with_our_decode(
         install("sglang", program, tmp_path / "bin", monkeypatch)
     runs, own = tmp_path / "runs", Decoder(shade)
     with Column(read.read(), "sglang", "h200", runs, tiny=False, limits=Fixed()) as one:
-        monkeypatch.setattr(one, "own", own)
+        find = one.find_session
+        monkeypatch.setattr(
+            one, "find_session", lambda name: own if name == "quantmatrix" else find(name)
+        )
         [outcome] = one.run([FOLDER])
     [asked] = own.asked
     assert (asked.baseline, asked.weights) == (False, one.make_task(asked.checkpoint).weights)
@@ -187,6 +191,90 @@ def test_a_runtime_whose_base_fails_is_compared_with_our_decode(
     assert outcome.record is not None
     assert outcome.record.verdict == verdict, outcome.record.reason
     assert outcome.record.tried[0].startswith(f"compared with our decode of the file: {base}")
+
+
+MEETING = """
+import time
+here = Path(os.environ["MEETING"])
+(here / str(os.getpid())).touch()
+end = time.monotonic() + 20
+while len(list(here.iterdir())) < 2 and time.monotonic() < end:
+    time.sleep(0.01)
+len(list(here.iterdir())) > 1 or sys.exit(7)
+found = parser"""
+
+
+def test_two_models_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in children of its own: a program that waits for another one of its kind goes on.
+
+    What comes of each checkpoint is what one after the other gives, and no run has another's folder.
+    """
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    monkeypatch.setenv("MEETING", str(meeting))
+    install("sglang", SGLANG.replace("\nfound = parser", MEETING), tmp_path / "bin", monkeypatch)
+    wanted = [FOLDER, "modelopt-nvfp4-wan-2-2", "fp8-flux-1-online"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    found: dict[int, dict[str, RuntimeRecord | None]] = {}
+    for workers in (2, 1):
+        with Column(
+            read.read(),
+            "sglang",
+            "h200",
+            tmp_path / f"runs-{workers}",
+            tiny=False,
+            limits=Fixed(),
+            workers=workers,
+        ) as column:
+            outcomes = {one.cell.checkpoint: one for one in column.run(wanted)}
+        found[workers] = {name: one.record for name, one in outcomes.items()}
+        folders = [one.pair.ran.folder for one in outcomes.values() if one.pair]
+        assert len({folder.name.partition("-")[0] for folder in folders}) == len(wanted)
+    for name in wanted:
+        one, other = found[1][name], found[2][name]
+        assert one is not None
+        assert other is not None
+        assert (one.verdict, one.command, one.metrics) == (
+            other.verdict,
+            other.command,
+            other.metrics,
+        )
+        assert one.verdict == "works", one.reason
+
+
+def test_a_thread_that_fails_ends_the_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("sglang", SGLANG, tmp_path / "bin", monkeypatch)
+    with Column(
+        read.read(), "sglang", "h200", tmp_path, tiny=False, limits=Fixed(), workers=2
+    ) as column:
+        run_one = column.run_one
+
+        def fail(row: CheckpointRow) -> Outcome:
+            if row.model == "wan-2-2":
+                raise OSError("the disk is full")
+            return run_one(row)
+
+        monkeypatch.setattr(column, "run_one", fail)
+        with pytest.raises(OSError, match="the disk is full"):
+            list(column.run([FOLDER, "modelopt-nvfp4-wan-2-2"]))
+        assert not [one for one in column._sessions.values() if one._child is not None]
+        with pytest.raises(RuntimeError, match="the column has ended"):
+            run_one(read.read().checkpoints[FOLDER])
+
+
+def test_how_many_models_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert packet.choose_workers(None, "cpu", tiny=True) == 2
+    assert packet.choose_workers(None, "cpu", tiny=False) == 1
+    assert packet.choose_workers(None, "h200", tiny=True) == 1
+    assert packet.choose_workers(3, "h200", tiny=False) == 3
+    assert packet.choose_workers(1, "cpu", tiny=True) == 1
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert packet.choose_workers(None, "cpu", tiny=True) == 1
+    with pytest.raises(UsageError, match="--workers 0: at least 1"):
+        packet.choose_workers(0, "cpu", tiny=True)
 
 
 def test_a_runtime_that_is_not_here_or_too_old(
