@@ -34,6 +34,7 @@ from typing import Any
 
 import places
 import pytest
+import recordings
 from forked_tests import COMPILER, TIMEOUT
 from places import Seen
 
@@ -47,6 +48,8 @@ SAME = tuple(
     f"ReplaceComparisonOperator_{pair}" for pair in ("Eq_Is", "Is_Eq", "NotEq_IsNot", "IsNot_NotEq")
 )
 """Operators that exchange equality and identity: of None and of short texts no test may tell them."""
+TESTS = ("tests/unit", "src/quantmatrix/suites")
+"""What runs before a change lands."""
 TABLE = HERE / "README.md"
 MARK = "<!-- table -->"
 GOAL = 92.0
@@ -75,12 +78,13 @@ def main(argv: Sequence[str]) -> int:
     if shutil.which("git") is None:
         raise SystemExit("mutants: git is needed to copy the checkout")
     state = digest_state()
-    place = ROOT / ".mutants" / state
+    kept = ROOT / ".mutants"
+    place = kept / state
     trees = [place / f"tree-{number}" for number in range(given.workers)]
     for tree in trees:
         copy_tree(tree)
     tree = trees[0]
-    seen = read_seen(place, tree, given)
+    seen = read_seen(kept, tree, given)
     part = hashlib.sha256(" ".join((*given.only, "|", *given.tests)).encode()).hexdigest()[:8]
     session = place / f"sample-{given.sample}-{given.seed}-{part}.sqlite"
     os.chdir(tree)
@@ -100,7 +104,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default 0)")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of paths of modules")
     parser.add_argument("--seconds", type=float, default=60.0, help="of tests per mutant, at most")
-    parser.add_argument("--tests", nargs="+", default=["tests/unit"], help="tests to look at")
+    parser.add_argument("--tests", nargs="+", default=list(TESTS), help="tests to look at")
     parser.add_argument("--workers", type=int, default=2, help="processes that run tests")
     parser.add_argument("--write", action="store_true", help=f"put the table into {TABLE.name}")
     return parser.parse_args(argv)
@@ -117,9 +121,19 @@ def list_files() -> list[Path]:
 
 def digest_state() -> str:
     """Names the state of source and tests."""
+    return digest_files(path for path in list_files() if path.parts[:2] != ("tests", "mutants"))
+
+
+def digest_source() -> str:
+    """Names the state of the source alone."""
+    return digest_files(path for path in list_files() if path.parts[0] == "src")
+
+
+def digest_files(paths: Iterable[Path]) -> str:
+    """Of names and content of those that are Python."""
     digest = hashlib.sha256()
-    for path in list_files():
-        if path.suffix == ".py" and path.parts[:2] != ("tests", "mutants"):
+    for path in paths:
+        if path.suffix == ".py":
             digest.update(f"{path}\n".encode() + (ROOT / path).read_bytes())
     return digest.hexdigest()[:16]
 
@@ -140,34 +154,34 @@ def environment(tree: Path) -> dict[str, str]:
 
 
 def read_seen(place: Path, tree: Path, given: argparse.Namespace) -> Seen:
-    """Which tests execute which lines: recorded once for a state and a choice of tests."""
-    import coverage
+    """Which tests execute which lines: recorded once for a state of the source, kept in `place`.
 
-    name = hashlib.sha256(" ".join(given.tests).encode()).hexdigest()[:8]
-    folder = place / f"seen-{name}"
-    if not (folder / "seconds.json").is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "watch_tests", *given.tests]
-        command += ["-n", str(given.workers)] if given.workers > 1 else ["-p", "no:xdist"]
-        variables = environment(tree) | {"QUANTMATRIX_SEEN": str(folder)}
-        done = subprocess.run(command, cwd=tree, env=variables)
-        if done.returncode not in RECORDED or not (folder / "seconds.json").is_file():
-            (folder / "seconds.json").unlink(missing_ok=True)
-            raise SystemExit(f"mutants: recording ended with {done.returncode}: see above")
-        if done.returncode:
-            print("mutants: what fails without a mutant kills none; the rest is used")
-    lines: dict[str, dict[int, list[str]]] = {}
-    for file in folder.glob("coverage.*"):
-        data = coverage.CoverageData(basename=str(file))
-        data.read()
-        for source in data.measured_files():
-            if not Path(source).is_relative_to(tree):
-                continue  # a module that a test has written
-            known = lines.setdefault(str(Path(source).relative_to(tree)), {})
-            for line, contexts in data.contexts_by_lineno(source).items():
-                known.setdefault(line, []).extend(test for test in contexts if test)
-    return Seen(lines, json.loads((folder / "seconds.json").read_text()))
+    `tree` is one of the copies below `place`. Where files of tests have changed since, or are new,
+    these alone are recorded again.
+    """
+    digest = hashlib.sha256(" ".join((digest_source(), *given.tests)).encode()).hexdigest()[:16]
+    folder = place / f"seen-{digest}"
+    files = recordings.digest_tests(tree, given.tests)
+    seen, known = recordings.read(folder, place)
+    changed = sorted(file for file in files if files[file] != known.get(file))
+    if not changed:
+        return seen
+    part = folder / f"part-{len(list(folder.glob('part-*'))):03}"
+    partial = folder / "partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    wanted = changed if known else given.tests
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "watch_tests", *wanted]
+    command += ["-n", str(given.workers)] if given.workers > 1 else ["-p", "no:xdist"]
+    variables = environment(tree) | {"QUANTMATRIX_SEEN": str(partial)}
+    done = subprocess.run(command, cwd=tree, env=variables)
+    if done.returncode not in RECORDED or not (partial / "seconds.json").is_file():
+        raise SystemExit(f"mutants: recording ended with {done.returncode}: see above")
+    if done.returncode:
+        print("mutants: what fails without a mutant kills none; the rest is used")
+    (partial / "files.json").write_text(json.dumps({file: files[file] for file in changed}))
+    partial.rename(part)
+    return recordings.read(folder, place)[0]
 
 
 def make_session(session: Path, given: argparse.Namespace) -> None:

@@ -77,19 +77,79 @@ def test_a_recording_is_used_unless_it_was_cut_off(
     pytest.importorskip("coverage")
     import mutants
 
+    write(tmp_path / "tests/unit/test_a.py", "")
+
     def record(command: list[str], env: dict[str, str], **_: object) -> Any:
-        Path(env["QUANTMATRIX_SEEN"], "seconds.json").write_text('{"tests/a.py::test": 0.5}')
+        Path(env["QUANTMATRIX_SEEN"], "seconds.json").write_text(
+            '{"tests/unit/test_a.py::test": 0.5}'
+        )
         return SimpleNamespace(returncode=code)
 
     monkeypatch.setattr(mutants.subprocess, "run", record)
-    given = mutants.parse(["--workers", "1"])
+    monkeypatch.setattr(mutants, "digest_source", lambda: "source")
+    given = mutants.parse(["--workers", "1", "--tests", "tests/unit"])
     if used:
-        seen = mutants.read_seen(tmp_path, tmp_path, given)
-        assert seen.seconds == {"tests/a.py::test": 0.5}
+        seen = mutants.read_seen(tmp_path / "kept", tmp_path, given)
+        assert seen.seconds == {"tests/unit/test_a.py::test": 0.5}
         return
     with pytest.raises(SystemExit, match=f"ended with {code}"):
-        mutants.read_seen(tmp_path, tmp_path, given)
-    assert not list(tmp_path.rglob("seconds.json"))
+        mutants.read_seen(tmp_path / "kept", tmp_path, given)
+    assert not list(tmp_path.rglob("part-*"))
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_only_files_of_tests_that_changed_are_recorded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what they import beside them; what the others executed stays, as does a new source's absence."""
+    coverage = pytest.importorskip("coverage")
+    import mutants
+
+    kept, source = tmp_path / "kept", ["one"]
+    tree = kept / "state" / "tree-0"
+    write(tree / "tests/unit/helper.py", "")
+    write(tree / "tests/unit/test_a.py", "import helper")
+    write(tree / "tests/unit/kind/test_b.py", "")
+    module = tree / "src/quantmatrix/quoting.py"
+    write(module, "")
+    recorded: list[list[str]] = []
+
+    def record(command: list[str], env: dict[str, str], **_: object) -> Any:
+        recorded.append([word for word in command if word.startswith("tests/")])
+        line, folder = len(recorded), Path(env["QUANTMATRIX_SEEN"])
+        data = coverage.CoverageData(basename=str(folder / "coverage"), suffix="x")
+        names = ["test_a.py", "kind/test_b.py"] if line == 1 else ["test_a.py"]
+        tests = [f"tests/unit/{name}::test" for name in names]
+        for test in tests:
+            data.set_context(test)
+            data.add_lines({str(module): [line], "/elsewhere/src/quantmatrix/quoting.py": [9]})
+        data.write()
+        (folder / "seconds.json").write_text(json.dumps(dict.fromkeys(tests, float(line))))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(mutants.subprocess, "run", record)
+    monkeypatch.setattr(mutants, "digest_source", lambda: source[0])
+    given = mutants.parse(["--workers", "1", "--tests", "tests/unit"])
+    a, b = "tests/unit/test_a.py::test", "tests/unit/kind/test_b.py::test"
+    seen = mutants.read_seen(kept, tree, given)
+    assert seen.seconds == {a: 1.0, b: 1.0}
+    assert {n: sorted(t) for n, t in seen.lines["src/quantmatrix/quoting.py"].items()} == {
+        1: [b, a]
+    }
+    assert mutants.read_seen(kept, tree, given) == seen
+    assert recorded == [["tests/unit"]]
+    write(tree / "tests/unit/helper.py", "changed = True")
+    seen = mutants.read_seen(kept, tree, given)
+    assert recorded[1:] == [["tests/unit/test_a.py"]]
+    assert seen.seconds == {a: 2.0, b: 1.0}
+    assert seen.lines == {"src/quantmatrix/quoting.py": {1: [b], 2: [a]}}
+    source[0] = "another"
+    mutants.read_seen(kept, tree, given)
+    assert recorded[2:] == [["tests/unit"]]
 
 
 CHILD = """
