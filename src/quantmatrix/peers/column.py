@@ -12,8 +12,9 @@ import os
 import shlex
 import sysconfig
 import threading
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePath, PurePosixPath
@@ -48,6 +49,8 @@ LINES = 12
 """Lines at the end of a log that a record keeps."""
 WIDTH = 200
 """Characters of such a line."""
+STOP = 0.2
+"""Seconds between two goes at ending children of threads that still work."""
 BEST = {name: number for number, name in enumerate(VERDICTS)}
 
 
@@ -150,9 +153,7 @@ class Column:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._ended.set()
-        for session in [*self._sessions.values()]:
-            session.stop()
+        self.stop()
 
     def run(self, checkpoints: Collection[str] = ()) -> Iterator[Outcome]:
         """Every checkpoint (those named, where some are), model by model, as each is done."""
@@ -164,29 +165,37 @@ class Column:
             for row in itertools.chain(*models.values()):
                 yield self.run_one(row)
             return
-        done: SimpleQueue[Outcome | BaseException] = SimpleQueue()
+        done: SimpleQueue[Outcome | Future[None]] = SimpleQueue()
 
         def run_model(rows: list[CheckpointRow]) -> None:
-            try:
-                for row in rows:
-                    if self._ended.is_set():
-                        return
-                    done.put(self.run_one(row))
-            except BaseException as error:
-                done.put(error)
+            for row in rows:
+                done.put(self.run_one(row))
 
         with ThreadPoolExecutor(self.workers) as pool:
-            for rows in models.values():
-                pool.submit(run_model, rows)
+            futures = [pool.submit(run_model, rows) for rows in models.values()]
+            for future in futures:
+                future.add_done_callback(done.put)
             try:
-                for _ in range(sum(map(len, models.values()))):
+                left = len(futures)
+                while left:
                     found = done.get()
-                    if isinstance(found, BaseException):
-                        raise found
-                    yield found
+                    if isinstance(found, Outcome):
+                        yield found
+                    else:
+                        found.result()  # raises what ended the thread
+                        left -= 1
             finally:
-                self.__exit__()
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.stop()
+                while not all(future.done() for future in futures):
+                    time.sleep(STOP)
+                    self.stop()  # one may just have started a child
+
+    def stop(self) -> None:
+        """End every child; nothing is asked any more."""
+        self._ended.set()
+        for session in [*self._sessions.values()]:
+            session.stop()
 
     def find_session(self, runtime: str) -> Session:
         """The children of the thread that asks in which a runtime runs: its own, or the column's."""

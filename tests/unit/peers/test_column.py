@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -242,18 +244,23 @@ def test_two_models_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert one.verdict == "works", one.reason
 
 
+@pytest.mark.parametrize("late", [0.0, 0.3])
 def test_a_thread_that_fails_ends_the_column(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    late: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install("sglang", SGLANG, tmp_path / "bin", monkeypatch)
     with Column(
         read.read(), "sglang", "h200", tmp_path, tiny=False, limits=Fixed(), workers=2
     ) as column:
         run_one = column.run_one
+        started = threading.Event()
 
         def fail(row: CheckpointRow) -> Outcome:
             if row.model == "wan-2-2":
+                started.wait()
                 raise OSError("the disk is full")
+            started.set()
+            time.sleep(late)  # a child that starts when all others have been ended
             return run_one(row)
 
         monkeypatch.setattr(column, "run_one", fail)
