@@ -4,6 +4,7 @@
 | ----- | ------- |
 | a line of a function | the tests that executed it (coverage contexts, recorded by `watch_tests`) |
 | what runs at import: constants, defaults | tests of files that import the module, then those that ran it |
+| the data of a module that is loaded by its id (`BY_ID`) | also tests whose parameters name it |
 | what ran while tests were collected: data of a test file | tests of files that import the module |
 | what no test was seen to execute: it may run where nothing is recorded | the same |
 | an annotation, the body of `if TYPE_CHECKING` | nobody: it is never executed |
@@ -22,6 +23,8 @@ Span = tuple[int, int]
 """First and last line, counted from 1."""
 LONG = 1 / 20
 """Share of the budget that a test may take without being left for the end."""
+BY_ID = ("models", "further", "families", "peers")
+"""Folders whose modules are loaded by their ids: no test imports them by name."""
 COMPOUND = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.FunctionDef, ast.ClassDef)
 
 
@@ -134,6 +137,7 @@ def choose_tests(
     near = set(importers)
     if at_import or not found:
         found |= {test for test in seen.seconds if test.partition("::")[0] in near}
+        found |= find_named(seen.seconds, Path(path))
     own = name_own_file(path)
     ordered = order_tests(found, near, seen.seconds, budget * LONG)
     chosen = take_fitting(
@@ -147,6 +151,14 @@ def choose_tests(
     if ordered and not chosen:
         chosen = dict.fromkeys(ordered[:1], budget)
     return list(chosen), len(ordered) - len(chosen)
+
+
+def find_named(tests: Iterable[str], path: Path) -> set[str]:
+    """Tests whose parameters name a module that is loaded by its id: `test_load[fp8-flux-1-krea@cpu]`."""
+    if path.parent.name not in BY_ID:
+        return set()
+    name = path.stem.replace("_", "-")
+    return {test for test in tests if name in test.partition("[")[2]}
 
 
 def name_own_file(path: str) -> str:

@@ -168,3 +168,16 @@ def test_names_of_modules() -> None:
     assert places.module_of(source / "a" / "__init__.py", source) == "a"
     tree = ast.parse("import a.b\ndef f():\n    from c import d as e\n")
     assert places.imports_of(tree) == {"a.b", "c", "c.d"}
+
+
+def test_data_of_a_model_is_seen_by_tests_that_name_it() -> None:
+    """Models are loaded by their ids: only the first test to load one executes its lines."""
+    one, other = "t/f.py::one[fp8-flux-1-krea@cpu]", "t/f.py::one[fp8-flux-1@cpu]"
+    seen = Seen({}, {one: 1.0, other: 1.0, "t/g.py::flux_1_krea": 1.0})
+    tree = ast.parse("SIZE = 3")
+    for path, tests in (
+        ("src/quantmatrix/models/further/flux_1_krea.py", [one]),
+        ("src/quantmatrix/models/flux_1.py", [one, other]),
+        ("src/quantmatrix/measure/flux_1.py", []),
+    ):
+        assert places.choose_tests(seen, path, tree, 1, (), 60)[0] == tests
