@@ -210,7 +210,10 @@ class Column:
         if not self.tiny and row.form != "online" and is_invented(row.reference):
             why = f"{row.reference} exists only as a stand-in: run it with --tiny"
             return Outcome(cell, None, why, skipped=True)
-        task = self.make_task(row)
+        try:
+            task = self.make_task(row)
+        except UnusableError as error:
+            return Outcome(cell, None, str(error))
         base = self.find_baseline(task)
         lacking = self.explain_failure(base, self.adapter)
         decoded = bool(lacking)
@@ -427,14 +430,23 @@ def read_log(path: Path) -> str:
 
 
 def name_file(reference: str) -> str:
-    """A reference as other programs take it: the file that `owner/name[/folder]:QUANTIZATION` means."""
+    """A reference as other programs take it: the file that `owner/name[/folder]:QUANTIZATION` means.
+
+    UnusableError where the repository cannot be looked at, and for none or several such files.
+    """
     above, colon, quantization = reference.rpartition(":")
     if not colon or "/" in quantization:  # an address has its colon before its slashes
         return reference
     from huggingface_hub import list_repo_files
 
     owner, name, *folder = above.split("/")
-    files = map(PurePosixPath, list_repo_files(f"{owner}/{name}"))
+    try:
+        files = list(map(PurePosixPath, list_repo_files(f"{owner}/{name}")))
+    except OSError as error:
+        [why, *_] = str(error).splitlines() or [type(error).__name__]
+        raise UnusableError(
+            f"{reference}: the files of {owner}/{name} are unknown: {why}"
+        ) from error
     inside = [f for f in files if f.parent == PurePosixPath(*folder) and f.suffix == ".gguf"]
     return f"{owner}/{name}/{pick_file(inside, quantization, reference)}"
 

@@ -271,6 +271,38 @@ def test_a_thread_that_fails_ends_the_column(
             run_one(read.read().checkpoints[FOLDER])
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_repository_that_cannot_be_listed_costs_its_own_cell(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which file `:Q8_0` means is asked of the hub; it ended the column with a traceback."""
+
+    def refuse(name: str) -> list[str]:
+        raise ConnectionError(f"no route to {name}\nmore")
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", refuse)
+    install("sglang", SGLANG, tmp_path / "bin", monkeypatch)
+    named = "gguf-flux-1-q8-0"
+    with Column(
+        read.read(),
+        "sglang",
+        "h200",
+        tmp_path / "runs",
+        tiny=False,
+        limits=Fixed(),
+        workers=workers,
+    ) as column:
+        found = {one.cell.checkpoint: one for one in column.run([named, FOLDER])}
+    reference = read.read().checkpoints[named].reference
+    repository = reference.partition(":")[0]
+    assert (found[named].record, found[named].skipped, found[named].problem) == (
+        None,
+        False,
+        f"{reference}: the files of {repository} are unknown: no route to {repository}",
+    )
+    assert found[FOLDER].record is not None
+
+
 def test_how_many_models_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     assert packet.choose_workers(None, "cpu", tiny=True) == 2
