@@ -19,15 +19,15 @@ SOURCE = "src/quantmatrix/"
 
 
 def digest_tests(tree: Path, tests: Sequence[str]) -> dict[str, str]:
-    """Digest of every file of tests, with the modules beside tests that it imports, and every conftest."""
+    """Digest of every file of tests, with the modules beside tests that it imports, and its conftests."""
     helpers = {path.stem: path for path in sorted((tree / "tests/unit").glob("*.py"))}
-    shared = [path.read_bytes() for path in sorted((tree / "tests").rglob("conftest.py"))]
     found: dict[str, str] = {}
     for name in tests:
         path = tree / name
         for file in sorted(path.rglob("test_*.py")) if path.is_dir() else [path]:
-            used = follow_imports(file, helpers)
-            digest = hashlib.sha256(b"".join([*shared, *(one.read_bytes() for one in used)]))
+            above = [folder / "conftest.py" for folder in file.parents if folder != tree]
+            used = [one for one in above if one.is_file()] + follow_imports(file, helpers)
+            digest = hashlib.sha256(b"".join(one.read_bytes() for one in used))
             found[str(file.relative_to(tree))] = digest.hexdigest()
     return found
 
