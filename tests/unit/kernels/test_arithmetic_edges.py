@@ -14,11 +14,15 @@ from quantmatrix.families import load
 from quantmatrix.kernels import (
     gguf_arithmetic,
     int8_arithmetic,
+    launching,
     linear_convrot,
     linear_fp8,
     linear_gguf,
+    linear_int8,
     linear_mxfp4,
     linear_nvfp4,
+    linear_svdq,
+    linear_w4a16,
     number_formats,
     nvfp4_arithmetic,
     scale_layouts,
@@ -533,3 +537,120 @@ def test_ties_of_mxfp4_go_away_from_zero(number: float, found: float) -> None:
     assert numbers[0, :3].tolist() == [6.0, found, 0.0]
     assert numbers.shape == (1, 40)
     assert exponents.tolist() == [[0, -22]]
+
+
+# --- bytes and launches ---------------------------------------------------------------------------
+
+
+W4 = Scheme("linear.w4a16", "awq", "uint4", "group", "none", group_size=16)
+SVDQ_COUNTS: list[tuple[Callable[[Scheme, int, int, int], int], Scheme, int]] = [
+    (
+        linear_svdq.measure_stored,
+        replace(SVDQ, rank=3),
+        5 * 24 + 5 * 12 * 2 + 20 + 96 + 15 + 6 * 53,
+    ),
+    (linear_svdq.measure_stored, replace(SVDQ, weight="e2m1"), 5 * 24 + 5 * 12 + 20 + 96 + 15),
+    (linear_svdq.measure_packed, replace(SVDQ, rank=3), 689 + 96),
+    (linear_svdq.measure_packed, replace(SVDQ, rank=3, unsigned=True), 689 + 96 + 20),
+    (linear_svdq.measure_merged, SVDQ, 5 * 3 * 49),
+    (linear_svdq.measure_merged, replace(SVDQ, unsigned=True), 5 * 3 * 49 + 20),
+    (linear_svdq.measure_decoded, replace(SVDQ, rank=7), 5 * 3 * 49 + 3 * 7 * 53),
+    (linear_svdq.measure_decoded, replace(SVDQ, rank=7, unsigned=True), 735 + 1113 + 20),
+    (linear_w4a16.measure_stored, W4, 5 * (24 + 4 * 3 + 3)),
+    (linear_w4a16.measure_decoded, W4, 5 * 49 * 3),
+    (linear_fp8.count_decoded, FP8, 5 * 49 * 3),
+    (linear_int8.count_decoded, FP8, 5 * 48 * 3),
+]
+
+
+@pytest.mark.parametrize(("count", "scheme", "expected"), SVDQ_COUNTS)
+def test_bytes_of_a_layer_of_5_x_48_with_items_of_three(
+    count: Callable[[Scheme, int, int, int], int], scheme: Scheme, expected: int
+) -> None:
+    assert count(scheme, 5, 48, 3) == expected
+
+
+def test_packed_svdquant_divides_by_what_smooths() -> None:
+    tensors = {
+        "weight": torch.zeros(2, 2, dtype=torch.uint8), "weight_scale": torch.ones(2, 1),
+        "channel_scale": torch.ones(2), "smooth": torch.tensor([4.0, 0.5, -8.0, 1.0]),
+        "proj_down": torch.ones(1, 4), "proj_up": torch.ones(2, 1),
+    }  # fmt: skip
+    kept = linear_svdq.prepare_packed(tensors, SVDQ, torch.float16)
+    assert kept["unsmooth"].tolist() == [0.25, 2.0, -0.125, 1.0]
+    assert set(kept) == {*tensors, "unsmooth"} - {"smooth"}
+    assert kept["proj_up"].dtype == kept["proj_down"].dtype == torch.float16
+    kept = linear_svdq.prepare_packed(tensors, replace(SVDQ, unsigned=True), torch.float16)
+    assert kept["shift"].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("arch", "has"),
+    [
+        ("sm89", True), ("sm90", True), ("sm100", True), ("sm103", True), ("sm120", True),
+        ("sm88", False), ("sm86", False), ("sm80", False), ("sm75", False), ("gfx942", False),
+        ("cpu", False), ("sm", False), ("910b", False),
+    ],
+)  # fmt: skip
+def test_who_has_e4m3(arch: str, has: bool) -> None:
+    assert launching.has_e4m3(arch) is has
+
+
+class Started:
+    """A kernel, or the program that its first start made."""
+
+    def __init__(self, name: str, calls: list[Any]) -> None:
+        self.name, self.calls = name, calls
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Started]:
+        def start(*arguments: Any, **options: int) -> Started:
+            self.calls.append((self.name, grid, arguments[1:], options))
+            return Started("program", self.calls)
+
+        return start
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ({}, False), ({"numbers": (7, 48)}, False), ({"numbers": (1, 32)}, True),
+        ({"numbers": (16, 32)}, True), ({"numbers": (7, 33)}, True), ({"numbers": (7, 2**31)}, True),
+        ({"numbers": (7, 2**31 - 16)}, False), ({"constants": ("b",)}, True), ({"grid": (9, 4)}, False),
+        ({"tensors": (torch.zeros(64, dtype=torch.int8),)}, True),
+        ({"tensors": (torch.zeros(64, dtype=torch.uint8)[1:],)}, True),
+        ({"tensors": (torch.zeros(64, dtype=torch.uint8)[32:],)}, False),
+    ],
+)  # fmt: skip
+def test_a_kernel_is_looked_up_once_for_what_it_is_specialised_on(
+    change: dict[str, Any], again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "_programs", {})
+    calls: list[Any] = []
+    kernel = Started("kernel", calls)
+    first: dict[str, Any] = {
+        "grid": (3,), "tensors": (torch.zeros(64, dtype=torch.uint8),), "numbers": (5, 32),
+        "constants": ("a",),
+    }  # fmt: skip
+    for given in (first, {**first, **change}):
+        launching.launch(kernel, *given.values(), num_warps=4)
+    second = {**first, **change}
+    arguments = (*second["numbers"], *second["constants"])
+    assert calls[0] == ("kernel", (3,), (5, 32, "a"), {"num_warps": 4})
+    if again:
+        assert calls[1] == ("kernel", second["grid"], arguments, {"num_warps": 4})
+    else:
+        assert calls[1] == ("program", (*second["grid"], 1, 1)[:3], arguments, {})
+
+
+def test_what_a_launch_is_started_with() -> None:
+    tensor = torch.zeros(2, device="meta")
+    with launching.watch("sm90") as seen, launching.watch("gfx942") as inner:
+        launching.launch("k", (3, 5), [tensor], [7], ["c"], num_stages=2)
+        assert launching.find_arch(tensor) == "gfx942"
+        assert launching.is_watched(tensor)
+        assert not launching.is_watched(torch.zeros(2))
+    assert seen == []
+    assert inner == [launching.Launch("k", (3, 5), (tensor,), (7,), ("c",), {"num_stages": 2})]
+    assert inner[0].arguments == (tensor, 7, "c")
+    assert not launching.is_watched(tensor)
+    assert launching.find_arch(torch.zeros(1)) == "cpu"
