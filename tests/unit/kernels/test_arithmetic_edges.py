@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from quantmatrix import kernels
 from quantmatrix.families import load
 from quantmatrix.kernels import (
     gguf_arithmetic,
     int8_arithmetic,
+    int8_npu,
     launching,
     linear_convrot,
     linear_fp8,
@@ -654,3 +656,71 @@ def test_what_a_launch_is_started_with() -> None:
     assert inner[0].arguments == (tensor, 7, "c")
     assert not launching.is_watched(tensor)
     assert launching.find_arch(torch.zeros(1)) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("count", "scheme", "expected"),
+    [
+        (linear_nvfp4.measure_stored, NVFP4, 5 * (72 + 9 + 3) + 8),
+        (int8_npu.count_npu, replace(FP8, weight="int4"), 5 * 143 - 357 + 20),
+        (int8_npu.count_npu, replace(FP8, weight="int8"), 5 * 143 + 20),
+        (int8_npu.count_npu, replace(FP8, weight="zz"), 5 * 143 + 20),
+        (int8_npu.count_npu, replace(FP8, weight="int8", activation="tensor-static"),
+         5 * 143 + 5 * 8 + 8 + 2 * 143 * 3),
+        (linear_mxfp4.count_bytes, FP8, 715 // 2 + 4 * 5 * 5 + 3 * 5),
+        (linear_w4a16.measure_stored, W4, 5 * (72 + 36 + 3)),
+        (linear_fp8.count_bytes, replace(FP8, scale="block"), 715 + 4 * 3 * 48 + 15),
+    ],
+)  # fmt: skip
+def test_bytes_of_a_layer_whose_sides_are_odd(
+    count: Callable[[Scheme, int, int, int], int], scheme: Scheme, expected: int
+) -> None:
+    whole = count in (linear_nvfp4.measure_stored, linear_w4a16.measure_stored)
+    found = count(scheme, 5, 144 if whole else 143, 3)
+    assert found == expected
+    assert isinstance(found, int)
+
+
+@pytest.mark.parametrize(
+    ("columns", "compiler", "fuses"),
+    [(8, True, True), (16384, True, True), (16385, True, False), (8, False, False)],
+)
+def test_rows_that_a_fused_kernel_quantizes(
+    columns: int, compiler: bool, fuses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_int8, "has_compiler", lambda: compiler)
+    assert linear_int8.can_fuse(torch.empty(1, columns)) is fuses
+    with launching.watch("sm90"):
+        assert linear_int8.can_fuse(torch.empty(1, columns, device="meta")) is (columns <= 16384)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides", "found"),
+    [((5, 7), (4, 8), (8, 8)), ((8, 8), (4, 8), (8, 8)), ((1, 9), (32, 8), (32, 16)), ((3, 4), (3, 2), (3, 4))],
+)  # fmt: skip
+def test_sides_are_padded_to_multiples(
+    shape: tuple[int, int], sides: tuple[int, int], found: tuple[int, int]
+) -> None:
+    matrix = torch.ones(shape)
+    padded = linear_int8.pad_to(matrix, *sides)
+    assert padded.shape == found
+    assert padded.sum() == shape[0] * shape[1]
+    assert torch.equal(padded[: shape[0], : shape[1]], matrix)
+    assert (padded is matrix) == (shape == found)
+
+
+def test_every_kernel_says_what_it_multiplies_with() -> None:
+    """`plain`: no smoothed layer, none with a branch; `matmul`: what a profiler must see."""
+    plain, matmul = {}, {}
+    for op in kernels.OPS:
+        for kernel in kernels.kernels_of(op):
+            plain[f"{op} {kernel.backend}"] = kernel.needs.plain
+            matmul[f"{op} {kernel.backend}"] = kernel.matmul
+    assert {name for name, asked in plain.items() if asked} == {"linear.nvfp4 packed-fp8"}
+    codes = {name for name, found in matmul.items() if found != ("aten::linear",)}
+    assert codes == {
+        "linear.fp8 torch", "linear.fp8 torch-block", "linear.int8 int8", "linear.int8 npu",
+        "linear.convrot int8", "linear.nvfp4 fp8-recode", "linear.nvfp4 packed-fp8",
+        *(f"linear.nvfp4 flashinfer-{name}" for name in ("trtllm", "cutlass", "cudnn")),
+        *(f"linear.{op} {name}" for op in ("svdq", "w4a16") for name in ("nunchaku", "comfy-kitchen")),
+    }  # fmt: skip
