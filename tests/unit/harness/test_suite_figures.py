@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -12,11 +15,13 @@ import torch
 from torch import nn
 
 from quantmatrix import api, families, models
+from quantmatrix.cli import main
 from quantmatrix.errors import RefusedError
 from quantmatrix.hardware.probe import SATURATING
 from quantmatrix.kernels import launching
 from quantmatrix.measure import trace as tracing
 from quantmatrix.models import Defaults
+from quantmatrix.runtime import media
 from quantmatrix.runtime.plan import types
 from quantmatrix.suites import conftest, test_compile, test_generate, test_latents, test_load
 from quantmatrix.suites import test_refuse as refuse_suite
@@ -368,8 +373,9 @@ def test_a_machine_that_saturates_proves_nothing() -> None:
     with pytest.raises(pytest.skip.Exception, match=r"^why$"):
         conftest.plan_or_skip(refuse(SATURATING.rule), request)
     for other in ("aaa", "zzz"):
-        with pytest.raises(RefusedError):
+        with pytest.raises((RefusedError, pytest.skip.Exception)) as caught:
             conftest.plan_or_skip(refuse(other), request)
+        assert caught.type is RefusedError  # a skip would pass for a skipped test here
 
 
 def test_components_with_quantized_layers() -> None:
@@ -377,3 +383,53 @@ def test_components_with_quantized_layers() -> None:
     plan: Any = SimpleNamespace(components=parts)
     nothing: Any = None
     assert conftest.Job(nothing, nothing, plan).quantized == {"a": parts["a"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "lent", "said"),
+    [
+        ({}, [True], ""), ({}, [], "the command's plan is not the cell's"),
+        ({"frames": 3}, [True], "frames, height, width"), ({"frames": 1}, [True], "frames, height, width"),
+        ({"layers": {"t": 1}}, [True], "assert"), ({"layers": {"t": 3}}, [True], "assert"),
+        ({"why": "white"}, [True], "o/a.png: white"),
+    ],
+    ids=list("abcdefg"),
+)  # fmt: skip
+def test_what_a_command_leaves(
+    changes: dict[str, Any], lent: list[bool], said: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    given = {"frames": 2, "layers": {"t": 2}, "why": None, **changes}
+    ticks, argvs = iter([100.0, 107.5]), []
+    monkeypatch.setattr(generate_suite.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(
+        generate_suite, "read_media", lambda path: torch.zeros(given["frames"], 5, 7, 3)
+    )
+    monkeypatch.setattr(generate_suite, "expected_size", lambda job: (2, 5, 7))
+    monkeypatch.setattr(media, "find_degeneration", lambda frames: given["why"])
+    monkeypatch.setattr(main, "main", lambda argv: argvs.append(argv) or 0)
+    out = json.dumps({"runs": [{"output": "o/a.png", "quantized_layers": given["layers"]}]})
+    capfd: Any = SimpleNamespace(readouterr=lambda: (out, "err"))
+    bench: Any = SimpleNamespace(
+        argv=lambda cell: ["quantmatrix", "generate", "x"], lend=lambda *_: nullcontext(lent)
+    )
+    part = SimpleNamespace(layers={"a": 1, "b": 2})
+    job: Any = SimpleNamespace(
+        request=SimpleNamespace(device=None),
+        plan=SimpleNamespace(processes=1, components={"t": part}),
+    )
+    cell: Any = SimpleNamespace(environment={"QM_MADE_UP": "1"})
+    proof = make_proof()
+    if said:
+        with pytest.raises(AssertionError, match=said):
+            generate_suite.test_generate(cell, job, bench, proof, tmp_path, monkeypatch, capfd)
+    else:
+        generate_suite.test_generate(cell, job, bench, proof, tmp_path, monkeypatch, capfd)
+        assert proof.limits == {"frames": 2, "height": 5, "width": 7, "constant": False}
+        assert proof.metrics == {
+            "file": "a.png", "frames": 2, "height": 5, "width": 7, "quantized_layers": {"t": 2}
+        }  # fmt: skip
+    assert argvs == [["generate", "x", "--device", "cpu", "--output-path", str(tmp_path), "--json"]]
+    assert proof.timings == {"command": 7.5}
+    assert proof.folders == {str(tmp_path): "$OUTPUT"}
+    assert os.environ["QM_MADE_UP"] == "1"
