@@ -118,6 +118,24 @@ def test_a_scale_that_is_no_number_is_seen(kind: str) -> None:
         assert bool(places) == (kind not in ("MXFP4", "NVFP4"))
 
 
+@pytest.mark.parametrize("kind", [kind for kind in BLOCKS if kind != "IQ1_M"])
+def test_a_byte_is_looked_at_where_it_can_spoil_a_block(kind: str) -> None:
+    for at in range(BLOCKS[kind][1]):
+        data = torch.zeros(2, BLOCKS[kind][1], dtype=torch.uint8)
+        data[1, at] = 0x7C
+        spoilt = not gguf_arithmetic.decode_blocks(data, kind).isfinite().all()
+        assert gguf_arithmetic.holds_bad_scale(data, kind) == spoilt, at
+
+
+@pytest.mark.parametrize(("kind", "scales"), [("MXFP4", 1), ("NVFP4", 4)])
+def test_every_scale_of_one_byte(kind: str, scales: int) -> None:
+    data = draw(kind, 256, 1)
+    for place in range(scales):
+        data[:, place] = (torch.arange(256) + 37 * place).to(torch.uint8)
+    found = gguf_arithmetic.decode_blocks(data, kind)
+    assert is_same(found, decode_by_package(data, kind).flatten())
+
+
 def kernel_of(backend: str) -> Kernel:
     return next(kernel for kernel in linear_gguf.KERNELS if kernel.backend == backend)
 
