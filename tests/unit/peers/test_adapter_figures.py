@@ -805,7 +805,7 @@ def test_the_picture_of_comfyui() -> None:
     one = {"filename": "a", "subfolder": "b", "type": "c", "more": 1}
     outputs = {"3": {}, "5": {"images": []}, "7": {"images": [one, {}]}, "9": {"images": [{}]}}
     assert comfyui.find_picture(outputs) == {"filename": "a", "subfolder": "b", "type": "c"}
-    with pytest.raises(RuntimeFailure, match="^the graph gave no picture$") as caught:
+    with pytest.raises(RuntimeFailure, match=r"^the graph gave no picture$") as caught:
         comfyui.find_picture({"3": {}})
     assert (caught.value.kind, caught.value.loaded) == ("no output", True)
 
