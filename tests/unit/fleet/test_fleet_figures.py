@@ -358,6 +358,14 @@ def test_a_node_that_was_not_asked_is_not_used() -> None:
     )
 
 
+def test_what_is_wrong_with_a_node_is_cut() -> None:
+    node = Node("0123456789", "n", {"CPU": 2.0})
+    for length in (500, 501):
+        found = find_sites([node], {node.id: Probe("s", problem="x" * length)}, read.read(), "s")[1]
+        assert len(found["n (01234567)"]) == 500
+        assert (found["n (01234567)"] == "x" * 500) is (length == 500)
+
+
 def test_why_no_node_could_run_a_task() -> None:
     row = replace(read.read().hardware["h200"], id="h200-x4", devices=4)
     nodes = [Node("1", "n1", {"CPU": 8.0, "GPU": 3.0}), Node("2", "n2", {"CPU": 8.0, "GPU": 2.0})]
@@ -419,6 +427,7 @@ def test_what_is_wrong_with_a_run_whole() -> None:
     found = compared(
         missing=dict.fromkeys("abcd", ("load",)), failed={"f": ["load", "latents"], "g": ["x"]}
     )
+    assert (outcome.written, outcome.code) == (0, 0)
     assert driver.describe(outcome, found, {"n1": "too old", "n2": "busy"}) == [
         "not used: n1: too old",
         "not used: n2: busy",
@@ -844,6 +853,13 @@ def test_steps_are_lines(tmp_path: Path) -> None:
     steps.pytest_runtest_logfinish("t.py::test_load[a@cpu]")
     steps.pytest_unconfigure(SimpleNamespace())  # type: ignore[arg-type]
     assert (tmp_path / "steps").read_text() == "start a@cpu\nend a@cpu\nfinish\n"
+    manager = pytest.PytestPluginManager()
+    later = SimpleNamespace(pytest_unconfigure=lambda config: steps.write("another"))
+    manager.register(later, "first")
+    manager.register(steps, "steps")
+    config: Any = SimpleNamespace()
+    manager.hook.pytest_unconfigure(config=config)  # those that were registered last run first
+    assert (tmp_path / "steps").read_text().splitlines()[-2:] == ["another", "finish"]
 
 
 def test_what_the_fleet_says_does_not_change() -> None:
