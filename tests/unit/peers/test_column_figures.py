@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -342,7 +343,7 @@ def test_ways_are_tried_until_one_works(tmp_path: Path, monkeypatch: pytest.Monk
     record = outcome.record
     assert record is not None
     assert (record.verdict, record.reason, record.version) == ("works", "", "1.5")
-    assert record.command == f"toy second {ROW.reference}"
+    assert (record.command, record.scope) == (f"toy second {ROW.reference}", "published")
     assert record.tried == ("first: refuses: E: no",)
     assert (record.seconds, record.peak_bytes) == (3.25, 77)
     assert record.metrics["steps"] == 1
@@ -353,6 +354,64 @@ def test_ways_are_tried_until_one_works(tmp_path: Path, monkeypatch: pytest.Monk
     )
     column.run_one(ROW)
     assert asked[3:] == ["0004-modelopt-fp8-flux-2", "0005-modelopt-fp8-flux-2"]  # one base
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_one_worker_is_the_thread_that_asks(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    column = open_column(monkeypatch, tmp_path, workers=workers)
+    threads: list[int] = []
+
+    def run_one(row: Any) -> Outcome:
+        threads.append(threading.get_ident())
+        return Outcome(RuntimeCell(row.id, "cpu", "diffusers"), None)
+
+    monkeypatch.setattr(column, "run_one", run_one)
+    some = [ROW.id, "fp8-guide", "modelopt-nvfp4-wan-2-2"]
+    found = [outcome.cell.checkpoint for outcome in column.run(some)]
+    assert sorted(found) == sorted(some)
+    assert (threading.get_ident() in threads) is (workers == 1)
+    assert len(list(column.run())) == len(TABLES.checkpoints)
+
+
+@pytest.mark.parametrize(
+    ("home", "found"), [("/", "/own/x"), ("/o", "$HOMEwn/x"), ("/own", "$HOME/x")]
+)
+def test_folders_of_this_machine_are_no_part_of_a_record(
+    home: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    column = open_column(monkeypatch, tmp_path / "runs")
+    monkeypatch.setattr(columns.Path, "home", lambda: Path(home))
+    monkeypatch.setattr("quantmatrix.tiny.hub.default_folder", lambda: Path("/hub"))
+    assert column.make_portable({"a": ["/own/x"]}) == {"a": [found]}
+    assert column.make_portable(f"{tmp_path}/runs/1") == "$WORK/1"
+    assert column.make_portable("/hub/a") == "$HUB/a"
+
+
+def test_a_record_of_a_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    column = open_column(monkeypatch, tmp_path, tiny=True)
+    ran = Ran(Task(ROW, "b", ""), refusal("no"), tmp_path)
+    cell = RuntimeCell(ROW.id, "cpu", "diffusers")
+    record = column.record(cell, [(Verdict("refuses", "no\x1b"), ran)])
+    assert (record.scope, record.reason, record.checkpoint) == ("stand-in", r"no\x1b", {})
+    assert record.again.endswith(" --tiny")
+
+
+def test_files_of_a_task_are_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    column = open_column(monkeypatch, tmp_path)
+    monkeypatch.setattr(columns.records, "describe_files", lambda files: {"files": files})
+    folder = tmp_path / "w"
+    folder.mkdir()
+    for name in ("b.safetensors", "a.json", "c.txt"):
+        (folder / name).touch()
+
+    def describe(weights: Path | str) -> Any:
+        return column.describe_files(Task(ROW, "b", str(weights)))
+
+    assert describe(folder) == {"files": [folder / "a.json", folder / "b.safetensors"]}
+    assert describe(folder / "c.txt") == {"files": [folder / "c.txt"]}
+    assert describe("") == describe(folder / "none") == {}
 
 
 def test_a_runtime_that_cannot_run_the_base(
