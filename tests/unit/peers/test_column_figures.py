@@ -823,3 +823,66 @@ def test_a_worker_answers_a_line_a_task(tmp_path: Path, monkeypatch: pytest.Monk
         found = [Answer(**json.loads(line)) for line in stream]
     assert [one.media for one in found] == ["toy one", "toy two"]
     assert seen == ["(0, 0)", "one", "release", "two", "release"]
+
+
+@pytest.mark.parametrize(
+    ("reference", "found"),
+    [
+        ("o/n", "snapshot"),
+        ("/o/n/", "snapshot"),
+        ("o/n/deep/x.safetensors", "snapshot/deep/x.safetensors"),
+        ("o/n/deep:Q8_0", "snapshot/deep/a-Q8_0.gguf"),
+        ("/path/to/x", "local"),
+        ("/path/to/x/y", "local/y"),
+    ],
+)
+def test_where_a_stand_in_lies(
+    reference: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quantmatrix.tiny import hub
+
+    column = open_column(monkeypatch, tmp_path, tiny=True)
+    made: list[Any] = []
+    monkeypatch.setattr(hub, "default_folder", lambda: tmp_path / "hub")
+    monkeypatch.setattr(hub, "ensure", lambda *given: made.append(given))
+    monkeypatch.setattr(hub, "find_snapshot", lambda name, folder: tmp_path / "snapshot")
+    monkeypatch.setattr(hub, "path_of", lambda name, folder: tmp_path / "local")
+    (tmp_path / "snapshot" / "deep").mkdir(parents=True)
+    for name in ("deep/a-Q8_0.gguf", "deep/a-Q4_0.gguf", "a-Q8_0.gguf"):
+        (tmp_path / "snapshot" / name).touch()
+    assert column.locate(reference) == str(tmp_path / found)
+    assert made == [(reference, tmp_path / "hub", TABLES)]
+    column.tiny = False
+    assert column.locate("o/n/x.gguf") == "o/n/x.gguf"
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("tiny", "form", "base", "weights"),
+    [
+        (False, "component-folder", "<own/base>", "<own/w>"),
+        (True, "component-folder", f"<{TABLES.models['flux-2'].repo}>", "<own/w>"),
+        (False, "online", "<own/base>", ""),
+        (False, "a", "<own/base>", "<own/w>"),
+        (False, "z", "<own/base>", "<own/w>"),
+    ],
+)
+def test_the_task_of_a_row(
+    tiny: bool, form: str, base: str, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    column = open_column(monkeypatch, tmp_path, tiny=tiny, hardware="h200")
+    monkeypatch.setattr(column, "locate", lambda reference: f"<{reference}>")
+    monkeypatch.setattr(column, "find_flags", lambda name: ("--a", "/path/to/b#c"))
+    row = replace(ROW, form=form, base="own/base", reference="own/w")
+    assert column.make_task(row) == Task(
+        row,
+        base,
+        weights,
+        ("--a", "</path/to/b>#c" if tiny else "/path/to/b#c"),
+        device="cuda",
+        tiny=tiny,
+    )
+    if not tiny and form != "online":
+        skipped = column.run_one(replace(row, reference="/path/to/w"))
+        assert (skipped.record, skipped.skipped) == (None, True)
+        assert skipped.problem == "/path/to/w exists only as a stand-in: run it with --tiny"
