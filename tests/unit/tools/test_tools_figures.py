@@ -993,3 +993,156 @@ def test_experts_that_are_missing(tmp_path: Path) -> None:
         f"{tmp_path}: no model_index.json in it: --original-model-path takes a folder in Diffusers' "
         "layout; `hf download Wan-AI/Wan2.2-T2V-A14B-Diffusers` makes one"
     )
+
+
+def test_a_component_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = SimpleNamespace(components={"t": 1, "u": 2}, base="a/base", model="m")
+    monkeypatch.setattr(dequantize, "find_sources", lambda request: sources)
+    asked: list[Any] = []
+    monkeypatch.setattr(dequantize, "plan_component", lambda *given: asked.append(given) or "plan")
+    text = refuse(UsageError, dequantize.plan_decode, "request", "v")
+    assert text == "a/base has no transformer component v; it has t, u"
+    assert dequantize.plan_decode("request", "u") == "plan"  # type: ignore[arg-type, comparison-overlap]
+    [(name, source, model, request, machine, notes)] = asked
+    assert (name, source, model, request, notes) == ("u", 2, "m", "request", [])
+    assert (machine.name, machine.vendor, machine.arch, machine.memory_bytes) == (
+        "cpu", "cpu", "cpu", 0,
+    )  # fmt: skip
+
+    def fail(*_: Any) -> None:
+        raise dequantize.kernels.NoKernel("a-rule", "no kernel")
+
+    monkeypatch.setattr(dequantize, "plan_component", fail)
+    with pytest.raises(dequantize.RefusedError) as caught:
+        dequantize.plan_decode("request", "u")  # type: ignore[arg-type]
+    assert (caught.value.rule, caught.value.message) == ("a-rule", "no kernel")
+
+
+@pytest.mark.parametrize("witness", [None, "found"])
+def test_what_is_told_of_plain_weights(
+    witness: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = SimpleNamespace(family="fp8")
+    report = None if witness is None else SimpleNamespace(to_json=lambda: witness)
+    monkeypatch.setattr(dequantize, "plan_decode", lambda *_: plan)
+    monkeypatch.setattr(dequantize.verdict, "confirm", lambda *_: report)
+    asked: list[Any] = []
+
+    def write(component: Any, request: Any, folder: Path, dtype: torch.dtype) -> dict[str, int]:
+        asked.append(dtype)
+        (folder / "x").touch()
+        return {"tensors": 3}
+
+    monkeypatch.setattr(dequantize, "write_folder", write)
+    target = tmp_path / "out"
+    request: Any = None
+    assert dequantize.dequantize(request, str(target)) == {
+        "output": str(target),
+        "dtype": "float32",
+        "family": "fp8",
+        "witness": witness,
+        "tensors": 3,
+    }
+    assert (target / "x").exists()
+    assert refuse(UsageError, dequantize.dequantize, request, str(target)) == (
+        f"{target} exists already: choose a new --output-path"
+    )
+    dequantize.dequantize(request, str(tmp_path / "b"), dtype="bfloat16")
+    assert asked == [torch.float32, torch.bfloat16]
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr(dequantize, "write_folder", full)
+    assert refuse(UsageError, dequantize.dequantize, request, str(tmp_path / "c")) == (
+        f"cannot write {tmp_path}/c: No space left; nothing was left behind"
+    )
+
+
+def test_layers_of_an_encoder_that_are_quantized() -> None:
+    names: Any = SimpleNamespace(layer_targets=lambda layer: [SimpleNamespace(module=f"m.{layer}")])
+    tensors = {
+        f"{name}.weight": torch.ones(2, 64)
+        for name in ("b.0.q", "b.0.kept", "b.1.uncalled", "head", "b.1.odd")
+    }
+    tensors["b.1.odd.weight"] = torch.ones(2, 63)
+    tensors |= {"b.0.norm.weight": torch.ones(2), "b.0.q.bias": torch.ones(2, 64)}
+    called = [f"m.{name}" for name in ("b.0.q", "b.0.kept", "head", "b.1.odd", "b.0.norm")]
+    ranges: Any = dict.fromkeys([*called, "m.b.0.q.bias"])
+    from quantmatrix.families import modelopt_nvfp4
+
+    keeps = quantize.compile_patterns("--keep", [r"m\.b\.0\.kept", r"b\.0\.q"])
+    scheme = modelopt_nvfp4.NVFP4
+    found = quantize_encoder.choose_layers(tensors, names, ranges, scheme, keeps)
+    assert found == {"b.0.q": scheme}
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_a_text_encoder_declares_itself(single: bool, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    (tmp_path / "config.json").write_text('{"b": 1}')
+    own = declaration(config={"m": 1, "a": 2}, metadata={"k": "v"})
+    path = tmp_path / "deep" / ("x.safetensors" if single else "x")
+    quantize_encoder.write({"t": torch.ones(1)}, own, path, tmp_path, single=single)
+    file = path if single else path / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        told = opened.metadata()
+    more = {"quantization_config": '{"a": 2, "m": 1}'} if single else {}
+    assert told == {"format": "pt", "k": "v", **more}
+    if not single:
+        assert json.loads((path / "config.json").read_text()) == {
+            "b": 1,
+            "quantization_config": {"m": 1, "a": 2},
+        }
+
+
+@pytest.mark.parametrize(
+    ("component", "named", "encoders", "text"),
+    [
+        (
+            "vae",
+            {},
+            {},
+            "--component vae: a/base has the text encoders text_encoder, text_encoder_2; without the "
+            "flag its transformers are quantized",
+        ),
+        (
+            "text_encoder_3",
+            {},
+            {},
+            "--component text_encoder_3: a/base has the text encoders text_encoder, text_encoder_2; "
+            "without the flag its transformers are quantized",
+        ),
+        (
+            "text_encoder_2",
+            {"text_encoder_2": "x"},
+            {},
+            "--text-encoder-2-path: the base model's own text_encoder_2 is quantized; leave it out",
+        ),
+        (
+            "text_encoder",
+            {},
+            {"text_encoder": SimpleNamespace(why="it says so")},
+            "a/base: text_encoder is quantized already (it says so): name the model that it was made "
+            "from",
+        ),
+    ],
+)
+def test_encoders_that_cannot_be_opened(
+    component: str,
+    named: dict[str, str],
+    encoders: dict[str, Any],
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    index = {"vae": ["diffusers", "V"], "text_encoder_3": [None, None]}
+    index |= {name: ["transformers", "E"] for name in ("text_encoder", "text_encoder_2")}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(quantize_encoder, "fetch_pipeline", lambda *_, without: tmp_path)
+    for paths in ("component_paths", "weights_paths"):
+        request = SimpleNamespace(hub=None, component_paths={}, weights_paths={})
+        setattr(request, paths, named)
+        plan = plan_of(request=request, encoders=encoders)
+        assert refuse(UsageError, quantize_encoder.open_encoder, plan, component) == text
