@@ -1146,3 +1146,148 @@ def test_encoders_that_cannot_be_opened(
         setattr(request, paths, named)
         plan = plan_of(request=request, encoders=encoders)
         assert refuse(UsageError, quantize_encoder.open_encoder, plan, component) == text
+
+
+class Opened:
+    """In place of a reader: it opens nothing."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def read(self, name: str) -> torch.Tensor:
+        return torch.tensor([2.0])
+
+
+def test_weight_and_bias_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        dequantize, "find_biases", lambda checkpoint, layer, family: layer.startswith("with")
+    )
+    monkeypatch.setattr(
+        dequantize, "decode_pieces", lambda *_: (torch.full((2, 2), 7.0), torch.zeros(2) + 5)
+    )
+    monkeypatch.setattr(dequantize, "decode_bare", lambda *_: "bare")
+    monkeypatch.setattr(dequantize, "read_plain", lambda component, plain, _: plain.name)
+    pieces = {
+        "a": (SimpleNamespace(layer="none"), SimpleNamespace(layer="with a bias")),
+        "b": (SimpleNamespace(layer="none"),),
+        "c": (SimpleNamespace(layer="with one"),),
+    }
+    component: Any = SimpleNamespace(
+        layers=pieces,
+        family="fp8",
+        checkpoint=None,
+        plain=[SimpleNamespace(parameter="n.weight", name="stored")],
+    )
+    made = {
+        name: make(None)  # type: ignore[arg-type]
+        for name, make in dequantize.decode_tensors(component, {"a.bias", "b.bias"})
+    }
+    assert {n: t if isinstance(t, str) else float(t.max()) for n, t in made.items()} == {
+        "a.weight": 7.0,
+        "a.bias": 5.0,
+        "b.weight": "bare",
+        "c.weight": "bare",
+        "n.weight": "stored",
+    }
+
+
+BLOCK = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["z"]}
+
+
+def test_what_the_builders_write_into_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sorted, so that two builds give the same bytes whatever order the export has."""
+    tensors = {
+        "b.weight": header("BF16", 2, 3, file="src/s"),
+        "a.weight": header("BF16", 2, 3, file="src/s"),
+        "a.x_quantizer.y": header("F32", 1, file="src/s"),
+    }
+    config = {"zeta": 1, "_class_name": "C", "quantization_config": BLOCK, "alpha": 2}
+    source = folder_of(Path("src"), tensors, config)
+    base = folder_of(Path("base"), {"b.weight": header("F32", 2, 3)})
+    asked: list[Any] = []
+    for module in (fp8, nvfp4):
+        monkeypatch.setattr(
+            module, "open_transformer", lambda path, flag: base if path == Path("base") else source
+        )
+        monkeypatch.setattr(module, "check_output", lambda *given: asked.append(given))
+        monkeypatch.setattr(module, "TensorReader", Opened)
+        monkeypatch.setattr(module, "write_transformer", lambda *given: asked.append(given))
+    scale = torch.tensor([0.5])
+    monkeypatch.setattr(
+        fp8,
+        "read_scales",
+        lambda path, maxbound: {"a": {"weight_scale": scale, "input_scale": scale}},
+    )
+    out = Path("out")
+    assert fp8.build(
+        Path("src"), Path("b.pt"), out, base_transformer_dir=Path("base"),
+        model_type="none", keep_bf16_patterns=("^b$",),
+    ) == {
+        "quantized_weights": 1,
+        "bf16_fallback_weights": 1,
+        "preserved_ignored_weights": 0,
+        "added_scale_tensors": 2,
+        "output_shards": 1,
+    }  # fmt: skip
+    assert asked[0] == (out, False, [Path("src"), Path("base")])
+    target, written, shards, made, metadata = asked[1]
+    assert (target, written) == (out, source)
+    assert [(one.name, one.dtype, one.shape) for one in shards["s"]] == [
+        ("b.weight", "F32", (2, 3)),
+        ("a.weight", "F8_E4M3", (2, 3)),
+        ("a.weight_scale", "F32", (1,)),
+        ("a.input_scale", "F32", (1,)),
+    ]
+    quantization = '{"ignore": ["b", "z"], "quant_algo": "FP8", "quant_method": "modelopt", "quant_type": "FP8"}'
+    assert metadata == {
+        "_class_name": "C",
+        "config": f'{{"_class_name": "C", "alpha": 2, "quantization_config": {quantization}, '
+        '"zeta": 1}',
+        "quantization_config": quantization,
+        "_quantization_metadata": quantization,
+    }
+    assert made["quantization_config"]["ignore"] == ["b", "z"]
+    assert refuse(
+        UsageError, fp8.build, Path("src"), Path("b"), out, keep_bf16_patterns=("b",)
+    ) == ("--base-transformer-dir is missing: layers kept in BF16 are taken from it")
+    asked.clear()
+    config["quantization_config"] = {**BLOCK, "quant_algo": "NVFP4"}
+    monkeypatch.setattr(nvfp4, "warn_of_tiles", lambda source: None)
+    assert nvfp4.build(
+        Path("base"), Path("src"), out, keep_bf16_patterns=("b",), overwrite=True,
+    ) == {
+        "fallback_modules": 1,
+        "replaced_tensors": 1,
+        "removed_aux_tensors": 0,
+        "output_shards": 1,
+        "swap_weight_nibbles": False,
+    }  # fmt: skip
+    assert asked[0] == (out, True, [Path("src"), Path("base")])
+    quantization = (
+        '{"ignore": ["z", "b"], "quant_algo": "NVFP4", "quant_method": "modelopt", "quant_type": '
+        '"NVFP4", "swap_weight_nibbles": false}'
+    )
+    assert asked[1][4] == {
+        "quantization_config": quantization,
+        "_quantization_metadata": quantization,
+    }
+
+
+def test_doubts_of_an_export_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def doubts(checkpoint: Checkpoint, _: Any) -> list[str]:
+        asked.append((checkpoint.files, checkpoint.metadata, checkpoint.quantization))
+        return ["one doubt", "another"] if checkpoint.metadata else []
+
+    own = folder_of(Path("src"), {}, {"quantization_config": BLOCK})
+    own = replace(own, metadata={"s": {}, "t": {"k": "v"}, "u": {"k": "w"}})
+    monkeypatch.setattr(nvfp4.families, "load", lambda name: SimpleNamespace(doubts=doubts))
+    with pytest.warns(UserWarning, match="doubt|another") as caught:
+        nvfp4.warn_of_tiles(own)
+    assert [str(one.message) for one in caught] == ["one doubt", "another"]
+    assert asked == [(("src/s",), {}, BLOCK), (("src/t",), {"k": "v"}, BLOCK)]
