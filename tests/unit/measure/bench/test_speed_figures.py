@@ -362,6 +362,50 @@ def test_parts_of_a_split_layer_count_as_one(monkeypatch: pytest.MonkeyPatch) ->
     assert [name for name, _ in timing.list_quantized(model)] == ["a", "b"]
 
 
+class Layer(nn.Module):
+    """In place of a quantized layer."""
+
+    def __init__(self, backend: str, scheme: str, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.scheme = SimpleNamespace(name=scheme)
+        self.kernel = SimpleNamespace(backend=backend)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_kinds_of_layers_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantmatrix.runtime import quantized_linear
+
+    monkeypatch.setattr(timing, "QuantizedLinear", Layer)
+    monkeypatch.setattr(quantized_linear, "QuantizedLinear", Layer)
+    model = nn.Module()
+    model.a, model.b, model.c = (Layer("int8", "W8", 6, 4) for _ in range(3))
+    model.d, model.e = Layer("decode", "W8", 6, 4), Layer("int8", "W8", 6, 4)
+    model.uncalled = Layer("int8", "W8", 6, 4)
+    x, other = torch.ones(2, 5, 6), torch.ones(7, 6)
+
+    def forward() -> None:
+        for layer in (model.a, model.b, model.c, model.d):
+            layer(x)
+        model.a(other)  # the first call counts
+        model.e(other)
+
+    model.forward = forward  # type: ignore[method-assign]
+    part = timing.Part("t", "cpu", model, model, (), {})
+    found = timing.find_layers(part)
+    usual = {"in": 6, "out": 4, "scheme": "W8"}
+    assert [(facts, name, tuple(given.shape)) for facts, name, given in found] == [
+        ({**usual, "rows": 10, "backend": "int8", "count": 3}, "a", (2, 5, 6)),
+        ({**usual, "rows": 10, "backend": "decode", "count": 1}, "d", (2, 5, 6)),
+        ({**usual, "rows": 7, "backend": "int8", "count": 1}, "e", (7, 6)),
+    ]
+    assert found[0][2] is not x
+    assert speed.count_backends(model) == {"int8": 5, "decode": 1}
+    assert not model.a._forward_pre_hooks
+
+
 # --- what a result says ---------------------------------------------------------------------------
 
 
