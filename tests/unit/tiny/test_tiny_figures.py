@@ -654,3 +654,20 @@ def test_the_recipe_of_a_row() -> None:
     assert isinstance(found.scheme, Scheme)
     assert (found.model, found.family, found.linear) == ("flux-2", "modelopt-fp8", None)
     assert not found.kept("anything")
+
+
+@pytest.mark.parametrize(
+    ("kind", "ends"),
+    [("clip", 2), ("t5", 1), ("llama", 0), ("qwen3", 0), ("mistral", 0), ("qwen2.5-vl", 0)],
+)
+def test_words_of_prompts_are_tokens_of_their_own(
+    kind: str, ends: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt lives through the limits of length: its words do not fall apart into letters."""
+    tokenizer = build_empty(kind, monkeypatch)[1]
+    for prompt in ("curious pikachu walking", "beautiful sunset fox"):
+        ids = tokenizer(prompt)["input_ids"]
+        assert len(ids) == len(prompt.split()) + ends
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == prompt
+    letters = tokenizer("xyzzyx")["input_ids"]
+    assert len(letters) >= 4 + ends
