@@ -93,6 +93,7 @@ def test_a_prefix_is_made_of_all_modules_of_its_groups() -> None:
         (("t.blocks.12.a", "t.blocks.12.b"), "t.blocks.12"),
         (("t.blocks.12.a", "t.blocks.12.b", "t.blocks.12.c.0.d"), "t.blocks.12"),
         (("t.norm", "t.proj"), "t.norm"),
+        (("t.blocks.3.a", "t.norm", "t.proj"), "t.blocks.3"),
         (("t.blocks.1", "t.blocks.2"), "t.blocks.1"),
     ],
 )

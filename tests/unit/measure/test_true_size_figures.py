@@ -222,6 +222,35 @@ def test_the_only_block_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shared == [module]
 
 
+@pytest.mark.parametrize(("bias", "error"), [(True, 0.25), (False, 0.0)])
+def test_layers_are_compared_on_their_own_input(
+    bias: bool, error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Quantized(nn.Module):
+        def forward(self, x: torch.Tensor, other: Any) -> torch.Tensor:
+            return x * 2
+
+    class Model(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.a = layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.a(x, x * 9)
+            return self.a(x * 5, None)  # the first call counts
+
+    twin = nn.Linear(2, 2, bias=bias)
+    twin.weight.data = torch.eye(2) * 2
+    if bias:
+        twin.bias.data = torch.tensor([0.0, 2.0])
+    monkeypatch.setattr(true_size, "choose_inputs", lambda *_: {"x": torch.tensor([[0.0, 3.0]])})
+    plan: Any = SimpleNamespace(components={"transformer": SimpleNamespace(layers={"a": ()})})
+    quantized = Model(Quantized())
+    found = true_size.compare_layers("m", plan, Model(twin), quantized, "cpu")
+    assert found.found == {"transformer": {"a": error}}
+    assert not quantized.a._forward_hooks
+
+
 def test_the_energy_of_a_structured_weight() -> None:
     generator = torch.Generator().manual_seed(0)
     white = torch.randn(512, 192, generator=generator) / 192**0.5
