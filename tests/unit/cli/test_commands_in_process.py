@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -710,3 +711,11 @@ def test_jobs_by_minutes_or_parts(run: Run, replace: Replace, folder: Path) -> N
     code, out, _ = run("matrix", "jobs", *words, *reports)
     assert (code, json.loads(out), out.count("\n")) == (0, {"include": [job]}, 1)
     assert calls[0][2:5] == (["h100", "cpu"], 1, 30.0)
+    assert re.findall(r'"(\w+)":', out) == [
+        "include",
+        "hardware",
+        "job",
+        "rows",
+        "seconds",
+        "shard",
+    ]

@@ -520,3 +520,15 @@ def test_what_may_be_used_instead(tables: Matrix, evidence: dict[str, Evidence])
     [refused] = asked.explain("flux-1-svdq", "h100")
     assert [one.how for one in refused.alternatives] == ["other checkpoint"]
     assert refused.alternatives[0].cell == "fp8-flux-1@h100+reference"
+
+
+def test_records_whose_numbers_count(joined: Joined, evidence: dict[str, Evidence]) -> None:
+    def list_cells(given: Joined) -> dict[str, list[str]]:
+        found = answers.Measured(given, evidence).by_checkpoint
+        return {name: [cell.id for cell, _, _ in lines] for name, lines in found.items()}
+
+    assert list_cells(joined) == {"flux-1-fp8": [PROVEN]}
+    assert list_cells(standing(joined, REFUSED, "proven", "stand-in")) == {"flux-1-fp8": [PROVEN]}
+    assert list_cells(standing(joined, PROVEN, "stale", "stand-in")) == {}
+    unjudged = standing(joined, FAILING, "unjudged", "stand-in")
+    assert list_cells(unjudged) == {"flux-1-fp8": [PROVEN, FAILING]}
