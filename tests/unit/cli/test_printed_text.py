@@ -395,12 +395,14 @@ def program(**changes: Any) -> Any:
 
 def test_compiled_kernels() -> None:
     assert compiled_lines("a@h100", None) == ["a@h100: starts no kernel of ours"]
-    programs: Any = (program(), program(kernel="pack", digest="", faults=["was not built"]))
+    packed = program(kernel="pack", digest="", faults=["was not built"])
+    programs: Any = (program(), program(shared=12339), packed)
     found = Compiled("sm90", "3.3", programs, ("out: too wide",))
     assert compiled_lines("a@h100", found) == [
-        "a@h100: decode, pack",
+        "a@h100: decode x 2, pack",
         "  decode: 48 registers, 3 bytes spilled, 12.1 of 99 KiB shared, 8 warps, "
         "sha256:0123456789ab",
+        "  decode: 48 registers, 3 bytes spilled, 12 of 99 KiB shared, 8 warps, sha256:0123456789ab",
         "  pack: not built",
         "  FAULT out: too wide",
         "  FAULT pack on sm90 was not built",

@@ -184,6 +184,13 @@ def test_the_overview(joined: Joined) -> None:
     assert "CLASSES" not in overview.write_overview(joined)
 
 
+def test_a_share_is_a_tenth_of_a_percent_at_most_too_small(
+    joined: Joined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joined, "agrees", lambda cell: cell.id != FAILING)
+    assert "\n5 of 6 claims (83.3 %) are backed by a run" in overview.write_overview(joined)
+
+
 def test_the_overview_of_tables_without_a_claim(tables: Matrix) -> None:
     none = replace(tables, cells=tables.cells[-2:])
     joined = Joined(none, stand_all(none, {}))

@@ -684,6 +684,16 @@ def test_an_option_as_plain_data() -> None:
             "nothing fits into 1.5 GiB: d needs the least, 3.9 GiB with --dit-layerwise-offload",
         ),
         (
+            [(3, {"layerwise_mib": 4044})],
+            [],
+            "nothing fits into 1.5 GiB: c needs the least, 3.9 GiB with --dit-layerwise-offload",
+        ),
+        (
+            [(3, {"layerwise_mib": 4045})],
+            [],
+            "nothing fits into 1.5 GiB: c needs the least, 4.0 GiB with --dit-layerwise-offload",
+        ),
+        (
             [],
             [("x", "a rule", "no units"), ("y", "", "")],
             "no checkpoint of m runs on h: x [a rule]: no units",
