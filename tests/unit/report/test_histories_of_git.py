@@ -149,3 +149,29 @@ def test_lines_as_they_would_have_been_added(
         f"{tmp_path}/history.csv: 3 lines\nskipped 1 version (2026-11-02): damaged\n"
     )
     assert history.read_lines(tmp_path / "history.csv") == lines
+
+
+@pytest.mark.parametrize(
+    ("checks", "verdict"),
+    [
+        ({"load": "pass", "latents": "pass"}, "pass"),
+        ({"refuse": "pass"}, "refused"),
+        (
+            {"load": "pass", "latents": "fail", "generate": "error"},
+            "latents: fail, generate: error",
+        ),
+        ({"refuse": "fail"}, "refuse: fail"),
+    ],
+)
+def test_what_a_record_says(
+    checks: dict[str, str], verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: Any = SimpleNamespace(
+        checks={name: SimpleNamespace(verdict=v, metrics={}) for name, v in checks.items()},
+        made="2026-11-23T10:00:00Z", commit="c" * 40, cell={"hardware": "h100"},
+        timings={"step quantized": 1.0, "step bf16": 8.0},
+    )  # fmt: skip
+    monkeypatch.setattr(history, "read_scope", lambda record: "published")
+    monkeypatch.setattr(history, "read_error", lambda record: {"psnr_db": 41.5})
+    expected = Version("published", "2026-11-23", "c" * 40, verdict, 41.5, 0.125)
+    assert history.describe(found) == expected
