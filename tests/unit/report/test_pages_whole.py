@@ -20,7 +20,16 @@ from quantmatrix.proof.plans import PlanLine
 from quantmatrix.proof.record import CheckResult, Evidence
 from quantmatrix.proof.scopes import Standing
 from quantmatrix.proof.states import stand_all
-from quantmatrix.report import answers, explain, fragments, markdown, overview, render
+from quantmatrix.report import (
+    answers,
+    explain,
+    fragments,
+    markdown,
+    overview,
+    page_data,
+    render,
+)
+from quantmatrix.report.history import Version
 from quantmatrix.tables import read
 from quantmatrix.tables.rows import Matrix
 
@@ -539,3 +548,80 @@ def test_records_whose_numbers_count(joined: Joined, evidence: dict[str, Evidenc
     assert list_cells(standing(joined, PROVEN, "stale", "stand-in")) == {}
     unjudged = standing(joined, FAILING, "unjudged", "stand-in")
     assert list_cells(unjudged) == {"flux-1-fp8": [PROVEN, FAILING]}
+
+
+def test_what_the_page_knows(joined: Joined, evidence: dict[str, Evidence]) -> None:
+    option = answers.Option(
+        *("flux-1-fp8", "flux-1", "cpu", "fp8", "r", "k"),
+        cell=PROVEN,
+        proof=0,
+        psnr_db=41.26,
+        error_on="cpu, stand-in",
+    )
+    found = answers.Answers((option, replace(option, cell="", psnr_db=1.0)), ())
+    past = {REFUSED: [Version("stand-in", "2026-11-20", "a" * 40, "refused", None, None)]}
+    data = page_data.collect(joined, found, past)
+    assert data["rows"] == [
+        ["fp8-flux-1", 0, 0, 0],
+        ["fp8-flux-2", 0, 1, 1],
+        ["svdq-flux-1-hopper", 3, 0, 2],
+        ["svdq-flux-1", 3, 0, 2],
+    ]
+    states, scopes = data["states"], data["scopes"]
+    cells = data["cells"]
+    assert [line[:3] for line in cells] == [
+        *([0, 0, "reference"], [0, 0, "decode"], [0, 1, "reference"], [0, 1, "decode"]),
+        *([1, 0, ""], [2, 1, ""], [3, 0, ""], [3, 2, ""]),
+    ]
+    assert [states[line[3]] for line in cells[:2]] == ["unproven", "proven"]
+    assert [line[4] for line in cells] == [-1, 1, -1, 1, -1, 1, -1, -1]
+    assert scopes[1] == "stand-in"
+    assert [line[5] for line in cells[3:6]] == ["expected", "validated", "refused"]
+    assert [line[6] for line in cells[4:6]] == ["", "svdq-arch"]
+    assert [line[7] for line in cells[4:]] == [
+        *("no run yet", "no 4-bit integer matrix units", "no kernel yet", "no kernel yet")
+    ]
+    assert [line[9] for line in cells] == [None, 0, None, 1, None, 2, None, None]
+    assert [line[11] for line in cells] == ["", "41.3 dB", "", "", "", "", "", ""]
+    shared = data["shared"]
+    assert shared[cells[4][8]][0] == "With the published repository: not yet run"
+    assert data["checkpoints"] == [
+        ["flux-1-fp8", "some/flux1-fp8", "some/flux-1", 0, 0],
+        ["flux-2-fp8", "some/flux2-fp8", "some/flux-2", 0, 1],
+        ["flux-1-svdq", "some/svdq/svdq-int4_r32-flux1.safetensors", "some/flux-1", 3, 0],
+    ]
+    assert data["hardware"][1] == ["h100", "H100", "sm90", 0.0]
+    assert data["models"][2] == ["wan-2-2", "wan-2-2"]
+    assert list(data["history"]) == ["5"]
+    assert (data["benchmarks"], data["speed"]) == ({}, [])
+    record = data["records"][0]
+    assert record["file"] == "evidence/cpu/fp8-flux-1+decode.json"
+    parts = dict(shared[record["plan"]]["transformer"])
+    assert parts == {
+        "backends.decode": 20, "backends.torch": 6, "quantized_layers": 26, "total_layers": 31,
+    }  # fmt: skip
+    assert [check["name"] for check in record["checks"]] == ["latents", "load"]
+    assert data["records"][2]["refusal"] == "no integer units; use cpu"
+
+
+def test_what_was_timed_on_the_page(joined: Joined) -> None:
+    metrics = {
+        "weights": {"bf16_bytes": 8, "quantized_bytes": 5},
+        "peak": {"bf16_bytes": 9, "quantized_bytes": "?"},
+    }
+    record: Any = SimpleNamespace(
+        checks={"true-size": CheckResult("pass", metrics)},
+        timings={"step bf16": 2.5, "step quantized": 1.5},
+    )
+
+    def list_speeds(state: str, scope: str, given: Any) -> list[list[Any]]:
+        changed: Any = SimpleNamespace(
+            tables=joined.tables,
+            standings={**joined.standings, FAILING: Standing(state, "", scope, given)},
+        )
+        return page_data.list_speeds(changed)
+
+    assert list_speeds("proven", "true size", record) == [[3, 2.5, 1.5, 8, 5, 9, None]]
+    assert list_speeds("stale", "true size", record) == []
+    assert list_speeds("proven", "published", record) == []
+    assert list_speeds("proven", "true size", None) == []

@@ -259,6 +259,9 @@ def test_marks_of_a_page(tmp_path: Path) -> None:
     assert into.update(path, render, ("cells",), check=False) == [f"{path}: unchanged"]
     assert into.update(path, render, (), check=False) == [f"{path}: written"]
     assert path.read_bytes() == only
+    later = {"cells": "older", "families": "zzz"}.__getitem__
+    assert into.update(path, later, ("families",), check=True) == [change]
+    assert into.update(path, later, (), check=False) == [f"{path}: written"]
 
 
 @pytest.mark.parametrize(
