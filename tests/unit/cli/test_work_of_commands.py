@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import re
@@ -714,3 +715,51 @@ def test_a_folder_of_tables_that_is_not_there(run: Run, tmp_path: Path) -> None:
     code, _, said = run("matrix", "check", "--tables", str(place))
     assert code == 1
     assert re.match(r"quantmatrix: none/cases\.csv:1: expected the columns id,family,", said)
+
+
+def test_the_entry_of_the_program(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    from quantmatrix.cli import main as program
+
+    signals: list[Any] = []
+    monkeypatch.setattr(program.signal, "signal", lambda *given: signals.append(given))
+    monkeypatch.setattr(program, "main", lambda: 5)
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", None)
+    with pytest.raises(SystemExit) as left:
+        program.entry()
+    assert left.value.code == 5
+    assert signals == [(program.signal.SIGTERM, program.terminate)]
+    stream.write("ü")
+    stream.flush()
+    assert raw.getvalue() == b"\\xfc"
+    monkeypatch.undo()
+    with pytest.raises(SystemExit) as left:
+        program.terminate(15, None)
+    assert left.value.code == 143
+    assert capsys.readouterr().err == "terminated\n"
+
+
+def test_a_program_without_an_output(replace: Replace, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace("cli.main.run_command", 7)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["doctor"]) == 7
+    monkeypatch.setattr(sys, "argv", ["quantmatrix", "a_b", "--c_d"])
+    calls = replace("cli.main.run_command", 3)
+    assert main() == 3
+    assert calls == [(["a_b", "--c-d"], {})]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_output_that_is_full(as_json: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped: list[int] = []
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr("quantmatrix.runtime.doctor.examine", fail)
+    monkeypatch.setattr("quantmatrix.cli.main.report_error", fail)
+    monkeypatch.setattr("quantmatrix.cli.main.drop_output", lambda: dropped.append(1))
+    assert main(["doctor", *(["--json"] if as_json else [])]) == 14
+    assert dropped == [1]

@@ -234,6 +234,11 @@ def test_a_file_that_takes_no_summary(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"^{re.escape(said)}$"):
         job_summary.append(path, CELLS, [])
     assert job_summary.append(tmp_path / "new", CELLS, []) == size
+    path.write_bytes(b"x" * (job_summary.LIMIT - size + 1))
+    cut = job_summary.append(path, CELLS, [])
+    assert cut < size
+    assert path.read_bytes().endswith(b" more cells: see the evidence of this job\n")
+    assert path.stat().st_size <= job_summary.LIMIT
 
 
 def test_marks_of_a_page(tmp_path: Path) -> None:
