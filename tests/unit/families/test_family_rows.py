@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -145,3 +146,115 @@ def test_tensors_of_svdquant(word: str, columns: int) -> None:
         "proj_up": (halves, ((256, 32),), False),
         **({} if columns == 64 else outer),
     }
+
+
+@pytest.mark.parametrize("name", families.IDS)
+def test_a_layer_is_one_part_unless_more_are_named(name: str) -> None:
+    given = inspect.signature(families.load(name).quantize).parameters
+    assert [(n, p.default) for n, p in given.items()][2:] == [
+        ("bias", None),
+        ("calibration", None),
+        ("parts", 1),
+    ]
+
+
+@pytest.mark.parametrize(("name", "word"), ALL)
+def test_weights_of_zeros_stay_zeros(name: str, word: str) -> None:
+    family = families.load(name)
+    scheme = family.SCHEMES[word]
+    calibration = Calibration(torch.zeros(512), torch.zeros(512))
+    stored = family.quantize(torch.zeros(128, 512), scheme, calibration=calibration)
+    assert not family.dequantize(stored, scheme).any()
+    for suffix in ("weight_scale", "weight_scale_inv", "input_scale"):
+        if suffix in stored and stored[suffix].is_floating_point():
+            assert (stored[suffix].float() > 0).all(), suffix
+
+
+@pytest.mark.parametrize("largest", [0.25, 0.75, 1.0, 3.0])
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [("fp8", "tensor-static"), ("fp8", "channel-static"), ("modelopt-fp8", "FP8")],
+)
+def test_scales_of_fp8_are_those_of_the_largest(name: str, word: str, largest: float) -> None:
+    weight = torch.full((2, 3), largest / 4)
+    weight[0, 1] = weight[1, 2] = -largest
+    calibration = Calibration(torch.full((3,), -5 * largest), torch.full((3,), 2 * largest))
+    family = families.load(name)
+    stored = family.quantize(weight, family.SCHEMES[word], calibration=calibration)
+    expected = torch.tensor(largest) / 448
+    assert (stored["weight_scale"] == expected).all()
+    assert stored["input_scale"] == torch.tensor(5 * largest) / 448
+    codes = stored["weight"].float()
+    assert codes.flatten().tolist() == [112.0, -448.0, 112.0, 112.0, 112.0, -448.0]
+    silent = Calibration(torch.zeros(3), torch.zeros(3))
+    stored = family.quantize(weight, family.SCHEMES[word], calibration=silent)
+    assert stored["input_scale"] == torch.tensor(1e-12) / 448
+
+
+def test_scales_of_blocks_are_those_of_their_largest() -> None:
+    scheme = replace(families.load("fp8").SCHEMES["block-dynamic"], block=(2, 3))
+    weight = torch.zeros(3, 4)
+    weight[0, 0], weight[1, 3], weight[2, 2] = 0.5, -3.0, 0.25
+    stored = families.load("fp8").quantize(weight, scheme)
+    scales = torch.tensor([[0.5, 3.0], [0.25, 1.0]]) / 448
+    assert stored["weight_scale_inv"].equal(scales)
+    assert families.load("fp8").dequantize(stored, scheme).equal(weight)
+
+
+@pytest.mark.parametrize(
+    ("offset", "low", "high"), [(-128, 0.0, 5.1), (127, -5.1, 0.0), (-53, -1.5, 3.6)]
+)
+def test_ranges_of_static_integers(offset: int, low: float, high: float) -> None:
+    """Zero included, a range spreads over 255 steps; the bias is folded with the zero point."""
+    family = families.load("msmodelslim")
+    weight = torch.tensor([[1.27, -0.64, 0.0], [0.02, 2.54, -2.54]])
+    limits = Calibration(torch.tensor([low, 0.5, 1.0]), torch.tensor([high, -0.5, -1.0]))
+    if low == 0.0:
+        limits = Calibration(torch.tensor([2.0, 0.5, 1.0]), torch.tensor([high, 1.0, 1.0]))
+    if high == 0.0:
+        limits = Calibration(torch.tensor([low, -0.5, -1.0]), torch.tensor([-2.0, -0.5, -1.0]))
+    bias = torch.tensor([0.3, -0.1])
+    stored = family.quantize(weight, family.SCHEMES["W8A8"], bias=bias, calibration=limits)
+    scale = torch.tensor(high - low) / 255
+    assert stored["weight"].tolist() == [[127, -64, 0], [1, 127, -127]]
+    torch.testing.assert_close(stored["input_scale"], scale.reshape(1))
+    assert stored["input_offset"].tolist() == [offset]
+    deq = scale * torch.tensor([0.01, 0.02])
+    torch.testing.assert_close(stored["deq_scale"], deq)
+    folded = (
+        bias.double() / stored["deq_scale"].double() - offset * torch.tensor([63.0, 1.0])
+    ).round()
+    assert stored["quant_bias"].tolist() == folded.int().tolist()
+    assert stored["bias"].equal(bias)
+
+
+def test_scales_of_integers() -> None:
+    family = families.load("msmodelslim")
+    weight = torch.tensor([[1.27, -0.64, 0.0], [0.0, 0.0, 0.0]])
+    eight = family.quantize(weight, family.SCHEMES["W8A8_DYNAMIC"])
+    assert list(eight) == ["weight", "weight_scale", "weight_offset"]
+    torch.testing.assert_close(eight["weight_scale"][0], torch.tensor([0.01]))
+    assert eight["weight_scale"][1].item() == torch.finfo(torch.float32).eps
+    four = family.quantize(weight, family.SCHEMES["W4A4_DYNAMIC"])
+    assert four["weight"].tolist() == [[7, -4, 0], [0, 0, 0]]
+    torch.testing.assert_close(four["weight_scale"][0], torch.tensor([1.27 / 7]))
+    assert four["weight_offset"].tolist() == [[0.0], [0.0]]
+
+
+@pytest.mark.parametrize(("word", "scales"), [("int8", [[1.27]]), ("convrot", None)])
+def test_scales_of_comfyui(word: str, scales: Any) -> None:
+    scheme = comfyui_int8.SCHEMES[word]
+    weight = torch.zeros(2, 64)
+    weight[0, 0], weight[1, 5] = -1.27, 0.5
+    stored = comfyui_int8.quantize(weight, scheme)
+    if scales is not None:
+        assert stored["weight_scale"].shape == ()
+        torch.testing.assert_close(stored["weight_scale"], torch.tensor(0.01))
+        assert stored["weight"][0, 0] == -127
+        assert stored["weight"][1, 5] == 50
+    else:
+        rows = torch.tensor([[1.27 / 8], [0.5 / 8]]) / 127
+        torch.testing.assert_close(stored["weight_scale"], rows)
+        assert stored["weight"].abs().eq(127).all()
+    none = comfyui_int8.quantize(torch.zeros(2, 64), scheme)["weight_scale"]
+    assert none.flatten()[0].item() == pytest.approx(1e-30)
