@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,9 @@ from quantmatrix.checkpoints.header import TensorHeader
 from quantmatrix.errors import CheckpointError, QuantmatrixError, UsageError
 from quantmatrix.families.layouts import Layout
 from quantmatrix.request import Request
-from quantmatrix.runtime import acceleration, head_exchange, light_processor, pictures
+from quantmatrix.runtime import acceleration, head_exchange, light_processor, parallel, pictures
 from quantmatrix.runtime.plan import inspect
+from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.runtime.witness import base as witness_base
 from quantmatrix.scheme import Scheme
 
@@ -312,3 +314,101 @@ def test_graphs_are_forgotten() -> None:
         "--cuda-graph: an argument of the transformer lies in host memory (shape (2, 1)), so its forward "
         "cannot be captured"
     )
+
+
+# --- processes -------------------------------------------------------------------------------
+
+
+def make_plan(device: str = "cpu", processes: int = 3, *components: str) -> Any:
+    machine = SimpleNamespace(device=device)
+    parts = dict.fromkeys(components or ("transformer",))
+    return Plan(
+        Request(model_path="m"), "flux-1", machine, "b", "P", parts, False, False, processes
+    )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "a"])
+def test_each_transformer_is_split(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    class Part:
+        def enable_parallelism(self, config: Any) -> None:
+            seen.append((config.ulysses_degree, config.ulysses_anything, config.ring_degree))
+            seen.append(torch.accelerator.device_count())
+
+    before = torch.accelerator.device_count()
+    monkeypatch.setattr(parallel, "follow_tokens", lambda part, config, count: seen.append(count))
+    pipe = SimpleNamespace(one=Part(), two=Part())
+    parallel.split(pipe, make_plan(device, 3, "one", "two"), 3)
+    assert seen == [(3, True, 1), 1 if device == "cpu" else before, 3] * 2
+
+
+@pytest.mark.parametrize(
+    ("count", "processes", "shards", "acts"),
+    [
+        (3, 3, False, ["build 3", "split 3"]), (1, 1, False, ["build 1"]),
+        (3, 3, True, ["build 3", "split 3", "shard"]), (1, 1, True, ["build 1", "shard"]), (2, 3, False, []),
+    ],
+)  # fmt: skip
+def test_a_process_joins_the_others(
+    count: int, processes: int, shards: bool, acts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    found = make_plan("cpu", processes)
+    own = SimpleNamespace(
+        init_process_group=lambda kind: seen.append(kind), get_rank=lambda: count - 1,
+        get_world_size=lambda: count, barrier=lambda: seen.append("barrier"),
+        destroy_process_group=lambda: seen.append("destroy"),
+    )  # fmt: skip
+    pipe = SimpleNamespace(transformer=1)
+    monkeypatch.setattr(parallel, "distributed", own)
+    monkeypatch.setattr(parallel, "find_plan", lambda request: found)
+    monkeypatch.setattr(
+        parallel, "build_pipeline", lambda plan: seen.append(f"build {plan.processes}") or pipe
+    )
+    monkeypatch.setattr(parallel, "split", lambda p, plan, n: seen.append(f"split {n}"))
+    monkeypatch.setattr(parallel, "shard", lambda part, blocks: seen.append("shard"))
+    request: Any = SimpleNamespace(device=None, shard_weights=shards)
+
+    def act() -> None:
+        with parallel.join(request) as (rank, plan, built):
+            assert (rank, plan, built) == (count - 1, found, pipe)
+            seen.append("run")
+
+    if count != processes:
+        assert refusal(UsageError, act) == "2 processes were started, the plan has 3"
+        assert seen == ["gloo", "destroy"]
+    else:
+        act()
+        assert seen == ["gloo", *acts, "run", "barrier", "destroy"]
+
+
+@pytest.mark.parametrize(("code", "written"), [(0, True), (0, False), (3, True)])
+@pytest.mark.parametrize("problem", ["", "it broke"])
+def test_what_processes_say(
+    code: int, written: bool, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan()
+    given = {"prompt": "p", "seed": 7, "latents": [], "media": [], "is_video": False, "fps": 1,
+             "seconds": {}, "step_seconds": [], "peak_bytes": 0, "census": {}, "plan": None}  # fmt: skip
+
+    def run(command: list[str], **words: Any) -> Any:
+        folder = Path(command[-1])
+        assert command[-3:-1] == ["-m", "quantmatrix.runtime.parallel"]
+        assert pickle.loads((folder / "request").read_bytes()) == "asked"
+        if written:
+            (folder / "run").write_bytes(pickle.dumps(given))
+        if problem:
+            (folder / "problem").write_text(problem)
+        return SimpleNamespace(returncode=code, stderr=f" a{'b' * 2000}\n")
+
+    monkeypatch.setattr(parallel.subprocess, "run", run)
+    request: Any = "asked"
+    if not code and written:
+        found = parallel.generate_together(request, plan)
+        assert (found.plan, found.seed) == (plan, 7)
+    else:
+        said = problem or "b" * 2000
+        assert refusal(QuantmatrixError, parallel.generate_together, request, plan) == (
+            f"3 processes gave no run: {said}"
+        )
