@@ -62,6 +62,7 @@ def test_rows_are_cut() -> None:
         (0, (3, 7, 2), (3, 5)), (1, (3, 7, 2), (7, 5)), (2, (3, 7, 2), (2, 5)),
     ]  # fmt: skip
     assert [p.shape for p in w.split(5)] == [(4, 5)] * 3
+    assert [p.shape for p in rows(14, 5).chunk(4)] == [(3, 5)] * 4
     assert [p.shape for p in w.split(4)] == [(4, 5)] * 3
     joined: Any = torch.cat([parts[1], parts[0]])
     assert ([run.index for run in joined.runs], joined.shape) == ([1, 0], (10, 5))
