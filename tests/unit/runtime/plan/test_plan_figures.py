@@ -785,3 +785,76 @@ def test_a_refusal_as_data() -> None:
     with pytest.raises(RefusedError, match=re.escape("words")) as caught:
         require(found)
     assert caught.value.rule == "a-rule"
+
+
+# --- kernels ---------------------------------------------------------------------------------
+
+
+def test_wishes_for_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be met is told once, and the order decides."""
+    flag = kernel_choice.FP4_BACKEND
+    warnings: list[str] = []
+    assert kernel_choice.wanted_backend(Request(model_path="m"), warnings) is None
+    odd = Request(model_path="m", fp4_gemm_backend="odd")
+    for _ in range(2):
+        assert kernel_choice.wanted_backend(odd, warnings) is None
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"{flag}=odd is not used: ")
+
+    def refuse(*_: Any) -> Any:
+        raise kernel_choice.kernels.NoKernel("a-rule", "not here")
+
+    first: Any = SimpleNamespace(
+        backend="fast", needs=SimpleNamespace(why_not=lambda *given: f"takes fewer than {given[3]}")
+    )
+    second: Any = SimpleNamespace(backend="slow")
+    asked: list[Any] = []
+
+    def choose(op: str, machine: Any, scheme: Any, shape: Any, backend: Any, *more: Any) -> Any:
+        asked.append((op, shape, backend, more[:1]))
+        return second if more else first
+
+    monkeypatch.setattr(kernel_choice.kernels, "choose", refuse)
+    monkeypatch.setattr(kernel_choice, "choose", choose)
+    wish = Request(model_path="m", fp4_gemm_backend="cudnn")
+    found: list[str] = []
+    for _ in range(2):
+        got = kernel_choice.choose_kernel(NVFP4, machine(), (3, 5), 17, wish, "cudnn", found)
+        assert got is second
+    assert found == [
+        f"{flag}=cudnn is not used: not here",
+        "linear.nvfp4: fast takes fewer than 17; slow is used",
+    ]
+    assert asked[:2] == [
+        ("linear.nvfp4", (3, 5), None, (17,)),
+        ("linear.nvfp4", (3, 5), None, ()),
+    ]
+    for scheme, request in ((FP8, wish), (NVFP4, replace(wish, backend="slow"))):
+        more: list[str] = []
+        kernel_choice.choose_kernel(scheme, machine(), (3, 5), 17, request, "cudnn", more)
+        assert more == [f"{scheme.op}: fast takes fewer than 17; slow is used"]
+    monkeypatch.setattr(kernel_choice, "choose", lambda *given: first)
+    none: list[str] = []
+    assert kernel_choice.choose_kernel(FP8, machine(), (3, 5), 17, wish, None, none) is first
+    assert none == []
+
+
+def test_pieces_are_in_the_order_of_their_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[Any] = []
+
+    def footprint(scheme: Any, out: int, into: int, item: int) -> int:
+        sizes.append((out, into, item))
+        return out * into * item
+
+    kernel: Any = SimpleNamespace(backend="x", numerics="N", footprint=footprint)
+    monkeypatch.setattr(kernel_choice, "choose_kernel", lambda *_: kernel)
+    parts = [
+        placement.Part("late", Target("m", columns=(1, 3, 3)), FP8, 3, 10),
+        placement.Part("early", Target("m", columns=(0, 1, 3)), FP8, 3, 5),
+    ]
+    request = Request(model_path="m", dtype="float32", height=64, width=64)
+    found = kernel_choice.choose_kernels({"m": parts}, "flux-1", request, machine(), [])
+    assert [(p.layer, p.bytes, p.backend, p.numerics) for p in found["m"]] == [
+        ("early", 60, "x", "N"), ("late", 120, "x", "N"),
+    ]  # fmt: skip
+    assert sizes == [(3, 5, 4), (3, 10, 4)]
