@@ -858,3 +858,27 @@ def test_pieces_are_in_the_order_of_their_columns(monkeypatch: pytest.MonkeyPatc
         ("early", 60, "x", "N"), ("late", 120, "x", "N"),
     ]  # fmt: skip
     assert sizes == [(3, 5, 4), (3, 10, 4)]
+
+
+def test_parts_that_lead_out_of_their_model(tmp_path: Path) -> None:
+    """By a link, or by a shard that an index names; what stays inside is taken."""
+    model, part = tmp_path / "model", tmp_path / "model" / "vae"
+    write_json(part / "config.json", {})
+    write_json(part / "d.safetensors.index.json", {"weight_map": {"a": "x.safetensors"}})
+    write_json(part / "e.index.json", {"weight_map": ["../x"]})
+    write_json(tmp_path / "secret.json", {})
+    other_parts.check_inside(part, model)
+    (model / "shared.json").symlink_to(part / "config.json")
+    (part / "z.json").symlink_to(model / "shared.json")
+    other_parts.check_inside(part, model)
+    assert "which is not in" in refusal(CheckpointError, other_parts.check_inside, part, part / "x")
+    (part / "z.json").unlink()
+    (part / "z.json").symlink_to(tmp_path / "secret.json")
+    assert refusal(CheckpointError, other_parts.check_inside, part, model).startswith(
+        f"{part}/z.json: leads to {tmp_path}/secret.json, which is not in {model}: expected the file itself."
+    )
+    (part / "z.json").unlink()
+    write_json(part / "d.safetensors.index.json", {"weight_map": {"a": "x", "b": "../y"}})
+    assert refusal(CheckpointError, other_parts.check_inside, part, model).startswith(
+        f"{part}/d.safetensors.index.json: the name ../y leads out of the folder"
+    )
