@@ -672,3 +672,12 @@ def test_declarations_that_say_too_little() -> None:
         "q: b has the format int7, which no quant family takes: known are float8_e4m3fn, "
         "float8_e4m3fn_rowwise, float8_e5m2, int8_tensorwise, mxfp8, nvfp4. Quantize with one of these"
     )
+
+
+@pytest.mark.parametrize("size", [32, 16384, 1, "64"])
+def test_sizes_of_rotations(size: Any) -> None:
+    entry = {"convrot": True, "convrot_groupsize": size}
+    assert refusal(families.load("comfyui-int8").read_scheme, "w", entry) == (  # type: ignore[attr-defined]
+        f"w has convrot_groupsize {json.dumps(size)}: expected a power of 4 up to 4096, as 256. Correct the "
+        "file with what wrote it, or quantize again"
+    )
