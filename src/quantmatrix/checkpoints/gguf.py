@@ -145,7 +145,8 @@ class _Source:
     def take(self, count: int, what: str) -> bytes:
         """The next bytes; CheckpointError where the file, or a header's limit, ends before."""
         if count > min(self.size, HEADER_LIMIT) - self.position:
-            limit = f", the limit of a header is {HEADER_LIMIT}" if count <= self.size else ""
+            inside = self.position + count <= self.size
+            limit = f", the limit of a header is {HEADER_LIMIT}" if inside else ""
             raise self.wrong(
                 f"{what} takes {count} bytes from byte {self.position} of {self.size}{limit}",
                 "it to end in the file: it is truncated or damaged",

@@ -13,8 +13,8 @@ from quantmatrix.errors import UsageError
 from quantmatrix.files import check_writable
 
 ROUNDS = 20
-STAGES = {"layers": 4, "step": 2, "load": 3, "memory": 1}
-"""Weights of what is measured of a component, for the progress bar."""
+STAGES = ("layers", "step", "load", "memory")
+"""What is measured of a component, one after the other: the steps of the progress bar."""
 
 
 def add_to(commands: Any) -> None:

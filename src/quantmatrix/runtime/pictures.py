@@ -146,6 +146,8 @@ def open_image(file: Path, what: str) -> Any:
                 )
             image.load()
             return ImageOps.exif_transpose(image)
+    except UsageError:  # is a ValueError, which a damaged picture may raise
+        raise
     except UnidentifiedImageError as error:
         raise UsageError(
             f"{what}: no picture that is read here; expected {', '.join(FORMATS)}"

@@ -213,10 +213,8 @@ def test_ends_of_headers() -> None:
     long = join([entry("k", TEXT, text("v" * 100))], [], 0)
     assert refuse(long[:60]) == wrong("the value of k takes 100 bytes from byte 45 of 60", expected)
     assert refuse(long[:99]) == wrong("the value of k takes 100 bytes from byte 45 of 99", expected)
-    with pytest.raises(CheckpointError, match="a number takes 8 bytes from byte 37 of 44"):
-        parse(data[:44])
-    with pytest.raises(CheckpointError, match="the value of k takes 5 bytes from byte 45 of 49"):
-        parse(data[:49])
+    assert refuse(data[:44]) == wrong("a number takes 8 bytes from byte 37 of 44", expected)
+    assert refuse(data[:49]) == wrong("the value of k takes 5 bytes from byte 45 of 49", expected)
     assert parse(data[:50])[1] == {"k": "value"}
     many = join([entry("k", LIST, struct.pack("<IQ", TEXT, 10**6))], [], 0)
     assert refuse(many) == wrong("the value of k has 1000000 items", "as many as fit")

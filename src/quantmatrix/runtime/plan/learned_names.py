@@ -90,10 +90,12 @@ class Rows:
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """torch.chunk, torch.split and torch.cat as methods of the stand-in."""
-        kwargs = {key: value for key, value in (kwargs or {}).items() if key != "dim"}
-        name = func.__name__
+        name, kwargs = func.__name__, kwargs or {}
         if name == "cat":
-            return cls.join(args[0])
+            [pieces, dim] = [*args, kwargs.get("dim", 0)][:2]
+            if dim != 0:
+                raise LearningError(f"{describe(pieces[0])} is joined, and not by rows")
+            return cls.join(pieces)
         if name not in ("chunk", "split"):
             raise LearningError(f"{name} is applied to {describe(args[0])}")
         return getattr(args[0], name)(*args[1:], **kwargs)

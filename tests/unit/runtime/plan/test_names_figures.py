@@ -72,6 +72,10 @@ def test_rows_are_cut() -> None:
     for act, text in (
         (lambda: w.chunk(2, dim=1), "w is cut twice, or not by rows"),
         (lambda: torch.chunk(w, 2)[0].chunk(2), "w is cut twice, or not by rows"),
+        (lambda: torch.chunk(w, 2, dim=1), "w is cut twice, or not by rows"),
+        (lambda: torch.split(w, 2, dim=1), "w is cut twice, or not by rows"),
+        (lambda: torch.cat([w, w], dim=1), "w is joined, and not by rows"),
+        (lambda: torch.cat([w, w], 1), "w is joined, and not by rows"),
         (lambda: w.reshape(60).chunk(2), "w is cut twice, or not by rows"),
         (lambda: torch.abs(w), "abs is applied to w"),
         (lambda: w[::2], "rows slice(None, None, 2) of w"),
