@@ -77,8 +77,8 @@ def show_comparison(arguments: argparse.Namespace, hub: Any) -> int:
     for name, part in () if arguments.json else found["components"].items():
         print(f"{name} beside {part['base']}: {part['verdict']}")
         names = [name_compared(layer) for layer in part["layers"]]
-        width = max(map(len, names))
-        reading = max(len(layer["reading"]) for layer in part["layers"])
+        width = max(map(len, ["layer", *names]))
+        reading = max(map(len, ["reading", *(layer["reading"] for layer in part["layers"])]))
         print(f"  {'layer':{width}}  {'reading':{reading}}  cosine  rel. L2  verdict")
         for shown, layer in zip(names, part["layers"], strict=True):
             print(

@@ -276,7 +276,8 @@ def test_layers_beside_a_base(
             },
         ],
     }
-    other = {**part, "verdict": second, "problems": ["out differs"], "layers": part["layers"][1:]}
+    short = {**layer, "layer": "out", "module": "out", "reading": "plain", "verdict": "differs"}
+    other = {**part, "verdict": second, "problems": ["out differs"], "layers": [short]}
     found = {"components": {"transformer": part, "transformer_2": other}}
     monkeypatch.setattr("quantmatrix.runtime.witness.inspect_against.compare", lambda *_: found)
     arguments = SimpleNamespace(checkpoint="x", tiny=False, against="y", json=False, component=None)
@@ -287,8 +288,8 @@ def test_layers_beside_a_base(
         "  double.0 -> blocks.0  even low  0.9877   0.1235  agrees",
         "  output                as it is  0.9877   0.1235  differs",
         f"transformer_2 beside some/base: {second}",
-        "  layer   reading   cosine  rel. L2  verdict",
-        "  output  as it is  0.9877   0.1235  differs",
+        "  layer  reading  cosine  rel. L2  verdict",
+        "  out    plain    0.9877   0.1235  differs",
     ]
     assert caplog.messages == ["out differs"]
     arguments.json = True
