@@ -25,6 +25,8 @@ LONG = 1 / 20
 """Share of the budget that a test may take without being left for the end."""
 BY_ID = ("models", "further", "families", "peers")
 """Folders whose modules are loaded by their ids: no test imports them by name."""
+READERS = ("tests/unit/test_frozen_classes.py",)
+"""Tests that read every module as text: what they see of a definition, no recording shows."""
 COMPOUND = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.FunctionDef, ast.ClassDef)
 
 
@@ -129,12 +131,13 @@ def choose_tests(
     """
     (first, last), at_import = span_of(tree, line)
     lines = seen.lines.get(path, {})
+    near = set(importers)
     if at_import:
+        near |= set(READERS)
         numbers: Collection[int] = list(lines)
     else:
         numbers = range(first, last + 1)
     found = {test for number in numbers for test in lines.get(number, ())}
-    near = set(importers)
     if at_import or not found:
         found |= {test for test in seen.seconds if test.partition("::")[0] in near}
         found |= find_named(seen.seconds, Path(path))

@@ -181,3 +181,11 @@ def test_data_of_a_model_is_seen_by_tests_that_name_it() -> None:
         ("src/quantmatrix/measure/flux_1.py", []),
     ):
         assert places.choose_tests(seen, path, tree, 1, (), 60)[0] == tests
+
+
+def test_a_definition_is_seen_by_tests_that_read_it() -> None:
+    reads = f"{places.READERS[0]}::test_every_other_dataclass_is_frozen"
+    seen = Seen({"src/a.py": {2: ["t/x.py::one"]}}, {"t/x.py::one": 1.0, reads: 0.5})
+    tree = ast.parse("SIZE = 3\ndef find(): return 4")
+    assert set(places.choose_tests(seen, "src/a.py", tree, 1, (), 60)[0]) == {reads, "t/x.py::one"}
+    assert places.choose_tests(seen, "src/a.py", tree, 2, (), 60)[0] == ["t/x.py::one"]
