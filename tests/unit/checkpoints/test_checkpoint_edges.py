@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ from quantmatrix.checkpoints import (
 )
 from quantmatrix.checkpoints.adapters import explain_adapter
 from quantmatrix.checkpoints.checkpoint import Checkpoint, RemoteFiles, find_offsets
-from quantmatrix.checkpoints.dtypes import count_bytes, from_torch, to_torch
+from quantmatrix.checkpoints.dtypes import ITEM_BITS, count_bytes, from_torch, to_torch
 from quantmatrix.checkpoints.header import TensorHeader
 from quantmatrix.checkpoints.local import LocalFolder
 from quantmatrix.errors import CheckpointError
@@ -1187,3 +1188,13 @@ def test_hidden_files_are_left_out(tmp_path: Path) -> None:
     assert folder.enter("") is folder
     assert folder.enter("sub") == LocalFolder(tmp_path / "sub", tmp_path)
     assert folder.enter("sub").enter("x").base == tmp_path
+
+
+def test_bits_are_in_the_name_of_a_dtype() -> None:
+    """`F6_E2M3` has six, `C64` 64; the byte of a boolean alone is not said."""
+    named = {name: re.match(r"[A-Z]+(\d+)", name) for name in ITEM_BITS}
+    assert [name for name, found in named.items() if not found] == ["BOOL"]
+    assert {name: int(found[1]) for name, found in named.items() if found} == {
+        name: bits for name, bits in ITEM_BITS.items() if name != "BOOL"
+    }
+    assert ITEM_BITS["BOOL"] == 8

@@ -569,3 +569,21 @@ def test_what_is_declared_is_read_back(word: str) -> None:
         layers = {"a": modelopt_nvfp4.quantize(make_weight(), schemes["a"])}
     found = read({**layers, "c": PLAIN}, declared.config, metadata=declared.metadata)
     assert found == schemes
+
+
+@pytest.mark.parametrize(
+    ("op", "raw", "turned"),
+    [
+        ("linear.nvfp4", True, True),
+        ("linear.nvfp4", False, False),
+        ("linear.fp8", True, False),
+        ("linear.w4a16", True, False),
+    ],
+)
+def test_nvfp4_alone_lies_otherwise_under_original_names(op: str, raw: bool, turned: bool) -> None:
+    given = Scheme(op, "NVFP4", "e2m1", "group", "group-dynamic", group_size=16)
+    found = modelopt_nvfp4.scheme_of(
+        "a.b", given, raw=raw, gelu=False, interleaved=False, columns=64
+    )
+    expected = replace(given, swap_nibbles=True, tiled_scales=True) if turned else given
+    assert found == expected

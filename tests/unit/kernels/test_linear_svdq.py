@@ -490,3 +490,32 @@ def test_comfy_kitchen_gets_what_it_multiplies(
 def test_engines_compute_in_sixteen_bits() -> None:
     assert svdq_engines.find_narrow(torch.float32) == torch.bfloat16
     assert svdq_engines.find_narrow(torch.float16) == torch.float16
+
+
+@pytest.mark.parametrize(("name", "int4"), [("int4_r16", True), ("nvfp4_r32", False)])
+def test_packed_says_which_codes_are_to_be_decoded(
+    name: str, int4: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What decodes runs on a GPU; here a weight that is known stands for its result."""
+    from quantmatrix.kernels import packed_triton
+
+    scheme = nunchaku_svdq.SCHEMES[name]
+    asked: list[Any] = []
+
+    def decode(*given: Any, int4: bool) -> torch.Tensor:
+        asked.append((*given, int4))
+        return torch.zeros(6, 4)
+
+    monkeypatch.setattr(packed_triton, "decode_smoothed", decode)
+    buffers: dict[str, torch.Tensor] = {
+        name: torch.full((1,), float(number))
+        for number, name in enumerate(("weight", "weight_scale", "channel_scale", "unsmooth"))
+    }
+    buffers |= {"proj_up": torch.arange(12.0).view(6, 2), "proj_down": torch.ones(2, 4)}
+    buffers["proj_down"][1] = 3.0
+    x = torch.tensor([[1.0, 2.0, 4.0, 8.0]])
+    y = linear_svdq.run_packed(x, buffers, None, replace(scheme, unsigned=False))
+    assert [*(float(one) for one in asked[0][:4]), *asked[0][4:]] == [
+        0.0, 1.0, 2.0, 3.0, torch.float32, int4,
+    ]  # fmt: skip
+    assert y.tolist() == [[15.0 * (a + 3 * b) for a, b in buffers["proj_up"].tolist()]]

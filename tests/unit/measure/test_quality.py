@@ -142,3 +142,15 @@ def test_the_sheet_has_a_row_a_run_and_black_where_pictures_are_equal(
     assert maps[1].mean() > maps[0].mean() + 20
     quantized = array[top + height :, 2 * contact_sheet.GAP + 256 :][:128, :256]
     assert (quantized == pairs[1][1].media[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(2, 1024, (256, 1)), (1024, 2, (1, 256)), (32, 1024, (256, 8)), (300, 200, (171, 256))],
+)
+def test_a_picture_of_a_sheet_has_one_pixel_at_least(
+    height: int, width: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "has_flip", lambda: False)
+    one = np.zeros((height, width, 3), np.uint8)
+    assert [shown.size for shown in contact_sheet.draw_row(*make_pair(one, one))] == [size] * 3
