@@ -39,3 +39,15 @@ def test_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "load_component", lambda *_, **__: pytest.fail("was loaded"))
     with pytest.raises(LookupError, match="cuda:1"):
         pipeline.build_pipeline(elsewhere)
+
+
+@pytest.mark.parametrize(("offloaded", "moved"), [(False, ["transformer", "vae"]), (True, ["vae"])])
+def test_what_is_moved_to_the_device(offloaded: bool, moved: list[str]) -> None:
+    """An offloaded transformer stays; what is no network has no place."""
+    parts = {"transformer": torch.nn.Linear(2, 3), "vae": torch.nn.Linear(2, 3)}
+    loaded = SimpleNamespace(components={**parts, "tokenizer": object(), "image_encoder": None})
+    planned = SimpleNamespace(
+        components={"transformer": None}, layerwise_offload=False, cpu_offload=False
+    )
+    pipeline.place(loaded, planned, "meta", offloaded)  # type: ignore[arg-type]
+    assert [name for name, part in parts.items() if part.weight.is_meta] == moved

@@ -202,6 +202,38 @@ def test_shards_of_weights(count: int, compiled: bool) -> None:
         context_parallel.check_sharding(planned, count)
 
 
+@pytest.mark.parametrize(
+    ("config", "count", "said"),
+    [
+        ({"num_attention_heads": 4}, 3, ("4", "try --nproc-per-node 2")),
+        ({"num_attention_heads": 9}, 8, ("9", "try --nproc-per-node 5")),
+        ({}, 2, ("0", "leave out --nproc-per-node")),
+        ({"num_attention_heads": 4}, 2, ()),
+        ({"num_attention_heads": 7}, 3, ()),
+    ],
+)
+def test_every_process_has_a_head(
+    config: dict[str, int], count: int, said: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = SimpleNamespace(config=config, class_name="FluxTransformer2DModel")
+    given: Any = SimpleNamespace(
+        request=SimpleNamespace(nproc_per_node=count, shard_weights=False, tiny=False),
+        machine=machine("cpu"), layerwise_offload=False, cpu_offload=False, model="flux-1",
+        components={"transformer": part}, warnings=("before",),
+    )  # fmt: skip
+    monkeypatch.setattr(context_parallel, "replace", lambda plan, **changes: changes)
+    if not said:
+        found: Any = context_parallel.share(given)
+        assert (found["processes"], found["warnings"][0]) == (count, "before")
+        assert len(found["warnings"]) == 1 + (config["num_attention_heads"] % count > 0)
+        return
+    heads, advice = said
+    assert refusal(UsageError, context_parallel.share, given) == (
+        f"--nproc-per-node {count}: transformer has {heads} attention heads, which leave none for the last "
+        f"process: {advice}"
+    )
+
+
 # --- offloading and memory -------------------------------------------------------------------
 
 
