@@ -492,6 +492,14 @@ def test_engines_compute_in_sixteen_bits() -> None:
     assert svdq_engines.find_narrow(torch.float16) == torch.float16
 
 
+@pytest.mark.parametrize(("unsigned", "more"), [(False, 6144), (True, 6144 + 12288)])
+def test_bytes_of_what_packed_keeps_besides(unsigned: bool, more: int) -> None:
+    """float32 smoothing of 3072 inputs beside their 16 bits, and a float32 sum of each output."""
+    scheme = replace(nunchaku_svdq.SCHEMES["int4_r16"], unsigned=unsigned)
+    size = (scheme, 3072, 3072, 2)
+    assert linear_svdq.measure_packed(*size) - linear_svdq.measure_stored(*size) == more
+
+
 @pytest.mark.parametrize(("name", "int4"), [("int4_r16", True), ("nvfp4_r32", False)])
 def test_packed_says_which_codes_are_to_be_decoded(
     name: str, int4: bool, monkeypatch: pytest.MonkeyPatch

@@ -819,3 +819,13 @@ def test_answers_survive_their_file() -> None:
 )
 def test_numbers_of_metrics(metrics: Any, value: float | None) -> None:
     assert answers.read_number(metrics, "worst", "a") == value
+
+
+def test_a_name_stands_above_the_middle_of_its_boxes() -> None:
+    families, hardware = ["fp8", "gguf", "nunchaku-svdq"], ["cpu", "h200"]
+    text = picture.draw_matrix(families, hardware, {}).decode()
+    names = re.findall(r'<text class="name" x="(\d+)"[^>]*text-anchor="middle">', text)
+    boxes = re.findall(r'<rect [^>]*?x="(\d+)"[^>]*?width="(\d+)"', text)
+    middles = sorted({int(x) + int(width) // 2 for x, width in boxes[: len(families)]})
+    assert [int(x) for x in names] == middles
+    assert len(middles) == 3

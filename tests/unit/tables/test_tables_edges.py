@@ -592,3 +592,21 @@ def test_one_backend_has_no_suffix(tmp_path: Path) -> None:
     cells: tuple[Cell, ...] = read.read(write_tables(tmp_path / "matrix", cases)).cells
     assert [cell.id for cell in cells] == ["r0@cpu", "r0@h100", "r1@cpu", "r1@h100"]
     assert [cell.line for cell in cells] == [2, 2, 3, 3]
+
+
+def test_the_tables_of_a_package_lie_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "src" / "quantmatrix"
+    monkeypatch.setattr(source, "PACKAGE", package)
+    assert source.own_folder() == package / "tables"
+    (tmp_path / "matrix").mkdir()
+    assert source.own_folder() == package / "tables"
+    (tmp_path / "matrix" / "cases.csv").touch()
+    assert source.own_folder() == tmp_path / "matrix"
+
+
+def test_a_folder_without_runtimes_has_two_empty_tables(tmp_path: Path) -> None:
+    found = read.read_runtimes(tmp_path, [])
+    assert [table.name for table in found] == [
+        f"{tmp_path.name}/runtimes.csv",
+        f"{tmp_path.name}/statements.csv",
+    ]

@@ -48,7 +48,12 @@ def numbers(rows: int, columns: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("columns", "expected"),
-    [((0, 1, 3), [[0, 1], [6, 7]]), ((1, 3, 3), [[2, 3, 4, 5], [8, 9, 10, 11]]), ((0, 1, 1), None)],
+    [
+        ((0, 1, 2), [[0, 1, 2], [6, 7, 8]]),
+        ((0, 1, 3), [[0, 1], [6, 7]]),
+        ((1, 3, 3), [[2, 3, 4, 5], [8, 9, 10, 11]]),
+        ((0, 1, 1), None),
+    ],
 )
 def test_columns_of_a_split_layer(columns: tuple[int, int, int], expected: Any) -> None:
     target = Target("m", columns=columns)
