@@ -142,18 +142,16 @@ def open_image(file: Path, what: str) -> Any:
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > PIXELS:
                 raise UsageError(
-                    f"{what}: {image.width} x {image.height} pixels, at most {PIXELS}: scale it down"
+                    f"{image.width} x {image.height} pixels, at most {PIXELS}: scale it down"
                 )
             image.load()
             return ImageOps.exif_transpose(image)
-    except UsageError:  # is a ValueError, which a damaged picture may raise
-        raise
     except UnidentifiedImageError as error:
         raise UsageError(
             f"{what}: no picture that is read here; expected {', '.join(FORMATS)}"
         ) from error
     except (*DAMAGED, Image.DecompressionBombError) as error:
-        raise UsageError(f"{what}: a damaged picture ({quote(str(error))})") from error
+        raise UsageError(f"{what}: not taken as a picture: {quote(str(error))}") from error
 
 
 def call_arguments(model: Model, request: Request) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def test_an_address_is_refused_in_words(address: str) -> None:
         (b"no picture at all", "no picture that is read here; expected PNG, JPEG"),
         (b"", "no picture that is read here"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture that is read here"),
-        (None, "a damaged picture"),
+        (None, "not taken as a picture"),
     ],
 )
 def test_what_is_no_picture_is_refused(

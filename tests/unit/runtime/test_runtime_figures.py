@@ -1136,7 +1136,7 @@ def test_pixels_of_a_picture(
         assert pictures.open_image(path, "it").size == (5, 3)
     else:
         text = refusal(UsageError, pictures.open_image, path, "it")
-        assert text == "it: 5 x 3 pixels, at most 14: scale it down"
+        assert text == "it: not taken as a picture: 5 x 3 pixels, at most 14: scale it down"
 
 
 @pytest.mark.parametrize("fits", [True, False])
