@@ -100,7 +100,7 @@ def test_damaged_entries_of_a_camera_are_told_in_words(tmp_path: Path) -> None:
             try:
                 pictures.list_pictures(ask(file), KONTEXT)
             except UsageError as error:
-                told.add(str(error).partition("(")[2])
+                told.add(str(error).partition("not taken as a picture: ")[2])
     assert any("not an integer" in words for words in told)
 
 
