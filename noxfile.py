@@ -50,11 +50,6 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
-KEPT_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(256 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(1024 * 2**20),
-}
-"""glibc gives the memory of every tensor back and asks for it again: a twentieth of the tests' time."""
 
 
 def install(session: nox.Session, *extras: str) -> None:
@@ -97,7 +92,6 @@ def matrix(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the unit tests, 500 cases of the fuzzer, every row against the committed verdicts."""
     install(session, "test", "compile")
-    session.env.update(KEPT_MEMORY)
     session.run("pytest", "-q", "-n", "2", *(session.posargs or TESTS))
 
 
@@ -180,7 +174,7 @@ def bench(session: nox.Session) -> None:
 @nox.session
 def producers(session: nox.Session) -> None:
     """Tests against what others wrote: NVIDIA ModelOpt and friends, in their own environment."""
-    session.env.update(ENVIRONMENT | KEPT_MEMORY)
+    session.env.update(ENVIRONMENT)
     session.install(TORCH)
     session.install("-c", "constraints.txt", "-e", ".[test]")
     session.install("-r", "tests/producers/requirements.txt")
