@@ -72,6 +72,20 @@ def matrix(session: nox.Session) -> None:
     """
     install(session, "test", "compile")
     session.run("quantmatrix", "matrix", "check")
+    if not session.posargs:  # something to look at while the rest runs
+        words = [
+            "--model",
+            "z-image",
+            "--family",
+            "fp8",
+            "--hardware",
+            "cpu",
+            "--check",
+            "generate",
+        ]
+        session.run("pytest", *SUITES, "-q", "--evidence-dir", "reports/evidence", *words)
+        session.run("quantmatrix", "report")
+        session.log("rendered: reports/index.html; every row follows")
     part = "--shard" in session.posargs
     session.run(
         "pytest",

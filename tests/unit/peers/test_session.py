@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -153,6 +154,9 @@ def test_limits_end_a_child_with_all_that_it_started(
     pid = session._child.pid
     session.bounds = bounds
     assert ask(session, task, way, tmp_path / "x") == (KILLED, f"crashes: exceeds {reason}")
+    end = time.monotonic() + 20  # what the child has started is gone a moment later
+    while count_memory(pid) and time.monotonic() < end:
+        time.sleep(0.01)
     assert count_memory(pid) == 0
 
 
