@@ -40,7 +40,7 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument(
         "--memory", type=parse_number, default=0.0, metavar="GIB",
-        help="memory limit of a run (default: all there is)",
+        help="memory limit of a run (default: all there is, shared by the workers)",
     )  # fmt: skip
     parser.add_argument(
         "--workers", type=int, metavar="N",
@@ -62,7 +62,8 @@ def run_column(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     tables = read.read()
     hardware = packet.find_hardware(tables, arguments.runtime, arguments.hardware)
-    workers = packet.choose_workers(arguments.workers, hardware, tiny=arguments.tiny)
+    vendor = tables.hardware[hardware].vendor
+    workers = packet.choose_workers(arguments.workers, vendor, tiny=arguments.tiny)
     memory = int(arguments.memory * 2**30) or packet.read_memory() // workers
     asked = packet.Asked(
         runtime=arguments.runtime,

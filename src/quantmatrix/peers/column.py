@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import quantmatrix
 from quantmatrix import peers
 from quantmatrix.checkpoints.folders import PLACEHOLDER
-from quantmatrix.errors import UnusableError, UsageError
+from quantmatrix.checkpoints.hub import translate_hub_errors
+from quantmatrix.errors import CheckpointError, UnusableError, UsageError
 from quantmatrix.peers import quantmatrix as ours
 from quantmatrix.peers.common import read_latents
 from quantmatrix.peers.near_limits import NearLimits
@@ -186,7 +187,8 @@ class Column:
                         left -= 1
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-                self.stop()
+                if left:
+                    self.stop()
                 while not all(future.done() for future in futures):
                     time.sleep(STOP)
                     self.stop()  # one may just have started a child
@@ -212,7 +214,7 @@ class Column:
             return Outcome(cell, None, why, skipped=True)
         try:
             task = self.make_task(row)
-        except UnusableError as error:
+        except (CheckpointError, UnusableError) as error:
             return Outcome(cell, None, str(error))
         base = self.find_baseline(task)
         lacking = self.explain_failure(base, self.adapter)
@@ -432,7 +434,8 @@ def read_log(path: Path) -> str:
 def name_file(reference: str) -> str:
     """A reference as other programs take it: the file that `owner/name[/folder]:QUANTIZATION` means.
 
-    UnusableError where the repository cannot be looked at, and for none or several such files.
+    UnreachableError or CheckpointError where the repository cannot be listed, UnusableError for none or
+    several such files.
     """
     above, colon, quantization = reference.rpartition(":")
     if not colon or "/" in quantization:  # an address has its colon before its slashes
@@ -440,13 +443,9 @@ def name_file(reference: str) -> str:
     from huggingface_hub import list_repo_files
 
     owner, name, *folder = above.split("/")
-    try:
-        files = list(map(PurePosixPath, list_repo_files(f"{owner}/{name}")))
-    except OSError as error:
-        [why, *_] = str(error).splitlines() or [type(error).__name__]
-        raise UnusableError(
-            f"{reference}: the files of {owner}/{name} are unknown: {why}"
-        ) from error
+    repository = f"{owner}/{name}"
+    with translate_hub_errors(f"{reference}: the files of {repository} are unknown", repository):
+        files = list(map(PurePosixPath, list_repo_files(repository)))
     inside = [f for f in files if f.parent == PurePosixPath(*folder) and f.suffix == ".gguf"]
     return f"{owner}/{name}/{pick_file(inside, quantization, reference)}"
 

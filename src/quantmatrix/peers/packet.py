@@ -90,14 +90,14 @@ def read_memory() -> int:
     return int(SHARE * probe.read_memory())
 
 
-def choose_workers(asked: int | None, hardware: str, *, tiny: bool) -> int:
-    """How many models run at once: as asked; UsageError for fewer than one.
+def choose_workers(asked: int | None, vendor: str, *, tiny: bool) -> int:
+    """How many models run at once on hardware of a vendor: as asked; UsageError for fewer than one.
 
     Where nothing is said, stand-ins on the cores of a CPU two, anything else one: a device has one run
     at a time, and the memory of a model at true size is wanted whole.
     """
     if asked is None:
-        return min(2, os.cpu_count() or 1) if tiny and hardware == "cpu" else 1
+        return min(2, os.cpu_count() or 1) if tiny and vendor == "cpu" else 1
     if asked < 1:
         raise UsageError(f"--workers {asked}: at least 1")
     return asked

@@ -649,29 +649,28 @@ def test_the_share_of_memory_of_a_run(
 
 
 @pytest.mark.parametrize(
-    ("asked", "hardware", "tiny", "cores", "workers"),
+    ("asked", "vendor", "tiny", "cores", "workers"),
     [
         (None, "cpu", True, 3, 2),
         (None, "cpu", True, None, 1),
-        (None, "b200", True, 8, 1),
-        (None, "h200", True, 8, 1),
-        (1, "h200", False, 8, 1),
+        (None, "nvidia", True, 8, 1),
+        (1, "nvidia", False, 8, 1),
         (5, "cpu", True, 2, 5),
     ],
 )
 def test_workers_of_a_column(
     asked: int | None,
-    hardware: str,
+    vendor: str,
     tiny: bool,
     cores: int | None,
     workers: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    assert packet.choose_workers(asked, hardware, tiny=tiny) == workers
+    assert packet.choose_workers(asked, vendor, tiny=tiny) == workers
     for wrong in (0, -3):
         with pytest.raises(UsageError) as caught:
-            packet.choose_workers(wrong, hardware, tiny=tiny)
+            packet.choose_workers(wrong, vendor, tiny=tiny)
         assert str(caught.value) == f"--workers {wrong}: at least 1"
 
 
