@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refusal
 
 from quantmatrix.checkpoints.checkpoint import Checkpoint
 from quantmatrix.checkpoints.header import TensorHeader
@@ -24,12 +25,6 @@ from quantmatrix.scheme import Scheme
 
 MARK = light_processor.MARK
 NVFP4 = Scheme("linear.nvfp4", "NVFP4", "e2m1", "group", "group-dynamic", group_size=16)
-
-
-def refusal(error: type[Exception], act: Any, *given: Any) -> str:
-    with pytest.raises(error) as caught:
-        act(*given)
-    return str(caught.value)
 
 
 def make(stored: Mapping[str, tuple[str, tuple[int, ...]]], **more: Any) -> Checkpoint:

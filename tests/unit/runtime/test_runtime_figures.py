@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import refusal
 from torch import nn
 
 from quantmatrix.checkpoints.checkpoint import Checkpoint
@@ -48,12 +49,6 @@ from quantmatrix.scheme import Scheme
 
 GIB = 2**30
 FP8 = Scheme("linear.fp8", "FP8", "e4m3", "tensor", "tensor-static")
-
-
-def refusal(error: type[Exception], act: Any, *given: Any, **named: Any) -> str:
-    with pytest.raises(error) as caught:
-        act(*given, **named)
-    return str(caught.value)
 
 
 # --- doctor ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refusal
 from torch import nn
 
 from quantmatrix.checkpoints.checkpoint import Checkpoint
@@ -32,12 +33,6 @@ from quantmatrix.runtime.plan.learned_names import (
 from quantmatrix.scheme import Scheme
 
 FP8 = Scheme("linear.fp8", "FP8", "e4m3", "tensor", "tensor-static")
-
-
-def refusal(error: type[Exception], act: Any, *given: Any, **named: Any) -> str:
-    with pytest.raises(error) as caught:
-        act(*given, **named)
-    return str(caught.value)
 
 
 def make(stored: Mapping[str, tuple[str, tuple[int, ...]]], **more: Any) -> Checkpoint:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refusal
 from weight_files import write_json, write_weights
 
 from quantmatrix.checkpoints.checkpoint import Checkpoint
@@ -42,12 +43,6 @@ from quantmatrix.scheme import Scheme
 
 FP8 = Scheme("linear.fp8", "FP8", "e4m3", "tensor", "tensor-static")
 GIB = 2**30
-
-
-def refusal(error: type[Exception], act: Any, *given: Any, **named: Any) -> str:
-    with pytest.raises(error) as caught:
-        act(*given, **named)
-    return str(caught.value)
 
 
 def make(stored: Mapping[str, tuple[str, tuple[int, ...]]], **more: Any) -> Checkpoint:
