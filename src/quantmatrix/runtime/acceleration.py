@@ -1,7 +1,8 @@
 """Acceleration: the same forward with less waiting, by compiled blocks or by a CUDA graph.
 
 *Compiled blocks* (`--compile`): diffusers' regional compilation of the repeated blocks, for fixed
-shapes. The compiler fuses the quantization of an input into whatever made the input.
+shapes. The compiler fuses the quantization of an input into whatever made the input, after
+`quantmatrix.runtime.rewrites` has rewritten what it would make slow.
 
 *A CUDA graph* (`--cuda-graph`): a transformer's forward is captured once for every set of input
 shapes, and replayed: Python no longer launches kernels, which is what a step waits for when its
@@ -10,21 +11,27 @@ matmuls are short. The same kernels run in the same order, so the numbers are th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import distributed, fx, nn
 from torch.utils import _pytree as pytree
 
 from quantmatrix.errors import UsageError
+from quantmatrix.runtime.rewrites import rewrite
 
 VARIANTS = 64
 """Shapes and kinds of block for which code may be compiled; dynamo's own limit is 8."""
 
 
-def compile_blocks(transformer: nn.Module, **options: Any) -> None:
+def compile_blocks(
+    transformer: nn.Module, *, backend: str | Callable[..., Any] = "inductor", **options: Any
+) -> None:
     """Compile the repeated blocks of a diffusers transformer in place; `options` go to torch.
+
+    `backend` is torch.compile's; it gets the rewritten graphs.
 
     Raises UsageError for a model that declares no repeated blocks.
     """
@@ -34,7 +41,18 @@ def compile_blocks(transformer: nn.Module, **options: Any) -> None:
         )
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     compiled: Any = transformer
-    compiled.compile_repeated_blocks(**{"fullgraph": False, "dynamic": False, **options})
+    rewritten = partial(compile_rewritten, backend)
+    given = {"fullgraph": False, "dynamic": False, **options}
+    compiled.compile_repeated_blocks(backend=rewritten, **given)
+
+
+def compile_rewritten(
+    backend: str | Callable[..., Any], traced: fx.GraphModule, inputs: Sequence[Any]
+) -> Callable[..., Any]:
+    """What a backend of torch.compile makes of a traced graph after our rewrites; `inputs` are example tensors."""
+    compile_graph: Any = torch._dynamo.lookup_backend(backend)
+    compiled: Callable[..., Any] = compile_graph(rewrite(traced), inputs)
+    return compiled
 
 
 def forget(transformer: nn.Module) -> None:

@@ -973,14 +973,18 @@ def test_blocks_are_compiled_for_fixed_shapes(monkeypatch: pytest.MonkeyPatch) -
         "--compile: Linear declares no repeated blocks; leave it out"
     )
     model._repeated_blocks = ["Block"]
-    model.compile_repeated_blocks = lambda **options: seen.append(options)
+    model.compile_repeated_blocks = lambda backend, **options: seen.append(
+        {"backend": (backend.func, *backend.args), **options}
+    )
     for before, after in ((8, 64), (64, 64), (99, 99)):
         monkeypatch.setattr(torch._dynamo.config, "recompile_limit", before)
         acceleration.compile_blocks(model, mode="x")
         assert torch._dynamo.config.recompile_limit == after
-    acceleration.compile_blocks(model, dynamic=True)
-    assert seen[0] == {"fullgraph": False, "dynamic": False, "mode": "x"}
-    assert seen[-1] == {"fullgraph": False, "dynamic": True}
+    acceleration.compile_blocks(model, dynamic=True, backend="eager")
+    compiler = acceleration.compile_rewritten
+    fixed = {"fullgraph": False, "dynamic": False}
+    assert seen[0] == {"backend": (compiler, "inductor"), **fixed, "mode": "x"}
+    assert seen[-1] == {"backend": (compiler, "eager"), "fullgraph": False, "dynamic": True}
 
 
 @pytest.mark.parametrize(
