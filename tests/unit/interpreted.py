@@ -10,20 +10,27 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
+from torch.nn import functional
 
 from quantmatrix.kernels import (
     fp8_triton,
+    gelu_triton,
     gguf_arithmetic,
     gguf_triton,
     int8_arithmetic,
     int8_triton,
     launching,
+    norm_triton,
     nvfp4_arithmetic,
     packed_triton,
+    rope_triton,
 )
 from quantmatrix.kernels.linear_w4a16 import UINT4_VALUES
 from quantmatrix.kernels.number_formats import round_e4m3
@@ -176,6 +183,88 @@ def quantize_e4m3(kind: str) -> int:
     return differ(found, round_e4m3(x.float() / scales))
 
 
+def exceed(found: torch.Tensor, exact: torch.Tensor, steps: float) -> int:
+    """Numbers further from the exact ones than some steps of their dtype; all, where one in 100 is rounded
+    to another side."""
+    assert found.shape == exact.shape
+    form = torch.finfo(found.dtype)
+    room = steps * (exact.abs() * form.eps).clamp_min(form.smallest_normal * form.eps)
+    others = int((found.float() != exact.to(found.dtype).float()).sum())
+    return int(((found.double() - exact).abs() > room).sum()) or others * (
+        others > found.numel() // 100
+    )
+
+
+def turn(form: str, *, whole: bool = False) -> int:
+    """Two joined sequences of two samples, of which the second is a part of a wider tensor."""
+    lengths, heads, width = (3, 5), 3, 16
+    angles = draw(1, sum(lengths), width // 2, seed=7) * 3
+    tables = angles if form != "twin" else angles.repeat_interleave(2, dim=2)
+    wide = draw(2, 5, heads, 2 * width, seed=1).bfloat16()
+    parts = [draw(2, 3, heads, width).bfloat16(), wide[..., width:]]
+    weights = [1 + draw(heads * width if whole else width, seed=n).bfloat16() / 4 for n in (2, 3)]
+    shares = [
+        [one.split(lengths, dim=1)[n] for n in (0, 1)] for one in (tables.cos(), tables.sin())
+    ]
+    found = rope_triton.launch_rms_norm_rope(parts, weights, *shares, 1e-6)
+    rows = []
+    for x, weight in zip(parts, weights, strict=True):
+        size = weight.numel()
+        flat = x.double().flatten(2) if whole else x.double()
+        rows.append(functional.rms_norm(flat, (size,), weight.double(), 1e-6).view(x.shape))
+    joined = torch.cat(rows, dim=1)
+    if form == "twin":
+        pair = (tables[0].cos().double(), tables[0].sin().double())
+        exact = rotate_exactly(joined, *pair)
+    else:
+        exact = rotate_exactly(
+            joined, *(one[0].repeat_interleave(2, dim=1) for one in (tables.cos(), tables.sin()))
+        )
+    return exceed(found, exact, 1)
+
+
+def rotate_exactly(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """diffusers' rotation, and the one with complex numbers, which have to agree."""
+    real = apply_rotary_emb(x.double(), (cosines, sines), sequence_dim=1)
+    turns = torch.complex(cosines[:, ::2].float(), sines[:, ::2].float())
+    other = apply_rotary_emb_qwen(x.float(), turns, use_real=False)
+    assert torch.allclose(real.float(), other, atol=1e-4)
+    return real.double()
+
+
+def quantize_norm(form: str) -> int:
+    """A layer norm or an RMS norm, two sequences joined, widths that are no power of two."""
+    width, lengths = (96, (4, 3)) if form != "wide" else (640, (8,))
+    parts = [(draw(2, n, width, seed=n) * 3 + 1).bfloat16() for n in lengths]
+    scale, shift, weight = (draw(2, width, seed=n) / 3 for n in (5, 6, 7))
+    step, center = torch.tensor(0.013), form != "rms"
+    given = {
+        "layer": (None, scale, shift),
+        "wide": (None, scale, shift),
+        "affine": (weight[0], None, shift[:1].expand(2, -1)),
+        "bare": (None, None, None),
+        "rms": (weight[0].bfloat16(), scale.bfloat16(), None),
+    }[form]
+    found = norm_triton.launch_norm_codes(parts, *given, step, 1e-5, center)
+    x = torch.cat(parts, dim=1).double()
+    norm = functional.layer_norm if center else functional.rms_norm
+    exact = norm(x, (width,), eps=1e-5)
+    gain, by_sample, added = (None if one is None else one.double() for one in given)
+    exact = exact if gain is None else exact * gain
+    exact = exact if by_sample is None else exact * (1 + by_sample[:, None])
+    exact = exact if added is None else exact + added[:, None]
+    return exceed(found, (exact.flatten(0, 1) / step.double()).clamp(-448, 448), 1)
+
+
+def quantize_gelu() -> int:
+    left, x = draw(3, 70, seed=1).bfloat16(), (draw(3, 2300) * 4).bfloat16()
+    step = torch.tensor(0.02)
+    found = gelu_triton.launch_gelu_codes([left, x], [False, True], step)
+    active = functional.gelu(x.double(), approximate="tanh")
+    exact = torch.cat([left.double(), active], dim=1) / step.double()
+    return exceed(found, exact.clamp(-448, 448), 1)
+
+
 CASES: dict[str, Callable[[], int]] = {
     "all scales as bytes, sm80": lambda: decode_scales("sm80", torch.float32),
     "all scales as bytes, gfx942": lambda: decode_scales("gfx942", torch.bfloat16),
@@ -202,6 +291,13 @@ CASES: dict[str, Callable[[], int]] = {
     "int8 tokens": lambda: quantize_int8(127),
     "int4 tokens": lambda: quantize_int8(7),
     "int8 static": quantize_int8_static,
+    "turned pairs": lambda: turn("pairs"),
+    "turned twins": lambda: turn("twin"),
+    "turned pairs, all heads": lambda: turn("pairs", whole=True),
+    "gelu beside": quantize_gelu,
+    **{f"norm {form}": lambda form=form: quantize_norm(form) for form in (
+        "layer", "wide", "affine", "bare", "rms",
+    )},
     **{f"e4m3 {kind}": lambda kind=kind: quantize_e4m3(kind) for kind in (
         "static", "tokens", "tensor", "groups",
     )},
@@ -214,8 +310,20 @@ def main() -> None:
 
     assert knobs.runtime.interpret, "TRITON_INTERPRET=1 has to be set"
     interpreter._convert_float = cast
-    for module in (packed_triton, int8_triton, fp8_triton, gguf_triton):
+    ours = (
+        packed_triton,
+        int8_triton,
+        fp8_triton,
+        gguf_triton,
+        rope_triton,
+        norm_triton,
+        gelu_triton,
+    )
+    for module in ours:
         reveal(module)
+    for module in (rope_triton, norm_triton, gelu_triton):
+        module.can_launch = lambda _: True
+    gelu_triton.libdevice = SimpleNamespace(fast_dividef=lambda one, other: one / other)
     print(json.dumps({name: compare() for name, compare in CASES.items()}))
 
 

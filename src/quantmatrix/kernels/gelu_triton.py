@@ -29,7 +29,7 @@ CUBIC = 0.044715 * LINEAR
 
 
 @cache
-def compile_kernel() -> Any:
+def compile_kernels() -> tuple[Any]:
     """The kernel, defined where triton is."""
     import triton
     import triton.language as tl
@@ -51,7 +51,7 @@ def compile_kernel() -> Any:
         held = tl.minimum(tl.maximum(result, -448.0), 448.0)
         tl.store(codes + row * total + start + column, held.to(tl.float8e4nv), mask=inside)
 
-    return gelu_codes
+    return (gelu_codes,)
 
 
 def launch_gelu_codes(
@@ -67,7 +67,7 @@ def launch_gelu_codes(
             for part, chosen in zip(parts, active, strict=True)
         ]
         return to_codes(torch.cat(taken, dim=1), step)
-    codes, start, kernel = draw_codes(parts), 0, compile_kernel()
+    codes, start, (kernel,) = draw_codes(parts), 0, compile_kernels()
     for x, chosen in zip(parts, active, strict=True):
         x = x if x.stride(1) == 1 else x.contiguous()
         rows, width = x.shape

@@ -30,46 +30,67 @@ ROWS = 4
 
 
 @cache
-def compile_kernel() -> Any:
+def compile_kernels() -> tuple[Any]:
     """The kernel, defined where triton is."""
     import triton
     import triton.language as tl
+
+    @triton.jit
+    def load(vector, column, width):  # type: ignore
+        return tl.load(vector + column, mask=column < width, other=0.0).to(tl.float32)
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def find_gain(  # type: ignore
+        weight, scale, column, width, WEIGHTED: tl.constexpr, SCALED: tl.constexpr
+    ):
+        gain = tl.full(column.shape, 1.0, tl.float32)
+        if SCALED:
+            gain += load(scale, column, width)
+        if WEIGHTED:
+            gain *= load(weight, column, width)
+        return gain
+
+    @triton.jit
+    def store(codes, column, width, numbers):  # type: ignore
+        held = tl.minimum(tl.maximum(numbers, -448.0), 448.0)
+        tl.store(codes + column, held.to(tl.float8e4nv), mask=column < width)
 
     @triton.jit  # type: ignore[untyped-decorator]
     def norm_codes(  # type: ignore
         x, weight, scale, shift, step, codes,
         tokens, total, start, width, batch_stride, token_stride, scale_stride, shift_stride,
-        EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CENTER: tl.constexpr,
-        WEIGHTED: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
+        EPS: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+        CENTER: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
     ):  # fmt: skip
         first = tl.program_id(0).to(tl.int64) * ROWS
         batch, token = first // tokens, first % tokens
-        column = tl.arange(0, BLOCK)
-        inside = column < width
-        gain = tl.full((BLOCK,), 1.0, tl.float32)
-        if SCALED:
-            modulation = scale + batch * scale_stride + column
-            gain += tl.load(modulation, mask=inside, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            gain *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        left = tl.arange(0, LEFT)
+        right = LEFT + tl.arange(0, RIGHT)
         back = 1.0 / tl.load(step)
-        gain *= back
-        added = tl.zeros((BLOCK,), tl.float32)
+        scale += batch * scale_stride
+        left_gain = find_gain(weight, scale, left, width, WEIGHTED, SCALED) * back
+        right_gain = find_gain(weight, scale, right, width, WEIGHTED, SCALED) * back
+        left_shift = tl.zeros((LEFT,), tl.float32)
+        right_shift = tl.zeros((RIGHT,), tl.float32)
         if SHIFTED:
-            modulation = shift + batch * shift_stride + column
-            added = tl.load(modulation, mask=inside, other=0.0).to(tl.float32) * back
-        given = x + batch * batch_stride + token * token_stride + column
-        target = codes + (batch * total + start + token) * width + column
+            shift += batch * shift_stride
+            left_shift = load(shift, left, width) * back
+            right_shift = load(shift, right, width) * back
+        given = x + batch * batch_stride + token * token_stride
+        target = codes + (batch * total + start + token) * width
         for row in tl.static_range(ROWS):
-            values = tl.load(given + row * token_stride, mask=inside, other=0.0).to(tl.float32)
+            one = load(given + row * token_stride, left, width)
+            other = load(given + row * token_stride, right, width)
             if CENTER:
-                values = tl.where(inside, values - tl.sum(values, axis=0) / width, 0.0)
-            mean = tl.sum(values * values, axis=0) / width
-            result = values * tl.rsqrt(mean + EPS) * gain + added
-            held = tl.minimum(tl.maximum(result, -448.0), 448.0)
-            tl.store(target + row * width, held.to(tl.float8e4nv), mask=inside)
+                mean = (tl.sum(one, axis=0) + tl.sum(other, axis=0)) / width
+                one = tl.where(left < width, one - mean, 0.0)
+                other = tl.where(right < width, other - mean, 0.0)
+            square = (tl.sum(one * one, axis=0) + tl.sum(other * other, axis=0)) / width
+            turn = tl.rsqrt(square + EPS)
+            store(target + row * width, left, width, one * turn * left_gain + left_shift)
+            store(target + row * width, right, width, other * turn * right_gain + right_shift)
 
-    return norm_codes
+    return (norm_codes,)
 
 
 def launch_norm_codes(
@@ -85,9 +106,9 @@ def launch_norm_codes(
     if not can_launch(parts[0]):
         numbers = [normalize(part, weight, scale, shift, eps, center) for part in parts]
         return to_codes(torch.cat(numbers, dim=1).flatten(0, 1), step)
-    codes, start, kernel = draw_codes(parts), 0, compile_kernel()
+    codes, start, (kernel,) = draw_codes(parts), 0, compile_kernels()
     total, width = sum(part.shape[1] for part in parts), parts[0].shape[2]
-    block = 1 << (width - 1).bit_length()
+    left, right = split_width(width)
     for x in parts:
         x = x if x.stride(2) == 1 else x.contiguous()
         batch, tokens, _ = x.shape
@@ -99,11 +120,26 @@ def launch_norm_codes(
             (batch * tokens // rows,),
             (x, *absent, step, codes),
             (tokens, total, start, width, x.stride(0), x.stride(1), *strides),
-            (eps, rows, block, center, weight is not None, scale is not None, shift is not None),
+            (
+                eps,
+                rows,
+                left,
+                right,
+                center,
+                weight is not None,
+                scale is not None,
+                shift is not None,
+            ),
             num_warps=4,
         )
         start += tokens
     return codes
+
+
+def split_width(width: int) -> tuple[int, int]:
+    """Two powers of two that a row of so many numbers fits in: 5120 is 4096 + 1024, 4096 is twice 2048."""
+    left = 1 << (width - 1).bit_length() - 1
+    return left, 1 << (width - left - 1).bit_length()
 
 
 def normalize(

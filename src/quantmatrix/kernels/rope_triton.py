@@ -32,7 +32,7 @@ WARPS = 2
 
 
 @cache
-def compile_kernel() -> Any:
+def compile_kernels() -> tuple[Any]:
     """The kernel, defined where triton is."""
     import triton
     import triton.language as tl
@@ -73,7 +73,7 @@ def compile_kernel() -> Any:
         target = out + row[:, None] * WIDTH + column[None, :]
         tl.store(target, turned.to(out.dtype.element_ty), mask=inside)
 
-    return rms_norm_rope
+    return (rms_norm_rope,)
 
 
 def launch_rms_norm_rope(
@@ -90,7 +90,7 @@ def launch_rms_norm_rope(
     if not can_launch(parts[0]):
         turned = map(normalize_and_rotate, parts, weights, cosines, sines, [eps] * len(parts))
         return torch.cat(list(turned), dim=1)
-    out, start, kernel = draw_output(parts), 0, compile_kernel()
+    out, start, (kernel,) = draw_output(parts), 0, compile_kernels()
     for x, weight, cosine, sine in zip(parts, weights, cosines, sines, strict=True):
         batch, tokens, heads, width = x.shape
         x = x if x.stride(3) == 1 else x.contiguous()

@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from quantmatrix.errors import UsageError
-from quantmatrix.kernels import compiling, fp8_triton, int8_triton, launching, packed_triton
+from quantmatrix.kernels import (
+    compiling,
+    fp8_triton,
+    gelu_triton,
+    int8_triton,
+    launching,
+    norm_triton,
+    packed_triton,
+    rope_triton,
+)
 from quantmatrix.kernels.compiling import TARGETS, Program
 from quantmatrix.kernels.launching import Launch
 from quantmatrix.tables import read
@@ -192,3 +201,46 @@ def test_a_compiler_that_tells_other_things_is_named() -> None:
 def test_a_program_is_plain_data() -> None:
     program = Program("decode", "sm86", "size 1", faults=("spills",))
     assert program.to_json()["faults"] == ["spills"]
+
+
+def bf16(*shape: int) -> torch.Tensor:
+    return draw(*shape, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "sm120", "gfx942"])
+@pytest.mark.parametrize(
+    ("lengths", "heads", "angles", "weight"),
+    [((512, 4096), 24, 128, 128), ((4224,), 30, 64, 128), ((32760,), 40, 64, 5120)],
+    ids=["flux-1", "z-image", "wan-2-2"],
+)
+def test_rotations_of_compiled_blocks_build(
+    lengths: tuple[int, ...], heads: int, angles: int, weight: int, arch: str
+) -> None:
+    tables = [draw(1, length, angles) for length in lengths]
+    parts, weights = [bf16(1, length, heads, 128) for length in lengths], [bf16(weight)] * 2
+    given = (parts, weights[: len(lengths)], tables, tables, 1e-6)
+    with launching.watch(arch) as seen:
+        rope_triton.launch_rms_norm_rope(*given)
+    assert [launch.grid[0] for launch in seen] == [*lengths]
+    assert compiling.build(seen[-1], arch).faults == ()
+
+
+@pytest.mark.parametrize("arch", ["sm89", "sm90", "sm120"])
+@pytest.mark.parametrize(
+    ("width", "tiles"), [(3072, (2048, 1024)), (3840, (2048, 2048)), (5120, (4096, 1024))]
+)
+def test_norms_of_compiled_blocks_build(width: int, tiles: tuple[int, int], arch: str) -> None:
+    assert norm_triton.split_width(width) == tiles
+    rows, vector = [bf16(1, 4096, width), bf16(1, 510, width)], bf16(1, width)
+    with launching.watch(arch) as seen:
+        norm_triton.launch_norm_codes(rows, None, vector, vector, draw(), 1e-6, True)
+    assert [launch.grid for launch in seen] == [(1024,), (510,)]  # four rows a program, or one
+    assert compiling.build(seen[0], arch).faults == ()
+
+
+@pytest.mark.parametrize("arch", ["sm89", "sm90", "sm120"])
+def test_gelu_of_compiled_blocks_builds(arch: str) -> None:
+    with launching.watch(arch) as seen:
+        gelu_triton.launch_gelu_codes([bf16(4608, 3072), bf16(4608, 12288)], [False, True], draw())
+    assert [launch.grid for launch in seen] == [(4608, 2), (4608, 6)]
+    assert [compiling.build(launch, arch).faults for launch in seen] == [(), ()]
