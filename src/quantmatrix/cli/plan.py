@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+PATCH, CLIP = 16, 4
+"""Pixels of a token's side and frames of a token, in every model that has a file."""
+
 
 def _add_plan(commands: Any) -> None:
     text = "show what would run, with which kernels and how much memory, or why not; reads headers only"
@@ -36,6 +39,8 @@ def run_plan(arguments: argparse.Namespace, rest: list[str]) -> int:
     fields = planned.to_json()
     if not isinstance(planned, Refusal) and planned.request.tiny:
         fields |= describe_true_size(planned, fields["warnings"])
+    if not isinstance(planned, Refusal):
+        fields |= describe_shares(planned)
     if arguments.json:
         print_json(fields)
     elif isinstance(planned, Refusal):
@@ -55,6 +60,26 @@ def describe_true_size(plan: Any, warnings: list[str]) -> dict[str, Any]:
     return {"true_bytes": whole, "warnings": [*warnings, *([why] if why else [])]}
 
 
+def describe_shares(plan: Any) -> dict[str, Any]:
+    """`shares` of a plan of several processes: tokens of a picture or clip at the request's size, and of each.
+
+    Empty for one process, and for a model without a file of its own, whose patches are not known.
+    """
+    from quantmatrix import models
+
+    if plan.processes == 1 or plan.model not in models.IDS:
+        return {}
+    from quantmatrix.runtime.token_shares import share_out
+
+    usual, asked = models.load(plan.model).DEFAULTS, plan.request
+    height, width = asked.height or usual.height, asked.width or usual.width
+    frames = asked.num_frames or usual.frames
+    tokens = (height // PATCH) * (width // PATCH) * (-(-frames // CLIP))
+    shares = share_out(tokens, plan.processes)
+    size = {"height": height, "width": width, "frames": frames}
+    return {"shares": {**size, "tokens": tokens, "of_each": shares, "even": len({*shares}) == 1}}
+
+
 def print_plan(plan: Mapping[str, Any]) -> None:
     """A plan for people."""
     say(f"{plan['model']} on {plan['machine']['name']} ({plan['machine']['arch']})")
@@ -71,12 +96,23 @@ def print_plan(plan: Mapping[str, Any]) -> None:
         say(f"    quantized    {layers} linear layers, {part['precision'] or '-'}{rank}")
         say(f"    kernels      {backends_text(part['backends'])}")
         say(f"    memory       {describe_weights(plan, name, part)}{each}")
+    if "shares" in plan:
+        say(f"  {describe_tokens(plan['shares'])}")
     for one in plan.get("pictures", ()):
         tokens = f", {one['tokens']} tokens a step" if one["tokens"] else ""
         size = f"{one['width']} x {one['height']}"
         say(f"  {one['argument']}: {one['path']} ({size}, sha256 {one['sha256'][:16]}{tokens})")
     for warning in plan["warnings"]:
         say(f"  warning: {warning}")
+
+
+def describe_tokens(shares: Mapping[str, Any]) -> str:
+    """How tokens are parted, and which exchange of diffusers follows where texts divide as well."""
+    clip = f" x {shares['frames']}" if shares["frames"] > 1 else ""
+    size = f"{shares['width']} x {shares['height']}{clip}"
+    each = " + ".join(map(str, shares["of_each"]))
+    way = "evenly (Ulysses)" if shares["even"] else "by a rule that all processes know"
+    return f"tokens: {shares['tokens']} of {size} as {each}, exchanged {way}; texts by their length"
 
 
 def describe_weights(plan: Mapping[str, Any], name: str, part: Mapping[str, Any]) -> str:
