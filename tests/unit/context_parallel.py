@@ -6,6 +6,7 @@ spends ten seconds on imports. What holds a GPU cannot be forked.
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import subprocess
@@ -105,6 +106,7 @@ def fork(act: Callable[[], None], processes: int) -> list[int]:
 
 def be_child(act: Callable[[], None]) -> None:
     """Do it, and end without what the process of the tests does at its end."""
+    gc.freeze()  # the collector would touch, and so copy, all memory of the parent
     try:
         torch.set_num_threads(1)  # threads of the parent are not there
         act()

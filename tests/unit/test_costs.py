@@ -6,21 +6,29 @@ CONTRIBUTING has the table; a toy may touch exactly the files that its line name
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import os
 import re
+import runpy
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import tempfile
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn, TextIO
 
+import diffusers
 import pytest
+import torch
 
 import quantmatrix
 
 ROOT = Path(quantmatrix.__file__).parents[2]
+IMPORTED = (diffusers.FluxPipeline, diffusers.FluxTransformer2DModel)
+"""Diffusers imports a class when it is named."""
 LIMITS = ("reports/limits.csv", "reports/spread.csv")
 COPIED = ("src", "matrix", "pyproject.toml", *LIMITS)
 
@@ -57,15 +65,18 @@ class Copy:
         self.rows.add(table)
 
     def call(self, *words: str, ok: bool = True) -> str:
-        """Standard output of a command of the copy's own package."""
-        env = {**os.environ, "PYTHONPATH": str(self.root / "src")}
-        env.pop("PYTEST_ADDOPTS", None)
-        done = subprocess.run(
-            [sys.executable, "-m", *words],
-            cwd=self.root, env=env, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert (done.returncode == 0) == ok, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout
+        """Standard output of a command of the copy's own package.
+
+        It runs in a fork of this process, which has imported what takes longest: torch and diffusers.
+        """
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            child = os.fork()
+            if child == 0:
+                be_program(self.root, words, out, err)
+            _, status = os.waitpid(child, 0)
+            said, complained = (file.seek(0) or file.read() for file in (out, err))
+        assert (status == 0) == ok, said[-3000:] + complained[-3000:]
+        return said
 
     def run_suites(self, *words: str) -> dict[str, int]:
         """Passed and failed checks of the copy's suites."""
@@ -73,6 +84,34 @@ class Copy:
         said = self.call("pytest", "src/quantmatrix/suites", *plain, *words)
         found = re.findall(r"(\d+) (passed|failed|skipped)", said)
         return {kind: int(count) for count, kind in found}
+
+
+def be_program(root: Path, words: Sequence[str], out: TextIO, err: TextIO) -> NoReturn:
+    """What a fork does: `python -m` of some words in a copy, with none of this checkout's modules."""
+    code: object = 1
+    gc.freeze()  # the collector would touch, and so copy, all memory of the parent
+    try:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        sys.stdout, sys.stderr = out, err
+        os.chdir(root)
+        torch.set_num_threads(1)  # threads of the parent are not there
+        for name in [name for name in sys.modules if name.partition(".")[0] == "quantmatrix"]:
+            del sys.modules[name]
+        sys.path.insert(0, str(root / "src"))
+        os.environ["PYTHONPATH"] = sys.path[0]
+        os.environ.pop("PYTEST_ADDOPTS", None)
+        sys.argv = list(words)
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        out.flush()
+        err.flush()
+        os._exit(code if isinstance(code, int) else bool(code))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,12 +36,22 @@ last line without an end"""
 """A page in the form of the quantization guide, its two tables marked."""
 
 
+@pytest.fixture(scope="module")
+def first_tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `init` writes, once: it reads the source of every class of rows."""
+    folder = tmp_path_factory.mktemp("first")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["init", "claims"]) == 0
+    return folder
+
+
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project with the tables that `init` wrote, as the current folder."""
+def project(first_tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with those tables, as the current folder."""
+    shutil.copytree(first_tables, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(source.VARIABLE, raising=False)
-    assert main(["init", "claims"]) == 0
     return tmp_path
 
 

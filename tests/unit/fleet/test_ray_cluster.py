@@ -86,6 +86,9 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_enable_worker_prestart", "0")
+    # A dead node is found after five looks, which Ray takes every 3 seconds. A node that is only busy
+    # has as long for an answer as ever.
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     yield
     ray.shutdown()

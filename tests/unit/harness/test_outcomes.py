@@ -39,7 +39,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 ENDS = [
     ("wrong", [], CLAIM_VIOLATED),
-    ("hang", ["--timeout", "2"], NOT_EXECUTED),
+    ("hang", ["--timeout", "1"], NOT_EXECUTED),
     ("", ["-k", "nothing_like_it"], NOTHING_COLLECTED),
     ("skip", [], NOT_EXECUTED),
     ("media", [], ENVIRONMENT_UNUSABLE),

@@ -224,7 +224,8 @@ def test_verdicts_must_be_those_that_are_committed(project: pytest.Pytester) -> 
     project.runpytest("--evidence-dir", "reports/evidence")
     committed = project.path / "reports" / "evidence"
     before = {path: path.read_bytes() for path in committed.rglob("*.json")}
-    project.makepyfile(test_suites=SUITE.replace('!= "decode"', "is not None"))
+    # Of another length: bytecode of a file that is as long and as old to the second would be taken.
+    project.makepyfile(test_suites=SUITE.replace(' != "decode"', ""))
     result = project.runpytest()
     result.assert_outcomes(passed=6, failed=1)
     result.stdout.fnmatch_lines(["*fp8-flux-1@cpu+decode: latents fails in the evidence*"])

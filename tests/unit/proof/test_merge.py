@@ -23,7 +23,9 @@ from quantmatrix.tables.rows import Matrix
 
 PARTS = 3
 BASE = ("-p", "no:xdist")
-STUCK = ["--timeout=4", "-o", "faulthandler_timeout=6", "-o", "faulthandler_exit_on_timeout=true"]
+LIMIT = ("--timeout", "2")
+"""Seconds of a check; those that do not hang take a hundredth of one."""
+STUCK = [*LIMIT, "-o", "faulthandler_timeout=3", "-o", "faulthandler_exit_on_timeout=true"]
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +99,8 @@ def test_any_shards_in_any_order_give_the_bytes_of_one_machine(
     [
         ("crash", [], 3),
         ("kill", [], -9),
-        ("hang", ["--timeout", "5"], NOT_EXECUTED),
-        ("hang", ["--timeout", "5", "--timeout-method", "thread"], 1),
+        ("hang", [*LIMIT], NOT_EXECUTED),
+        ("hang", [*LIMIT, "--timeout-method", "thread"], 1),
         ("stuck", STUCK, 1),
         ("disk", [], ENVIRONMENT_UNUSABLE),
         ("media", [], ENVIRONMENT_UNUSABLE),
@@ -120,7 +122,7 @@ def test_a_fault_costs_unfinished_rows_of_its_shard_only(
     shard = ["--shard", f"1/{PARTS}", *BASE]
     found, output = shards.run(project, tmp_path / "1", *shard, *words, fault=f"{fault} {where}")
     assert found == code, output
-    goes_on = fault == "media" or words == ["--timeout", "5"]
+    goes_on = fault == "media" or words == [*LIMIT]
     kept = [cell for cell in mine if goes_on or mine.index(cell) < 1]
     assert set(shards.read_bytes(tmp_path / "1")) == shards.names_of(kept), output
     others = shards.names_of(c.id for c in tables.cells if c.id not in mine)

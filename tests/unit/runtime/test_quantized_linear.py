@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from processors import skip_without_scaled_product
@@ -85,7 +83,6 @@ def test_codes_go_with_their_input() -> None:
     shared.keep(x, (torch.zeros(1),))
     assert shared.find(x) is not None
     del x
-    gc.collect()
     assert shared._encoded is None
 
 
