@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from quantmatrix.tables import read
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from quantmatrix.harness.recorder import Proof
     from quantmatrix.measure.workbench import Workbench
     from quantmatrix.request import Request
@@ -53,3 +58,15 @@ def job(cell: Cell, workbench: Workbench, proof: Proof) -> Job:
     proof.plan = plan.to_json()
     proof.files = tuple(f for part in job.quantized.values() for f in part.checkpoint.files)
     return job
+
+
+@pytest.fixture(scope="session")
+def read_once() -> Callable[..., Any]:
+    """What reads the tables, each folder once in a session."""
+    return cache(read.read_tables)
+
+
+@pytest.fixture(autouse=True)
+def unchanging_tables(read_once: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each plan for a hardware reads the tables again, which no check changes."""
+    monkeypatch.setattr(read, "read_tables", read_once)
