@@ -1,4 +1,5 @@
-"""What the suites share: a row's request and plan, and the evidence that every check leaves."""
+"""What the suites share: a row's request and plan, the run of its command, and the evidence that every
+check leaves."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from quantmatrix.suites.command import Commanded, run_command
 from quantmatrix.tables import read
 
 if TYPE_CHECKING:
@@ -58,6 +60,32 @@ def job(cell: Cell, workbench: Workbench, proof: Proof) -> Job:
     proof.plan = plan.to_json()
     proof.files = tuple(f for part in job.quantized.values() for f in part.checkpoint.files)
     return job
+
+
+@pytest.fixture(scope="session")
+def commanded() -> dict[str, Commanded]:
+    """What the command of the cell at hand left, by the cell's id; empty before the first."""
+    return {}
+
+
+@pytest.fixture
+def command(
+    job: Job,
+    workbench: Workbench,
+    commanded: dict[str, Commanded],
+    tmp_path_factory: pytest.TempPathFactory,
+    capfd: pytest.CaptureFixture[str],
+) -> Callable[[], Commanded]:
+    """The row's command, which runs when it is called, and once for all checks of a cell."""
+
+    def run() -> Commanded:
+        if job.cell.id not in commanded:
+            commanded.clear()
+            folder = tmp_path_factory.mktemp("command")
+            commanded[job.cell.id] = run_command(job, workbench, folder, capfd)
+        return commanded[job.cell.id]
+
+    return run
 
 
 @pytest.fixture(scope="session")
