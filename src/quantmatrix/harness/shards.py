@@ -55,14 +55,14 @@ class Part:
 
 
 def estimate(cell: Cell, record: Evidence | None, unknown: float = UNKNOWN_SECONDS) -> float:
-    """Seconds that a cell will take: those of its last run, which generated three times."""
+    """Seconds that a cell will take: those of its last run, which generated twice beside its command."""
     if tuple(cell.checks) == ("refuse",):
         return REFUSAL_SECONDS
     if record is None or not record.timings:
         return unknown
     seconds = record.timings
     loading = sum(value for name, value in seconds.items() if name.startswith("load"))
-    return loading + 3 * seconds.get("generate", 0.0) + seconds.get("command", 0.0)
+    return loading + 2 * seconds.get("generate", 0.0) + seconds.get("command", 0.0)
 
 
 def estimate_all(cells: Iterable[Cell], evidence: Mapping[str, Evidence]) -> dict[str, float]:

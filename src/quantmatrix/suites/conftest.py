@@ -1,13 +1,21 @@
-"""What the suites share: a row's request and plan, and the evidence that every check leaves."""
+"""What the suites share: a row's request and plan, the run of its command, and the evidence that every
+check leaves."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from quantmatrix.suites.command import Commanded, run_command
+from quantmatrix.suites.other_parts import KEPT, share_parts
+from quantmatrix.tables import read
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from quantmatrix.harness.recorder import Proof
     from quantmatrix.measure.workbench import Workbench
     from quantmatrix.request import Request
@@ -42,14 +50,69 @@ def plan_or_skip(workbench: Workbench, request: Request) -> Plan:
         raise
 
 
+@pytest.fixture(scope="session")
+def other_parts() -> KEPT:
+    """Parts of the last stand-in's pipeline that are no row's own."""
+    return {}
+
+
 @pytest.fixture
-def job(cell: Cell, workbench: Workbench, proof: Proof) -> Job:
+def job(
+    cell: Cell,
+    workbench: Workbench,
+    proof: Proof,
+    other_parts: KEPT,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Job:
     """The cell's request and plan; its checkpoint, plan and command go to the evidence."""
     proof.command = workbench.command(cell)
     request = workbench.request(cell)
+    if workbench.tiny and request.device == "cpu":  # elsewhere pipelines move their parts
+        from diffusers import DiffusionPipeline
+
+        real = DiffusionPipeline.from_pretrained.__func__
+        monkeypatch.setattr(DiffusionPipeline, "from_pretrained", share_parts(real, other_parts))
     plan = plan_or_skip(workbench, request)
     job = Job(cell, request, plan)
     proof.folders = workbench.folders(plan.request)
     proof.plan = plan.to_json()
     proof.files = tuple(f for part in job.quantized.values() for f in part.checkpoint.files)
     return job
+
+
+@pytest.fixture(scope="session")
+def commanded() -> dict[str, Commanded]:
+    """What the command of the cell at hand left, by the cell's id; empty before the first."""
+    return {}
+
+
+@pytest.fixture
+def command(
+    job: Job,
+    workbench: Workbench,
+    commanded: dict[str, Commanded],
+    tmp_path_factory: pytest.TempPathFactory,
+    capfd: pytest.CaptureFixture[str],
+) -> Callable[[], Commanded]:
+    """The row's command, which runs when it is called, and once for all checks of a cell."""
+
+    def run() -> Commanded:
+        if job.cell.id not in commanded:
+            commanded.clear()
+            folder = tmp_path_factory.mktemp("command")
+            commanded[job.cell.id] = run_command(job, workbench, folder, capfd)
+        return commanded[job.cell.id]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def read_once() -> Callable[..., Any]:
+    """What reads the tables, each folder once in a session."""
+    return cache(read.read_tables)
+
+
+@pytest.fixture(autouse=True)
+def unchanging_tables(read_once: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each plan for a hardware reads the tables again, which no check changes."""
+    monkeypatch.setattr(read, "read_tables", read_once)

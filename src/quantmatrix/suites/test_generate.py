@@ -1,55 +1,35 @@
-"""Generate: the row's command, through the command line, leaves a file that shows something.
-
-The command plans for itself. In one process it must come to the plan of the cell's other checks, and then
-runs with the pipeline that they have loaded.
-"""
+"""Generate: the row's command, through the command line, leaves a file that shows something."""
 
 from __future__ import annotations
 
-import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from quantmatrix.harness.recorder import Proof
-    from quantmatrix.measure.workbench import Workbench
+    from quantmatrix.suites.command import Commanded
     from quantmatrix.suites.conftest import Job
-    from quantmatrix.tables.rows import Cell
 
 
 @pytest.mark.check("generate")
-def test_generate(
-    cell: Cell,
-    job: Job,
-    workbench: Workbench,
-    proof: Proof,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_generate(job: Job, proof: Proof, command: Callable[[], Commanded]) -> None:
     """UnusableError where the machine, not the claim, is to blame."""
-    from quantmatrix.cli import main
     from quantmatrix.errors import UnusableError
     from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE
     from quantmatrix.runtime import media
 
-    for name, value in cell.environment.items():
-        monkeypatch.setenv(name, value)
-    argv = [*workbench.argv(cell)[1:], "--device", job.request.device or "cpu"]
-    start = time.perf_counter()
-    with workbench.lend(job.request, job.plan) as lent:
-        code = main.main([*argv, "--output-path", str(tmp_path), "--json"])
-    proof.timings["command"] = time.perf_counter() - start
-    out, err = capfd.readouterr()
-    proof.folders[str(tmp_path)] = "$OUTPUT"
-    if code == ENVIRONMENT_UNUSABLE:
-        raise UnusableError(err)
-    assert code == 0, err
-    assert lent == [True] * (job.plan.processes == 1), "the command's plan is not the cell's"
-    [run] = json.loads(out)["runs"]
+    done = command()
+    proof.timings["command"] = done.seconds
+    proof.folders[str(done.folder)] = "$OUTPUT"
+    if done.code == ENVIRONMENT_UNUSABLE:
+        raise UnusableError(done.err)
+    assert done.code == 0, done.err
+    assert done.planned, "the command's plan is not the cell's"
+    run = done.tell()
     frames = read_media(Path(run["output"]))
     count, height, width = expected_size(job)
     proof.metrics.update(

@@ -10,29 +10,39 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from quantmatrix.suites.command import show
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from quantmatrix.harness.recorder import Proof
     from quantmatrix.measure.layers import LayerErrors
     from quantmatrix.measure.workbench import Workbench
+    from quantmatrix.suites.command import Commanded, Shown
     from quantmatrix.suites.conftest import Job
     from quantmatrix.tables.rows import Cell
 
 
 @pytest.mark.check("latents")
-def test_latents(cell: Cell, job: Job, workbench: Workbench, proof: Proof, reports: Path) -> None:
+def test_latents(
+    cell: Cell,
+    job: Job,
+    workbench: Workbench,
+    proof: Proof,
+    reports: Path,
+    command: Callable[[], Commanded],
+) -> None:
     from quantmatrix.measure import latents, layers, pictures, rounding_bounds, thumbnails
     from quantmatrix.proof import known_limits, limit_classes
-    from quantmatrix.runtime import media
 
-    baseline = workbench.baseline(cell, job.request)
-    run = workbench.run(job.request, job.plan)
+    baseline = show(workbench.baseline(cell, job.request))
+    run, again = run_twice(job, workbench, command)
     with layers.watch_encoders(workbench.pipeline(job.request, job.plan), job.plan) as encoders:
         alone, errors = workbench.run_watched(cell, job.request, job.plan)
-    again = workbench.run(job.request, job.plan) if job.plan.processes > 1 else alone
+    again = again or show(alone)
     steps = latents.compare_trajectories(baseline.latents, run.latents)
-    frames = [media.stack_frames(one.media) for one in (baseline, run)]
+    frames = baseline.frames, run.frames
     kind = limit_classes.name_run(job.quantized.values())
     proof.metrics.update(
         {
@@ -70,6 +80,21 @@ def test_latents(cell: Cell, job: Job, workbench: Workbench, proof: Proof, repor
         base = workbench.plan(workbench.base_request(cell, job.request))
         problems += rounding_bounds.judge_weights(job.plan, base)
     assert not problems, "; ".join(problems)
+
+
+def run_twice(
+    job: Job, workbench: Workbench, command: Callable[[], Commanded]
+) -> tuple[Shown, Shown | None]:
+    """The run that is judged, and of several processes another one; one process runs again while its
+    layers are watched.
+
+    The command's run is one of the two. Where it failed, the same is run here, to say why.
+    """
+    if job.plan.processes == 1:
+        workbench.pipeline(job.request, job.plan)  # in no seconds of the command
+        return command().show() or show(workbench.run(job.request, job.plan)), None
+    first = show(workbench.run(job.request, job.plan))
+    return first, command().show() or show(workbench.run(job.request, job.plan))
 
 
 def judge_layers(name: str, errors: LayerErrors, most: float) -> list[str]:

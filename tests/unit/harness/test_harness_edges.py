@@ -177,7 +177,7 @@ def test_a_part_that_is_none_in_words(text: str) -> None:
         (("load", "refuse"), {"load": 50.0}, 50.0),
         (("load",), {}, 77.0),
         (("load",), {"load a": 2.5, "load b": 3.0, "reload": 9.0, "command": 7.0}, 12.5),
-        (("load",), {"generate": 11.0, "sload": 5.0}, 33.0),
+        (("load",), {"generate": 11.0, "sload": 5.0}, 22.0),
     ],
 )
 def test_seconds_of_a_cell(

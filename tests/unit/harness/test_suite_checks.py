@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,6 @@ import torch
 from torch import nn
 
 from quantmatrix import exit_codes
-from quantmatrix.cli import main
 from quantmatrix.errors import UnusableError
 from quantmatrix.measure import latents, true_size
 from quantmatrix.proof import known_limits, limit_classes
@@ -19,9 +17,9 @@ from quantmatrix.runtime import quantized_linear
 from quantmatrix.suites import test_generate as generate_suite
 from quantmatrix.suites import test_load as load_suite
 from quantmatrix.suites import test_true_size as true_suite
+from quantmatrix.suites.command import Commanded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 SQUARE = 2 * 1024 * 1024
@@ -69,25 +67,13 @@ def test_parameters_of_another_dtype_are_named() -> None:
 
 
 @pytest.mark.parametrize("code", [1, 13, exit_codes.ENVIRONMENT_UNUSABLE, 15])
-def test_a_machine_that_cannot_is_no_violated_claim(
-    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
-) -> None:
-    @contextmanager
-    def lend(*_: object) -> Iterator[list[bool]]:
-        yield [True]
-
-    monkeypatch.setattr(main, "main", lambda argv: code)
-    bench: Any = SimpleNamespace(argv=lambda cell: ["quantmatrix", "generate"], lend=lend)
-    job: Any = SimpleNamespace(
-        request=SimpleNamespace(device="cpu"), plan=SimpleNamespace(processes=1)
-    )
+def test_a_machine_that_cannot_is_no_violated_claim(code: int, tmp_path: Path) -> None:
+    done = Commanded(tmp_path, code, "", "why", 1.0, planned=True)
     proof: Any = SimpleNamespace(timings={}, folders={})
+    nothing: Any = None
     error = UnusableError if code == exit_codes.ENVIRONMENT_UNUSABLE else AssertionError
-    with pytest.raises(error):
-        generate_suite.test_generate(
-            SimpleNamespace(environment={}),  # type: ignore[arg-type]
-            job, bench, proof, tmp_path, monkeypatch, capfd,
-        )  # fmt: skip
+    with pytest.raises(error, match="why"):
+        generate_suite.test_generate(nothing, proof, lambda: done)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +20,27 @@ from quantmatrix.cli import main
 from quantmatrix.errors import RefusedError
 from quantmatrix.hardware.probe import SATURATING
 from quantmatrix.kernels import launching
+from quantmatrix.measure import saved_runs
 from quantmatrix.measure import trace as tracing
 from quantmatrix.models import Defaults
 from quantmatrix.runtime import media
 from quantmatrix.runtime.plan import types
-from quantmatrix.suites import conftest, test_compile, test_generate, test_latents, test_load
+from quantmatrix.suites import (
+    command,
+    conftest,
+    other_parts,
+    test_compile,
+    test_generate,
+    test_latents,
+    test_load,
+)
 from quantmatrix.suites import test_refuse as refuse_suite
 from quantmatrix.suites import test_trace as trace_suite
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytest_plugins = ["pytester"]
 
 compile_suite, generate_suite, latents_suite, load_suite = (
     test_compile, test_generate, test_latents, test_load,
@@ -385,51 +397,219 @@ def test_components_with_quantized_layers() -> None:
     assert conftest.Job(nothing, nothing, plan).quantized == {"a": parts["a"]}
 
 
+# --- the row's command -----------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("changes", "lent", "said"),
+    ("changes", "planned", "said"),
     [
-        ({}, [True], ""), ({}, [], "the command's plan is not the cell's"),
-        ({"frames": 3}, [True], "frames, height, width"), ({"frames": 1}, [True], "frames, height, width"),
-        ({"layers": {"t": 1}}, [True], "assert"), ({"layers": {"t": 3}}, [True], "assert"),
-        ({"why": "white"}, [True], "o/a.png: white"),
+        ({}, True, ""), ({}, False, "the command's plan is not the cell's"),
+        ({"frames": 3}, True, "frames, height, width"), ({"frames": 1}, True, "frames, height, width"),
+        ({"layers": {"t": 1}}, True, "assert"), ({"layers": {"t": 3}}, True, "assert"),
+        ({"why": "white"}, True, "o/a.png: white"),
     ],
     ids=list("abcdefg"),
 )  # fmt: skip
 def test_what_a_command_leaves(
-    changes: dict[str, Any], lent: list[bool], said: str, tmp_path: Path,
+    changes: dict[str, Any], planned: bool, said: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     given = {"frames": 2, "layers": {"t": 2}, "why": None, **changes}
-    ticks, argvs = iter([100.0, 107.5]), []
-    monkeypatch.setattr(generate_suite.time, "perf_counter", lambda: next(ticks))
     monkeypatch.setattr(
         generate_suite, "read_media", lambda path: torch.zeros(given["frames"], 5, 7, 3)
     )
     monkeypatch.setattr(generate_suite, "expected_size", lambda job: (2, 5, 7))
     monkeypatch.setattr(media, "find_degeneration", lambda frames: given["why"])
-    monkeypatch.setattr(main, "main", lambda argv: argvs.append(argv) or 0)
     out = json.dumps({"runs": [{"output": "o/a.png", "quantized_layers": given["layers"]}]})
-    capfd: Any = SimpleNamespace(readouterr=lambda: (out, "err"))
-    bench: Any = SimpleNamespace(
-        argv=lambda cell: ["quantmatrix", "generate", "x"], lend=lambda *_: nullcontext(lent)
-    )
+    done = command.Commanded(tmp_path, 0, out, "err", 7.5, planned)
     part = SimpleNamespace(layers={"a": 1, "b": 2})
-    job: Any = SimpleNamespace(
-        request=SimpleNamespace(device=None),
-        plan=SimpleNamespace(processes=1, components={"t": part}),
-    )
-    cell: Any = SimpleNamespace(environment={"QM_MADE_UP": "1"})
+    job: Any = SimpleNamespace(plan=SimpleNamespace(components={"t": part}))
     proof = make_proof()
     if said:
         with pytest.raises(AssertionError, match=said):
-            generate_suite.test_generate(cell, job, bench, proof, tmp_path, monkeypatch, capfd)
+            generate_suite.test_generate(job, proof, lambda: done)
     else:
-        generate_suite.test_generate(cell, job, bench, proof, tmp_path, monkeypatch, capfd)
+        generate_suite.test_generate(job, proof, lambda: done)
         assert proof.limits == {"frames": 2, "height": 5, "width": 7, "constant": False}
         assert proof.metrics == {
             "file": "a.png", "frames": 2, "height": 5, "width": 7, "quantized_layers": {"t": 2}
         }  # fmt: skip
-    assert argvs == [["generate", "x", "--device", "cpu", "--output-path", str(tmp_path), "--json"]]
     assert proof.timings == {"command": 7.5}
     assert proof.folders == {str(tmp_path): "$OUTPUT"}
-    assert os.environ["QM_MADE_UP"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("processes", "lent", "planned"),
+    [(1, [True], True), (1, [False], False), (1, [], False), (2, [], True), (2, [True], False)],
+)
+def test_a_command_is_run_with_the_environment_of_its_row(
+    processes: int, lent: list[bool], planned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes to the cell's plan in this process, or starts others, which borrow no pipeline."""
+    ticks, argvs = iter([100.0, 107.5]), []
+
+    def run(argv: list[str]) -> int:
+        argvs.append((argv, os.environ.get("QM_MADE_UP")))
+        return 3
+
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(main, "main", run)
+    said = iter([("before", "before"), ("out", "err")])
+    capfd: Any = SimpleNamespace(readouterr=lambda: next(said))
+    bench: Any = SimpleNamespace(
+        argv=lambda cell: ["quantmatrix", "generate", "x"], lend=lambda *_: nullcontext(lent)
+    )
+    job: Any = SimpleNamespace(
+        cell=SimpleNamespace(environment={"QM_MADE_UP": "1"}),
+        request=SimpleNamespace(device=None), plan=SimpleNamespace(processes=processes),
+    )  # fmt: skip
+    done = command.run_command(job, bench, tmp_path, capfd)
+    assert done == command.Commanded(tmp_path, 3, "out", "err", 7.5, planned)
+    latents = str(tmp_path / "latents.safetensors")
+    where = ["--output-path", str(tmp_path), "--save-latents", latents]
+    assert argvs == [(["generate", "x", "--device", "cpu", *where, "--json"], "1")]
+    assert "QM_MADE_UP" not in os.environ
+
+
+def test_what_a_command_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its latents and frames as it saved them; nothing of a command that failed, or planned otherwise."""
+    saved = SimpleNamespace(latents=["l"], frames="f")
+    kept = {str(tmp_path / "latents.safetensors"): saved}
+    monkeypatch.setattr(saved_runs, "read", lambda path: kept[str(path)])
+    told = {"backends": {"t": {"b": 2}}, "transformer_calls": {"t": 4}}
+    out = json.dumps({"runs": [{**told, "seconds": {"load": 9.0, "denoise": 0.5}}]})
+    done = command.Commanded(tmp_path, 0, out, "", 7.5, planned=True)
+    shown: Any = command.Shown(["l"], "f", {"t": {"b": 2}}, {"t": 4}, {"denoise": 0.5})  # type: ignore
+    assert done.show() == shown
+    assert replace(done, code=1).show() is None
+    assert replace(done, planned=False).show() is None
+    monkeypatch.setattr(media, "stack_frames", lambda frames: frames[0])
+    run: Any = SimpleNamespace(
+        latents=["l"], media=["f"], census={"t": {"b": 2}}, calls={"t": 4}, seconds={"denoise": 0.5}
+    )
+    assert command.show(run) == shown
+
+
+@pytest.mark.parametrize(
+    ("processes", "shown", "expected", "steps"),
+    [
+        (1, "command", ("command", None), ["pipeline", "command"]),
+        (1, None, ("run 1", None), ["pipeline", "command", "run 1"]),
+        (2, "command", ("run 1", "command"), ["run 1", "command"]),
+        (2, None, ("run 1", "run 2"), ["run 1", "command", "run 2"]),
+    ],
+)
+def test_two_runs_are_compared(
+    processes: int, shown: str | None, expected: Any, steps: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The second of one process comes later; a command that failed serves as none."""
+    done: list[str] = []
+
+    def run(*_: Any) -> str:
+        done.append(f"run {sum(step.startswith('run') for step in done) + 1}")
+        return done[-1]
+
+    def call() -> Any:
+        done.append("command")
+        return SimpleNamespace(show=lambda: shown)
+
+    monkeypatch.setattr(latents_suite, "show", lambda run: run)
+    bench: Any = SimpleNamespace(run=run, pipeline=lambda *_: done.append("pipeline"))
+    job: Any = SimpleNamespace(request=None, plan=SimpleNamespace(processes=processes))
+    assert latents_suite.run_twice(job, bench, call) == expected
+    assert done == steps
+
+
+CELLS_OF_A_COMMAND = """
+from types import SimpleNamespace
+import pytest
+from quantmatrix.suites import conftest
+from quantmatrix.suites.conftest import command, commanded, read_once, unchanging_tables
+from quantmatrix.tables import read
+
+runs = []
+
+@pytest.fixture
+def workbench():
+    pass
+
+@pytest.fixture
+def job(request):
+    return SimpleNamespace(cell=SimpleNamespace(id=request.param))
+
+@pytest.mark.parametrize("job", [*"aab"], indirect=True, ids=["first", "again", "other"])
+def test_cell(job, command, monkeypatch, request):
+    def run(job, workbench, folder, capfd):
+        assert folder.is_dir() and not any(folder.iterdir())
+        runs.append(job.cell.id)
+        return runs[-1] + " was run"
+
+    monkeypatch.setattr(conftest, "run_command", run)
+    assert command() == command() == job.cell.id + " was run"
+    assert runs == {"first": ["a"], "again": ["a"], "other": ["a", "b"]}[request.node.callspec.id]
+    assert read.read() is read.read()
+"""
+
+
+def test_a_command_runs_once_for_a_cell(pytester: pytest.Pytester) -> None:
+    """And the tables are read once."""
+    pytester.makepyfile(CELLS_OF_A_COMMAND)
+    pytester.runpytest_inprocess("-p", "no:cacheprovider", "-q").assert_outcomes(passed=3)
+
+
+# --- parts that rows of one base model share -------------------------------------------------------
+
+
+@dataclass
+class Pipe:
+    """A pipeline of which everything that is not passed is loaded."""
+
+    parts: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        return self.parts[name]
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, **given: Any) -> Pipe:
+        names = [path.name for path in folder.iterdir() if path.is_dir()]
+        fresh = {n: object() if n == "scheduler" else nn.Identity() for n in names}
+        return cls({**fresh, **given})
+
+
+def test_rows_of_a_base_model_share_its_other_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same folder behind another view, class and dtype; a scheduler, and what is passed, never."""
+
+    def view(name: str, base: str, kind: str = "VAE") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for part in ("vae", "text_encoder", "scheduler"):
+            (tmp_path / base / part).mkdir(parents=True, exist_ok=True)
+            (folder / part).symlink_to(tmp_path / base / part)
+        index = {"vae": ["d", kind], "text_encoder": ["t", "T"], "scheduler": ["d", "S"], "x": None}
+        (folder / "model_index.json").write_text(json.dumps(index))
+        return folder
+
+    function = Pipe.from_pretrained.__func__  # type: ignore[attr-defined]
+    monkeypatch.setattr(Pipe, "from_pretrained", other_parts.share_parts(function, {}))
+    first = Pipe.from_pretrained(view("a", "base"), dtype="bf16")
+    second = Pipe.from_pretrained(view("b", "base"), dtype="bf16")
+    assert isinstance(second, Pipe)
+    assert (second.vae, second.text_encoder) == (first.vae, first.text_encoder)
+    assert second.scheduler is not first.scheduler
+    own = nn.Identity()
+    third = Pipe.from_pretrained(view("c", "base"), dtype="bf16", text_encoder=own)
+    assert third.vae is first.vae
+    assert third.text_encoder is own
+    fourth = Pipe.from_pretrained(view("d", "base"), dtype="bf16")
+    assert fourth.vae is first.vae
+    assert fourth.text_encoder not in (own, first.text_encoder)  # only the pipeline before lends
+    fifth = Pipe.from_pretrained(view("e", "base"), dtype="fp32")
+    assert fifth.vae is not first.vae
+    sixth = Pipe.from_pretrained(view("f", "base", "Other"), dtype="fp32")
+    assert sixth.vae is not fifth.vae
+    assert sixth.text_encoder is fifth.text_encoder
+    seventh = Pipe.from_pretrained(view("g", "another"), dtype="fp32")
+    assert seventh.text_encoder is not sixth.text_encoder
