@@ -98,7 +98,7 @@ for line in sys.stdin:
 """
 """Runs twins, a line each, by whichever package stands on the path, and prints a line each; names are
 looked for in today's module, then in the one that earlier revisions have them in."""
-ACCELERATOR = {"--cuda-graph": 1, "--compile": 1, "--nproc-per-node": 2}
+ACCELERATOR = {"--cuda-graph": 1, "--compile": 1, "--nproc-per-node": 2, "--shard-weights": 1}
 """Flags that a twin leaves out, and how many arguments each takes."""
 NAMES = {"latents": "latents", "weights of the checkpoint": "files", "layer errors": "errors"}
 SCOPES = (STAND_IN, TRUE_SIZE)

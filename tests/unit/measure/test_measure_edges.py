@@ -260,6 +260,7 @@ def test_a_twin_by_its_name() -> None:
         ("cpu", ["--backend", "decode"], ["--backend", "decode", "--tiny"]),
         ("h200", ["--nproc-per-node", "2", "--y"], ["--y", "--tiny"]),
         ("cpu", ["--cuda-graph", "--y", "--compile"], ["--y", "--tiny"]),
+        ("cpu", ["--nproc-per-node", "2", "--y", "--shard-weights"], ["--y", "--tiny"]),
     ],
 )
 def test_what_a_twin_leaves_out(hardware: str, given: list[str], kept: list[str]) -> None:
