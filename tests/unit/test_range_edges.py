@@ -45,11 +45,11 @@ def test_parts_of_a_job_last_at_most_as_long_as_asked(
     assert shards.count_parts(1e9, 10**6) == shards.MOST_PARTS
 
 
-def test_seconds_of_a_cell_are_loads_once_and_three_generations() -> None:
+def test_seconds_of_a_cell_are_loads_once_and_two_generations() -> None:
     cell: Any = SimpleNamespace(checks=("load", "latents"))
     timings = {"load": 2.0, "load_base": 5.0, "generate": 10.0, "decode": 100.0, "command": 1.0}
     record: Any = SimpleNamespace(timings=timings)
-    assert shards.estimate(cell, record) == 2.0 + 5.0 + 30.0 + 1.0
+    assert shards.estimate(cell, record) == 2.0 + 5.0 + 20.0 + 1.0
     assert shards.estimate(cell, None, 7.5) == 7.5
     assert shards.estimate(cell, SimpleNamespace(timings={}), 7.5) == 7.5  # type: ignore[arg-type]
 

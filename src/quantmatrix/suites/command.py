@@ -63,11 +63,11 @@ class Commanded:
 
         if self.code or not self.planned:
             return None
-        saved, told = saved_runs.read(self.folder / LATENTS), self.tell()
+        saved, reported = saved_runs.read(self.folder / LATENTS), self.tell()
         assert saved.frames is not None, "the command saved latents without frames"
-        seconds = {stage: s for stage, s in told["seconds"].items() if stage != "load"}
+        seconds = {stage: s for stage, s in reported["seconds"].items() if stage != "load"}
         return Shown(
-            saved.latents, saved.frames, told["backends"], told["transformer_calls"], seconds
+            saved.latents, saved.frames, reported["backends"], reported["transformer_calls"], seconds
         )
 
 
