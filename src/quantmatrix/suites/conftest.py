@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from quantmatrix.suites.command import Commanded, run_command
-from quantmatrix.suites.other_parts import KEPT, share_parts
 from quantmatrix.tables import read
 
 if TYPE_CHECKING:
@@ -50,28 +49,11 @@ def plan_or_skip(workbench: Workbench, request: Request) -> Plan:
         raise
 
 
-@pytest.fixture(scope="session")
-def other_parts() -> KEPT:
-    """Parts of the last stand-in's pipeline that are no row's own."""
-    return {}
-
-
 @pytest.fixture
-def job(
-    cell: Cell,
-    workbench: Workbench,
-    proof: Proof,
-    other_parts: KEPT,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Job:
+def job(cell: Cell, workbench: Workbench, proof: Proof) -> Job:
     """The cell's request and plan; its checkpoint, plan and command go to the evidence."""
     proof.command = workbench.command(cell)
     request = workbench.request(cell)
-    if workbench.tiny and request.device == "cpu":  # elsewhere pipelines move their parts
-        from diffusers import DiffusionPipeline
-
-        real = DiffusionPipeline.from_pretrained.__func__
-        monkeypatch.setattr(DiffusionPipeline, "from_pretrained", share_parts(real, other_parts))
     plan = plan_or_skip(workbench, request)
     job = Job(cell, request, plan)
     proof.folders = workbench.folders(plan.request)

@@ -28,7 +28,6 @@ from quantmatrix.runtime.plan import types
 from quantmatrix.suites import (
     command,
     conftest,
-    other_parts,
     test_compile,
     test_generate,
     test_latents,
@@ -556,60 +555,3 @@ def test_a_command_runs_once_for_a_cell(pytester: pytest.Pytester) -> None:
     """And the tables are read once."""
     pytester.makepyfile(CELLS_OF_A_COMMAND)
     pytester.runpytest_inprocess("-p", "no:cacheprovider", "-q").assert_outcomes(passed=3)
-
-
-# --- parts that rows of one base model share -------------------------------------------------------
-
-
-@dataclass
-class Pipe:
-    """A pipeline of which everything that is not passed is loaded."""
-
-    parts: dict[str, Any]
-
-    def __getattr__(self, name: str) -> Any:
-        return self.parts[name]
-
-    @classmethod
-    def from_pretrained(cls, folder: Path, **given: Any) -> Pipe:
-        names = [path.name for path in folder.iterdir() if path.is_dir()]
-        fresh = {n: object() if n == "scheduler" else nn.Identity() for n in names}
-        return cls({**fresh, **given})
-
-
-def test_rows_of_a_base_model_share_its_other_parts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same folder behind another view, class and dtype; a scheduler, and what is passed, never."""
-
-    def view(name: str, base: str, kind: str = "VAE") -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        for part in ("vae", "text_encoder", "scheduler"):
-            (tmp_path / base / part).mkdir(parents=True, exist_ok=True)
-            (folder / part).symlink_to(tmp_path / base / part)
-        index = {"vae": ["d", kind], "text_encoder": ["t", "T"], "scheduler": ["d", "S"], "x": None}
-        (folder / "model_index.json").write_text(json.dumps(index))
-        return folder
-
-    function = Pipe.from_pretrained.__func__  # type: ignore[attr-defined]
-    monkeypatch.setattr(Pipe, "from_pretrained", other_parts.share_parts(function, {}))
-    first = Pipe.from_pretrained(view("a", "base"), dtype="bf16")
-    second = Pipe.from_pretrained(view("b", "base"), dtype="bf16")
-    assert isinstance(second, Pipe)
-    assert (second.vae, second.text_encoder) == (first.vae, first.text_encoder)
-    assert second.scheduler is not first.scheduler
-    own = nn.Identity()
-    third = Pipe.from_pretrained(view("c", "base"), dtype="bf16", text_encoder=own)
-    assert third.vae is first.vae
-    assert third.text_encoder is own
-    fourth = Pipe.from_pretrained(view("d", "base"), dtype="bf16")
-    assert fourth.vae is first.vae
-    assert fourth.text_encoder not in (own, first.text_encoder)  # only the pipeline before lends
-    fifth = Pipe.from_pretrained(view("e", "base"), dtype="fp32")
-    assert fifth.vae is not first.vae
-    sixth = Pipe.from_pretrained(view("f", "base", "Other"), dtype="fp32")
-    assert sixth.vae is not fifth.vae
-    assert sixth.text_encoder is fifth.text_encoder
-    seventh = Pipe.from_pretrained(view("g", "another"), dtype="fp32")
-    assert seventh.text_encoder is not sixth.text_encoder
