@@ -67,7 +67,11 @@ class Commanded:
         assert saved.frames is not None, "the command saved latents without frames"
         seconds = {stage: s for stage, s in reported["seconds"].items() if stage != "load"}
         return Shown(
-            saved.latents, saved.frames, reported["backends"], reported["transformer_calls"], seconds
+            saved.latents,
+            saved.frames,
+            reported["backends"],
+            reported["transformer_calls"],
+            seconds,
         )
 
 
