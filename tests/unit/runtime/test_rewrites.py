@@ -206,6 +206,28 @@ def test_a_norm_is_replaced_where_only_codes_are_made_of_it() -> None:
             (X, STEP),
         ),
         (
+            "a scale for each token of as many tokens as samples",
+            lambda x, a, s: encode(functional.layer_norm(x, (32,), None, None, 1e-6) * (1 + a), s),
+            (draw(2, 2, 32), SCALE, STEP),
+        ),
+        (
+            "a bias of its own before a scale",
+            lambda x, w, b, a, s: encode(
+                functional.layer_norm(x, (32,), w, b, 1e-6) * (1 + a[:, None]), s
+            ),
+            (X, draw(32, seed=6), draw(32, seed=7), SCALE, STEP),
+        ),
+        (
+            "an RMS norm over two sides",
+            lambda x, w, s: encode(functional.rms_norm(x, (6, 32), w, 1e-6), s),
+            (X, draw(6, 32), STEP),
+        ),
+        (
+            "an epsilon of the dtype",
+            lambda x, w, s: encode(functional.rms_norm(x, (32,), w, None), s),
+            (X, draw(32), STEP),
+        ),
+        (
             "two minus a scale",
             lambda x, a, s: encode(
                 functional.layer_norm(x, (32,), None, None, 1e-6) * (2 + a[:, None]), s
@@ -273,7 +295,7 @@ def test_equal_operations_are_done_once() -> None:
     assert (names["truediv"], names["clamp"], names["reshape"]) == (2, 2, 1)
 
 
-@pytest.mark.parametrize("way", ["method", "operator", "item", "view", "out"])
+@pytest.mark.parametrize("way", ["method", "operator", "item", "view", "out", "inplace"])
 def test_what_is_written_between_is_read_again(way: str) -> None:
     def write(x: torch.Tensor) -> Any:
         own = x + 1
@@ -284,6 +306,8 @@ def test_what_is_written_between_is_read_again(way: str) -> None:
             own *= 3
         elif way == "item":
             own[0] = 3
+        elif way == "inplace":
+            functional.relu(own, inplace=True)
         elif way == "view":
             own.view(-1)[:5].fill_(3)
         else:

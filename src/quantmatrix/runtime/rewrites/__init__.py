@@ -12,11 +12,11 @@ Each changes a graph as torch.compile traced it, before a backend sees it.
 | an e4m3 product whose sums are kept in float32 | sums kept in the tensor cores | see below |
 
 Kernels of ours and the last two are for GPUs. NVIDIA's tensor cores sum products of e4m3 with 14 bits
-or so, which torch's products (and eager layers here) repair by adding to float32 sums every 128
-products. Compiled blocks leave them as they are, as torchao does by default (`use_fast_accum`).
-Measured on an H200 against float64, before rounding to BF16 (which alone is 1.7e-3): relative L2 of
-1.1e-3 for sums of 3,072 products of normal numbers, 3.0e-3 for 15,360; where all products have one
-sign the sums are too small by 2 to 10 %. Quantizing to e4m3 costs 3.7e-2.
+or so, which torch's products (and eager layers here) repair by adding to float32 sums on the way.
+Compiled blocks leave them as they are, as torchao does by default (`use_fast_accum`). Measured on an
+H200 against float64, before rounding to BF16 (which alone is 1.7e-3): relative L2 of 1.1e-3 for sums of
+3,072 products of normal numbers, 3.0e-3 for 15,360; where all products have one sign the sums are too
+small by 2 to 10 %. Quantizing to e4m3 costs 3.7e-2.
 """
 
 from __future__ import annotations

@@ -23,12 +23,17 @@ def replace_activations(graph: fx.Graph, *, everywhere: bool) -> None:
         active = [is_gelu(part) for part in parts]
         if not any(active) or not (everywhere or can_launch(value_of(parts[0]))):
             continue
+        rows, columns = value_of(node).shape
+        if sum(value_of(part).shape[-1] for part in parts) != columns:
+            continue
+        if any(value_of(part).numel() != rows * value_of(part).shape[-1] for part in parts):
+            continue
         with graph.inserting_before(node):
             given = [
                 part.args[0] if chosen else part for part, chosen in zip(parts, active, strict=True)
             ]
-            rows = [graph.call_method("flatten", (one, 0, -2)) for one in given]
-            codes = graph.call_function(gelu_codes._opoverload, (rows, active, quotient.args[1]))
+            flat = [graph.call_method("flatten", (one, 0, -2)) for one in given]
+            codes = graph.call_function(gelu_codes._opoverload, (flat, active, quotient.args[1]))
         codes.meta["example_value"] = value_of(node)
         node.replace_all_uses_with(codes)
 

@@ -43,6 +43,7 @@ def find_written(graph: fx.Graph) -> set[Node]:
         targets = [node.kwargs.get("out")]
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         inplace = name.endswith("_") or name == "setitem" or name in INPLACE
+        inplace = inplace or node.kwargs.get("inplace") is True
         if node.op in ("call_function", "call_method") and inplace:
             targets.append(node.args[0])
         for target in targets:

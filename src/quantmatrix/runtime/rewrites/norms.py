@@ -80,6 +80,8 @@ def read(node: Any) -> Modulated | None:
         vector is None or is_vector(vector, found.x) for vector in (scale, shift)
     ):
         return None
+    if found.shift and (scale or shift):
+        return None  # a bias of the norm's own would be scaled, too
     return replace(found, scale=scale, shift=shift or found.shift)
 
 
@@ -106,6 +108,8 @@ def read_norm(node: Any) -> Modulated | None:
     norm = find_norm(node) if is_node(node) else None
     if norm is None or norm.heads is not None:
         return None
+    if value_of(norm.weight).shape != value_of(norm.x).shape[-1:]:
+        return None
     return Modulated(norm.x, norm.eps, False, norm.weight)
 
 
@@ -116,6 +120,8 @@ def find_norm(node: Node) -> Norm | None:
     if is_call(norm, "rms_norm") and len(norm.args) == 4 and is_node(norm.args[2]):
         x, _, weight, eps = norm.args
         shape = value_of(node).shape
+        if not isinstance(eps, float):
+            return None  # torch would take that of the dtype
         return Norm(x, weight, eps, None if norm is node else (shape[2], shape[3]))
     if not is_call(node, "mul"):
         return None
@@ -123,7 +129,7 @@ def find_norm(node: Node) -> Norm | None:
     if not is_call(scaled, "mul") or not is_call(scaled.args[1], "rsqrt"):
         return None
     x, total = scaled.args[0], scaled.args[1].args[0]
-    if not is_call(total, "add") or not is_node(weight):
+    if not is_call(total, "add") or not is_node(weight) or not isinstance(total.args[1], float):
         return None
     mean, eps = total.args
     squares = follow(mean, "mean", "pow")
@@ -140,11 +146,12 @@ def skip_casts(node: Any) -> Any:
 
 def is_vector(node: Any, x: Node) -> bool:
     """Whether a node has one row of numbers per sample of x [B, S, K]."""
-    batch, _, width = value_of(x).shape if value_of(x).ndim == 3 else (0, 0, 0)
-    if not is_node(node):
+    if not is_node(node) or value_of(x).ndim != 3:
         return False
-    shape = value_of(node).shape
-    return bool(shape) and shape[-1] == width and value_of(node).numel() == batch * width
+    batch, _, width = value_of(x).shape
+    shape = tuple(value_of(node).shape)
+    # [B, K] would be a row per token, where there are as many tokens as samples
+    return shape == (batch, 1, width) or (batch == 1 and shape in ((width,), (1, width)))
 
 
 def replace_norm(graph: fx.Graph, node: Node, found: Modulated, step: Node) -> None:
@@ -152,7 +159,7 @@ def replace_norm(graph: fx.Graph, node: Node, found: Modulated, step: Node) -> N
     from quantmatrix.kernels.norm_triton import norm_codes
 
     value = value_of(found.x)
-    if value.ndim != 3:
+    if value.ndim != 3 or value_of(node).shape != value.flatten(0, 1).shape:
         return
     joined = is_call(found.x, "cat") and found.x.kwargs.get("dim") == 1
     parts = list(found.x.args[0]) if joined else [found.x]

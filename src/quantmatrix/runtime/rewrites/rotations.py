@@ -76,8 +76,10 @@ def read_turned(node: Any) -> Rotation | None:
     minus, first = stacked.args[0]
     second = follow(minus, "neg")
     pairs = [follow(one, "getitem", "unbind", "reshape") for one in (first, second)]
+    if pairs != [x, x] or not parts_pairs(first):
+        return None
     order = [one.args[1] for one in (first, second) if is_call(one, "getitem")]
-    return Rotation(x, (cosines, sines)) if pairs == [x, x] and order == [0, 1] else None
+    return Rotation(x, (cosines, sines)) if order == [0, 1] else None
 
 
 def read_columns(node: Any) -> Rotation | None:
@@ -97,9 +99,15 @@ def read_columns(node: Any) -> Rotation | None:
     parts = [follow(one, "getitem", "unbind", "unflatten") for one in (first, second)]
     order = [one.args[1] for one in (first, second) if is_call(one, "getitem")]
     same = others == [(first, sines), (second, cosines)] and parts == [node.args[0]] * 2
-    if not same or order != [0, 1]:
+    if not same or order != [0, 1] or not parts_pairs(first):
         return None
     return Rotation(node.args[0], (cosines, sines), tuple(writes))
+
+
+def parts_pairs(node: Node) -> bool:
+    """Whether a node is an item of the last side, of two numbers, that a tensor was unbound along."""
+    unbound = node.args[0]
+    return unbound.args[1:] == (-1,) and value_of(unbound.args[0]).shape[-1] == 2
 
 
 def replace_rotation(graph: fx.Graph, node: Node, rotation: Rotation) -> None:
@@ -109,9 +117,12 @@ def replace_rotation(graph: fx.Graph, node: Node, rotation: Rotation) -> None:
     joined = is_call(rotation.x, "cat") and rotation.x.kwargs.get("dim") == 1
     parts = list(rotation.x.args[0]) if joined else [rotation.x]
     norms = [norm for part in parts if (norm := find_norm(part))]
-    batch, tokens, _, width = value_of(rotation.x).shape
+    batch, tokens, heads, width = value_of(rotation.x).shape
+    weights = [value_of(norm.weight).numel() for norm in norms]
     power = width & (width - 1) == 0
     if not power or len(norms) < len(parts) or len({norm.eps for norm in norms}) > 1:
+        return
+    if not {*weights} <= {width, heads * width}:
         return
     if not all(fits(value_of(one), batch, tokens, width) for one in list_angles(rotation)):
         return
