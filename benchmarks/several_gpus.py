@@ -30,7 +30,7 @@ from quantmatrix import models
 from quantmatrix.hardware import probe
 from quantmatrix.measure.bench import speed
 from quantmatrix.measure.bench.synthetic import make_inputs, synthesize
-from quantmatrix.runtime import parallel
+from quantmatrix.runtime import parallel, peer_memory
 from quantmatrix.runtime.library_logs import quiet
 from quantmatrix.runtime.sharded_weights import shard
 from quantmatrix.runtime.token_shares import follow_tokens
@@ -148,8 +148,9 @@ def run_once(
         distributed.barrier()
         ms = speed.measure_ways({"it": run}, device.partition(":")[0], given.repeats)["it"]
         distributed.barrier()
-    peak = 0 if given.tiny else torch.cuda.max_memory_allocated()
+    peak = 0 if given.tiny else torch.cuda.max_memory_allocated() + peer_memory.count_bytes()
     del module, inputs, run
+    peer_memory.release()
     gc.collect()
     if not given.tiny:
         torch.cuda.empty_cache()

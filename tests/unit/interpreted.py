@@ -20,6 +20,7 @@ from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb
 from torch.nn import functional
 
 from quantmatrix.kernels import (
+    exchange_triton,
     fp8_triton,
     gelu_triton,
     gguf_arithmetic,
@@ -265,6 +266,40 @@ def quantize_gelu() -> int:
     return exceed(found, exact.clamp(-448, 448), 1)
 
 
+def exchange(dtype: torch.dtype, heads: int, shares: list[int]) -> int:
+    """What three processes write into each other's memory, by the kernels and by plain torch."""
+    batch, width, count, tokens = 2, 16, len(shares), sum(shares)
+    most = -(-heads // count)
+    held = [min(most, heads - process * most) for process in range(count)]
+    q, k, v = (draw(batch, tokens, heads, width, seed=n).to(dtype) for n in range(3))
+    wide = torch.cat([v, v], dim=3)[..., width:]
+    found: list[list[torch.Tensor]] = []
+    for launches in (True, False):
+        exchange_triton.can_launch = lambda _, launches=launches: launches
+        sizes = [3 * batch * tokens * most * width * 4, batch * max(shares) * heads * width * 4]
+        memory = [torch.zeros(count, size, dtype=torch.uint8) for size in sizes]
+        first, second = (
+            exchange_triton.Landing(tuple(one), torch.tensor([x.data_ptr() for x in one]))
+            for one in memory
+        )
+        owns = []
+        for rank in range(count):
+            mine = [x.split(shares, dim=1)[rank] for x in (q, k, wide)]
+            own = torch.zeros(tokens, batch, 3, held[rank], width, dtype=dtype)
+            exchange_triton.launch_send_heads(*mine, own, first, shares, rank)
+            start = rank * most
+            mixed = q[:, :, start : start + held[rank]]
+            exchange_triton.launch_send_tokens(mixed, heads, second, shares, rank)
+            owns.append(own)
+        arrived = [
+            exchange_triton.view_numbers(part, dtype, (batch, share, heads, width)).clone()
+            for part, share in zip(second.parts, shares, strict=True)
+        ]
+        assert torch.cat(arrived, dim=1).equal(q) or launches
+        found.append([*owns, *memory, *arrived])
+    return sum(differ(one, other) for one, other in zip(*found, strict=True))
+
+
 CASES: dict[str, Callable[[], int]] = {
     "all scales as bytes, sm80": lambda: decode_scales("sm80", torch.float32),
     "all scales as bytes, gfx942": lambda: decode_scales("gfx942", torch.bfloat16),
@@ -295,6 +330,8 @@ CASES: dict[str, Callable[[], int]] = {
     "turned twins": lambda: turn("twin"),
     "turned pairs, all heads": lambda: turn("pairs", whole=True),
     "gelu beside": quantize_gelu,
+    "exchange of three": lambda: exchange(torch.bfloat16, 7, [3, 2, 2]),
+    "exchange of two": lambda: exchange(torch.float32, 4, [4, 4]),
     **{f"norm {form}": lambda form=form: quantize_norm(form) for form in (
         "layer", "wide", "affine", "bare", "rms",
     )},
@@ -318,6 +355,7 @@ def main() -> None:
         rope_triton,
         norm_triton,
         gelu_triton,
+        exchange_triton,
     )
     for module in ours:
         reveal(module)

@@ -23,6 +23,7 @@ from quantmatrix import models
 from quantmatrix.errors import UsageError
 from quantmatrix.quoting import quote
 from quantmatrix.request import Request
+from quantmatrix.runtime import peer_memory
 from quantmatrix.runtime.load import count_quantized
 from quantmatrix.runtime.media import find_degeneration, stack_frames
 from quantmatrix.runtime.pictures import call_arguments
@@ -221,5 +222,5 @@ def reset_peak(device: str) -> None:
 def read_peak(device: str) -> int:
     """Peak memory in bytes (accelerator counter, else the process's largest resident size)."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) + peer_memory.count_bytes()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

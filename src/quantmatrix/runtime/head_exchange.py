@@ -2,7 +2,8 @@
 
 Around an attention every process gives its tokens' heads away and gets all tokens of its own heads.
 diffusers exchanges queries, keys and values one after the other, and copies each before and after.
-Here they travel together: one exchange there and one back, and what arrives is read as it lies.
+Here they travel together: one exchange there and one back, and what arrives is read as it lies. GPUs that
+reach each other's memory write it there (`quantmatrix.runtime.peer_memory`); others send it:
 
 | step | layout |
 | ---- | ------ |
@@ -13,7 +14,7 @@ Here they travel together: one exchange there and one back, and what arrives is 
 | sent back | [all tokens, B, h, D]; received [P, S, B, h, D] and joined to [B, S, H, D] |
 
 Processes may hold different numbers of tokens; `quantmatrix.runtime.token_shares` knows them.
-Where P does not divide H the last process has fewer heads, and zeros travel in their place; it computes
+Where P does not divide H the last process has fewer heads, and zeros are sent in their place; it computes
 nothing with them. A ring of processes would need no heads at all, but sends every key and value
 P - 1 times, where this sends them once.
 """
@@ -27,6 +28,7 @@ import torch
 from torch import distributed
 from torch.nn import functional
 
+from quantmatrix.runtime import peer_memory
 from quantmatrix.runtime.plan.context_parallel import split_heads
 
 
@@ -59,6 +61,12 @@ def attend(
     """
     batch, tokens, heads, width = query.shape
     count = len(shares)
+    if peer_memory.is_connected(group.group_name) and width & (width - 1) == 0:
+        known = (list(shares), distributed.get_rank(group), group.group_name)
+        arrived = peer_memory.exchange_heads(query, key, value, *known)
+        mixed = attention(*(x.transpose(0, 1) for x in arrived.unbind(2)))
+        found: torch.Tensor = peer_memory.exchange_tokens(mixed, heads, *known)
+        return found
     held = split_heads(heads, count)
     most, missing = held[0], held[0] - held[-1]
     if missing:

@@ -30,9 +30,11 @@ from quantmatrix import models
 from quantmatrix.errors import QuantmatrixError, UsageError
 from quantmatrix.files import write_whole
 from quantmatrix.hardware import probe
+from quantmatrix.quoting import quote
 from quantmatrix.request import Request
 from quantmatrix.runtime.generate import generate
 from quantmatrix.runtime.library_logs import quiet
+from quantmatrix.runtime.peer_memory import TIMEOUT
 from quantmatrix.runtime.pipeline import build_pipeline
 from quantmatrix.runtime.plan import decide
 from quantmatrix.runtime.plan.types import Plan, require
@@ -116,7 +118,8 @@ def join(request: Request) -> Iterator[tuple[int, Plan, Any]]:
     """(rank, plan, pipeline) of this process among those that torchrun started.
 
     The request comes with the hub of its stand-ins; see `quantmatrix.api.resolve`. Raises
-    UsageError where another number of processes was started than the plan has.
+    UsageError where another number of processes was started than the plan has, QuantmatrixError where
+    a device fails or waits in vain for another process.
     """
     found = find_plan(request)
     kind = found.machine.device.partition(":")[0]
@@ -137,6 +140,11 @@ def join(request: Request) -> Iterator[tuple[int, Plan, Any]]:
                 shard(getattr(pipeline, name), models.load(found.model).BLOCKS)
         yield rank, found, pipeline
         distributed.barrier()
+    except torch.AcceleratorError as error:
+        raise QuantmatrixError(
+            f"process {distributed.get_rank()} of {distributed.get_world_size()}: its device failed, or "
+            f"waited {TIMEOUT // 1000} s for another process: {quote(str(error).splitlines()[0])}"
+        ) from error
     finally:
         distributed.destroy_process_group()
 

@@ -25,6 +25,7 @@ import torch
 from torch import distributed, nn
 
 from quantmatrix.runtime.head_exchange import replace_attention
+from quantmatrix.runtime.peer_memory import connect
 
 PARTED = ("hidden_states", "encoder_hidden_states")
 """Arguments of a transformer whose tokens diffusers' plans part."""
@@ -100,6 +101,9 @@ def follow_tokens(transformer: nn.Module, config: Any, processes: int) -> None:
         _known.update(name_shares(lengths, processes, rank))
 
     transformer.register_forward_pre_hook(choose, with_kwargs=True)
+    device = next(transformer.parameters(), torch.empty(0)).device
+    if device.type == "cuda":
+        connect(config._ulysses_mesh.get_group(), device)
     answer_by_rule()
     replace_attention(find_shares)
 

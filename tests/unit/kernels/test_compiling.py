@@ -14,6 +14,7 @@ import torch
 from quantmatrix.errors import UsageError
 from quantmatrix.kernels import (
     compiling,
+    exchange_triton,
     fp8_triton,
     gelu_triton,
     int8_triton,
@@ -243,4 +244,19 @@ def test_gelu_of_compiled_blocks_builds(arch: str) -> None:
     with launching.watch(arch) as seen:
         gelu_triton.launch_gelu_codes([bf16(4608, 3072), bf16(4608, 12288)], [False, True], draw())
     assert [launch.grid for launch in seen] == [(4608, 2), (4608, 6)]
+    assert [compiling.build(launch, arch).faults for launch in seen] == [(), ()]
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "sm120", "gfx942"])
+@pytest.mark.parametrize("shares", [[2304, 2304], [8, 8, 8]])
+def test_exchanges_of_heads_and_tokens_build(shares: list[int], arch: str) -> None:
+    """Three processes of 30 heads have 10 each, in a block of 16."""
+    x, memory = bf16(1, shares[0], 30, 128), torch.empty(1, dtype=torch.uint8, device="meta")
+    addresses = torch.empty(len(shares), dtype=torch.int64, device="meta")
+    landing = exchange_triton.Landing((memory,) * len(shares), addresses)
+    with launching.watch(arch) as seen:
+        exchange_triton.launch_send_heads(x, x, x, bf16(1), landing, shares, 1)
+        exchange_triton.launch_send_tokens(bf16(1, sum(shares), 15, 128), 30, landing, shares, 1)
+    assert [launch.grid for launch in seen] == [(shares[0], len(shares))] * 2
+    assert [launch.constants for launch in seen] == [(128, 16)] * 2
     assert [compiling.build(launch, arch).faults for launch in seen] == [(), ()]

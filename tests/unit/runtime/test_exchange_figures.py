@@ -59,7 +59,8 @@ def test_what_a_process_sends_and_computes(
         given.extend(tuple(part.shape) for part in parts)
         return parts[0] + 10 * parts[1] + 100 * parts[2]
 
-    found = head_exchange.attend(q, 2 * q, 3 * q, shares, None, attention)
+    group = SimpleNamespace(group_name="unconnected")
+    found = head_exchange.attend(q, 2 * q, 3 * q, shares, group, attention)
     assert seen == [(shares, [tokens] * count), ([tokens] * count, shares)]
     assert given == [(2, sum(shares), own, 3)] * 3
     assert found.shape == (2, tokens, heads, 3)
@@ -376,6 +377,29 @@ def test_a_process_joins_the_others(
     else:
         act()
         assert seen == ["gloo", *acts, "run", "barrier", "destroy"]
+
+
+def test_a_device_that_waits_in_vain_ends_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[bool] = []
+    own = SimpleNamespace(
+        init_process_group=lambda kind: None, get_rank=lambda: 1, get_world_size=lambda: 3,
+        barrier=None, destroy_process_group=lambda: ended.append(True),
+    )  # fmt: skip
+    monkeypatch.setattr(parallel, "distributed", own)
+    monkeypatch.setattr(parallel, "find_plan", lambda request: make_plan("cpu", 3))
+    monkeypatch.setattr(parallel, "build_pipeline", lambda plan: SimpleNamespace())
+    monkeypatch.setattr(parallel, "split", lambda pipe, plan, count: None)
+    request: Any = SimpleNamespace(device=None, shard_weights=False)
+
+    def act() -> None:
+        with parallel.join(request):
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with")
+
+    assert refusal(QuantmatrixError, act) == (
+        "process 1 of 3: its device failed, or waited 600 s for another process: "
+        "CUDA error: unspecified launch failure"
+    )
+    assert ended == [True]
 
 
 @pytest.mark.parametrize(("code", "written"), [(0, True), (0, False), (3, True)])

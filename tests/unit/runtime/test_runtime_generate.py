@@ -22,6 +22,7 @@ from quantmatrix.cli.main import main
 from quantmatrix.errors import UsageError, WitnessError
 from quantmatrix.exit_codes import ENVIRONMENT_UNUSABLE, EXIT_PROBLEM
 from quantmatrix.request import Request
+from quantmatrix.runtime import peer_memory
 from quantmatrix.runtime.generate import generate, read_peak, reset_peak
 from quantmatrix.runtime.media import name_output, save_media
 from quantmatrix.runtime.pipeline import build_pipeline, enable_layerwise
@@ -213,6 +214,8 @@ def test_peak_memory_is_that_of_the_runs_own_device(monkeypatch: pytest.MonkeyPa
     reset_peak("cuda:3")
     assert asked == ["cuda:3"]
     assert read_peak("cuda:3") == len("cuda:3")
+    monkeypatch.setattr(peer_memory, "count_bytes", lambda: 100)  # which no allocator counts
+    assert read_peak("cuda:3") == 106
 
 
 def test_a_run_beyond_numbers_is_an_error_and_saves_nothing(

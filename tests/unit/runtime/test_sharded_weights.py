@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import context_parallel
 import pytest
 import torch
 from torch import distributed, nn
 
 from quantmatrix.errors import UsageError
+from quantmatrix.kernels.exchange_triton import Landing
 from quantmatrix.runtime import sharded_weights
+from quantmatrix.runtime.peer_memory import Area
 
 
 class Block(nn.Module):
@@ -42,8 +47,21 @@ class Model(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_sharded_blocks_give_the_same_numbers_again_and_again(count: int) -> None:
+@pytest.mark.parametrize(("count", "lent"), [(0, False), (1, False), (3, False), (3, True)])
+def test_sharded_blocks_give_the_same_numbers_again_and_again(
+    count: int, lent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares are sent, or read where they lie in memory that the processes share."""
+    memory = torch.full((2, 1 << 16), 255, dtype=torch.uint8).share_memory_()
+
+    def lend(group: Any, device: Any, size: int) -> Area:
+        parts = tuple(part[:size] for part in memory)
+        meeting = SimpleNamespace(barrier=lambda **options: distributed.barrier())
+        return Area(Landing(parts, torch.empty(0)), parts[distributed.get_rank()], meeting)
+
+    if lent:
+        monkeypatch.setattr(sharded_weights, "lend_memory", lend)
+        monkeypatch.setattr(distributed, "all_gather_into_tensor", None)
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
     expected = Model(count)(x)
 
