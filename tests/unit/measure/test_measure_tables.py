@@ -384,15 +384,15 @@ def test_the_size_of_a_sheet(
 
     monkeypatch.setattr(quality, "has_flip", lambda: False)
     width, height = size
-    one: Any = SimpleNamespace(media=[Image.new("RGB", (width, height), (10, 20, 30))])
+    one: Any = SimpleNamespace(media=[Image.new("RGB", (width, height), (10, 20, 64))])
     other: Any = SimpleNamespace(media=[Image.new("RGB", (width, height), (15, 20, 0))])
     shown = contact_sheet.draw_row(one, other)
     assert [picture.size for picture in shown] == [row] * 3
-    assert shown[2].getpixel((0, 0)) == (20, 0, 120)
+    assert shown[2].getpixel((0, 0)) == (20, 0, 255)  # 256 is too much for a pixel
     found = contact_sheet.draw_sheet([(one, other)] * runs, ["a"] * runs, "scope")
     assert found.size == sheet
     assert found.getpixel((0, 0)) == (255, 255, 255)
-    for column, colour in enumerate(((10, 20, 30), (15, 20, 0), (20, 0, 120))):
+    for column, colour in enumerate(((10, 20, 64), (15, 20, 0), (20, 0, 255))):
         left = 8 + column * (row[0] + 8)
         assert found.getpixel((left, 42)) == colour
         assert found.getpixel((left + row[0] - 1, 42 + row[1] - 1)) == colour

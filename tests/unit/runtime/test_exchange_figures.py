@@ -73,6 +73,52 @@ def test_what_a_process_sends_and_computes(
         assert not found[:, :, lost].any()
 
 
+@pytest.mark.parametrize(
+    ("changes", "ours"),
+    [
+        ({}, True), ({"scale": 0.5}, True), ({"key": 7}, False), ({"value": 7}, False), ({"query": 7}, False),
+        ({"attn_mask": 1}, False), ({"dropout_p": 0.1}, False), ({"is_causal": True}, False),
+        ({"enable_gqa": True}, False), ({"return_lse": True}, False), ({"ring": 2}, False), ({"known": None}, False),
+    ],
+)  # fmt: skip
+def test_only_plain_attention_over_tokens_of_all_is_exchanged(
+    changes: dict[str, Any], ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cross-attention has keys and values of another length, each of which counts."""
+    from diffusers.models import attention_dispatch
+
+    def original(*args: Any, **words: Any) -> tuple[Any, ...]:
+        return ("original", args[3:], words)
+
+    def attend(query: Any, key: Any, value: Any, shares: Any, group: Any, run: Any) -> Any:
+        return ("ours", shares, group, run(query, key, value))
+
+    monkeypatch.setattr(attention_dispatch, "_templated_context_parallel_attention", original)
+    monkeypatch.setattr(head_exchange, "attend", attend)
+    head_exchange.replace_attention({4: changes.get("known", [4, 4])}.get)
+    templated: Any = attention_dispatch._templated_context_parallel_attention
+    head_exchange.replace_attention(None)  # type: ignore[arg-type]
+    assert attention_dispatch._templated_context_parallel_attention is templated
+    parts = [torch.empty(1, changes.get(n, 4), 2, 3) for n in ("query", "key", "value")]
+    mesh = SimpleNamespace(get_group=lambda: "group")
+    config = SimpleNamespace(ring_degree=changes.get("ring", 1), _ulysses_mesh=mesh)
+    words = {
+        "_parallel_config": SimpleNamespace(context_parallel_config=config),
+        "forward_op": lambda context, *parts, **more: (context, *parts, more),
+        "backward_op": "backward",
+    }
+    given = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "return_lse")
+    found = templated(*parts, **words, **{n: v for n, v in changes.items() if n in given})
+    if ours:
+        more = {"_save_ctx": False, "_parallel_config": words["_parallel_config"]}
+        options = (None, 0.0, False, changes.get("scale"), False, False)
+        assert found == ("ours", [4, 4], "group", (None, *parts, *options, more))
+    else:
+        defaults = dict(zip(given, (None, 0.0, False, None, False, False), strict=True))
+        known = {n: v for n, v in changes.items() if n in given}
+        assert found == ("original", tuple((defaults | known).values()), words)
+
+
 # --- pictures --------------------------------------------------------------------------------
 
 

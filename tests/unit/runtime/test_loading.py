@@ -22,6 +22,7 @@ from quantmatrix.request import Request
 from quantmatrix.runtime.load import count_quantized
 from quantmatrix.runtime.quantized_linear import QuantizedLinear
 from quantmatrix.tiny import hub
+from quantmatrix.tools import dequantize as dequantize_module
 from quantmatrix.tools.dequantize import dequantize
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -248,6 +249,28 @@ def test_damaged_checkpoints_are_not_dequantized(
     with pytest.raises(CheckpointError, match=message):
         dequantize(request, str(tmp_path / "plain"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["quantized"]
+
+
+def test_a_file_of_plain_weights_is_as_large_as_it_may_be(
+    copy: Path, flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert dequantize_module.SHARD_BYTES == 2_000_000_000
+    request = Request(model_path=str(flux), component_paths={"transformer": str(copy)})
+    stored = load_file(copy / WEIGHTS)
+    whole = {name: x.numel() for name, x in stored.items() if not name.endswith("_scale")}
+    size = torch.float32.itemsize * sum(whole.values())
+    for limit, count in ((size, 1), (size - 1, 2)):
+        monkeypatch.setattr(dequantize_module, "SHARD_BYTES", limit)
+        folder = tmp_path / f"limit {limit}"
+        dequantize(request, str(folder))
+        files = sorted(folder.glob("*.safetensors"))
+        assert len(files) == count
+        found = {name: file.name for file in files for name in load_file(file)}
+        assert found.keys() == whole.keys()
+        for index in folder.glob("*.index.json"):
+            written = json.loads(index.read_text())
+            assert written == {"metadata": {"total_size": size}, "weight_map": found}
+        assert len(list(folder.glob("*.index.json"))) == (count > 1)
 
 
 def test_what_modelopt_writes_of_a_weight_of_zeros(copy: Path, flux: Path) -> None:
