@@ -47,7 +47,7 @@ class Slot:
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
         """The tensor's shape, strides and dtype over a buffer of bytes."""
-        flat = buffer[self.start : self.start + self.size].view(self.tensor.dtype)
+        flat = buffer[self.start :].view(self.tensor.dtype)
         return flat.as_strided(self.tensor.shape, self.tensor.stride())
 
 

@@ -29,11 +29,13 @@ CPU = torch.device("cpu")
 MEETINGS: list[dict[str, int]] = []
 
 
-def share_memory(processes: int, size: int = 1 << 20) -> dict[str, torch.Tensor]:
+def share_memory(
+    processes: int, heads: int = 1 << 20, tokens: int = 1 << 20
+) -> dict[str, torch.Tensor]:
     """Bytes of all processes, none of which is a number before something arrives."""
     return {
         name: torch.full((processes, size), 255, dtype=torch.uint8).share_memory_()
-        for name in ("heads", "tokens")
+        for name, size in (("heads", heads), ("tokens", tokens))
     }
 
 
@@ -80,14 +82,22 @@ def attend_alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
 def test_three_attentions_in_turn_are_those_of_one_process(
     tokens: int, batch: int, heads: int, processes: int, dtype: torch.dtype
 ) -> None:
-    """The second and third write over what the first has left; keys of a wider tensor, too."""
+    """The second and third write over what the first has left; keys of a wider tensor, too.
+
+    The memory has exactly the bytes that are needed; no more can be allocated on a CPU.
+    """
     generator = torch.Generator().manual_seed(tokens)
     layers = [
         [torch.randn(batch, tokens, heads, 8, generator=generator).to(dtype) for _ in range(3)]
         for _ in range(3)
     ]
     expected = [attend_alone(*layer) for layer in layers]
-    shares, memory = token_shares.share_out(tokens, processes), share_memory(processes)
+    shares, number = token_shares.share_out(tokens, processes), 8 * batch * dtype.itemsize
+    memory = share_memory(
+        processes,
+        heads=3 * tokens * split_heads(heads, processes)[0] * number,
+        tokens=shares[0] * heads * number,
+    )
 
     def act(rank: int) -> None:
         group, seen, kept = lend(memory), [], []
@@ -161,6 +171,7 @@ def test_memory_grows_and_the_smaller_one_stays(monkeypatch: pytest.MonkeyPatch)
     assert peers.reserve("heads", 8) is peers.reserve("heads", 7) is first
     second = peers.reserve("heads", 9)
     assert peers.areas["heads"] == [first, second]
+    assert peers.reserve("heads", 9) is peers.reserve("heads", 1) is second
     assert peers.reserve("tokens", 1) is not first
 
 
@@ -193,7 +204,7 @@ def test_bytes_that_others_write_are_counted(monkeypatch: pytest.MonkeyPatch) ->
 def try_to_connect(
     caplog: Any, obstacles: list[str | None], memory: torch.Tensor | None
 ) -> Callable[[int], None]:
-    """What two processes with these obstacles say, with memory that is shared, or none at all."""
+    """What processes with these obstacles say, with memory that is shared, or none at all."""
 
     def act(rank: int) -> None:
         peer_memory.find_obstacle = lambda peers: obstacles[rank]
@@ -223,9 +234,9 @@ def try_to_connect(
 
 
 def test_processes_connect_where_a_number_of_each_arrives(caplog: Any) -> None:
-    memory = torch.zeros(2, 16, dtype=torch.uint8).share_memory_()
-    run_in_processes(try_to_connect(caplog, [None, None], memory), 2)
-    assert memory.view(torch.int64).tolist() == [[1, 2]] * 2
+    memory = torch.zeros(3, 24, dtype=torch.uint8).share_memory_()
+    run_in_processes(try_to_connect(caplog, [None] * 3, memory), 3)
+    assert memory.view(torch.int64).tolist() == [[1, 2, 3]] * 3
 
 
 def test_one_process_that_cannot_speaks_for_all(caplog: Any) -> None:

@@ -84,6 +84,53 @@ def test_sharded_blocks_give_the_same_numbers_again_and_again(
     assert context_parallel.fork(act, 2) == [0, 0]
 
 
+def test_the_next_block_is_gathered_while_one_runs() -> None:
+    seen: list[tuple[str, int]] = []
+
+    class Waiting:
+        def wait(self) -> None:
+            seen.append(("waited", -1))
+
+    sharded = sharded_weights.ShardedBlocks.__new__(sharded_weights.ShardedBlocks)
+    sharded.shares, sharded.pending = [torch.empty(0)] * 4, None
+
+    def gather(index: int) -> None:
+        seen.append(("gathered", index))
+        sharded.pending = (index, Waiting())
+
+    sharded._gather = gather  # type: ignore[method-assign]
+    waited = ("waited", -1)
+    for index, acts in (
+        (0, [("gathered", 0), waited, ("gathered", 1)]),
+        (1, [waited, ("gathered", 2)]),
+        (2, [waited, ("gathered", 3)]),
+        (3, [waited]),
+        (0, [("gathered", 0), waited, ("gathered", 1)]),
+        (3, [waited, ("gathered", 3), waited]),
+        (1, [("gathered", 1), waited, ("gathered", 2)]),
+        (0, [waited, ("gathered", 0), waited, ("gathered", 1)]),
+    ):
+        seen.clear()
+        sharded._before(index, torch.nn.Identity(), ())
+        assert seen == acts
+
+
+def test_memory_is_lent_where_gpus_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, torch.device]] = []
+    peers = SimpleNamespace(allocate=lambda size: f"{size} bytes")
+
+    def connect(group: str, device: torch.device) -> Any:
+        asked.append((group, device))
+        return peers if group == "near" else None
+
+    monkeypatch.setattr(sharded_weights, "connect", connect)
+    gpu = torch.device("cuda:1")
+    assert sharded_weights.lend_memory("near", gpu, 7) == "7 bytes"
+    assert sharded_weights.lend_memory("far", gpu, 7) is None
+    assert sharded_weights.lend_memory("near", torch.device("cpu"), 7) is None
+    assert asked == [("near", gpu), ("far", gpu)]
+
+
 def test_a_block_that_comes_out_of_turn_is_gathered_all_the_same() -> None:
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
     expected = [block(x) for block in Model(1).second]
