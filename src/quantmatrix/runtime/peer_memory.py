@@ -77,14 +77,19 @@ class PeerMemory:
         return areas[-1]
 
     def allocate(self, size: int) -> Area:
-        """New memory of `size` bytes in every process."""
+        """New memory of `size` bytes in every process.
+
+        torch sets the marks of a meeting to zero on the GPU. Where it is still busy that would come late, and
+        wipe the mark of a process that is there already; so the host waits once.
+        """
         from torch.distributed import _symmetric_memory as symmetric
 
         own = symmetric.empty(size, dtype=torch.uint8, device=self.device)
+        torch.cuda.synchronize(self.device)
         handle = symmetric.rendezvous(own, self.group)
         count = distributed.get_world_size(self.group)
         parts = tuple(handle.get_buffer(rank, (size,), torch.uint8) for rank in range(count))
-        addresses = torch.tensor([part.data_ptr() for part in parts], device=self.device)
+        addresses = torch.tensor([part.data_ptr() for part in parts], device=own.device)
         area = Area(Landing(parts, addresses), own, handle)
         _areas.add(area)
         return area

@@ -176,18 +176,30 @@ def test_memory_grows_and_the_smaller_one_stays(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_bytes_that_others_write_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And given back with their areas."""
-    symmetric = SimpleNamespace(
-        empty=lambda size, dtype, device: torch.empty(size, dtype=dtype, device=device),
-        rendezvous=lambda own, group: SimpleNamespace(
+    """And given back with their areas. The GPU has nothing left to do when the processes meet."""
+    asked: list[str] = []
+
+    def rendezvous(own: torch.Tensor, group: Any) -> Any:
+        asked.append("rendezvous")
+        return SimpleNamespace(
             get_buffer=lambda rank, shape, dtype: torch.empty(shape, dtype=dtype)
-        ),
-    )
+        )
+
+    def empty(size: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        asked.append(f"{size} bytes on {device}")
+        return torch.empty(size, dtype=dtype)
+
+    symmetric = SimpleNamespace(empty=empty, rendezvous=rendezvous)
     monkeypatch.setattr(torch.distributed, "_symmetric_memory", symmetric)
+    monkeypatch.setattr(
+        torch.cuda, "synchronize", lambda device: asked.append(f"wait for {device}")
+    )
     monkeypatch.setattr(peer_memory.distributed, "get_world_size", lambda group: 2)
-    peers, before = peer_memory.PeerMemory(None, 1, CPU), peer_memory.count_bytes()
+    peers = peer_memory.PeerMemory(None, 1, torch.device("cuda:1"))
+    before = peer_memory.count_bytes()
     monkeypatch.setitem(peer_memory._connected, "counted", peers)
     area = peers.reserve("heads", 24)
+    assert asked == ["24 bytes on cuda:1", "wait for cuda:1", "rendezvous"]
     assert [tuple(part.shape) for part in area.landing.parts] == [(24,)] * 2
     assert area.landing.addresses.tolist() == [part.data_ptr() for part in area.landing.parts]
     peers.reserve("tokens", 8)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from pathlib import Path
 
 import context_parallel
 import pytest
 import torch
+
+from quantmatrix.runtime import parallel
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="not measured: needs two CUDA devices"
@@ -45,3 +49,15 @@ def test_two_gpus_give_the_latents_of_one(family: str, tmp_path: Path) -> None:
     one = context_parallel.run_alone(words)
     two = context_parallel.run_together(tmp_path / "seen.pt", words)
     context_parallel.check_shared(one, two, ROUNDING)
+
+
+def test_memory_of_the_other_gpu_grows_while_both_are_busy() -> None:
+    """A mark of a meeting that was wiped would let one GPU wait for ten minutes."""
+    program = Path(__file__).parents[1] / "peer_exchange.py"
+    command = [*parallel.name_launcher(2), str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["compared"] == 4 * 24
+    assert seen["largest"] < 0.01
+    assert all(count > 2 for count in seen["areas"].values())
