@@ -106,8 +106,12 @@ def connect(group: Any, device: torch.device) -> PeerMemory | None:
     All of them call it. Where they cannot the first says why, and all get None.
     """
     name = group.group_name
-    if name in _connected:
-        return _connected[name]
+    known = _connected.pop(name, None)
+    if (
+        known is not None and known.group is group
+    ):  # a later group may have the name of an earlier one
+        _connected[name] = known
+        return known
     rank = distributed.get_rank(group)
     peers = PeerMemory(group, rank, device)
     problem = find_obstacle(peers)

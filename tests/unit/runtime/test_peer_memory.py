@@ -210,6 +210,25 @@ def test_bytes_that_others_write_are_counted(monkeypatch: pytest.MonkeyPatch) ->
     assert peer_memory.count_bytes() == before
 
 
+def test_a_later_group_of_the_same_name_connects_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (SimpleNamespace(group_name="0") for _ in range(2))
+    old = peer_memory.PeerMemory(first, 0, CPU)
+    monkeypatch.setattr(peer_memory, "_connected", {"0": old})
+    monkeypatch.setattr(peer_memory.distributed, "get_rank", lambda group: 1)
+    monkeypatch.setattr(peer_memory.distributed, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(peer_memory.distributed, "all_gather_object", lambda said, own, group: None)
+    monkeypatch.setattr(peer_memory, "find_obstacle", lambda peers: None)
+    monkeypatch.setattr(peer_memory, "try_out", lambda peers: [None, None])
+    assert peer_memory.connect(first, CPU) is old
+    new = peer_memory.connect(second, CPU)
+    assert new is not None
+    assert (new.group, new.rank) == (second, 1)
+    assert peer_memory._connected == {"0": new}
+    monkeypatch.setattr(peer_memory, "try_out", lambda peers: [None, "far"])
+    assert peer_memory.connect(first, CPU) is None
+    assert not peer_memory.is_connected("0")
+
+
 # --- who can ---------------------------------------------------------------------------------
 
 
