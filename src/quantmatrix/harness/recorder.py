@@ -94,8 +94,10 @@ class Recorder:
 
     def add(self, cell: Cell, check: str, verdict: str, message: str, proof: Proof) -> None:
         """Keep the outcome of a check; a later failure (in its teardown) replaces a pass."""
-        message = records.make_portable(message, proof.folders)
-        result = CheckResult(verdict, proof.metrics, proof.limits, message)
+        message, metrics = (
+            records.make_portable(one, proof.folders) for one in (message, proof.metrics)
+        )
+        result = CheckResult(verdict, metrics, proof.limits, message)
         self._results.setdefault(cell.id, {})[check] = result
         self._proofs.setdefault(cell.id, {})[check] = proof
 

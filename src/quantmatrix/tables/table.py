@@ -132,7 +132,7 @@ def read_table(path: Path, kind: type[Row], problems: list[str]) -> Table[Row]:
     table: Table[Row] = Table(f"{path.parent.name}/{path.name}", problems)
     columns = [column.name for column in fields(kind)]
     try:
-        text = strict_json.read_bytes(path).decode("utf-8")
+        text = strict_json.read_bytes(path).decode("utf-8-sig")  # spreadsheets put a mark before it
         if (said := DECLARED.match(text)) and int(said[1]) > VERSION:
             table.note(
                 1, f"version {said[1]} of the tables; this quantmatrix reads version {VERSION}"

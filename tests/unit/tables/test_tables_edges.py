@@ -365,6 +365,20 @@ def test_versions_of_tables(first: str, problem: str, tmp_path: Path) -> None:
     assert [line for line, _ in found.rows] == ([] if problem else [3, 4, 5, 6, 7])
 
 
+@pytest.mark.parametrize("first", ["", "# quantmatrix tables, version 1\n"])
+def test_a_table_that_a_spreadsheet_wrote(first: str, tmp_path: Path) -> None:
+    """Excel puts a byte-order mark before the text."""
+    path = write_tables(tmp_path / "matrix") / "models.csv"
+    plain = first + path.read_text()
+    path.write_text(plain)
+    expected = table.read_table(path, rows.ModelRow, [])
+    path.write_bytes(b"\xef\xbb\xbf" + plain.encode())
+    problems: list[str] = []
+    found = table.read_table(path, rows.ModelRow, problems)
+    assert (problems, found.rows) == ([], expected.rows)
+    assert found.rows
+
+
 def test_tables_from_before_a_column(tmp_path: Path) -> None:
     folder = write_tables(tmp_path / "matrix")
     path = folder / "hardware.csv"
