@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from quantmatrix.families import fp8, msmodelslim
 from quantmatrix.families.protocol import Calibration
 from quantmatrix.kernels import Kernel, kernels_of, linear_fp8
 from quantmatrix.kernels.portable import run_decoded
+from quantmatrix.measure import trace
 from quantmatrix.measure.trace import named_ranges
 from quantmatrix.measure.trace_census import Census, LayerTrace, take_census
 from quantmatrix.runtime.generate import STAGE
@@ -67,6 +69,84 @@ def trace_layer(
         for _ in range(calls):
             model(torch.ones(32, WIDE, dtype=torch.bfloat16))
     return take_census(profiler.events(), made)
+
+
+class Mixed(torch.nn.Module):
+    """Plain operations around a quantized layer, as in every transformer and encoder."""
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__()
+        self.to_q = layer
+        self.plain = torch.nn.Linear(NARROW, NARROW, dtype=torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.isnan().any():
+            raise ValueError("no numbers")
+        return self.plain(self.to_q(x)).softmax(-1)
+
+
+@pytest.mark.parametrize("whole_run", [True, False], ids=["whole", "census"])
+def test_a_census_alone_sees_what_runs_inside_of_layers_and_no_more(
+    whole_run: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The census is that of the whole run; what a file shall hold, or a call that failed, hides nothing."""
+    kernel = find_kernel("linear.fp8", "decode")
+    transformer, encoder = Mixed(make_layer(kernel)), torch.nn.Sequential(Mixed(make_layer(kernel)))
+    vae = torch.nn.Sequential(torch.nn.Linear(NARROW, NARROW), torch.nn.GELU())
+    parts = {"transformer": transformer, "text_encoder": encoder, "vae": vae, "tokenizer": None}
+    pipeline = SimpleNamespace(**parts, components=parts)
+    piece = SimpleNamespace(scheme=SCHEME, backend="decode", in_features=WIDE, out_features=NARROW)
+    made = MadePlan(
+        {"transformer": SimpleNamespace(layers={"to_q": [piece]})},
+        {"text_encoder": SimpleNamespace(layers={"0.to_q": [piece]})},
+    )
+    x = torch.ones(4, WIDE, dtype=torch.bfloat16)
+
+    def generate(request: Any, *, plan: Any, pipeline: Any) -> None:
+        with torch.no_grad():
+            for model in (pipeline.transformer, pipeline.text_encoder):
+                with pytest.raises(ValueError, match="no numbers"):
+                    model(x * float("nan"))
+            pipeline.vae(
+                pipeline.transformer(pipeline.text_encoder(x).repeat(1, 2)[:, :WIDE]).float()
+            )
+            torch.erf(x)
+
+    seen: list[Counter[str]] = []
+
+    def list_events(profiler: Any, activities: Any) -> Any:
+        seen.append(Counter(event.name for event in profiler.events()))
+        return read(profiler, activities)
+
+    read = trace.list_events
+    monkeypatch.setattr(trace, "generate", generate)
+    monkeypatch.setattr(trace, "list_events", list_events)
+    path = tmp_path / "trace.json.gz" if whole_run else None
+    census = trace.trace_pipeline(None, made, pipeline, path)  # type: ignore[arg-type]
+    assert census.problems == []
+    assert census.stages["transformer"]["calls"] == 2
+    names = ("transformer.to_q", "text_encoder.0.to_q")
+    assert {name: layer.calls for name, layer in census.layers.items()} == dict.fromkeys(names, 1)
+    for layer in census.layers.values():
+        assert layer.matmuls == {"aten::linear": 1}
+        assert layer.plain == {(NARROW, WIDE)}
+    [found] = seen
+    assert found["aten::linear"] == (5 if whole_run else 2)
+    assert ("aten::softmax" in found, "aten::gelu" in found) == (whole_run, whole_run)
+    assert "aten::erf" in found
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as after:
+        transformer(x)
+    assert "aten::softmax" in {event.name for event in after.events()}
+
+
+@dataclass(frozen=True)
+class MadePlan:
+    """What a trace reads of a plan."""
+
+    components: dict[str, Any]
+    encoders: dict[str, Any]
+    processes: int = 1
+    machine: Any = field(default_factory=lambda: SimpleNamespace(device="cpu"))
 
 
 def test_layers_of_a_text_encoder_are_held_to_the_plan_too() -> None:
