@@ -19,10 +19,12 @@ from typing import Any
 import torch
 
 from quantmatrix import api
+from quantmatrix.cli import main
 from quantmatrix.request import Request
 from quantmatrix.runtime import parallel
 from quantmatrix.runtime.generate import generate
 from quantmatrix.runtime.pipeline import build_pipeline
+from quantmatrix.runtime.plan.types import Plan
 from quantmatrix.runtime.quantized_linear import QuantizedLinear
 
 
@@ -123,6 +125,18 @@ def answer(command: Sequence[str], **options: Any) -> subprocess.CompletedProces
     assert launcher in (parallel.name_launcher(2), [sys.executable])
     codes = fork(lambda: parallel.answer_request(Path(folder)), 2 if len(launcher) > 1 else 0)
     return subprocess.CompletedProcess(command, max(codes), "", "")
+
+
+def launch_forked(plan: Plan, argv: Sequence[str]) -> int:
+    """In place of `parallel.launch`: the command's processes, forked."""
+
+    def act() -> None:
+        os.environ["TORCHELASTIC_RUN_ID"] = "forked"  # what `parallel.is_worker` asks for
+        code = main.main(argv)
+        sys.stdout.flush()
+        assert code == 0
+
+    return max(fork(act, plan.processes))
 
 
 def check_shared(one: dict[str, Any], two: dict[str, Any], most: float) -> None:

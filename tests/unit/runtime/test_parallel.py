@@ -52,8 +52,10 @@ def test_two_processes_give_the_latents_of_one(tmp_path: Path) -> None:
 
 
 def test_only_the_first_process_writes_and_prints(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A cell of the suites starts the same as programs; its record has what the first one printed."""
+    monkeypatch.setattr(parallel, "launch", context_parallel.launch_forked)
     words = ["generate", *FLUX, "--tiny", "--device", "cpu", "--prompt", "a fox", "--json"]
     more = ["--nproc-per-node", "2", "--output-path", str(tmp_path)]
     assert main.main([*words, *more]) == 0
