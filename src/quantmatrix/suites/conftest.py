@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from quantmatrix.proof import known_limits
 from quantmatrix.suites.command import Commanded, run_command
 from quantmatrix.tables import read
 
@@ -94,7 +95,18 @@ def read_once() -> Callable[..., Any]:
     return cache(read.read_tables)
 
 
+@pytest.fixture(scope="session")
+def read_limits_once() -> Callable[..., Any]:
+    """What reads the limits, each folder's once in a session."""
+    return cache(known_limits.read)
+
+
 @pytest.fixture(autouse=True)
-def unchanging_tables(read_once: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each plan for a hardware reads the tables again, which no check changes."""
+def unchanging_tables(
+    read_once: Callable[..., Any],
+    read_limits_once: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each plan for a hardware reads the tables again, and each check the limits; no check changes them."""
     monkeypatch.setattr(read, "read_tables", read_once)
+    monkeypatch.setattr(known_limits, "read", read_limits_once)

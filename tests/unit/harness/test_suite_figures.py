@@ -524,7 +524,10 @@ CELLS_OF_A_COMMAND = """
 from types import SimpleNamespace
 import pytest
 from quantmatrix.suites import conftest
-from quantmatrix.suites.conftest import command, commanded, read_once, unchanging_tables
+from quantmatrix.proof import known_limits
+from quantmatrix.suites.conftest import (
+    command, commanded, read_limits_once, read_once, unchanging_tables,
+)
 from quantmatrix.tables import read
 
 runs = []
@@ -548,10 +551,12 @@ def test_cell(job, command, monkeypatch, request):
     assert command() == command() == job.cell.id + " was run"
     assert runs == {"first": ["a"], "again": ["a"], "other": ["a", "b"]}[request.node.callspec.id]
     assert read.read() is read.read()
+    reports = known_limits.own_reports()
+    assert known_limits.read(reports) is known_limits.read(reports)
 """
 
 
 def test_a_command_runs_once_for_a_cell(pytester: pytest.Pytester) -> None:
-    """And the tables are read once."""
+    """And the tables and limits are read once."""
     pytester.makepyfile(CELLS_OF_A_COMMAND)
     pytester.runpytest_inprocess("-p", "no:cacheprovider", "-q").assert_outcomes(passed=3)
