@@ -44,7 +44,7 @@ TIMEOUT = 600_000
 logger = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Area:
     """Memory that all processes of a group write into, and their meeting."""
 
@@ -59,7 +59,7 @@ class Area:
         self.handle.barrier(channel=0, timeout_ms=TIMEOUT)
 
 
-@dataclass
+@dataclass(frozen=True)
 class PeerMemory:
     """The areas of one group of processes."""
 

@@ -125,7 +125,7 @@ class ShardedBlocks:
             self.pending = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reading:
     """Shares that are copied meanwhile."""
 
