@@ -25,7 +25,12 @@ from torch.nn import functional
 
 from quantmatrix.kernels import Kernel, Needs, Tensors
 from quantmatrix.kernels.launching import can_launch
-from quantmatrix.kernels.number_formats import E4M3_MAX, expand_blocks, round_e4m3
+from quantmatrix.kernels.number_formats import (
+    E4M3_MAX,
+    expand_blocks,
+    round_e4m3,
+    widen_float8,
+)
 from quantmatrix.kernels.portable import keep_all, run_decoded, run_exactly
 from quantmatrix.scheme import Scheme
 
@@ -36,7 +41,7 @@ TORCH_ARCHES = ("sm89", "sm90", "sm100", "sm103", "sm120", "sm121")
 
 def decode(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
     """The weight in plain numbers, float32 [N, K]."""
-    weight = tensors["weight"].float()
+    weight = widen_float8(tensors["weight"])
     return weight.mul_(spread_scales(tensors["weight_scale"], scheme, weight.shape))
 
 

@@ -35,6 +35,30 @@ def test_e4m3_saturates() -> None:
     assert number_formats.round_e4m3(x).float().tolist() == [448.0, -448.0, 448.0, 448.0, 0.3125]
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_codes_of_8_bits_are_widened_to_the_bits_of_torch(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All codes, infinities and NaN too; in pieces, of which the last is shorter, and in any layout."""
+    codes = torch.arange(3 * 256).to(torch.uint8).view(dtype).view(6, 128)
+    expected = codes.float()
+    tables: list[int] = []
+    arange = torch.arange
+    monkeypatch.setattr(
+        torch, "arange", lambda n, **words: (tables.append(n), arange(n, **words))[1]
+    )
+    for piece in (1, 100, 768, number_formats.PIECE):
+        monkeypatch.setattr(number_formats, "PIECE", piece)
+        found = number_formats.widen_float8(codes)
+        assert found.view(torch.int32).equal(expected.view(torch.int32))
+    assert tables == [256] * 4
+    turned = number_formats.widen_float8(codes.t())
+    assert turned.stride() == codes.t().float().stride()
+    assert turned.nan_to_num(7).equal(expected.t().nan_to_num(7))
+    assert number_formats.widen_float8(codes[:0]).shape == (0, 128)
+    assert number_formats.widen_float8(codes.to("meta")).dtype == torch.float32
+
+
 def test_nibbles_even_column_low() -> None:
     packed = number_formats.pack_nibbles(torch.tensor([[0xA, 0xB, 1, 2]]))
     assert packed.tolist() == [[0xBA, 0x21]]
