@@ -20,6 +20,7 @@ import csv
 import io
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 from quantmatrix.errors import QuantmatrixError
@@ -70,14 +71,21 @@ class Carried:
                 )
         return cls(tuple(Pair(*row) for row in rows[1:]))
 
+    @cached_property
+    def _by_old(self) -> dict[str, list[Pair]]:
+        found: dict[str, list[Pair]] = {}
+        for pair in self.pairs:
+            found.setdefault(pair.old, []).append(pair)
+        return found
+
     def find_way(self, old: str, new: str) -> tuple[Pair, ...]:
         """The pairs that lead from one digest to another, fewest first; none where nothing does."""
         ways: dict[str, tuple[Pair, ...]] = {old: ()}
         pending = [old]
         while pending and new not in ways:
             here = pending.pop(0)
-            for pair in self.pairs:
-                if pair.old == here and pair.new not in ways:
+            for pair in self._by_old.get(here, ()):
+                if pair.new not in ways:
                     ways[pair.new] = (*ways[here], pair)
                     pending.append(pair.new)
         return ways.get(new, ())

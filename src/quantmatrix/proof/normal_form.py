@@ -35,7 +35,9 @@ from quantmatrix.proof.source_modules import (
 if TYPE_CHECKING:
     from quantmatrix.proof.definitions import Package
 
-UNSAID = ("ctx", "type_comment", "kind", "annotation", "returns", "type_params", "type_ignores")
+UNSAID = frozenset(
+    ("ctx", "type_comment", "kind", "annotation", "returns", "type_params", "type_ignores")
+)
 """Fields of a syntax tree that compute nothing."""
 WORDING = ("remedy", "help", "message")
 """Keywords that take text for people."""
@@ -153,7 +155,8 @@ class Normaliser:
 
     def visit(self, node: Any) -> None:
         """Write a node, a list of nodes or a value."""
-        if isinstance(node, list):
+        kind = type(node)
+        if kind is list:
             self.out.append("[")
             for item in filter(self.counts, node):
                 self.visit(item)
@@ -162,9 +165,10 @@ class Normaliser:
             if self.wording and is_wording(node):
                 self.out.append("words")
                 return
-            if isinstance(node, ast.Subscript) and is_own_path(node):
+            if kind is ast.Subscript and is_own_path(node):  # type: ignore[arg-type]
                 node = ast.Attribute(node.value.value, "parent")  # type: ignore[attr-defined]
-            special = SPECIAL.get(type(node))
+                kind = ast.Attribute
+            special = SPECIAL.get(kind)
             if special is None:
                 self.visit_fields(node)
             else:
@@ -175,14 +179,19 @@ class Normaliser:
     def visit_fields(self, node: ast.AST, without: tuple[str, ...] = ()) -> None:
         """Write a node by its fields, empty ones left out: Pythons differ in these."""
         self.out.append(type(node).__name__)
-        for name, value in ast.iter_fields(node):
-            if name not in UNSAID and name not in without and value is not None and value != []:
+        for name in node._fields:
+            if name in UNSAID or name in without:
+                continue
+            value = getattr(node, name, None)
+            if value is not None and value != []:
                 self.out.append(name)
                 self.visit(value)
         self.out.append(";")
 
     def counts(self, node: Any) -> bool:
         """Whether a node of a list computes anything."""
+        if not isinstance(node, ast.stmt):
+            return True
         if isinstance(node, (ast.Global, ast.Nonlocal)) or is_docstring(node) or is_log(node):
             return False
         if isinstance(node, ast.AnnAssign) and node.value is None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from quantmatrix.errors import QuantmatrixError
 
@@ -26,8 +26,7 @@ class UnknownValueError(Exception):
     """An expression whose value is not plain to see."""
 
 
-@dataclass(frozen=True)
-class Definition:
+class Definition(NamedTuple):
     """A definition by its address: module below the package (`kernels.linear_fp8`), and name."""
 
     module: str
