@@ -8,7 +8,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -135,21 +135,21 @@ def list_places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]
     return [p for key, item in items for p in [(*path, key), *list_places(item, (*path, key))]]
 
 
-def list_damages(whole: dict[str, Any]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """(place, a copy) with one value gone, or replaced by others."""
-    found = []
+def list_damages(whole: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """(place, the same data) with one value gone, or replaced by others, until the next is asked for."""
     for place in list_places(whole):
+        inner: Any = whole
+        for key in place[:-1]:
+            inner = inner[key]
+        kept = copy.copy(inner)
         for value in ("gone", None, 3, -1.5, True, "x", [], {}, {"a": 1}, 10**400):
-            changed = copy.deepcopy(whole)
-            inner = changed
-            for key in place[:-1]:
-                inner = inner[key]
             if value == "gone":
                 del inner[place[-1]]
             else:
                 inner[place[-1]] = value
-            found.append((place, changed))
-    return found
+            yield place, whole
+            inner.clear()
+            inner.update(kept) if isinstance(inner, dict) else inner.extend(kept)
 
 
 def test_words_and_schema_say_the_same(example: tuple[Any, dict[str, Any]], schema: Schema) -> None:

@@ -124,7 +124,7 @@ def test_compiled_blocks_exchange_through_peer_memory(monkeypatch: pytest.Monkey
     """Blocks are traced as `--compile` does, with the shapes that the ops say they give."""
     torch.manual_seed(0)
     texts, known = 13, models.load("flux-1")
-    parts = {**known.STAND_IN.transformer, "num_attention_heads": 3}
+    parts = {**known.STAND_IN.transformer, "num_attention_heads": 3, "num_single_layers": 1}
     transformer = getattr(diffusers, known.TRANSFORMER)(**parts).eval().requires_grad_(False)
     inputs = make_inputs("flux-1", transformer, "cpu", torch.float32, size="tiny")
     inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :texts]
