@@ -3,7 +3,8 @@
 Around an attention every process gives its tokens' heads away and gets all tokens of its own heads.
 diffusers exchanges queries, keys and values one after the other, and copies each before and after.
 Here they travel together: one exchange there and one back, and what arrives is read as it lies. GPUs that
-reach each other's memory write it there (`quantmatrix.runtime.peer_memory`); others send it:
+reach each other's memory write it there (`quantmatrix.runtime.peer_memory`). Others send it, and so are
+heads sent whose width D is no power of two, which the kernels there do not take:
 
 | step | layout |
 | ---- | ------ |

@@ -54,9 +54,15 @@ def test_sharded_blocks_give_the_same_numbers_again_and_again(
     """Shares are sent, or read where they lie in memory that the processes share."""
     memory = torch.full((2, 1 << 16), 255, dtype=torch.uint8).share_memory_()
 
+    meetings: list[dict[str, int]] = []
+
+    def meet(**options: int) -> None:
+        meetings.append(options)
+        distributed.barrier()
+
     def lend(group: Any, device: Any, size: int) -> Area:
         parts = tuple(part[:size] for part in memory)
-        meeting = SimpleNamespace(barrier=lambda **options: distributed.barrier())
+        meeting = SimpleNamespace(barrier=meet)
         return Area(Landing(parts, torch.empty(0)), parts[distributed.get_rank()], meeting)
 
     if lent:
@@ -73,6 +79,7 @@ def test_sharded_blocks_give_the_same_numbers_again_and_again(
         with torch.no_grad():
             for _ in range(3):
                 assert torch.equal(model(x), expected)
+        assert len(meetings) == lent, "all have written before one reads, and nobody waits later"
         after = [(b.weight.stride(), b.codes.dtype) for b in (*model.first, *model.second)]
         assert after == before
         assert all(block.scale is block.again for block in model.first)
