@@ -187,7 +187,8 @@ def show_several(forms: dict[str, Any]) -> list[str]:
     ]
     return [
         "One forward at true size on one GPU and on two of one host (`benchmarks/several_gpus.py`); a "
-        "weight of a `sharded` form lies half on each.",
+        "weight of a `sharded` form lies half on each, and a `ring` gathers keys and values where others exchange "
+        "heads.",
         "",
         "| model, form, mode | one GPU, ms | two GPUs, ms | ratio | peak GiB of one | of each of two |",
         "| - | -: | -: | -: | -: | -: |",

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 import traceback
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,7 @@ from quantmatrix.hardware import probe
 from quantmatrix.measure.bench import speed
 from quantmatrix.measure.bench.synthetic import make_inputs, synthesize
 from quantmatrix.runtime import parallel, peer_memory
-from quantmatrix.runtime.library_logs import quiet
 from quantmatrix.runtime.sharded_weights import shard
-from quantmatrix.runtime.token_shares import follow_tokens
 
 FORMS: dict[str, dict[str, str]] = {
     "BF16": {},
@@ -56,7 +53,8 @@ WANTED = (
     "qwen-image FP8 eager",
     "wan-2-2 BF16 eager",
 )
-"""Model, form and mode, in order of worth; `sharded` splits the weights of the shared one, too."""
+"""Model, form and mode, in order of worth; `sharded` splits the weights of the shared one, too;
+`ring` gathers keys and values where others exchange heads."""
 
 
 def main() -> int:
@@ -123,18 +121,14 @@ def run_once(
     given: argparse.Namespace, model: str, form: str, mode: str, device: str, processes: int
 ) -> dict[str, Any]:
     """One model, whole in this process or parted among all of them."""
-    from diffusers import ContextParallelConfig
-
     size = "tiny" if given.tiny else "full"
     module: Any = synthesize(model, probe.probe(device), size=size, **FORMS[form])
     inputs = make_inputs(model, module, device, torch.bfloat16, size=size)
     if processes > 1:
         if model == "flux-2":  # pipelines give positions of every picture of a batch
             inputs |= {name: inputs[name][None] for name in ("img_ids", "txt_ids")}
-        config = ContextParallelConfig(ulysses_degree=processes, ulysses_anything=True)
-        with quiet(), parallel.count_processor() if given.tiny else nullcontext():
-            module.enable_parallelism(config=config)
-        follow_tokens(module, config, processes)
+        degrees = (1, processes) if "ring" in mode else (processes, 1)
+        parallel.part(module, *degrees, on_cpu=given.tiny)
     if processes > 1 and "sharded" in mode:
         shard(module, models.load(model).BLOCKS)
         gc.collect()

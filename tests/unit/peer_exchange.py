@@ -1,6 +1,7 @@
 """Started by torchrun on two GPUs: attentions of many sizes through each other's memory, alone and in graphs.
 
-The memory grows while the GPUs are busy, and graphs go on to use the smaller one. Prints JSON: attentions
+The memory grows while the GPUs are busy, and graphs go on to use the smaller one. One head cannot be
+exchanged: its keys and values are gathered through NCCL. Prints JSON: attentions
 compared with those of one GPU, the largest difference, and how often the memory grew.
 """
 
@@ -10,6 +11,7 @@ import json
 import os
 from typing import Any
 
+import diffusers
 import torch
 from torch import distributed
 from torch.nn import functional
@@ -24,6 +26,7 @@ FORMS = (
     (2, 5, 64, torch.float16),
     (1, 40, 128, torch.float32),
     (2, 3, 128, torch.bfloat16),
+    (2, 1, 64, torch.bfloat16),
 )
 """Samples, heads, width of a head, dtype."""
 
@@ -40,6 +43,9 @@ def main() -> None:
     group: Any = distributed.group.WORLD
     peers = peer_memory.connect(group, torch.device("cuda", rank))
     assert peers is not None
+    ring = diffusers.ContextParallelConfig(ring_degree=2)
+    mesh = distributed.init_device_mesh("cuda", ring.mesh_shape, mesh_dim_names=ring.mesh_dim_names)
+    ring.setup(rank, 2, torch.device("cuda", rank), mesh)
     differences, calls = [], []
     for number, (tokens, form) in enumerate((t, f) for t in TOKENS for f in FORMS):
         *shape, dtype = form
@@ -55,7 +61,11 @@ def main() -> None:
         def exchange(*parts: torch.Tensor, shares: list[int] = shares) -> torch.Tensor:
             return head_exchange.attend(*parts, shares, group, attend_alone)
 
-        run = GraphedForward(exchange) if number % 2 else exchange
+        def collect(*parts: torch.Tensor, shares: list[int] = shares) -> torch.Tensor:
+            return head_exchange.attend_in_groups(*parts, shares, ring, attend_alone)
+
+        act = exchange if heads > 1 else collect
+        run = GraphedForward(act) if number % 2 else act
         mine = [x.tensor_split(2, dim=1)[rank] for x in whole]
         mine[1] = torch.cat([mine[1]] * 2, dim=3)[..., width:]  # keys of a wider tensor
         calls.append((run, mine, exact))

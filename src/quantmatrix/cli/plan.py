@@ -69,6 +69,7 @@ def describe_shares(plan: Any) -> dict[str, Any]:
 
     if plan.processes == 1 or plan.model not in models.IDS:
         return {}
+    from quantmatrix.runtime.plan.context_parallel import choose_degrees, count_heads
     from quantmatrix.runtime.token_shares import share_out
 
     usual, asked = models.load(plan.model).DEFAULTS, plan.request
@@ -77,7 +78,15 @@ def describe_shares(plan: Any) -> dict[str, Any]:
     tokens = (height // PATCH) * (width // PATCH) * (-(-frames // CLIP))
     shares = share_out(tokens, plan.processes)
     size = {"height": height, "width": width, "frames": frames}
-    return {"shares": {**size, "tokens": tokens, "of_each": shares, "even": len({*shares}) == 1}}
+    names = ("ulysses", "ring")
+    degrees = {
+        name: dict(zip(names, choose_degrees(count_heads(part), plan.processes), strict=True))
+        for name, part in plan.components.items()
+    }
+    even = len({*shares}) == 1
+    return {
+        "shares": {**size, "tokens": tokens, "of_each": shares, "even": even, "degrees": degrees}
+    }
 
 
 def print_plan(plan: Mapping[str, Any]) -> None:
@@ -108,11 +117,17 @@ def print_plan(plan: Mapping[str, Any]) -> None:
 
 def describe_tokens(shares: Mapping[str, Any]) -> str:
     """How tokens are parted, and which exchange of diffusers follows where texts divide as well."""
+    from quantmatrix.runtime.plan.context_parallel import name_degrees
+
     clip = f" x {shares['frames']}" if shares["frames"] > 1 else ""
     size = f"{shares['width']} x {shares['height']}{clip}"
     each = " + ".join(map(str, shares["of_each"]))
-    way = "evenly (Ulysses)" if shares["even"] else "by a rule that all processes know"
-    return f"tokens: {shares['tokens']} of {size} as {each}, exchanged {way}; texts by their length"
+    way = "evenly" if shares["even"] else "by a rule that all processes know"
+    named = {name_degrees(**degrees): None for degrees in shares["degrees"].values()}
+    return (
+        f"tokens: {shares['tokens']} of {size} as {each}, exchanged {way} ({', '.join(named)}); "
+        "texts by their length"
+    )
 
 
 def describe_weights(plan: Mapping[str, Any], name: str, part: Mapping[str, Any]) -> str:

@@ -16,8 +16,12 @@ heads sent whose width D is no power of two, which the kernels there do not take
 
 Processes may hold different numbers of tokens; `quantmatrix.runtime.token_shares` knows them.
 Where P does not divide H the last process has fewer heads, and zeros are sent in their place; it computes
-nothing with them. A ring of processes would need no heads at all, but sends every key and value
-P - 1 times, where this sends them once.
+nothing with them.
+
+Processes of too few heads (`quantmatrix.runtime.plan.context_parallel.choose_degrees`) exchange them in groups,
+and gather keys and values of all groups for the attention of their own tokens. That is diffusers' ring,
+whose parts arrive at once, too, but it is one attention instead of one for each part: it needs no
+log-sum-exp, which torch's own attention does not give, and rounds as one process does.
 """
 
 from __future__ import annotations
@@ -87,11 +91,56 @@ def attend(
     return joined.reshape(batch, tokens, most * count, width)[:, :, :heads]
 
 
+def attend_in_groups(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    shares: Sequence[int],
+    config: Any,
+    attention: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """What `attend` gives, with heads exchanged in groups of `config.ulysses_degree` processes alone.
+
+    Query, key and value are as there, [B, S, H, D] of one dtype; `config` is diffusers'
+    `ContextParallelConfig`. `attention` takes a query [B, T, h, D] of the T tokens of the group, and keys and
+    values of all tokens.
+    """
+    size = config.ulysses_degree
+    groups = [shares[first : first + size] for first in range(0, len(shares), size)]
+    counts = [sum(group) for group in groups]
+
+    def attend_to_all(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        both = torch.stack((key.transpose(0, 1), value.transpose(0, 1)), 1)
+        every = gather(both, counts, config._ring_mesh.get_group())
+        return attention(query, *(x.transpose(0, 1) for x in every.unbind(1)))
+
+    if size == 1:
+        return attend_to_all(query, key, value)
+    own = groups[config._ring_local_rank]
+    return attend(query, key, value, own, config._ulysses_mesh.get_group(), attend_to_all)
+
+
+def gather(x: torch.Tensor, counts: Sequence[int], group: Any) -> torch.Tensor:
+    """x [S, ...] of any dtype, and what the other processes of a group hold: [sum(counts), ...]."""
+    most = max(counts)
+    missing = most - len(x)
+    padded = torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x.contiguous()
+    own = torch.ops._c10d_functional
+    found: torch.Tensor = own.wait_tensor(
+        own.all_gather_into_tensor(padded, len(counts), group.group_name)
+    )
+    if len(set(counts)) == 1:
+        return found
+    parts = zip(found.split(most), counts, strict=True)
+    return torch.cat([part[:count] for part, count in parts])
+
+
 def replace_attention(find_shares: Callable[[int], Sequence[int] | None]) -> None:
     """Let diffusers' context-parallel attention take this way wherever it can.
 
     `find_shares` gives the tokens of every process by those of this one, None where it cannot
-    tell. Masks, cross-attention, rings and log-sum-exps stay with diffusers.
+    tell. Cross-attention and log-sum-exps stay with diffusers; so do masks, and tokens of which `find_shares`
+    cannot tell, where all processes exchange heads.
     """
     from diffusers.models import attention_dispatch
 
@@ -115,22 +164,33 @@ def replace_attention(find_shares: Callable[[int], Sequence[int] | None]) -> Non
         _parallel_config: Any = None,
     ) -> Any:
         config = _parallel_config.context_parallel_config
-        shares = find_shares(query.shape[1]) if config.ring_degree == 1 else None
-        plain = attn_mask is None and not (dropout_p or is_causal or enable_gqa or return_lse)
+        one_group = config.ring_degree == 1
+        shares = find_shares(query.shape[1])
+        plain = not (dropout_p or is_causal or enable_gqa or return_lse)
         fits = query.shape == key.shape == value.shape
-        if shares is None or not plain or not fits:
+        stays = one_group and (shares is None or attn_mask is not None)
+        if stays or not plain or not fits:
             return original(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse,
                 forward_op=forward_op, backward_op=backward_op, _parallel_config=_parallel_config,
             )  # fmt: skip
 
+        mask, tokens = attn_mask, query.shape[1]
+        everyone = config._flattened_mesh
+        if shares is None:
+            shares = list(attention_dispatch.gather_size_by_comm(tokens, everyone.get_group()))
+        if mask is not None and mask.shape[-1] == tokens:
+            mask = gather(mask.movedim(-1, 0), shares, everyone.get_group()).movedim(0, -1)
+
         def attention(*parts: torch.Tensor) -> torch.Tensor:
             return forward_op(
-                None, *parts, None, 0.0, False, scale, False, False,
+                None, *parts, mask, 0.0, False, scale, False, False,
                 _save_ctx=False, _parallel_config=_parallel_config,
             )  # fmt: skip
 
-        return attend(query, key, value, shares, config._ulysses_mesh.get_group(), attention)
+        if one_group:
+            return attend(query, key, value, shares, config._ulysses_mesh.get_group(), attention)
+        return attend_in_groups(query, key, value, shares, config, attention)
 
     templated.original = original  # type: ignore[attr-defined]
     attention_dispatch._templated_context_parallel_attention = templated

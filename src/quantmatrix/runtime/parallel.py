@@ -1,10 +1,10 @@
 """Parallel: one generation on several devices of a machine (`--nproc-per-node 4`).
 
 torchrun starts one process per device. Each holds the whole quantized transformer and works on its
-share of the tokens (`token_shares` says which); diffusers' context parallelism (Ulysses) exchanges
-heads for tokens around every attention. The layers see fewer rows and compute each row as before, so
-the latents are those of one process, within the rounding of the compute dtype. Only the first process
-writes and prints.
+share of the tokens (`token_shares` says which); diffusers' context parallelism exchanges heads for
+tokens around every attention (Ulysses), and gathers keys and values where heads are too few (ring). The
+layers see fewer rows and compute each row as before, so the latents are those of one process, within
+the rounding of the compute dtype. Only the first process writes and prints.
 
 diffusers 0.42.1 divides by the number of accelerators, which is 0 on a CPU; `count_processor` gives
 it 1 there, and everything else works over gloo.
@@ -37,6 +37,7 @@ from quantmatrix.runtime.library_logs import quiet
 from quantmatrix.runtime.peer_memory import TIMEOUT
 from quantmatrix.runtime.pipeline import build_pipeline
 from quantmatrix.runtime.plan import decide
+from quantmatrix.runtime.plan.context_parallel import choose_degrees, count_heads
 from quantmatrix.runtime.plan.types import Plan, require
 from quantmatrix.runtime.run import Run
 from quantmatrix.runtime.sharded_weights import shard
@@ -151,15 +152,21 @@ def join(request: Request) -> Iterator[tuple[int, Plan, Any]]:
 
 def split(pipeline: Any, plan: Plan, count: int) -> None:
     """Let each transformer of a pipeline work on this process's share of the tokens."""
+    for name, component in plan.components.items():
+        degrees = choose_degrees(count_heads(component), count)
+        part(getattr(pipeline, name), *degrees, on_cpu=plan.machine.device == "cpu")
+
+
+def part(transformer: Any, ulysses: int, ring: int, *, on_cpu: bool) -> None:
+    """Let a transformer work on this process's share of the tokens, with degrees of Ulysses and ring."""
     from diffusers import ContextParallelConfig
 
-    on_cpu = plan.machine.device == "cpu"
-    for name in plan.components:
-        transformer = getattr(pipeline, name)
-        config = ContextParallelConfig(ulysses_degree=count, ulysses_anything=True)
-        with quiet(), count_processor() if on_cpu else nullcontext():
-            transformer.enable_parallelism(config=config)
-        follow_tokens(transformer, config, count)
+    config = ContextParallelConfig(
+        ulysses_degree=ulysses, ring_degree=ring, ulysses_anything=ring == 1
+    )
+    with quiet(), count_processor() if on_cpu else nullcontext():
+        transformer.enable_parallelism(config=config)
+    follow_tokens(transformer, config, ulysses * ring)
 
 
 def count_processor() -> Any:

@@ -155,7 +155,7 @@ def try_out(peers: PeerMemory) -> list[str | None]:
         arrived = area.own.view(torch.int64).tolist()
         if arrived != list(range(1, count + 1)):
             found = f"process {peers.rank} got {arrived} from processes 1 to {count}"
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         found = str(error).splitlines()[0]
     said: list[Any] = [None] * count
     distributed.all_gather_object(said, found, peers.group)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from quantmatrix.runtime.head_exchange import replace_attention
+from quantmatrix.runtime.head_exchange import gather, replace_attention
 from quantmatrix.runtime.peer_memory import connect
 
 PARTED = ("hidden_states", "encoder_hidden_states")
@@ -91,18 +91,19 @@ def follow_tokens(transformer: nn.Module, config: Any, processes: int) -> None:
     """
     rank = distributed.get_rank()
     names = list(inspect.signature(type(transformer).forward).parameters)[1:]
+    one_group = config.ring_degree == 1
     uneven_heads = bool(getattr(transformer.config, "num_attention_heads", 0) % processes)
 
     def choose(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         lengths = count_tokens(module, dict(zip(names, args, strict=False)) | kwargs)
         uneven = any(length % processes for length in lengths)
-        config.ulysses_anything = uneven or uneven_heads
+        config.ulysses_anything = uneven or (one_group and uneven_heads)
         _known.clear()
         _known.update(name_shares(lengths, processes, rank))
 
     transformer.register_forward_pre_hook(choose, with_kwargs=True)
     device = next(transformer.parameters(), torch.empty(0)).device
-    if device.type == "cuda":
+    if device.type == "cuda" and one_group:
         connect(config._ulysses_mesh.get_group(), device)
     answer_by_rule()
     replace_attention(find_shares)
@@ -114,7 +115,11 @@ def find_shares(tokens: int) -> list[int] | None:
 
 
 def answer_by_rule() -> None:
-    """Let diffusers take the tokens of all processes from the rule, where it tells them."""
+    """Let diffusers take the tokens of all processes from the rule, where it tells them.
+
+    An output whose parts are not equally long is padded and gathered at once: diffusers sends one part
+    after the other, which gloo refuses.
+    """
     from diffusers.hooks import context_parallel
     from diffusers.models import attention_dispatch
 
@@ -127,6 +132,11 @@ def answer_by_rule() -> None:
         found: list[int] = ask(size, group) if known is None else known
         return found
 
+    def gather_output(part: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
+        counts = answer(part.shape[dim], group)
+        return gather(part.movedim(dim, 0), counts, group).movedim(0, dim)
+
     answer.by_rule = True  # type: ignore[attr-defined]
     attention_dispatch.gather_size_by_comm = answer
     context_parallel.gather_size_by_comm = answer
+    context_parallel._all_gather_anything = gather_output

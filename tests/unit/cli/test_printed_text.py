@@ -134,40 +134,47 @@ def test_the_true_size_of_a_plan(why: str, monkeypatch: pytest.MonkeyPatch) -> N
     }
 
 
-def shares_of(model: str, processes: int, **asked: int) -> dict[str, Any]:
+def shares_of(model: str, processes: int, *heads: int, **asked: int) -> dict[str, Any]:
     size = SimpleNamespace(**{"height": None, "width": None, "num_frames": None, **asked})
-    return plan.describe_shares(SimpleNamespace(model=model, processes=processes, request=size))
+    parts = {f"part-{n}": SimpleNamespace(config={"num_attention_heads": n}) for n in heads}
+    given = SimpleNamespace(model=model, processes=processes, request=size, components=parts)
+    return plan.describe_shares(given)
 
 
 @pytest.mark.parametrize(
-    ("model", "processes", "asked", "found", "text"),
+    ("model", "processes", "heads", "asked", "found", "degrees", "text"),
     [
         (
-            "flux-1", 2, {}, (1024, 1024, 1, 4096, [2048, 2048], True),
+            "flux-1", 2, [24], {}, (1024, 1024, 1, 4096, [2048, 2048], True), [(2, 1)],
             "tokens: 4096 of 1024 x 1024 as 2048 + 2048, exchanged evenly (Ulysses); texts by their length",
         ),
         (
-            "qwen-image", 2, {"width": 1040, "height": 1008}, (1008, 1040, 1, 4095, [2048, 2047], False),
-            "tokens: 4095 of 1040 x 1008 as 2048 + 2047, exchanged by a rule that all processes know; "
-            "texts by their length",
+            "qwen-image", 2, [24], {"width": 1040, "height": 1008},
+            (1008, 1040, 1, 4095, [2048, 2047], False), [(2, 1)],
+            "tokens: 4095 of 1040 x 1008 as 2048 + 2047, exchanged by a rule that all processes know "
+            "(Ulysses); texts by their length",
         ),
         (
-            "wan-2-2", 4, {}, (480, 832, 81, 32760, [8190] * 4, True),
-            "tokens: 32760 of 832 x 480 x 81 as 8190 + 8190 + 8190 + 8190, exchanged evenly (Ulysses); "
-            "texts by their length",
+            "wan-2-2", 4, [40, 24, 6], {}, (480, 832, 81, 32760, [8190] * 4, True), [(4, 1), (4, 1), (2, 2)],
+            "tokens: 32760 of 832 x 480 x 81 as 8190 + 8190 + 8190 + 8190, exchanged evenly (Ulysses, "
+            "Ulysses 2 x ring 2); texts by their length",
         ),
         (
-            "wan-2-2", 2, {"num_frames": 5}, (480, 832, 5, 3120, [1560, 1560], True),
-            "tokens: 3120 of 832 x 480 x 5 as 1560 + 1560, exchanged evenly (Ulysses); texts by their length",
+            "wan-2-2", 2, [1], {"num_frames": 5}, (480, 832, 5, 3120, [1560, 1560], True), [(1, 2)],
+            "tokens: 3120 of 832 x 480 x 5 as 1560 + 1560, exchanged evenly (ring); texts by their length",
         ),
     ],
 )  # fmt: skip
 def test_the_shares_of_a_plan(
-    model: str, processes: int, asked: dict[str, int], found: tuple[Any, ...], text: str
-) -> None:
-    names = ("height", "width", "frames", "tokens", "of_each", "even")
-    shares = dict(zip(names, found, strict=True))
-    assert shares_of(model, processes, **asked) == {"shares": shares}
+    model: str, processes: int, heads: list[int], asked: dict[str, int], found: tuple[Any, ...],
+    degrees: list[tuple[int, int]], text: str,
+) -> None:  # fmt: skip
+    names = ("height", "width", "frames", "tokens", "of_each", "even", "degrees")
+    pairs = {
+        f"part-{n}": {"ulysses": a, "ring": b} for n, (a, b) in zip(heads, degrees, strict=True)
+    }
+    shares = dict(zip(names, (*found, pairs), strict=True))
+    assert shares_of(model, processes, *heads, **asked) == {"shares": shares}
     assert plan.describe_tokens(shares) == text
     assert shares_of(model, 1, **asked) == {}
     assert shares_of("sd-3-5", processes) == {}

@@ -78,7 +78,8 @@ def test_what_a_process_sends_and_computes(
     [
         ({}, True), ({"scale": 0.5}, True), ({"key": 7}, False), ({"value": 7}, False), ({"query": 7}, False),
         ({"attn_mask": 1}, False), ({"dropout_p": 0.1}, False), ({"is_causal": True}, False),
-        ({"enable_gqa": True}, False), ({"return_lse": True}, False), ({"ring": 2}, False), ({"known": None}, False),
+        ({"enable_gqa": True}, False), ({"return_lse": True}, False), ({"known": None}, False),
+        ({"ring": 2, "return_lse": True}, False), ({"ring": 2, "is_causal": True}, False),
     ],
 )  # fmt: skip
 def test_only_plain_attention_over_tokens_of_all_is_exchanged(
@@ -101,7 +102,9 @@ def test_only_plain_attention_over_tokens_of_all_is_exchanged(
     assert attention_dispatch._templated_context_parallel_attention is templated
     parts = [torch.empty(1, changes.get(n, 4), 2, 3) for n in ("query", "key", "value")]
     mesh = SimpleNamespace(get_group=lambda: "group")
-    config = SimpleNamespace(ring_degree=changes.get("ring", 1), _ulysses_mesh=mesh)
+    config = SimpleNamespace(
+        ring_degree=changes.get("ring", 1), _ulysses_mesh=mesh, _flattened_mesh=None
+    )
     words = {
         "_parallel_config": SimpleNamespace(context_parallel_config=config),
         "forward_op": lambda context, *parts, **more: (context, *parts, more),
@@ -117,6 +120,53 @@ def test_only_plain_attention_over_tokens_of_all_is_exchanged(
         defaults = dict(zip(given, (None, 0.0, False, None, False, False), strict=True))
         known = {n: v for n, v in changes.items() if n in given}
         assert found == ("original", tuple((defaults | known).values()), words)
+
+
+@pytest.mark.parametrize(
+    ("known", "mask", "masked"),
+    [
+        ([4, 4], None, None), (None, None, None), ([4, 4], (1, 1, 1, 4), (1, 1, 1, 8)),
+        (None, (2, 4), (2, 8)), ([4, 4], (1, 8), (1, 8)),
+    ],
+)  # fmt: skip
+def test_keys_and_masks_are_gathered_where_heads_are_too_few(
+    known: list[int] | None, mask: Any, masked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens that no rule names are asked for; a mask of all keys is taken as it is."""
+    from diffusers.models import attention_dispatch
+
+    asked: list[Any] = []
+
+    def ask(size: int, group: str) -> tuple[int, ...]:
+        asked.append((size, group))
+        return 4, 4
+
+    def gather(x: torch.Tensor, counts: list[int], group: str) -> torch.Tensor:
+        assert (counts, group) == ([4, 4], "everyone")
+        return torch.cat((x, x))
+
+    def attend(query: Any, key: Any, value: Any, shares: Any, config: Any, run: Any) -> Any:
+        return ("ours", shares, config, run(query, key, value))
+
+    monkeypatch.setattr(attention_dispatch, "_templated_context_parallel_attention", None)
+    monkeypatch.setattr(attention_dispatch, "gather_size_by_comm", ask)
+    monkeypatch.setattr(head_exchange, "attend_in_groups", attend)
+    monkeypatch.setattr(head_exchange, "gather", gather)
+    head_exchange.replace_attention({4: known}.get)
+    templated: Any = attention_dispatch._templated_context_parallel_attention
+    parts = [torch.empty(1, 4, 2, 3) for _ in range(3)]
+    everyone = SimpleNamespace(get_group=lambda: "everyone")
+    config = SimpleNamespace(ring_degree=2, _flattened_mesh=everyone)
+    given = None if mask is None else torch.ones(mask)
+    found = templated(
+        *parts, given, scale=0.5, forward_op=lambda context, *all, **more: all, backward_op=None,
+        _parallel_config=SimpleNamespace(context_parallel_config=config),
+    )  # fmt: skip
+    name, shares, passed, (*same, seen, dropout, causal, scale, gqa, lse) = found
+    assert (name, shares, passed, same) == ("ours", [4, 4], config, parts)
+    assert (dropout, causal, scale, gqa, lse) == (0.0, False, 0.5, False, False)
+    assert (None if seen is None else seen.shape) == masked
+    assert asked == ([] if known else [(4, "everyone")])
 
 
 # --- pictures --------------------------------------------------------------------------------
@@ -361,9 +411,12 @@ def test_graphs_are_forgotten() -> None:
 # --- processes -------------------------------------------------------------------------------
 
 
-def make_plan(device: str = "cpu", processes: int = 3, *components: str) -> Any:
+def make_plan(device: str = "cpu", processes: int = 3, **heads: int) -> Any:
     machine = SimpleNamespace(device=device)
-    parts = dict.fromkeys(components or ("transformer",))
+    parts = {
+        name: SimpleNamespace(config={"num_attention_heads": count})
+        for name, count in (heads or {"transformer": 3}).items()
+    }
     return Plan(
         Request(model_path="m"), "flux-1", machine, "b", "P", parts, False, False, processes
     )  # type: ignore[arg-type]
@@ -381,8 +434,9 @@ def test_each_transformer_is_split(device: str, monkeypatch: pytest.MonkeyPatch)
     before = torch.accelerator.device_count()
     monkeypatch.setattr(parallel, "follow_tokens", lambda part, config, count: seen.append(count))
     pipe = SimpleNamespace(one=Part(), two=Part())
-    parallel.split(pipe, make_plan(device, 3, "one", "two"), 3)
-    assert seen == [(3, True, 1), 1 if device == "cpu" else before, 3] * 2
+    parallel.split(pipe, make_plan(device, 6, one=24, two=4), 6)
+    counted = 1 if device == "cpu" else before
+    assert seen == [(6, True, 1), counted, 6, (2, False, 3), counted, 6]
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,10 @@ def test_compiled_blocks_exchange_through_peer_memory(monkeypatch: pytest.Monkey
     monkeypatch.setattr(head_exchange, "exchange", None)
 
     def act(rank: int) -> None:
-        plan = SimpleNamespace(machine=SimpleNamespace(device="cpu"), components=["transformer"])
+        component = SimpleNamespace(config=parts)
+        plan = SimpleNamespace(
+            machine=SimpleNamespace(device="cpu"), components={"transformer": component}
+        )
         parallel.split(SimpleNamespace(transformer=transformer), plan, 2)
         config = transformer._parallel_config.context_parallel_config
         assert lend(memory).group_name == config._ulysses_mesh.get_group().group_name

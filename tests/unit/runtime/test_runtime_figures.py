@@ -581,11 +581,11 @@ def test_a_model_without_blocks_has_no_shards() -> None:
 
 
 @pytest.mark.parametrize(
-    ("uneven_heads", "length", "anything"),
-    [(4, 8, False), (4, 9, True), (5, 8, True), (0, 8, False)],
-)
+    ("uneven_heads", "ring", "length", "anything"),
+    [(4, 1, 8, False), (4, 1, 9, True), (5, 1, 8, True), (0, 1, 8, False), (5, 2, 8, False), (5, 2, 9, True)],
+)  # fmt: skip
 def test_the_way_of_sharing_is_chosen_for_each_forward(
-    uneven_heads: int, length: int, anything: bool, monkeypatch: pytest.MonkeyPatch
+    uneven_heads: int, ring: int, length: int, anything: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Model(nn.Module):
         _cp_plan: ClassVar = {"": {"hidden_states": 1}}
@@ -597,7 +597,7 @@ def test_the_way_of_sharing_is_chosen_for_each_forward(
     monkeypatch.setattr(token_shares.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(token_shares, "answer_by_rule", lambda: None)
     monkeypatch.setattr(token_shares, "replace_attention", lambda find: None)
-    model, config = Model(), SimpleNamespace(ulysses_anything=None)
+    model, config = Model(), SimpleNamespace(ulysses_anything=None, ring_degree=ring)
     token_shares.follow_tokens(model, config, 2)
     for given in ((torch.empty(1, length, 3),), ()):
         named = {} if given else {"hidden_states": torch.empty(1, length, 3)}

@@ -96,6 +96,51 @@ def test_exchanged_heads_give_the_attention_of_one_process(
 
 
 @pytest.mark.parametrize(
+    ("tokens", "batch", "heads", "ulysses", "ring", "own"),
+    [
+        (8, 2, 2, 2, 2, [1, 1, 1, 1]),
+        (9, 1, 3, 2, 2, [2, 1, 2, 1]),
+        (11, 2, 4, 2, 2, [2, 2, 2, 2]),
+        (6, 1, 2, 1, 3, [2, 2, 2]),
+        (7, 2, 1, 1, 3, [1, 1, 1]),
+    ],
+)
+def test_gathered_keys_give_the_attention_of_one_process(
+    tokens: int, batch: int, heads: int, ulysses: int, ring: int, own: list[int]
+) -> None:
+    """Groups that hold as many tokens and others; both degrees as diffusers numbers their processes."""
+    generator = torch.Generator().manual_seed(tokens)
+    whole = [torch.randn(batch, tokens, heads, 8, generator=generator) for _ in range(3)]
+    expected = attend_alone(*whole)
+    processes = ulysses * ring
+    shares = token_shares.share_out(tokens, processes)
+
+    def act() -> None:
+        distributed.init_process_group("gloo")
+        rank = distributed.get_rank()
+        config = diffusers.ContextParallelConfig(ulysses_degree=ulysses, ring_degree=ring)
+        mesh = distributed.init_device_mesh(
+            "cpu", config.mesh_shape, mesh_dim_names=config.mesh_dim_names
+        )
+        config.setup(rank, processes, torch.device("cpu"), mesh)
+        seen = []
+
+        def attend_own(*parts: torch.Tensor) -> torch.Tensor:
+            seen.extend(part.shape[1:3] for part in parts)
+            return attend_alone(*parts)
+
+        parts = [x.tensor_split(processes, dim=1)[rank].contiguous() for x in whole]
+        found = head_exchange.attend_in_groups(*parts, shares, config, attend_own)
+        assert torch.allclose(found, expected.tensor_split(processes, dim=1)[rank], atol=1e-6)
+        first = rank - rank % ulysses
+        queries = sum(shares[first : first + ulysses])
+        assert seen == [(queries, own[rank]), (tokens, own[rank]), (tokens, own[rank])]
+        distributed.destroy_process_group()
+
+    assert context_parallel.fork(act, processes) == [0] * processes
+
+
+@pytest.mark.parametrize(
     ("heads", "processes", "shares"),
     [(24, 2, [12, 12]), (3, 2, [2, 1]), (30, 4, [8, 8, 8, 6]), (24, 7, [4] * 6 + [0])],
 )
@@ -106,25 +151,40 @@ def test_the_last_process_has_what_is_left_of_the_heads(
 
 
 @pytest.mark.parametrize(
-    ("model", "texts", "masked", "compiled"),
+    ("model", "heads", "processes", "texts", "masked", "compiled"),
     [
-        ("flux-1", 16, False, False),
-        ("flux-1", 13, False, True),
-        ("flux-1", 15, False, False),  # 8 tokens of either sequence: all ask, as diffusers does
-        ("qwen-image", 15, False, False),
-        ("qwen-image", 16, True, False),
+        ("flux-1", 3, 2, 16, False, False),
+        ("flux-1", 3, 2, 13, False, True),
+        (
+            "flux-1",
+            3,
+            2,
+            15,
+            False,
+            False,
+        ),  # 8 tokens of either sequence: all ask, as diffusers does
+        ("qwen-image", 3, 2, 15, False, False),
+        ("qwen-image", 3, 2, 16, True, False),
+        ("flux-1", 3, 3, 13, False, False),  # a picture of 16 tokens is 6, 5 and 5
+        ("flux-1", 2, 4, 16, False, True),  # two groups of two that exchange heads
+        ("flux-1", 2, 3, 13, False, True),
+        ("flux-1", 1, 2, 15, False, False),
+        ("qwen-image", 2, 3, 16, True, False),
+        ("qwen-image", 2, 4, 16, True, False),
     ],
 )
-def test_a_transformer_of_three_heads_is_shared_by_two(
-    model: str, texts: int, masked: bool, compiled: bool
+def test_a_transformer_is_shared_by_processes_that_its_heads_do_not_divide_by(
+    model: str, heads: int, processes: int, texts: int, masked: bool, compiled: bool
 ) -> None:
     """Even and uneven tokens; attention with a mask stays with diffusers, which pads heads, too.
+
+    Where the last process would have no head, keys, values and masks are gathered.
 
     Blocks are traced as `--compile` does, without generating code, and no graph breaks.
     """
     torch.manual_seed(0)
     known = models.load(model)
-    parts = {**known.STAND_IN.transformer, "num_attention_heads": 3}
+    parts = {**known.STAND_IN.transformer, "num_attention_heads": heads}
     transformer = getattr(diffusers, known.TRANSFORMER)(**parts).eval().requires_grad_(False)
     inputs = make_inputs(model, transformer, "cpu", torch.float32, size="tiny")
     inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :texts]
@@ -136,15 +196,18 @@ def test_a_transformer_of_three_heads_is_shared_by_two(
 
     def act() -> None:
         distributed.init_process_group("gloo")
-        plan = SimpleNamespace(machine=SimpleNamespace(device="cpu"), components=["transformer"])
-        parallel.split(SimpleNamespace(transformer=transformer), plan, 2)
+        component = SimpleNamespace(config=parts)
+        plan = SimpleNamespace(
+            machine=SimpleNamespace(device="cpu"), components={"transformer": component}
+        )
+        parallel.split(SimpleNamespace(transformer=transformer), plan, processes)
         if compiled:
             compile_blocks(transformer, backend="eager", fullgraph=True)
         found = transformer(**inputs)[0]
         assert torch.allclose(found, expected, atol=1e-5), (found - expected).abs().max()
         distributed.destroy_process_group()
 
-    assert context_parallel.fork(act, 2) == [0, 0]
+    assert context_parallel.fork(act, processes) == [0] * processes
 
 
 def attend_alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,12 @@
 """Sharing: whether several devices can work on one generation, decided from the plan alone.
 
 diffusers' context parallelism gives each process a share of the tokens, and around every attention
-exchanges heads for tokens. So it needs a model that diffusers knows how to split, a head for each
-process, and the whole transformer on each device. Where the number of processes does not divide the heads,
-the last has fewer, and the plan says how many each has. A tiny stand-in has fewer heads than its model;
-its plan says so and takes as many processes as divide them.
+exchanges heads for tokens (Ulysses). So it needs a model that diffusers knows how to split, and the whole
+transformer on each device. Where the number of processes does not divide the heads, the last has fewer,
+and the plan says how many each has. Where that would leave the last none, heads are exchanged in smaller
+groups, and each process gathers the keys and values of all groups (ring), which sends more: a ring of P
+processes alone P/2 times as much. A tiny stand-in has fewer heads than its model;
+its plan says so and takes as many processes as divide them, so that it goes the way of its model.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from quantmatrix.errors import RefusedError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from quantmatrix.runtime.plan.types import Plan
+    from quantmatrix.runtime.plan.types import ComponentPlan, Plan
 
 RULE = "context-parallel-plan"
 
@@ -36,17 +38,35 @@ def share(plan: Plan) -> Plan:
         raise UsageError(f"{flag} needs the transformer on its device: leave out the offload")
     for name, component in plan.components.items():
         require_plan(plan.model, name, component.class_name)
-    heads = {n: int(p.config.get("num_attention_heads", 0)) for n, p in plan.components.items()}
-    few = [name for name, found in heads.items() if split_heads(found, count)[-1] < 1]
-    if not few:
-        return replace(plan, processes=count, warnings=(*plan.warnings, *say_uneven(heads, count)))
+    heads = {name: count_heads(part) for name, part in plan.components.items()}
+    gathering = any(choose_degrees(found, count)[1] > 1 for found in heads.values())
     fewer = math.gcd(count, *heads.values())
-    if plan.request.tiny and all(heads.values()) and fewer > 1:
+    if plan.request.tiny and gathering and all(heads.values()) and fewer > 1:
         return fit_stand_in(plan, fewer, flag)
-    raise UsageError(
-        f"{flag}: {few[0]} has {heads[few[0]]} attention heads, which leave none for the last "
-        f"process: {advise_count(min(heads.values()), count)}"
-    )
+    return replace(plan, processes=count, warnings=(*plan.warnings, *say_uneven(heads, count)))
+
+
+def count_heads(component: ComponentPlan) -> int:
+    """Attention heads of a transformer; 0 where its configuration does not say."""
+    return int(component.config.get("num_attention_heads", 0))
+
+
+def choose_degrees(heads: int, processes: int) -> tuple[int, int]:
+    """Degrees of Ulysses and ring, whose product is the number of processes.
+
+    As many as possible exchange heads, since a ring sends more: the largest part of the processes in
+    which each has a head.
+    """
+    parts = (few for few in range(processes, 1, -1) if processes % few == 0)
+    ulysses = next((few for few in parts if split_heads(heads, few)[-1] > 0), 1)
+    return ulysses, processes // ulysses
+
+
+def name_degrees(ulysses: int, ring: int) -> str:
+    """Degrees in words."""
+    if ring == 1:
+        return "Ulysses"
+    return f"Ulysses {ulysses} x ring {ring}" if ulysses > 1 else "ring"
 
 
 def split_heads(heads: int, processes: int) -> list[int]:
@@ -61,8 +81,15 @@ def split_heads(heads: int, processes: int) -> list[int]:
 def say_uneven(heads: Mapping[str, int], count: int) -> Iterator[str]:
     """How the heads of each component are shared where the processes do not get equally many."""
     for name, found in heads.items():
-        if found % count:
-            shares = split_heads(found, count)
+        ulysses, ring = choose_degrees(found, count)
+        if ring > 1:
+            yield (
+                f"{name}: its {found} attention heads leave none for the last of {count} processes, so keys "
+                f"and values of all tokens are gathered ({name_degrees(ulysses, ring)}), which sends more"
+                f"{advise_count(found, count)}"
+            )
+        if found % ulysses:
+            shares = split_heads(found, ulysses)
             yield (
                 f"{name}: its {found} attention heads are shared as {', '.join(map(str, shares))}: "
                 f"a step takes as long as the {shares[0]} of the first process"
@@ -70,9 +97,9 @@ def say_uneven(heads: Mapping[str, int], count: int) -> Iterator[str]:
 
 
 def advise_count(heads: int, count: int) -> str:
-    """The next smaller number of processes that have a head each."""
+    """The next smaller number of processes that have a head each, as words; empty without one."""
     fits = [few for few in range(2, count) if split_heads(heads, few)[-1] > 0]
-    return f"try --nproc-per-node {fits[-1]}" if fits else "leave out --nproc-per-node"
+    return f" than --nproc-per-node {fits[-1]}, which exchanges heads alone" if fits else ""
 
 
 def check_sharding(plan: Plan, count: int) -> None:
