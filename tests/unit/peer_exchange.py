@@ -17,7 +17,7 @@ from torch import distributed
 from torch.nn import functional
 
 from quantmatrix.runtime import head_exchange, peer_memory
-from quantmatrix.runtime.acceleration import GraphedForward
+from quantmatrix.runtime.acceleration import GraphedForward, free_graphs
 from quantmatrix.runtime.token_shares import share_out
 
 TOKENS = (64, 513, 4608, 700, 9000, 33)
@@ -77,6 +77,7 @@ def main() -> None:
         seen = {"compared": len(differences), "largest": max(differences), "areas": grown}
         print(json.dumps(seen))
     distributed.barrier()
+    free_graphs()
     distributed.destroy_process_group()
 
 

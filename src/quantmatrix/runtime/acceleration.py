@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import distributed, fx, nn
@@ -62,8 +63,16 @@ def forget(transformer: nn.Module) -> None:
     """
     if any(module._compiled_call_impl is not None for module in transformer.modules()):
         torch._dynamo.reset()
-    if isinstance(transformer.forward, GraphedForward):
-        transformer.forward.graphs.clear()
+    free_graphs()
+
+
+def free_graphs() -> None:
+    """Free all graphs of this process; the next call of each shape captures one again.
+
+    NCCL does not end as long as a graph has kernels of it.
+    """
+    for graphed in list(_graphed):
+        graphed.graphs.clear()
 
 
 class GraphedForward:
@@ -77,6 +86,7 @@ class GraphedForward:
         """Take the forward as it is now; nothing is captured yet."""
         self.forward = forward
         self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Any]] = {}
+        _graphed.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Replay the graph of these shapes; capture it first when there is none."""
@@ -116,6 +126,10 @@ class GraphedForward:
         with torch.cuda.graph(graph, capture_error_mode=mode):
             output = self.forward(*args, **kwargs)
         return graph, [leaf for leaf in owned if isinstance(leaf, torch.Tensor)], output
+
+
+_graphed: WeakSet[GraphedForward] = WeakSet()
+"""All of this process: a hook may stand in front of a transformer's forward, so it is not asked."""
 
 
 def graph_forward(transformer: nn.Module) -> GraphedForward:

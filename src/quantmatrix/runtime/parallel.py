@@ -32,6 +32,7 @@ from quantmatrix.files import write_whole
 from quantmatrix.hardware import probe
 from quantmatrix.quoting import quote
 from quantmatrix.request import Request
+from quantmatrix.runtime.acceleration import free_graphs
 from quantmatrix.runtime.generate import generate
 from quantmatrix.runtime.library_logs import quiet
 from quantmatrix.runtime.peer_memory import TIMEOUT
@@ -147,6 +148,7 @@ def join(request: Request) -> Iterator[tuple[int, Plan, Any]]:
             f"waited {TIMEOUT // 1000} s for another process: {quote(str(error).splitlines()[0])}"
         ) from error
     finally:
+        free_graphs()
         distributed.destroy_process_group()
 
 

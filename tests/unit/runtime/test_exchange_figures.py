@@ -395,11 +395,15 @@ def test_base_weights_of_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.missing == "one lacks a; one lacks a"
 
 
-def test_graphs_are_forgotten() -> None:
+def test_graphs_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(1, 1)
     graphed = acceleration.graph_forward(model)
     assert model.forward is graphed
     graphed.graphs["x"] = None  # type: ignore[assignment]
+    acceleration.forget(model)
+    assert graphed.graphs == {}
+    graphed.graphs["x"] = None  # type: ignore[assignment]
+    monkeypatch.setattr(model, "forward", lambda x: graphed(x))  # what diffusers' hooks do
     acceleration.forget(model)
     assert graphed.graphs == {}
     assert refusal(UsageError, model, torch.ones(2, 1)) == (
@@ -458,6 +462,7 @@ def test_a_process_joins_the_others(
     )  # fmt: skip
     pipe = SimpleNamespace(transformer=1)
     monkeypatch.setattr(parallel, "distributed", own)
+    monkeypatch.setattr(parallel, "free_graphs", lambda: seen.append("free"))
     monkeypatch.setattr(parallel, "find_plan", lambda request: found)
     monkeypatch.setattr(
         parallel, "build_pipeline", lambda plan: seen.append(f"build {plan.processes}") or pipe
@@ -473,10 +478,10 @@ def test_a_process_joins_the_others(
 
     if count != processes:
         assert refusal(UsageError, act) == "2 processes were started, the plan has 3"
-        assert seen == ["gloo", "destroy"]
+        assert seen == ["gloo", "free", "destroy"]
     else:
         act()
-        assert seen == ["gloo", *acts, "run", "barrier", "destroy"]
+        assert seen == ["gloo", *acts, "run", "barrier", "free", "destroy"]
 
 
 def test_a_device_that_waits_in_vain_ends_in_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,14 @@ def test_two_gpus_give_the_latents_of_one(family: str, tmp_path: Path) -> None:
     context_parallel.check_shared(one, two, ROUNDING)
 
 
+def test_graphs_of_two_gpus_give_the_latents_of_one_and_end(tmp_path: Path) -> None:
+    """Whose graphs are still there when NCCL ends would wait for ever."""
+    words = [*FAMILIES["modelopt-fp8"], "--device", "cuda", "--cuda-graph"]
+    one = context_parallel.run_alone(words)
+    two = context_parallel.run_together(tmp_path / "seen.pt", words)
+    context_parallel.check_shared(one, two, ROUNDING)
+
+
 def test_memory_of_the_other_gpu_grows_while_both_are_busy() -> None:
     """A mark of a meeting that was wiped would let one GPU wait for ten minutes."""
     program = Path(__file__).parents[1] / "peer_exchange.py"
