@@ -7,7 +7,8 @@ plan compares the headers of a checkpoint with it, and the loader fills one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,6 @@ from quantmatrix import models
 from quantmatrix.errors import CheckpointError, UsageError
 from quantmatrix.quoting import quote
 from quantmatrix.runtime.library_logs import escaped
-
-if TYPE_CHECKING:
-    from typing import Any
-
-    from torch import nn
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,8 +51,6 @@ def build_empty(class_name: str, config: Mapping[str, Any], config_from: str) ->
     Raises CheckpointError naming `config_from`, the file of the configuration.
     """
     import diffusers
-    from accelerate import init_empty_weights
-    from diffusers.models.modeling_utils import no_init_weights
 
     model_class = find_model_class(class_name)
     if model_class is None:
@@ -66,7 +60,7 @@ def build_empty(class_name: str, config: Mapping[str, Any], config_from: str) ->
         )
     own = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
-        with escaped(), no_init_weights(), init_empty_weights():
+        with escaped(), without_memory():
             model: nn.Module = construct(model_class, own)
     except Exception as error:  # whatever a constructor of diffusers does with a damaged value
         why = quote(f"{type(error).__name__}: {error}")
@@ -75,6 +69,22 @@ def build_empty(class_name: str, config: Mapping[str, Any], config_from: str) ->
             "kind or missing; compare it with the base model's config.json"
         ) from error
     return model
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """A context in which a model's parameters have no memory, and nobody fills them.
+
+    transformers keeps torch's functions that fill as they are when it is imported. Imported in this context,
+    as by a class of diffusers, it would have ones that do nothing, for as long as the process lives: buffers
+    of text encoders that no file has (Gemma's scale of its embeddings) would be whatever lies in memory.
+    """
+    import transformers.initialization  # noqa: F401
+    from accelerate import init_empty_weights
+    from diffusers.models.modeling_utils import no_init_weights
+
+    with no_init_weights(), init_empty_weights():
+        yield
 
 
 def find_model_class(class_name: str) -> Any:
@@ -159,14 +169,12 @@ def build_plain(model: str, size: str) -> nn.Module:
     for any other.
     """
     import diffusers
-    from accelerate import init_empty_weights
-    from diffusers.models.modeling_utils import no_init_weights
 
     module: Any = models.load(model)
     if size not in ("full", "blocks", "tiny"):
         raise UsageError(f"synthetic size {size!r}: expected full, blocks or tiny")
     options = dict(module.TINY if size == "tiny" else module.FULL)
     options |= module.ONE_BLOCK if size == "blocks" else {}
-    with no_init_weights(), init_empty_weights():
+    with without_memory():
         module_built: nn.Module = getattr(diffusers, module.TRANSFORMER)(**options)
     return module_built

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from quantmatrix.cli import main
 from quantmatrix.errors import CheckpointError, RefusedError, UsageError, WitnessError
 from quantmatrix.hardware.probe import multiplies_int8_exactly
 from quantmatrix.request import Request
+from quantmatrix.runtime import empty_model
 from quantmatrix.runtime.load import count_quantized
 from quantmatrix.runtime.quantized_linear import QuantizedLinear
 from quantmatrix.tiny import hub
@@ -94,6 +98,22 @@ def test_what_is_computed_when_a_model_is_built_goes_to_the_device(
     )
     loaded = load_transformer(str(find(BASES[model])), device="cpu")
     assert moved == [(type(loaded).__name__, "cpu")]
+
+
+def test_transformers_that_is_imported_late_fills_its_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It had functions that do nothing, and Gemma's embeddings were scaled by what lay in memory."""
+    name = "transformers.initialization"
+    before = importlib.import_module(name)
+    monkeypatch.setattr(sys.modules["transformers"], "initialization", before)
+    monkeypatch.delitem(sys.modules, name)
+    with empty_model.without_memory():
+        late: Any = importlib.import_module(name)
+        assert torch.nn.Linear(2, 2).weight.is_meta
+    assert late is not before
+    late.constant_(filled := torch.zeros(3), 7.0)
+    assert filled.tolist() == [7.0] * 3
 
 
 def test_weights_are_views_of_the_mapped_file(copy: Path, flux: Path) -> None:
