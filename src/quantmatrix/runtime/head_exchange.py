@@ -21,7 +21,8 @@ nothing with them.
 Processes of too few heads (`quantmatrix.runtime.plan.context_parallel.choose_degrees`) exchange them in groups,
 and gather keys and values of all groups for the attention of their own tokens. That is diffusers' ring,
 whose parts arrive at once, too, but it is one attention instead of one for each part: it needs no
-log-sum-exp, which torch's own attention does not give, and rounds as one process does.
+log-sum-exp, which torch's own attention does not give, and rounds as one process does. Cross-attention
+gathers as well, whatever the heads: its keys are few, and its queries stay where they are.
 """
 
 from __future__ import annotations
@@ -105,19 +106,34 @@ def attend_in_groups(
     `ContextParallelConfig`. `attention` takes a query [B, T, h, D] of the T tokens of the group, and keys and
     values of all tokens.
     """
-    size = config.ulysses_degree
+    size, ring = config.ulysses_degree, config._ring_mesh.get_group()
     groups = [shares[first : first + size] for first in range(0, len(shares), size)]
     counts = [sum(group) for group in groups]
 
-    def attend_to_all(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        both = torch.stack((key.transpose(0, 1), value.transpose(0, 1)), 1)
-        every = gather(both, counts, config._ring_mesh.get_group())
-        return attention(query, *(x.transpose(0, 1) for x in every.unbind(1)))
+    def attend_own(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return attend_to_all(query, key, value, counts, ring, attention)
 
     if size == 1:
-        return attend_to_all(query, key, value)
+        return attend_own(query, key, value)
     own = groups[config._ring_local_rank]
-    return attend(query, key, value, own, config._ulysses_mesh.get_group(), attend_to_all)
+    return attend(query, key, value, own, config._ulysses_mesh.get_group(), attend_own)
+
+
+def attend_to_all(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    counts: Sequence[int],
+    group: Any,
+    attention: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """Attention of a query [B, S, H, D] to the keys of all processes of a group, as [B, S, H, D].
+
+    Key and value are [B, T, H, D] of the same dtype; `counts` says how many of T each process holds.
+    """
+    both = torch.stack((key.transpose(0, 1), value.transpose(0, 1)), 1)
+    every = gather(both, counts, group)
+    return attention(query, *(x.transpose(0, 1) for x in every.unbind(1)))
 
 
 def gather(x: torch.Tensor, counts: Sequence[int], group: Any) -> torch.Tensor:
@@ -139,8 +155,8 @@ def replace_attention(find_shares: Callable[[int], Sequence[int] | None]) -> Non
     """Let diffusers' context-parallel attention take this way wherever it can.
 
     `find_shares` gives the tokens of every process by those of this one, None where it cannot
-    tell. Cross-attention and log-sum-exps stay with diffusers; so do masks, and tokens of which `find_shares`
-    cannot tell, where all processes exchange heads.
+    tell. Log-sum-exps stay with diffusers; so do masks of keys, and tokens of which `find_shares` cannot tell,
+    where all processes exchange heads. Masks of heads or queries are taken with the queries of this process.
     """
     from diffusers.models import attention_dispatch
 
@@ -165,17 +181,19 @@ def replace_attention(find_shares: Callable[[int], Sequence[int] | None]) -> Non
     ) -> Any:
         config = _parallel_config.context_parallel_config
         one_group = config.ring_degree == 1
-        shares = find_shares(query.shape[1])
+        shares = find_shares(key.shape[1])
         plain = not (dropout_p or is_causal or enable_gqa or return_lse)
-        fits = query.shape == key.shape == value.shape
-        stays = one_group and (shares is None or attn_mask is not None)
-        if stays or not plain or not fits:
+        alone = query.shape != key.shape or (
+            attn_mask is not None and any(size > 1 for size in attn_mask.shape[1:-1])
+        )
+        stays = one_group and not alone and (shares is None or attn_mask is not None)
+        if stays or not plain or key.shape != value.shape:
             return original(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse,
                 forward_op=forward_op, backward_op=backward_op, _parallel_config=_parallel_config,
             )  # fmt: skip
 
-        mask, tokens = attn_mask, query.shape[1]
+        mask, tokens = attn_mask, key.shape[1]
         everyone = config._flattened_mesh
         if shares is None:
             shares = list(attention_dispatch.gather_size_by_comm(tokens, everyone.get_group()))
@@ -188,6 +206,8 @@ def replace_attention(find_shares: Callable[[int], Sequence[int] | None]) -> Non
                 _save_ctx=False, _parallel_config=_parallel_config,
             )  # fmt: skip
 
+        if alone:
+            return attend_to_all(query, key, value, shares, everyone.get_group(), attention)
         if one_group:
             return attend(query, key, value, shares, config._ulysses_mesh.get_group(), attention)
         return attend_in_groups(query, key, value, shares, config, attention)

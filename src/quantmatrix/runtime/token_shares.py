@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from quantmatrix.errors import UsageError
 from quantmatrix.runtime.head_exchange import gather, replace_attention
 from quantmatrix.runtime.peer_memory import connect
 
@@ -87,7 +88,8 @@ def name_shares(lengths: Sequence[int], processes: int, rank: int) -> dict[int, 
 def follow_tokens(transformer: nn.Module, config: Any, processes: int) -> None:
     """Choose even or uneven shares before every forward of a transformer that diffusers parts.
 
-    `config` is its `ContextParallelConfig`, changed in place.
+    `config` is its `ContextParallelConfig`, changed in place. A forward raises UsageError where a sequence
+    has fewer tokens than there are processes.
     """
     rank = distributed.get_rank()
     names = list(inspect.signature(type(transformer).forward).parameters)[1:]
@@ -96,6 +98,11 @@ def follow_tokens(transformer: nn.Module, config: Any, processes: int) -> None:
 
     def choose(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         lengths = count_tokens(module, dict(zip(names, args, strict=False)) | kwargs)
+        if few := [length for length in lengths if length < processes]:
+            raise UsageError(
+                f"--nproc-per-node {processes}: {few[0]} tokens cannot be shared by {processes} processes: "
+                "give a larger --height and --width, or fewer processes"
+            )
         uneven = any(length % processes for length in lengths)
         config.ulysses_anything = uneven or (one_group and uneven_heads)
         _known.clear()

@@ -76,8 +76,9 @@ def test_what_a_process_sends_and_computes(
 @pytest.mark.parametrize(
     ("changes", "ours"),
     [
-        ({}, True), ({"scale": 0.5}, True), ({"key": 7}, False), ({"value": 7}, False), ({"query": 7}, False),
-        ({"attn_mask": 1}, False), ({"dropout_p": 0.1}, False), ({"is_causal": True}, False),
+        ({}, True), ({"scale": 0.5}, True), ({"key": 7}, False), ({"value": 7}, False),
+        ({"attn_mask": torch.ones(1, 1, 1, 8)}, False), ({"attn_mask": torch.ones(1, 8)}, False),
+        ({"dropout_p": 0.1}, False), ({"query": 7, "dropout_p": 0.1}, False), ({"is_causal": True}, False),
         ({"enable_gqa": True}, False), ({"return_lse": True}, False), ({"known": None}, False),
         ({"ring": 2, "return_lse": True}, False), ({"ring": 2, "is_causal": True}, False),
     ],
@@ -123,16 +124,24 @@ def test_only_plain_attention_over_tokens_of_all_is_exchanged(
 
 
 @pytest.mark.parametrize(
-    ("known", "mask", "masked"),
+    ("ring", "queries", "known", "mask", "masked", "way"),
     [
-        ([4, 4], None, None), (None, None, None), ([4, 4], (1, 1, 1, 4), (1, 1, 1, 8)),
-        (None, (2, 4), (2, 8)), ([4, 4], (1, 8), (1, 8)),
+        (2, 4, [4, 4], None, None, "groups"), (2, 4, None, None, None, "groups"),
+        (2, 4, [4, 4], (1, 1, 1, 4), (1, 1, 1, 8), "groups"), (2, 4, None, (2, 4), (2, 8), "groups"),
+        (2, 4, [4, 4], (1, 8), (1, 8), "groups"), (2, 4, [4, 4], (1, 2, 1, 4), (1, 2, 1, 8), "all"),
+        (2, 4, [4, 4], (1, 1, 4, 4), (1, 1, 4, 8), "all"), (1, 4, [4, 4], (1, 2, 1, 4), (1, 2, 1, 8), "all"),
+        (1, 3, [4, 4], None, None, "all"), (1, 3, None, (1, 2, 1, 4), (1, 2, 1, 8), "all"),
+        (2, 5, [4, 4], (1, 1, 1, 4), (1, 1, 1, 8), "all"),
     ],
 )  # fmt: skip
-def test_keys_and_masks_are_gathered_where_heads_are_too_few(
-    known: list[int] | None, mask: Any, masked: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tokens that no rule names are asked for; a mask of all keys is taken as it is."""
+def test_keys_and_masks_are_gathered(
+    ring: int, queries: int, known: list[int] | None, mask: Any, masked: Any, way: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Where heads are too few, and of cross-attention and masks of heads or queries wherever they are.
+
+    Tokens that no rule names are asked for; a mask of all keys is taken as it is.
+    """
     from diffusers.models import attention_dispatch
 
     asked: list[Any] = []
@@ -146,24 +155,29 @@ def test_keys_and_masks_are_gathered_where_heads_are_too_few(
         return torch.cat((x, x))
 
     def attend(query: Any, key: Any, value: Any, shares: Any, config: Any, run: Any) -> Any:
-        return ("ours", shares, config, run(query, key, value))
+        return ("groups", shares, config, run(query, key, value))
 
+    def attend_to_all(query: Any, key: Any, value: Any, shares: Any, group: Any, run: Any) -> Any:
+        return ("all", shares, group, run(query, key, value))
+
+    monkeypatch.setattr(head_exchange, "attend_to_all", attend_to_all)
     monkeypatch.setattr(attention_dispatch, "_templated_context_parallel_attention", None)
     monkeypatch.setattr(attention_dispatch, "gather_size_by_comm", ask)
     monkeypatch.setattr(head_exchange, "attend_in_groups", attend)
     monkeypatch.setattr(head_exchange, "gather", gather)
     head_exchange.replace_attention({4: known}.get)
     templated: Any = attention_dispatch._templated_context_parallel_attention
-    parts = [torch.empty(1, 4, 2, 3) for _ in range(3)]
+    parts = [torch.empty(1, tokens, 2, 3) for tokens in (queries, 4, 4)]
     everyone = SimpleNamespace(get_group=lambda: "everyone")
-    config = SimpleNamespace(ring_degree=2, _flattened_mesh=everyone)
+    config = SimpleNamespace(ring_degree=ring, _flattened_mesh=everyone)
     given = None if mask is None else torch.ones(mask)
     found = templated(
         *parts, given, scale=0.5, forward_op=lambda context, *all, **more: all, backward_op=None,
         _parallel_config=SimpleNamespace(context_parallel_config=config),
     )  # fmt: skip
     name, shares, passed, (*same, seen, dropout, causal, scale, gqa, lse) = found
-    assert (name, shares, passed, same) == ("ours", [4, 4], config, parts)
+    assert (name, shares, same) == (way, [4, 4], parts)
+    assert passed == (config if way == "groups" else "everyone")
     assert (dropout, causal, scale, gqa, lse) == (0.0, False, 0.5, False, False)
     assert (None if seen is None else seen.shape) == masked
     assert asked == ([] if known else [(4, "everyone")])

@@ -605,6 +605,13 @@ def test_the_way_of_sharing_is_chosen_for_each_forward(
         assert config.ulysses_anything is anything
         assert token_shares.find_shares(length // 2) == [-(-length // 2), length // 2]
     assert token_shares.find_shares(99) is None
+    for few in (0, 1):
+        assert refusal(UsageError, model, torch.empty(1, few, 3)) == (
+            f"--nproc-per-node 2: {few} tokens cannot be shared by 2 processes: give a larger --height and "
+            "--width, or fewer processes"
+        )
+    model(torch.empty(1, 2, 3))
+    assert token_shares.find_shares(1) == [1, 1]
     token_shares._known.clear()
 
 

@@ -9,6 +9,7 @@ import context_parallel
 import diffusers
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 from torch import distributed
 from torch.nn import functional
 
@@ -140,6 +141,35 @@ def test_gathered_keys_give_the_attention_of_one_process(
     assert context_parallel.fork(act, processes) == [0] * processes
 
 
+@pytest.mark.parametrize(("processes", "queries", "keys"), [(2, 7, 4), (3, 6, 7)])
+def test_cross_attention_gives_that_of_one_process(processes: int, queries: int, keys: int) -> None:
+    """With a mask of each head, as LTX-Video gives it, of which diffusers takes those of no process."""
+    generator = torch.Generator().manual_seed(keys)
+    whole = [torch.randn(2, n, 6, 8, generator=generator) for n in (queries, keys, keys)]
+    mask = torch.randn(2, 6, 1, keys, generator=generator)
+    expected = attend_alone(*whole, mask)
+    shares = token_shares.share_out(keys, processes)
+
+    def act() -> None:
+        distributed.init_process_group("gloo")
+        config = diffusers.ContextParallelConfig(ulysses_degree=processes)
+        mesh = distributed.init_device_mesh(
+            "cpu", (1, processes), mesh_dim_names=("ring", "ulysses")
+        )
+        rank = distributed.get_rank()
+        config.setup(rank, processes, torch.device("cpu"), mesh)
+        head_exchange.replace_attention({shares[rank]: shares}.get)
+        parts = [x.tensor_split(processes, dim=1)[rank] for x in whole]
+        found = attention_dispatch._native_attention(
+            *parts, mask.tensor_split(processes, dim=3)[rank],
+            _parallel_config=SimpleNamespace(context_parallel_config=config),
+        )  # fmt: skip
+        assert torch.allclose(found, expected.tensor_split(processes, dim=1)[rank], atol=1e-6)
+        distributed.destroy_process_group()
+
+    assert context_parallel.fork(act, processes) == [0] * processes
+
+
 @pytest.mark.parametrize(
     ("heads", "processes", "shares"),
     [(24, 2, [12, 12]), (3, 2, [2, 1]), (30, 4, [8, 8, 8, 6]), (24, 7, [4] * 6 + [0])],
@@ -210,6 +240,8 @@ def test_a_transformer_is_shared_by_processes_that_its_heads_do_not_divide_by(
     assert context_parallel.fork(act, processes) == [0] * processes
 
 
-def attend_alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def attend_alone(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     parts = (x.transpose(1, 2) for x in (query, key, value))
-    return functional.scaled_dot_product_attention(*parts).transpose(1, 2)
+    return functional.scaled_dot_product_attention(*parts, mask).transpose(1, 2)
