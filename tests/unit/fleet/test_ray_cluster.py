@@ -43,6 +43,7 @@ REAL = (
 CHECKS = ("load", "latents", "refuse")
 STILL = """
 
+import gc
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,11 @@ def pytest_runtest_setup(item):
         (SHARED / f"{{cell}} {{os.getpid()}}").touch()
         while not (SHARED / "go").exists():
             sleep(0.05)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish():
+    gc.freeze()  # nobody walks a million objects of a process that ends
 """
 """What is added to the suites' conftest: the clock stands, and a group waits in its middle."""
 
@@ -89,7 +95,7 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("RAY_enable_worker_prestart", "0")
     # A dead node is found after five looks, which Ray takes every 3 seconds. A node that is only busy
     # has as long for an answer as ever.
-    monkeypatch.setenv("RAY_health_check_period_ms", "500")
+    monkeypatch.setenv("RAY_health_check_period_ms", "200")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     yield
     ray.shutdown()
@@ -102,7 +108,7 @@ def cluster(settings: None) -> Iterator[Any]:
 
     def describe(hardware: str) -> dict[str, Any]:
         return {
-            "num_cpus": 2,
+            "num_cpus": 2 if hardware == "cpu" else 1,  # Ray starts a worker for each
             "resources": {f"quantmatrix/{hardware}": 1},
             "object_store_memory": STORE,
             "include_log_monitor": False,
