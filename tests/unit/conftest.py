@@ -1,10 +1,13 @@
-"""What holds for every test: the garbage collector looks at what a module made, once, and a module that
-waits for others begins early."""
+"""What holds for every test: the garbage collector looks at what a module made, once, a module that
+waits for others begins early, and folders of tests lie in memory where there is room."""
 
 from __future__ import annotations
 
 import gc
+import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,13 +16,33 @@ from quantmatrix.harness.plugin import COLLECTED
 FIRST = ("tests/unit/fleet/test_ray_cluster.py",)
 """Modules of few tests that wait for other processes: with nothing beside them, a core would have no work."""
 
+MEMORY = Path("/dev/shm")
+"""A folder in memory, of Linux."""
+ROOM = 8 * 2**30
+"""Bytes that must be free for it; tests have hundreds of MiB at once, and most folders go with their test."""
+
+
+def has_room() -> bool:
+    """Whether folders of tests fit into memory, and may lie there."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = shutil.disk_usage(MEMORY).free
+    except OSError:
+        return False
+    [kib] = [line.split()[1] for line in lines if line.startswith("MemAvailable:")] or ["0"]
+    return min(free, int(kib) * 1024) > ROOM and os.access(MEMORY, os.W_OK)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Collect garbage as seldom as where cells are run, and let workers take modules in their order here.
 
     xdist sorts them by their number of tests, so that those of a single long test were left to the end,
     where one worker is alone with them. In the order of the collection, what comes last takes seconds.
+
+    Tests write thousands of small files into folders of their own, which a disk took half a minute for.
     """
+    if has_room():
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
     if getattr(config.option, "loadscopereorder", False):
         config.option.loadscopereorder = False
     gc.set_threshold(*COLLECTED)
