@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import wheels
+from quick_end import QUICK_END
 
 from quantmatrix.cli.main import main
 from quantmatrix.exit_codes import EXIT_USAGE
@@ -139,7 +140,7 @@ json.dump(said, sys.stdout)
 def ask(words: list[list[str]], package: Path, folder: Path) -> list[tuple[int, str, str]]:
     """(exit code, output, errors) of each command by the package in a folder of packages."""
     done = subprocess.run(
-        [sys.executable, "-c", ASK],
+        [sys.executable, "-c", QUICK_END + ASK],
         cwd=folder,
         env={"PYTHONPATH": str(package), "PATH": ""},
         input=json.dumps(words),

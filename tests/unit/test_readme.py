@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import wheels
+from quick_end import QUICK_END
 
 from quantmatrix.tables import read
 
@@ -57,7 +58,7 @@ def test_every_command_runs_from_a_wheel_in_an_empty_folder(
     commands = everyday_commands()
     assert len(commands) >= 12
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(tmp_path / "results")],
+        [sys.executable, "-c", QUICK_END + RUN, str(tmp_path / "results")],
         input=json.dumps(commands),
         env={**variables, "PYTHONPATH": str(site)},
         cwd=empty,

@@ -191,6 +191,10 @@ def test_a_file_of_pytest_benchmark(tmp_path: Path) -> None:
         bench_results.read_pytest(tmp_path / "none.json")
 
 
+QUICK = ("--benchmark-max-time=0.01", "--benchmark-min-rounds=1")
+"""What is timed does not matter."""
+
+
 def test_what_workers_leave_is_rejected(tmp_path: Path) -> None:
     """The real plugins: under workers a benchmark passes, and its file has no byte."""
     (tmp_path / "test_it.py").write_text("def test_it(benchmark):\n    benchmark(lambda: 1)\n")
@@ -200,7 +204,7 @@ def test_what_workers_leave_is_rejected(tmp_path: Path) -> None:
     for workers, good in ((["-n", "1"], False), (["-p", "no:xdist"], True)):
         file.unlink(missing_ok=True)
         done = subprocess.run(
-            [*command, *workers, f"--benchmark-json={file}"],
+            [*command, *workers, *QUICK, f"--benchmark-json={file}"],
             cwd=tmp_path, env=clean, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
