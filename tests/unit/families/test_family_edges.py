@@ -28,7 +28,7 @@ from quantmatrix.runtime.stored_values import NUMBERS, check_plain, check_stored
 
 TINY = torch.finfo(torch.float32).tiny
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",
-          torch.uint8: "U8", torch.int8: "I8"}  # fmt: skip
+          torch.float8_e5m2: "F8_E5M2", torch.uint8: "U8", torch.int8: "I8"}  # fmt: skip
 
 
 def make_weight(rows: int, columns: int) -> torch.Tensor:
@@ -281,6 +281,26 @@ def test_codes_and_biases_are_numbers() -> None:
         check_plain(checkpoint, "a.bias", "a.bias", torch.zeros(2, dtype=dtype))
     with pytest.raises(CheckpointError, match=r"tensor a.bias holds torch.int8 codes"):
         check_plain(checkpoint, "a.bias", "a.bias", torch.zeros(2, dtype=torch.int8))
+
+
+@pytest.mark.parametrize(
+    ("word", "dtype"), [("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)]
+)
+def test_codes_up_to_the_largest_number_are_numbers_and_the_next_is_none(
+    word: str, dtype: torch.dtype
+) -> None:
+    """What is refused says within which numbers a cast gives codes of numbers."""
+    scheme = replace(FP8, weight=word)
+    largest = torch.finfo(dtype).max
+    codes = torch.tensor([[largest, -largest]]).to(dtype)
+    assert codes.float().tolist() == [[largest, -largest]]
+    check(scheme, weight=codes, weight_scale=torch.tensor(1.0))
+    said = rf"within {largest:.0f}; casts .*: hold values within {largest:.0f} before the cast"
+    for place in (0, 1):
+        above = codes.view(torch.uint8).clone()
+        above[0, place] += 1
+        with pytest.raises(CheckpointError, match=said):
+            check(scheme, weight=above.view(dtype), weight_scale=torch.tensor(1.0))
 
 
 # --- NVFP4 groups of every amplitude ---------------------------------------------------------

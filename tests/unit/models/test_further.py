@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from pathlib import Path
 
 import diffusers
@@ -125,6 +127,18 @@ def test_a_published_transformer_has_its_own_size(name: str, billions: float) ->
     built = build_plain(name, "full")
     found = sum(tensor.numel() for tensor in built.parameters()) / 1e9
     assert found == pytest.approx(billions, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["cogview-4", "glm-image"])
+def test_the_shifts_of_a_schedule_are_those_that_its_pipeline_has(name: str) -> None:
+    """Its own, for a scheduler that says none: diffusers' scheduler has others."""
+    model = models.load(name)
+    home = sys.modules[getattr(diffusers, model.PIPELINE).__module__]
+    own = inspect.signature(home.calculate_shift).parameters
+    options = model.STAND_IN.scheduler.options
+    found = {word: options[word] for word in ("base_shift", "max_shift")}
+    assert found == {word: own[word].default for word in found}
+    assert options["use_dynamic_shifting"] is True
 
 
 def known_pipelines() -> set[str]:
