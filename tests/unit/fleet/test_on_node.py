@@ -19,13 +19,19 @@ from quantmatrix.fleet.on_node import Ended, explain_death, explain_end, read_st
 from quantmatrix.proof import store
 
 
+@pytest.fixture(autouse=True)
+def looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that ended is seen at once."""
+    monkeypatch.setattr(on_node, "POLL", 0.02)
+
+
 def test_a_check_that_ends_its_process_costs_its_own_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tables = fleets.make_project(tmp_path / "project", fleets.FAULTY)
     [group] = make_groups(tables.cells, {})
     data = bundle.pack(tmp_path / "project/matrix", [tmp_path / "project/test_suites.py"])
-    monkeypatch.setattr(on_node, "GRACE", 1)
+    monkeypatch.setattr(on_node, "GRACE", 0.5)
     monkeypatch.setattr(on_node.tempfile, "gettempdir", lambda: str(tmp_path))
     notes: list[Note] = []
     order = group.order((), 1, full_size=False)
@@ -103,7 +109,7 @@ from pathlib import Path
 Path({str(steps)!r}).write_text("start a@cpu\\nend a@cpu\\nstart b@cpu\\n")
 block = bytearray(96 << 20)
 Path({str(count)!r}).write_text("pgfault 9\\noom_kill {killed}\\n")
-time.sleep(0.5)
+time.sleep(0.25)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     monkeypatch.setattr(on_node, "command_of", lambda *given: [sys.executable, "-c", code])

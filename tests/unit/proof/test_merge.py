@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +24,9 @@ from quantmatrix.tables.rows import Matrix
 
 PARTS = 3
 BASE = ("-p", "no:xdist")
-LIMIT = ("--timeout", "2")
+LIMIT = ("--timeout", "1")
 """Seconds of a check; those that do not hang take a hundredth of one."""
-STUCK = [*LIMIT, "-o", "faulthandler_timeout=3", "-o", "faulthandler_exit_on_timeout=true"]
+STUCK = [*LIMIT, "-o", "faulthandler_timeout=1.5", "-o", "faulthandler_exit_on_timeout=true"]
 
 
 @pytest.fixture(scope="module")
@@ -94,23 +95,43 @@ def test_any_shards_in_any_order_give_the_bytes_of_one_machine(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize(
-    ("fault", "words", "code"),
-    [
-        ("crash", [], 3),
-        ("kill", [], -9),
-        ("hang", [*LIMIT], NOT_EXECUTED),
-        ("hang", [*LIMIT, "--timeout-method", "thread"], 1),
-        ("stuck", STUCK, 1),
-        ("disk", [], ENVIRONMENT_UNUSABLE),
-        ("media", [], ENVIRONMENT_UNUSABLE),
-    ],
-)
+FAULTS = [
+    ("crash", [], 3),
+    ("kill", [], -9),
+    ("hang", [*LIMIT], NOT_EXECUTED),
+    ("hang", [*LIMIT, "--timeout-method", "thread"], 1),
+    ("stuck", STUCK, 1),
+    ("disk", [], ENVIRONMENT_UNUSABLE),
+    ("media", [], ENVIRONMENT_UNUSABLE),
+]
+
+
+@pytest.fixture(scope="module")
+def start_fault(
+    project: Path, tables: Matrix, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str, list[str]], tuple[Path, subprocess.Popen[str]]]]:
+    """What starts the first shard with a fault in its second cell, and says where its evidence goes.
+
+    Runs that wait for a limit have begun before they are asked for, all together.
+    """
+
+    def start(fault: str, words: list[str]) -> tuple[Path, subprocess.Popen[str]]:
+        folder, where = tmp_path_factory.mktemp("fault"), shard_cells(tables, 1)[1]
+        shard = ["--shard", f"1/{PARTS}", *BASE]
+        return folder, shards.start(project, folder, *shard, *words, fault=f"{fault} {where}")
+
+    begun = {(fault, *words): start(fault, words) for fault, words, _ in FAULTS if words}
+    yield lambda fault, words: begun.get((fault, *words)) or start(fault, words)
+    for _, process in begun.values():
+        process.kill()
+
+
+@pytest.mark.parametrize(("fault", "words", "code"), FAULTS)
 def test_a_fault_costs_unfinished_rows_of_its_shard_only(
     fault: str,
     words: list[str],
     code: int,
-    project: Path,
+    start_fault: Callable[[str, list[str]], tuple[Path, subprocess.Popen[str]]],
     whole: Path,
     tables: Matrix,
     tmp_path: Path,
@@ -119,19 +140,19 @@ def test_a_fault_costs_unfinished_rows_of_its_shard_only(
 ) -> None:
     mine = shard_cells(tables, 1)
     where = mine[1]
-    shard = ["--shard", f"1/{PARTS}", *BASE]
-    found, output = shards.run(project, tmp_path / "1", *shard, *words, fault=f"{fault} {where}")
-    assert found == code, output
+    folder, process = start_fault(fault, words)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == code, output
     goes_on = fault == "media" or words == [*LIMIT]
     kept = [cell for cell in mine if goes_on or mine.index(cell) < 1]
-    assert set(shards.read_bytes(tmp_path / "1")) == shards.names_of(kept), output
+    assert set(shards.read_bytes(folder)) == shards.names_of(kept), output
     others = shards.names_of(c.id for c in tables.cells if c.id not in mine)
     for name in others:  # the other shards' evidence, as their machines would have sent it
         (tmp_path / "2" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "2" / name).write_bytes((whole / name).read_bytes())
     merged = tmp_path / "merged"
     words = ["--output-path", str(merged), "--planned", "cpu", "--json"]
-    assert command("evidence", "merge", tmp_path / "2", tmp_path / "1", *words) == 1
+    assert command("evidence", "merge", tmp_path / "2", folder, *words) == 1
     missing = json.loads(capsys.readouterr().out)["missing"]
     if goes_on:
         assert missing == {where: ["latents"]}
