@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import threading
@@ -822,6 +823,16 @@ def test_a_worker_answers_a_line_a_task(tmp_path: Path, monkeypatch: pytest.Monk
         found = [Answer(**json.loads(line)) for line in stream]
     assert [one.media for one in found] == ["toy one", "toy two"]
     assert seen == ["(0, 0)", "one", "release", "two", "release"]
+
+
+def test_what_a_task_left_goes_and_what_stays_is_not_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(gc, "collect", lambda: seen.append("collect"))
+    monkeypatch.setattr(gc, "freeze", lambda: seen.append("freeze"))
+    common.release()
+    assert seen == ["collect", "freeze"]
 
 
 @pytest.mark.parametrize(
