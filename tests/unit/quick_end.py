@@ -1,7 +1,7 @@
-"""A process that a test starts ends at once: at its end Python walks every object once more, a second or
-two where libraries were imported, but for those that are frozen.
+"""A process that a test starts collects garbage as seldom as where cells are run, and ends at once.
 
-As a plugin it does so for a run of pytest, which finds it with the variables here.
+At its end Python walks every object once more, a second or two where libraries were imported, but for
+those that are frozen. As a plugin this is for a run of pytest, which finds it with the variables here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import gc
 import os
 from pathlib import Path
 
-QUICK_END = "import atexit, gc; atexit.register(gc.freeze)\n"
+from quantmatrix.harness.plugin import COLLECTED
+
+QUICK_END = f"import atexit, gc; gc.set_threshold(*{COLLECTED}); atexit.register(gc.freeze)\n"
 """The first line of a program."""
 
 
@@ -23,4 +25,5 @@ def find_plugin() -> dict[str, str]:
 
 def pytest_configure() -> None:
     """Have the end in mind."""
+    gc.set_threshold(*COLLECTED)
     atexit.register(gc.freeze)
