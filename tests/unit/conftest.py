@@ -1,5 +1,6 @@
 """What holds for every test: the garbage collector looks at what a module made, once, a module that
-waits for others begins early, and folders of tests lie in memory where there is room."""
+waits for others begins early, folders of tests lie in memory where there is room, and processes that they
+start end at once."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ from quantmatrix.harness.plugin import COLLECTED
 FIRST = ("tests/unit/fleet/test_ray_cluster.py",)
 """Modules of few tests that wait for other processes: with nothing beside them, a core would have no work."""
 
+CHILDREN = Path(__file__).parent / "children"
+"""A folder with what every Python process does first that a test starts."""
 MEMORY = Path("/dev/shm")
 """A folder in memory, of Linux."""
 ROOM = 8 * 2**30
@@ -43,6 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if has_room():
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+    places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if str(CHILDREN) not in places:
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHILDREN), *places]))
     if getattr(config.option, "loadscopereorder", False):
         config.option.loadscopereorder = False
     gc.set_threshold(*COLLECTED)

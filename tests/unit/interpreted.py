@@ -7,8 +7,6 @@ so those that a kernel uses are put into its module.
 
 from __future__ import annotations
 
-import atexit
-import gc
 import inspect
 import json
 from collections.abc import Callable
@@ -348,7 +346,6 @@ def main() -> None:
     from triton.runtime import interpreter
 
     assert knobs.runtime.interpret, "TRITON_INTERPRET=1 has to be set"
-    atexit.register(gc.freeze)  # at the end no object is walked once more
     interpreter._convert_float = cast
     ours = (
         packed_triton,

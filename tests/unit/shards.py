@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from quick_end import find_plugin
 from tables import CHECKPOINTS, write_tables
 
 from quantmatrix.proof.code_digest import Code
@@ -134,7 +133,7 @@ def start(
     return subprocess.Popen(
         command,
         cwd=project,
-        env={**os.environ, **find_plugin(), "FAULT": fault, **environment},
+        env={**os.environ, "FAULT": fault, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

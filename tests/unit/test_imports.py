@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from quick_end import QUICK_END
 
 import quantmatrix
 
@@ -253,7 +252,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def heavy_imports() -> dict[str, list[str]]:
     """What is imported after each command of one process."""
-    command = [sys.executable, "-c", QUICK_END + PROGRAM, *LIGHT_COMMANDS]
+    command = [sys.executable, "-c", PROGRAM, *LIGHT_COMMANDS]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, list[str]] = json.loads(done.stdout)
     return found

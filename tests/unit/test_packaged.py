@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import wheels
-from quick_end import QUICK_END
 
 from quantmatrix.cli.main import main
 from quantmatrix.exit_codes import EXIT_USAGE
@@ -140,9 +139,9 @@ json.dump(said, sys.stdout)
 def ask(words: list[list[str]], package: Path, folder: Path) -> list[tuple[int, str, str]]:
     """(exit code, output, errors) of each command by the package in a folder of packages."""
     done = subprocess.run(
-        [sys.executable, "-c", QUICK_END + ASK],
+        [sys.executable, "-c", ASK],
         cwd=folder,
-        env={"PYTHONPATH": str(package), "PATH": ""},
+        env={"PYTHONPATH": wheels.join(package), "PATH": ""},
         input=json.dumps(words),
         check=True,
         capture_output=True,

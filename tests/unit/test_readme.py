@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import wheels
-from quick_end import QUICK_END
 
 from quantmatrix.tables import read
 
@@ -58,9 +57,9 @@ def test_every_command_runs_from_a_wheel_in_an_empty_folder(
     commands = everyday_commands()
     assert len(commands) >= 12
     done = subprocess.run(
-        [sys.executable, "-c", QUICK_END + RUN, str(tmp_path / "results")],
+        [sys.executable, "-c", RUN, str(tmp_path / "results")],
         input=json.dumps(commands),
-        env={**variables, "PYTHONPATH": str(site)},
+        env={**variables, "PYTHONPATH": wheels.join(site)},
         cwd=empty,
         capture_output=True,
         text=True,
@@ -76,7 +75,7 @@ def test_every_command_runs_from_a_wheel_in_an_empty_folder(
     assert not failed, "\n".join(failed)
     version = subprocess.run(
         [site / "bin" / "quantmatrix", "--version"],
-        env={**variables, "PYTHONPATH": str(site)},
+        env={**variables, "PYTHONPATH": wheels.join(site)},
         cwd=empty,
         capture_output=True,
         text=True,

@@ -28,6 +28,11 @@ def install(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site" / "packages"
 
 
+def join(site: Path) -> str:
+    """`PYTHONPATH` of a process that has a folder of packages, and ends as others do that tests start."""
+    return os.pathsep.join([str(site), str(ROOT / "tests" / "unit" / "children")])
+
+
 def build(folder: Path) -> None:
     """Build the wheel from copies of the sources and install it, without what it depends on."""
     source = folder / "source"

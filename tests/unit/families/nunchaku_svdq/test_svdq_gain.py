@@ -157,13 +157,9 @@ def test_processes_and_threads_do_not_change_bits(tmp_path: Path) -> None:
     On some processors torch's own float32 product depends on the number of threads (an Intel Xeon
     with AMX splits long sums); there the run on two threads is not compared.
     """
-    from quick_end import (
-        QUICK_END,  # not found by the second process, which imports this module, too
-    )
-
     file = str(write_file(BASES["z-image"], tmp_path / "made"))
     done = subprocess.run(
-        [sys.executable, "-c", QUICK_END + PROGRAM, file],
+        [sys.executable, "-c", PROGRAM, file],
         env={**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},
         cwd=Path(__file__).parent,
         capture_output=True,
