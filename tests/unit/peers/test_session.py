@@ -140,8 +140,8 @@ def test_tasks_share_a_child_and_a_death_costs_its_own(
 @pytest.mark.parametrize(
     ("way", "bounds", "reason"),
     [
-        ("hang", Bounds(seconds=2), "the time limit of 2 s"),
-        ("child hangs", Bounds(seconds=2), "the time limit of 2 s"),
+        ("hang", Bounds(seconds=0.5), "the time limit of 0.5 s"),
+        ("child hangs", Bounds(seconds=0.5), "the time limit of 0.5 s"),
         ("memory", Bounds(memory_bytes=200 << 20), "the memory limit of 0.1953 GiB"),
         ("log", Bounds(log_bytes=1 << 20), "the limit of 1 MiB of output"),
     ],
