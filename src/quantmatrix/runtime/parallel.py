@@ -5,8 +5,8 @@ share of the tokens (`token_shares` says which); diffusers' context parallelism 
 tokens around every attention (Ulysses), and gathers keys and values where heads are too few (ring). The
 layers see fewer rows and compute each row as before, so the latents are those of one process, within
 the rounding of the compute dtype. A dynamic scale of a whole input (`tensor-dynamic`) is that of the rows of
-its process, as finer as they are fewer: its latents are as far from BF16, but not those of one process.
-Only the first process writes and prints.
+its process: its latents are as near to BF16, but not those of one process. Only the first process
+writes and prints.
 
 diffusers 0.42.1 divides by the number of accelerators, which is 0 on a CPU; `count_processor` gives
 it 1 there, and everything else works over gloo.
