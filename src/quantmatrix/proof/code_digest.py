@@ -44,7 +44,11 @@ ACCELERATED = (
     ("runtime.acceleration", "compile_blocks"),
     ("runtime.acceleration", "graph_forward"),
 )
-SEVERAL = (("runtime.parallel", "generate_together"),)
+SEVERAL = (
+    ("runtime.parallel", "generate_together"),
+    ("runtime.parallel", "split"),  # the processes begin as programs of their own
+    ("runtime.sharded_weights", "shard"),
+)
 """Parts of the way that a run on one CPU never enters: they count as `device`, too."""
 EDGES = (
     ("tables.read", "read"),  # rows are judged by the digests of the rows
@@ -65,7 +69,7 @@ DOORS = ("families", "models", "kernels")
 PROTOCOLS = (
     *("families.protocol", "families.layouts", "families.unknown_quantization"),
     *("families.producers.modelopt_faults", "families.nunchaku_svdq.flags"),
-    *("models.dialect", "kernels.number_formats", "kernels.choosing"),
+    *("models.dialect", "kernels.number_formats", "kernels.choosing", "kernels.exchange_triton"),
 )
 """Modules of these that belong to all; what common code of earlier revisions asked is among them."""
 ROOMS = ("svdq_faults", "svdq_packing")
@@ -345,8 +349,11 @@ class Code:
         if not way.refused and way.scope != COMPILED:
             parts = list(ON_DEVICES if way.vendor != "cpu" else ())
             parts += ACCELERATED if way.accelerated else ()
-            parts += SEVERAL if way.several else ()
             yield from self.name_all("device ", "", parts)
+            for module, name in (
+                SEVERAL if way.several else ()
+            ):  # earlier revisions have not all of them
+                yield from self.name_all("device ", module, (name,))
         for op in self.find_ops(way):
             kernels = self.tables.find_kernels(op)
             order = self.tables.find_order(op, way.arch, way.vendor)
