@@ -138,13 +138,15 @@ def read_peak(device: str = "") -> int:
 def release() -> None:
     """Let go of what a task left behind, on a device too, before the next one.
 
-    What is left are libraries: a million objects that no later collection need look at.
+    After the first task they are libraries, a million objects that no later collection need look at. What
+    later tasks leave is looked at: an exception may hold a pipeline for a while.
     """
     import gc
     import sys
 
     gc.collect()
-    gc.freeze()
+    if not gc.get_freeze_count():
+        gc.freeze()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -831,8 +831,11 @@ def test_what_a_task_left_goes_and_what_stays_is_not_looked_at_again(
     seen: list[str] = []
     monkeypatch.setattr(gc, "collect", lambda: seen.append("collect"))
     monkeypatch.setattr(gc, "freeze", lambda: seen.append("freeze"))
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: seen.count("freeze"))
     common.release()
     assert seen == ["collect", "freeze"]
+    common.release()
+    assert seen == ["collect", "freeze", "collect"]
 
 
 @pytest.mark.parametrize(
