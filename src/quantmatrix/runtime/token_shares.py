@@ -101,7 +101,7 @@ def follow_tokens(transformer: nn.Module, config: Any, processes: int) -> None:
         if few := [length for length in lengths if length < processes]:
             raise UsageError(
                 f"--nproc-per-node {processes}: {few[0]} tokens cannot be shared by {processes} processes: "
-                "give a larger --height and --width, or fewer processes"
+                "give a larger --height and --width (a longer prompt, where they are its), or fewer processes"
             )
         uneven = any(length % processes for length in lengths)
         config.ulysses_anything = uneven or (one_group and uneven_heads)

@@ -608,7 +608,7 @@ def test_the_way_of_sharing_is_chosen_for_each_forward(
     for few in (0, 1):
         assert refusal(UsageError, model, torch.empty(1, few, 3)) == (
             f"--nproc-per-node 2: {few} tokens cannot be shared by 2 processes: give a larger --height and "
-            "--width, or fewer processes"
+            "--width (a longer prompt, where they are its), or fewer processes"
         )
     model(torch.empty(1, 2, 3))
     assert token_shares.find_shares(1) == [1, 1]
