@@ -50,6 +50,15 @@ def find_int8(word: str, **changes: torch.Tensor) -> tuple[str, str] | None:
     return msmodelslim.find_fault(make_int8(word) | changes, msmodelslim.SCHEMES[word])
 
 
+@pytest.mark.parametrize("name", modelopt_nvfp4.SCHEMES)
+def test_inputs_are_declared_where_they_are_coded(name: str) -> None:
+    group = modelopt_nvfp4.describe_group(name, {"a": modelopt_nvfp4.SCHEMES[name]})
+    number = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+    coded = {} if name == modelopt_nvfp4.WEIGHT_ONLY else {"input_activations": number}
+    assert {key: group.get(key) for key in ("weights", *coded)} == {"weights": number, **coded}
+    assert ("input_activations" in group) is bool(coded)
+
+
 @pytest.mark.parametrize(
     ("offset", "ok"),
     [(-128.0, True), (128.0, True), (127.0, True), (0.0, True),

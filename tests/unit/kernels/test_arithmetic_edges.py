@@ -27,6 +27,7 @@ from quantmatrix.kernels import (
     linear_w4a16,
     number_formats,
     nvfp4_arithmetic,
+    packed_triton,
     scale_layouts,
     svdq_arithmetic,
 )
@@ -35,6 +36,23 @@ from quantmatrix.scheme import Scheme
 NVFP4 = load("modelopt-nvfp4").SCHEMES["NVFP4"]
 FP8 = Scheme("linear.fp8", "fp8", "e4m3", "tensor", "tensor-dynamic", block=(2, 3))
 SVDQ = Scheme("linear.svdq", "svdq", "int4", "group", "group-dynamic", group_size=4)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_packed_kernel_of_codes_with_zeros_adds_a_bias(
+    biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    weight = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.bfloat16)
+    monkeypatch.setattr(packed_triton, "decode_zeros", lambda *all: given.extend(all) or weight)
+    buffers: Any = {"weight": 1, "weight_scale": 2, "weight_zero": 3}
+    x = torch.tensor([[1.0, 10.0]], dtype=torch.bfloat16)
+    bias = torch.tensor([0.5, 0.0, -1.0]) if biased else None
+    found = linear_w4a16.run_packed(x, buffers, bias, FP8)
+    assert given == [1, 2, 3, torch.bfloat16]
+    assert (found.tolist(), found.dtype) == (
+        [[21.5, 43.0, 64.0] if biased else [21.0, 43.0, 65.0]], torch.bfloat16,
+    )  # fmt: skip
 
 
 def fill(columns: int, *first: float) -> torch.Tensor:

@@ -824,8 +824,9 @@ def test_numbers_of_metrics(metrics: Any, value: float | None) -> None:
 def test_a_name_stands_above_the_middle_of_its_boxes() -> None:
     families, hardware = ["fp8", "gguf", "nunchaku-svdq"], ["cpu", "h200"]
     text = picture.draw_matrix(families, hardware, {}).decode()
-    names = re.findall(r'<text class="name" x="(\d+)"[^>]*text-anchor="middle">', text)
-    boxes = re.findall(r'<rect [^>]*?x="(\d+)"[^>]*?width="(\d+)"', text)
-    middles = sorted({int(x) + int(width) // 2 for x, width in boxes[: len(families)]})
-    assert [int(x) for x in names] == middles
+    names = re.findall(r'<text class="name" x="(\d+)" y="(\d+)" text-anchor="middle">', text)
+    boxes = re.findall(r'<rect [^>]*?x="(\d+)" y="(\d+)"[^>]*?width="(\d+)"', text)
+    middles = sorted({int(x) + int(width) // 2 for x, _, width in boxes[: len(families)]})
+    assert [int(x) for x, _ in names] == middles
+    assert {int(y) for _, y in names} == {min(int(y) for _, y, _ in boxes) - 8}
     assert len(middles) == 3

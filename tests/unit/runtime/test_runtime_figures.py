@@ -632,6 +632,34 @@ def test_names_are_shortened() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["first", "second"], ["first", "first"]), (["transformer", "transformer_2"], ["transformer", "transformer_2"]),
+        (["transformer"], ["transformer", "transformer"]),
+    ],
+)  # fmt: skip
+def test_the_expert_that_an_adapter_goes_to(
+    names: list[str], found: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that names no noise goes to the first, one that names an expert which is not there as well."""
+    seen: list[tuple[Any, ...]] = []
+    files = [
+        SimpleNamespace(reference=f"o/{n}", name=n, path=Path(n)) for n in ("style", "low_noise")
+    ]
+    monkeypatch.setattr(lora, "list_adapters", lambda request: zip(files, (1.0, 0.5), strict=True))
+    for name in ("read_tensors", "read_alphas"):
+        monkeypatch.setattr(lora, name, lambda file: file.name)
+    monkeypatch.setattr(lora, "convert", lambda *given: given)
+    monkeypatch.setattr(lora, "add_adapter", lambda *given: seen.append(given))
+    transformers: Any = {name: f"the {name}" for name in names}
+    lora.load_requested(transformers, "P", Request(model_path="m"))
+    assert seen == [
+        (f"the {name}", (file.name, file.name, "P", file.name), f"lora_{n}", scale, name, file.name)
+        for n, (name, file, scale) in enumerate(zip(found, files, (1.0, 0.5), strict=True))
+    ]
+
+
 @pytest.mark.parametrize(("alpha", "factor"), [(None, 1.0), (6.0, 2.0), (1.5, 0.5), (0.0, 0.0)])
 def test_alpha_is_taken_into_the_factor(alpha: float | None, factor: float) -> None:
     own = {"lora_A.weight": torch.ones(3, 5), "lora_B.weight": torch.full((2, 3), 4.0),

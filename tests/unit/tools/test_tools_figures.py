@@ -524,8 +524,12 @@ def test_a_weight_reaches_what_its_scale_is_for(largest: float, fine: bool) -> N
 @pytest.mark.parametrize(("stored", "fine"), [(2.0, True), (2.001, True), (2.01, False)])
 def test_codes_have_been_divided_by_the_same_scale(stored: float, fine: bool) -> None:
     tensors = {"a.weight": header("F8_E4M3", 2, 3), "a.weight_scale": header("F32", 1)}
+    tensors |= {
+        "Z.weight": header("BF16", 2, 3),
+        "Z.weight_scale": header("F32", 1),
+    }  # not codes yet
     source = folder_of(Path("src"), tensors)
-    scales = {"a": {"weight_scale": torch.tensor([2.0])}}
+    scales = {name: {"weight_scale": torch.tensor([2.0])} for name in ("a", "Y", "Z")}
     build = fp8.Build(source, None, scales, frozenset(), frozenset(), "C")
     read: Any = Reader(**{"a.weight_scale": torch.tensor(stored)})
     if fine:
