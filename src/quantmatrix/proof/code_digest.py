@@ -350,10 +350,8 @@ class Code:
             parts = list(ON_DEVICES if way.vendor != "cpu" else ())
             parts += ACCELERATED if way.accelerated else ()
             yield from self.name_all("device ", "", parts)
-            for module, name in (
-                SEVERAL if way.several else ()
-            ):  # earlier revisions have not all of them
-                yield from self.name_all("device ", module, (name,))
+            for module, name in SEVERAL if way.several else ():
+                yield from self.name_all("device ", module, (name,))  # where a revision has it
         for op in self.find_ops(way):
             kernels = self.tables.find_kernels(op)
             order = self.tables.find_order(op, way.arch, way.vendor)
