@@ -4,9 +4,9 @@ torchrun starts one process per device. Each holds the whole quantized transform
 share of the tokens (`token_shares` says which); diffusers' context parallelism exchanges heads for
 tokens around every attention (Ulysses), and gathers keys and values where heads are too few (ring). The
 layers see fewer rows and compute each row as before, so the latents are those of one process, within
-the rounding of the compute dtype. A dynamic scale of a whole input (`tensor-dynamic`) is that of the rows of
-its process: its latents are as near to BF16, but not those of one process. Only the first process
-writes and prints.
+the rounding of the compute dtype and what codes make of it. A dynamic scale of a whole input
+(`tensor-dynamic`) is that of its process's rows, which moves latents as far as a rounding does. Only the
+first process writes and prints.
 
 diffusers 0.42.1 divides by the number of accelerators, which is 0 on a CPU; `count_processor` gives
 it 1 there, and everything else works over gloo.

@@ -24,6 +24,8 @@ from quantmatrix.cli import main
 from quantmatrix.errors import QuantmatrixError, RefusedError, UsageError
 from quantmatrix.request import Request
 from quantmatrix.runtime import parallel
+from quantmatrix.runtime.generate import generate
+from quantmatrix.runtime.pipeline import build_pipeline
 from quantmatrix.runtime.plan import context_parallel as sharing
 from quantmatrix.runtime.plan import decide
 from quantmatrix.runtime.plan.types import Plan
@@ -61,6 +63,39 @@ def test_cross_attention_with_a_mask_is_shared(tmp_path: Path) -> None:
     one = context_parallel.run_alone(LTX)
     two = context_parallel.fork_together(tmp_path / "seen.pt", LTX)
     context_parallel.check_shared(one, two, 2.0**-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "checkpoint", "first"),
+    [
+        ("black-forest-labs/FLUX.2-dev", "quantmatrix/flux-2-fp8-tensor-dynamic", "x_embedder"),
+        ("Qwen/Qwen-Image", "quantmatrix/qwen-image-fp8-tensor-dynamic", "img_in"),
+    ],
+)
+def test_sharing_moves_latents_no_further_than_a_rounding_does(
+    model: str, checkpoint: str, first: str, tmp_path: Path
+) -> None:
+    """Codes of 8 bits make a rounding of BF16 larger, as they do what sharing changes: here a scale of a
+    whole input, which each process takes of its own rows."""
+    words = ("--model-path", model, "--transformer-path", checkpoint, "--backend", "reference")
+    one = context_parallel.run_alone(words)["latents"]
+    two = context_parallel.fork_together(tmp_path / "seen.pt", words)["latents"]
+    request = context_parallel.read([*words])
+    plan = api.require_plan(request)
+    pipe = build_pipeline(plan)
+    generator = torch.Generator().manual_seed(1)
+
+    def round_once(module: Any, given: Any, output: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(output.shape, generator=generator)
+        return (output.float() * (1 + 2.0**-9 * noise)).to(output.dtype)
+
+    pipe.transformer.get_submodule(first).register_forward_hook(round_once)
+    rounded = generate(request, plan=plan, pipeline=pipe).latents
+    moved, shared = (
+        float((other[-1].float() - one[-1].float()).norm() / one[-1].float().norm())
+        for other in (rounded, two)
+    )
+    assert 0 < shared <= 1.5 * moved
 
 
 def test_only_the_first_process_writes_and_prints(
